@@ -1,0 +1,345 @@
+"""The config: one YAML file, every key typed, unknown keys refused by name.
+
+Key names are fixed by the README's table. Whether a key is part of a stage's identity (a change
+re-runs the stage) is decided by the stages, not here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from negpipe.errors import ConfigError
+
+CONFIG_FOLDER = Path("configs")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Table(_Model):
+    """Where one table is: a file, a URL or a hub dataset."""
+
+    path: str = Field(description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz), URL or hub dataset name.")
+    subset: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Hub dataset split.")
+
+
+def _table(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+_Table = Annotated[Table, BeforeValidator(_table)]
+
+
+class Columns(_Model):
+    """Names of the columns that are read. The defaults are BEIR's."""
+
+    corpus_id: str | None = Field("_id", description="Document id; null: ids are digests of the text.")
+    query_id: str = Field("_id", description="Query id.")
+    query_text: str = Field("text", description="Query text.")
+    qrels_query_id: str = Field("query-id", description="Query id in the qrels.")
+    qrels_corpus_id: str = Field("corpus-id", description="Document id in the qrels.")
+    grade: str = Field("score", description="Relevance grade in the qrels; a missing column counts as 1.")
+    anchor: str = Field("anchor", description="Anchor text of a pair row.")
+    positive: str = Field("positive", description="Positive text of a pair row.")
+    anchor_id: str | None = Field(None, description="Anchor id of a pair row; null: a digest of the text.")
+    positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
+
+
+class Data(_Model):
+    """Corpus, anchors and known positives."""
+
+    format: Literal["beir", "pairs", "columns", "flagembedding"] = Field(
+        "beir",
+        description="beir: folder or hub dataset with corpus, queries, qrels. pairs: rows of anchor and positive"
+        " text. columns: three tables, by column names. flagembedding: JSONL of query, pos, neg.",
+    )
+    path: str | None = Field(None, description="Local folder or file, URL, or hub dataset name.")
+    subset: str | None = Field(None, description="Hub dataset configuration (pairs).")
+    revision: str | None = Field(None, description="Hub dataset revision; null: the newest.")
+    corpus: _Table | None = Field(None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding).")
+    queries: _Table | None = Field(None, description="Query table (columns).")
+    qrels: _Table | None = Field(None, description="Relevance table (columns).")
+    columns: Columns = Columns()
+    split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")
+    text: str = Field("{title} {text}", description="How a document's columns make its text.")
+    part_rows: int = Field(16384, ge=1, description="About how many rows a part holds (half to twice as many).")
+    min_grade: float = Field(1, description="Least grade that makes a document a positive.")
+    add_positives: bool = Field(True, description="Positives missing from the corpus can be candidates.")
+    on_empty: Literal["error", "skip"] = Field("error", description="What to do with an empty or null text.")
+    on_unknown_id: Literal["error", "skip"] = Field("error", description="What to do with qrels that name unknown ids.")
+
+    @model_validator(mode="after")
+    def _paths(self) -> Data:
+        if self.format == "columns":
+            missing = [name for name in ("corpus", "queries", "qrels") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
+        elif self.path is None:
+            raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+        return self
+
+
+class Encoder(_Model):
+    """The model that turns texts into vectors, or the vectors themselves."""
+
+    backend: Literal["flagembedding", "sentence-transformers", "precomputed"] = "flagembedding"
+    model: str | None = Field(None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER.")
+    revision: str | None = Field(None, description="Hub revision of the model; null: the newest.")
+    model_class: str | None = Field(
+        None,
+        description="FlagEmbedding class (encoder-only-base, encoder-only-m3, decoder-only-base, decoder-only-icl);"
+        " null: by the model's name, else encoder-only-base.",
+    )
+    pooling: Literal["cls", "mean", "last_token"] | None = Field(
+        None, description="Pooling (flagembedding); null: what the model is known to use, else cls."
+    )
+    query_instruction: str | None = Field(None, description="Put before every anchor.")
+    query_instruction_format: str = Field("{}{}", description="How instruction and anchor are joined.")
+    passage_instruction: str | None = Field(None, description="Put before every document.")
+    passage_instruction_format: str = Field("{}{}", description="How instruction and document are joined.")
+    query_max_length: int = Field(64, ge=4, description="Tokens of an anchor.")
+    passage_max_length: int = Field(512, ge=4, description="Tokens of a document.")
+    batch_size: int = Field(32, ge=1, description="Texts a forward pass; part of the identity, it changes bits.")
+    normalize: bool = Field(True, description="Scale every vector to length 1, so that scores are cosines.")
+    storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
+    precision: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="What the model computes in; float16 and bfloat16 are for GPUs."
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:1 …; null: a GPU where there is one.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Dangerous.")
+    corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
+    anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
+
+    @model_validator(mode="after")
+    def _needs(self) -> Encoder:
+        if self.backend == "precomputed":
+            if not (self.corpus_vectors and self.anchor_vectors):
+                raise ValueError("backend 'precomputed' needs encoder.corpus_vectors and encoder.anchor_vectors")
+        elif not self.model:
+            raise ValueError(f"backend '{self.backend}' needs encoder.model")
+        return self
+
+
+class Index(_Model):
+    """How the vectors are searched."""
+
+    kind: Literal["flat", "stream"] = Field(
+        "flat",
+        description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
+        " embedding parts, no second copy.",
+    )
+
+
+class Search(_Model):
+    """How deep candidates are stored."""
+
+    depth: int | None = Field(
+        None, ge=1, description="Candidates an anchor; null: the least multiple of 64 from mining.range_max + 64 on."
+    )
+
+
+class Mining(_Model):
+    """Which candidates become negatives."""
+
+    range_min: int = Field(0, ge=0, description="First rank of the window, 0-based.")
+    range_max: int = Field(192, ge=1, description="Rank after the last of the window.")
+    rank_over: Literal["raw", "survivors"] = Field(
+        "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
+    )
+    num_negatives: int = Field(3, ge=1, description="Negatives an anchor.")
+    sampling_strategy: Literal["top", "random"] = Field("top", description="Which of the window are taken.")
+    absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
+    relative_margin: float | None = Field(
+        0.05, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
+    )
+    max_score: float | None = Field(None, description="Drop scores above it.")
+    min_score: float | None = Field(None, description="Drop scores below it.")
+    exclude: tuple[Exclusion, ...] = Field(
+        ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
+        description="What is never a negative.",
+    )
+    on_shortage: Literal["keep", "drop", "fail"] = Field(
+        "keep", description="Anchors with fewer negatives: keep what there is, drop the anchor, or fail."
+    )
+
+    @model_validator(mode="after")
+    def _window(self) -> Mining:
+        width = self.range_max - self.range_min
+        if width < 1:
+            raise ValueError(f"mining.range_max ({self.range_max}) must be above mining.range_min ({self.range_min})")
+        if width < self.num_negatives:
+            raise ValueError(
+                f"the window of {width} ranks (mining.range_min {self.range_min} to mining.range_max {self.range_max})"
+                f" is smaller than mining.num_negatives ({self.num_negatives}): widen the window or ask for fewer"
+            )
+        return self
+
+
+class Output(_Model):
+    """What the triplets stage writes."""
+
+    format: Literal["triplet"] = "triplet"
+
+
+class Executor(_Model):
+    """Where tasks run."""
+
+    kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
+    workers: int = Field(1, ge=1, description="Worker processes (local).")
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, str):
+        number = value.strip().rstrip("BbIiKkMmGgTt")
+        unit = value.strip()[len(number) :].upper()
+        if unit in _UNITS:
+            try:
+                return int(float(number) * _UNITS[unit])
+            except ValueError:
+                pass
+        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB")
+    return value
+
+
+class Resources(_Model):
+    """What the machine gives. Never changes a result."""
+
+    cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
+    memory_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
+        2 * 2**30, ge=64 * 2**20, description="Working memory beyond the libraries, for example 2GiB."
+    )
+
+
+class Config(_Model):
+    """A whole negpipe config."""
+
+    run_dir: Path = Field(description="Folder that holds everything a run makes.")
+    seed: int = Field(42, ge=0, description="Seed of every random choice.")
+    data: Data
+    encoder: Encoder
+    index: Index = Index()
+    search: Search = Search()
+    mining: Mining = Mining()
+    output: Output = Output()
+    executor: Executor = Executor()
+    resources: Resources = Resources()
+
+    @property
+    def depth(self) -> int:
+        """Candidates an anchor that search stores, before it is clamped to the corpus."""
+        return self.search.depth or -(-(self.mining.range_max + 64) // 64) * 64
+
+    @model_validator(mode="after")
+    def _depth(self) -> Config:
+        if self.depth < self.mining.range_max:
+            raise ValueError(
+                f"search.depth ({self.depth}) is below mining.range_max ({self.mining.range_max}):"
+                " raise search.depth or leave it null"
+            )
+        return self
+
+
+def find_config(name: str) -> Path:
+    """The file of a config named by path or by its name in configs/.
+
+    Raises:
+        ConfigError: there is no such file; the message names the places looked at.
+    """
+    tried = [Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"]
+    for path in tried:
+        if path.is_file():
+            return path
+    known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
+    hint = f" Configs here: {', '.join(known)}." if known else ""
+    raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a config.
+
+    Args:
+        source: path, name in configs/, or the mapping itself.
+        overrides: `key.path=value` strings; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: with one line a problem, each with its place in the file.
+    """
+    if isinstance(source, dict):
+        name, tree = "config", json.loads(json.dumps(source, default=str))
+    else:
+        path = find_config(str(source))
+        name = str(path)
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must be a mapping of settings, see `negpipe config schema`")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem, tree) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{name}: " + "\n".join(lines)) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected key=value, for example --set mining.num_negatives=5")
+    node = tree
+    *folders, leaf = key.strip().split(".")
+    for folder in folders:
+        child = node.get(folder)
+        if child is None:
+            child = node[folder] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{folder}' holds a value, not settings")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+
+
+def _explain(problem: Any, tree: dict[str, Any]) -> str:
+    place = ".".join(str(step) for step in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        *folders, leaf = problem["loc"]
+        nearest = difflib.get_close_matches(str(leaf), _names(folders), n=1, cutoff=0.5)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known here: {', '.join(_names(folders))}."
+        return f"{place}: unknown key.{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place}: this key is required"
+    shown = problem["input"]
+    return f"{place}: {message}" + ("" if isinstance(shown, dict) else f" (got {shown!r})")
+
+
+def _names(folders: list[Any]) -> list[str]:
+    """The keys known at a place of the config."""
+    model: Any = Config
+    for folder in folders:
+        field = model.model_fields[folder] if folder in model.model_fields else None
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return sorted(model.model_fields)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the config, for editors."""
+    return Config.model_json_schema()

@@ -1,0 +1,88 @@
+"""The errors negpipe raises on purpose, each with the exit code a scheduler sees.
+
+A message says what happened, where (file, row, field) and what to do about it, in that order.
+"""
+
+from __future__ import annotations
+
+
+class NegpipeError(Exception):
+    """Anything negpipe can explain. `exit_code` and `code` are stable and documented in the README."""
+
+    exit_code = 1
+    code = "failed"
+
+
+class ConfigError(NegpipeError):
+    """The config file, an override or the command line is wrong."""
+
+    exit_code = 2
+    code = "config"
+
+
+class InputError(NegpipeError):
+    """A source file, dataset, model or vector file is wrong or missing.
+
+    `file`, `row` (1-based line of a text file, 0-based row of a binary one) and `field` are put in
+    front of the message where they are known; `remedy` goes behind it.
+    """
+
+    exit_code = 3
+    code = "input"
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        row: int | None = None,
+        field: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem, self.file, self.row, self.field, self.remedy = problem, file, row, field, remedy
+        place = ", ".join(
+            part
+            for part in (
+                file or "",
+                f"row {row}" if row is not None else "",
+                f"field '{field}'" if field else "",
+            )
+            if part
+        )
+        text = f"{place}: {problem}" if place else problem
+        super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class MissingStageError(NegpipeError):
+    """A stage was asked for whose input stage has not been made yet."""
+
+    exit_code = 3
+    code = "missing-stage"
+
+
+class TaskFailedError(NegpipeError):
+    """A worker could not finish a task."""
+
+    exit_code = 1
+    code = "task-failed"
+
+
+class StorageError(NegpipeError):
+    """The file system refused a write: no space, read-only, no permission."""
+
+    exit_code = 1
+    code = "storage"
+
+
+class LockedError(NegpipeError):
+    """Another process works on this run directory."""
+
+    exit_code = 4
+    code = "locked"
+
+
+class DamagedError(NegpipeError):
+    """A file that negpipe made is missing, cut off or changed."""
+
+    exit_code = 5
+    code = "damaged"
