@@ -1,5 +1,34 @@
-"""negpipe: hard negatives for retrieval and reranking models, in restartable stages."""
+"""negpipe: hard negatives for retrieval and reranking models, in restartable stages.
+
+`negpipe.mine(config)` does what `negpipe mine` does and returns where the rows are and what was counted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from negpipe.pipeline import Result
+
 __version__ = "0.1.0"
+
+
+def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Result:
+    """Run every stage that is not up to date.
+
+    Args:
+        config: a path, a name in configs/, or the settings as a mapping.
+        overrides: `key.path=value` strings.
+
+    Returns:
+        the run directory, the folder of the triplets, and each stage's counts.
+
+    Raises:
+        negpipe.errors.NegpipeError: with a message for people.
+    """
+    from negpipe import pipeline
+    from negpipe.config import load_config
+
+    return pipeline.mine(load_config(config, list(overrides)))

@@ -67,7 +67,9 @@ class Data(_Model):
     path: str | None = Field(None, description="Local folder or file, URL, or hub dataset name.")
     subset: str | None = Field(None, description="Hub dataset configuration (pairs).")
     revision: str | None = Field(None, description="Hub dataset revision; null: the newest.")
-    corpus: _Table | None = Field(None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding).")
+    corpus: _Table | None = Field(
+        None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding)."
+    )
     queries: _Table | None = Field(None, description="Query table (columns).")
     qrels: _Table | None = Field(None, description="Relevance table (columns).")
     columns: Columns = Columns()
@@ -332,7 +334,7 @@ def _names(folders: list[Any]) -> list[str]:
     """The keys known at a place of the config."""
     model: Any = Config
     for folder in folders:
-        field = model.model_fields[folder] if folder in model.model_fields else None
+        field = model.model_fields.get(folder)
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if model is None:

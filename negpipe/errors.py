@@ -86,3 +86,27 @@ class DamagedError(NegpipeError):
 
     exit_code = 5
     code = "damaged"
+
+
+_BY_CODE: dict[str, type[NegpipeError]] = {
+    kind.code: kind
+    for kind in (
+        ConfigError,
+        InputError,
+        MissingStageError,
+        TaskFailedError,
+        StorageError,
+        LockedError,
+        DamagedError,
+    )
+}
+
+
+def message_of(error: NegpipeError) -> dict[str, str]:
+    """An error as a worker reports it."""
+    return {"error": error.code, "text": str(error)}
+
+
+def error_of(message: dict[str, str]) -> NegpipeError:
+    """The error a worker reported, of the class it had there."""
+    return _BY_CODE.get(message["error"], NegpipeError)(message["text"])

@@ -1,1 +1,10 @@
-"""The five stages, one a file."""
+"""The five stages, one a file, in the order they run."""
+
+from __future__ import annotations
+
+from negpipe.stage import Stage
+from negpipe.stages import encode, index, ingest, search, triplets
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage for stage in (ingest.STAGE, encode.STAGE, index.STAGE, search.STAGE, triplets.STAGE)
+}

@@ -1,0 +1,67 @@
+# `make help` lists the targets. Variables:
+#   CONFIG  a config: a name in configs/ or a path                    (quickstart.yaml)
+#   SET     overrides, separated by spaces: SET="a.b=c d.e=f"         (none)
+#   PYTHON  the Python 3.11 or newer that makes .venv                 (python3)
+# A value with a space in it does not fit into SET: call .venv/bin/negpipe VERB CONFIG --set 'a.b=c d' instead.
+# When negpipe fails, make prints its exit code ("Error 3") but itself ends with 2: schedulers that tell the
+# codes apart call .venv/bin/negpipe.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+CONFIG ?= quickstart.yaml
+SET ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+VERBS := mine ingest encode index search triplets status verify clean
+QUICKSTART := data/quickstart
+
+.PHONY: help setup $(VERBS) test check format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Options: CONFIG=scifact.yaml (a name in configs/ or a path), SET="key=value key=value", PYTHON=python3.11'
+
+setup: $(READY)  ## make .venv with the versions in constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv; the first time takes minutes."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,dev]'
+	@touch $@
+
+$(QUICKSTART): | $(READY)
+	@$(BIN)/python scripts/make_quickstart.py $@
+
+mine:      ## run every stage that is not done, and report (default: the quickstart)
+ingest:    ## run one stage: sources to corpus, anchors, positives
+encode:    ## run one stage: texts to embeddings
+index:     ## run one stage: embeddings to a FAISS index
+search:    ## run one stage: candidates of every anchor
+triplets:  ## run one stage: candidates to training rows
+status:    ## show which stages are done
+verify:    ## read every file again and compare its digest
+clean:     ## remove superseded parts, after asking
+
+$(VERBS): $(READY)
+	@$(BIN)/negpipe $@ '$(CONFIG)' $(foreach pair,$(SET),--set '$(pair)')
+
+# The stages that read sources; any config but the default brings its own.
+ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
+mine ingest: | $(QUICKSTART)
+endif
+
+test: check  ## everything that has to pass: check, then pytest
+	$(BIN)/pytest
+
+check: $(READY)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## sort imports, fix what ruff can fix, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,7 @@
+"""`python -m negpipe`."""
+
+from __future__ import annotations
+
+from negpipe.cli import main
+
+main()

@@ -1,0 +1,418 @@
+"""Exact nearest neighbours by inner product, streamed from files in bounded memory.
+
+Guarantees: every score that leaves this module comes from `pair_scores`, which gives the same bits for a pair whoever
+asks; candidates are the true top by (-score, row), ties of any size included; so results are the same bytes for any
+block size, memory budget and thread count, and for float16 parts or the float32 flat file made from them.
+
+How: a fast matrix product only proposes. Its error and that of `pair_scores` have a proven bound, so a row whose
+product lies below an anchor's current cut by more than that bound cannot belong to the top; every other row is scored
+by `pair_scores` while its block is still in memory. This is the only module that imports faiss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.errors import ConfigError, DamagedError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_TILE = 1024  # anchors and rows of one matrix product: its float32 scores stay near the cache
+_TILE_BYTES = 64  # scratch for each score of a tile, when every one of them has to be scored again
+_BLOCK_ROWS = 65536
+_SAMPLE = 2048
+_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
+_NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
+
+
+def _faiss() -> Any:
+    """Imported on first use: stages import this module when the command line starts."""
+    import faiss
+
+    return faiss
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    first: int
+    rows: int
+    dtype: np.dtype[Any]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors in files, in row order: `rows` x `dimension`, stored as float16 or float32, read as float32."""
+
+    files: tuple[_File, ...]
+    dimension: int
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return self.files[-1].first + self.files[-1].rows if self.files else 0
+
+    def read(self, start: int, out: Floats) -> None:
+        """Fill `out` (m, dimension) with rows start … start + m.
+
+        Reads instead of mapping, so that pages of a large file never count as this process's memory.
+
+        Raises:
+            DamagedError: a file ends early or cannot be read.
+        """
+        for file in self.files:
+            low, high = max(start, file.first), min(start + len(out), file.first + file.rows)
+            for row in range(low, high, _TILE):
+                stop = min(row + _TILE, high)
+                size = (stop - row) * self.dimension
+                offset = file.offset + (row - file.first) * self.dimension * file.dtype.itemsize
+                try:
+                    values = np.fromfile(file.path, file.dtype, size, offset=offset)
+                except OSError as error:
+                    raise DamagedError(f"{file.path}: cannot be read ({error}). Run `negpipe verify`") from None
+                if len(values) < size:
+                    raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
+                out[row - start : stop - start] = values.reshape(-1, self.dimension)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
+        """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
+        for start in range(0, self.rows, rows):
+            block = np.empty((min(rows, self.rows - start), self.dimension), np.float32)
+            self.read(start, block)
+            yield start, block
+
+    def place(self, row: int) -> str:
+        """File and row in the file of a row, for messages."""
+        file = next(file for file in self.files if row < file.first + file.rows)
+        return f"{file.path}, row {row - file.first}"
+
+
+def open_parts(paths: Sequence[Path]) -> Vectors:
+    """Vectors of .npy files (m, dimension) of float16 or float32, in the order given. Reads only the headers.
+
+    Raises:
+        DamagedError: a file is missing, cut off, or does not hold such vectors, all of one dimension.
+    """
+    files: list[_File] = []
+    first, dimension = 0, 0
+    for path in paths:
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+        dimension = dimension or array.shape[-1]
+        shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
+        if not shaped or array.dtype not in (np.float16, np.float32):
+            raise DamagedError(
+                f"{path}: holds {array.dtype} of shape {array.shape}, expected float16 or float32 vectors of"
+                f" dimension {dimension}. Run `negpipe verify`"
+            )
+        files.append(_File(path, first, len(array), array.dtype, array.offset))
+        first += len(array)
+    return Vectors(tuple(files), dimension)
+
+
+def _flat_header(dimension: int, rows: int) -> bytes:
+    """What faiss writes before the vectors of an IndexFlatIP: an empty one's bytes, with the counts put in."""
+    header = bytearray(_faiss().serialize_index(_faiss().IndexFlatIP(dimension)).tobytes())
+    header[8:16] = rows.to_bytes(8, "little")
+    header[-8:] = (rows * dimension).to_bytes(8, "little")
+    return bytes(header)
+
+
+def write_flat(file: BinaryIO, vectors: Vectors) -> None:
+    """Write an `IndexFlatIP` that `faiss.read_index` opens, one tile of rows in memory at a time."""
+    file.write(_flat_header(vectors.dimension, vectors.rows))
+    for _, block in vectors.blocks(_TILE):
+        file.write(block.astype("<f4", copy=False).data)
+
+
+def open_flat(path: Path) -> Vectors:
+    """The vectors of a file that `write_flat` wrote.
+
+    Raises:
+        DamagedError: the file is missing, is no IndexFlatIP, or its size is not what its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(45)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error}). Run `negpipe index`") from None
+    dimension, rows = int.from_bytes(header[4:8], "little"), int.from_bytes(header[8:16], "little")
+    sane = 0 < dimension < 2**20 and len(header) + rows * dimension * 4 == size
+    if not sane or header != _flat_header(dimension, rows):
+        raise DamagedError(f"{path}: is no whole IndexFlatIP ({size} bytes). Run `negpipe index`")
+    return Vectors((_File(path, 0, rows, np.dtype("<f4"), len(header)),), dimension)
+
+
+def pair_scores(anchors: Floats, anchor_of: Ints, vectors: Floats, row_of: Ints) -> Floats:
+    """Inner products of pairs: the one function whose scores are stored.
+
+    Args:
+        anchors: (n, d) float32. vectors: (m, d) float32.
+        anchor_of, row_of: (p,) int64, the pair's row in each.
+
+    Returns:
+        (p,) float32; the bits of a pair do not depend on the other pairs, on their order or on threads.
+
+    Raises:
+        IndexError: a pair names a row that is not there.
+    """
+    for index, rows in ((anchor_of, len(anchors)), (row_of, len(vectors))):
+        if len(index) and not 0 <= index.min() <= index.max() < rows:
+            raise IndexError(f"pairs name rows {index.min()} to {index.max()} of {rows}")
+    arrays = [
+        np.ascontiguousarray(array, dtype)
+        for array, dtype in ((anchors, "f4"), (anchor_of, "i8"), (vectors, "f4"), (row_of, "i8"))
+    ]
+    scores = np.empty(len(anchor_of), np.float32)
+    pointers = [_faiss().swig_ptr(array) for array in (*arrays, scores)]
+    _faiss().pairwise_indexed_inner_product(anchors.shape[1], len(scores), *pointers)
+    scores += np.float32(0)  # -0 becomes 0, so that equal scores have equal bits
+    return scores
+
+
+@dataclass(frozen=True)
+class Found:
+    """The top of n anchors by (-score, row), and the scores of known pairs."""
+
+    rows: Ints  # (n, depth), -1 beyond the corpus
+    scores: Floats  # (n, depth), -inf beyond the corpus
+    positive_scores: Floats  # (p,)
+
+
+def search_exact(
+    anchors: Floats,
+    vectors: Vectors,
+    depth: int,
+    *,
+    positives: tuple[Ints, Ints],
+    memory: int,
+    threads: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Found:
+    """The `depth` best rows of every anchor, and the scores of its positives.
+
+    Args:
+        anchors: (n, d) float32.
+        vectors: the corpus, fewer than 2**32 - 1 rows.
+        positives: (p,) int64 anchor and (p,) int64 corpus row of each known pair.
+        memory: bytes this call may use, its results included; changes no result.
+        threads: threads that compute; one more reads ahead. Changes no result.
+        progress: called after each block with the number of corpus rows just searched.
+
+    Raises:
+        ConfigError: `memory` does not suffice.
+        DamagedError: a vector is not finite, or a file cannot be read to its end.
+    """
+    anchors = np.ascontiguousarray(anchors, np.float32)
+    if len(anchors) and anchors.shape[1] != vectors.dimension:
+        raise DamagedError(f"anchors have dimension {anchors.shape[1]}, the corpus {vectors.dimension}")
+    if not np.isfinite(anchors).all():
+        row = int(np.flatnonzero(~np.isfinite(anchors).all(axis=1))[0])
+        raise DamagedError(f"anchor {row}: its vector is not finite. Run `negpipe encode` again")
+    if vectors.rows >= 2**32 - 1:
+        raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
+    anchor_of, row_of = positives
+    positive_scores = np.full(len(row_of), -np.inf, np.float32)
+    block_rows = _block_rows(len(anchors), vectors, depth, memory, threads)
+    buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
+    starts = range(0, vectors.rows, block_rows)
+    # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
+    tiles = [_Tile(part, depth) for part in _split(anchors, threads)]
+
+    def load(number: int) -> tuple[Floats, float]:
+        start = starts[number]
+        block = buffers[number % 2][: vectors.rows - start]
+        vectors.read(start, block)
+        return block, _longest(block, start, vectors)
+
+    def score_positives(first: int, block: Floats) -> None:
+        pairs = np.flatnonzero((row_of >= first) & (row_of < first + len(block)))
+        positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block, row_of[pairs] - first)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+        ahead = reader.submit(load, 0) if starts else None
+        for number, first in enumerate(starts):
+            assert ahead is not None
+            block, longest = ahead.result()
+            ahead = reader.submit(load, number + 1) if number + 1 < len(starts) else None
+            work = [pool.submit(tile.search, first, block, longest) for tile in tiles]
+            work.append(pool.submit(score_positives, first, block))
+            for done in work:
+                done.result()
+            progress(len(block))
+        rows = np.empty((len(anchors), depth), np.int64)
+        scores = np.empty((len(anchors), depth), np.float32)
+        first = 0
+        for tile in tiles:
+            here = slice(first, first + len(tile.anchors))
+            rows[here], scores[here] = tile.result()
+            first = here.stop
+    return Found(rows, scores, positive_scores)
+
+
+def _one_thread() -> None:
+    """faiss keeps its thread count per calling thread: the pool's threads are the only parallelism."""
+    _faiss().omp_set_num_threads(1)
+
+
+def _split(anchors: Floats, threads: int) -> list[Floats]:
+    tiles = -(-len(anchors) // (_TILE * threads)) * threads
+    return [part for part in np.array_split(anchors, max(1, tiles)) if len(part)]
+
+
+def _block_rows(anchors: int, vectors: Vectors, depth: int, memory: int, threads: int) -> int:
+    """Rows of a block, so that two blocks, the results and the scratch of every thread fit into `memory`."""
+    scratch = threads * min(_TILE, anchors) * (_TILE * _TILE_BYTES + 3 * depth * 16)
+    fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch
+    row = 2 * 4 * (vectors.dimension + 1)
+    least = min(_TILE, max(1, vectors.rows))
+    if fixed + least * row > memory:
+        raise ConfigError(
+            f"searching {anchors} anchors to depth {depth} with {threads} threads needs"
+            f" {math.ceil((fixed + least * row) / 2**20)} MiB, there are {memory // 2**20}:"
+            " raise resources.memory_budget, or lower resources.cpus or search.depth"
+        )
+    return int(max(1, min(_BLOCK_ROWS, vectors.rows, (memory - fixed) // row)))
+
+
+def _longest(block: Floats, first: int, vectors: Vectors) -> float:
+    squares = np.einsum("ij,ij->i", block, block)
+    if not np.isfinite(squares).all():
+        row = first + int(np.flatnonzero(~np.isfinite(squares))[0])
+        raise DamagedError(f"{vectors.place(row)}: the vector is not finite. Run `negpipe encode` again")
+    return math.sqrt(float(squares.max(initial=0.0)))
+
+
+@dataclass
+class _Tile:
+    """Up to `_TILE` anchors and the keys of the best rows each has met so far."""
+
+    anchors: Floats
+    depth: int
+    best: NDArray[np.uint64] = field(init=False)  # (w, depth); the worst key last, the others in any order
+
+    def __post_init__(self) -> None:
+        width, dimension = self.anchors.shape
+        self.best = np.full((width, self.depth), _NOTHING)
+        # Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
+        # d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
+        self.slack = np.linalg.norm(self.anchors.astype(np.float64), axis=1) * (dimension + 8) * 2.0**-23
+        # numpy's BLAS has one thread count for the process, the one inside faiss has one per calling thread.
+        self.product = _faiss().LinearTransform(dimension, width, False)
+        _faiss().copy_array_to_vector(self.anchors.ravel(), self.product.A)
+        self.product.is_trained = True
+
+    def search(self, first: int, block: Floats, longest: float) -> None:
+        """Let the rows first … first + len(block) compete; `longest` is the largest norm among them."""
+        cut = self._cut(longest)
+        if np.isfinite(cut).all():
+            self._sweep(first, block, longest, cut)
+            return
+        before = self.best.copy()
+        guess = self._guess(block)
+        self._sweep(first, block, longest, np.maximum(cut, guess))
+        # A guess is no bound: where the cut it led to does not prove it, every row of the block competes.
+        short = np.flatnonzero(guess > self._cut(longest))
+        if len(short):
+            again = _Tile(self.anchors[short], self.depth)
+            again.best = before[short]
+            again._sweep(first, block, longest, again._cut(longest))
+            self.best[short] = again.best
+
+    def result(self) -> tuple[Ints, Floats]:
+        """Rows and scores, (w, depth) each, in order."""
+        self.best.sort(axis=1)
+        rows = (self.best & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        rows[self.best == _NOTHING] = -1
+        return rows, _scores(self.best)
+
+    def _cut(self, longest: float) -> Floats:
+        """The product below which a row no longer than `longest` cannot displace any of the best, or -inf."""
+        lowest = _scores(self.best[:, -1]) - self.slack * longest - _TINY
+        cut: Floats = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
+        return cut
+
+    def _guess(self, block: Floats) -> Floats:
+        """A product that likely a few more than `depth` rows of the block reach, from a fixed random sample."""
+        expected = self.depth * _SAMPLE / len(block)
+        rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 2)
+        if rank * 2 > _SAMPLE:
+            return np.full(len(self.anchors), -np.inf, np.float32)
+        sample = np.random.default_rng(0).integers(0, len(block), _SAMPLE)
+        products = np.empty((_SAMPLE, len(self.anchors)), np.float32)
+        self._multiply(block[np.sort(sample)], products)
+        return np.partition(products.T.copy(), _SAMPLE - rank, axis=1)[:, _SAMPLE - rank]
+
+    def _multiply(self, rows: Floats, products: Floats) -> None:
+        pointer = _faiss().swig_ptr
+        self.product.apply_noalloc(len(rows), pointer(rows), pointer(products))
+
+    def _sweep(self, first: int, block: Floats, longest: float, cut: Floats) -> None:
+        width = len(self.anchors)
+        products = np.empty((min(_TILE, len(block)), width), np.float32)
+        passed = np.empty(products.shape, np.bool_)
+        waiting: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] = []
+        counts = np.zeros(width, np.int64)
+        for start in range(0, len(block), _TILE):
+            rows = block[start : start + _TILE]
+            self._multiply(rows, products)
+            np.greater_equal(products[: len(rows)], cut, out=passed[: len(rows)])
+            row_of, anchor_of = np.divmod(_positions(passed[: len(rows)]), width)
+            scores = pair_scores(self.anchors, anchor_of, rows, row_of)
+            waiting.append((anchor_of.astype(np.uint16), _keys(scores, row_of + (first + start))))
+            counts += np.bincount(anchor_of, minlength=width)
+            if counts.max() >= 2 * self.depth:
+                self._merge(waiting, counts)
+                waiting, counts = [], np.zeros(width, np.int64)
+                cut = np.maximum(cut, self._cut(longest))
+        self._merge(waiting, counts)
+
+    def _merge(self, waiting: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]], counts: Ints) -> None:
+        if not counts.any():
+            return
+        anchor_of = np.concatenate([anchors for anchors, _ in waiting])
+        keys = np.concatenate([keys for _, keys in waiting])
+        order = np.argsort(anchor_of, kind="stable")  # a radix sort on 16 bits
+        column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.full((len(counts), self.depth + int(counts.max())), _NOTHING)
+        table[:, : self.depth] = self.best
+        table[anchor_of[order], self.depth + column] = keys[order]
+        table.partition(self.depth - 1, axis=1)
+        self.best = table[:, : self.depth].copy()
+
+
+def _positions(passed: NDArray[np.bool_]) -> Ints:
+    """`np.flatnonzero`, several times faster where few passed: looks at eight flags at once."""
+    flags = passed.reshape(-1)
+    if flags.size % 8:
+        return np.flatnonzero(flags)
+    words = flags.view(np.uint64)
+    some = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[some].view(np.bool_))
+    positions: Ints = (some[inside >> 3] << 3) + (inside & 7)
+    return positions
+
+
+def _keys(scores: Floats, rows: Ints) -> NDArray[np.uint64]:
+    """One integer a pair that sorts like (-score, row)."""
+    bits = scores.view(np.uint32)
+    falling = np.where(bits >> 31 == 1, bits, ~bits & np.uint32(0x7FFFFFFF))
+    return (falling.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
+
+
+def _scores(keys: NDArray[np.uint64]) -> Floats:
+    falling = (keys >> np.uint64(32)).astype(np.uint32)
+    return np.where(falling >> 31 == 1, falling, ~falling & np.uint32(0x7FFFFFFF)).view(np.float32)

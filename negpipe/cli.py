@@ -1,0 +1,238 @@
+"""The command line: parse, call, exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from negpipe.errors import NegpipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Mine hard negatives for retrieval and reranking models: ingest, encode, index, search, triplets.\n\n"
+    "Every stage restarts from what is on disk; after a failure run the same command again.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 usage or config, 3 bad input, 4 run directory in use, 5 damaged output,"
+    " 130 and 143 interrupted.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check a config, print its schema or its values.")
+app.add_typer(config_app, name="config")
+
+ConfigArgument = Annotated[str, typer.Argument(help="Config file, or its name in configs/.", metavar="CONFIG")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).")
+]
+LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+RehashOption = Annotated[
+    bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")
+]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that everything is let go of in order."""
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and leave with the documented exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:]
+    log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
+    try:
+        app(standalone_mode=False)
+    except NegpipeError as error:
+        if "--debug" in arguments:
+            raise
+        sys.exit(_fail(error, log_format))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_interrupted("Interrupted", 130))
+    except _Terminated:
+        sys.exit(_interrupted("Terminated", 143))
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except TyperException as error:
+        typer.echo(f"negpipe: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _fail(error: NegpipeError, log_format: str) -> int:
+    from negpipe import console
+
+    if log_format == "json":
+        console.set_up_logging("json", debug=False)
+        fields = {"error": error.code, "exit_code": error.exit_code}
+        console.logger.error("%s", error, extra={"fields": fields})
+    else:
+        console.err.print(f"negpipe: {error}", style="red", markup=False, soft_wrap=True)
+    return error.exit_code
+
+
+def _interrupted(what: str, code: int) -> int:
+    from negpipe import console
+
+    console.err.print(f"{what}. Finished parts are kept: run the same command to go on.", style="yellow")
+    return code
+
+
+def _mine(config: str, overrides: list[str], log_format: str, debug: bool, rehash: bool, only: str | None) -> None:
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+    from negpipe.errors import ConfigError
+
+    if log_format not in ("plain", "json"):
+        raise ConfigError(f"--log-format {log_format}: expected plain or json")
+    console.set_up_logging(log_format, debug=debug)
+    settings = load_config(config, overrides)
+    result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash)
+    if log_format == "json":
+        console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
+    elif "triplets" in result.stats and only in (None, "triplets"):
+        console.show_result(result, config)
+
+
+@app.command()
+def mine(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run every stage that is not up to date.
+
+    Example: negpipe mine scifact.yaml --set data.path=my/folder --set mining.num_negatives=7
+    """
+    _mine(config, overrides, log_format, debug, rehash, None)
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    @app.command(name, help=f"{help_text}\n\nExample: negpipe {name} quickstart.yaml")
+    def command(
+        config: ConfigArgument,
+        overrides: SetOption = [],  # noqa: B006 — typer copies it
+        log_format: LogOption = "plain",
+        rehash: RehashOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        _mine(config, overrides, log_format, debug, rehash, name)
+
+
+_stage_command("ingest", "Read the source into corpus, anchor and positive tables.")
+_stage_command("encode", "Turn texts into vectors.")
+_stage_command("index", "Build the index and the id map.")
+_stage_command("search", "Find the candidates of every anchor.")
+_stage_command("triplets", "Choose negatives and write the training rows.")
+
+
+@app.command()
+def status(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+    """Say how every stage stands, and why what is not current is not.
+
+    Example: negpipe status quickstart.yaml
+    """
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    console.show_status(pipeline.status(load_config(config, overrides)))
+
+
+@app.command()
+def verify(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+    """Read every output file again and compare its digest. Exit code 5 when one differs.
+
+    Example: negpipe verify quickstart.yaml
+    """
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+    from negpipe.errors import DamagedError
+
+    run_dir = load_config(config, overrides).run_dir
+    files, problems = pipeline.verify(run_dir)
+    if problems:
+        listed = "\n".join(problems[:20])
+        raise DamagedError(f"{len(problems)} of {files} files in {run_dir} are damaged:\n{listed}")
+    console.out.print(f"{files} files in {run_dir} are whole.", markup=False)
+
+
+@app.command()
+def clean(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete parts of settings that are no longer current. Asks first.
+
+    Example: negpipe clean quickstart.yaml
+    """
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    run_dir = load_config(config, overrides).run_dir
+    listed = pipeline.superseded(run_dir)
+    if not listed:
+        console.out.print(f"Nothing to clean in {run_dir}.", markup=False)
+        return
+    folders: dict[str, tuple[int, int]] = {}
+    for path, size in listed:
+        folder = str(path.parent.relative_to(run_dir))
+        files, total = folders.get(folder, (0, 0))
+        folders[folder] = files + 1, total + size
+    for folder, (files, total) in sorted(folders.items()):
+        console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
+    if not yes:
+        typer.confirm(f"Delete {len(listed)} files from {run_dir}?", abort=True)
+    console.out.print(f"Freed {console.size(pipeline.clean(run_dir))}.")
+
+
+@config_app.command("check")
+def config_check(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+    """Validate a config; every problem with its place.
+
+    Example: negpipe config check scifact.yaml
+    """
+    from negpipe import console
+    from negpipe.config import find_config, load_config
+
+    load_config(config, overrides)
+    console.out.print(f"{find_config(config)} is valid.", markup=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configs, for editors.
+
+    Example: negpipe config schema > negpipe.schema.json
+    """
+    import json
+
+    from negpipe.config import schema
+
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+@config_app.command("show")
+def config_show(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+    """Print a config with every default filled in.
+
+    Example: negpipe config show quickstart.yaml
+    """
+    import yaml
+
+    from negpipe.config import load_config
+
+    typer.echo(yaml.safe_dump(load_config(config, overrides).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What people see: log lines, progress, the summary of a run. Texts never reach a terminal raw.
+
+Logs and progress go to standard error, results to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from negpipe.pipeline import Reporter, Result, State
+
+LOG_SECONDS = 30
+_STYLE = {
+    "current": "green",
+    "missing": "dim",
+    "blocked": "dim",
+    "partial": "yellow",
+    "stale": "yellow",
+    "damaged": "red",
+}
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False)
+logger = logging.getLogger("negpipe")
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line, for schedulers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        return json.dumps(entry, ensure_ascii=True)
+
+
+def set_up_logging(log_format: str, *, debug: bool) -> None:
+    """Log to standard error as plain lines or as JSON lines."""
+    handler: logging.Handler
+    if log_format == "json":
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Json())
+    elif err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def reporter(log_format: str) -> Reporter:
+    """Bars on a terminal, a log line every half minute elsewhere."""
+    return _Bars() if err.is_terminal and log_format != "json" else _Lines()
+
+
+class _Bars:
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def begin(self, stage: str, total: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(stage, total=total or None, completed=done, note="")
+
+    def advance(self, units: int, note: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, advance=units)
+            if note:
+                self._progress.update(self._task, note=note)
+
+    def end(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+class _Lines:
+    def begin(self, stage: str, total: int, done: int) -> None:
+        self._stage, self._total, self._done, self._before = stage, total, done, done
+        self._started = self._last = time.monotonic()
+
+    def advance(self, units: int, note: str) -> None:
+        self._done += units
+        now = time.monotonic()
+        if now - self._last < LOG_SECONDS:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done > self._before:
+            seconds = (self._total - self._done) * (now - self._started) / (self._done - self._before)
+            left = f", about {duration(seconds)} left"
+        of = f" of {self._total:,}" if self._total else ""
+        logger.info("%s: %s%s rows%s%s", self._stage, f"{self._done:,}", of, left, f" ({note})" if note else "")
+
+    def end(self) -> None: ...
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def clean_text(text: str, length: int | None = None) -> str:
+    """One line without control characters, shortened to `length`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if length is None or len(line) <= length else line[: length - 1] + "…"
+
+
+def show_result(result: Result, config_name: str) -> None:
+    """Where the triplets are, samples, scores, drops and what to try next."""
+    stats = result.stats["triplets"]
+    if not result.ran:
+        out.print("Nothing to do: every stage is up to date.")
+    files = sorted(result.triplets.glob("*.parquet"))
+    out.print(
+        f"\n{stats['triplets']:,} triplets in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
+        markup=False,
+    )
+    if result.ran:
+        _show_samples(result)
+    _show_scores(stats["scores"])
+    _show_drops(stats)
+    _show_next(result, config_name)
+
+
+def _show_samples(result: Result) -> None:
+    import pyarrow.parquet as pq
+
+    for path in sorted(result.triplets.glob("*.parquet")):
+        batch = next(pq.ParquetFile(path).iter_batches(4096), None)
+        if batch is None or not batch.num_rows:
+            continue
+        at = sorted({0, batch.num_rows // 2, batch.num_rows - 1})
+        out.print("\nSamples")
+        for row in batch.take(at).to_pylist():
+            for name in ("anchor", "positive", "negative"):
+                about = "" if name == "anchor" else f" {row[f'{name}_score']:.3f}"
+                rank = f" rank {row['negative_rank']}" if name == "negative" else ""
+                line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
+                line.append(f"{about}{rank} ", style="dim")
+                line.append(clean_text(row[name], 120), style="default")
+                out.print(line)
+            out.print()
+        return
+
+
+def _show_scores(scores: dict[str, Any]) -> None:
+    table = Table(title="Scores", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "count", "mean", "std", "min", "max"):
+        table.add_column(column, justify="right" if column else "left")
+    for side, summary in scores.items():
+        values = [f"{summary[name]:.3f}" for name in ("mean", "std", "min", "max")] if summary["count"] else []
+        table.add_row(f"{side}s", f"{summary['count']:,}", *values)
+    out.print(table)
+
+
+def _show_drops(stats: dict[str, Any]) -> None:
+    table = Table(title="\nCandidates", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    rows = {"seen": stats["candidates"], "taken": stats["negatives"], **stats["drops"]}
+    for name, count in rows.items():
+        label = name if name in ("seen", "taken") else f"dropped: {name.replace('_', ' ')}"
+        table.add_row(label, f"{count:,}", f"{count / max(1, stats['candidates']):.1%}")
+    out.print(table)
+    if stats["short_anchors"]:
+        out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
+
+
+def _show_next(result: Result, name: str) -> None:
+    lines = [
+        ("other negatives, in seconds", f"negpipe mine {name} --set mining.relative_margin=0.1"),
+        ("how every stage stands", f"negpipe status {name}"),
+        ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
+    ]
+    out.print("\nNext")
+    for what, command in lines:
+        out.print(f"  {what + ':':30} {command}", markup=False)
+
+
+def show_status(states: list[State]) -> None:
+    """One line a stage."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "parts", "rows", "size", "seconds", "finished"):
+        table.add_column(column, justify="right" if column in ("parts", "rows", "size", "seconds") else "left")
+    for state in states:
+        manifest = state.manifest
+        cells = [str(state.done) if state.done else "", "", "", "", ""]
+        if manifest:
+            cells = [
+                str(len(manifest.parts)),
+                f"{sum(part.rows for part in manifest.parts):,}",
+                size(sum(file.bytes for part in manifest.parts for file in part.files)),
+                f"{manifest.provenance.get('seconds', 0):.1f}",
+                str(manifest.provenance.get("finished", "")),
+            ]
+        table.add_row(state.stage, Text(state.state, style=_STYLE[state.state]), *cells)
+    out.print(table)
+    for state in states:
+        if state.reason:
+            out.print(f"{state.stage}: {state.reason}", markup=False)

@@ -1,0 +1,10 @@
+"""Models that turn texts into vectors: which model it is (`resolve_model`), and running it (`load`).
+
+Importing this package, and resolving a model, imports neither torch nor a model library.
+"""
+
+from negpipe.encoders.backends import Kind
+from negpipe.encoders.encode import CALL_TEXTS, Encoder, OnBatch, load, provenance
+from negpipe.encoders.models import Model, resolve_model
+
+__all__ = ["CALL_TEXTS", "Encoder", "Kind", "Model", "OnBatch", "load", "provenance", "resolve_model"]

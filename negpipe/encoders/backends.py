@@ -1,0 +1,153 @@
+"""The model libraries, each behind the same two things: a module and a function.
+
+A backend returns the module whose forward runs one batch, and the function that encodes the texts
+of one call: (n, d) in any float type, in the order of the texts, not normalised. Instructions and
+lengths of queries and passages come from the config alone, never from a library's default.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from negpipe import config
+from negpipe.errors import ConfigError
+
+Kind = Literal["passage", "query"]
+Call = Callable[[list[str], Kind], Any]
+
+
+def flagembedding(encoder: config.Encoder, path: str, device: str) -> tuple[Any, Call]:
+    """FlagEmbedding's own model classes, chosen by config, by the model's files or by its name.
+
+    Raises:
+        ConfigError: model class and pooling do not go together, or are not known.
+    """
+    from FlagEmbedding import FlagAutoModel
+
+    model_class, pooling = class_and_pooling(encoder, path)
+    model = FlagAutoModel.from_finetuned(
+        path,
+        model_class=model_class,
+        pooling_method=pooling,
+        normalize_embeddings=False,
+        use_fp16=encoder.precision == "float16",
+        use_bf16=encoder.precision == "bfloat16",
+        devices=device,
+        trust_remote_code=encoder.trust_remote_code,
+        query_instruction_for_retrieval=encoder.query_instruction,
+        query_instruction_format=encoder.query_instruction_format,
+        passage_instruction_for_retrieval=encoder.passage_instruction,
+        passage_instruction_format=encoder.passage_instruction_format,
+        query_max_length=encoder.query_max_length,
+        passage_max_length=encoder.passage_max_length,
+        batch_size=encoder.batch_size,
+    )
+    _silence(model)
+
+    def call(texts: list[str], kind: Kind) -> Any:
+        found = model.encode_queries(texts) if kind == "query" else model.encode_corpus(texts)
+        return found["dense_vecs"] if isinstance(found, dict) else found
+
+    return model.model, call
+
+
+def class_and_pooling(encoder: config.Encoder, path: str) -> tuple[str, str]:
+    """What the config says, else what the model's own files say, else what FlagEmbedding knows of its name."""
+    from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING, EMBEDDER_CLASS_MAPPING
+
+    classes = {key.value: value for key, value in EMBEDDER_CLASS_MAPPING.items()}
+    if encoder.model_class is not None and encoder.model_class not in classes:
+        raise ConfigError(f"encoder.model_class: '{encoder.model_class}' is not one of {', '.join(classes)}")
+    # By the configured name: the folder of a hub model is called by its commit.
+    known = AUTO_EMBEDDER_MAPPING.get(Path(encoder.model or "").name)
+    pooling = encoder.pooling or _pooling_file(path) or (known.pooling_method.value if known else None)
+    if encoder.model_class:
+        model_class = encoder.model_class
+    elif known:
+        model_class = next(name for name, kind in classes.items() if kind is known.model_class)
+    else:
+        model_class = "decoder-only-base" if pooling == "last_token" else "encoder-only-base"
+    pooling = pooling or str(classes[model_class].DEFAULT_POOLING_METHOD)
+    if model_class != "encoder-only-m3" and model_class.startswith("decoder") != (pooling == "last_token"):
+        raise ConfigError(
+            f"encoder.pooling: '{pooling}' does not go with model class '{model_class}':"
+            " decoders take last_token, encoders cls or mean; set encoder.pooling and encoder.model_class"
+        )
+    return model_class, pooling
+
+
+def _pooling_file(path: str) -> str | None:
+    """The pooling that a Sentence Transformers folder names, in FlagEmbedding's spelling."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    named = settings.get("pooling_mode") or [
+        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+        for key, on in settings.items()
+        if key.startswith("pooling_mode_") and on is True
+    ]
+    modes = [named] if isinstance(named, str) else named
+    if len(modes) != 1 or modes[0] not in ("cls", "mean", "lasttoken"):
+        raise ConfigError(
+            f"encoder.pooling: {file} asks for {' and '.join(map(str, modes)) or 'none'}, which FlagEmbedding has not:"
+            " set encoder.backend to sentence-transformers, or encoder.pooling"
+        )
+    return "last_token" if modes[0] == "lasttoken" else str(modes[0])
+
+
+def _silence(model: Any) -> None:
+    """Take the progress bars away, which no argument switches off; progress is reported by `on_batch`."""
+
+    def plain(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return items
+
+    for base in type(model).__mro__:
+        if base.__module__.startswith("FlagEmbedding."):
+            vars(sys.modules[base.__module__]).update(tqdm=plain, trange=lambda *span, **_: range(*span))
+
+
+def sentence_transformers(encoder: config.Encoder, path: str, device: str) -> tuple[Any, Call]:
+    """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        path,
+        device=device,
+        trust_remote_code=encoder.trust_remote_code,
+        # Named even for float32: the default is the type the weights were saved in.
+        model_kwargs={"dtype": getattr(torch, encoder.precision)},
+    )
+
+    def call(texts: list[str], kind: Kind) -> Any:
+        prompt, texts = _instructed(encoder, texts, kind)
+        model.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
+        found = model.encode(
+            texts,
+            prompt=prompt,
+            batch_size=encoder.batch_size,
+            show_progress_bar=False,
+            convert_to_tensor=True,
+            normalize_embeddings=False,
+        )
+        return found.float().cpu().numpy()
+
+    return model, call
+
+
+def _instructed(encoder: config.Encoder, texts: list[str], kind: Kind) -> tuple[str, list[str]]:
+    """The prompt before each text, and the texts; an empty prompt also keeps the model's own default away."""
+    query = kind == "query"
+    instruction = encoder.query_instruction if query else encoder.passage_instruction
+    form = encoder.query_instruction_format if query else encoder.passage_instruction_format
+    if instruction is None:
+        return "", texts
+    form = form.replace("\\n", "\n")  # As FlagEmbedding reads it.
+    if form.endswith("{}"):
+        return form.format(instruction, ""), texts
+    return "", [form.format(instruction, text) for text in texts]

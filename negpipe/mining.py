@@ -1,0 +1,288 @@
+"""Which candidates become negatives: pure functions on numpy arrays.
+
+Every candidate of every unit gets exactly one `Fate`: it is taken, it is padding, or the first drop
+reason that applies, in the order of the enum, explains why not. So the counts of a unit add up to its
+candidates, and the same arrays give the same fates however the units are cut into blocks.
+
+A block is n units (anchors, or (anchor, positive) pairs) by k candidates. The column of a candidate is
+its raw rank: 0-based, before any exclusion, -1 rows last. Ragged lists (the positives of each unit) are
+`values` with `offsets` of shape (n + 1,) int64: unit i owns `values[offsets[i]:offsets[i + 1]]`. A slice
+of longer offsets goes with the whole of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+Rows = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+Scores = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Fates = NDArray[np.uint8]
+_Key = TypeVar("_Key", np.int64, np.uint64)
+
+_CELLS = 2**18  # comparisons at a time in `contains`: what fits the cache
+
+
+class Fate(IntEnum):
+    """What became of a candidate. Drop reasons stand in their precedence; store names, not codes."""
+
+    TAKEN = 0
+    PADDING = 1
+    POSITIVE_ID = 2
+    POSITIVE_TEXT = 3
+    POSITIVE_NORMALIZED = 4
+    SHARED_ANCHOR = 5
+    ANCHOR_TEXT = 6
+    INVALID_SCORE = 7
+    MAX_SCORE = 8
+    MIN_SCORE = 9
+    ABSOLUTE_MARGIN = 10
+    RELATIVE_MARGIN = 11
+    BEFORE_WINDOW = 12
+    AFTER_WINDOW = 13
+    NOT_SAMPLED = 14
+    SHORTAGE = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How negatives are chosen, for one block or all of them. A cutoff that is None drops nothing.
+
+    Attributes:
+        range_min: first rank of the window.
+        range_max: rank after the last of the window.
+        rank_over: raw: rank among all candidates. survivors: among those that passed every exclusion and cutoff.
+        num_negatives: how many are taken a unit, at most.
+        max_score: drop s > max_score.
+        min_score: drop s < min_score.
+        absolute_margin: drop s + absolute_margin > p, with p the reference.
+        relative_margin: drop s > p - |p| * relative_margin, which holds for negative p too.
+        strict: drop equality as well, in all four cutoffs.
+        sampling_strategy: which of the window are taken. top: the first ranks. The others draw without replacement,
+            each draw with probability proportional to w among those left; random: w = 1; simans:
+            w = exp(-simans_a * (s - p - simans_b)^2), so simans_b > 0 puts the peak above the positive
+            (SimANS, Zhou et al. 2022; w = 1 where there is no p); weighted: w = softmax(s / temperature).
+        temperature: above 0.
+        on_shortage: drop: a unit with fewer than num_negatives gives up those it has. fail selects as keep does;
+            the caller raises, from the counts.
+    """
+
+    range_min: int
+    range_max: int
+    num_negatives: int
+    rank_over: Literal["raw", "survivors"] = "survivors"
+    max_score: float | None = None
+    min_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    strict: bool = False
+    sampling_strategy: Literal["top", "random", "simans", "weighted"] = "top"
+    simans_a: float = 1.0
+    simans_b: float = 0.0
+    temperature: float = 1.0
+    on_shortage: Literal["keep", "drop", "fail"] = "keep"
+
+
+def contains(candidates: NDArray[_Key], values: NDArray[_Key], offsets: Rows) -> Mask:
+    """Whether each candidate is in its unit's ragged list.
+
+    Args:
+        candidates: (n, k) rows or hashes.
+        values: rows or hashes of all lists, at least 0.
+        offsets: (n + 1,) int64.
+
+    Returns:
+        (n, k) bool. Time grows with the number of values times k, memory does not.
+    """
+    units = np.repeat(np.arange(len(candidates)), np.diff(offsets))
+    owned = values[offsets[0] : offsets[-1]]
+    found = np.zeros(candidates.shape, np.bool_)
+    step = max(1, _CELLS // max(1, candidates.shape[1]))
+    for start in range(0, len(owned), step):
+        unit = units[start : start + step]
+        value, column = np.nonzero(candidates[unit] == owned[start : start + step, None])
+        found[unit[value], column] = True
+    return found
+
+
+def exclusions(shape: tuple[int, int], found: Mapping[Fate, Mask]) -> Fates:
+    """One code a candidate from what each exclusion found: the first reason in the enum's order counts.
+
+    Args:
+        shape: (n, k).
+        found: reason → (n, k) bool, true where the candidate is excluded for it.
+
+    Returns:
+        (n, k) uint8, `Fate.TAKEN` where nothing excludes the candidate.
+    """
+    excluded = np.zeros(shape, np.uint8)
+    for reason in sorted(found, reverse=True):
+        excluded[found[reason]] = reason
+    return excluded
+
+
+def reference_scores(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Scores:
+    """The positive score that sets each unit's margins.
+
+    Args:
+        scores: float32, the scores of all units' positives.
+        offsets: (n + 1,) int64.
+        which: min: the lowest of the unit's positives. max: the highest.
+
+    Returns:
+        (n,) float32, NaN for a unit without positives.
+    """
+    reference = np.full(len(offsets) - 1, np.nan, np.float32)
+    filled = np.diff(offsets) > 0
+    if filled.any():
+        # reduceat cannot see empty segments; without them each start is the end of the one before.
+        reduce = np.minimum if which == "min" else np.maximum
+        reference[filled] = reduce.reduceat(scores[: offsets[-1]], offsets[:-1][filled])
+    return reference
+
+
+def uniform(seed: int, anchor_hash: Hashes, document_hash: Hashes) -> Doubles:
+    """A number in (0, 1) for each (seed, anchor, document), and for nothing else.
+
+    The three are chained through the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014, with the constants of Vigna's splitmix64.c at
+    https://prng.di.unimi.it): h = mix(mix(mix(seed) ^ anchor) ^ document). Its upper 52 bits, centred, make
+    the number, so that neither 0 nor 1 can come out.
+
+    Args:
+        seed: any integer, taken modulo 2^64.
+        anchor_hash: (n,) uint64.
+        document_hash: (n, k) uint64.
+
+    Returns:
+        (n, k) float64.
+    """
+    anchor = _mix(_mix(np.array([seed % 2**64], np.uint64)) ^ anchor_hash)
+    bits = _mix(anchor[:, None] ^ document_hash)
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def _mix(state: Hashes) -> Hashes:
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def select(
+    rows: Rows,
+    scores: Scores,
+    excluded: Fates,
+    reference: Scores,
+    uniform: Doubles | None,
+    rules: Rules,
+) -> Fates:
+    """The fate of every candidate. Those taken stand in the order of their columns.
+
+    Cutoffs are computed in float32, thresholds rounded to it, in the very expressions of sentence-transformers
+    6 (`util/hard_negatives.py`): the same float32 scores give the same survivors. A score that is not a finite
+    number is never taken.
+
+    Args:
+        rows: (n, k) int64, -1 where there is no candidate.
+        scores: (n, k) float32; what stands at padding is ignored.
+        excluded: (n, k) uint8, as `exclusions` returns.
+        reference: (n,) float32, the positive score p; NaN: no margin applies to the unit.
+        uniform: (n, k) float64 in (0, 1); None for `top`, which draws nothing.
+        rules: what to apply.
+
+    Returns:
+        (n, k) uint8 codes of `Fate`.
+
+    Raises:
+        ValueError: the sampling strategy draws and `uniform` is None.
+    """
+    fates = excluded.copy()
+    fates[rows < 0] = Fate.PADDING
+    for reason, dropped in _cutoffs(scores, reference[:, None], rules):
+        _drop(fates, dropped, reason)
+
+    rank: NDArray[np.int32] = np.arange(rows.shape[1], dtype=np.int32)[None, :]
+    if rules.rank_over == "survivors":
+        rank = np.cumsum(fates == Fate.TAKEN, axis=1, dtype=np.int32) - np.int32(1)
+    _drop(fates, rank < rules.range_min, Fate.BEFORE_WINDOW)
+    _drop(fates, rank >= rules.range_max, Fate.AFTER_WINDOW)
+
+    taken = _take(fates == Fate.TAKEN, _keys(scores, reference[:, None], uniform, rules), rules.num_negatives)
+    _drop(fates, ~taken, Fate.NOT_SAMPLED)
+    if rules.on_shortage == "drop":
+        short = taken.sum(axis=1, keepdims=True) < rules.num_negatives
+        _drop(fates, short, Fate.SHORTAGE)
+    return fates
+
+
+def counts(fates: Fates) -> NDArray[np.int64]:
+    """How many candidates of each unit met each fate.
+
+    Returns:
+        (n, len(Fate)) int64, columns in the order of `Fate`; a row adds up to k.
+    """
+    n = len(fates)
+    cells = np.arange(n)[:, None] * len(Fate) + fates
+    return np.bincount(cells.ravel(), minlength=n * len(Fate)).reshape(n, len(Fate))
+
+
+def _drop(fates: Fates, dropped: Mask, reason: Fate) -> None:
+    """Mark those still in the running that are dropped: the first reason stays."""
+    np.copyto(fates, np.uint8(reason), where=(fates == Fate.TAKEN) & dropped)
+
+
+def _cutoffs(scores: Scores, p: Scores, rules: Rules) -> Iterator[tuple[Fate, Mask]]:
+    above = np.greater_equal if rules.strict else np.greater
+    below = np.less_equal if rules.strict else np.less
+    yield Fate.INVALID_SCORE, ~np.isfinite(scores)
+    if rules.max_score is not None:
+        yield Fate.MAX_SCORE, above(scores, np.float32(rules.max_score))
+    if rules.min_score is not None:
+        yield Fate.MIN_SCORE, below(scores, np.float32(rules.min_score))
+    if rules.absolute_margin is not None:
+        yield Fate.ABSOLUTE_MARGIN, above(scores + np.float32(rules.absolute_margin), p)
+    if rules.relative_margin is not None:
+        yield Fate.RELATIVE_MARGIN, above(scores, p - np.abs(p) * np.float32(rules.relative_margin))
+
+
+def _keys(scores: Scores, p: Scores, uniform: Doubles | None, rules: Rules) -> Doubles | None:
+    """What the smallest of are taken; None: the first columns.
+
+    The n smallest of -ln(u) / w are a draw without replacement (Efraimidis and Spirakis, 2006). Its logarithm,
+    ln(-ln(u)) - ln(w), orders alike and never underflows.
+    """
+    if rules.sampling_strategy == "top":
+        return None
+    if uniform is None:
+        raise ValueError(f"sampling_strategy '{rules.sampling_strategy}' needs uniform numbers")
+    if rules.sampling_strategy == "random":
+        return uniform
+    with np.errstate(invalid="ignore"):  # padding and invalid scores are out already
+        if rules.sampling_strategy == "weighted":
+            log_weight = scores.astype(np.float64) / rules.temperature
+        else:
+            log_weight = -rules.simans_a * (scores.astype(np.float64) - p - rules.simans_b) ** 2
+            log_weight = np.where(np.isnan(p), 0.0, log_weight)
+        return np.asarray(np.log(-np.log(uniform)) - log_weight)
+
+
+def _take(eligible: Mask, keys: Doubles | None, num: int) -> Mask:
+    """The `num` eligible candidates with the smallest keys of each unit, ties by column."""
+    if keys is None or num >= eligible.shape[1]:
+        return eligible & (np.cumsum(eligible, axis=1, dtype=np.int32) <= num)
+    keys = np.where(eligible, keys, np.inf)
+    last = np.partition(keys, num - 1, axis=1)[:, num - 1 : num]
+    first: Mask = keys < last
+    tied: Mask = eligible & (keys == last)
+    room = num - first.sum(axis=1, keepdims=True)
+    tied &= np.cumsum(tied, axis=1, dtype=np.int32) <= room
+    return first | tied

@@ -1,0 +1,82 @@
+"""Datasets of the Hugging Face hub, and local folders laid out like one: the same code loads both.
+
+A dataset is downloaded once into the library's own cache and memory-mapped from there, so that an interrupted
+download resumes, a second reading needs no network, and memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from negpipe.errors import InputError
+from negpipe.sources.places import near
+
+_log = logging.getLogger(__name__)
+
+
+def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
+    """Every split of a hub dataset or of a local dataset folder, memory-mapped, by name.
+
+    Raises:
+        InputError: not found, no such subset or revision, no network, or the data cannot be read.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    local = Path(path).is_dir()
+    # The library's cache overlooks edits in a local folder, so that is built afresh, without comparing it to what
+    # it was. The absolute path keeps a folder called `csv` or `json` from being taken for a builder of that name.
+    afresh = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"} if local else {}
+    name = str(Path(path).resolve()) if local else path
+    try:
+        found = datasets.load_dataset(name, subset, revision=revision, **afresh)
+    except Exception as error:  # the library lets network, parser and builder errors of many kinds through
+        remedy = "Check the folder's README.md (configs) and its data files" if local else _remedy(path)
+        what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
+        raise InputError(f"{what} cannot be loaded ({_short(error)})", file=path, remedy=remedy) from error
+    return dict(found)
+
+
+def commit(path: str, subset: str | None, revision: str | None) -> str:
+    """The commit of a hub dataset, without reading it; offline, what the local cache holds.
+
+    Raises:
+        InputError: there is no such dataset or revision, or it can be found neither online nor in the cache.
+    """
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(f"not found on the hub ({_short(error)})", file=path, remedy=_remedy(path)) from None
+    except Exception as error:  # no network has many faces: offline mode, name resolution, proxies, time-outs
+        _log.warning("%s: the hub cannot be asked (%s); using the cached dataset", path, _short(error))
+    try:
+        return str(datasets.load_dataset_builder(path, subset, revision=revision).hash)
+    except Exception as error:  # as above
+        problem = f"neither the hub nor the local cache has this dataset ({_short(error)})"
+        raise InputError(problem, file=path, remedy=_remedy(path)) from None
+
+
+def _remedy(path: str) -> str:
+    hint = near(path)
+    return (
+        "No local file or folder has this name either. Check the name; a private dataset needs `hf auth login`;"
+        f" without internet give a local folder, or a dataset that was loaded here before. {hint}".rstrip(". ")
+    )
+
+
+def _short(error: BaseException) -> str:
+    while error.__cause__ is not None and type(error).__name__ == "DatasetGenerationError":
+        error = error.__cause__
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 240 else message[:237] + "..."

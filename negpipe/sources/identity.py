@@ -1,0 +1,74 @@
+"""What a source is, without reading it: its local files, and the identity of everything that is elsewhere.
+
+The two complete each other: a config may join a local corpus to queries from the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from negpipe import config
+from negpipe.errors import InputError
+from negpipe.sources import hub
+from negpipe.sources.layouts import tables
+from negpipe.sources.places import locate
+
+_log = logging.getLogger(__name__)
+_VERSION_KEYS = ("ETag", "etag", "Content-MD5", "md5", "checksum", "LastModified", "Last-Modified", "last_modified")
+_WEAK_KEYS = ("mtime", "created", "size")
+
+
+def files(data: config.Data) -> list[str] | None:
+    """The local files the source reads, absolute and sorted; of a dataset folder every file but hidden ones.
+
+    None where nothing is local. Raises InputError: a local path that does not exist.
+    """
+    found: set[str] = set()
+    for path in {table.path for table in tables(data)}:
+        kind = locate(path)
+        if kind == "file":
+            found.add(str(Path(path).absolute()))
+        elif kind == "folder":
+            folder = Path(path).absolute()
+            inside = (file for file in folder.rglob("*") if file.is_file())
+            found |= {str(file) for file in inside if not _hidden(file.relative_to(folder))}
+    return sorted(found) or None
+
+
+def revision(data: config.Data) -> str:
+    """The identity of everything that is not local: hub commits and the versions of remote files; "" if all is.
+
+    Raises:
+        InputError: not found, or it cannot be asked for.
+    """
+    names = set()
+    for table in tables(data):
+        kind = locate(table.path)
+        if kind == "hub":
+            commit = hub.commit(table.path, table.subset, table.revision)
+            names.add(f"{table.path}@{commit} ({table.subset}, {table.split})")
+        elif kind == "url":
+            names.add(f"{table.path}@{_version(table.path)}")
+    return "; ".join(sorted(names))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _version(url: str) -> str:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        info = filesystem.info(path)
+    except FileNotFoundError:
+        raise InputError("there is no such file", file=url, remedy="Check the address") from None
+    except Exception as error:  # every kind of file system has its own errors, and missing drivers
+        problem = f"this address cannot be read ({error})"
+        raise InputError(problem, file=url, remedy="Check it and the network") from None
+    known = {key: info[key] for key in (*_VERSION_KEYS, *_WEAK_KEYS) if info.get(key) is not None}
+    if known.keys() <= {"size"}:
+        _log.warning("%s: only its size tells versions apart; a change of the same size goes unnoticed", url)
+    return ",".join(f"{key}={value}" for key, value in known.items())

@@ -1,0 +1,245 @@
+"""The four layouts of `data.format`: which tables they have and how rows become records.
+
+Records come in the order corpus, queries, judgments; pair rows give all three at once, after an extra corpus.
+Judgments come for all splits there are, because what is positive anywhere is nobody's negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from negpipe import config
+from negpipe.errors import ConfigError, InputError
+from negpipe.sources.fields import Template, grade_of, id_of, text_of
+from negpipe.sources.places import Table, locate, near
+from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record, RowError
+from negpipe.sources.tables import Column, Rows, all_splits, rows
+
+_Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
+_FIRST_SPLIT = config.Table.model_fields["split"].default
+_DEFAULT_ID = config.Columns.model_fields["corpus_id"].default
+
+
+def tables(data: config.Data) -> list[Table]:
+    """Every table of the config in reading order; a BEIR folder's qrels carry their split.
+
+    Raises:
+        InputError: a local path that does not exist, or a folder that is neither layout.
+    """
+    if data.format == "beir":
+        return _beir(data)
+    named = [table for table in (data.corpus, data.queries, data.qrels) if table is not None]
+    if data.format == "columns":
+        return [_table(data, table) for table in named]
+    extra = [_table(data, data.corpus)] if data.corpus else []
+    return [*extra, Table(str(data.path), data.subset, data.split, data.revision)]
+
+
+def read(data: config.Data) -> Iterator[Record]:
+    """All records of a source, in one pass, streamed.
+
+    Every table is opened before the first record comes, so that a missing file, split or column is known at once.
+
+    Raises:
+        ConfigError: a bad `data.text`, or no ids where judgments need them.
+        InputError: a table is missing or unreadable as a whole. Single bad rows are yielded as BadRow.
+    """
+    template = Template.compile(data.text)
+    if data.format in ("beir", "columns"):
+        parts = _judged(data, template)
+    else:
+        *extra, main = tables(data)
+        parts = [_documents(table, data, template, pool=True) for table in extra]
+        parts.append((_pairs if data.format == "pairs" else _flagembedding)(main, data, not extra))
+    return chain.from_iterable([_started(part) for part in parts])
+
+
+def _beir(data: config.Data) -> list[Table]:
+    path = str(data.path)
+    kind = locate(path)
+    folder = Path(path)
+    if kind in ("file", "url"):
+        remedy = "Give its folder or a hub dataset, or set data.format: columns and name three files"
+        raise InputError("a BEIR source is a folder or a hub dataset", file=path, remedy=remedy)
+    found = {name: _either(folder / f"{name}.jsonl") for name in ("corpus", "queries")}
+    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
+    is_repository = kind == "hub" or (folder / "README.md").is_file()
+    if not is_repository or (found["corpus"] and (folder / "qrels").is_dir()):
+        for name, file in found.items():
+            if file is None:
+                remedy = "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/; a dataset repository has README.md"
+                raise InputError("there is no such file", file=str(folder / f"{name}.jsonl"), remedy=remedy)
+        splits = [file.name.removesuffix(".gz").removesuffix(".tsv") for file in qrels]
+        if data.split not in splits:
+            raise _no_split(str(folder / "qrels" / f"{data.split}.tsv"), data.split, splits)
+        return [
+            *(Table(str(file)) for file in found.values()),
+            *(Table(str(file), split=split) for file, split in zip(qrels, splits, strict=True)),
+        ]
+    judged = path.rstrip("/") + "-qrels"
+    if kind == "folder" and not Path(judged).is_dir():
+        remedy = f"{near(judged)}. Put the relevance judgments there, or set data.format: columns".lstrip(". ")
+        raise InputError("there is no such folder", file=judged, remedy=remedy)
+    return [*(Table(path, name, revision=data.revision) for name in ("corpus", "queries")), Table(judged)]
+
+
+def _either(file: Path) -> Path | None:
+    return next((path for path in (file, Path(f"{file}.gz")) if path.is_file()), None)
+
+
+def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
+    remedy = f"Splits here: {', '.join(there) or 'none'}. Name one in data.split"
+    return InputError(f"there are no judgments for the split '{split}'", file=file, field="split", remedy=remedy)
+
+
+def _table(data: config.Data, table: config.Table) -> Table:
+    # A revision belongs to one repository: data.path, or the corpus's where there is no data.path.
+    home = data.path or (data.corpus.path if data.corpus else None)
+    split = None if table.split == _FIRST_SPLIT else table.split
+    return Table(table.path, table.subset, split, data.revision if table.path == home else None)
+
+
+def _judged(data: config.Data, template: Template) -> list[Iterator[Record]]:
+    corpus, queries, *judged = tables(data)
+    if data.columns.corpus_id is None:
+        raise ConfigError("data.columns.corpus_id: null works with pairs only: qrels name documents by their id")
+    names = data.columns
+    wanted = (
+        Column(names.qrels_query_id, "data.columns.qrels_query_id"),
+        Column(names.qrels_corpus_id, "data.columns.qrels_corpus_id"),
+        Column(names.grade, "data.columns.grade", required=False),
+    )
+    by_split: dict[str, Rows] = {}
+    for table in judged:
+        if table.split is None and locate(table.path) in ("hub", "folder"):
+            by_split |= all_splits(table, wanted)
+        else:
+            by_split[table.split if data.format == "beir" and table.split else data.split] = rows(table, wanted)
+    if data.split not in by_split:
+        raise _no_split(judged[0].path, data.split, list(by_split))
+    return [
+        _documents(corpus, data, template, pool=False),
+        _queries(queries, names),
+        *(_judgments(judgments, split, names) for split, judgments in by_split.items()),
+    ]
+
+
+def _documents(table: Table, data: config.Data, template: Template, *, pool: bool) -> Iterator[Record]:
+    name = data.columns.corpus_id
+    # The default id column may be absent from an extra corpus: FlagEmbedding's pools have only `text`.
+    needed = not (pool and name == _DEFAULT_ID)
+    ids = [] if name is None else [Column(name, "data.columns.corpus_id", required=needed)]
+
+    def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
+        identity = None
+        if name is not None:
+            if needed or values[0] is not None:
+                identity = id_of(values[0], place, name)
+            values = values[1:]
+        try:
+            return (Document(identity, template.render(values, place), place, True),)
+        except RowError as error:
+            return (error.row._replace(id=identity),)
+
+    return _records(rows(table, [*ids, *template.columns()]), build)
+
+
+def _queries(table: Table, names: config.Columns) -> Iterator[Record]:
+    def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
+        return (_query(id_of(values[0], place, names.query_id), values[1], place, names.query_text),)
+
+    wanted = (Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text"))
+    return _records(rows(table, wanted), build)
+
+
+def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[Record]:
+    def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
+        query = id_of(values[0], place, names.qrels_query_id)
+        document = id_of(values[1], place, names.qrels_corpus_id)
+        return (Judgment(query, document, grade_of(values[2], place, names.grade), split, place, False, False),)
+
+    return _records(judgments, build)
+
+
+def _pairs(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
+    names = data.columns
+    wanted = [Column(names.anchor, "data.columns.anchor"), Column(names.positive, "data.columns.positive")]
+    if names.anchor_id:
+        wanted.append(Column(names.anchor_id, "data.columns.anchor_id"))
+    if names.positive_id:
+        wanted.append(Column(names.positive_id, "data.columns.positive_id"))
+
+    def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
+        query_id = id_of(values[2], place, names.anchor_id) if names.anchor_id else None
+        document_id = id_of(values[-1], place, names.positive_id) if names.positive_id else None
+        document = _document(document_id, values[1], place, names.positive, in_corpus)
+        query = _query(query_id, values[0], place, names.anchor)
+        return (document, query, *_judged_pair(query, document, data.split))
+
+    return _records(rows(table, wanted), build)
+
+
+def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
+    def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
+        query = _query(None, values[0], place, "query")
+        records: list[Record] = [query]
+        for value in _listed(values[1], place, "pos"):
+            document = _document(None, value, place, "pos", in_corpus)
+            records += [document, *_judged_pair(query, document, data.split)]
+        # With a pool the candidates are the pool's, as in FlagEmbedding itself.
+        if in_corpus and values[2] is not None:
+            records += [_document(None, value, place, "neg", True) for value in _listed(values[2], place, "neg")]
+        return records
+
+    key = "data.path (FlagEmbedding rows have query, pos and neg)"
+    wanted = (Column("query", key), Column("pos", key), Column("neg", key, required=False))
+    return _records(rows(table, wanted), build)
+
+
+def _query(identity: str | None, value: Any, place: Place, field: str) -> Query | BadRow:
+    try:
+        return Query(identity, text_of(value, place, field), place)
+    except RowError as error:
+        return error.row._replace(id=identity, of_query=True)
+
+
+def _document(identity: str | None, value: Any, place: Place, field: str, in_corpus: bool) -> Document | BadRow:
+    try:
+        return Document(identity, text_of(value, place, field), place._replace(field=field), in_corpus)
+    except RowError as error:
+        return error.row._replace(id=identity)
+
+
+def _judged_pair(query: Query | BadRow, document: Document | BadRow, split: str) -> Sequence[Judgment]:
+    """The judgment of a pair, unless one of the two has no text."""
+    if isinstance(query, BadRow) or isinstance(document, BadRow):
+        return ()
+    one, other = query.id or query.text, document.id or document.text
+    return (Judgment(one, other, 1.0, split, document.place, query.id is None, document.id is None),)
+
+
+def _listed(values: Any, place: Place, field: str) -> list[Any]:
+    if isinstance(values, list):
+        return values
+    problem = f"expected a list of texts, got {'null' if values is None else f'a {type(values).__name__}'}"
+    raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')
+
+
+def _records(rows_: Rows, build: _Build) -> Iterator[Record]:
+    for row in rows_:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            records = build(*row)
+        except RowError as error:
+            yield error.row
+        else:
+            yield from records
+
+
+def _started(records: Iterator[Record]) -> Iterator[Record]:
+    return chain(list(islice(records, 1)), records)

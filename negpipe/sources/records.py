@@ -1,0 +1,72 @@
+"""What a source yields: documents, queries, judgments and rows that cannot be used.
+
+Named tuples, because a corpus has millions of them. Every text is stripped and not empty, every id is a
+non-empty string, every grade is finite.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from negpipe.errors import InputError
+
+
+class Place(NamedTuple):
+    """Where something stands: `row` is the 1-based line of a text file, the 0-based row of Parquet or a dataset."""
+
+    file: str
+    row: int
+    field: str | None = None
+
+
+class Document(NamedTuple):
+    """A document. `id` None: it is named by its text. `in_corpus` False: known only as somebody's positive."""
+
+    id: str | None
+    text: str
+    place: Place
+    in_corpus: bool
+
+
+class Query(NamedTuple):
+    """A query. `id` None: it is named by its text."""
+
+    id: str | None
+    text: str
+    place: Place
+
+
+class Judgment(NamedTuple):
+    """A graded (query, document) pair of one split; `*_by_text`: that side holds the text instead of the id."""
+
+    query: str
+    document: str
+    grade: float
+    split: str
+    place: Place
+    query_by_text: bool
+    document_by_text: bool
+
+
+class BadRow(NamedTuple):
+    """A row, or one entry of a row, that cannot be used. `kind`: empty_text, broken, type or missing.
+
+    An empty text stands where its document or (`of_query`) its query would have come, with its `id` if it has one.
+    """
+
+    error: InputError
+    kind: str
+    id: str | None = None
+    of_query: bool = False
+
+
+Record: TypeAlias = Document | Query | Judgment | BadRow
+
+
+class RowError(Exception):
+    """Something is wrong with one row, which comes out as the `BadRow` in `row` instead of ending the reading."""
+
+    def __init__(self, kind: str, problem: str, place: Place, field: str | None = None, remedy: str | None = None):
+        error = InputError(problem, file=place.file, row=place.row, field=field or place.field, remedy=remedy)
+        super().__init__(str(error))
+        self.row = BadRow(error, kind)

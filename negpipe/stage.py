@@ -1,0 +1,194 @@
+"""The one contract: a stage is a frozen value that plans tasks and turns each task into one part.
+
+A task's key covers everything that can change its part's bytes. What is already on disk under that key
+is done; nothing else is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from negpipe.config import Config
+from negpipe.errors import MissingStageError
+from negpipe.fingerprint import DigestCache
+from negpipe.manifest import BOOKS, Books, File, Manifest, Part
+from negpipe.storage import publish
+
+Progress = Callable[[int, str], None]
+"""Called with units finished since the last call, and a note for people ("58 texts/s")."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part to make.
+
+    `rows` sizes the progress bar. `payload` is what `run` needs: plain JSON for stages that run in
+    workers, anything for a stage that runs here.
+    """
+
+    key: str
+    kind: str
+    rows: int
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What plan, open and run may look at: the config, the run directory and the stages before."""
+
+    config: Config
+    run_dir: Path
+    digest_file: DigestCache
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    key: str = ""
+    """Key of the stage that is being run."""
+
+    def manifest(self, stage: str) -> Manifest:
+        """The manifest of an earlier stage.
+
+        Raises:
+            MissingStageError: it is not there; the message says which command makes it.
+        """
+        if stage not in self.manifests:
+            raise MissingStageError(f"there is no output of {stage} in {self.run_dir}: run `negpipe {stage}` first")
+        return self.manifests[stage]
+
+    def after(self, manifest: Manifest) -> Context:
+        """The same, with one more stage complete."""
+        return replace(self, manifests={**self.manifests, manifest.stage: manifest})
+
+    def file(self, part: Part) -> Path:
+        return self.run_dir / part.path
+
+    @property
+    def threads(self) -> int:
+        """Threads of one worker: `resources.cpus` shared out, at least one each."""
+        cpus = self.config.resources.cpus or len(os.sched_getaffinity(0))
+        return max(1, cpus // self.workers)
+
+    @property
+    def workers(self) -> int:
+        """Processes that share the machine."""
+        return self.config.executor.workers if self.config.executor.kind == "local" else 1
+
+
+class Publisher:
+    """Publishes the files of one task under their final names."""
+
+    def __init__(self, run_dir: Path, stage: str, key: str) -> None:
+        self._run_dir, self._stage, self._key = run_dir, stage, key
+        self.files: list[File] = []
+
+    def __call__(
+        self,
+        suffix: str,
+        write: Callable[[BinaryIO], None],
+        *,
+        folder: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, or as `FOLDER/NAME` where a name is fixed."""
+        folder = folder or self._stage
+        made = publish(self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write)
+        self.files.append(File(path=f"{folder}/{made.name}", bytes=made.bytes, digest=made.digest))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `run` says of the part it published: rows, and facts about its content."""
+
+    rows: int
+    meta: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def _nothing(_: Context) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _no_identity(_: Context) -> dict[str, str]:
+    return {}
+
+
+def _never(_: Config) -> bool:
+    return False
+
+
+def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
+    return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as a value.
+
+    Attributes:
+        name: also its folder in the run directory.
+        version: raised when the same settings give other bytes.
+        inputs: the stages whose content it reads, all of them before it.
+        settings: the slice of the config that can change its bytes, plain JSON.
+        sources: digests of what it reads from outside the run directory, by name.
+        plan: its tasks in order; may be lazy.
+        open: a context manager with what all tasks of a process share (a model, opened files).
+        run: (task, shared, context, publish, progress) → what was made.
+        stats: facts of the finished stage for manifest, log and people.
+        apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
+        here: runs in the calling process, whatever the executor; its payloads need not be JSON.
+        swapped: its folder shows one setting's output at a time, published whole.
+    """
+
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    plan: Callable[[Context], Iterable[Task]]
+    run: Callable[[Task, Any, Context, Publisher, Progress], Made]
+    sources: Callable[[Context], dict[str, str]] = _no_identity
+    open: Callable[[Context], AbstractContextManager[Any]] = _nothing
+    stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
+    apart: Callable[[Config], bool] = _never
+    here: bool = False
+    swapped: bool = False
+
+
+class Executor(Protocol):
+    """Runs tasks somewhere. Its word is advice: the pipeline looks at the disk afterwards."""
+
+    def __call__(
+        self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
+    ) -> None:
+        """Run tasks until none is left; `progress` gets (task, units since last time, note, finished)."""
+
+
+def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: Progress) -> Part:
+    """Make one part: its files first, then the sidecar."""
+    started = time.monotonic()
+    publisher = Publisher(context.run_dir, stage.name, task.key)
+    made = stage.run(task, shared, context, publisher, progress)
+    part = Part(
+        key=task.key,
+        kind=task.kind,
+        rows=made.rows,
+        files=tuple(publisher.files),
+        meta=made.meta,
+        provenance={
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "seconds": round(time.monotonic() - started, 3),
+            **made.provenance,
+        },
+    )
+    Books(context.run_dir, stage.name).write_part(part)
+    return part
+
+
+def cache_path(run_dir: Path) -> Path:
+    """Where content digests of sources are remembered."""
+    return run_dir / BOOKS / "digests.json"

@@ -1,0 +1,120 @@
+"""search: anchor vectors → the nearest documents of each anchor, deep and unfiltered.
+
+One task is one part of anchors. Stored scores all come from one per-pair function, candidates are
+ordered by (-score, row): the bytes do not depend on threads, memory or the kind of exact index. The
+score of each positive is exact and stored beside the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from negpipe import ann, candidates
+from negpipe.candidates import Candidates
+from negpipe.config import Config
+from negpipe.errors import InputError
+from negpipe.fingerprint import key
+from negpipe.manifest import Part
+from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.tables import documents, open_table, ragged
+
+VERSION = 1
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+
+
+def _searchable(context: Context, stage: str) -> list[Part]:
+    """The parts whose documents can be candidates."""
+    parts = documents(context.manifest(stage))
+    return parts if context.config.data.add_positives else [part for part in parts if part.kind == "corpus"]
+
+
+def _plan(context: Context) -> Iterator[Task]:
+    ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
+    rows = sum(part.rows for part in _searchable(context, "encode"))
+    mining = context.config.mining
+    if mining.range_min >= rows:
+        raise InputError(
+            f"the window starts at rank {mining.range_min}, the corpus has {rows} documents",
+            field="mining.range_min",
+            remedy="Set mining.range_min below the number of documents",
+        )
+    for texts, anchors in zip(ingest.of_kind("anchors"), encode.of_kind("anchors"), strict=True):
+        name = key(
+            "search",
+            VERSION,
+            _settings(context.config),
+            index.settings,
+            [part.identity() for part in documents(encode)],
+            anchors.identity(),
+            texts.identity(),
+        )
+        payload = {
+            "texts": texts.path,
+            "anchors": anchors.path,
+            "depth": min(context.config.depth, rows),
+            "candidates": rows,
+        }
+        yield Task(name, "candidates", anchors.rows, payload)
+
+
+@contextmanager
+def _open(context: Context) -> Iterator[ann.Vectors]:
+    flat = context.manifest("index").of_kind("flat")
+    if flat:
+        yield ann.open_flat(context.file(flat[0]))
+    else:
+        yield ann.open_parts([context.file(part) for part in documents(context.manifest("encode"))])
+
+
+def _run(task: Task, vectors: ann.Vectors, context: Context, publish: Publisher, progress: Progress) -> Made:
+    anchors = np.load(context.run_dir / task.payload["anchors"], allow_pickle=False).astype(np.float32)
+    positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
+    searched = reported = 0
+
+    def on_block(rows: int) -> None:
+        # The bar counts anchors; a block of the corpus brings all of them forward by its share.
+        nonlocal searched, reported
+        searched += rows
+        due = len(anchors) * searched // vectors.rows
+        progress(due - reported, "")
+        reported = due
+
+    found = ann.search_exact(
+        anchors,
+        vectors,
+        task.payload["depth"],
+        candidates=task.payload["candidates"],
+        positives=(np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives),
+        memory=context.config.resources.memory_budget // context.workers,
+        threads=context.threads,
+        progress=on_block,
+    )
+    made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
+    publish(".parquet", lambda file: candidates.write(file, made))
+    return Made(len(anchors), {"depth": task.payload["depth"]})
+
+
+def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
+    return {
+        "anchors": sum(part.rows for part in parts),
+        "depth": max((part.meta["depth"] for part in parts), default=0),
+    }
+
+
+STAGE = Stage(
+    name="search",
+    version=VERSION,
+    inputs=("ingest", "encode", "index"),
+    settings=_settings,
+    plan=_plan,
+    open=_open,
+    run=_run,
+    stats=_stats,
+)

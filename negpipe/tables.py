@@ -1,0 +1,93 @@
+"""Arrow IPC parts: written as bytes, memory-mapped for reading, gathered by row across parts.
+
+Nothing here holds a whole corpus: a gather touches the rows it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from negpipe.errors import DamagedError
+from negpipe.manifest import Manifest, Part
+
+
+def documents(manifest: Manifest) -> list[Part]:
+    """The parts of ingest or encode that hold documents, in row order."""
+    return manifest.of_kind("corpus") + manifest.of_kind("added")
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A table as one Arrow IPC file with one record batch."""
+    sink = pa.BufferOutputStream()
+    table = table.combine_chunks()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def open_table(path: Path) -> pa.Table:
+    """Memory-map an Arrow IPC file.
+
+    Raises:
+        DamagedError: the file is not whole.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then the stage again") from None
+
+
+class Rows:
+    """The rows of several parts as one table, in order, without loading it."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._tables = [open_table(path) for path in paths]
+        self.starts = np.cumsum([0, *(table.num_rows for table in self._tables)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def numbers(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """A numeric column at `rows` (any shape, every row valid), in that shape."""
+        flat = rows.ravel()
+        columns = [table[column] for table in self._tables]
+        out = np.empty(flat.shape, dtype=columns[0].type.to_pandas_dtype() if columns else np.int64)
+        for part, where in self._by_part(flat):
+            out[where] = columns[part].to_numpy()[flat[where] - self.starts[part]]
+        return out.reshape(rows.shape)
+
+    def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
+        """A text column at `rows` (1-D, any order, repeats welcome; each text is read once)."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        pieces = [
+            self._tables[part][column].take(pa.array(unique[where] - self.starts[part]))
+            for part, where in self._by_part(unique)
+        ]
+        chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
+        values = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+        return values.take(pa.array(inverse))
+
+    def _by_part(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """For every part that holds some of `rows`: the positions of those rows."""
+        if not rows.size:
+            return []
+        parts = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(parts.astype(np.int32), kind="stable")
+        bounds = np.searchsorted(parts[order], np.arange(len(self._tables) + 1))
+        return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
+
+
+def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """A list column as (values, offsets): row i is `values[offsets[i]:offsets[i + 1]]`."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return array.flatten().to_numpy(zero_copy_only=False), offsets

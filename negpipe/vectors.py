@@ -1,0 +1,197 @@
+"""Vectors that users bring: .npy or Parquet, by source row or by id, read without loading the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe.errors import InputError
+from negpipe.texts import hashes
+
+Floats = npt.NDArray[np.float32]
+
+
+class _Matrix(Protocol):
+    shape: tuple[int, int]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Floats: ...
+
+
+class VectorFile:
+    """One vector a source row, or vectors with an id column.
+
+    Args:
+        path: `.npy` of shape (n, d), or `.parquet` with one list column of numbers and, if rows are to
+            be matched by id, a text or integer column.
+        rows: rows of the source; without ids the file must have just as many.
+        setting: the config key that names the file, for errors.
+
+    Raises:
+        InputError: not such a file, or another number of rows.
+    """
+
+    def __init__(self, path: Path, rows: int, setting: str) -> None:
+        self.path, self._setting = path, setting
+        self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
+        if path.suffix == ".npy":
+            self._matrix: _Matrix = _Npy(path, setting)
+        elif path.suffix == ".parquet":
+            self._matrix = _Parquet(path, setting)
+            ids = self._matrix.ids()
+            if ids is not None:
+                hashed = hashes(ids)
+                order = np.argsort(hashed, kind="stable").astype(np.int64)
+                self._by_id = hashed[order], order
+        else:
+            raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
+        if self._by_id is None and self._matrix.shape[0] != rows:
+            raise InputError(
+                f"there are {self._matrix.shape[0]:,} vectors for {rows:,} rows of the source",
+                file=str(path),
+                field=setting,
+                remedy="Bring one vector a source row, in its order, or a Parquet file with an id column",
+            )
+
+    @property
+    def dimension(self) -> int:
+        return self._matrix.shape[1]
+
+    def of(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> tuple[Floats, int]:
+        """Vectors of rows, and how many of them have a duplicate text whose vector differs.
+
+        Args:
+            ids: the row's first id.
+            source_rows: rows of the source that hold the row's text; the first one's vector is used.
+
+        Returns:
+            (n, d) float32, count.
+        """
+        if self._by_id is not None:
+            return self._matrix.take(self._positions(ids)), 0
+        first = np.array([rows[0] for rows in source_rows], dtype=np.int64)
+        if len(first) and first.min() < 0:
+            raise InputError(
+                f"positive {ids[int(np.argmin(first))]!r} is not in the corpus, so it has no vector",
+                file=str(self.path),
+                field=self._setting,
+                remedy="Bring vectors with an id column that covers positives, or add the positives to the corpus",
+            )
+        vectors = self._matrix.take(first)
+        where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
+        if not where:
+            return vectors, 0
+        at, rows = np.array(where, dtype=np.int64).T
+        differs = (self._matrix.take(rows) != vectors[at]).any(axis=1)
+        return vectors, len(np.unique(at[differs]))
+
+    def _positions(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        assert self._by_id is not None
+        known, order = self._by_id
+        wanted = hashes(ids)
+        at = np.searchsorted(known, wanted)
+        missing = np.flatnonzero((at == len(known)) | (known[np.minimum(at, len(known) - 1)] != wanted))
+        if len(missing):
+            raise InputError(
+                f"there is no vector for id {ids[int(missing[0])]!r} (and {len(missing) - 1} more in this part)",
+                file=str(self.path),
+                field=self._setting,
+                remedy="Add the missing vectors",
+            )
+        return order[at]
+
+
+class _Npy:
+    def __init__(self, path: Path, setting: str) -> None:
+        try:
+            data = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"not a readable .npy file: {error}", file=str(path), field=setting) from None
+        if data.ndim != 2 or data.dtype.kind != "f" or data.shape[1] == 0:
+            raise InputError(
+                f"expected a matrix of floats (rows, dimension), found {data.dtype} of shape {data.shape}",
+                file=str(path),
+                field=setting,
+            )
+        self._data = data
+        self.shape: tuple[int, int] = data.shape
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+        return np.asarray(self._data[rows], dtype=np.float32)
+
+
+class _Parquet:
+    """Reads one row group at a time; the last one stays in memory."""
+
+    def __init__(self, path: Path, setting: str) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self._file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"not a readable Parquet file: {error}", file=str(path), field=setting) from None
+        schema = self._file.schema_arrow
+        lists = [f.name for f in schema if _is_list(f.type) and pa.types.is_floating(f.type.value_type)]
+        labels = [f.name for f in schema if pa.types.is_integer(f.type) or _is_text(f.type)]
+        if len(lists) != 1 or len(labels) > 1:
+            raise InputError(
+                f"expected one column of float lists and at most one id column, found {', '.join(schema.names)}",
+                file=str(path),
+                field=setting,
+                remedy="Keep those columns only",
+            )
+        self._path, self._setting, self._column, self._label = path, setting, lists[0], (labels or [None])[0]
+        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._starts = np.cumsum([0, *groups])
+        self._held: tuple[int, Floats] | None = None
+        self._dimension: int | None = None
+        width = self._group(0).shape[1] if groups else 0
+        self.shape: tuple[int, int] = (int(self._starts[-1]), width)
+
+    def ids(self) -> list[str] | None:
+        if self._label is None:
+            return None
+        return [str(value) for value in self._file.read([self._label])[self._label].to_pylist()]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+        out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
+        groups = np.searchsorted(self._starts, rows, side="right") - 1
+        for group in np.unique(groups):
+            where = groups == group
+            out[where] = self._group(int(group))[rows[where] - self._starts[group]]
+        return out
+
+    def _group(self, number: int) -> Floats:
+        if self._held is None or self._held[0] != number:
+            column: Any = self._file.read_row_group(number, [self._column])[self._column].combine_chunks()
+            values = column.flatten().to_numpy(zero_copy_only=False)
+            width = self._dimension or (len(values) // max(1, len(column)))
+            lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(lengths != width)
+            if len(wrong) or column.null_count:
+                raise InputError(
+                    f"a vector of {width} numbers was expected",
+                    file=str(self._path),
+                    row=int(self._starts[number] + (wrong[0] if len(wrong) else 0)),
+                    field=self._column,
+                    remedy="All vectors need one dimension",
+                )
+            self._dimension = width
+            self._held = number, values.reshape(-1, width).astype(np.float32)
+        return self._held[1]
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

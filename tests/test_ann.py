@@ -1,0 +1,264 @@
+"""Streamed exact search against brute force: every pair scored, ordered by (-score, row)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from negpipe import ann
+from negpipe.errors import ConfigError, DamagedError
+
+NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64))
+ROOMY = 2**30
+
+
+def save_parts(folder: Path, vectors: np.ndarray, part_rows: int) -> ann.Vectors:
+    paths = []
+    for start in range(0, len(vectors), part_rows):
+        paths.append(folder / f"{start:09d}.npy")
+        np.save(paths[-1], vectors[start : start + part_rows])
+    return ann.open_parts(paths)
+
+
+def save_flat(path: Path, vectors: ann.Vectors) -> ann.Vectors:
+    with path.open("wb") as file:
+        ann.write_flat(file, vectors)
+    return ann.open_flat(path)
+
+
+def brute_force(anchors: np.ndarray, vectors: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    anchor_of, row_of = (index.ravel() for index in np.indices((len(anchors), len(vectors))))
+    scores = ann.pair_scores(anchors, anchor_of, vectors, row_of).reshape(len(anchors), -1)
+    rows = np.full((len(anchors), depth), -1, np.int64)
+    best = np.full((len(anchors), depth), -np.inf, np.float32)
+    for number, score in enumerate(scores):
+        order = np.lexsort((np.arange(len(score)), -score))[:depth]
+        rows[number, : len(order)], best[number, : len(order)] = order, score[order]
+    return rows, best
+
+
+def check(found: ann.Found, anchors: np.ndarray, vectors: np.ndarray, depth: int) -> None:
+    rows, scores = brute_force(anchors, vectors.astype(np.float32), depth)
+    assert found.rows.dtype == np.int64 and found.scores.dtype == np.float32
+    assert found.rows.tobytes() == rows.tobytes()
+    assert found.scores.tobytes() == scores.tobytes()
+
+
+def make(rng: np.random.Generator, rows: int, dimension: int, distinct: int | None = None) -> np.ndarray:
+    """Random vectors; with `distinct`, each of that many repeated in random order."""
+    made = rng.standard_normal((distinct or rows, dimension)).astype(np.float32)
+    return made if distinct is None else made[rng.integers(0, distinct, rows)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 400),
+    anchors=st.integers(1, 20),
+    dimension=st.integers(1, 40),
+    depth=st.integers(1, 450),
+    part_rows=st.integers(1, 150),
+    distinct=st.none() | st.integers(1, 5),
+    scale=st.sampled_from([1.0, 1e-4, 100.0]),
+    half=st.booleans(),
+    flat=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_small_corpora_equal_brute_force(
+    seed, rows, anchors, dimension, depth, part_rows, distinct, scale, half, flat, threads
+):
+    rng = np.random.default_rng(seed)
+    vectors = (make(rng, rows, dimension, distinct) * np.float32(scale)).astype(np.float16 if half else np.float32)
+    queries = make(rng, anchors, dimension)
+    with TemporaryDirectory() as name:
+        stored = save_parts(Path(name), vectors, part_rows)
+        if flat:
+            stored = save_flat(Path(name) / "flat.index", stored)
+        assert (stored.rows, stored.dimension) == vectors.shape
+        found = ann.search_exact(queries, stored, depth, positives=NO_PAIRS, memory=ROOMY, threads=threads)
+    check(found, queries, vectors, depth)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> np.ndarray:
+    """12,000 unit vectors, sorted so that neighbours lie together, 3,000 of them the same one."""
+    rng = np.random.default_rng(5)
+    vectors = make(rng, 12_000, 24)
+    vectors[4_000:7_000] = vectors[0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors[np.argsort(vectors[:, 0], kind="stable")].astype(np.float16)
+
+
+@pytest.mark.parametrize("depth", [1, 60, 3_500])
+def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(corpus, tmp_path, depth):
+    queries = make(np.random.default_rng(6), 90, 24)
+    # Anchors that point at the 3,000 equal vectors: their cut falls into a tie that no slack would cover.
+    queries[:20] = corpus[6_000] if depth < 3_000 else -corpus[6_000].astype(np.float32)
+    parts = save_parts(tmp_path, corpus, 1_999)
+    flat = save_flat(tmp_path / "flat.index", parts)
+    least = 40 * 2**20 + 90 * depth * 400
+    for vectors, memory, threads in ((parts, ROOMY, 2), (flat, ROOMY, 1), (parts, least, 1), (flat, least, 3)):
+        found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=memory, threads=threads)
+        check(found, queries, corpus, depth)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 1_024, 1_025, 5_000])
+def test_any_block_size(corpus, tmp_path, monkeypatch, block_rows):
+    rows = corpus[: min(len(corpus), 600 * block_rows)]
+    queries = make(np.random.default_rng(7), 11, 24)
+    seen: list[int] = []
+    monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
+    vectors = save_parts(tmp_path, rows, 1_000)
+    found = ann.search_exact(queries, vectors, 50, positives=NO_PAIRS, memory=ROOMY, threads=2, progress=seen.append)
+    check(found, queries, rows, 50)
+    assert sum(seen) == len(rows) and max(seen) <= block_rows
+
+
+@pytest.mark.parametrize("block_rows", [60, 3_000])
+@pytest.mark.parametrize("quantile", [0.2, 0.9, 0.99, 1.0])
+def test_a_wrong_guess_changes_nothing(corpus, tmp_path, monkeypatch, block_rows, quantile):
+    def guess(tile: ann._Tile, block: np.ndarray) -> np.ndarray:
+        return np.quantile(tile.anchors @ block.T, quantile, axis=1).astype(np.float32)
+
+    monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(ann._Tile, "_guess", guess)
+    queries = make(np.random.default_rng(8), 30, 24)
+    vectors = save_parts(tmp_path, corpus, 5_000)
+    found = ann.search_exact(queries, vectors, 100, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    check(found, queries, corpus, 100)
+
+
+def test_positive_scores_are_those_of_pair_scores(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(ann, "_BLOCK_ROWS", 1_000)
+    rng = np.random.default_rng(9)
+    queries = make(rng, 40, 24)
+    pairs = rng.integers(0, 40, 500), rng.integers(0, len(corpus), 500)
+    found = ann.search_exact(queries, save_parts(tmp_path, corpus, 999), 5, positives=pairs, memory=ROOMY, threads=2)
+    expected = ann.pair_scores(queries, pairs[0], corpus.astype(np.float32), pairs[1])
+    assert found.positive_scores.tobytes() == expected.tobytes()
+
+
+@given(seed=st.integers(0, 2**32 - 1), dimension=st.integers(1, 800), pairs=st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_pair_scores_are_inner_products_with_bits_of_their_own(seed, dimension, pairs):
+    rng = np.random.default_rng(seed)
+    anchors, vectors = make(rng, 20, dimension), make(rng, 30, dimension)
+    anchor_of, row_of = rng.integers(0, 20, pairs), rng.integers(0, 30, pairs)
+    scores = ann.pair_scores(anchors, anchor_of, vectors, row_of)
+    exact = np.einsum("ij,ij->i", anchors[anchor_of].astype(np.float64), vectors[row_of].astype(np.float64))
+    lengths = np.linalg.norm(anchors[anchor_of], axis=1) * np.linalg.norm(vectors[row_of], axis=1)
+    assert (np.abs(scores - exact) <= dimension * 2.0**-24 * lengths).all()
+    order = rng.permutation(pairs)
+    assert ann.pair_scores(anchors, anchor_of[order], vectors, row_of[order]).tobytes() == scores[order].tobytes()
+    alone = [ann.pair_scores(anchors[a : a + 1], np.zeros(1, np.int64), vectors[r : r + 1], np.zeros(1, np.int64))[0]
+             for a, r in zip(anchor_of, row_of, strict=True)]  # fmt: skip
+    assert np.array(alone).tobytes() == scores.tobytes()
+
+
+def test_equal_scores_of_zero_have_equal_bits():
+    anchors, vectors = np.array([[1.0]], np.float32), np.array([[0.0], [-0.0]], np.float32)
+    pair = np.zeros(2, np.int64), np.arange(2)
+    assert not np.signbit(ann.pair_scores(anchors, pair[0], vectors, pair[1])).any()
+
+
+def test_pairs_out_of_range_are_refused():
+    vectors = np.ones((3, 4), np.float32)
+    for anchor, row in ((0, 3), (3, 0), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            ann.pair_scores(vectors, np.array([anchor]), vectors, np.array([row]))
+
+
+def test_flat_file_opens_in_faiss(corpus, tmp_path):
+    path = tmp_path / "flat.index"
+    vectors = save_flat(path, save_parts(tmp_path, corpus, 5_000))
+    index = faiss.read_index(str(path))
+    assert isinstance(index, faiss.IndexFlatIP) and index.ntotal == len(corpus)
+    assert index.reconstruct_n(0, len(corpus)).tobytes() == corpus.astype(np.float32).tobytes()
+    buffer = BytesIO()
+    ann.write_flat(buffer, vectors)
+    assert buffer.getvalue() == path.read_bytes()
+
+    queries = make(np.random.default_rng(10), 300, 24)
+    found = ann.search_exact(queries, vectors, 20, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    scores, _ = index.search(queries, 20)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
+
+
+def test_empty_corpus_and_no_anchors(corpus, tmp_path):
+    empty = save_flat(tmp_path / "flat.index", ann.Vectors((), 24))
+    assert (empty.rows, empty.dimension) == (0, 24)
+    found = ann.search_exact(np.ones((2, 24), np.float32), empty, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+    assert (found.rows == -1).all() and np.isneginf(found.scores).all()
+    vectors = save_parts(tmp_path, corpus, 5_000)
+    found = ann.search_exact(np.ones((0, 24), np.float32), vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    assert found.rows.shape == found.scores.shape == (0, 3)
+
+
+def test_damaged_flat_files(corpus, tmp_path):
+    path = tmp_path / "flat.index"
+    save_flat(path, save_parts(tmp_path, corpus, 5_000))
+    whole = path.read_bytes()
+    wrong_count = whole[:8] + (len(corpus) - 1).to_bytes(8, "little") + whole[16:]
+    for broken in (whole[:-1], whole + b"\0", whole[:20], b"", b"IxF2" + whole[4:], wrong_count):
+        path.write_bytes(broken)
+        with pytest.raises(DamagedError, match=r"flat\.index"):
+            ann.open_flat(path)
+    with pytest.raises(DamagedError, match="absent"):
+        ann.open_flat(tmp_path / "absent")
+
+
+def test_damaged_parts(tmp_path):
+    good, bad = tmp_path / "good.npy", tmp_path / "bad.npy"
+    np.save(good, np.ones((5, 4), np.float16))
+    whole = good.read_bytes()
+    for content in (whole[:-1], b"", b"no array"):
+        bad.write_bytes(content)
+        with pytest.raises(DamagedError, match=r"bad\.npy"):
+            ann.open_parts([good, bad])
+    for array in (np.ones((5, 3), np.float16), np.ones((5, 4)), np.ones(4, np.float16), np.ones((), np.float16)):
+        np.save(bad, array)
+        with pytest.raises(DamagedError, match=r"bad\.npy"):
+            ann.open_parts([good, bad])
+    with pytest.raises(DamagedError, match="absent"):
+        ann.open_parts([tmp_path / "absent.npy"])
+
+
+def test_file_cut_off_after_opening(tmp_path):
+    vectors = save_parts(tmp_path, np.ones((50, 4), np.float32), 20)
+    path = vectors.files[1].path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=path.name):
+        ann.search_exact(np.ones((1, 4), np.float32), vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_named(tmp_path, value):
+    rows = np.ones((50, 4), np.float16)
+    rows[33, 2] = value
+    vectors = save_parts(tmp_path, rows, 20)
+    anchors = np.ones((3, 4), np.float32)
+    with pytest.raises(DamagedError, match=r"000000020\.npy, row 13"):
+        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+    anchors[1, 0] = value
+    with pytest.raises(DamagedError, match="anchor 1"):
+        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+
+
+def test_too_little_memory_names_the_setting(corpus, tmp_path):
+    vectors = save_parts(tmp_path, corpus, 5_000)
+    with pytest.raises(ConfigError, match=r"resources\.memory_budget"):
+        ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, memory=2**20, threads=2)
+
+
+def test_importing_the_module_imports_no_faiss():
+    code = "import sys, negpipe.ann; sys.exit('faiss' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
