@@ -160,7 +160,21 @@ class Mining(_Model):
         "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
     )
     num_negatives: int = Field(3, ge=1, description="Negatives an anchor.")
-    sampling_strategy: Literal["top", "random"] = Field("top", description="Which of the window are taken.")
+    depth: int | None = Field(None, ge=1, description="Candidates an anchor that are looked at; null: all stored.")
+    sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
+        "top",
+        description="Which of the window are taken. top: the first. random: any. simans: likeliest at positive +"
+        " simans_b. weighted: by softmax(score / temperature). All but top draw without replacement, by seed.",
+    )
+    simans_a: float = Field(1.0, ge=0, description="simans: weight = exp(-a * (score - positive - b)^2).")
+    simans_b: float = Field(0.0, description="simans: above 0 prefers scores above the positive's.")
+    temperature: float = Field(1.0, gt=0, description="weighted: lower is closer to top.")
+    margin_reference: Literal["min", "max", "each"] = Field(
+        "min",
+        description="Which positive score margins refer to: the anchor's lowest, its highest, or each positive's own,"
+        " with negatives of its own.",
+    )
+    strict: bool = Field(False, description="Drop what equals a cutoff too.")
     absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
     relative_margin: float | None = Field(
         0.05, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
@@ -170,6 +184,10 @@ class Mining(_Model):
     exclude: tuple[Exclusion, ...] = Field(
         ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
         description="What is never a negative.",
+    )
+    exclude_file: str | None = Field(
+        None,
+        description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
     )
     on_shortage: Literal["keep", "drop", "fail"] = Field(
         "keep", description="Anchors with fewer negatives: keep what there is, drop the anchor, or fail."

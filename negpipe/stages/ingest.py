@@ -348,7 +348,8 @@ def _batches(
     """The result of a query, streamed; its own cursor, since other queries run in between."""
     cursor = database.cursor()
     cursor.execute(query, parameters)
-    yield from cursor.to_arrow_reader(BATCH)
+    reader: Any = cursor.to_arrow_reader(BATCH)
+    yield from reader
 
 
 class _Spool:
