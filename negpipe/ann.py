@@ -25,11 +25,11 @@ from negpipe.errors import ConfigError, DamagedError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
 
 _TILE = 1024  # anchors and rows of one matrix product: its float32 scores stay near the cache
 _TILE_BYTES = 64  # scratch for each score of a tile, when every one of them has to be scored again
 _BLOCK_ROWS = 65536
-_SAMPLE = 2048
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 _NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
@@ -62,8 +62,8 @@ class Vectors:
         """Number of vectors."""
         return self.files[-1].first + self.files[-1].rows if self.files else 0
 
-    def read(self, start: int, out: Floats) -> None:
-        """Fill `out` (m, dimension) with rows start … start + m.
+    def read(self, start: int, out: Floats, order: Ints | None = None) -> None:
+        """Fill `out` (m, dimension) with rows start … start + m; with `order`, row start + i goes to out[order[i]].
 
         Reads instead of mapping, so that pages of a large file never count as this process's memory.
 
@@ -82,7 +82,8 @@ class Vectors:
                     raise DamagedError(f"{file.path}: cannot be read ({error}). Run `negpipe verify`") from None
                 if len(values) < size:
                     raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
-                out[row - start : stop - start] = values.reshape(-1, self.dimension)
+                here = slice(row - start, stop - start)
+                out[here if order is None else order[here]] = values.reshape(-1, self.dimension)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
         """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
@@ -229,30 +230,27 @@ def search_exact(
     block_rows = _block_rows(len(anchors), vectors, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     starts = range(0, vectors.rows, block_rows)
-    # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
     tiles = [_Tile(part, depth) for part in _split(anchors, threads)]
 
-    def load(number: int) -> tuple[Floats, float]:
-        start = starts[number]
-        block = buffers[number % 2][: vectors.rows - start]
-        vectors.read(start, block)
-        return block, _longest(block, start, vectors)
+    def load(number: int) -> _Block:
+        return _Block.load(vectors, starts[number], buffers[number % 2])
 
-    def score_positives(first: int, block: Floats) -> None:
-        pairs = np.flatnonzero((row_of >= first) & (row_of < first + len(block)))
-        positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block, row_of[pairs] - first)
+    def score_positives(block: _Block) -> None:
+        pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
+        places = block.order[row_of[pairs] - block.first]
+        positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, places)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         ahead = reader.submit(load, 0) if starts else None
-        for number, first in enumerate(starts):
+        for number in range(len(starts)):
             assert ahead is not None
-            block, longest = ahead.result()
+            block = ahead.result()
             ahead = reader.submit(load, number + 1) if number + 1 < len(starts) else None
-            work = [pool.submit(tile.search, first, block, longest) for tile in tiles]
-            work.append(pool.submit(score_positives, first, block))
+            work = [pool.submit(tile.search, block) for tile in tiles]
+            work.append(pool.submit(score_positives, block))
             for done in work:
                 done.result()
-            progress(len(block))
+            progress(len(block.vectors))
         rows = np.empty((len(anchors), depth), np.int64)
         scores = np.empty((len(anchors), depth), np.float32)
         first = 0
@@ -269,6 +267,7 @@ def _one_thread() -> None:
 
 
 def _split(anchors: Floats, threads: int) -> list[Floats]:
+    """Equally many tiles a thread, or the last ones would leave threads idle at the end of each block."""
     tiles = -(-len(anchors) // (_TILE * threads)) * threads
     return [part for part in np.array_split(anchors, max(1, tiles)) if len(part)]
 
@@ -288,12 +287,27 @@ def _block_rows(anchors: int, vectors: Vectors, depth: int, memory: int, threads
     return int(max(1, min(_BLOCK_ROWS, vectors.rows, (memory - fixed) // row)))
 
 
-def _longest(block: Floats, first: int, vectors: Vectors) -> float:
-    squares = np.einsum("ij,ij->i", block, block)
-    if not np.isfinite(squares).all():
-        row = first + int(np.flatnonzero(~np.isfinite(squares))[0])
-        raise DamagedError(f"{vectors.place(row)}: the vector is not finite. Run `negpipe encode` again")
-    return math.sqrt(float(squares.max(initial=0.0)))
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive rows in a random order (always the same one), so that those met first are a fair sample of all."""
+
+    first: int
+    vectors: Floats
+    order: Ints  # row first + i stands at vectors[order[i]]
+    rows: Ints  # vectors[j] is row rows[j]
+    longest: float  # the largest norm
+
+    @classmethod
+    def load(cls, source: Vectors, first: int, buffer: Floats) -> _Block:
+        vectors = buffer[: source.rows - first]
+        order = np.random.default_rng(0).permutation(len(vectors))
+        source.read(first, vectors, order)
+        rows = first + np.argsort(order)
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+        if not np.isfinite(squares).all():
+            place = source.place(int(rows[~np.isfinite(squares)].min()))
+            raise DamagedError(f"{place}: the vector is not finite. Run `negpipe encode` again")
+        return cls(first, vectors, order, rows, math.sqrt(float(squares.max(initial=0.0))))
 
 
 @dataclass
@@ -302,7 +316,7 @@ class _Tile:
 
     anchors: Floats
     depth: int
-    best: NDArray[np.uint64] = field(init=False)  # (w, depth); the worst key last, the others in any order
+    best: Keys = field(init=False)  # (w, depth); the worst key last, the others in any order
 
     def __post_init__(self) -> None:
         width, dimension = self.anchors.shape
@@ -315,22 +329,17 @@ class _Tile:
         _faiss().copy_array_to_vector(self.anchors.ravel(), self.product.A)
         self.product.is_trained = True
 
-    def search(self, first: int, block: Floats, longest: float) -> None:
-        """Let the rows first … first + len(block) compete; `longest` is the largest norm among them."""
-        cut = self._cut(longest)
-        if np.isfinite(cut).all():
-            self._sweep(first, block, longest, cut)
-            return
+    def search(self, block: _Block) -> None:
+        """Let the rows of a block compete."""
         before = self.best.copy()
-        guess = self._guess(block)
-        self._sweep(first, block, longest, np.maximum(cut, guess))
+        guess = self._sweep(block, guessing=bool((before == _NOTHING).all()))
         # A guess is no bound: where the cut it led to does not prove it, every row of the block competes.
-        short = np.flatnonzero(guess > self._cut(longest))
-        if len(short):
-            again = _Tile(self.anchors[short], self.depth)
-            again.best = before[short]
-            again._sweep(first, block, longest, again._cut(longest))
-            self.best[short] = again.best
+        unproven = np.flatnonzero(guess > self._cut(block.longest))
+        if len(unproven):
+            again = _Tile(self.anchors[unproven], self.depth)
+            again.best = before[unproven]
+            again._sweep(block, guessing=False)
+            self.best[unproven] = again.best
 
     def result(self) -> tuple[Ints, Floats]:
         """Rows and scores, (w, depth) each, in order."""
@@ -345,44 +354,46 @@ class _Tile:
         cut: Floats = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
         return cut
 
-    def _guess(self, block: Floats) -> Floats:
-        """A product that likely a few more than `depth` rows of the block reach, from a fixed random sample."""
-        expected = self.depth * _SAMPLE / len(block)
-        rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 2)
-        if rank * 2 > _SAMPLE:
-            return np.full(len(self.anchors), -np.inf, np.float32)
-        sample = np.random.default_rng(0).integers(0, len(block), _SAMPLE)
-        products = np.empty((_SAMPLE, len(self.anchors)), np.float32)
-        self._multiply(block[np.sort(sample)], products)
-        return np.partition(products.T.copy(), _SAMPLE - rank, axis=1)[:, _SAMPLE - rank]
+    def _rank(self, seen: float) -> int:
+        """How many of a random part of a block likely include all that belong to the top of the block."""
+        expected = self.depth * seen
+        return math.ceil(expected + 3.5 * math.sqrt(expected) + 2)
 
-    def _multiply(self, rows: Floats, products: Floats) -> None:
+    def _sweep(self, block: _Block, guessing: bool) -> Floats:
+        """Merge every row of the block whose product reaches the cut; returns the highest guess that raised the cut."""
         pointer = _faiss().swig_ptr
-        self.product.apply_noalloc(len(rows), pointer(rows), pointer(products))
-
-    def _sweep(self, first: int, block: Floats, longest: float, cut: Floats) -> None:
-        width = len(self.anchors)
-        products = np.empty((min(_TILE, len(block)), width), np.float32)
-        passed = np.empty(products.shape, np.bool_)
-        waiting: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] = []
+        width, rows = len(self.anchors), len(block.vectors)
+        cut, guess = self._cut(block.longest), np.full(width, -np.inf, np.float32)
+        products = np.empty((min(_TILE, rows), width), np.float32)
+        waiting: list[tuple[NDArray[np.uint16], Keys]] = []
         counts = np.zeros(width, np.int64)
-        for start in range(0, len(block), _TILE):
-            rows = block[start : start + _TILE]
-            self._multiply(rows, products)
-            np.greater_equal(products[: len(rows)], cut, out=passed[: len(rows)])
-            row_of, anchor_of = np.divmod(_positions(passed[: len(rows)]), width)
-            scores = pair_scores(self.anchors, anchor_of, rows, row_of)
-            waiting.append((anchor_of.astype(np.uint16), _keys(scores, row_of + (first + start))))
+        refine = 4 * _TILE
+        for start in range(0, rows, _TILE):
+            vectors = block.vectors[start : start + _TILE]
+            seen = start + len(vectors)
+            products = products[: len(vectors)]
+            self.product.apply_noalloc(len(vectors), pointer(vectors), pointer(products))
+            if guessing and start == 0 and (rank := self._rank(seen / rows)) < seen // 2:
+                guess = np.partition(products.T.copy(), seen - rank, axis=1)[:, seen - rank]
+                cut = np.maximum(cut, guess)
+            positions = _positions(products >= cut)
+            row_of = positions // width
+            anchor_of = positions - row_of * width
+            scores = pair_scores(self.anchors, anchor_of, vectors, row_of)
+            waiting.append((anchor_of.astype(np.uint16), _keys(scores, block.rows[start + row_of])))
             counts += np.bincount(anchor_of, minlength=width)
-            if counts.max() >= 2 * self.depth:
+            refining = guessing and seen >= refine
+            if refining or counts.max() >= 2 * self.depth or seen == rows:
                 self._merge(waiting, counts)
                 waiting, counts = [], np.zeros(width, np.int64)
-                cut = np.maximum(cut, self._cut(longest))
-        self._merge(waiting, counts)
+                cut = np.maximum(cut, self._cut(block.longest))
+            if refining and (rank := self._rank(seen / rows)) < self.depth:
+                refine *= 4
+                guess = np.maximum(guess, _scores(np.partition(self.best, rank - 1, axis=1)[:, rank - 1]))
+                cut = np.maximum(cut, guess)
+        return guess
 
-    def _merge(self, waiting: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]], counts: Ints) -> None:
-        if not counts.any():
-            return
+    def _merge(self, waiting: list[tuple[NDArray[np.uint16], Keys]], counts: Ints) -> None:
         anchor_of = np.concatenate([anchors for anchors, _ in waiting])
         keys = np.concatenate([keys for _, keys in waiting])
         order = np.argsort(anchor_of, kind="stable")  # a radix sort on 16 bits
@@ -406,13 +417,15 @@ def _positions(passed: NDArray[np.bool_]) -> Ints:
     return positions
 
 
-def _keys(scores: Floats, rows: Ints) -> NDArray[np.uint64]:
+def _keys(scores: Floats, rows: Ints) -> Keys:
     """One integer a pair that sorts like (-score, row)."""
-    bits = scores.view(np.uint32)
-    falling = np.where(bits >> 31 == 1, bits, ~bits & np.uint32(0x7FFFFFFF))
-    return (falling.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
+    return (_flip(scores.view(np.int32)).view(np.uint32).astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
 
 
-def _scores(keys: NDArray[np.uint64]) -> Floats:
-    falling = (keys >> np.uint64(32)).astype(np.uint32)
-    return np.where(falling >> 31 == 1, falling, ~falling & np.uint32(0x7FFFFFFF)).view(np.float32)
+def _scores(keys: Keys) -> Floats:
+    return _flip((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).view(np.float32)
+
+
+def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The bits of float32 numbers, changed so that as unsigned integers they fall where the numbers rise; and back."""
+    return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))

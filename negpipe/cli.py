@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -49,12 +50,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
+    debug = "--debug" in arguments
     try:
         app(standalone_mode=False)
     except NegpipeError as error:
-        if "--debug" in arguments:
-            raise
-        sys.exit(_fail(error, log_format))
+        sys.exit(_fail(str(error), error.code, error.exit_code, log_format, trace=debug))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted("Interrupted", 130))
     except _Terminated:
@@ -62,20 +62,27 @@ def main() -> None:
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except TyperException as error:
-        typer.echo(f"negpipe: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
+        # Without a message it has shown the help already.
+        message = error.format_message()
+        sys.exit(_fail(message, "usage", error.exit_code, log_format) if message else error.exit_code)
+    except Exception as error:
+        hint = "" if debug else " Run the same command with --debug for the trace."
+        message = f"unexpected {type(error).__name__}: {error}. This is a bug; finished parts are kept.{hint}"
+        sys.exit(_fail(message, "unexpected", 1, log_format, trace=debug))
 
 
-def _fail(error: NegpipeError, log_format: str) -> int:
+def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:
     from negpipe import console
 
+    shown = traceback.format_exc() if trace else ""
     if log_format == "json":
         console.set_up_logging("json", debug=False)
-        fields = {"error": error.code, "exit_code": error.exit_code}
-        console.logger.error("%s", error, extra={"fields": fields})
+        fields = {"error": code, "exit_code": exit_code} | ({"trace": shown} if shown else {})
+        console.logger.error("%s", message, extra={"fields": fields})
     else:
-        console.err.print(f"negpipe: {error}", style="red", markup=False, soft_wrap=True)
-    return error.exit_code
+        console.err.print(console.visible(shown), end="", markup=False, soft_wrap=True)
+        console.err.print(console.visible(f"negpipe: {message}"), style="red", markup=False, soft_wrap=True)
+    return exit_code
 
 
 def _interrupted(what: str, code: int) -> int:
@@ -136,7 +143,11 @@ _stage_command("triplets", "Choose negatives and write the training rows.")
 
 
 @app.command()
-def status(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+def status(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    debug: DebugOption = False,
+) -> None:
     """Say how every stage stands, and why what is not current is not.
 
     Example: negpipe status quickstart.yaml
@@ -148,7 +159,11 @@ def status(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: 
 
 
 @app.command()
-def verify(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+def verify(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    debug: DebugOption = False,
+) -> None:
     """Read every output file again and compare its digest. Exit code 5 when one differs.
 
     Example: negpipe verify quickstart.yaml
@@ -170,6 +185,7 @@ def clean(
     config: ConfigArgument,
     overrides: SetOption = [],  # noqa: B006 — typer copies it
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Delete parts of settings that are no longer current. Asks first.
 
@@ -190,13 +206,18 @@ def clean(
         folders[folder] = files + 1, total + size
     for folder, (files, total) in sorted(folders.items()):
         console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
-    if not yes:
-        typer.confirm(f"Delete {len(listed)} files from {run_dir}?", abort=True)
+    if not yes and not typer.confirm(f"Delete {len(listed)} files from {run_dir}?"):
+        console.out.print("Nothing was deleted.")
+        return
     console.out.print(f"Freed {console.size(pipeline.clean(run_dir))}.")
 
 
 @config_app.command("check")
-def config_check(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+def config_check(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    debug: DebugOption = False,
+) -> None:
     """Validate a config; every problem with its place.
 
     Example: negpipe config check scifact.yaml
@@ -222,7 +243,11 @@ def config_schema() -> None:
 
 
 @config_app.command("show")
-def config_show(config: ConfigArgument, overrides: SetOption = []) -> None:  # noqa: B006 — typer copies it
+def config_show(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    debug: DebugOption = False,
+) -> None:
     """Print a config with every default filled in.
 
     Example: negpipe config show quickstart.yaml

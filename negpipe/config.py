@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -226,7 +227,7 @@ def _bytes(value: Any) -> Any:
         if unit in _UNITS:
             try:
                 return int(float(number) * _UNITS[unit])
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
         raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB")
     return value
@@ -311,7 +312,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem, tree) for problem in error.errors(include_url=False)]
+        lines = [_explain(problem) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{name}: " + "\n".join(lines)) from None
 
 
@@ -334,30 +335,51 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
-def _explain(problem: Any, tree: dict[str, Any]) -> str:
-    place = ".".join(str(step) for step in problem["loc"]) or "config"
+def _explain(problem: Any) -> str:
+    place = ".".join(str(step) for step in problem["loc"])
+    before = f"{place}: " if place else ""
     if problem["type"] == "extra_forbidden":
         *folders, leaf = problem["loc"]
-        nearest = difflib.get_close_matches(str(leaf), _names(folders), n=1, cutoff=0.5)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known here: {', '.join(_names(folders))}."
-        return f"{place}: unknown key.{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{before}unknown key. {_hint(folders, str(leaf))}"
     if problem["type"] == "missing":
-        return f"{place}: this key is required"
+        return f"{before}this key is required"
     shown = problem["input"]
-    return f"{place}: {message}" + ("" if isinstance(shown, dict) else f" (got {shown!r})")
+    got = "" if isinstance(shown, dict) else f" (got {shown!r})"
+    if problem["type"] == "model_type":
+        return f"{before}expected settings, some of {', '.join(_names(problem['loc']))}{got}"
+    return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _names(folders: list[Any]) -> list[str]:
+def _hint(folders: list[Any], leaf: str) -> str:
+    elsewhere = [path for path in _paths(Config) if path.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"Did you mean '{' or '.join(elsewhere)}'?"
+    known = _names(folders)
+    nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+    return f"Did you mean '{nearest[0]}'?" if nearest else f"Known here: {', '.join(known)}."
+
+
+def _names(folders: Iterable[Any]) -> list[str]:
     """The keys known at a place of the config."""
-    model: Any = Config
+    model: type[BaseModel] | None = Config
     for folder in folders:
-        field = model.model_fields.get(folder)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
-            return []
-    return sorted(model.model_fields)
+        model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
+    return sorted(model.model_fields) if model else []
+
+
+def _paths(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield before + name
+        inner = _model(field.annotation)
+        if inner:
+            yield from _paths(inner, f"{before}{name}.")
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation, also where it is optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model, get_args(annotation))), None)
 
 
 def schema() -> dict[str, Any]:

@@ -35,6 +35,11 @@ err = Console(stderr=True, highlight=False)
 logger = logging.getLogger("negpipe")
 
 
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _Json(logging.Formatter):
     """One JSON object a line, for schedulers."""
 
@@ -56,9 +61,12 @@ def set_up_logging(log_format: str, *, debug: bool) -> None:
         handler.setFormatter(_Json())
     elif err.is_terminal:
         handler = RichHandler(console=err, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(_Plain("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Plain("%(asctime)s %(message)s", "%H:%M:%S"))
+    # A warning of a library is a log line too, or it would break JSON lines.
+    logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -134,6 +142,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def visible(text: str) -> str:
+    """Lines in which control characters are written out: what a file holds never steers the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def clean_text(text: str, length: int | None = None) -> str:

@@ -342,7 +342,10 @@ def _difference(manifest: Manifest, now: _Identity, config: Config) -> str:
         if name in STAGES:
             lines.append(f"the output of {name} changed")
             continue
-        before, after = old.get(name), fresh[name]
+        if name not in old:
+            lines.append(f"{name} is new")
+            continue
+        before, after = old[name], fresh[name]
         if name in now.sources:
             before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
         same = before == after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from io import BytesIO
@@ -123,18 +124,26 @@ def test_any_block_size(corpus, tmp_path, monkeypatch, block_rows):
     assert sum(seen) == len(rows) and max(seen) <= block_rows
 
 
-@pytest.mark.parametrize("block_rows", [60, 3_000])
-@pytest.mark.parametrize("quantile", [0.2, 0.9, 0.99, 1.0])
-def test_a_wrong_guess_changes_nothing(corpus, tmp_path, monkeypatch, block_rows, quantile):
-    def guess(tile: ann._Tile, block: np.ndarray) -> np.ndarray:
-        return np.quantile(tile.anchors @ block.T, quantile, axis=1).astype(np.float32)
-
+@pytest.mark.parametrize("rows, block_rows, depth", [(130, 60, 100), (4_000, 3_000, 100), (12_000, 6_000, 1_000)])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
+def test_wrong_guesses_change_nothing(corpus, tmp_path, monkeypatch, rows, block_rows, depth, share):
     monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(ann._Tile, "_guess", guess)
+    monkeypatch.setattr(ann, "_TILE", 32)
+    monkeypatch.setattr(ann._Tile, "_rank", lambda tile, seen: math.ceil(tile.depth * seen * share))
     queries = make(np.random.default_rng(8), 30, 24)
-    vectors = save_parts(tmp_path, corpus, 5_000)
-    found = ann.search_exact(queries, vectors, 100, positives=NO_PAIRS, memory=ROOMY, threads=2)
-    check(found, queries, corpus, 100)
+    vectors = save_parts(tmp_path, corpus[:rows], 5_000)
+    found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    check(found, queries, corpus[:rows], depth)
+
+
+def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(ann, "_BLOCK_ROWS", 500)
+    rng = np.random.default_rng(11)
+    vectors = make(rng, 1, 300) * (1 + rng.integers(-3, 4, (4_000, 300)) * np.float32(2**-23)).astype(np.float32)
+    queries = make(rng, 40, 300)
+    stored = save_parts(tmp_path, vectors, 1_000)
+    found = ann.search_exact(queries, stored, 50, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    check(found, queries, vectors, 50)
 
 
 def test_positive_scores_are_those_of_pair_scores(corpus, tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ def _join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
     if not _count(database, "select count(*) from positives join askers on query = id"):
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
-            f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
+            f"none of {_count(database, 'select count(*) from askers')} queries has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
             field="data.split",
             remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
         )
@@ -330,25 +330,21 @@ def _documents(config: Config, database: duckdb.DuckDBPyConnection, spool: Path)
     for corpus in (True, False):
         batches = _batches(
             database,
-            """
+            f"""
             select first, n.d1, n.normalized, list(d.id order by not d.corpus, d.position) as ids,
                 list(d.source_row order by not d.corpus, d.position) as source_rows
-            from numbered n join documents d using (d1, d2) where n.corpus = ? group by n.row, first, n.d1, n.d2,
+            from numbered n join documents d using (d1, d2) where n.corpus = {corpus} group by n.row, first, n.d1, n.d2,
                 n.normalized order by n.row""",
-            [corpus],
         )
         texts = _Spool(spool / _spool_name(corpus))
         tables = (_document_table(batch, texts) for batch in batches)
         yield from _tasks("corpus" if corpus else "added", tables, config.data.part_rows)
 
 
-def _batches(
-    database: duckdb.DuckDBPyConnection, query: str, parameters: list[Any] | None = None
-) -> Iterator[pa.RecordBatch]:
+def _batches(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.RecordBatch]:
     """The result of a query, streamed; its own cursor, since other queries run in between."""
     cursor = database.cursor()
-    cursor.execute(query, parameters)
-    reader: Any = cursor.to_arrow_reader(BATCH)
+    reader: Any = cursor.sql(query).to_arrow_reader(BATCH)
     yield from reader
 
 
