@@ -27,8 +27,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
-_TILE = 1024  # anchors and rows of one matrix product: its float32 scores stay near the cache
-_TILE_BYTES = 64  # scratch for each score of a tile, when every one of them has to be scored again
+_ANCHORS, _ROWS = 2048, 1024  # at most, of one matrix product: large enough for its speed, small enough for the cache
+_SCORE_BYTES = 64  # scratch for each score of a product, when all of them pass
 _BLOCK_ROWS = 65536
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 _NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
@@ -72,8 +72,8 @@ class Vectors:
         """
         for file in self.files:
             low, high = max(start, file.first), min(start + len(out), file.first + file.rows)
-            for row in range(low, high, _TILE):
-                stop = min(row + _TILE, high)
+            for row in range(low, high, _ROWS):
+                stop = min(row + _ROWS, high)
                 size = (stop - row) * self.dimension
                 offset = file.offset + (row - file.first) * self.dimension * file.dtype.itemsize
                 try:
@@ -134,7 +134,7 @@ def _flat_header(dimension: int, rows: int) -> bytes:
 def write_flat(file: BinaryIO, vectors: Vectors) -> None:
     """Write an `IndexFlatIP` that `faiss.read_index` opens, one tile of rows in memory at a time."""
     file.write(_flat_header(vectors.dimension, vectors.rows))
-    for _, block in vectors.blocks(_TILE):
+    for _, block in vectors.blocks(_ROWS):
         file.write(block.astype("<f4", copy=False).data)
 
 
@@ -227,10 +227,10 @@ def search_exact(
         raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
-    block_rows = _block_rows(len(anchors), vectors, depth, memory, threads)
+    count, block_rows = _layout(len(anchors), vectors, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     starts = range(0, vectors.rows, block_rows)
-    tiles = [_Tile(part, depth) for part in _split(anchors, threads)]
+    tiles = [_Tile(part, depth) for part in np.array_split(anchors, count)] if count else []
 
     def load(number: int) -> _Block:
         return _Block.load(vectors, starts[number], buffers[number % 2])
@@ -266,25 +266,21 @@ def _one_thread() -> None:
     _faiss().omp_set_num_threads(1)
 
 
-def _split(anchors: Floats, threads: int) -> list[Floats]:
-    """Equally many tiles a thread, or the last ones would leave threads idle at the end of each block."""
-    tiles = -(-len(anchors) // (_TILE * threads)) * threads
-    return [part for part in np.array_split(anchors, max(1, tiles)) if len(part)]
-
-
-def _block_rows(anchors: int, vectors: Vectors, depth: int, memory: int, threads: int) -> int:
-    """Rows of a block, so that two blocks, the results and the scratch of every thread fit into `memory`."""
-    scratch = threads * min(_TILE, anchors) * (_TILE * _TILE_BYTES + 3 * depth * 16)
-    fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch
-    row = 2 * 4 * (vectors.dimension + 1)
-    least = min(_TILE, max(1, vectors.rows))
-    if fixed + least * row > memory:
+def _layout(anchors: int, vectors: Vectors, depth: int, memory: int, threads: int) -> tuple[int, int]:
+    """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`."""
+    scratch = threads * (_ROWS * _SCORE_BYTES + depth * 48)  # for each anchor of a tile
+    width = min(_ANCHORS, max(1, memory // (4 * scratch)))
+    # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
+    tiles = min(anchors, -(-anchors // (width * threads)) * threads)
+    fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch * -(-anchors // max(1, tiles))
+    row = 2 * (4 * vectors.dimension + 24)
+    least = fixed + min(_ROWS, vectors.rows) * row
+    if least > memory:
         raise ConfigError(
-            f"searching {anchors} anchors to depth {depth} with {threads} threads needs"
-            f" {math.ceil((fixed + least * row) / 2**20)} MiB, there are {memory // 2**20}:"
-            " raise resources.memory_budget, or lower resources.cpus or search.depth"
+            f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
+            f" there are {memory // 2**20}: raise resources.memory_budget, or lower resources.cpus or search.depth"
         )
-    return int(max(1, min(_BLOCK_ROWS, vectors.rows, (memory - fixed) // row)))
+    return tiles, max(1, min(_BLOCK_ROWS, vectors.rows, (memory - fixed) // row))
 
 
 @dataclass(frozen=True)
@@ -312,7 +308,7 @@ class _Block:
 
 @dataclass
 class _Tile:
-    """Up to `_TILE` anchors and the keys of the best rows each has met so far."""
+    """Up to `_ANCHORS` anchors and the keys of the best rows each has met so far."""
 
     anchors: Floats
     depth: int
@@ -331,13 +327,11 @@ class _Tile:
 
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
-        before = self.best.copy()
-        guess = self._sweep(block, guessing=bool((before == _NOTHING).all()))
-        # A guess is no bound: where the cut it led to does not prove it, every row of the block competes.
+        guess = self._sweep(block, guessing=bool((self.best == _NOTHING).all()))
+        # A guess is no bound: where the cut it led to does not prove it, every row competes, from nothing as before.
         unproven = np.flatnonzero(guess > self._cut(block.longest))
         if len(unproven):
             again = _Tile(self.anchors[unproven], self.depth)
-            again.best = before[unproven]
             again._sweep(block, guessing=False)
             self.best[unproven] = again.best
 
@@ -364,19 +358,20 @@ class _Tile:
         pointer = _faiss().swig_ptr
         width, rows = len(self.anchors), len(block.vectors)
         cut, guess = self._cut(block.longest), np.full(width, -np.inf, np.float32)
-        products = np.empty((min(_TILE, rows), width), np.float32)
+        products = np.empty((min(_ROWS, rows), width), np.float32)
+        passed = np.empty(products.shape, np.bool_)
         waiting: list[tuple[NDArray[np.uint16], Keys]] = []
         counts = np.zeros(width, np.int64)
-        refine = 4 * _TILE
-        for start in range(0, rows, _TILE):
-            vectors = block.vectors[start : start + _TILE]
+        refine = 4 * _ROWS
+        for start in range(0, rows, _ROWS):
+            vectors = block.vectors[start : start + _ROWS]
             seen = start + len(vectors)
             products = products[: len(vectors)]
             self.product.apply_noalloc(len(vectors), pointer(vectors), pointer(products))
             if guessing and start == 0 and (rank := self._rank(seen / rows)) < seen // 2:
                 guess = np.partition(products.T.copy(), seen - rank, axis=1)[:, seen - rank]
                 cut = np.maximum(cut, guess)
-            positions = _positions(products >= cut)
+            positions = np.flatnonzero(np.greater_equal(products, cut, out=passed[: len(vectors)]))
             row_of = positions // width
             anchor_of = positions - row_of * width
             scores = pair_scores(self.anchors, anchor_of, vectors, row_of)
@@ -387,10 +382,11 @@ class _Tile:
                 self._merge(waiting, counts)
                 waiting, counts = [], np.zeros(width, np.int64)
                 cut = np.maximum(cut, self._cut(block.longest))
-            if refining and (rank := self._rank(seen / rows)) < self.depth:
+            if refining:
                 refine *= 4
-                guess = np.maximum(guess, _scores(np.partition(self.best, rank - 1, axis=1)[:, rank - 1]))
-                cut = np.maximum(cut, guess)
+                if (rank := self._rank(seen / rows)) < self.depth:
+                    guess = np.maximum(guess, _scores(np.partition(self.best, rank - 1, axis=1)[:, rank - 1]))
+                    cut = np.maximum(cut, guess)
         return guess
 
     def _merge(self, waiting: list[tuple[NDArray[np.uint16], Keys]], counts: Ints) -> None:
@@ -403,18 +399,6 @@ class _Tile:
         table[anchor_of[order], self.depth + column] = keys[order]
         table.partition(self.depth - 1, axis=1)
         self.best = table[:, : self.depth].copy()
-
-
-def _positions(passed: NDArray[np.bool_]) -> Ints:
-    """`np.flatnonzero`, several times faster where few passed: looks at eight flags at once."""
-    flags = passed.reshape(-1)
-    if flags.size % 8:
-        return np.flatnonzero(flags)
-    words = flags.view(np.uint64)
-    some = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[some].view(np.bool_))
-    positions: Ints = (some[inside >> 3] << 3) + (inside & 7)
-    return positions
 
 
 def _keys(scores: Floats, rows: Ints) -> Keys:

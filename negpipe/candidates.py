@@ -1,11 +1,17 @@
-"""Candidate parts: what `search` stores and `triplets` reads, Parquet in slices of anchors."""
+"""Candidate parts: what `search` stores and `triplets` reads, Parquet in slices of anchors.
+
+Anchors that need more than `search` stored have deeper candidates in a file of their own, one row group
+for each slice in which there are any, with a column that says which anchors of the part they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +22,7 @@ from negpipe.errors import DamagedError
 from negpipe.tables import ragged
 
 ROW_GROUP = 4096
+_CELLS = 2**22  # candidates of a slice that has deeper ones
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
@@ -28,7 +35,7 @@ class Candidates:
         rows: (n, k) int64, best first, -1 where the corpus is smaller than k.
         scores: (n, k) float32, -inf where there is no row.
         positives: rows of all anchors' positives, ragged by offsets.
-        offsets: (n + 1,) int64.
+        offsets: (n + 1,) int64, from 0.
         positive_scores: float32, as positives.
     """
 
@@ -38,15 +45,47 @@ class Candidates:
     offsets: Rows
     positive_scores: Scores
 
+    def narrowed(self, depth: int) -> Candidates:
+        """The first `depth` candidates of each anchor."""
+        return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth])
+
+    def take(self, anchors: Rows) -> Candidates:
+        """Some of the anchors, ascending."""
+        lengths = np.diff(self.offsets)
+        owned = np.isin(np.repeat(np.arange(len(lengths)), lengths), anchors)
+        offsets = np.concatenate([[0], np.cumsum(lengths[anchors])])
+        return Candidates(
+            self.rows[anchors], self.scores[anchors], self.positives[owned], offsets, self.positive_scores[owned]
+        )
+
+    def deepened(self, deeper: Deeper) -> Candidates:
+        """The same with deeper candidates for some anchors, and padding for the others."""
+        rows = _padded(self.rows, deeper.rows.shape[1], -1)
+        scores = _padded(self.scores, deeper.rows.shape[1], -np.inf)
+        rows[deeper.anchors], scores[deeper.anchors] = deeper.rows, deeper.scores
+        return replace(self, rows=rows, scores=scores)
+
+
+@dataclass(frozen=True)
+class Deeper:
+    """Candidates that take the place of those of some anchors.
+
+    Attributes:
+        anchors: (m,) int64, which anchors, ascending.
+        rows: (m, k) int64 as in `Candidates`; scores alike.
+    """
+
+    anchors: Rows
+    rows: Rows
+    scores: Scores
+
 
 def write(file: BinaryIO, found: Candidates) -> None:
     """Write one part."""
-    depth = found.rows.shape[1]
     lists = pa.array(found.offsets.astype(np.int32))
     table = pa.table(
         {
-            "rows": pa.FixedSizeListArray.from_arrays(pa.array(found.rows.ravel()), depth),
-            "scores": pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel()), depth),
+            **_columns(found),
             "positives": pa.ListArray.from_arrays(lists, pa.array(found.positives)),
             "positive_scores": pa.ListArray.from_arrays(lists, pa.array(found.positive_scores)),
         }
@@ -54,20 +93,77 @@ def write(file: BinaryIO, found: Candidates) -> None:
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False)
 
 
-def read(path: Path) -> Iterator[Candidates]:
+def write_deeper(file: BinaryIO, found: Deeper) -> None:
+    """Write the deeper candidates of a part, numbered by its anchors."""
+    table = pa.table({"anchor": found.anchors, **_columns(found)})
+    slices = np.searchsorted(found.anchors, np.arange(0, int(found.anchors[-1]) + 1 + ROW_GROUP, ROW_GROUP))
+    with pq.ParquetWriter(file, table.schema, compression="lz4", use_dictionary=False) as writer:
+        for low, high in pairwise(slices):
+            if high > low:
+                writer.write_table(table.slice(low, high - low))
+
+
+def read(path: Path, deeper: Path | None = None) -> Iterator[Candidates]:
     """Read one part a slice of anchors at a time.
 
+    Args:
+        path: the part.
+        deeper: its deeper candidates, if it has any.
+
     Raises:
-        DamagedError: the file is not a whole candidate part.
+        DamagedError: a file is not whole.
     """
+    below = _read_deeper(deeper) if deeper else iter(())
+    following = next(below, None)
+    start = 0
+    with _opened(path) as file:
+        for batch in file.iter_batches(ROW_GROUP):
+            positives, offsets = ragged(batch["positives"])
+            positive_scores, _ = ragged(batch["positive_scores"])
+            rows, scores = _matrices(batch)
+            found = Candidates(rows, scores, positives, offsets, positive_scores)
+            step = len(rows)
+            if following is not None and following.anchors[0] < start + len(rows):
+                found = found.deepened(replace(following, anchors=following.anchors - start))
+                step = max(1, _CELLS // found.rows.shape[1])
+                following = next(below, None)
+            for low in range(0, len(rows), max(1, step)):
+                yield found.take(np.arange(low, min(low + step, len(rows)))) if step < len(rows) else found
+            start += len(rows)
+
+
+def _read_deeper(path: Path) -> Iterator[Deeper]:
+    with _opened(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group).combine_chunks()
+            yield Deeper(table["anchor"].to_numpy(), *_matrices(table))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROW_GROUP):
-                positives, offsets = ragged(batch["positives"])
-                positive_scores, _ = ragged(batch["positive_scores"])
-                rows, scores = (
-                    batch[name].flatten().to_numpy().reshape(batch.num_rows, -1) for name in ("rows", "scores")
-                )
-                yield Candidates(rows, scores, positives, offsets, positive_scores)
+            yield file
     except (OSError, pa.ArrowInvalid) as error:
         raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then search again") from None
+
+
+def _columns(found: Candidates | Deeper) -> dict[str, pa.Array]:
+    depth = found.rows.shape[1]
+    return {
+        "rows": pa.FixedSizeListArray.from_arrays(pa.array(found.rows.ravel()), depth),
+        "scores": pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel()), depth),
+    }
+
+
+def _matrices(table: pa.Table | pa.RecordBatch) -> tuple[Rows, Scores]:
+    columns = (table[name] for name in ("rows", "scores"))
+    arrays = (column.chunk(0) if isinstance(column, pa.ChunkedArray) else column for column in columns)
+    rows, scores = (array.flatten().to_numpy().reshape(table.num_rows, -1) for array in arrays)
+    return rows, scores
+
+
+def _padded(values: Any, width: int, padding: float) -> Any:
+    padded = np.full((len(values), width), padding, values.dtype)
+    padded[:, : values.shape[1]] = values
+    return padded

@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from negpipe import compat
 from negpipe.errors import ConfigError
 
 CONFIG_FOLDER = Path("configs")
+_OWN_NAMES = ("id", "score", "rank", "grade")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
@@ -57,6 +59,23 @@ class Columns(_Model):
     positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
 
 
+class Extra(_Model):
+    """Further columns of the source."""
+
+    corpus: tuple[str, ...] = Field((), description="Columns of the corpus, or of pair rows, for example [title, url].")
+    queries: tuple[str, ...] = Field((), description="Columns of the queries, or of pair rows, for example [lang].")
+
+    @model_validator(mode="after")
+    def _names(self) -> Extra:
+        for side, names in self:
+            for name in names:
+                if name in _OWN_NAMES:
+                    raise ValueError(f"'{name}' is what a column of negpipe's own is called: rename it in the source")
+                if names.count(name) > 1:
+                    raise ValueError(f"{side} names '{name}' twice")
+        return self
+
+
 class Data(_Model):
     """Corpus, anchors and known positives."""
 
@@ -76,6 +95,7 @@ class Data(_Model):
     columns: Columns = Columns()
     split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")
     text: str = Field("{title} {text}", description="How a document's columns make its text.")
+    extra: Extra = Field(Extra(), description="Columns to carry along: rows have them as positive_title, anchor_lang.")
     part_rows: int = Field(16384, ge=1, description="About how many rows a part holds (half to twice as many).")
     min_grade: float = Field(1, description="Least grade that makes a document a positive.")
     add_positives: bool = Field(True, description="Positives missing from the corpus can be candidates.")
@@ -90,13 +110,17 @@ class Data(_Model):
                 raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
         elif self.path is None:
             raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+        if self.format == "flagembedding" and self.extra.corpus and self.corpus is None:
+            raise ValueError("data.extra.corpus needs data.corpus: texts in lists of pos and neg have no columns")
         return self
 
 
 class Encoder(_Model):
     """The model that turns texts into vectors, or the vectors themselves."""
 
-    backend: Literal["flagembedding", "sentence-transformers", "precomputed"] = "flagembedding"
+    backend: Literal["flagembedding", "sentence-transformers", "precomputed"] = Field(
+        "flagembedding", description="Library that runs the model; precomputed: you bring the vectors."
+    )
     model: str | None = Field(None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER.")
     revision: str | None = Field(None, description="Hub revision of the model; null: the newest.")
     model_class: str | None = Field(
@@ -155,13 +179,25 @@ class Search(_Model):
 class Mining(_Model):
     """Which candidates become negatives."""
 
+    compat: Literal["sentence-transformers", "flagembedding", "nemo", "nv-retriever"] | None = Field(
+        None, description="Take the settings that are not given here from another miner; null: from this table."
+    )
     range_min: int = Field(0, ge=0, description="First rank of the window, 0-based.")
-    range_max: int = Field(192, ge=1, description="Rank after the last of the window.")
+    range_max: int | None = Field(
+        192,
+        ge=1,
+        description="Rank after the last of the window; null: range_min + num_negatives + the most positives of an"
+        " anchor, num_negatives counted 10 times if a margin or max_score is set.",
+    )
     rank_over: Literal["raw", "survivors"] = Field(
         "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
     )
     num_negatives: int = Field(3, ge=1, description="Negatives an anchor.")
-    depth: int | None = Field(None, ge=1, description="Candidates an anchor that are looked at; null: all stored.")
+    depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
+        None,
+        description="Candidates an anchor that are looked at; range_max+max_positives: room for the most positives of"
+        " an anchor; null: all stored.",
+    )
     sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
         "top",
         description="Which of the window are taken. top: the first. random: any. simans: likeliest at positive +"
@@ -194,8 +230,15 @@ class Mining(_Model):
         "keep", description="Anchors with fewer negatives: keep what there is, drop the anchor, or fail."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, settings: Any) -> Any:
+        return compat.with_preset(settings)
+
     @model_validator(mode="after")
     def _window(self) -> Mining:
+        if self.range_max is None:  # as wide as it must be
+            return self
         width = self.range_max - self.range_min
         if width < 1:
             raise ValueError(f"mining.range_max ({self.range_max}) must be above mining.range_min ({self.range_min})")
@@ -206,11 +249,44 @@ class Mining(_Model):
             )
         return self
 
+    def resolved(self, max_positives: int) -> Mining:
+        """The settings with `range_max` and `depth` as numbers, see `Config.resolved`."""
+        range_max = self.range_max
+        if range_max is None:
+            filtered = not (self.absolute_margin is self.relative_margin is self.max_score is None)
+            range_max = compat.derived_range_max(self.range_min, self.num_negatives, max_positives, filtered=filtered)
+        depth = range_max + max_positives if self.depth == compat.DERIVED_DEPTH else self.depth
+        return self.model_copy(update={"range_max": range_max, "depth": depth})
+
 
 class Output(_Model):
     """What the triplets stage writes."""
 
-    format: Literal["triplet"] = "triplet"
+    format: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = Field(
+        "triplet",
+        description="triplet: a row for each positive and negative. n-tuple: a row for each positive with all its"
+        " negatives in columns, none if one is missing. labeled-pair: a row for each document, label 1 or 0."
+        " labeled-list: a row for each positive, with lists of documents and labels.",
+    )
+    ids: bool = Field(True, description="Ids beside the texts.")
+    scores: bool = Field(True, description="Scores of positives and negatives.")
+    ranks: bool = Field(True, description="Raw ranks, null beyond the stored depth.")
+    grades: bool = Field(False, description="Relevance grades of the positives.")
+    include_positives: bool = Field(
+        False,
+        description="An anchor's own positives are candidates too: n-tuple then holds the ranking as it was found, to"
+        " evaluate rerankers. mining.relative_margin is then null unless it is given.",
+    )
+    extra_columns: tuple[str, ...] | None = Field(None, description="Which of data.extra rows have; null: all of them.")
+    rows_per_file: int | None = Field(
+        None, ge=1, description="Rows a Parquet file, the last of a part may have fewer; null: one file a part."
+    )
+
+    @model_validator(mode="after")
+    def _ranking(self) -> Output:
+        if self.include_positives and self.format != "n-tuple":
+            raise ValueError("include_positives keeps a ranking, which output.format: n-tuple alone can hold")
+        return self
 
 
 class Executor(_Model):
@@ -258,17 +334,60 @@ class Config(_Model):
 
     @property
     def depth(self) -> int:
-        """Candidates an anchor that search stores, before it is clamped to the corpus."""
-        return self.search.depth or -(-(self.mining.range_max + 64) // 64) * 64
+        """Candidates an anchor that search stores, before it is clamped to the corpus; of a resolved config."""
+        range_max, looked_at = self.mining.range_max, self.mining.depth or 0
+        assert range_max is not None and isinstance(looked_at, int), "the config is not resolved"
+        return self.search.depth or -(-max(range_max + 64, looked_at) // 64) * 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_ranking(cls, tree: Any) -> Any:
+        # The default margin would drop the very positives that include_positives asks for.
+        match tree:
+            case {"mining": {"relative_margin": _} | {"compat": str()}}:
+                return tree
+            case {"output": {"include_positives": True}}:
+                return {**tree, "mining": {**(tree.get("mining") or {}), "relative_margin": None}}
+        return tree
+
+    @model_validator(mode="after")
+    def _extra(self) -> Config:
+        kept = {*self.data.extra.corpus, *self.data.extra.queries}
+        for name in self.output.extra_columns or ():
+            if name not in kept:
+                raise ValueError(f"output.extra_columns: '{name}' is not kept: add it to data.extra.corpus or .queries")
+        return self
+
+    def resolved(self, max_positives: int) -> Config:
+        """The config with the settings that depend on the data as numbers, once they are known.
+
+        Args:
+            max_positives: rows of the anchor with the most positives, as ingest counts them.
+
+        Raises:
+            ConfigError: `search.depth` does not reach as far as they do.
+        """
+        config = self.model_copy(update={"mining": self.mining.resolved(max_positives)})
+        if problem := config._shallow():
+            raise ConfigError(problem)
+        return config
 
     @model_validator(mode="after")
     def _depth(self) -> Config:
-        if self.depth < self.mining.range_max:
-            raise ValueError(
-                f"search.depth ({self.depth}) is below mining.range_max ({self.mining.range_max}):"
-                " raise search.depth or leave it null"
-            )
+        if problem := self._shallow():
+            raise ValueError(problem)
         return self
+
+    def _shallow(self) -> str | None:
+        """What lies beyond `search.depth`, or None."""
+        for name in ("range_max", "depth"):
+            needed = getattr(self.mining, name)
+            if self.search.depth and isinstance(needed, int) and needed > self.search.depth:
+                return (
+                    f"search.depth ({self.search.depth}) is below mining.{name} ({needed}):"
+                    " raise search.depth or leave it null"
+                )
+        return None
 
 
 def find_config(name: str) -> Path:

@@ -35,12 +35,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     except Timeout:
         raise LockedError(f"{run_dir} is in use by {_describe(holder)}: wait for it or stop it") from None
     try:
-        holder.write_text(
-            json.dumps(
-                {"host": platform.node(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-            ),
-            encoding="utf-8",
-        )
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with explained(books):
+            holder.write_text(
+                json.dumps({"host": platform.node(), "pid": os.getpid(), "since": since}), encoding="utf-8"
+            )
         yield
     finally:
         holder.unlink(missing_ok=True)

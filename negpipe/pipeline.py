@@ -91,7 +91,7 @@ def mine(
     ran = []
     with run_lock(run_dir), _digests(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
-        for stage in STAGES.values():
+        for number, stage in enumerate(STAGES.values()):
             publication.finish_swap(run_dir, stage.name)
             state = look(stage, context)
             manifest = state.manifest
@@ -100,6 +100,8 @@ def mine(
             elif only and stage.name != only:
                 raise MissingStageError(_blocked(state, only))
             else:
+                for ahead in [stage] if only else list(STAGES.values())[number:]:
+                    ahead.check(context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = run_stage(stage, context, reporter or Silent())
                 ran.append(stage.name)
@@ -278,8 +280,11 @@ def clean(run_dir: Path) -> int:
 def load_context(config: Config, before: str) -> Context:
     """What a worker of stage `before` sees: the manifests of the stages ahead of it."""
     names = list(STAGES)[: list(STAGES).index(before)]
-    manifests = {name: manifest for name in names if (manifest := Books(config.run_dir, name).manifest())}
-    return Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)), manifests)
+    context = Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)))
+    for name in names:
+        if manifest := Books(config.run_dir, name).manifest():
+            context = context.after(manifest)
+    return context
 
 
 @contextmanager

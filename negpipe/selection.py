@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from negpipe import mining
+from negpipe import candidates, mining
 from negpipe.candidates import Candidates
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.mining import Fate
-from negpipe.tables import Rows, ragged
+from negpipe.tables import Rows, open_table, ragged
 from negpipe.texts import hashes
 
 Ints = npt.NDArray[np.int64]
@@ -74,6 +74,27 @@ class Selector:
         self.rules = mining.Rules(**{name: value for name, value in settings.items() if name in names})
         self._verdicts = _read_verdicts(config.mining.exclude_file)
 
+    def slices(self, anchors: Path, found: Path) -> Iterator[tuple[Candidates, Units]]:
+        """Everything of one part, a slice of anchors at a time.
+
+        Args:
+            anchors: ingest's part of anchors.
+            found: search's part of their candidates.
+
+        Yields:
+            the candidates of a slice as they are stored, and its units.
+
+        Raises:
+            DamagedError: a file is not whole.
+            InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
+        """
+        table, start = open_table(anchors), 0
+        for piece in candidates.read(found):
+            units = self.select(table.slice(start, len(piece.rows)), piece)
+            self._check_shortage(units)
+            yield piece, units
+            start += len(piece.rows)
+
     def select(self, anchors: pa.Table, found: Candidates) -> Units:
         """Choose negatives for a slice of anchors."""
         grades, _ = ragged(anchors["grades"])
@@ -90,6 +111,9 @@ class Selector:
         depth = self._config.mining.depth or found.rows.shape[1]
         rows, scores = found.rows[:, :depth], found.scores[:, :depth]
         excluded, uniform = self._excluded(anchors, rows), self._uniform(anchors, rows)
+        if self._config.output.include_positives:
+            # Positives of other splits, and copies of a positive, would still be false negatives.
+            excluded[mining.contains(rows, found.positives, found.offsets)] = Fate.TAKEN
         if each:
             rows, scores, excluded = rows[anchor], scores[anchor], excluded[anchor]
             uniform = None if uniform is None else uniform[anchor]
@@ -109,6 +133,18 @@ class Selector:
             negative_scores=scores.ravel()[cell],
             negative_ranks=cell % max(1, rows.shape[1]),
             fates=fates,
+        )
+
+    def _check_shortage(self, units: Units) -> None:
+        wanted = self._config.mining.num_negatives
+        short = units.shortage < wanted
+        if self._config.mining.on_shortage != "fail" or not short.any():
+            return
+        names = ", ".join(repr(units.anchors["id"][int(at)].as_py()) for at in units.anchor[short][:5])
+        raise InputError(
+            f"{int(short.sum())} anchors of this part have fewer than {wanted} negatives: {names}",
+            field="mining.on_shortage",
+            remedy="Widen the window or the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
 
     def _excluded(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.uint8]:

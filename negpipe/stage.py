@@ -61,8 +61,11 @@ class Context:
         return self.manifests[stage]
 
     def after(self, manifest: Manifest) -> Context:
-        """The same, with one more stage complete."""
-        return replace(self, manifests={**self.manifests, manifest.stage: manifest})
+        """The same, with one more stage complete. After ingest, settings that depend on the data are numbers."""
+        config = self.config
+        if manifest.stage == "ingest":
+            config = config.resolved(manifest.stats["max_positives"])
+        return replace(self, config=config, manifests={**self.manifests, manifest.stage: manifest})
 
     def file(self, part: Part) -> Path:
         return self.run_dir / part.path
@@ -117,6 +120,9 @@ def _no_identity(_: Context) -> dict[str, str]:
     return {}
 
 
+def _no_check(_: Context) -> None: ...
+
+
 def _never(_: Config) -> bool:
     return False
 
@@ -139,6 +145,8 @@ class Stage:
         open: a context manager with what all tasks of a process share (a model, opened files).
         run: (task, shared, context, publish, progress) → what was made.
         stats: facts of the finished stage for manifest, log and people.
+        check: raises InputError for what is wrong and can be known before the stages ahead of it have run; called
+            before every stage that is about to run, with the manifests there are by then.
         apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
@@ -153,6 +161,7 @@ class Stage:
     sources: Callable[[Context], dict[str, str]] = _no_identity
     open: Callable[[Context], AbstractContextManager[Any]] = _nothing
     stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
+    check: Callable[[Context], None] = _no_check
     apart: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from negpipe.errors import StorageError
+from negpipe.errors import NegpipeError, StorageError
 from negpipe.fingerprint import file_digest
 
 TEMPORARY = ".tmp"
@@ -44,17 +44,27 @@ def explained(path: Path) -> Iterator[None]:
     """Turn the file system's refusals into errors a person can act on."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REASONS:
+    except NegpipeError:
+        raise
+    except Exception as error:
+        refused = _refusal(error)
+        if refused is None:
             raise
         try:
             free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
         except OSError:
             free = ""
         raise StorageError(
-            f"cannot write {path}: {_REASONS[error.errno]}. {free}"
+            f"cannot write {path}: {_REASONS[refused]}. {free}"
             "Nothing finished was lost: make room or mend the permission, then run the same command again"
         ) from error
+
+
+def _refusal(error: Exception) -> int | None:
+    """The system's error number. Libraries that write files themselves give it as text only."""
+    if isinstance(error, OSError) and error.errno in _REASONS:
+        return error.errno
+    return next((number for number in _REASONS if os.strerror(number) in str(error)), None)
 
 
 def publish(folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None]) -> Published:

@@ -18,6 +18,9 @@ import pyarrow.compute as pc
 from negpipe.errors import DamagedError
 from negpipe.manifest import Manifest, Part
 
+EXTRA = "extra:"
+"""Comes before the source's name of a column that `data.extra` keeps."""
+
 
 def documents(manifest: Manifest) -> list[Part]:
     """The parts of ingest or encode that hold documents, in row order."""
@@ -66,14 +69,34 @@ class Rows:
 
     def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
         """A text column at `rows` (1-D, any order, repeats welcome; each text is read once)."""
+        return self.encoded([column], rows)[0].dictionary_decode()
+
+    def encoded(self, columns: Sequence[str], rows: npt.NDArray[np.int64]) -> list[pa.DictionaryArray]:
+        """Text columns at `rows` (1-D, any order, repeats welcome), each text read and held once."""
         unique, inverse = np.unique(rows, return_inverse=True)
-        pieces = [
-            self._tables[part][column].take(pa.array(unique[where] - self.starts[part]))
-            for part, where in self._by_part(unique)
+        codes = pa.array(inverse.astype(np.int32))
+        where = [
+            (part, pa.array(unique[low:high] - self.starts[part]))
+            for part, (low, high) in enumerate(pairwise(np.searchsorted(unique, self.starts)))
+            if high > low
         ]
-        chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
-        values = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
-        return values.take(pa.array(inverse))
+        found = []
+        for column in columns:
+            pieces = [self._tables[part][column].take(at) for part, at in where]
+            chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
+            found.append(shared(pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string()), codes))
+        return found
+
+    def sizes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bytes of a text column at `rows` (1-D), without reading a text."""
+        out = np.empty(rows.shape, np.int64)
+        for part, where in self._by_part(rows):
+            # A part is one record batch, so a column is one chunk.
+            texts = self._tables[part][column].chunk(0)
+            offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :]
+            at = rows[where] - self.starts[part]
+            out[where] = offsets[at + 1] - offsets[at]
+        return out
 
     def _by_part(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
         """For every part that holds some of `rows`: the positions of those rows."""
@@ -83,6 +106,12 @@ class Rows:
         order = np.argsort(parts.astype(np.int32), kind="stable")
         bounds = np.searchsorted(parts[order], np.arange(len(self._tables) + 1))
         return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
+
+
+def shared(values: pa.LargeStringArray, codes: pa.Int32Array) -> pa.DictionaryArray:
+    """`values` taken at `codes`, equal values sharing an entry: what Parquet takes for a dictionary as it is."""
+    encoded = values.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.take(codes), encoded.dictionary)
 
 
 def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from negpipe.errors import InputError
 from negpipe.texts import hashes
 
 Floats = npt.NDArray[np.float32]
+_REPEATS = 65536
 
 
 class _Matrix(Protocol):
@@ -26,12 +27,12 @@ class VectorFile:
 
     Args:
         path: `.npy` of shape (n, d), or `.parquet` with one list column of numbers and, if rows are to
-            be matched by id, a text or integer column.
+            be matched by id, a text or integer column; an id may come twice with the same vector.
         rows: rows of the source; without ids the file must have just as many.
         setting: the config key that names the file, for errors.
 
     Raises:
-        InputError: not such a file, or another number of rows.
+        InputError: not such a file, another number of rows, or an id with two vectors.
     """
 
     def __init__(self, path: Path, rows: int, setting: str) -> None:
@@ -41,11 +42,11 @@ class VectorFile:
             self._matrix: _Matrix = _Npy(path, setting)
         elif path.suffix == ".parquet":
             self._matrix = _Parquet(path, setting)
-            ids = self._matrix.ids()
-            if ids is not None:
-                hashed = hashes(ids)
+            if self._matrix.label is not None:
+                hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
                 order = np.argsort(hashed, kind="stable").astype(np.int64)
                 self._by_id = hashed[order], order
+                self._check_repeats(self._matrix.label)
         else:
             raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
         if self._by_id is None and self._matrix.shape[0] != rows:
@@ -60,18 +61,40 @@ class VectorFile:
     def dimension(self) -> int:
         return self._matrix.shape[1]
 
-    def of(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> tuple[Floats, int]:
+    def of(
+        self, ids: Sequence[str], others: Sequence[Sequence[str]], source_rows: Sequence[Sequence[int]]
+    ) -> tuple[Floats, int]:
         """Vectors of rows, and how many of them have a duplicate text whose vector differs.
 
         Args:
-            ids: the row's first id.
+            ids: the row's first id; its vector is used.
+            others: the row's other ids; they need no vector.
             source_rows: rows of the source that hold the row's text; the first one's vector is used.
 
         Returns:
             (n, d) float32, count.
+
+        Raises:
+            InputError: a row has no vector.
         """
+        vectors = self._matrix.take(self.rows(ids, source_rows))
         if self._by_id is not None:
-            return self._matrix.take(self._positions(ids)), 0
+            known, order = self._by_id
+            at = np.repeat(np.arange(len(others)), list(map(len, others)))
+            wanted = hashes(name for names in others for name in names)
+            found = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+            same = known[found] == wanted
+            at, rows = at[same], order[found[same]]
+        else:
+            where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
+            at, rows = np.array(where, dtype=np.int64).reshape(-1, 2).T
+        differs = (self._matrix.take(rows) != vectors[at]).any(axis=1)
+        return vectors, len(np.unique(at[differs]))
+
+    def rows(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+        """The rows of the file that hold the vectors of rows; see `of`."""
+        if self._by_id is not None:
+            return self._positions(ids)
         first = np.array([rows[0] for rows in source_rows], dtype=np.int64)
         if len(first) and first.min() < 0:
             raise InputError(
@@ -80,13 +103,24 @@ class VectorFile:
                 field=self._setting,
                 remedy="Bring vectors with an id column that covers positives, or add the positives to the corpus",
             )
-        vectors = self._matrix.take(first)
-        where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
-        if not where:
-            return vectors, 0
-        at, rows = np.array(where, dtype=np.int64).T
-        differs = (self._matrix.take(rows) != vectors[at]).any(axis=1)
-        return vectors, len(np.unique(at[differs]))
+        return first
+
+    def _check_repeats(self, label: str) -> None:
+        assert self._by_id is not None
+        known, order = self._by_id
+        again = np.flatnonzero(known[1:] == known[:-1]) + 1
+        for low in range(0, len(again), _REPEATS):
+            some = again[low : low + _REPEATS]
+            differs = (self._matrix.take(order[some - 1]) != self._matrix.take(order[some])).any(axis=1)
+            if differs.any():
+                at = some[int(np.argmax(differs))]
+                raise InputError(
+                    f"the id of row {order[at - 1]} is here again with another vector",
+                    file=str(self.path),
+                    row=int(order[at]),
+                    field=label,
+                    remedy="Bring one vector an id",
+                )
 
     def _positions(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
         assert self._by_id is not None
@@ -144,7 +178,8 @@ class _Parquet:
                 field=setting,
                 remedy="Keep those columns only",
             )
-        self._path, self._setting, self._column, self._label = path, setting, lists[0], (labels or [None])[0]
+        self._path, self._setting, self._column = path, setting, lists[0]
+        self.label: str | None = labels[0] if labels else None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._starts = np.cumsum([0, *groups])
         self._held: tuple[int, Floats] | None = None
@@ -152,10 +187,19 @@ class _Parquet:
         width = self._group(0).shape[1] if groups else 0
         self.shape: tuple[int, int] = (int(self._starts[-1]), width)
 
-    def ids(self) -> list[str] | None:
-        if self._label is None:
-            return None
-        return [str(value) for value in self._file.read([self._label])[self._label].to_pylist()]
+    def ids(self) -> Iterator[list[str]]:
+        """The ids, one row group after the other."""
+        for group, start in enumerate(self._starts[:-1]):
+            column = self._file.read_row_group(group, [self.label])[self.label]
+            if column.null_count:
+                raise InputError(
+                    "there is no id",
+                    file=str(self._path),
+                    row=int(start) + column.is_null().to_pylist().index(True),
+                    field=self.label,
+                    remedy="Give every vector an id",
+                )
+            yield [str(value) for value in column.to_pylist()]
 
     def take(self, rows: npt.NDArray[np.int64]) -> Floats:
         out = np.empty((len(rows), self.shape[1]), dtype=np.float32)

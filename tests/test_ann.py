@@ -106,7 +106,7 @@ def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(corpus, tmp_pat
     queries[:20] = corpus[6_000] if depth < 3_000 else -corpus[6_000].astype(np.float32)
     parts = save_parts(tmp_path, corpus, 1_999)
     flat = save_flat(tmp_path / "flat.index", parts)
-    least = 40 * 2**20 + 90 * depth * 400
+    least = 40 * 2**20 + 90 * depth * 100
     for vectors, memory, threads in ((parts, ROOMY, 2), (flat, ROOMY, 1), (parts, least, 1), (flat, least, 3)):
         found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=memory, threads=threads)
         check(found, queries, corpus, depth)
@@ -128,7 +128,7 @@ def test_any_block_size(corpus, tmp_path, monkeypatch, block_rows):
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
 def test_wrong_guesses_change_nothing(corpus, tmp_path, monkeypatch, rows, block_rows, depth, share):
     monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(ann, "_TILE", 32)
+    monkeypatch.setattr(ann, "_ROWS", 32)
     monkeypatch.setattr(ann._Tile, "_rank", lambda tile, seen: math.ceil(tile.depth * seen * share))
     queries = make(np.random.default_rng(8), 30, 24)
     vectors = save_parts(tmp_path, corpus[:rows], 5_000)
@@ -265,7 +265,7 @@ def test_vectors_that_are_not_finite_are_named(tmp_path, value):
 def test_too_little_memory_names_the_setting(corpus, tmp_path):
     vectors = save_parts(tmp_path, corpus, 5_000)
     with pytest.raises(ConfigError, match=r"resources\.memory_budget"):
-        ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, memory=2**20, threads=2)
+        ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, memory=2**18, threads=2)
 
 
 def test_importing_the_module_imports_no_faiss():

@@ -1,7 +1,8 @@
-"""Turns the values of a row into ids, texts and grades, or says what is wrong with them."""
+"""Turns the values of a row into ids, texts, grades and extra values, or says what is wrong with them."""
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Sequence
@@ -50,6 +51,23 @@ def grade_of(value: Any, place: Place, field: str) -> float:
     if not math.isfinite(grade):
         raise RowError("type", f"the grade {_shown(value)} is not a number", place, field, "Write for example 1 or 0")
     return grade
+
+
+def extra_of(values: Sequence[Any], names: Sequence[str], place: Place) -> tuple[str | None, ...]:
+    """The values of `data.extra` columns as strings: texts as they are, numbers and booleans as JSON writes them.
+
+    Raises RowError: a list, an object, or a number that JSON cannot write.
+    """
+    return tuple(_extra_of(value, place, name) for value, name in zip(values, names, strict=True))
+
+
+def _extra_of(value: Any, place: Place, field: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    remedy = "Write a text, a number, true, false or null, or leave the column out of data.extra"
+    raise RowError("type", f"an extra column cannot hold {_shown(value)}", place, field, remedy)
 
 
 @dataclass(frozen=True, slots=True)

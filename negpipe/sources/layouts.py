@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from negpipe import config
 from negpipe.errors import ConfigError, InputError
-from negpipe.sources.fields import Template, grade_of, id_of, text_of
+from negpipe.sources.fields import Template, extra_of, grade_of, id_of, text_of
 from negpipe.sources.places import Table, locate, near
 from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record, RowError
 from negpipe.sources.tables import Column, Rows, all_splits, rows
@@ -122,7 +122,7 @@ def _judged(data: config.Data, template: Template) -> list[Iterator[Record]]:
         raise _no_split(judged[0].path, data.split, list(by_split))
     return [
         _documents(corpus, data, template, pool=False),
-        _queries(queries, names),
+        _queries(queries, data),
         *(_judgments(judgments, split, names) for split, judgments in by_split.items()),
     ]
 
@@ -132,6 +132,7 @@ def _documents(table: Table, data: config.Data, template: Template, *, pool: boo
     # The default id column may be absent from an extra corpus: FlagEmbedding's pools have only `text`.
     needed = not (pool and name == _DEFAULT_ID)
     ids = [] if name is None else [Column(name, "data.columns.corpus_id", required=needed)]
+    extra = data.extra.corpus
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         identity = None
@@ -139,20 +140,29 @@ def _documents(table: Table, data: config.Data, template: Template, *, pool: boo
             if needed or values[0] is not None:
                 identity = id_of(values[0], place, name)
             values = values[1:]
+        end = len(values) - len(extra)
         try:
-            return (Document(identity, template.render(values, place), place, True),)
+            text = template.render(values[:end], place)
+            return (Document(identity, text, place, True, extra_of(values[end:], extra, place)),)
         except RowError as error:
             return (error.row._replace(id=identity),)
 
-    return _records(rows(table, [*ids, *template.columns()]), build)
+    return _records(rows(table, [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]), build)
 
 
-def _queries(table: Table, names: config.Columns) -> Iterator[Record]:
+def _extra(names: Sequence[str], key: str, *, required: bool = True) -> list[Column]:
+    return [Column(name, key, required) for name in names]
+
+
+def _queries(table: Table, data: config.Data) -> Iterator[Record]:
+    names, extra = data.columns, data.extra.queries
+
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
-        return (_query(id_of(values[0], place, names.query_id), values[1], place, names.query_text),)
+        identity = id_of(values[0], place, names.query_id)
+        return (_query(identity, values[1], place, names.query_text, extra_of(values[2:], extra, place)),)
 
-    wanted = (Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text"))
-    return _records(rows(table, wanted), build)
+    wanted = [Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text")]
+    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build)
 
 
 def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[Record]:
@@ -165,26 +175,35 @@ def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[R
 
 
 def _pairs(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
-    names = data.columns
+    names, extra = data.columns, data.extra
     wanted = [Column(names.anchor, "data.columns.anchor"), Column(names.positive, "data.columns.positive")]
     if names.anchor_id:
         wanted.append(Column(names.anchor_id, "data.columns.anchor_id"))
     if names.positive_id:
         wanted.append(Column(names.positive_id, "data.columns.positive_id"))
+    of_query = len(wanted)
+    of_document = of_query + len(extra.queries)
+    wanted += _extra(extra.queries, "data.extra.queries")
+    # Beside an extra corpus, the pair rows need not have the corpus's columns.
+    wanted += _extra(extra.corpus, "data.extra.corpus", required=in_corpus)
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query_id = id_of(values[2], place, names.anchor_id) if names.anchor_id else None
-        document_id = id_of(values[-1], place, names.positive_id) if names.positive_id else None
-        document = _document(document_id, values[1], place, names.positive, in_corpus)
-        query = _query(query_id, values[0], place, names.anchor)
+        document_id = id_of(values[of_query - 1], place, names.positive_id) if names.positive_id else None
+        about_query = extra_of(values[of_query:of_document], extra.queries, place)
+        about_document = extra_of(values[of_document:], extra.corpus, place)
+        document = _document(document_id, values[1], place, names.positive, in_corpus, about_document)
+        query = _query(query_id, values[0], place, names.anchor, about_query)
         return (document, query, *_judged_pair(query, document, data.split))
 
     return _records(rows(table, wanted), build)
 
 
 def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
+    extra = data.extra.queries
+
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
-        query = _query(None, values[0], place, "query")
+        query = _query(None, values[0], place, "query", extra_of(values[3:], extra, place))
         records: list[Record] = [query]
         for value in _listed(values[1], place, "pos"):
             document = _document(None, value, place, "pos", in_corpus)
@@ -195,20 +214,24 @@ def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator
         return records
 
     key = "data.path (FlagEmbedding rows have query, pos and neg)"
-    wanted = (Column("query", key), Column("pos", key), Column("neg", key, required=False))
-    return _records(rows(table, wanted), build)
+    wanted = [Column("query", key), Column("pos", key), Column("neg", key, required=False)]
+    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build)
 
 
-def _query(identity: str | None, value: Any, place: Place, field: str) -> Query | BadRow:
+def _query(
+    identity: str | None, value: Any, place: Place, field: str, extra: tuple[str | None, ...]
+) -> Query | BadRow:
     try:
-        return Query(identity, text_of(value, place, field), place)
+        return Query(identity, text_of(value, place, field), place, extra)
     except RowError as error:
         return error.row._replace(id=identity, of_query=True)
 
 
-def _document(identity: str | None, value: Any, place: Place, field: str, in_corpus: bool) -> Document | BadRow:
+def _document(
+    identity: str | None, value: Any, place: Place, field: str, in_corpus: bool, extra: tuple[str | None, ...] = ()
+) -> Document | BadRow:
     try:
-        return Document(identity, text_of(value, place, field), place._replace(field=field), in_corpus)
+        return Document(identity, text_of(value, place, field), place._replace(field=field), in_corpus, extra)
     except RowError as error:
         return error.row._replace(id=identity)
 

@@ -20,20 +20,25 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document. `id` None: it is named by its text. `in_corpus` False: known only as somebody's positive."""
+    """A document. `id` None: it is named by its text. `in_corpus` False: known only as somebody's positive.
+
+    `extra`: values of the columns in `data.extra.corpus`, in their order; () where its source has none of them.
+    """
 
     id: str | None
     text: str
     place: Place
     in_corpus: bool
+    extra: tuple[str | None, ...] = ()
 
 
 class Query(NamedTuple):
-    """A query. `id` None: it is named by its text."""
+    """A query. `id` None: it is named by its text. `extra`: values of the columns in `data.extra.queries`."""
 
     id: str | None
     text: str
     place: Place
+    extra: tuple[str | None, ...] = ()
 
 
 class Judgment(NamedTuple):

@@ -213,7 +213,7 @@ def _parquet(path: str, columns: Sequence[Column]) -> Rows:
         try:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             _check(columns, parquet.schema_arrow.names, path)
-            names = [column.name for column in columns if column.name in parquet.schema_arrow.names]
+            names = _there(columns, parquet.schema_arrow.names)
             yield from _arrow(parquet.iter_batches(_BATCH_ROWS, columns=names), names, columns, path)
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"not a readable Parquet file ({error})"
@@ -224,7 +224,7 @@ def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) 
     place = f"{table.path} ({', '.join(filter(None, (table.subset, split)))})"
     _check(columns, dataset.column_names, place)
     _log.info("reading %s", place)
-    names = [column.name for column in columns if column.name in dataset.column_names]
+    names = _there(columns, dataset.column_names)
     yield from _arrow(dataset.select_columns(names).with_format("arrow").iter(_BATCH_ROWS), names, columns, place)
 
 
@@ -252,6 +252,11 @@ def _values(column: Any, file: str, first: int, field: str) -> list[Any]:
                 raise InputError(problem, file=file, row=row, field=field, remedy="Write UTF-8 text") from None
         raise
     return values
+
+
+def _there(columns: Sequence[Column], there: Sequence[str]) -> list[str]:
+    """The wanted columns that there are, each once: one column may be wanted for two things."""
+    return list(dict.fromkeys(column.name for column in columns if column.name in there))
 
 
 def _check(columns: Sequence[Column], there: Sequence[str], file: str, row: int | None = None, hint: str = "") -> None:

@@ -57,6 +57,11 @@ def _sources(context: Context) -> dict[str, str]:
     return digests
 
 
+def _check(context: Context) -> None:
+    """The model or the vectors are there: known before the source is read."""
+    _sources(context)
+
+
 def _plan(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
@@ -90,7 +95,13 @@ class _Model:
             seconds = max(time.monotonic() - started, 1e-9)
             progress(rows, f"{seen / seconds:,.0f} texts/s, {read / seconds:,.0f} tokens/s")
 
-        vectors = self.encoder.encode(texts, "query" if task.kind == "anchors" else "passage", on_batch)
+        try:
+            vectors = self.encoder.encode(texts, "query" if task.kind == "anchors" else "passage", on_batch)
+        except InputError as error:
+            if error.row is None:
+                raise
+            name = table["id"][error.row].as_py()
+            raise InputError(f"{task.kind}, id {name!r}: {error.problem}", remedy=error.remedy) from None
         return vectors, {"tokens": read}
 
 
@@ -103,10 +114,20 @@ class _Brought:
     provenance: dict[str, str]
 
     def __call__(self, task: Task, table: Any, progress: Progress) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        file = self.anchors if task.kind == "anchors" else self.corpus
-        vectors, differing = file.of(table["id"].to_pylist(), table["source_rows"].to_pylist())
+        others = [[]] * task.rows if task.kind == "anchors" else table["other_ids"].to_pylist()
+        vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
         progress(task.rows, "")
         return vectors, {"differing_duplicates": differing}
+
+    def place(self, task: Task, table: Any) -> dict[str, Any]:
+        file = self._file(task)
+        return {
+            "file": str(file.path),
+            "row": int(file.rows(table["id"].to_pylist(), table["source_rows"].to_pylist())[0]),
+        }
+
+    def _file(self, task: Task) -> VectorFile:
+        return self.anchors if task.kind == "anchors" else self.corpus
 
 
 @contextmanager
@@ -133,25 +154,30 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     config = context.config.encoder
     table = open_table(context.run_dir / task.payload["part"])
     vectors, meta = shared(task, table, progress)
-    ids = table["id"]
-    if config.normalize:
-        with np.errstate(all="ignore"):
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    stored = vectors.astype(config.storage)
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ~stored.any(axis=1))
+    with np.errstate(all="ignore"):
+        scaled = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
+        stored = scaled.astype(config.storage)
+    bad = np.flatnonzero(~_usable(stored))
     if len(bad):
-        what = "anchor" if task.kind == "anchors" else "document"
-        raise InputError(
-            f"the vector of {what} {ids[int(bad[0])].as_py()!r} is zero, not finite, or too large for"
-            f" {config.storage} ({len(bad)} such vectors in this part)",
-            file=str(config.anchor_vectors if task.kind == "anchors" else config.corpus_vectors)
-            if config.backend == "precomputed"
-            else None,
-            field="encoder.storage" if config.storage == "float16" and np.isfinite(vectors[bad]).all() else None,
-            remedy="Mend the vectors, or remove the text",
-        )
+        first = slice(int(bad[0]), int(bad[0]) + 1)
+        place = shared.place(task, table.slice(first.start, 1)) if isinstance(shared, _Brought) else {}
+        raise _refused(task, table["id"][first.start].as_py(), vectors[first], config.storage, place)
     publish(".npy", lambda file: np.save(file, stored, allow_pickle=False))
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
+
+
+def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    usable: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    return usable
+
+
+def _refused(task: Task, name: str, vector: npt.NDArray[np.float32], storage: str, place: dict[str, Any]) -> InputError:
+    whose = f"the vector of {'anchor' if task.kind == 'anchors' else 'document'} {name!r}"
+    if _usable(vector).all():
+        remedy = "Set encoder.storage: float32" if storage == "float16" else "Scale the vectors to about length 1"
+        return InputError(f"{whose} does not fit {storage}", field="encoder.storage", remedy=remedy, **place)
+    what = "not finite" if vector.any() else "zero"
+    return InputError(f"{whose} is {what}", remedy="Mend the vector, or remove the text", **place)
 
 
 def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
@@ -176,5 +202,6 @@ STAGE = Stage(
     open=_open,
     run=_run,
     stats=_stats,
+    check=_check,
     apart=lambda config: config.encoder.backend != "precomputed",
 )

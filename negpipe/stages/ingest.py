@@ -8,7 +8,8 @@ one part, whatever the corpus.
 Parts are Arrow IPC files of three kinds. `corpus` and `added` (positives from elsewhere): id, text,
 hashes of id and normalised text, the other ids of the row, its rows in the source. `anchors`: id, text,
 hashes, rows and grades of its positives, rows of all its known positives, rows shared from anchors with
-the same normalised text, the row that equals its own text (-1: none), its row in the source.
+the same normalised text, the row that equals its own text (-1: none), its row in the source. Columns that
+`data.extra` keeps stand in all of them as `extra:NAME`, with the values of the first row that has the text or id.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from negpipe.errors import InputError
 from negpipe.fingerprint import digest, key
 from negpipe.manifest import BOOKS, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.storage import explained
 from negpipe.texts import digests, hashes, normalize, text_id
 
 if TYPE_CHECKING:
@@ -62,14 +64,14 @@ def _plan(context: Context) -> Iterator[Task]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("spool-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="spool-", dir=folder) as spool:
+    with explained(folder), tempfile.TemporaryDirectory(prefix="spool-", dir=folder) as spool:
         database = _load(context, Path(spool))
         try:
             _check(context.config, database)
             _join(context.config, database)
             yield from _documents(context.config, database, Path(spool))
             yield from _anchors(context.config, database)
-            yield _counts(database)
+            yield _counts(context.config, database)
         finally:
             database.close()
 
@@ -93,7 +95,7 @@ def _load(context: Context, spool: Path) -> duckdb.DuckDBPyConnection:
     database.execute("""
         create table documents (corpus boolean, position bigint, source_row bigint, id varchar,
             d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
-        create table queries (source_row bigint, id varchar, text varchar,
+        create table queries (source_row bigint, id varchar, text varchar, extra varchar[],
             d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
         create table judgments (query varchar, document varchar, grade double, split varchar,
             file varchar, line bigint);
@@ -115,7 +117,8 @@ class _Writer:
         import pyarrow.parquet as pq
 
         self._config, self._database = config, database
-        schema = pa.schema([("text", pa.large_string())])
+        names = ["text", *_extra(config.data.extra.corpus)]
+        schema = pa.schema([(name, pa.large_string()) for name in names])
         self._spools = {c: pq.ParquetWriter(spool / _spool_name(c), schema, compression="lz4") for c in (True, False)}
         self._positions = {True: 0, False: 0}
         self._rows = {"document": 0, "query": 0}
@@ -167,7 +170,10 @@ class _Writer:
         texts = [document.text for _, document in rows]
         start = self._positions[corpus]
         self._positions[corpus] += len(rows)
-        self._spools[corpus].write_table(pa.table({"text": pa.array(texts, pa.large_string())}))
+        spool = self._spools[corpus]
+        nothing = (None,) * len(self._config.data.extra.corpus)
+        values = [texts, *zip(*(document.extra or nothing for _, document in rows), strict=True)]
+        spool.write_table(pa.table([pa.array(column, pa.large_string()) for column in values], schema=spool.schema))
         self._insert(
             "documents",
             {
@@ -182,6 +188,8 @@ class _Writer:
         )
 
     def _add_queries(self, rows: list[tuple[int, sources.Query]]) -> None:
+        import pyarrow as pa
+
         texts = [query.text for _, query in rows]
         self._insert(
             "queries",
@@ -189,6 +197,7 @@ class _Writer:
                 "source_row": [row for row, _ in rows],
                 "id": [query.id if query.id is not None else text_id(query.text) for _, query in rows],
                 "text": texts,
+                "extra": pa.array([query.extra for _, query in rows], pa.list_(pa.string())),
                 **_hash_columns(texts),
                 "file": [query.place.file for _, query in rows],
                 "line": [query.place.row for _, query in rows],
@@ -219,6 +228,13 @@ class _Writer:
 def _hash_columns(texts: list[str]) -> dict[str, npt.NDArray[np.uint64]]:
     both = digests(texts)
     return {"d1": both[:, 0], "d2": both[:, 1], "normalized": hashes(map(normalize, texts))}
+
+
+def _extra(names: tuple[str, ...]) -> list[str]:
+    """What columns of `data.extra` are called in the parts."""
+    from negpipe.tables import EXTRA
+
+    return [EXTRA + name for name in names]
 
 
 def _spool_name(corpus: bool) -> str:
@@ -273,7 +289,8 @@ def _join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         where (q.id is null and j.query not in (select id from skipped_ids where of_query))
            or (d.id is null and j.document not in (select id from skipped_ids where not of_query))
     """
-    if config.data.on_unknown_id == "error" and (row := database.execute(f"{unknown} limit 1").fetchone()):
+    row = database.execute(f"{unknown} order by j.rowid limit 1").fetchone()
+    if row and config.data.on_unknown_id == "error":
         what, which = ("query", row[0]) if row[4] else ("document", row[1])
         total = _count(database, f"select count(*) from ({unknown})")
         raise InputError(
@@ -296,7 +313,8 @@ def _join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         """
         create table askers as
         select id, any_value(text) as text, any_value(d1) as d1, any_value(d2) as d2,
-            any_value(normalized) as normalized, min(source_row) as source_row from queries group by id;
+            any_value(normalized) as normalized, min(source_row) as source_row, arg_min(extra, source_row) as extra
+        from queries group by id;
         create table positives as
         select query, list(row order by n) as rows, list(grade order by n) as grades
         from good where split = $split group by query;
@@ -306,15 +324,20 @@ def _join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         create table shared as
         select normalized, list(distinct row order by row) as rows
         from good join askers on good.query = askers.id group by normalized having count(distinct askers.id) > 1;
-    """.replace("$split", "'" + config.data.split.replace("'", "''") + "'")
+    """.replace("$split", _quoted(config.data.split))
     )
     if not _count(database, "select count(*) from positives join askers on query = id"):
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
-            f"none of {_count(database, 'select count(*) from askers')} queries has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
+            f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
+            file=config.data.path,
             field="data.split",
             remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
         )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
@@ -336,8 +359,8 @@ def _documents(config: Config, database: duckdb.DuckDBPyConnection, spool: Path)
             from numbered n join documents d using (d1, d2) where n.corpus = {corpus} group by n.row, first, n.d1, n.d2,
                 n.normalized order by n.row""",
         )
-        texts = _Spool(spool / _spool_name(corpus))
-        tables = (_document_table(batch, texts) for batch in batches)
+        spooled = _Spool(spool / _spool_name(corpus))
+        tables = (_document_table(batch, spooled) for batch in batches)
         yield from _tasks("corpus" if corpus else "added", tables, config.data.part_rows)
 
 
@@ -349,7 +372,7 @@ def _batches(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Rec
 
 
 class _Spool:
-    """Texts of a spool at ascending positions, one batch in memory."""
+    """Rows of a spool at ascending positions, one batch in memory."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
@@ -357,39 +380,41 @@ class _Spool:
         self._file = pq.ParquetFile(path)
         self._batches = self._file.iter_batches(BATCH)
         self._start = 0
-        self._texts: pa.Array | None = None
+        self._rows: pa.RecordBatch | None = None
 
-    def take(self, positions: npt.NDArray[np.int64]) -> pa.Array:
+    def take(self, positions: npt.NDArray[np.int64]) -> pa.Table:
         import pyarrow as pa
 
-        pieces: list[pa.Array] = []
+        pieces: list[pa.RecordBatch] = []
         low = 0
         while low < len(positions):
-            end = self._start + (len(self._texts) if self._texts is not None else 0)
+            end = self._start + (self._rows.num_rows if self._rows is not None else 0)
             high = int(np.searchsorted(positions, end))
-            if high > low and self._texts is not None:
-                pieces.append(self._texts.take(pa.array(positions[low:high] - self._start)))
+            if high > low and self._rows is not None:
+                pieces.append(self._rows.take(pa.array(positions[low:high] - self._start)))
                 low = high
             if low < len(positions):
                 self._start = end
-                self._texts = next(self._batches).column(0)
-        return pa.concat_arrays(pieces)
+                self._rows = next(self._batches)
+        return pa.Table.from_batches(pieces)
 
 
-def _document_table(batch: pa.RecordBatch, texts: _Spool) -> pa.Table:
+def _document_table(batch: pa.RecordBatch, spool: _Spool) -> pa.Table:
     import pyarrow as pa
 
+    spooled = spool.take(batch["first"].to_numpy())
     all_ids = [list(dict.fromkeys(ids)) for ids in batch["ids"].to_pylist()]
     ids = [own[0] for own in all_ids]
     source_rows = batch["source_rows"].to_pylist()
     return pa.table(
         {
             "id": pa.array(ids, pa.large_string()),
-            "text": texts.take(batch["first"].to_numpy()),
+            "text": spooled["text"],
             "id_hash": hashes(ids),
             "normalized": batch["normalized"],
             "other_ids": pa.array([own[1:] for own in all_ids], pa.list_(pa.large_string())),
             "source_rows": pa.array(source_rows, pa.list_(pa.int64())),
+            **{name: spooled[name] for name in spooled.column_names[1:]},
             "cut": batch["d1"],
         }
     )
@@ -397,11 +422,12 @@ def _document_table(batch: pa.RecordBatch, texts: _Spool) -> pa.Table:
 
 def _anchors(config: Config, database: duckdb.DuckDBPyConnection) -> Iterator[Task]:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     batches = _batches(
         database,
         """
-        select a.id, a.text, a.normalized, p.rows as positives, p.grades, k.rows as known, k.by_id as known_by_id,
+        select a.id, a.text, a.extra, a.normalized, p.rows as positives, p.grades, k.rows as known, k.by_id as known_by_id,
             coalesce(list_filter(s.rows, lambda row: not list_contains(k.rows, row)), []) as shared,
             coalesce(n.row, -1) as self_row, [a.source_row] as source_rows, a.d1 as cut
         from askers a join positives p on a.id = p.query join known k on a.id = k.query
@@ -413,7 +439,11 @@ def _anchors(config: Config, database: duckdb.DuckDBPyConnection) -> Iterator[Ta
     def tables() -> Iterator[pa.Table]:
         for batch in batches:
             table = pa.Table.from_batches([batch])
-            yield table.add_column(2, "id_hash", [hashes(table["id"].to_pylist())])
+            extra = table["extra"]
+            table = table.drop_columns("extra").add_column(2, "id_hash", [hashes(table["id"].to_pylist())])
+            for at, name in enumerate(_extra(config.data.extra.queries)):
+                table = table.append_column(name, pc.list_element(extra, at))
+            yield table
 
     yield from _tasks("anchors", tables(), config.data.part_rows)
 
@@ -493,7 +523,7 @@ def _write(file: BinaryIO, content: bytes) -> None:
 # --- facts --------------------------------------------------------------------------------------------
 
 
-def _counts(database: duckdb.DuckDBPyConnection) -> Task:
+def _counts(config: Config, database: duckdb.DuckDBPyConnection) -> Task:
     """What was read, merged, left out: a part of its own, so that the counts are content like the rest."""
     import pyarrow as pa
 
@@ -506,6 +536,10 @@ def _counts(database: duckdb.DuckDBPyConnection) -> Task:
         "queries_read": "select count(*) from askers",
         "queries_without_positive": "select count(*) from askers where id not in (select query from positives)",
         "judgments_read": "select count(*) from judgments",
+        # By exact anchor text, repeated rows counted, as sentence-transformers does.
+        "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
+        " join askers a on j.query = a.id join ids d on j.document = d.id"
+        f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
         "unknown_judgments": "select count(*) from unknown_judgments",
         "skipped_empty": "select count(*) from skipped",
         "positives": "select coalesce(sum(len(rows)), 0) from positives join askers on query = id",

@@ -16,7 +16,6 @@ import numpy as np
 from negpipe import ann, candidates
 from negpipe.candidates import Candidates
 from negpipe.config import Config
-from negpipe.errors import InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -38,13 +37,6 @@ def _searchable(context: Context, stage: str) -> list[Part]:
 def _plan(context: Context) -> Iterator[Task]:
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
     rows = sum(part.rows for part in _searchable(context, "encode"))
-    mining = context.config.mining
-    if mining.range_min >= rows:
-        raise InputError(
-            f"the window starts at rank {mining.range_min}, the corpus has {rows} documents",
-            field="mining.range_min",
-            remedy="Set mining.range_min below the number of documents",
-        )
     for texts, anchors in zip(ingest.of_kind("anchors"), encode.of_kind("anchors"), strict=True):
         name = key(
             "search",

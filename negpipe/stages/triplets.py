@@ -1,15 +1,18 @@
 """triplets: candidates → training rows, and a ledger of what became of every candidate.
 
 One task turns one part of candidates into one `part-NNNNN.parquet` in `triplets/` (published all at
-once) and one part in `ledger/`, a row a unit. Anchors are worked through in slices: memory does not
-grow with the part.
+once) and one part in `ledger/`, a row a unit. With `output.rows_per_file` it makes `part-NNNNN-00000.parquet`,
+`part-NNNNN-00001.parquet` …: the part's number keeps names unique whoever runs it, and names sort in row order.
+Anchors are worked through in slices: memory does not grow with the part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import candidates, formats, mining, moments
+from negpipe import formats, mining, moments
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.fingerprint import key
@@ -27,7 +30,7 @@ from negpipe.mining import Fate
 from negpipe.publication import staging
 from negpipe.selection import Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.tables import Rows, documents, open_table
+from negpipe.tables import Rows, documents
 
 VERSION = 1
 
@@ -49,6 +52,21 @@ def _sources(context: Context) -> dict[str, str]:
     if not Path(name).is_file():
         raise InputError("there is no such file", file=name, field="mining.exclude_file", remedy="Mend the path")
     return {"mining.exclude_file": context.digest_file(Path(name))}
+
+
+def _check(context: Context) -> None:
+    """What is excluded can be read; the window begins within the corpus, known once the source is read."""
+    _sources(context)
+    if "ingest" not in context.manifests:
+        return
+    read, first = context.manifest("ingest").stats, context.config.mining.range_min
+    rows = read["rows"] - (0 if context.config.data.add_positives else read["added_positives"])
+    if first >= rows:
+        raise InputError(
+            f"the window starts at rank {first}, the corpus has {rows} documents",
+            field="mining.range_min",
+            remedy="Set mining.range_min below the number of documents",
+        )
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -74,35 +92,28 @@ def _open(context: Context) -> Iterator[_Shared]:
 
 
 def _run(task: Task, shared: _Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
-    anchors = open_table(context.run_dir / task.payload["anchors"])
+    paths = context.run_dir / task.payload["anchors"], context.run_dir / task.payload["candidates"]
     ledger: list[pa.Table] = []
     fates = np.zeros(len(Fate), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
-    rows = 0
 
-    def write(file: BinaryIO) -> None:
-        nonlocal rows, fates
-        start = 0
-        with pq.ParquetWriter(
-            file, formats.schema(), compression="zstd", compression_level=1, store_schema=False
-        ) as writer:
-            for found in candidates.read(context.run_dir / task.payload["candidates"]):
-                units = shared.selector.select(anchors.slice(start, len(found.rows)), found)
-                _check_shortage(units, context.config)
-                table = formats.table(units, shared.corpus)
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
-                counts = mining.counts(units.fates)
-                ledger.append(_ledger(units, counts, context.config))
-                fates = fates + counts.sum(axis=0)
-                used = np.repeat(units.shortage > 0, np.diff(units.positive_offsets))
-                scores["positive"].append(moments.of(units.positive_scores[used]))
-                scores["negative"].append(moments.of(units.negative_scores))
-                rows += table.num_rows
-                start += len(found.rows)
-                progress(len(found.rows), "")
+    def accounted() -> Iterator[Units]:
+        nonlocal fates
+        for found, units in shared.selector.slices(*paths):
+            counts = mining.counts(units.fates)
+            ledger.append(_ledger(units, counts, context.config))
+            fates = fates + counts.sum(axis=0)
+            used = np.repeat(units.shortage > 0, np.diff(units.positive_offsets))
+            scores["positive"].append(moments.of(units.positive_scores[used]))
+            scores["negative"].append(moments.of(units.negative_scores))
+            yield units
+            progress(len(found.rows), "")
 
-    name = f"part-{task.payload['number']:05d}.parquet"
-    publish(".parquet", write, folder=staging("triplets", task.payload["key"]), name=name)
+    groups = formats.tables(accounted(), shared.corpus, context.config)
+    rows = sum(
+        _publish(publish, task, context.config, number, (table for _, table in tables))
+        for number, tables in groupby(groups, itemgetter(0))
+    )
     book = pa.concat_tables(ledger)
     publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
     return Made(
@@ -110,23 +121,24 @@ def _run(task: Task, shared: _Shared, context: Context, publish: Publisher, prog
         {
             "units": book.num_rows,
             "fates": {fate.name.lower(): int(fates[fate]) for fate in Fate if fates[fate]},
-            "short": int(np.count_nonzero(book["shortage"].to_numpy(zero_copy_only=False))),
+            "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
             "scores": {side: moments.merge(pieces) for side, pieces in scores.items()},
         },
     )
 
 
-def _check_shortage(units: Units, config: Config) -> None:
-    wanted = config.mining.num_negatives
-    short = units.shortage < wanted
-    if config.mining.on_shortage != "fail" or not short.any():
-        return
-    names = ", ".join(repr(units.anchors["id"][int(at)].as_py()) for at in units.anchor[short][:5])
-    raise InputError(
-        f"{int(short.sum())} anchors of this part have fewer than {wanted} negatives: {names}",
-        field="mining.on_shortage",
-        remedy="Widen the window or the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
-    )
+def _publish(publish: Publisher, task: Task, config: Config, number: int, tables: Iterable[pa.Table]) -> int:
+    """Publish one file of the part, return its rows."""
+    rows = 0
+
+    def write(file: BinaryIO) -> None:
+        nonlocal rows
+        rows = formats.write(file, tables)
+
+    part = f"part-{task.payload['number']:05d}"
+    name = f"{part}-{number:05d}.parquet" if config.output.rows_per_file else f"{part}.parquet"
+    publish(".parquet", write, folder=staging("triplets", task.payload["key"]), name=name)
+    return rows
 
 
 def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config) -> pa.Table:
@@ -141,7 +153,7 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config) -> pa.T
             "taken": counts[:, Fate.TAKEN],
             **reasons,
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
-            "shortage": units.shortage < config.mining.num_negatives,
+            "short": units.shortage < config.mining.num_negatives,
         }
     )
 
@@ -172,6 +184,7 @@ STAGE = Stage(
     inputs=("ingest", "search"),
     settings=_settings,
     sources=_sources,
+    check=_check,
     plan=_plan,
     open=_open,
     run=_run,

@@ -1,0 +1,75 @@
+"""Random negatives: rows of the corpus drawn by hash, independent of parts, slices and workers.
+
+Every unit has its own endless sequence of draws, which depends on the seed, its anchor and the size of
+the corpus; it gets the first that are not barred and did not come before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe import mining
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+_SPARE = 16  # draws beyond twice the wanted number before anybody is asked again
+_CELLS = 2**20  # draws at a time
+
+
+def draw(
+    seed: int, anchors: Hashes, wanted: Ints, corpus: int, barred: Callable[[Ints, Ints], Mask]
+) -> tuple[Ints, Ints]:
+    """Random rows for every unit.
+
+    Args:
+        seed: any integer.
+        anchors: (u,) hash of each unit's anchor.
+        wanted: (u,) how many rows a unit is to get.
+        corpus: number of rows; units for which it does not suffice get all that are not barred.
+        barred: (m,) units and (m, w) rows → (m, w), whether a row must not be a unit's.
+
+    Returns:
+        rows in the order of their drawing, ragged by offsets (u + 1,).
+    """
+    drawn = [np.empty(0, np.int64)] * len(wanted)
+    pending = np.flatnonzero(wanted > 0)
+    width = 2 * int(wanted.max(initial=0)) + _SPARE
+    while len(pending):
+        open_ends = []
+        step = max(1, _CELLS // min(width, corpus))
+        for start in range(0, len(pending), step):
+            units = pending[start : start + step]
+            rows = _sequence(seed, anchors[units], width, corpus)
+            good = ~barred(units, rows) & ~_repeated(rows)
+            taken = good & (np.cumsum(good, axis=1) <= wanted[units, None])
+            done = (taken.sum(axis=1) == wanted[units]) | (width >= corpus)
+            for unit, own, kept in zip(units[done], rows[done], taken[done], strict=True):
+                drawn[unit] = own[kept]
+            open_ends.append(units[~done])
+        pending = np.concatenate(open_ends)
+        width *= 4
+    offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in drawn])]).astype(np.int64)
+    return np.concatenate([np.empty(0, np.int64), *drawn]), offsets
+
+
+def _sequence(seed: int, anchors: Hashes, width: int, corpus: int) -> Ints:
+    """The first `width` draws of each anchor, with replacement; all rows in random order where that is fewer."""
+    numbers = np.arange(min(width, corpus), dtype=np.uint64)
+    uniform = mining.uniform(seed, anchors, np.broadcast_to(numbers, (len(anchors), len(numbers))))
+    if width >= corpus:
+        return np.argsort(uniform, axis=1, kind="stable").astype(np.int64)
+    return np.floor(uniform * corpus).astype(np.int64)
+
+
+def _repeated(rows: Ints) -> Mask:
+    """Whether a row stands further left already."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, axis=1)
+    repeated = np.zeros(rows.shape, np.bool_)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeated

@@ -1,0 +1,80 @@
+"""Runs that many tests look at: each is made once a session, and copied by whoever changes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from beir_data import numbered_folder, tricky_folder
+from runs import Run
+from tiny_model import build_tiny_model
+
+SCRIPT = """
+import json, sys
+import negpipe
+
+result = negpipe.mine(json.loads(sys.argv[1]))
+print(json.dumps([str(result.triplets), result.stats, result.ran]))
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real BERT, small."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def golden(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The folder full of traps, mined with the tiny model through FlagEmbedding."""
+    folder = tmp_path_factory.mktemp("golden")
+    run = Run(
+        {
+            "run_dir": str(folder / "run"),
+            "data": {"path": str(tricky_folder(folder / "beir")), "part_rows": 12},
+            "encoder": {
+                "model": str(tiny),
+                "query_instruction": "list: ",
+                "query_max_length": 48,
+                "passage_max_length": 64,
+                "batch_size": 8,
+            },
+            "mining": {"range_max": 60, "num_negatives": 4},
+            "resources": {"cpus": 2},
+        }
+    )
+    run.mine()
+    return run
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[object]]:
+    """Vectors that the user brings, mined by a script without a main guard; with what it printed."""
+    folder = tmp_path_factory.mktemp("scripted")
+    data = numbered_folder(folder / "beir", 400, 160)
+    run = Run(
+        {
+            "run_dir": str(folder / "run"),
+            "data": {"path": str(data), "part_rows": 16},
+            "encoder": {
+                "backend": "precomputed",
+                "corpus_vectors": str(data / "corpus.npy"),
+                "anchor_vectors": str(data / "queries.npy"),
+            },
+            "mining": {"range_max": 40},
+            "executor": {"kind": "local", "workers": 1},
+        }
+    )
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, str(folder / "script.py"), json.dumps(run.config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scripted: tuple[Run, list[object]]) -> Run:
+    """The run of the vectors that the user brings, from nothing and without a disturbance."""
+    return scripted[0]

@@ -1,0 +1,174 @@
+"""Starting runs and looking at what they left on disk, without the package's own readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from negpipe import pipeline
+from negpipe.config import load_config
+
+STAGES = ("ingest", "encode", "index", "search", "triplets")
+PATIENCE = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config and the run directory it names."""
+
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config["run_dir"])
+
+    def at(self, folder: Path) -> Run:
+        """The same config for another, new run directory."""
+        return replace(self, config={**self.config, "run_dir": str(folder)})
+
+    def copied(self, folder: Path) -> Run:
+        """The same config, and everything it has made so far, in another run directory."""
+        shutil.copytree(self.folder, folder)
+        return self.at(folder)
+
+    def mine(self, *overrides: str, only: str | None = None) -> pipeline.Result:
+        """Run in this process, tasks inline where the stage allows."""
+        return pipeline.mine(load_config(self.config, ["executor.kind=inline", *overrides]), only=only)
+
+    def states(self, *overrides: str) -> dict[str, pipeline.State]:
+        return {state.stage: state for state in pipeline.status(load_config(self.config, list(overrides)))}
+
+    def start(self, verb: str, *overrides: str) -> subprocess.Popen[str]:
+        """`python -m negpipe VERB` in a process group of its own; its standard error goes to `log`."""
+        file = self.folder.with_name(f"{self.folder.name}.yaml")
+        file.write_text(json.dumps(self.config), encoding="utf-8")
+        options = [option for override in overrides for option in ("--set", override)]
+        with self.log.open("w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "negpipe", verb, str(file), *options, *(["--yes"] if verb == "clean" else [])],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def command(self, verb: str, *overrides: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command run to its end."""
+        process = self.start(verb, *overrides)
+        output, _ = process.communicate(timeout=PATIENCE)
+        return process.returncode, output, self.log.read_text(encoding="utf-8")
+
+    # --- the disk ---------------------------------------------------------------------------------------
+
+    def manifest(self, stage: str) -> Any:
+        return json.loads((self.folder / ".negpipe" / stage / "manifest.json").read_text(encoding="utf-8"))
+
+    def parts(self, stage: str, kind: str | None = None) -> list[Any]:
+        """The parts of a stage's current output, in order."""
+        return [part for part in self.manifest(stage)["parts"] if kind in (None, part["kind"])]
+
+    def files(self, stage: str, kind: str | None = None) -> list[Path]:
+        """The first file of every part."""
+        return [self.folder / part["files"][0]["path"] for part in self.parts(stage, kind)]
+
+    def tables(self, kind: str) -> pa.Table:
+        """What ingest wrote of a kind; `documents` is corpus and added positives."""
+        kinds = ("corpus", "added") if kind == "documents" else (kind,)
+        paths = [path for name in kinds for path in self.files("ingest", name)]
+        return pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths])
+
+    def content(self, *stages: str) -> dict[str, bytes]:
+        """Every file of the current output, by path."""
+        paths = [file["path"] for stage in stages or STAGES for part in self.parts(stage) for file in part["files"]]
+        return {path: (self.folder / path).read_bytes() for path in paths}
+
+    def inodes(self, *stages: str) -> dict[str, int]:
+        return {path: (self.folder / path).stat().st_ino for path in self.content(*stages)}
+
+    def committed(self, stage: str) -> list[Any]:
+        """The sidecars of a stage that never completed."""
+        folder = self.folder / ".negpipe" / stage
+        names = [path for path in folder.glob("*.json") if path.name != "manifest.json"] if folder.is_dir() else []
+        return [json.loads(path.read_text(encoding="utf-8")) for path in names if not path.name.startswith(".")]
+
+    def begun(self, stage: str, parts: int) -> Callable[[], bool]:
+        """Whether so many parts of a stage are committed, asked as quickly as the disk answers."""
+        folder = self.folder / ".negpipe" / stage
+
+        def asked() -> bool:
+            try:
+                names = os.listdir(folder)
+            except FileNotFoundError:
+                return False
+            return sum(name.endswith(".json") and name != "manifest.json" and name[0] != "." for name in names) >= parts
+
+        return asked
+
+    def complete(self, stage: str) -> bool:
+        return (self.folder / ".negpipe" / stage / "manifest.json").exists()
+
+    def forget(self, stage: str) -> None:
+        """Take a stage back to where it has not begun."""
+        for path in [self.folder / stage, self.folder / ".negpipe" / stage, *self.folder.glob(f".{stage}-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def wait(process: subprocess.Popen[str], asked: Callable[[], bool]) -> bool:
+    """Wait until the answer is yes (True) or the process has ended (False)."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if asked():
+            return True
+        if process.poll() is not None:
+            return asked()
+        time.sleep(0.0005)
+    raise TimeoutError(f"nothing happened for {PATIENCE} s: {process.args!r}")
+
+
+def interrupted(
+    run: Run, stage: str, *overrides: str, parts: int = 2, how: Callable[[subprocess.Popen[str]], None]
+) -> subprocess.Popen[str]:
+    """Start `mine`, and do something to it as soon as a stage has so many parts and is not complete.
+
+    Stages are quick on small data: where the stage was over before the blow fell, it is taken back and tried again.
+    """
+    for _ in range(10):
+        process = run.start("mine", *overrides)
+        try:
+            if wait(process, run.begun(stage, parts)):
+                how(process)
+            process.wait(PATIENCE)
+        finally:
+            kill(process)
+        if not run.complete(stage):
+            assert len(run.committed(stage)) >= parts, run.log.read_text(encoding="utf-8")
+            return process
+        for later in STAGES[STAGES.index(stage) :]:
+            run.forget(later)
+    raise AssertionError(f"{stage} was always over before it could be interrupted")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the whole process group: nothing is let go of in order."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(PATIENCE)
+    if process.stdout is not None:
+        process.stdout.close()
