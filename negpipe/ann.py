@@ -29,7 +29,7 @@ Keys = NDArray[np.uint64]
 
 _ANCHORS, _ROWS = 2048, 1024  # at most, of one matrix product: large enough for its speed, small enough for the cache
 _SCORE_BYTES = 64  # scratch for each score of a product, when all of them pass
-_BLOCK_ROWS = 65536
+_BLOCK_ROWS = 131072
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 _NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
@@ -199,6 +199,7 @@ def search_exact(
     depth: int,
     *,
     positives: tuple[Ints, Ints],
+    candidates: int | None = None,
     memory: int,
     threads: int,
     progress: Callable[[int], None] = lambda rows: None,
@@ -209,6 +210,8 @@ def search_exact(
         anchors: (n, d) float32.
         vectors: the corpus, fewer than 2**32 - 1 rows.
         positives: (p,) int64 anchor and (p,) int64 corpus row of each known pair.
+        candidates: the rows before this one can be among the best, those after it only have positives' scores;
+            None: all can.
         memory: bytes this call may use, its results included; changes no result.
         threads: threads that compute; one more reads ahead. Changes no result.
         progress: called after each block with the number of corpus rows just searched.
@@ -229,11 +232,14 @@ def search_exact(
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     count, block_rows = _layout(len(anchors), vectors, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
-    starts = range(0, vectors.rows, block_rows)
+    last = vectors.rows if candidates is None else candidates
+    # No block straddles the border.
+    starts = [*range(0, last, block_rows), *range(last, vectors.rows, block_rows)]
+    ends = [*starts[1:], vectors.rows]
     tiles = [_Tile(part, depth) for part in np.array_split(anchors, count)] if count else []
 
     def load(number: int) -> _Block:
-        return _Block.load(vectors, starts[number], buffers[number % 2])
+        return _Block.load(vectors, starts[number], buffers[number % 2][: ends[number] - starts[number]])
 
     def score_positives(block: _Block) -> None:
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
@@ -246,7 +252,7 @@ def search_exact(
             assert ahead is not None
             block = ahead.result()
             ahead = reader.submit(load, number + 1) if number + 1 < len(starts) else None
-            work = [pool.submit(tile.search, block) for tile in tiles]
+            work = [pool.submit(tile.search, block) for tile in tiles if block.first < last]
             work.append(pool.submit(score_positives, block))
             for done in work:
                 done.result()
@@ -294,8 +300,8 @@ class _Block:
     longest: float  # the largest norm
 
     @classmethod
-    def load(cls, source: Vectors, first: int, buffer: Floats) -> _Block:
-        vectors = buffer[: source.rows - first]
+    def load(cls, source: Vectors, first: int, vectors: Floats) -> _Block:
+        """Fill `vectors` with the rows from `first` on."""
         order = np.random.default_rng(0).permutation(len(vectors))
         source.read(first, vectors, order)
         rows = first + np.argsort(order)

@@ -6,10 +6,10 @@ for each slice in which there are any, with a column that says which anchors of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,8 +60,8 @@ class Candidates:
 
     def deepened(self, deeper: Deeper) -> Candidates:
         """The same with deeper candidates for some anchors, and padding for the others."""
-        rows = _padded(self.rows, deeper.rows.shape[1], -1)
-        scores = _padded(self.scores, deeper.rows.shape[1], -np.inf)
+        width = max(self.rows.shape[1], deeper.rows.shape[1])
+        rows, scores = _padded(self.rows, width, -1), _padded(self.scores, width, -np.inf)
         rows[deeper.anchors], scores[deeper.anchors] = deeper.rows, deeper.scores
         return replace(self, rows=rows, scores=scores)
 
@@ -79,6 +79,13 @@ class Deeper:
     rows: Rows
     scores: Scores
 
+    def slices(self) -> Iterator[Deeper]:
+        """Those of each slice of a part that has any."""
+        ends = np.arange(0, int(self.anchors.max(initial=0)) + 1 + ROW_GROUP, ROW_GROUP)
+        for low, high in pairwise(np.searchsorted(self.anchors, ends)):
+            if high > low:
+                yield Deeper(self.anchors[low:high], self.rows[low:high], self.scores[low:high])
+
 
 def write(file: BinaryIO, found: Candidates) -> None:
     """Write one part."""
@@ -94,26 +101,37 @@ def write(file: BinaryIO, found: Candidates) -> None:
 
 
 def write_deeper(file: BinaryIO, found: Deeper) -> None:
-    """Write the deeper candidates of a part, numbered by its anchors."""
-    table = pa.table({"anchor": found.anchors, **_columns(found)})
-    slices = np.searchsorted(found.anchors, np.arange(0, int(found.anchors[-1]) + 1 + ROW_GROUP, ROW_GROUP))
-    with pq.ParquetWriter(file, table.schema, compression="lz4", use_dictionary=False) as writer:
-        for low, high in pairwise(slices):
-            if high > low:
-                writer.write_table(table.slice(low, high - low))
+    """Write the deeper candidates of a part, at least one."""
+    tables = (pa.table({"anchor": piece.anchors, **_columns(piece)}) for piece in found.slices())
+    first = next(tables)
+    with pq.ParquetWriter(file, first.schema, compression="lz4", use_dictionary=False) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
 
 
-def read(path: Path, deeper: Path | None = None) -> Iterator[Candidates]:
+def joined(pieces: Sequence[Candidates]) -> Candidates:
+    """Anchors one behind the other; at least one piece, all equally deep."""
+    ends = np.cumsum([0, *(len(piece.positives) for piece in pieces)])
+    return Candidates(
+        np.concatenate([piece.rows for piece in pieces]),
+        np.concatenate([piece.scores for piece in pieces]),
+        np.concatenate([piece.positives for piece in pieces]),
+        np.concatenate([[0], *(piece.offsets[1:] + end for piece, end in zip(pieces, ends, strict=False))]),
+        np.concatenate([piece.positive_scores for piece in pieces]),
+    )
+
+
+def read(path: Path, deeper: Path | Deeper | None = None) -> Iterator[Candidates]:
     """Read one part a slice of anchors at a time.
 
     Args:
         path: the part.
-        deeper: its deeper candidates, if it has any.
+        deeper: its deeper candidates, or their file, if it has any.
 
     Raises:
         DamagedError: a file is not whole.
     """
-    below = _read_deeper(deeper) if deeper else iter(())
+    below = iter(()) if deeper is None else _read_deeper(deeper) if isinstance(deeper, Path) else deeper.slices()
     following = next(below, None)
     start = 0
     with _opened(path) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -52,15 +53,13 @@ def main() -> None:
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
     debug = "--debug" in arguments
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except NegpipeError as error:
         sys.exit(_fail(str(error), error.code, error.exit_code, log_format, trace=debug))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted("Interrupted", 130))
     except _Terminated:
         sys.exit(_interrupted("Terminated", 143))
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except TyperException as error:
         # Without a message it has shown the help already.
         message = error.format_message()
@@ -69,6 +68,8 @@ def main() -> None:
         hint = "" if debug else " Run the same command with --debug for the trace."
         message = f"unexpected {type(error).__name__}: {error}. This is a bug; finished parts are kept.{hint}"
         sys.exit(_fail(message, "unexpected", 1, log_format, trace=debug))
+    # Typer raises neither Ctrl-C nor an exit of its own: it returns their codes.
+    sys.exit(_interrupted("Interrupted", code) if code == 130 else code)
 
 
 def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:
@@ -92,14 +93,19 @@ def _interrupted(what: str, code: int) -> int:
     return code
 
 
-def _mine(config: str, overrides: list[str], log_format: str, debug: bool, rehash: bool, only: str | None) -> None:
-    from negpipe import console, pipeline
-    from negpipe.config import load_config
+def _checked(log_format: str) -> str:
     from negpipe.errors import ConfigError
 
     if log_format not in ("plain", "json"):
         raise ConfigError(f"--log-format {log_format}: expected plain or json")
-    console.set_up_logging(log_format, debug=debug)
+    return log_format
+
+
+def _mine(config: str, overrides: list[str], log_format: str, debug: bool, rehash: bool, only: str | None) -> None:
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    console.set_up_logging(_checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash)
     if log_format == "json":
@@ -140,6 +146,71 @@ _stage_command("encode", "Turn texts into vectors.")
 _stage_command("index", "Build the index and the id map.")
 _stage_command("search", "Find the candidates of every anchor.")
 _stage_command("triplets", "Choose negatives and write the training rows.")
+
+
+@app.command()
+def export(
+    config: ConfigArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="flagembedding, nemo, tevatron, distillation, sentence-transformers, jsonl or hub.", metavar="LAYOUT"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make; or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet.")],
+    shard_rows: Annotated[int | None, typer.Option(help="Rows a file, at most; by default all in one.")] = None,
+    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="tevatron: write run.tsv, the stored ranking, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="hub: upload to this repository too; it is made private if it is new.", metavar="REPO"),
+    ] = None,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    log_format: LogOption = "plain",
+    debug: DebugOption = False,
+) -> None:
+    """Write the training rows in the exact layout that a trainer loads. Runs no stage, needs ingest and search.
+
+    Example: negpipe export scifact.yaml --to flagembedding --out exports/scifact
+    """
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+    from negpipe.exports import Options
+
+    console.set_up_logging(_checked(log_format), debug=debug)
+    options = Options(
+        to=to, out=out, shard_rows=shard_rows, compress=compress, run=run, force=force, push_to_hub=push_to_hub
+    )
+    pipeline.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
+
+
+@app.command()
+def explain(
+    config: ConfigArgument,
+    anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
+    limit: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = [],  # noqa: B006 — typer copies it
+    debug: DebugOption = False,
+) -> None:
+    """Show an anchor's candidates in order: score, rank, and why each was taken or not.
+
+    Example: negpipe explain quickstart.yaml --anchor json.dumps --limit 20
+    """
+    import dataclasses
+    import json
+
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    found = pipeline.explain_anchor(load_config(config, overrides), anchor)
+    if as_json:
+        units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
+        document = dataclasses.asdict(dataclasses.replace(found, units=units))
+        typer.echo(json.dumps(document, allow_nan=False))
+    else:
+        console.show_explanation(found, limit)
 
 
 @app.command()

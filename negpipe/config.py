@@ -192,11 +192,20 @@ class Mining(_Model):
     rank_over: Literal["raw", "survivors"] = Field(
         "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
     )
-    num_negatives: int = Field(3, ge=1, description="Negatives an anchor.")
+    num_negatives: int = Field(3, ge=0, description="Mined negatives an anchor; 0 with num_random alone.")
+    num_random: int = Field(
+        0, ge=0, description="Random negatives an anchor beside them, by seed; the same exclusions, no cutoffs."
+    )
     depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
         None,
         description="Candidates an anchor that are looked at; range_max+max_positives: room for the most positives of"
         " an anchor; null: all stored.",
+    )
+    max_depth: int | None = Field(
+        1024,
+        ge=0,
+        description="How deep anchors that lack negatives are searched again, doubling what is stored; null or 0: not."
+        " Needs rank_over survivors and depth null.",
     )
     sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
         "top",
@@ -226,8 +235,17 @@ class Mining(_Model):
         None,
         description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
     )
-    on_shortage: Literal["keep", "drop", "fail"] = Field(
-        "keep", description="Anchors with fewer negatives: keep what there is, drop the anchor, or fail."
+    near_duplicate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Drop candidates whose normalised text is as similar as this to that of a known positive: 1 -"
+        " (characters to insert or delete) / (length of both).",
+    )
+    on_shortage: Literal["keep", "drop", "fail", "random"] = Field(
+        "keep",
+        description="Anchors with fewer negatives: keep what there is, drop the anchor, fail, or fill up with random"
+        " ones.",
     )
 
     @model_validator(mode="before")
@@ -237,6 +255,8 @@ class Mining(_Model):
 
     @model_validator(mode="after")
     def _window(self) -> Mining:
+        if not self.wanted:
+            raise ValueError("mining.num_negatives and mining.num_random are both 0: ask for one of them")
         if self.range_max is None:  # as wide as it must be
             return self
         width = self.range_max - self.range_min
@@ -248,6 +268,16 @@ class Mining(_Model):
                 f" is smaller than mining.num_negatives ({self.num_negatives}): widen the window or ask for fewer"
             )
         return self
+
+    @property
+    def wanted(self) -> int:
+        """Negatives of an anchor that lacks none."""
+        return self.num_negatives + self.num_random
+
+    @property
+    def draws(self) -> bool:
+        """Whether random negatives may be among them."""
+        return self.num_random > 0 or self.on_shortage == "random"
 
     def resolved(self, max_positives: int) -> Mining:
         """The settings with `range_max` and `depth` as numbers, see `Config.resolved`."""

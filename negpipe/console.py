@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from negpipe.explain import Explanation, Unit
 from negpipe.pipeline import Reporter, Result, State
 
 LOG_SECONDS = 30
@@ -249,3 +250,41 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.reason:
             out.print(f"{state.stage}: {state.reason}", markup=False)
+
+
+def show_explanation(found: Explanation, limit: int) -> None:
+    """An anchor, its positives, and its first `limit` candidates with their fates, a table a unit."""
+    out.print(Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300)))
+    over = "ranks that count survivors only" if found.rank_over == "survivors" else "raw ranks"
+    for unit in found.units:
+        out.print()
+        for positive in unit.positives:
+            rank = "beyond the depth" if positive.rank is None else f"rank {positive.rank}"
+            about = f"{_score(positive.score)} {rank} {clean_text(positive.id)}  "
+            out.print(Text.assemble(("positive ", "green"), (about, "dim"), clean_text(positive.text, 120)))
+        out.print(f"margins refer to {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}")
+        counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in unit.counts.items())
+        out.print(f"candidates {sum(unit.counts.values()):,}: {counts}", markup=False)
+        out.print(_candidates(unit, limit))
+        if len(unit.candidates) > limit:
+            out.print(f"{len(unit.candidates) - limit:,} more: --limit {len(unit.candidates)} shows all")
+
+
+def _candidates(unit: Unit, limit: int) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("rank", "score", "document", "fate", "rule", "text"):
+        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
+    for candidate in unit.candidates[:limit]:
+        table.add_row(
+            "" if candidate.rank is None else str(candidate.rank),
+            _score(candidate.score),
+            Text(clean_text(candidate.id)),
+            Text(candidate.fate.replace("_", " "), style="green" if candidate.fate == "taken" else ""),
+            Text(clean_text(candidate.rule)),
+            Text(clean_text(candidate.text, 60), style="dim"),
+        )
+    return table
+
+
+def _score(score: float | None) -> str:
+    return "no score" if score is None else f"{score:.3f}"

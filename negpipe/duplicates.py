@@ -57,14 +57,13 @@ class Finder:
         within = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)
         positive = positives[offsets[owner][pair] + within]
         found = np.zeros(len(rows), np.bool_)
-        # Pairs that several units ask for are compared once.
-        unique, inverse = np.unique(np.stack([rows[pair], positive]), axis=1, return_inverse=True)
-        alike = np.concatenate(
-            [np.empty(0, np.bool_)]
-            + [self._alike(*unique[:, at : at + _PAIRS]) for at in range(0, unique.shape[1], _PAIRS)]
-        )
+        # Pairs that several owners ask for are compared once.
+        unique, inverse = np.unique(rows[pair] * len(self.corpus) + positive, return_inverse=True)
+        chunks = (unique[at : at + _PAIRS] for at in range(0, len(unique), _PAIRS))
+        pieces = [self._alike(*divmod(chunk, len(self.corpus))) for chunk in chunks]
+        alike = np.concatenate([np.empty(0, np.bool_), *pieces])
         found[pair[alike[inverse]]] = True
-        self.pairs += unique.shape[1]
+        self.pairs += len(unique)
         self.seconds += time.monotonic() - started
         return found
 

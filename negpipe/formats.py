@@ -16,12 +16,13 @@ With `mining.on_shortage: drop`, units that lack negatives have no rows in any f
 
 Beside these columns stand, each on request: ids and `data.extra` columns of a text under its own name
 (`anchor_id`, `negative_2_title`); a row's numbers as below, lists in the order of the row's documents.
-A rank is null beyond the stored depth, a negative's grade is 0.
+A rank is null beyond the stored depth and for random negatives, a negative's grade is 0. Where random negatives are
+asked for, the source says `mined` or `random`, and is null for a positive.
 
-    triplet       positive_score, negative_score, negative_rank, positive_grade
-    n-tuple       scores, ranks, positive_grade
-    labeled-pair  score, rank, grade
-    labeled-list  scores, ranks, grades
+    triplet       positive_score, negative_score, negative_rank, positive_grade, source
+    n-tuple       scores, ranks, positive_grade, sources
+    labeled-pair  score, rank, grade, source
+    labeled-list  scores, ranks, grades, sources
 
 Trainers take every column they find, so `select_columns` names what one loss wants: ["anchor", "positive",
 "negative_1"] for MultipleNegativesRankingLoss, those and "scores" for MarginMSELoss, ["anchor", "positive",
@@ -36,7 +37,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.config import Config
-from negpipe.selection import Units
-from negpipe.tables import EXTRA, Rows, shared
+from negpipe.selection import SOURCES, Units
+from negpipe.tables import EXTRA, Rows, dictionary
 
 Ints = npt.NDArray[np.int64]
 
@@ -58,10 +59,16 @@ _NUMBERS: dict[str, dict[str, tuple[str, int]]] = {
         "negative_score": ("score", 1),
         "negative_rank": ("rank", 1),
         "positive_grade": ("grade", 0),
+        "source": ("source", 1),
     },
-    "n-tuple": {"scores": ("score", _ALL), "ranks": ("rank", _ALL), "positive_grade": ("grade", 0)},
-    "labeled-pair": {"label": ("label", 0), "score": ("score", 0), "rank": ("rank", 0), "grade": ("grade", 0)},
-    "labeled-list": {name + "s": (name, _ALL) for name in ("label", "score", "rank", "grade")},
+    "n-tuple": {
+        "scores": ("score", _ALL),
+        "ranks": ("rank", _ALL),
+        "positive_grade": ("grade", 0),
+        "sources": ("source", _ALL),
+    },
+    "labeled-pair": {name: (name, 0) for name in ("label", "score", "rank", "grade", "source")},
+    "labeled-list": {name + "s": (name, _ALL) for name in ("label", "score", "rank", "grade", "source")},
 }
 
 
@@ -151,7 +158,7 @@ class _Rows:
 
 def _arranged(units: Units, config: Config) -> _Rows:
     """The rows of the config's format."""
-    name, wanted = config.output.format, _full(config)
+    name, wanted = config.output.format, config.mining.wanted
     positives, negatives = np.diff(units.positive_offsets), np.diff(units.negative_offsets)
     first = len(units.positives) + units.negative_offsets[:-1]
     kept = negatives >= (wanted if config.mining.on_shortage == "drop" else 0)
@@ -177,11 +184,6 @@ def _arranged(units: Units, config: Config) -> _Rows:
     return _Rows(unit, documents, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def _full(config: Config) -> int:
-    """How many negatives a unit has that lacks none."""
-    return config.mining.num_negatives
-
-
 def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int | None) -> list[int]:
     """Where row groups begin and end: between units, so that texts stay within bounds, and where a file is full."""
     sizes = np.concatenate([[0], np.cumsum(corpus.sizes("text", np.concatenate([units.positives, units.negatives])))])
@@ -189,9 +191,10 @@ def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int |
     size = np.diff(sizes[units.positive_offsets]) + np.diff(sizes[split + units.negative_offsets])
     group = (np.cumsum(size) // GROUP_BYTES)[rows.unit]
     count = len(rows.unit)
-    ends = np.flatnonzero(np.diff(group)) + 1
-    full_files = np.arange(-written % limit, count, limit) if limit else []
-    return [0, *sorted({*map(int, ends), *map(int, full_files)} - {0}), count]
+    ends = {int(end) + 1 for end in np.flatnonzero(np.diff(group))}
+    if limit:
+        ends |= set(range(-written % limit, count, limit)) - {0}
+    return [0, *sorted(ends), count]
 
 
 def count_within(lengths: Ints) -> Ints:
@@ -236,14 +239,14 @@ def _places(config: Config) -> dict[str, int]:
         return {"positive": 0}
     if config.output.format == "triplet":
         return {"positive": 0, "negative": 1}
-    return {"positive": 0} | {f"negative_{number}": number for number in range(1, _full(config) + 1)}
+    return {"positive": 0} | {f"negative_{number}": number for number in range(1, config.mining.wanted + 1)}
 
 
 def _of_anchors(units: Units, rows: _Rows, columns: list[str]) -> list[pa.DictionaryArray]:
     anchors, codes = np.unique(units.anchor[rows.unit], return_inverse=True)
     at, codes = pa.array(anchors), pa.array(codes.astype(np.int32))
     values = (units.anchors[name].take(at).combine_chunks().cast(pa.large_string()) for name in columns)
-    return [shared(texts, codes) for texts in values]
+    return [dictionary(texts, codes, distinct=False) for texts in values]
 
 
 def _numbers(units: Units, rows: _Rows, config: Config) -> dict[str, pa.Array]:
@@ -256,6 +259,11 @@ def _numbers(units: Units, rows: _Rows, config: Config) -> dict[str, pa.Array]:
         values["rank"] = pa.array(ranks.astype(np.int32), mask=ranks < 0)
     if output.grades:
         values["grade"] = pa.array(np.concatenate([units.grades, np.zeros(len(units.negatives), np.float32)]))
+    if config.mining.draws:
+        sources = np.concatenate([np.zeros(len(units.positives), np.uint8), units.negative_sources])
+        negative = np.arange(len(sources)) >= len(units.positives)
+        codes = pa.array(sources.astype(np.int32), mask=~negative)
+        values["source"] = pa.DictionaryArray.from_arrays(codes, pa.array(SOURCES, pa.large_string()))
     columns: dict[str, pa.Array] = {}
     for column, (name, place) in _NUMBERS[output.format].items():
         if name not in values:

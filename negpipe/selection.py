@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from negpipe import candidates, mining
-from negpipe.candidates import Candidates
+from negpipe import candidates, duplicates, mining, randoms
+from negpipe.candidates import Candidates, Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.mining import Fate
@@ -30,6 +31,8 @@ Floats = npt.NDArray[np.float32]
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
+SOURCES = ("mined", "random")
+
 
 @dataclass(frozen=True)
 class Units:
@@ -40,9 +43,12 @@ class Units:
         anchor: (u,) row of `anchors` of each unit.
         positives: rows of all units' positives, ragged by `positive_offsets` (u + 1,); scores and grades alike.
         positive_ranks: raw rank of each positive, -1 beyond the depth.
-        negatives: rows of all units' negatives by rank, ragged by `negative_offsets` (u + 1,); scores alike.
-        negative_ranks: raw rank of each negative.
+        negatives: rows of all units' negatives, the mined by rank, then the random as drawn, ragged by
+            `negative_offsets` (u + 1,); scores alike.
+        negative_ranks: raw rank of each negative, -1 for random ones.
+        negative_sources: uint8, place in `SOURCES` of each negative.
         fates: (u, k) uint8, what became of each candidate.
+        references: (u,) the positive score that each unit's margins refer to, NaN where there is none.
     """
 
     anchors: pa.Table
@@ -56,7 +62,9 @@ class Units:
     negative_offsets: Ints
     negative_scores: Floats
     negative_ranks: Ints
+    negative_sources: npt.NDArray[np.uint8]
     fates: npt.NDArray[np.uint8]
+    references: Floats
 
     @property
     def shortage(self) -> Ints:
@@ -64,22 +72,73 @@ class Units:
         return np.diff(self.negative_offsets)
 
 
+@dataclass(frozen=True)
+class PartFiles:
+    """One part of anchors: the files of ingest, search and encode, and deeper candidates where there are any."""
+
+    anchors: Path
+    candidates: Path
+    vectors: Path
+    deeper: Path | Deeper | None = None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What became of the candidates of u units.
+
+    Attributes:
+        anchor: (u,) as in `Units`.
+        offsets: (u + 1,) where each unit's positives begin.
+        reference: (u,) as `Units.references`.
+        rows: (u, k) its candidates; scores and fates alike.
+    """
+
+    anchor: Ints
+    offsets: Ints
+    reference: Floats
+    rows: Ints
+    scores: Floats
+    fates: npt.NDArray[np.uint8]
+
+    @property
+    def taken(self) -> Ints:
+        """(u,) how many were taken."""
+        return mining.counts(self.fates)[:, Fate.TAKEN]
+
+
 class Selector:
-    """Applies a config's mining rules; holds what all slices share."""
+    """Applies a config's mining rules; holds what all slices share.
 
-    def __init__(self, config: Config, corpus: Rows) -> None:
-        self._config, self._corpus = config, corpus
+    Args:
+        config: a resolved one.
+        corpus: ingest's documents.
+        searchable: how many of them, from the first on, can be negatives.
+        passages: their vectors, encode's parts; needed where random negatives are asked for.
+        threads: threads that compare texts. Changes no result.
+    """
+
+    def __init__(
+        self, config: Config, corpus: Rows, *, searchable: int, passages: Sequence[Path] = (), threads: int = 1
+    ) -> None:
+        self._config, self._corpus, self._searchable, self._passages = config, corpus, searchable, passages
         names = {field.name for field in fields(mining.Rules)}
-        settings = config.mining.model_dump()
-        self.rules = mining.Rules(**{name: value for name, value in settings.items() if name in names})
+        settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
+        if config.mining.on_shortage == "random":  # random ones are added to what is selected
+            settings["on_shortage"] = "keep"
+        if not config.mining.num_negatives:
+            settings["sampling_strategy"] = "top"
+        self.rules = mining.Rules(**settings)
         self._verdicts = _read_verdicts(config.mining.exclude_file)
+        threshold = config.mining.near_duplicate
+        self.duplicates = None if threshold is None else duplicates.Finder(corpus, threshold, threads)
 
-    def slices(self, anchors: Path, found: Path) -> Iterator[tuple[Candidates, Units]]:
+    @property
+    def compared(self) -> tuple[int, float]:
+        """Pairs of texts compared so far, and the seconds it took."""
+        return (self.duplicates.pairs, self.duplicates.seconds) if self.duplicates else (0, 0.0)
+
+    def slices(self, part: PartFiles) -> Iterator[tuple[Candidates, Units]]:
         """Everything of one part, a slice of anchors at a time.
-
-        Args:
-            anchors: ingest's part of anchors.
-            found: search's part of their candidates.
 
         Yields:
             the candidates of a slice as they are stored, and its units.
@@ -88,16 +147,66 @@ class Selector:
             DamagedError: a file is not whole.
             InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
         """
-        table, start = open_table(anchors), 0
-        for piece in candidates.read(found):
-            units = self.select(table.slice(start, len(piece.rows)), piece)
+        table, start = open_table(part.anchors), 0
+        for piece in candidates.read(part.candidates, part.deeper):
+            units = self._units(part, table, start, piece)
             self._check_shortage(units)
             yield piece, units
             start += len(piece.rows)
 
+    def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
+        """The same for one anchor, by its place in the part; it may be short."""
+        start = 0
+        for piece in candidates.read(part.candidates, part.deeper):
+            if anchor < start + len(piece.rows):
+                alone = piece.take(np.array([anchor - start]))
+                return alone, self._units(part, open_table(part.anchors), anchor, alone)
+            start += len(piece.rows)
+        raise IndexError(f"{part.candidates} holds {start} anchors, there is no number {anchor}")
+
+    def _units(self, part: PartFiles, table: pa.Table, start: int, found: Candidates) -> Units:
+        units = self.select(table.slice(start, len(found.rows)), found)
+        if self._config.mining.draws:
+            vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
+            units = self._with_random(units, vectors[start : start + len(found.rows)].astype(np.float32))
+        return units
+
+    def short(self, anchors: pa.Table, found: Candidates) -> Ints:
+        """Anchors of a slice that lack negatives and may find them among deeper candidates, ascending."""
+        wanted, least = self._config.mining.num_negatives, self.rules.min_score
+        hopeful = found.rows[:, -1] >= 0
+        if least is not None:
+            hopeful &= found.scores[:, -1] >= np.float32(least)
+        short = np.flatnonzero(hopeful)
+        # Most find what they need among the first candidates: only the others are looked at whole.
+        for width in (2 * (self.rules.range_min + wanted) + 16, found.rows.shape[1]):
+            chosen = self._choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
+            short = short[np.unique(chosen.anchor[chosen.taken < wanted])]
+        return short
+
     def select(self, anchors: pa.Table, found: Candidates) -> Units:
-        """Choose negatives for a slice of anchors."""
+        """Choose mined negatives for a slice of anchors."""
         grades, _ = ragged(anchors["grades"])
+        chosen = self._choose(anchors, found)
+        cell = np.flatnonzero(chosen.fates == Fate.TAKEN)
+        return Units(
+            anchors=anchors,
+            anchor=chosen.anchor,
+            positives=found.positives,
+            positive_offsets=chosen.offsets,
+            positive_scores=found.positive_scores,
+            positive_ranks=_ranks(found),
+            grades=grades.astype(np.float32),
+            negatives=chosen.rows.ravel()[cell],
+            negative_offsets=np.concatenate([[0], np.cumsum(chosen.taken)]),
+            negative_scores=chosen.scores.ravel()[cell],
+            negative_ranks=cell % max(1, chosen.rows.shape[1]),
+            negative_sources=np.zeros(len(cell), np.uint8),
+            fates=chosen.fates,
+            references=chosen.reference,
+        )
+
+    def _choose(self, anchors: pa.Table, found: Candidates) -> _Choice:
         each = self._config.mining.margin_reference == "each"
         if each:
             anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
@@ -109,6 +218,7 @@ class Selector:
                 found.positive_scores, offsets, "max" if self._config.mining.margin_reference == "max" else "min"
             )
         depth = self._config.mining.depth or found.rows.shape[1]
+        assert isinstance(depth, int), "the config is not resolved"
         rows, scores = found.rows[:, :depth], found.scores[:, :depth]
         excluded, uniform = self._excluded(anchors, rows), self._uniform(anchors, rows)
         if self._config.output.include_positives:
@@ -117,26 +227,72 @@ class Selector:
         if each:
             rows, scores, excluded = rows[anchor], scores[anchor], excluded[anchor]
             uniform = None if uniform is None else uniform[anchor]
-        fates = mining.select(rows, scores, excluded, reference, uniform, self.rules)
-        taken = fates == Fate.TAKEN
-        cell = np.flatnonzero(taken)
-        return Units(
-            anchors=anchors,
-            anchor=anchor,
-            positives=found.positives,
-            positive_offsets=offsets,
-            positive_scores=found.positive_scores,
-            positive_ranks=_ranks(found),
-            grades=grades.astype(np.float32),
-            negatives=rows.ravel()[cell],
-            negative_offsets=np.concatenate([[0], np.cumsum(taken.sum(axis=1))]),
-            negative_scores=scores.ravel()[cell],
-            negative_ranks=cell % max(1, rows.shape[1]),
-            fates=fates,
+
+        def selected(units: Ints | slice) -> npt.NDArray[np.uint8]:
+            numbers = None if uniform is None else uniform[units]
+            return mining.select(rows[units], scores[units], excluded[units], reference[units], numbers, self.rules)
+
+        fates = selected(slice(None))
+        if self.duplicates is not None:
+            known, known_offsets = ragged(anchors["known"])
+            matters = [Fate.TAKEN, Fate.BEFORE_WINDOW]
+            if self.rules.sampling_strategy != "top":
+                matters.append(Fate.NOT_SAMPLED)
+            waiting = np.ones(rows.shape, np.bool_)
+            if self._config.output.include_positives:
+                waiting &= ~mining.contains(found.rows[:, :depth], found.positives, found.offsets)[anchor]
+            # Who comes in for a duplicate may be one too; the others are never compared.
+            while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):
+                unit, column = np.divmod(cell, rows.shape[1])
+                waiting[unit, column] = False
+                alike = self.duplicates.find(rows[unit, column], anchor[unit], known, known_offsets)
+                excluded[unit[alike], column[alike]] = Fate.NEAR_DUPLICATE
+                again = np.unique(unit[alike])
+                fates[again] = selected(again)
+        return _Choice(anchor, offsets, reference, rows, scores, fates)
+
+    def _with_random(self, units: Units, vectors: Floats) -> Units:
+        """The units with random negatives, behind the mined ones."""
+        settings, mined = self._config.mining, units.shortage
+        wanted = np.full(len(mined), settings.num_random)
+        if settings.on_shortage == "random":
+            wanted += np.maximum(settings.num_negatives - mined, 0)
+        if settings.on_shortage == "drop":
+            wanted[mined < settings.num_negatives] = 0
+        known, known_offsets = ragged(units.anchors["known"])
+        itself = units.anchors["self_row"].to_numpy()
+
+        def barred(some: Ints, rows: Ints) -> Mask:
+            anchor = units.anchor[some]
+            out = self._excluded(units.anchors.take(pa.array(anchor)), rows) > 0
+            out |= mining.contains(rows, *_lists(known, known_offsets, anchor))
+            out |= mining.contains(rows, *_lists(units.negatives, units.negative_offsets, some))
+            out |= rows == itself[anchor, None]
+            if self.duplicates is not None:
+                unit, column = np.nonzero(~out)
+                out[unit, column] = self.duplicates.find(rows[unit, column], anchor[unit], known, known_offsets)
+            return out
+
+        identity = units.anchors["id_hash"].to_numpy()[units.anchor]
+        rows, offsets = randoms.draw(self._config.seed, identity, wanted, self._searchable, barred)
+        unit = np.repeat(np.arange(len(mined)), np.diff(offsets))
+        scores = randoms.scores(vectors, units.anchor[unit], self._passages, rows)
+        order = np.argsort(np.concatenate([np.repeat(np.arange(len(mined)), mined), unit]), kind="stable")
+
+        def joined(of_mined: npt.NDArray[Any], of_random: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.concatenate([of_mined, of_random])[order]
+
+        return replace(
+            units,
+            negatives=joined(units.negatives, rows),
+            negative_offsets=units.negative_offsets + offsets,
+            negative_scores=joined(units.negative_scores, scores),
+            negative_ranks=joined(units.negative_ranks, np.full(len(rows), -1)),
+            negative_sources=joined(units.negative_sources, np.full(len(rows), SOURCES.index("random"), np.uint8)),
         )
 
     def _check_shortage(self, units: Units) -> None:
-        wanted = self._config.mining.num_negatives
+        wanted = self._config.mining.wanted
         short = units.shortage < wanted
         if self._config.mining.on_shortage != "fail" or not short.any():
             return
@@ -195,6 +351,13 @@ def _ranks(found: Candidates) -> Ints:
         hit = found.rows[anchor[here]] == found.positives[here, None]
         ranks[here] = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
     return ranks
+
+
+def _lists(values: Ints, offsets: Ints, wanted: Ints) -> tuple[Ints, Ints]:
+    """Some ragged lists, in any order, ragged."""
+    lengths = np.diff(offsets)[wanted]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    return values[np.arange(ends[-1]) + np.repeat(offsets[wanted] - ends[:-1], lengths)], ends
 
 
 def _where(values: Ints, offsets: Ints, keep: Mask) -> tuple[Ints, Ints]:

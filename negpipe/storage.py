@@ -26,6 +26,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
+    errno.ENOTDIR: "a folder of its path is a file",
     errno.EFBIG: "the file is larger than this file system or the process limit allows",
 }
 
@@ -56,7 +57,7 @@ def explained(path: Path) -> Iterator[None]:
             free = ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {free}"
-            "Nothing finished was lost: make room or mend the permission, then run the same command again"
+            "Nothing finished was lost: make room, or mend path or permission, then run the same command again"
         ) from error
 
 

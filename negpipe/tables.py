@@ -28,9 +28,11 @@ def documents(manifest: Manifest) -> list[Part]:
 
 
 def to_bytes(table: pa.Table) -> bytes:
-    """A table as one Arrow IPC file with one record batch."""
+    """A table as one Arrow IPC file with one record batch; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
-    table = table.combine_chunks()
+    # Concatenating copies the values and nothing else; a slice would take more of its parent's buffers along.
+    columns = [pa.concat_arrays([*column.chunks, pa.array([], column.type)]) for column in table.columns]
+    table = pa.table(columns, schema=table.schema)
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
@@ -84,7 +86,9 @@ class Rows:
         for column in columns:
             pieces = [self._tables[part][column].take(at) for part, at in where]
             chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
-            found.append(shared(pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string()), codes))
+            values = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+            # A row's id and text are no other row's.
+            found.append(dictionary(values, codes, distinct=column in ("id", "text")))
         return found
 
     def sizes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -108,8 +112,10 @@ class Rows:
         return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
 
 
-def shared(values: pa.LargeStringArray, codes: pa.Int32Array) -> pa.DictionaryArray:
-    """`values` taken at `codes`, equal values sharing an entry: what Parquet takes for a dictionary as it is."""
+def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: bool) -> pa.DictionaryArray:
+    """`values` taken at `codes`. Equal values share an entry, as Parquet wants it; `distinct`: there are none."""
+    if distinct:
+        return pa.DictionaryArray.from_arrays(codes, values)
     encoded = values.dictionary_encode()
     return pa.DictionaryArray.from_arrays(encoded.indices.take(codes), encoded.dictionary)
 

@@ -142,7 +142,7 @@ class _Npy:
     def __init__(self, path: Path, setting: str) -> None:
         try:
             data = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"not a readable .npy file: {error}", file=str(path), field=setting) from None
         if data.ndim != 2 or data.dtype.kind != "f" or data.shape[1] == 0:
             raise InputError(
@@ -181,11 +181,12 @@ class _Parquet:
         self._path, self._setting, self._column = path, setting, lists[0]
         self.label: str | None = labels[0] if labels else None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._starts = np.cumsum([0, *groups])
+        self._starts = np.cumsum([0, *groups])  # An empty group holds no row, so nothing ever asks for it.
         self._held: tuple[int, Floats] | None = None
         self._dimension: int | None = None
-        width = self._group(0).shape[1] if groups else 0
-        self.shape: tuple[int, int] = (int(self._starts[-1]), width)
+        if not sum(groups):
+            raise InputError("the file holds no vector", file=str(path), field=setting, remedy="Write it again")
+        self.shape: tuple[int, int] = (int(self._starts[-1]), self._group(int(np.argmax(groups))).shape[1])
 
     def ids(self) -> Iterator[list[str]]:
         """The ids, one row group after the other."""
@@ -213,14 +214,14 @@ class _Parquet:
         if self._held is None or self._held[0] != number:
             column: Any = self._file.read_row_group(number, [self._column])[self._column].combine_chunks()
             values = column.flatten().to_numpy(zero_copy_only=False)
-            width = self._dimension or (len(values) // max(1, len(column)))
-            lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+            lengths = column.value_lengths().fill_null(0).to_numpy()
+            width = self._dimension or max(1, int(lengths[0]))
             wrong = np.flatnonzero(lengths != width)
-            if len(wrong) or column.null_count:
+            if len(wrong):
                 raise InputError(
                     f"a vector of {width} numbers was expected",
                     file=str(self._path),
-                    row=int(self._starts[number] + (wrong[0] if len(wrong) else 0)),
+                    row=int(self._starts[number] + wrong[0]),
                     field=self._column,
                     remedy="All vectors need one dimension",
                 )

@@ -8,8 +8,9 @@ Both sides get the same vectors (clusters of many sizes, near each other as embe
 float16, so that storing them loses nothing), the same window and `top` sampling. Every measurement runs
 in its own process. Sentence Transformers is timed inside, around the one call, without imports and
 loading; negpipe by its own books (the stages' seconds, worker start included) and by the clock around
-its three commands, Python's start included. Peak memory is the largest process of each side, with all
-that it imported. Exit code 1: the rows differ by more than near-ties explain.
+its three commands, Python's start included. CPU seconds (negpipe's with every start, theirs without)
+tell what a busy machine hides. Peak memory is the largest process of each side, with all that it
+imported. Exit code 1: the rows differ by more than near-ties explain.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
         {"anchor": [_anchor(row) for row in range(options.anchors)], "positive": [texts[of] for of in positives]}
     )
     model = Stub(*(np.load(folder / name).astype(np.float32) for name in ("corpus.npy", "anchors.npy")))
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     rows = mine_hard_negatives(
         pairs,
         model,
@@ -223,10 +224,10 @@ def sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
         use_faiss=True,
         verbose=False,
     )
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows.to_parquet(folder / "theirs.parquet")
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds, "cpu": cpu, "peak": peak}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -283,9 +284,10 @@ SIDES = {"data": make_data, "sgemm": sgemm, "sentence-transformers": sentence_tr
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended well: seconds by the clock, and bytes of its largest process, workers included."""
+    """A command that ended well, workers included: seconds by the clock, CPU seconds, bytes of the largest process."""
 
     seconds: float
+    cpu: float
     peak: int
     output: str
 
@@ -302,7 +304,7 @@ def run(command: list[str]) -> Ran:
         if process.returncode:
             errors.seek(0)
             sys.exit(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
-    return Ran(seconds, usage.ru_maxrss * 1024, output)
+    return Ran(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, output)
 
 
 def side(name: str, folder: Path) -> tuple[Ran, dict[str, Any]]:
@@ -349,6 +351,10 @@ class Round:
         return sum(stage.ran.seconds for stage in self.stages)
 
     @property
+    def cpu(self) -> float:
+        return sum(stage.ran.cpu for stage in self.stages)
+
+    @property
     def peak(self) -> int:
         return max(stage.ran.peak for stage in self.stages)
 
@@ -366,16 +372,20 @@ def measure(options: argparse.Namespace, folder: Path) -> Round:
 
 
 def show_round(done: Round) -> None:
-    print(f"  {'negpipe':<24} {'tasks s':>8} {'stage s':>8} {'clock s':>8} {'peak MiB':>9}")
+    print(f"  {'seconds':<24} {'tasks':>8} {'stage':>8} {'clock':>8} {'CPU':>8} {'peak MiB':>9}")
     for stage in done.stages:
-        _row(stage.name, stage.tasks, stage.seconds, stage.ran.seconds, stage.ran.peak)
-    _row("together", sum(stage.tasks for stage in done.stages), done.seconds, done.clock, done.peak)
-    _row("Sentence Transformers", None, done.theirs["seconds"], done.their_clock, done.theirs["peak"])
+        _row(f"negpipe {stage.name}", stage.tasks, stage.seconds, stage.ran.seconds, stage.ran.cpu, stage.ran.peak)
+    tasks = sum(stage.tasks for stage in done.stages)
+    _row("negpipe together", tasks, done.seconds, done.clock, done.cpu, done.peak)
+    theirs = done.theirs
+    _row("Sentence Transformers", None, theirs["seconds"], done.their_clock, theirs["cpu"], theirs["peak"])
     print(f"  sgemm {done.gemm['best']:.0f} GFLOP/s at best, {done.gemm['median']:.0f} median; search {done.speed:.0f}")
 
 
-def _row(name: str, tasks: float | None, seconds: float, clock: float, peak: float) -> None:
-    print(f"  {name:<24} {'' if tasks is None else f'{tasks:.2f}':>8} {seconds:>8.2f} {clock:>8.2f} {_mib(peak):>9}")
+def _row(name: str, tasks: float | None, *numbers: float) -> None:
+    *seconds, peak = numbers
+    shown = ["" if number is None else f"{number:.2f}" for number in (tasks, *seconds)]
+    print(f"  {name:<24} {' '.join(f'{number:>8}' for number in shown)} {_mib(peak):>9}")
 
 
 def show_summary(rounds: list[Round], options: argparse.Namespace, rows: dict[str, Any]) -> bool:
@@ -383,17 +393,23 @@ def show_summary(rounds: list[Round], options: argparse.Namespace, rows: dict[st
         return statistics.median(map(value, rounds))
 
     time_ratio = median(lambda done: done.seconds / done.theirs["seconds"])
+    cpu_ratio = median(lambda done: done.cpu / done.theirs["cpu"])
     clock_ratio = median(lambda done: done.clock / done.theirs["seconds"])
     speed = median(lambda done: done.speed / done.gemm["median"])
     best = median(lambda done: done.speed / done.gemm["best"])
     peak, their_peak = max(done.peak for done in rounds), max(done.theirs["peak"] for done in rounds)
     agree: bool = rows["differing"] <= MAX_DIFFERING
     print(f"\nmedian of {len(rounds)}" if len(rounds) > 1 else "")
-    _verdict("time of Sentence Transformers'", f"{time_ratio:.2f}", f"at most {MAX_TIME}", time_ratio <= MAX_TIME)
+    # What a stage costs to start decides small runs: the targets are for the default sizes.
+    small = options.small
+    _verdict(
+        "time of Sentence Transformers'", f"{time_ratio:.2f}", f"at most {MAX_TIME}", time_ratio <= MAX_TIME, small
+    )
     print(f"  {'  with Python’s start':<34} {clock_ratio:.2f}")
-    _verdict("search of sgemm's median", f"{speed:.2f}", f"at least {MIN_SPEED}", speed >= MIN_SPEED)
+    print(f"  {'  in CPU seconds, with that too':<34} {cpu_ratio:.2f}")
+    _verdict("search of sgemm's median", f"{speed:.2f}", f"at least {MIN_SPEED}", speed >= MIN_SPEED, small)
     print(f"  {'  of its best':<34} {best:.2f}")
-    _verdict("peak memory", f"{_mib(peak)} MiB", f"at most {_mib(MAX_MEMORY)}", peak <= MAX_MEMORY)
+    _verdict("peak memory", f"{_mib(peak)} MiB", f"at most {_mib(MAX_MEMORY)}", peak <= MAX_MEMORY, small)
     print(f"  {'  Sentence Transformers':<34} {_mib(their_peak)} MiB")
     _verdict("rows that differ", f"{rows['differing']:.4%}", f"at most {MAX_DIFFERING:.1%}", agree)
     ours, theirs = rows["rows"]
@@ -403,8 +419,9 @@ def show_summary(rounds: list[Round], options: argparse.Namespace, rows: dict[st
     return agree
 
 
-def _verdict(name: str, value: str, target: str, met: bool) -> None:
-    print(f"  {name:<34} {value:<10} ({target}: {'met' if met else 'MISSED'})")
+def _verdict(name: str, value: str, target: str, met: bool, no_target: bool = False) -> None:
+    verdict = "" if no_target else f" ({target}: {'met' if met else 'MISSED'})"
+    print(f"  {name:<34} {value:<10}{verdict}".rstrip())
 
 
 def _mib(size: float) -> str:

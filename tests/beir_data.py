@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,3 +96,18 @@ def write_vectors(folder: Path, documents: int, anchors: int, *, seed: int, dime
     corpus = draw.standard_normal((documents, dimension)).astype(np.float32)
     np.save(folder / "corpus.npy", corpus)
     np.save(folder / "queries.npy", corpus[:anchors] + draw.standard_normal((anchors, dimension)).astype(np.float32))
+
+
+def precomputed_config(run_dir: Path, folder: Path) -> dict[str, Any]:
+    """A config for such a folder and its vectors, with parts of about 16 rows."""
+    return {
+        "run_dir": str(run_dir),
+        "data": {"path": str(folder), "part_rows": 16},
+        "encoder": {
+            "backend": "precomputed",
+            "corpus_vectors": str(folder / "corpus.npy"),
+            "anchor_vectors": str(folder / "queries.npy"),
+        },
+        "mining": {"range_max": 40},
+        "executor": {"kind": "local", "workers": 1},
+    }

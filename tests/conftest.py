@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from beir_data import numbered_folder, tricky_folder
+from beir_data import numbered_folder, precomputed_config, tricky_folder
 from runs import Run
 from tiny_model import build_tiny_model
 
@@ -54,20 +54,7 @@ def golden(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[object]]:
     """Vectors that the user brings, mined by a script without a main guard; with what it printed."""
     folder = tmp_path_factory.mktemp("scripted")
-    data = numbered_folder(folder / "beir", 400, 160)
-    run = Run(
-        {
-            "run_dir": str(folder / "run"),
-            "data": {"path": str(data), "part_rows": 16},
-            "encoder": {
-                "backend": "precomputed",
-                "corpus_vectors": str(data / "corpus.npy"),
-                "anchor_vectors": str(data / "queries.npy"),
-            },
-            "mining": {"range_max": 40},
-            "executor": {"kind": "local", "workers": 1},
-        }
-    )
+    run = Run(precomputed_config(folder / "run", numbered_folder(folder / "beir", 400, 160)))
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, str(folder / "script.py"), json.dumps(run.config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

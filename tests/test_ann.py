@@ -146,6 +146,18 @@ def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path, monkeypatch):
     check(found, queries, vectors, 50)
 
 
+@pytest.mark.parametrize("candidates", [0, 1, 700, 1499, 1500])
+def test_rows_that_are_no_candidates_only_have_positive_scores(corpus, tmp_path, monkeypatch, candidates):
+    vectors, anchors = corpus[::8], corpus[:20].astype(np.float32)
+    monkeypatch.setattr(ann, "_BLOCK_ROWS", 256)
+    pairs = np.arange(len(anchors)), np.full(len(anchors), len(vectors) - 1)
+    stored = save_parts(tmp_path, vectors, 400)
+    found = ann.search_exact(anchors, stored, 20, positives=pairs, candidates=candidates, memory=ROOMY, threads=2)
+    check(found, anchors, vectors[:candidates], 20)
+    expected = ann.pair_scores(anchors, pairs[0], vectors.astype(np.float32), pairs[1])
+    assert found.positive_scores.tobytes() == expected.tobytes()
+
+
 def test_positive_scores_are_those_of_pair_scores(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(ann, "_BLOCK_ROWS", 1_000)
     rng = np.random.default_rng(9)

@@ -129,16 +129,27 @@ def test_a_models_default_prompt_is_not_put_before_texts(copy: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_calls_keep_order_and_bits(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = loaded(settings(tiny, backend))
+    encoder = loaded(settings(tiny, backend, batch_size=1))
     whole = encoder.encode(TEXTS, "passage", ignore)
     assert encoder.encode(TEXTS, "passage", ignore).tobytes() == whole.tobytes()
-    monkeypatch.setattr("negpipe.encoders.encode.CALL_TEXTS", 20)
+    monkeypatch.setattr("negpipe.encoders.encode.CALL_TEXTS", 36)
     seen: list[int] = []
     cut = encoder.encode(TEXTS, "passage", lambda texts, _: seen.append(texts))
     np.testing.assert_allclose(cut, whole, atol=1e-6)
-    assert seen == [8, 8, 4, 8, 8, 4, 5]
-    parts = [encoder.encode(TEXTS[start : start + 20], "passage", ignore) for start in (0, 20, 40)]
+    assert seen == [1] * len(TEXTS)
+    parts = [encoder.encode(TEXTS[start : start + 36], "passage", ignore) for start in (0, 36)]
     assert np.concatenate(parts).tobytes() == cut.tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("negpipe.encoders.encode.CALL_TEXTS", 1)
+    seen: list[int] = []
+    vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
+        TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)
+    )
+    assert seen == [2] * 32 + [2, 2, 2]
+    np.testing.assert_allclose(vectors[:25], vectors[25:50], atol=1e-6)
 
 
 def test_flagembeddings_own_encode_corpus_gives_the_same_bits(tiny: Path) -> None:

@@ -300,17 +300,6 @@ def test_other_vectors_and_back(undisturbed: Run, tmp_path: Path) -> None:
     assert run.content("triplets") == content
 
 
-def test_query_instruction_touches_anchors_only(golden: Run, tmp_path: Path) -> None:
-    run = golden.copied(tmp_path / "run")
-    before = run.inodes("encode")
-    assert run.mine('encoder.query_instruction="text of file: "', only="encode").ran == ("encode",)
-    after = run.inodes("encode")
-    corpus = {part["files"][0]["path"] for part in run.parts("encode", "corpus")}
-    assert len(corpus) >= 6
-    assert {path: after[path] for path in corpus} == {path: before[path] for path in corpus}
-    assert not {path for path in after if path not in corpus} & set(before)
-
-
 def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None:
     run = undisturbed.copied(tmp_path / "run")
     flat = list(run.content("search").values())

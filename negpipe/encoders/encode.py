@@ -8,6 +8,7 @@ never a row. torch and the model libraries are imported by `load`, not by this m
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -23,9 +24,9 @@ from negpipe.errors import ConfigError, InputError, TaskFailedError
 OnBatch = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
 
-# Texts a library call sees. It bounds memory (tokens of a whole call are held, about 7 kB a text), and
-# decides which texts share a batch: part of what a vector's last bits depend on.
-CALL_TEXTS = 4096
+# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of a whole call are
+# held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
+CALL_TEXTS = 2048
 
 _LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokenizers", "torch", "numpy")
 
@@ -55,6 +56,9 @@ def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
         ConfigError: device, precision, model class or pooling do not fit.
         InputError: the folder does not load as a model.
     """
+    # Every new shape of a batch makes new CPU kernels. Keeping the usual 1024 of them gains no time, and pins the
+    # heap: memory would grow by some 5 kB a text, for as long as new shapes come.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
     import torch
     from transformers.utils import logging
 
@@ -130,8 +134,9 @@ class _Batched:
             raise ValueError("encode needs at least one text")
         self._on_batch, self._kind = on_batch, kind
         result: Vectors | None = None
-        for start in range(0, len(texts), CALL_TEXTS):
-            some = list(texts[start : start + CALL_TEXTS])
+        step = max(CALL_TEXTS, 32 * self._encoder.batch_size)
+        for start in range(0, len(texts), step):
+            some = list(texts[start : start + step])
             self._left, self._held = len(some), None
             self._trial = self._encoder.backend == "flagembedding"
             vectors = self._checked(np.asarray(self._call(some, kind), dtype=np.float32), start)

@@ -21,7 +21,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.exports import card, distillation, flagembedding, nemo, rows, tevatron
 from negpipe.exports.blocks import Slices
 from negpipe.exports.files import published
-from negpipe.exports.job import Job, Layout
+from negpipe.exports.job import Job, Layout, described
 from negpipe.tables import Rows
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,21 @@ def export(
     if options.push_to_hub is not None:
         _push(options.out, options.push_to_hub)
     return Exported(options.out, written, tally.units, tally.left_out)
+
+
+def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, str]:
+    """Facts for the card: the encoder, and what tells its files or vectors from others.
+
+    Args:
+        digests: of the model (a hub model's is its resolved revision) or of the vectors, by setting.
+    """
+    named = {
+        "backend": config.encoder.backend,
+        "model": described(config)["encoder"].get("model", "precomputed vectors"),
+    }
+    revision = len(digests.get("encoder.model", "")) == 40
+    names = {"encoder.model": "resolved revision" if revision else "digest of the model's files"}
+    return named | {names.get(name, f"digest of {name}"): digest for name, digest in digests.items()}
 
 
 def _check_place(options: Options, run_dir: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from negpipe import __version__
 from negpipe.config import Config
+from negpipe.exports.front import configs
 from negpipe.exports.job import described
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -34,7 +35,7 @@ def write(
     """
     rows = counts["rows"]
     front = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train*.parquet"}]}],
+        "configs": configs(folder, {"default": "data/train*.parquet"}),
         "task_categories": ["text-retrieval", "text-ranking"],
         "tags": ["hard-negatives", "sentence-transformers", "negpipe"],
         "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>10M")],
@@ -47,7 +48,7 @@ def write(
 
 # Hard negatives
 
-Training rows ({name}) for retrieval and reranking models, mined with negpipe {__version__}.
+Training rows ({name}) for retrieval and reranking models, mined with negpipe {version("negpipe")}.
 
 ```python
 from datasets import load_dataset

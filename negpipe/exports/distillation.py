@@ -15,12 +15,13 @@ import yaml
 
 from negpipe.exports.blocks import Block, blocks
 from negpipe.exports.files import ParquetFiles
+from negpipe.exports.front import configs
 from negpipe.exports.job import Job, Layout
 from negpipe.exports.referenced import Referenced
 
 _QUERIES = pa.schema({"query_id": pa.string(), "text": pa.string()})
 _SCORES = pa.schema({"query_id": pa.string(), "document_ids": pa.list_(pa.string()), "scores": pa.list_(pa.float32())})
-_CONFIGS = {"train": "scores", "queries": "queries", "documents": "documents"}
+_CONFIGS = {"train": "scores/*.parquet", "queries": "queries/*.parquet", "documents": "documents/*.parquet"}
 
 
 def _write(job: Job) -> int:
@@ -38,7 +39,8 @@ def _write(job: Job) -> int:
             queries.write(block.anchors.filter(pa.array(fresh)).rename_columns(["query_id", "text"]).cast(_QUERIES))
             scores.write(_scores(block))
     referenced.write(job.folder / "documents", "train", "document_id", job.shard_rows)
-    (job.folder / "README.md").write_text(_card(), encoding="utf-8")
+    front = yaml.safe_dump({"configs": configs(job.folder, _CONFIGS)}, sort_keys=False)
+    (job.folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
     return scores.rows
 
 
@@ -55,11 +57,6 @@ def _scores(block: Block) -> pa.Table:
         },
         schema=_SCORES,
     )
-
-
-def _card() -> str:
-    configs = [{"config_name": name, "data_files": f"{folder}/*.parquet"} for name, folder in _CONFIGS.items()]
-    return f"---\n{yaml.safe_dump({'configs': configs}, sort_keys=False)}---\n"
 
 
 LAYOUT = Layout(_write)

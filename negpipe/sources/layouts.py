@@ -218,9 +218,7 @@ def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator
     return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build)
 
 
-def _query(
-    identity: str | None, value: Any, place: Place, field: str, extra: tuple[str | None, ...]
-) -> Query | BadRow:
+def _query(identity: str | None, value: Any, place: Place, field: str, extra: tuple[str | None, ...]) -> Query | BadRow:
     try:
         return Query(identity, text_of(value, place, field), place, extra)
     except RowError as error:

@@ -427,7 +427,8 @@ def _anchors(config: Config, database: duckdb.DuckDBPyConnection) -> Iterator[Ta
     batches = _batches(
         database,
         """
-        select a.id, a.text, a.extra, a.normalized, p.rows as positives, p.grades, k.rows as known, k.by_id as known_by_id,
+        select a.id, a.text, a.extra, a.normalized, p.rows as positives, p.grades, k.rows as known,
+            k.by_id as known_by_id,
             coalesce(list_filter(s.rows, lambda row: not list_contains(k.rows, row)), []) as shared,
             coalesce(n.row, -1) as self_row, [a.source_row] as source_rows, a.d1 as cut
         from askers a join positives p on a.id = p.query join known k on a.id = k.query

@@ -1,7 +1,8 @@
 """triplets: candidates → training rows, and a ledger of what became of every candidate.
 
 One task turns one part of candidates into one `part-NNNNN.parquet` in `triplets/` (published all at
-once) and one part in `ledger/`, a row a unit. With `output.rows_per_file` it makes `part-NNNNN-00000.parquet`,
+once) and one part in `ledger/`, a row a unit; anchors that lack negatives are searched again, and what is
+found below what search stored lies in `deeper/`. With `output.rows_per_file` it makes `part-NNNNN-00000.parquet`,
 `part-NNNNN-00001.parquet` …: the part's number keeps names unique whoever runs it, and names sort in row order.
 Anchors are worked through in slices: memory does not grow with the part.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,26 +22,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import formats, mining, moments
+from negpipe import adaptive, ann, candidates, formats, mining, moments
+from negpipe.candidates import Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.fingerprint import key
-from negpipe.manifest import Part
+from negpipe.manifest import File, Part
 from negpipe.mining import Fate
 from negpipe.publication import staging
-from negpipe.selection import Selector, Units
+from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import Rows, documents
 
 VERSION = 1
+_DEEPER = "deeper"
 
 
 def _settings(config: Config) -> dict[str, Any]:
     values = {f"mining.{name}": value for name, value in config.mining.model_dump(mode="json").items()}
     # A fixed order, whatever the order in the file.
     values["mining.exclude"] = sorted(config.mining.exclude)
-    del values["mining.exclude_file"]
-    if config.mining.sampling_strategy != "top":
+    del values["mining.exclude_file"], values["mining.compat"]
+    if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
     return values | {f"output.{name}": value for name, value in config.output.model_dump(mode="json").items()}
 
@@ -70,36 +73,73 @@ def _check(context: Context) -> None:
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    anchors = context.manifest("ingest").of_kind("anchors")
-    found = context.manifest("search").of_kind("candidates")
-    for number, (anchor_part, part) in enumerate(zip(anchors, found, strict=True)):
+    names = {"ingest": "anchors", "search": "candidates", "encode": "anchors"}
+    stages = (context.manifest(stage).of_kind(kind) for stage, kind in names.items())
+    for number, (anchors, part, vectors) in enumerate(zip(*stages, strict=True)):
         # The number is part of the key: the same rows under another number are another file.
-        name = key("triplets", VERSION, context.key, number, part.identity(), anchor_part.identity())
-        payload = {"anchors": anchor_part.path, "candidates": part.path, "number": number, "key": context.key}
-        yield Task(name, "triplets", part.rows, payload)
+        name = key("triplets", VERSION, context.key, number, part.identity(), anchors.identity())
+        files = {"anchors": anchors.path, "candidates": part.path, "vectors": vectors.path}
+        yield Task(name, "triplets", part.rows, {"files": files, "number": number, "key": context.key})
 
 
 @dataclass(frozen=True)
-class _Shared:
+class Shared:
+    """What selection needs, for every part."""
+
     corpus: Rows
     selector: Selector
+    passages: list[Path]
+    """Vectors of the documents that can be candidates, encode's parts."""
+    searchable: int
+    """How many they are."""
+
+
+def open_selection(context: Context) -> Shared:
+    """Open what ingest and encode left; also for those who read candidates without running the stage."""
+    kinds = ("corpus", "added") if context.config.data.add_positives else ("corpus",)
+    parts = [part for kind in kinds for part in context.manifest("encode").of_kind(kind)]
+    corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
+    passages, searchable = [context.file(part) for part in parts], sum(part.rows for part in parts)
+    selector = Selector(context.config, corpus, searchable=searchable, passages=passages, threads=context.threads)
+    return Shared(corpus, selector, passages, searchable)
+
+
+def part_files(context: Context, task: Task) -> PartFiles:
+    """The files of one of the stage's tasks, without deeper candidates."""
+    return PartFiles(**{name: context.run_dir / path for name, path in task.payload["files"].items()})
+
+
+def is_deeper(file: File) -> bool:
+    """Whether a file of a part holds its deeper candidates."""
+    return file.path.startswith(f"{_DEEPER}/")
 
 
 @contextmanager
-def _open(context: Context) -> Iterator[_Shared]:
-    corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
-    yield _Shared(corpus, Selector(context.config, corpus))
+def _open(context: Context) -> Iterator[Shared]:
+    yield open_selection(context)
 
 
-def _run(task: Task, shared: _Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
-    paths = context.run_dir / task.payload["anchors"], context.run_dir / task.payload["candidates"]
+def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Deeper | None:
+    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
+    deepest = adaptive.limit(context.config, shared.searchable)
+    if not deepest:
+        return None
+    memory = context.config.resources.memory_budget // context.workers
+    passages = ann.open_parts(shared.passages)
+    return adaptive.deepen(shared.selector, files, passages, deepest, memory=memory, threads=context.threads)
+
+
+def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
+    files = part_files(context, task)
+    deeper = search_deeper(files, shared, context)
+    compared = shared.selector.compared
     ledger: list[pa.Table] = []
     fates = np.zeros(len(Fate), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
 
     def accounted() -> Iterator[Units]:
         nonlocal fates
-        for found, units in shared.selector.slices(*paths):
+        for found, units in shared.selector.slices(replace(files, deeper=deeper)):
             counts = mining.counts(units.fates)
             ledger.append(_ledger(units, counts, context.config))
             fates = fates + counts.sum(axis=0)
@@ -116,14 +156,21 @@ def _run(task: Task, shared: _Shared, context: Context, publish: Publisher, prog
     )
     book = pa.concat_tables(ledger)
     publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
+    if deeper is not None:
+        publish(".parquet", lambda file: candidates.write_deeper(file, deeper), folder=_DEEPER)
+    pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
     return Made(
         rows,
         {
             "units": book.num_rows,
             "fates": {fate.name.lower(): int(fates[fate]) for fate in Fate if fates[fate]},
             "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
+            "random": int(np.sum(book["random"].to_numpy())),
+            "searched_deeper": 0 if deeper is None else len(deeper.anchors),
+            "texts_compared": int(pairs),
             "scores": {side: moments.merge(pieces) for side, pieces in scores.items()},
         },
+        {} if context.config.mining.near_duplicate is None else {"seconds_comparing": round(seconds, 3)},
     )
 
 
@@ -153,7 +200,8 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config) -> pa.T
             "taken": counts[:, Fate.TAKEN],
             **reasons,
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
-            "short": units.shortage < config.mining.num_negatives,
+            "random": units.shortage - counts[:, Fate.TAKEN],
+            "short": units.shortage < config.mining.wanted,
         }
     )
 
@@ -165,10 +213,16 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
             fates[name] = fates.get(name, 0) + count
     fates.pop("padding", None)
     candidates_seen, taken = sum(fates.values()), fates.pop("taken", 0)
+    random, searched_deeper, compared = (
+        sum(part.meta[name] for part in parts) for name in ("random", "searched_deeper", "texts_compared")
+    )
     return {
         "triplets": sum(part.rows for part in parts),
         "candidates": candidates_seen,
         "negatives": taken,
+        "random_negatives": random,
+        "searched_deeper": searched_deeper,
+        "texts_compared": compared,
         "short_anchors": sum(part.meta["short"] for part in parts),
         "drops": dict(sorted(fates.items(), key=lambda item: -item[1])),
         "scores": {
@@ -181,7 +235,7 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
 STAGE = Stage(
     name="triplets",
     version=VERSION,
-    inputs=("ingest", "search"),
+    inputs=("ingest", "encode", "search"),
     settings=_settings,
     sources=_sources,
     check=_check,
