@@ -1,6 +1,7 @@
 """negpipe: hard negatives for retrieval and reranking models, in restartable stages.
 
 `negpipe.mine(config)` does what `negpipe mine` does and returns where the rows are and what was counted.
+`negpipe.mine_hard_negatives` takes the place of sentence-transformers' function of that name.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from negpipe.drop_in import mine_hard_negatives
     from negpipe.pipeline import Result
 
+__all__ = ["mine", "mine_hard_negatives"]
 __version__ = "0.1.0"
 
 
@@ -32,3 +35,11 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     from negpipe.config import load_config
 
     return pipeline.mine(load_config(config, list(overrides)))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mine_hard_negatives":
+        from negpipe.drop_in import mine_hard_negatives
+
+        return mine_hard_negatives
+    raise AttributeError(f"module 'negpipe' has no attribute '{name}'")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from negpipe.explain import Explanation, Unit
 from negpipe.pipeline import Reporter, Result, State
 
 LOG_SECONDS = 30
+_SAMPLE_TEXTS = 5
 _STYLE = {
     "current": "green",
     "missing": "dim",
@@ -183,15 +185,35 @@ def _show_samples(result: Result) -> None:
         at = sorted({0, batch.num_rows // 2, batch.num_rows - 1})
         out.print("\nSamples")
         for row in batch.take(at).to_pylist():
-            for name in ("anchor", "positive", "negative"):
-                about = "" if name == "anchor" else f" {row[f'{name}_score']:.3f}"
-                rank = f" rank {row['negative_rank']}" if name == "negative" else ""
+            for name, text, score, rank in _documents(row)[:_SAMPLE_TEXTS]:
                 line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
-                line.append(f"{about}{rank} ", style="dim")
-                line.append(clean_text(row[name], 120), style="default")
+                about = "" if score is None else f" {score:.3f}"
+                line.append(f"{about}{'' if rank is None else f' rank {rank}'} ", style="dim")
+                line.append(clean_text(text, 120), style="default")
                 out.print(line)
             out.print()
         return
+
+
+def _documents(row: dict[str, Any]) -> list[tuple[str, str, float | None, int | None]]:
+    """What a row of any format holds: whose text, the text, its score and its rank, where the row has them."""
+    if "labels" in row:
+        texts, labels = row["positive"], row["labels"]
+        scores, ranks = row.get("scores"), row.get("ranks")
+    elif "label" in row:
+        texts, labels = [row["positive"]], [row["label"]]
+        scores, ranks = [row.get("score")], [row.get("rank")]
+    elif "negative" in row:
+        texts, labels = [row["positive"], row["negative"]], [1, 0]
+        scores, ranks = [row.get("positive_score"), row.get("negative_score")], [None, row.get("negative_rank")]
+    else:
+        negatives = [name for name in row if re.fullmatch(r"negative_\d+", name)]
+        texts, labels = [row["positive"], *(row[name] for name in negatives)], [1, *(0 for _ in negatives)]
+        scores, ranks = row.get("scores"), row.get("ranks")
+    nothing = [None] * len(texts)
+    sides = ["positive" if label else "negative" for label in labels]
+    documents = zip(sides, texts, scores or nothing, ranks or nothing, strict=True)
+    return [("anchor", row["anchor"], None, None), *documents]
 
 
 def _show_scores(scores: dict[str, Any]) -> None:

@@ -78,6 +78,7 @@ def mine(
     only: str | None = None,
     reporter: Reporter | None = None,
     rehash: bool = False,
+    rescore: Stage | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
 
@@ -86,15 +87,19 @@ def mine(
         only: the name of the one stage to run; its inputs must be there.
         reporter: where progress goes.
         rehash: read every source file again instead of trusting its modification time.
+        rescore: a stage after search whose candidates take the place of search's.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
     """
+    stages = [*STAGES.values()]
+    if rescore:
+        stages.insert(stages.index(STAGES["search"]) + 1, rescore)
     run_dir = config.run_dir
     ran = []
     with run_lock(run_dir), _digests(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
-        for number, stage in enumerate(STAGES.values()):
+        for number, stage in enumerate(stages):
             publication.finish_swap(run_dir, stage.name)
             state = look(stage, context)
             manifest = state.manifest
@@ -103,14 +108,14 @@ def mine(
             elif only and stage.name != only:
                 raise MissingStageError(_blocked(state, only))
             else:
-                for ahead in [stage] if only else list(STAGES.values())[number:]:
+                for ahead in [stage] if only else stages[number:]:
                     ahead.check(context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = run_stage(stage, context, reporter or Silent())
                 ran.append(stage.name)
                 logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
             assert manifest is not None
-            context = context.after(manifest)
+            context = context.after(manifest, instead_of="search" if stage is rescore else None)
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}

@@ -60,12 +60,12 @@ class Context:
             raise MissingStageError(f"there is no output of {stage} in {self.run_dir}: run `negpipe {stage}` first")
         return self.manifests[stage]
 
-    def after(self, manifest: Manifest) -> Context:
+    def after(self, manifest: Manifest, instead_of: str | None = None) -> Context:
         """The same, with one more stage complete. After ingest, settings that depend on the data are numbers."""
         config = self.config
         if manifest.stage == "ingest":
             config = config.resolved(manifest.stats["max_positives"])
-        return replace(self, config=config, manifests={**self.manifests, manifest.stage: manifest})
+        return replace(self, config=config, manifests={**self.manifests, instead_of or manifest.stage: manifest})
 
     def file(self, part: Part) -> Path:
         return self.run_dir / part.path

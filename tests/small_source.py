@@ -72,6 +72,7 @@ def settings(folder: Path) -> dict[str, Any]:
         },
         "mining": {"range_max": 10, "relative_margin": None},
         "executor": {"kind": "inline"},
+        "resources": {"cpus": 1},
     }
 
 

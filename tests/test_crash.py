@@ -94,18 +94,20 @@ def test_signals_and_a_dead_worker(undisturbed: Run, tmp_path: Path) -> None:
     assert not workers_of(run)
 
     for _ in range(10):
-        process = run.start("mine")
-        wait(process, run.begun("index", 1))
-        worker = run.committed("index")[0]["provenance"]["pid"]
+        before = {part["key"] for part in run.committed("encode")}
+        process = run.start("encode")
+        wait(process, run.begun("encode", len(before) + 2))
+        worker = max(run.committed("encode"), key=lambda part: part["key"] not in before)["provenance"]["pid"]
         if Path(f"/proc/{worker}").exists():
             os.kill(worker, signal.SIGKILL)
         assert process.wait(PATIENCE) == 0
         kill(process)
-        if len({part["provenance"]["pid"] for part in run.parts("index")}) > 1:
+        if len({part["provenance"]["pid"] for part in run.parts("encode") if part["key"] not in before}) > 1:
             break
-        run.forget("index")
+        run.forget("encode")
     else:
         pytest.fail("the worker was always done before it could be killed")
+    run.mine()
     assert run.content() == undisturbed.content()
 
 

@@ -46,7 +46,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 "corpus_vectors": str(data / "corpus.npy"),
                 "anchor_vectors": str(data / "queries.npy"),
             },
-            "mining": {"range_max": 60, "num_negatives": 3, "min_score": 5.0, "max_depth": None},
+            "mining": {"range_max": 60, "num_negatives": 3, "min_score": 9.0, "max_depth": None},
             "executor": {"kind": "inline"},
         }
     )
@@ -175,14 +175,28 @@ def test_ids_and_scores_are_those_of_the_triplets(mined: Run, tmp_path: Path, to
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir()), "something temporary is left"
 
 
-def test_rows_follow_the_config_and_not_what_was_made_before(mined: Run, tmp_path: Path) -> None:
-    """Another margin needs no `triplets` run first, and `triplets/` is not touched."""
-    before = mined.inodes("triplets")
-    export(mined, "flagembedding", tmp_path / "out", "mining.relative_margin=0.3", "mining.num_negatives=5")
-    assert mined.inodes("triplets") == before
-    other = Run({**mined.copied(tmp_path / "run").config})
-    other.mine("mining.relative_margin=0.3", "mining.num_negatives=5")
-    assert from_flagembedding(tmp_path / "out") == mined_triplets(other) != mined_triplets(mined)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("mining.relative_margin=0.3", "mining.num_negatives=5"),
+        ("mining.min_score=null", "mining.max_depth=293"),  # searched again, deeper than what is stored
+        ("mining.num_random=2", "mining.on_shortage=random"),
+    ],
+)
+def test_rows_follow_the_config_and_not_what_was_made_before(
+    mined: Run, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """Other settings need no `triplets` run first, and give what it would write; `triplets/` is not touched."""
+    run = mined.copied(tmp_path / "run")
+    export(run, "flagembedding", tmp_path / "before", *overrides)
+    assert run.content("triplets") == mined.content("triplets")
+    run.mine(*overrides)
+    assert from_flagembedding(tmp_path / "before") == mined_triplets(run) != mined_triplets(mined)
+    export(run, "flagembedding", tmp_path / "after", *overrides)
+    before, after = ((tmp_path / name / "train.jsonl").read_bytes() for name in ("before", "after"))
+    assert before == after
+    if "mining.max_depth=293" in overrides:
+        assert run.manifest("triplets")["stats"]["searched_deeper"] > 0
 
 
 # --- FlagEmbedding --------------------------------------------------------------------------------------
@@ -300,8 +314,8 @@ def test_sentence_transformers_trains_on_its_export(mined: Run, tmp_path: Path, 
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
-        losses,
     )
+    from sentence_transformers.sentence_transformer import losses
 
     done = export(mined, "sentence-transformers", tmp_path / "out")
     dataset = opened("parquet", data_dir=str(tmp_path / "out"))
@@ -437,7 +451,9 @@ def test_hub_folder_has_a_card_and_is_not_pushed(mined: Run, tmp_path: Path, mon
     negatives = {(row["anchor_id"], row["negative_id"]): row["negative_score"] for row in rows.to_pylist()}
     mean = np.mean([score for score in negatives.values() if math.isfinite(score)], dtype=np.float64)
     assert f"| negatives | {len(negatives):,} | {mean:.4f} |" in body
-    assert all(digest in body for digest in mined.manifest("encode")["inputs"].values() if len(digest) > 64 or digest)
+    digests = {name: digest for name, digest in mined.manifest("encode")["inputs"].items() if name != "ingest"}
+    assert digests
+    assert all(f"| digest of {name} | {digest} |" in body for name, digest in digests.items())
 
 
 @pytest.mark.parametrize("to", ["hub", "distillation"])

@@ -233,7 +233,7 @@ def test_rows_are_those_of_the_oracle(
 ) -> None:
     """Whatever is asked for, however rows are cut into groups and files: same rows, same order, same columns."""
     monkeypatch.setattr(formats, "GROUP_BYTES", data.draw(st.sampled_from([1, 40, 2**20])))
-    output = {option: data.draw(st.booleans()) for option in ("ids", "scores", "ranks", "grades")}
+    output: dict[str, Any] = {option: data.draw(st.booleans()) for option in ("ids", "scores", "ranks", "grades")}
     output["extra_columns"] = data.draw(st.sampled_from([None, [], ["title"], ["lang"]]))
     output["rows_per_file"] = limit = data.draw(st.sampled_from([None, 2, 5]))
     shortage = data.draw(st.sampled_from(["keep", "drop", "random"]))
@@ -387,10 +387,9 @@ def test_files_of_so_many_rows(mined: Run, tmp_path: Path) -> None:
 def test_include_positives_keeps_the_ranking(mined: Run, source: Path, tmp_path: Path) -> None:
     run = mined.copied(tmp_path / "run")
     run.mine("output.include_positives=true", "output.format=n-tuple", "mining.num_negatives=9")
-    corpus, queries = (np.load(source / name) for name in ("corpus.npy", "queries.npy"))
-    for vectors in (corpus, queries):
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = queries @ corpus.T
+    corpus, queries = (np.load(source / name).astype(np.float64) for name in ("corpus.npy", "queries.npy"))
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(corpus, axis=1)
+    scores = queries @ corpus.T / lengths
     scores[:, 7] = -np.inf  # the text of d3 again
     rows = output(run)
     assert len(rows) == 40
@@ -542,21 +541,27 @@ def arguments(kind: Any, folder: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["triplet", "n-tuple"])
 def test_sentence_transformer_trains_on_it(name: str, loaded: Any, tiny: Path, tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MarginMSELoss, MultipleNegativesRankingLoss
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MarginMSELoss, MultipleNegativesRankingLoss
 
     dataset = loaded(f"output.format={name}")
-    assert {str(feature.dtype) for column, feature in dataset.features.items() if column not in ("scores", "ranks")} <= {
+    assert {
+        str(feature.dtype) for column, feature in dataset.features.items() if column not in ("scores", "ranks")
+    } <= {
         "string",
         "float32",
         "int32",
     }
-    texts = ["anchor", "positive", "negative"] if name == "triplet" else ["anchor", "positive", "negative_1"]
     model = SentenceTransformer(str(tiny))
+    negatives = ["negative"] if name == "triplet" else ["negative_1", "negative_2", "negative_3"]
+    texts = ["anchor", "positive", *negatives]
     wanted = [(texts, MultipleNegativesRankingLoss(model))]
     if name == "n-tuple":
-        every = [*texts, "negative_2", "negative_3"]
-        wanted += [(every, MultipleNegativesRankingLoss(model)), ([*every, "scores"], MarginMSELoss(model))]
+        wanted.append(([*texts, "scores"], MarginMSELoss(model)))
     for columns, loss in wanted:
         train = dataset.select_columns(columns)
         args = arguments(SentenceTransformerTrainingArguments, tmp_path / "out")
@@ -581,7 +586,7 @@ def test_cross_encoder_trains_on_it(name: str, loaded: Any, tiny: Path, tmp_path
     model = CrossEncoder(str(plain), num_labels=1)
     loss = losses.BinaryCrossEntropyLoss(model) if name == "labeled-pair" else losses.LambdaLoss(model)
     dataset = loaded(f"output.format={name}", "output.grades=true")
-    for target in ("label", "score", "grade"):
+    for target in ("label", "score") if name == "labeled-pair" else ("label", "grade"):
         column = target + "s" * (name == "labeled-list")
         train = dataset.select_columns(["anchor", "positive", column])
         if target == "grade":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from negpipe import pipeline
 from negpipe.config import load_config
+from negpipe.errors import ConfigError
 from negpipe.manifest import Books, Part
 from negpipe.stages import ingest
 from negpipe.texts import digests, hashes, normalize, text_id
@@ -163,6 +164,14 @@ def test_the_same_bytes_whatever_is_read_at_a_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ingest, "BATCH", 7)
     assert run(tmp_path, "again").parts[0] is not whole.parts[0]
     assert small.output(tmp_path / "again") == small.output(tmp_path / "run")
+
+
+def test_too_little_memory_names_the_setting(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path))
+    resources = config.resources.model_copy(update={"memory_budget": 2**20})  # less than a config may say
+    with pytest.raises(ConfigError, match=r"memory_budget: 1 MiB are too few to read this source .*: set it higher"):
+        pipeline.mine(config.model_copy(update={"resources": resources}), only="ingest")
 
 
 # --- what is not mined --------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def export(
                 remedy="Widen the window or the margins, or ask for fewer negatives",
             )
         if options.to == "hub":
-            _write_card(folder, config, written, tally, counts, encoder)
+            _write_card(folder, config, options, written, tally, counts, encoder)
     logger.info(
         "export: %s rows of %s anchors%s in %s",
         f"{written:,}",
@@ -211,6 +211,7 @@ def _warn(options: Options, tally: _Tally) -> None:
 def _write_card(
     folder: Path,
     config: Config,
+    options: Options,
     written: int,
     tally: _Tally,
     counts: Mapping[str, int],
@@ -222,6 +223,7 @@ def _write_card(
     card.write(
         folder,
         config,
+        name=options.push_to_hub or "FOLDER_OR_REPOSITORY",
         counts={"rows": written, **counts, "anchors or pairs without a negative, left out": tally.left_out},
         scores={side: moments.summary(moments.merge(pieces)) for side, pieces in tally.scores.items()},
         encoder=encoder,

@@ -20,6 +20,7 @@ def write(
     folder: Path,
     config: Config,
     *,
+    name: str,
     counts: Mapping[str, int],
     scores: Mapping[str, Mapping[str, Any]],
     encoder: Mapping[str, str],
@@ -28,6 +29,7 @@ def write(
     """Write README.md.
 
     Args:
+        name: what `load_dataset` takes.
         counts: what was counted, in words.
         scores: moments.summary of the scores of a side.
         encoder: facts about the encoder, in words.
@@ -41,19 +43,18 @@ def write(
         "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>10M")],
     }
     settings = yaml.safe_dump(described(config), sort_keys=False, allow_unicode=True)
-    name = config.output.format
     text = f"""---
 # license: to be added by whoever may give one for the texts
 {yaml.safe_dump(front, sort_keys=False)}---
 
 # Hard negatives
 
-Training rows ({name}) for retrieval and reranking models, mined with negpipe {version("negpipe")}.
+Training rows ({config.output.format}) for retrieval and reranking models, mined with negpipe {version("negpipe")}.
 
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("THIS_REPOSITORY", split="train")
+dataset = load_dataset("{name}", split="train")
 ```
 
 ## Counts

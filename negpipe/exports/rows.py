@@ -8,16 +8,22 @@ trainer takes every column as an input; pairs that lack negatives are left out. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe import formats
 from negpipe.config import Config
+from negpipe.exports.blocks import Slices
 from negpipe.exports.files import JsonFiles, shard_name
 from negpipe.exports.job import Job, Layout
+
+logger = logging.getLogger(__name__)
 
 
 def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
@@ -67,7 +73,18 @@ def _hub(job: Job) -> int:
 def _sentence_transformers(job: Job) -> int:
     texts = {"format": "n-tuple", "ids": False, "scores": False, "ranks": False, "grades": False, "extra_columns": ()}
     output = job.config.output.model_copy(update=texts)
-    return _parquet(job, job.config.model_copy(update={"output": output}), ".")
+    pairs = 0
+
+    def counted() -> Slices:
+        nonlocal pairs
+        for found, units in job.slices:
+            pairs += int(np.diff(units.positive_offsets)[np.diff(units.negative_offsets) > 0].sum())
+            yield found, units
+
+    rows = _parquet(replace(job, slices=counted()), job.config.model_copy(update={"output": output}), ".")
+    if rows < pairs:
+        logger.info("export: %s of %s pairs left out, they have too few negatives", f"{pairs - rows:,}", f"{pairs:,}")
+    return rows
 
 
 JSONL = Layout(_jsonl, json=True, suffix=".jsonl")

@@ -19,6 +19,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,7 +29,7 @@ import numpy.typing as npt
 
 from negpipe import sources
 from negpipe.config import Config
-from negpipe.errors import InputError
+from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import digest, key
 from negpipe.manifest import BOOKS, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -64,7 +65,11 @@ def _plan(context: Context) -> Iterator[Task]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("spool-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    with explained(folder), tempfile.TemporaryDirectory(prefix="spool-", dir=folder) as spool:
+    with (
+        explained(folder),
+        _within(context.config.resources.memory_budget),
+        tempfile.TemporaryDirectory(prefix="spool-", dir=folder) as spool,
+    ):
         database = _load(context, Path(spool))
         try:
             _check(context.config, database)
@@ -74,6 +79,19 @@ def _plan(context: Context) -> Iterator[Task]:
             yield _counts(context.config, database)
         finally:
             database.close()
+
+
+@contextmanager
+def _within(budget: int) -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise ConfigError(
+            f"resources.memory_budget: {budget // 2**20} MiB are too few to read this source"
+            f" ({str(error).splitlines()[0]}): set it higher"
+        ) from error
 
 
 # --- one pass over the source -------------------------------------------------------------------------

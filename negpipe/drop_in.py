@@ -1,0 +1,285 @@
+"""`mine_hard_negatives` with the arguments of sentence-transformers 6, run through the stages.
+
+Guarantees: the same `datasets.Dataset` (rows, order, columns, types) for `top`, scores within rounding;
+`random` draws from the same candidates, by seed. The models run in the caller's process, everything else
+in workers of its own: torch and FAISS never meet, and no script needs a main guard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe import compat, pipeline
+from negpipe.config import load_config
+from negpipe.encoders.given import identity
+from negpipe.stages.rescore import rescore
+from negpipe.storage import publish
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+Format = Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"]
+
+
+def mine_hard_negatives(
+    dataset: Dataset,
+    model: Any,
+    anchor_column_name: str | None = None,
+    positive_column_name: str | None = None,
+    corpus: list[str] | None = None,
+    cross_encoder: Any = None,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    min_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    num_negatives: int = 3,
+    sampling_strategy: Literal["random", "top"] = "top",
+    query_prompt_name: str | None = None,
+    query_prompt: str | None = None,
+    corpus_prompt_name: str | None = None,
+    corpus_prompt: str | None = None,
+    include_positives: bool = False,
+    output_format: Format | Literal["n-tuple-scores"] = "triplet",
+    output_scores: bool = False,
+    batch_size: int = 32,
+    faiss_batch_size: int = 16384,
+    use_faiss: bool = False,
+    use_multi_process: list[str] | bool = False,
+    verbose: bool = True,
+    cache_folder: str | None = None,
+    as_triplets: bool | None = None,
+    margin: float | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    seed: int = 42,
+) -> Dataset:
+    """Add hard negatives to a dataset of (anchor, positive) pairs.
+
+    The arguments up to `margin` are those of `sentence_transformers.util.mine_hard_negatives`, whose documentation
+    holds. `use_faiss` and `faiss_batch_size` are taken and change nothing: the search is exact either way.
+    `cache_folder` keeps vectors by a digest of the model's weights, so that two models never share them.
+
+    Args:
+        run_dir: where the stages work; what is there already is not done again. None: a temporary folder, removed.
+        seed: of `sampling_strategy="random"`.
+
+    Raises:
+        ValueError: arguments that do not fit, as there.
+        NegpipeError: what the stages say of texts and vectors.
+    """
+    if as_triplets is not None:
+        output_format = "triplet" if as_triplets else "n-tuple"
+    if output_format == "n-tuple-scores":
+        output_format, output_scores = "n-tuple", True
+    if include_positives:
+        output_format = "n-tuple"
+    if margin is not None:
+        absolute_margin = margin
+    pairs = _Pairs.of(dataset, anchor_column_name, positive_column_name, corpus)
+    cutoffs = (absolute_margin, relative_margin, max_score, min_score)
+    rescored = cross_encoder is not None and any(cutoff is not None for cutoff in cutoffs)
+    filtered = any(cutoff is not None for cutoff in cutoffs[:3]) or (rescored and min_score is not None)
+    if num_negatives < 1:
+        raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+    if faiss_batch_size < 1:
+        raise ValueError(f"faiss_batch_size must be at least 1, got {faiss_batch_size}")
+    if range_max is None:
+        range_max = compat.derived_range_max(range_min, num_negatives, pairs.max_positives, filtered=filtered)
+    if not 0 <= range_min < range_max:
+        raise ValueError(f"range_min ({range_min}) must be at least 0 and below range_max ({range_max})")
+    if num_negatives > range_max - range_min:
+        raise ValueError(f"{num_negatives} negatives do not fit into the ranks {range_min} to {range_max}")
+    if getattr(model, "similarity_fn_name", None) in ("euclidean", "manhattan"):
+        raise ValueError(f"similarity '{model.similarity_fn_name}': the search knows cosine and dot products")
+
+    pool = use_multi_process if isinstance(use_multi_process, list) else None
+    embed = {"batch_size": batch_size, "show_progress_bar": verbose, "normalize_embeddings": True}
+    known = identity(model) if cache_folder else None
+    vectors = {}
+    with _pool(model, bool(use_multi_process), pool) as workers:
+        for side, texts, prompt, prompt_name in (
+            ("document", pairs.documents, corpus_prompt, corpus_prompt_name),
+            ("query", pairs.anchors, query_prompt, query_prompt_name),
+        ):
+            options = {"prompt": prompt, "prompt_name": prompt_name}
+            cached = None
+            if cache_folder and known:
+                name = hashlib.sha256(json.dumps([known, options, side, texts]).encode()).hexdigest()
+                cached = Path(cache_folder) / f"{side}_embeddings_{name}.npy"
+            vectors[side] = _vectors(getattr(model, f"encode_{side}"), texts, cached, pool=workers, **embed, **options)
+
+    settings = {
+        "mining": {
+            "compat": "sentence-transformers",
+            "range_min": range_min,
+            "range_max": range_max,
+            "max_score": max_score,
+            "min_score": min_score,
+            "absolute_margin": absolute_margin,
+            "relative_margin": relative_margin,
+            "num_negatives": num_negatives,
+            "sampling_strategy": sampling_strategy,
+        },
+        "output": {"format": output_format, "include_positives": include_positives},
+        "seed": seed,
+    }
+    with (
+        _folder(run_dir) as folder,
+        _pool(cross_encoder, rescored and bool(use_multi_process), pool) as workers,
+    ):
+
+        def score(texts: Sequence[tuple[str, str]]) -> Floats:
+            own = [(_unwrapped(query), _unwrapped(document)) for query, document in texts]
+            found = cross_encoder.predict(own, batch_size=batch_size, convert_to_tensor=True, pool=workers)
+            return np.asarray(found.float().cpu().numpy(), np.float32)
+
+        config = load_config(pairs.written(folder, vectors["document"], vectors["query"]) | settings)
+        # Without a digest of its weights a model is never taken for the one before.
+        between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
+        result = pipeline.mine(config, rescore=between)
+        logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
+        return pairs.dataset(result.triplets, output_format, output_scores)
+
+
+class _Pairs:
+    """Texts told apart as sentence-transformers does; ids are places in `anchors` and `documents`."""
+
+    def __init__(self, columns: Sequence[str], rows: list[tuple[str, str]], corpus: list[str]) -> None:
+        self.columns, self.rows = columns, rows
+        self.anchors = list(dict.fromkeys(anchor for anchor, _ in rows))
+        self.documents = list(dict.fromkeys([*corpus, *(positive for _, positive in rows)]))
+        self.max_positives = max(Counter(anchor for anchor, _ in rows).values())
+
+    @classmethod
+    def of(cls, dataset: Dataset, anchor: str | None, positive: str | None, corpus: list[str] | None) -> _Pairs:
+        names = dataset.column_names
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty")
+        if positive not in names and len(names) < 2:
+            raise ValueError("the dataset needs two columns: anchors and positives")
+        columns: list[Any] = [anchor if anchor in names else names[0], positive if positive in names else names[1]]
+        rows = list(zip(*(dataset[name] for name in columns), strict=True))
+        return cls(columns, rows, corpus or [])
+
+    def written(self, folder: Path, documents: Floats, anchors: Floats) -> dict[str, Any]:
+        """Write the source of a run, return the settings that read it."""
+        import pyarrow as pa
+
+        numbers = {text: number for number, text in enumerate(self.documents)}
+        places = {text: number for number, text in enumerate(self.anchors)}
+        tables: dict[str, dict[str, Any]] = {
+            "corpus": {"_id": range(len(numbers)), "text": list(map(_wrapped, self.documents))},
+            "queries": {"_id": range(len(places)), "text": list(map(_wrapped, self.anchors))},
+            "qrels": {
+                "query-id": [places[anchor] for anchor, _ in self.rows],
+                "corpus-id": [numbers[positive] for _, positive in self.rows],
+            },
+        }
+        for name, columns in tables.items():
+            _write_table(folder / "source" / f"{name}.parquet", pa.table({k: pa.array(v) for k, v in columns.items()}))
+        for name, vectors in (("documents", documents), ("anchors", anchors)):
+            _write_vectors(folder / "source" / f"{name}.npy", vectors)
+        return {
+            "run_dir": str(folder),
+            "data": {"format": "columns", **{name: str(folder / "source" / f"{name}.parquet") for name in tables}},
+            "encoder": {
+                "backend": "precomputed",
+                "corpus_vectors": str(folder / "source" / "documents.npy"),
+                "anchor_vectors": str(folder / "source" / "anchors.npy"),
+                "normalize": False,
+                "storage": "float32",
+            },
+            "index": {"kind": "stream"},
+        }
+
+    def dataset(self, triplets: Path, output_format: Format, scores: bool) -> Dataset:
+        """The rows with the caller's own texts, in the columns of sentence-transformers."""
+        import pyarrow.dataset as ds
+        from datasets import Dataset
+
+        table = ds.dataset(sorted(map(str, triplets.glob("*.parquet")))).to_table()
+        anchor, positive = self.columns
+        columns: dict[str, list[Any]] = {anchor: [self.anchors[int(at)] for at in table["anchor_id"].to_pylist()]}
+        for name in table.column_names:
+            if name.endswith("_id") and name != "anchor_id":
+                text = name.removesuffix("_id")
+                columns[positive if text == "positive" else text] = self._texts(table[name].to_pylist())
+        if scores and output_format == "triplet":
+            both = (table[f"{name}_score"].to_pylist() for name in ("positive", "negative"))
+            columns["scores"] = [[one, other] for one, other in zip(*both, strict=True)]
+        elif scores or output_format.startswith("labeled"):
+            name = "score" if scores else "label"
+            name += "" if output_format == "labeled-pair" else "s"
+            columns[name] = table[name].to_pylist()
+        return Dataset.from_dict(columns)
+
+    def _texts(self, ids: list[Any]) -> list[Any]:
+        return [self._texts(entry) if isinstance(entry, list) else self.documents[int(entry)] for entry in ids]
+
+
+def _wrapped(text: str) -> str:
+    """Ingest strips texts and refuses empty ones; sentence-transformers tells them apart."""
+    return text if text and text == text.strip() and text[0] != "\2" else f"\2{text}\3"
+
+
+def _unwrapped(text: str) -> str:
+    return text[1:-1] if text[0] == "\2" else text
+
+
+def _vectors(encode: Any, texts: list[str], cached: Path | None, **options: Any) -> Floats:
+    """Vectors of texts, (n, d) float32, from the cache if they are there."""
+    if cached is not None and cached.is_file():
+        return np.asarray(np.load(cached, allow_pickle=False), np.float32)
+    vectors = np.asarray(encode(texts, convert_to_numpy=True, **options), np.float32)
+    if cached is not None:
+        _write_vectors(cached, vectors)
+    return vectors
+
+
+def _write_vectors(path: Path, vectors: Floats) -> None:
+    publish(path.parent, lambda _: path.name, lambda file: np.save(file, vectors, allow_pickle=False))
+
+
+def _write_table(path: Path, table: Any) -> None:
+    import pyarrow.parquet as pq
+
+    publish(path.parent, lambda _: path.name, lambda file: pq.write_table(table, file))
+
+
+@contextmanager
+def _folder(run_dir: str | Path | None) -> Iterator[Path]:
+    if run_dir is not None:
+        yield Path(run_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="negpipe-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _pool(model: Any, wanted: bool, devices: list[str] | None) -> Iterator[Any]:
+    """The model's own worker processes, where they are asked for."""
+    if not wanted:
+        yield None
+        return
+    pool = model.start_multi_process_pool(target_devices=devices)
+    try:
+        yield pool
+    finally:
+        model.stop_multi_process_pool(pool)
