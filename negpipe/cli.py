@@ -317,17 +317,27 @@ def config_schema() -> None:
 def config_show(
     config: ConfigArgument,
     overrides: SetOption = [],  # noqa: B006 — typer copies it
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Numbers for what depends on other settings and on the data.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Print a config with every default filled in.
+    """Print a config with every default filled in, those of mining.compat included.
 
-    Example: negpipe config show quickstart.yaml
+    Example: negpipe config show quickstart.yaml --resolved --set mining.compat=sentence-transformers
     """
     import yaml
 
     from negpipe.config import load_config
 
-    typer.echo(yaml.safe_dump(load_config(config, overrides).model_dump(mode="json"), sort_keys=False), nl=False)
+    shown = load_config(config, overrides)
+    if resolved:
+        from negpipe import console, pipeline
+
+        shown, whole = pipeline.resolved(shown)
+        if not whole:
+            console.err.print("mining.range_max or mining.depth depends on the data: run ingest first.", markup=False)
+    typer.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
 if __name__ == "__main__":

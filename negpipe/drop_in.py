@@ -1,8 +1,8 @@
 """`mine_hard_negatives` with the arguments of sentence-transformers 6, run through the stages.
 
 Guarantees: the same `datasets.Dataset` (rows, order, columns, types) for `top`, scores within rounding;
-`random` draws from the same candidates, by seed. The models run in the caller's process, everything else
-in workers of its own: torch and FAISS never meet, and no script needs a main guard.
+`random` draws from the same candidates, by seed. The models run in the caller's process, the search in a
+subprocess of its own: torch and FAISS never meet, and no script needs a main guard.
 """
 
 from __future__ import annotations
@@ -96,16 +96,11 @@ def mine_hard_negatives(
     cutoffs = (absolute_margin, relative_margin, max_score, min_score)
     rescored = cross_encoder is not None and any(cutoff is not None for cutoff in cutoffs)
     filtered = any(cutoff is not None for cutoff in cutoffs[:3]) or (rescored and min_score is not None)
-    if num_negatives < 1:
-        raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
     if faiss_batch_size < 1:
         raise ValueError(f"faiss_batch_size must be at least 1, got {faiss_batch_size}")
     if range_max is None:
         range_max = compat.derived_range_max(range_min, num_negatives, pairs.max_positives, filtered=filtered)
-    if not 0 <= range_min < range_max:
-        raise ValueError(f"range_min ({range_min}) must be at least 0 and below range_max ({range_max})")
-    if num_negatives > range_max - range_min:
-        raise ValueError(f"{num_negatives} negatives do not fit into the ranks {range_min} to {range_max}")
+    _check_window(range_min, range_max, num_negatives)
     if getattr(model, "similarity_fn_name", None) in ("euclidean", "manhattan"):
         raise ValueError(f"similarity '{model.similarity_fn_name}': the search knows cosine and dot products")
 
@@ -150,12 +145,25 @@ def mine_hard_negatives(
             found = cross_encoder.predict(own, batch_size=batch_size, convert_to_tensor=True, pool=workers)
             return np.asarray(found.float().cpu().numpy(), np.float32)
 
-        config = load_config(pairs.written(folder, vectors["document"], vectors["query"]) | settings)
+        source = pairs.written(folder, vectors["document"], vectors["query"])
+        here, apart = (load_config(source | settings | {"executor": {"kind": kind}}) for kind in ("inline", "local"))
+        for stage in ("ingest", "encode", "index"):
+            pipeline.mine(here, only=stage)
+        pipeline.mine(apart, only="search")
         # Without a digest of its weights a model is never taken for the one before.
         between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
-        result = pipeline.mine(config, rescore=between)
+        result = pipeline.mine(here, rescore=between)
         logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
         return pairs.dataset(result.triplets, output_format, output_scores)
+
+
+def _check_window(range_min: int, range_max: int, num_negatives: int) -> None:
+    if num_negatives < 1:
+        raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+    if not 0 <= range_min < range_max:
+        raise ValueError(f"range_min ({range_min}) must be at least 0 and below range_max ({range_max})")
+    if num_negatives > range_max - range_min:
+        raise ValueError(f"{num_negatives} negatives do not fit into the ranks {range_min} to {range_max}")
 
 
 class _Pairs:

@@ -303,6 +303,23 @@ def _parts(context: Context) -> tuple[list[PartFiles], bool]:
     return [replace(part_files(context, task), deeper=deeper.get(task.key)) for task in stage.plan(context)], complete
 
 
+def resolved(config: Config) -> tuple[Config, bool]:
+    """The config as the stages see it.
+
+    Returns:
+        the config, and whether it is whole: what depends on the data is known once ingest is current.
+    """
+    mining, positives = config.mining, 0
+    if mining.range_max is None or isinstance(mining.depth, str):
+        with _digests(config) as digests:
+            state = look(STAGES["ingest"], Context(config, config.run_dir, digests))
+        if state.state != "current" or state.manifest is None:
+            return config, False
+        positives = state.manifest.stats["max_positives"]
+    config = config.resolved(positives)
+    return config.model_copy(update={"search": config.search.model_copy(update={"depth": config.depth})}), True
+
+
 def verify(run_dir: Path, progress: Callable[[int], None] = lambda _: None) -> tuple[int, list[str]]:
     """Read every file of every complete stage and compare digests.
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-_WORDS = "the of and to in is that for as return list file name text error river stone house wind green paper".split()
+_WORDS = [
+    *("the", "of", "and", "to", "in", "is", "that", "for", "as", "return", "list", "file", "name", "text", "error"),
+    *("river", "stone", "house", "wind", "green", "paper"),
+]
 _WIDE = str.maketrans("0123456789", "０１２３４５６７８９")
 
 

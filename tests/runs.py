@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class Run:
         """The first file of every part."""
         return [self.folder / part["files"][0]["path"] for part in self.parts(stage, kind)]
 
+    def paths(self, stage: str, folder: str) -> list[Path]:
+        """The files of a stage's current output that lie in a folder of the run directory."""
+        files = [file["path"] for part in self.parts(stage) for file in part["files"]]
+        return [self.folder / path for path in files if path.startswith(f"{folder}/")]
+
     def tables(self, kind: str) -> pa.Table:
         """What ingest wrote of a kind; `documents` is corpus and added positives."""
         kinds = ("corpus", "added") if kind == "documents" else (kind,)
@@ -112,7 +118,7 @@ class Run:
 
         def asked() -> bool:
             try:
-                names = os.listdir(folder)
+                names = [path.name for path in folder.iterdir()]
             except FileNotFoundError:
                 return False
             return sum(name.endswith(".json") and name != "manifest.json" and name[0] != "." for name in names) >= parts
@@ -165,10 +171,8 @@ def interrupted(
 
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the whole process group: nothing is let go of in order."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(PATIENCE)
     if process.stdout is not None:
         process.stdout.close()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives as theirs
-from test_parity import FORMATS, Case, Model, World
+from test_parity import FORMATS, Model, World
 
 import negpipe
 
@@ -50,7 +50,7 @@ class CrossEncoder:
 
     def predict(self, pairs: list[tuple[str, str]], **_: Any) -> torch.Tensor:
         self.asked += len(pairs)
-        return torch.tensor([np.sin(len(one) + sum(map(ord, other)) ** 1.3) for one, other in pairs], dtype=torch.float32)
+        return torch.tensor([float(np.sin(len(one) + sum(map(ord, other)) ** 1.3)) for one, other in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -70,36 +70,82 @@ def check(ours: Dataset, other: Dataset) -> None:
     mine, rows = ours.to_dict(), other.to_dict()
     for name in rows:
         if name in ("score", "scores"):
-            flat = [np.concatenate([np.ravel(row) for row in side[name]]) for side in (mine, rows)]
-            np.testing.assert_allclose(*flat, atol=1e-5)
+            one, two = (np.concatenate([np.ravel(row) for row in side[name]]) for side in (mine, rows))
+            np.testing.assert_allclose(one, two, atol=1e-5)
         else:
             assert mine[name] == rows[name]
 
 
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: what a call finds there it does not do again."""
+    return tmp_path_factory.mktemp("drop_in_run")
+
+
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_same_dataset(world: World, tmp_path: Path, output_format: str) -> None:
-    for scores in (True, False):  # the second run finds everything but the rows
-        arguments = {"output_format": output_format, "output_scores": scores, "num_negatives": 2}
-        ours, other = both(world, run_dir=tmp_path, relative_margin=0.1, **arguments)
-        assert len(ours)
-        check(ours, other)
+@pytest.mark.parametrize("scores", [True, False])
+def test_same_dataset(world: World, run_dir: Path, output_format: str, scores: bool) -> None:
+    arguments = {"output_format": output_format, "output_scores": scores, "num_negatives": 2}
+    ours, other = both(world, run_dir=run_dir, relative_margin=0.1, **arguments)
+    assert len(ours)
+    check(ours, other)
 
 
-def test_ranking_with_positives(world: World) -> None:
-    check(*both(world, include_positives=True, num_negatives=6, output_scores=True))
+def test_ranking_with_positives(world: World, run_dir: Path) -> None:
+    check(*both(world, run_dir=run_dir, include_positives=True, num_negatives=6, output_scores=True))
 
 
-@pytest.mark.parametrize("cutoff", [{"max_score": 0.2}, {"min_score": -0.5}, {"relative_margin": 0.3}])
-def test_cross_encoder(world: World, cutoff: dict[str, float]) -> None:
+@pytest.mark.parametrize("cutoff", [{"max_score": 0.2}, {"min_score": -0.5}, {"relative_margin": 0.3}, {}])
+def test_cross_encoder(world: World, run_dir: Path, cutoff: dict[str, float]) -> None:
+    """It is asked only where a cutoff needs it."""
     model = CrossEncoder()
-    check(*both(world, cross_encoder=model, num_negatives=2, output_scores=True, **cutoff))
-    assert model.asked
+    check(*both(world, run_dir=run_dir, cross_encoder=model, num_negatives=2, output_scores=True, **cutoff))
+    assert bool(model.asked) == bool(cutoff)
 
 
-def test_cross_encoder_without_cutoff_is_not_asked(world: World) -> None:
-    model = CrossEncoder()
-    check(*both(world, cross_encoder=model, num_negatives=2))
-    assert not model.asked
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_negatives": 0}, {"range_min": 3, "range_max": 3}, {"range_max": 2}, {"range_min": -1}],
+)
+def test_arguments_that_do_not_fit(world: World, wrong: dict[str, Any]) -> None:
+    dataset = Dataset.from_dict({"query": ["a"], "answer": ["b"]})
+    for function in (negpipe.mine_hard_negatives, theirs):
+        with pytest.raises(ValueError):
+            function(dataset, Model(world.vectors), verbose=False, **wrong)
+
+
+def test_cached_vectors_belong_to_the_weights(tmp_path: Path) -> None:
+    """Two models of one name: their vectors are kept apart, and used again."""
+
+    class Weighted(Model):
+        def __init__(self, seed: int) -> None:
+            self.layer = torch.nn.Linear(8, 8, bias=False)
+            torch.nn.init.normal_(self.layer.weight, generator=torch.Generator().manual_seed(seed))
+            texts = ["a", "b", "c", "x", "y", "z"]
+            rows = self.layer(torch.randn(6, 8, generator=torch.Generator().manual_seed(1))).detach().numpy()
+            super().__init__(dict(zip(texts, rows / np.linalg.norm(rows, axis=1, keepdims=True), strict=True)))
+            self.calls = 0
+
+        def __repr__(self) -> str:
+            return "Weighted"
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {"weight": self.layer.weight}
+
+        def encode_document(self, texts: list[str], **options: Any) -> Any:
+            self.calls += 1
+            return super().encode_document(texts, **options)
+
+    dataset = Dataset.from_dict({"query": ["a", "b", "c"], "answer": ["x", "y", "z"]})
+    models = [Weighted(0), Weighted(0), Weighted(5)]
+    found = [
+        negpipe.mine_hard_negatives(
+            dataset, model, num_negatives=2, output_scores=True, cache_folder=str(tmp_path / "cache"), verbose=False
+        ).to_dict()
+        for model in models
+    ]
+    assert [model.calls for model in models] == [1, 0, 1]
+    assert found[0] == found[1] != found[2]
 
 
 def test_script_without_main_guard(tmp_path: Path) -> None:
@@ -115,6 +161,5 @@ def test_script_without_main_guard(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     ours, other = json.loads(done.stdout)
     assert len(ours["question"]) > 5
-    scores = [np.array(side.pop("scores")) for side in (ours, other)]
-    np.testing.assert_allclose(*scores, atol=1e-5)
+    np.testing.assert_allclose(np.array(ours.pop("scores")), np.array(other.pop("scores")), atol=1e-5)
     assert ours == other

@@ -15,7 +15,7 @@ import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe import pipeline
+from negpipe import joins, pipeline, spool
 from negpipe.config import load_config
 from negpipe.errors import ConfigError
 from negpipe.manifest import Books, Part
@@ -161,7 +161,8 @@ def test_the_same_bytes_whatever_is_read_at_a_time(tmp_path: Path, monkeypatch: 
     small.build(tmp_path, corpus)
     whole = run(tmp_path)
     assert len([part for part in whole.parts if part.kind == "corpus"]) > 4
-    monkeypatch.setattr(ingest, "BATCH", 7)
+    for module in (joins, spool):
+        monkeypatch.setattr(module, "BATCH", 7)
     assert run(tmp_path, "again").parts[0] is not whole.parts[0]
     assert small.output(tmp_path / "again") == small.output(tmp_path / "run")
 

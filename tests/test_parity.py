@@ -28,6 +28,7 @@ from negpipe.texts import text_id
 pytestmark = pytest.mark.parity
 
 Floats = npt.NDArray[np.float32]
+Table = list[dict[str, Any]]
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 CASES = 252
 
@@ -61,8 +62,8 @@ class World:
         vectors = {text: draw.standard_normal(dimension) + shift for text in [*documents, *anchors]}
         for anchor, positive in pairs:  # most are near, some are not
             vectors[anchor] = vectors[anchor] + draw.choice([1, 0.5, 0]) * vectors[positive]
-        vectors = {text: (row / np.linalg.norm(row)).astype(np.float32) for text, row in vectors.items()}
-        world = cls(seed, folder, pairs, corpus if seed % 2 else None, vectors)
+        units = {text: (row / np.linalg.norm(row)).astype(np.float32) for text, row in vectors.items()}
+        world = cls(seed, folder, pairs, corpus if seed % 2 else None, units)
         world.write()
         return world
 
@@ -80,7 +81,7 @@ class World:
     def file(self) -> Path:
         return self.folder / "vectors.parquet"
 
-    def mine(self, mining: dict[str, Any], output: dict[str, Any] | None = None, **settings: Any) -> list[dict[str, Any]]:
+    def mine(self, mining: dict[str, Any], output: dict[str, Any] | None = None, **settings: Any) -> Table:
         """The rows of the whole pipeline."""
         config = {
             "run_dir": str(self.folder / "run"),
@@ -189,27 +190,26 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> list[World]:
     return [World.make(seed, folder / str(seed)) for seed in range(9)]
 
 
-def peer(world: World, **arguments: Any) -> list[dict[str, Any]]:
+def peer(world: World, **arguments: Any) -> Table:
     """The rows of sentence-transformers."""
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
     dataset = Dataset.from_dict({"anchor": [a for a, _ in world.pairs], "positive": [p for _, p in world.pairs]})
     mined = mine_hard_negatives(dataset, Model(world.vectors), corpus=world.corpus, verbose=False, **arguments)
-    rows: list[dict[str, Any]] = mined.to_list()
+    rows: Table = mined.to_list()
     return rows
 
 
-def peer_of(world: World, case: Case) -> list[dict[str, Any]]:
+def peer_of(world: World, case: Case) -> Table:
     output = {"output_format": case.output["format"], "output_scores": case.output["scores"]}
     return peer(world, **case.settings, **output, use_faiss=case.use_faiss)
 
 
-def agree(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], scores: bool) -> None:
+def agree(ours: Table, theirs: Table, scores: bool) -> None:
     """The same rows in the same order; where scores are asked for, the same to 1e-5."""
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        one = as_theirs(one, scores)
+    for one, other in zip((as_theirs(row, scores) for row in ours), theirs, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():
             if name in ("score", "scores"):
@@ -254,7 +254,7 @@ def test_sentence_transformers_draws(worlds: list[World], number: int) -> None:
     assert negatives(world.mine({**drawing, "num_negatives": 12})) == eligible
 
 
-def negatives(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
+def negatives(rows: Table) -> dict[str, set[str]]:
     """Negatives by anchor."""
     return {row["anchor"]: {other["negative"] for other in rows if other["anchor"] == row["anchor"]} for row in rows}
 
@@ -289,7 +289,7 @@ def ranked(world: World) -> list[Ranked]:
 
 @pytest.mark.parametrize("number", range(9))
 def test_flagembedding(worlds: list[World], number: int) -> None:
-    """hn_mine: a window of raw ranks, then positives and the query out, a draw of those left, filled from the corpus."""
+    """hn_mine: a window of raw ranks, positives and the query out, a draw of the rest, filled from the corpus."""
     world = worlds[number]
     settings = {"compat": "flagembedding", "range_min": 2, "range_max": 14, "num_negatives": 5}
     rows = world.mine(settings, seed=number)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +38,20 @@ def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
 def _jsonl(job: Job) -> int:
     with JsonFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for _, table in _tables(job, job.config):
-            files.write(_finite(table).to_pylist())
+            names, columns = table.column_names, [_values(column) for column in _finite(table).columns]
+            files.write([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)])
         return files.rows
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values. Of texts that share entries, each entry is turned into Python once."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    values: list[Any] = []
+    for chunk in column.chunks:
+        entries = chunk.dictionary.to_pylist()
+        values += [None if at is None else entries[at] for at in chunk.indices.to_pylist()]
+    return values
 
 
 def _finite(table: pa.Table) -> pa.Table:

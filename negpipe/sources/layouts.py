@@ -231,7 +231,7 @@ def _document(
     try:
         return Document(identity, text_of(value, place, field), place._replace(field=field), in_corpus, extra)
     except RowError as error:
-        return error.row._replace(id=identity)
+        return error.row._replace(id=identity, in_corpus=in_corpus)
 
 
 def _judged_pair(query: Query | BadRow, document: Document | BadRow, split: str) -> Sequence[Judgment]:

@@ -63,6 +63,7 @@ class BadRow(NamedTuple):
     kind: str
     id: str | None = None
     of_query: bool = False
+    in_corpus: bool = True
 
 
 Record: TypeAlias = Document | Query | Judgment | BadRow

@@ -1,0 +1,208 @@
+"""The one pass over a source: texts to a spool on disk, everything that must be joined to a database.
+
+The spool and the database stand in a temporary folder of the run; memory holds one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe import sources
+from negpipe.config import Config
+from negpipe.tables import EXTRA
+from negpipe.texts import digests, hashes, normalize, text_id
+
+if TYPE_CHECKING:
+    import duckdb
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8192
+
+
+def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnection:
+    """Read the source once: texts and extra columns to the spool, everything else to the database.
+
+    Raises:
+        ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
+    """
+    import duckdb
+
+    database = duckdb.connect(
+        str(folder / "ingest.duckdb"),
+        config={
+            "memory_limit": f"{config.resources.memory_budget // 2**20 // 2}MiB",
+            "threads": threads,
+            "temp_directory": str(folder / "spill"),
+        },
+    )
+    database.execute("""
+        create table documents (corpus boolean, position bigint, source_row bigint, id varchar,
+            d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
+        create table queries (source_row bigint, id varchar, text varchar, extra varchar[],
+            d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
+        create table judgments (query varchar, document varchar, grade double, split varchar,
+            file varchar, line bigint);
+        create table skipped (id varchar, kind varchar, of_query boolean, in_corpus boolean);
+    """)
+    writer = _Writer(config, database, folder)
+    with writer:
+        records = sources.read(config.data)
+        while batch := tuple(islice(records, BATCH)):
+            writer.add(batch)
+    return database
+
+
+class _Writer:
+    """Sorts records into the spool and the tables, a batch at a time."""
+
+    def __init__(self, config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> None:
+        self._config, self._database = config, database
+        names = ["text", *extra_columns(config.data.extra.corpus)]
+        schema = pa.schema([(name, pa.large_string()) for name in names])
+        self._spools = {c: pq.ParquetWriter(_path(folder, c), schema, compression="lz4") for c in (True, False)}
+        self._positions = {True: 0, False: 0}
+        self._rows = {"document": 0, "query": 0}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spool in self._spools.values():
+            spool.close()
+
+    def add(self, records: tuple[sources.Record, ...]) -> None:
+        documents: dict[bool, list[tuple[int, sources.Document]]] = {True: [], False: []}
+        queries: list[tuple[int, sources.Query]] = []
+        judgments: list[sources.Judgment] = []
+        for record in records:
+            if isinstance(record, sources.Document):
+                # Only the corpus has a row in the source that vectors can be matched to.
+                row = self._next("document") if record.in_corpus else -1
+                documents[record.in_corpus].append((row, record))
+            elif isinstance(record, sources.Query):
+                queries.append((self._next("query"), record))
+            elif isinstance(record, sources.Judgment):
+                judgments.append(record)
+            else:
+                self._skip(record)
+        for corpus, rows in documents.items():
+            if rows:
+                self._add_documents(corpus, rows)
+        if queries:
+            self._add_queries(queries)
+        if judgments:
+            self._add_judgments(judgments)
+
+    def _next(self, kind: str) -> int:
+        self._rows[kind] += 1
+        return self._rows[kind] - 1
+
+    def _skip(self, bad: sources.BadRow) -> None:
+        if bad.kind != "empty_text" or self._config.data.on_empty == "error":
+            raise bad.error
+        logger.debug("skipped: %s", bad.error)
+        if bad.of_query or bad.in_corpus:
+            self._next("query" if bad.of_query else "document")
+        self._insert("skipped", {name: [getattr(bad, name)] for name in ("id", "kind", "of_query", "in_corpus")})
+
+    def _add_documents(self, corpus: bool, rows: list[tuple[int, sources.Document]]) -> None:
+        texts = [document.text for _, document in rows]
+        start = self._positions[corpus]
+        self._positions[corpus] += len(rows)
+        spool = self._spools[corpus]
+        nothing = (None,) * len(self._config.data.extra.corpus)
+        values = [texts, *zip(*(document.extra or nothing for _, document in rows), strict=True)]
+        spool.write_table(pa.table([pa.array(column, pa.large_string()) for column in values], schema=spool.schema))
+        self._insert(
+            "documents",
+            {
+                "corpus": [corpus] * len(rows),
+                "position": np.arange(start, start + len(rows)),
+                "source_row": [row for row, _ in rows],
+                "id": [document.id if document.id is not None else text_id(document.text) for _, document in rows],
+                **_hash_columns(texts),
+                "file": [document.place.file for _, document in rows],
+                "line": [document.place.row for _, document in rows],
+            },
+        )
+
+    def _add_queries(self, rows: list[tuple[int, sources.Query]]) -> None:
+        texts = [query.text for _, query in rows]
+        self._insert(
+            "queries",
+            {
+                "source_row": [row for row, _ in rows],
+                "id": [query.id if query.id is not None else text_id(query.text) for _, query in rows],
+                "text": texts,
+                "extra": pa.array([query.extra for _, query in rows], pa.list_(pa.string())),
+                **_hash_columns(texts),
+                "file": [query.place.file for _, query in rows],
+                "line": [query.place.row for _, query in rows],
+            },
+        )
+
+    def _add_judgments(self, rows: list[sources.Judgment]) -> None:
+        self._insert(
+            "judgments",
+            {
+                "query": [text_id(row.query) if row.query_by_text else row.query for row in rows],
+                "document": [text_id(row.document) if row.document_by_text else row.document for row in rows],
+                "grade": [float(row.grade) for row in rows],
+                "split": [row.split for row in rows],
+                "file": [row.place.file for row in rows],
+                "line": [row.place.row for row in rows],
+            },
+        )
+
+    def _insert(self, table: str, columns: dict[str, Any]) -> None:
+        self._database.register("incoming", pa.table(columns))
+        self._database.execute(f"insert into {table} by name select * from incoming")
+        self._database.unregister("incoming")
+
+
+def _hash_columns(texts: list[str]) -> dict[str, npt.NDArray[np.uint64]]:
+    both = digests(texts)
+    return {"d1": both[:, 0], "d2": both[:, 1], "normalized": hashes(map(normalize, texts))}
+
+
+def extra_columns(names: tuple[str, ...]) -> list[str]:
+    """What columns of `data.extra` are called in the parts."""
+    return [EXTRA + name for name in names]
+
+
+def _path(folder: Path, corpus: bool) -> Path:
+    return folder / ("corpus.parquet" if corpus else "positives.parquet")
+
+
+class Spool:
+    """Rows of a spool at ascending positions, one batch in memory."""
+
+    def __init__(self, folder: Path, *, corpus: bool) -> None:
+        self._file = pq.ParquetFile(_path(folder, corpus))
+        self._batches = self._file.iter_batches(BATCH)
+        self._start = 0
+        self._rows: pa.RecordBatch | None = None
+
+    def take(self, positions: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows at `positions`, which ascend from call to call."""
+        pieces: list[pa.RecordBatch] = []
+        low = 0
+        while low < len(positions):
+            end = self._start + (self._rows.num_rows if self._rows is not None else 0)
+            high = int(np.searchsorted(positions, end))
+            if high > low and self._rows is not None:
+                pieces.append(self._rows.take(pa.array(positions[low:high] - self._start)))
+                low = high
+            if low < len(positions):
+                self._start = end
+                self._rows = next(self._batches)
+        return pa.Table.from_batches(pieces)
