@@ -75,8 +75,18 @@ def make(rng: np.random.Generator, rows: int, dimension: int, distinct: int | No
     threads=st.integers(1, 3),
 )
 def test_small_corpora_equal_brute_force(
-    seed, rows, anchors, dimension, depth, part_rows, distinct, scale, half, flat, threads
-):
+    seed: int,
+    rows: int,
+    anchors: int,
+    dimension: int,
+    depth: int,
+    part_rows: int,
+    distinct: int | None,
+    scale: float,
+    half: bool,
+    flat: bool,
+    threads: int,
+) -> None:
     rng = np.random.default_rng(seed)
     vectors = (make(rng, rows, dimension, distinct) * np.float32(scale)).astype(np.float16 if half else np.float32)
     queries = make(rng, anchors, dimension)
@@ -100,7 +110,9 @@ def corpus() -> np.ndarray:
 
 
 @pytest.mark.parametrize("depth", [1, 60, 3_500])
-def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(corpus, tmp_path, depth):
+def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(
+    corpus: np.ndarray, tmp_path: Path, depth: int
+) -> None:
     queries = make(np.random.default_rng(6), 90, 24)
     # Anchors that point at the 3,000 equal vectors: their cut falls into a tie that no slack would cover.
     queries[:20] = corpus[6_000] if depth < 3_000 else -corpus[6_000].astype(np.float32)
@@ -113,7 +125,7 @@ def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(corpus, tmp_pat
 
 
 @pytest.mark.parametrize("block_rows", [1, 7, 1_024, 1_025, 5_000])
-def test_any_block_size(corpus, tmp_path, monkeypatch, block_rows):
+def test_any_block_size(corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
     rows = corpus[: min(len(corpus), 600 * block_rows)]
     queries = make(np.random.default_rng(7), 11, 24)
     seen: list[int] = []
@@ -126,7 +138,15 @@ def test_any_block_size(corpus, tmp_path, monkeypatch, block_rows):
 
 @pytest.mark.parametrize("rows, block_rows, depth", [(130, 60, 100), (4_000, 3_000, 100), (12_000, 6_000, 1_000)])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
-def test_wrong_guesses_change_nothing(corpus, tmp_path, monkeypatch, rows, block_rows, depth, share):
+def test_wrong_guesses_change_nothing(
+    corpus: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    block_rows: int,
+    depth: int,
+    share: float,
+) -> None:
     monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
     monkeypatch.setattr(ann, "_ROWS", 32)
     monkeypatch.setattr(ann._Tile, "_rank", lambda tile, seen: math.ceil(tile.depth * seen * share))
@@ -136,7 +156,7 @@ def test_wrong_guesses_change_nothing(corpus, tmp_path, monkeypatch, rows, block
     check(found, queries, corpus[:rows], depth)
 
 
-def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path, monkeypatch):
+def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ann, "_BLOCK_ROWS", 500)
     rng = np.random.default_rng(11)
     vectors = make(rng, 1, 300) * (1 + rng.integers(-3, 4, (4_000, 300)) * np.float32(2**-23)).astype(np.float32)
@@ -147,7 +167,9 @@ def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("candidates", [0, 1, 700, 1499, 1500])
-def test_rows_that_are_no_candidates_only_have_positive_scores(corpus, tmp_path, monkeypatch, candidates):
+def test_rows_that_are_no_candidates_only_have_positive_scores(
+    corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidates: int
+) -> None:
     vectors, anchors = corpus[::8], corpus[:20].astype(np.float32)
     monkeypatch.setattr(ann, "_BLOCK_ROWS", 256)
     pairs = np.arange(len(anchors)), np.full(len(anchors), len(vectors) - 1)
@@ -158,7 +180,9 @@ def test_rows_that_are_no_candidates_only_have_positive_scores(corpus, tmp_path,
     assert found.positive_scores.tobytes() == expected.tobytes()
 
 
-def test_positive_scores_are_those_of_pair_scores(corpus, tmp_path, monkeypatch):
+def test_positive_scores_are_those_of_pair_scores(
+    corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ann, "_BLOCK_ROWS", 1_000)
     rng = np.random.default_rng(9)
     queries = make(rng, 40, 24)
@@ -170,7 +194,7 @@ def test_positive_scores_are_those_of_pair_scores(corpus, tmp_path, monkeypatch)
 
 @given(seed=st.integers(0, 2**32 - 1), dimension=st.integers(1, 800), pairs=st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
-def test_pair_scores_are_inner_products_with_bits_of_their_own(seed, dimension, pairs):
+def test_pair_scores_are_inner_products_with_bits_of_their_own(seed: int, dimension: int, pairs: int) -> None:
     rng = np.random.default_rng(seed)
     anchors, vectors = make(rng, 20, dimension), make(rng, 30, dimension)
     anchor_of, row_of = rng.integers(0, 20, pairs), rng.integers(0, 30, pairs)
@@ -185,20 +209,20 @@ def test_pair_scores_are_inner_products_with_bits_of_their_own(seed, dimension, 
     assert np.array(alone).tobytes() == scores.tobytes()
 
 
-def test_equal_scores_of_zero_have_equal_bits():
+def test_equal_scores_of_zero_have_equal_bits() -> None:
     anchors, vectors = np.array([[1.0]], np.float32), np.array([[0.0], [-0.0]], np.float32)
     pair = np.zeros(2, np.int64), np.arange(2)
     assert not np.signbit(ann.pair_scores(anchors, pair[0], vectors, pair[1])).any()
 
 
-def test_pairs_out_of_range_are_refused():
+def test_pairs_out_of_range_are_refused() -> None:
     vectors = np.ones((3, 4), np.float32)
     for anchor, row in ((0, 3), (3, 0), (-1, 0), (0, -1)):
         with pytest.raises(IndexError):
             ann.pair_scores(vectors, np.array([anchor]), vectors, np.array([row]))
 
 
-def test_flat_file_opens_in_faiss(corpus, tmp_path):
+def test_flat_file_opens_in_faiss(corpus: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "flat.index"
     vectors = save_flat(path, save_parts(tmp_path, corpus, 5_000))
     index = faiss.read_index(str(path))
@@ -214,7 +238,7 @@ def test_flat_file_opens_in_faiss(corpus, tmp_path):
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
 
 
-def test_empty_corpus_and_no_anchors(corpus, tmp_path):
+def test_empty_corpus_and_no_anchors(corpus: np.ndarray, tmp_path: Path) -> None:
     empty = save_flat(tmp_path / "flat.index", ann.Vectors((), 24))
     assert (empty.rows, empty.dimension) == (0, 24)
     found = ann.search_exact(np.ones((2, 24), np.float32), empty, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
@@ -224,7 +248,7 @@ def test_empty_corpus_and_no_anchors(corpus, tmp_path):
     assert found.rows.shape == found.scores.shape == (0, 3)
 
 
-def test_damaged_flat_files(corpus, tmp_path):
+def test_damaged_flat_files(corpus: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "flat.index"
     save_flat(path, save_parts(tmp_path, corpus, 5_000))
     whole = path.read_bytes()
@@ -237,7 +261,7 @@ def test_damaged_flat_files(corpus, tmp_path):
         ann.open_flat(tmp_path / "absent")
 
 
-def test_damaged_parts(tmp_path):
+def test_damaged_parts(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.npy", tmp_path / "bad.npy"
     np.save(good, np.ones((5, 4), np.float16))
     whole = good.read_bytes()
@@ -253,7 +277,7 @@ def test_damaged_parts(tmp_path):
         ann.open_parts([tmp_path / "absent.npy"])
 
 
-def test_file_cut_off_after_opening(tmp_path):
+def test_file_cut_off_after_opening(tmp_path: Path) -> None:
     vectors = save_parts(tmp_path, np.ones((50, 4), np.float32), 20)
     path = vectors.files[1].path
     path.write_bytes(path.read_bytes()[:-1])
@@ -262,7 +286,7 @@ def test_file_cut_off_after_opening(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_vectors_that_are_not_finite_are_named(tmp_path, value):
+def test_vectors_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
     rows = np.ones((50, 4), np.float16)
     rows[33, 2] = value
     vectors = save_parts(tmp_path, rows, 20)
@@ -274,12 +298,12 @@ def test_vectors_that_are_not_finite_are_named(tmp_path, value):
         ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
 
 
-def test_too_little_memory_names_the_setting(corpus, tmp_path):
+def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path) -> None:
     vectors = save_parts(tmp_path, corpus, 5_000)
     with pytest.raises(ConfigError, match=r"resources\.memory_budget"):
         ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, memory=2**18, threads=2)
 
 
-def test_importing_the_module_imports_no_faiss():
+def test_importing_the_module_imports_no_faiss() -> None:
     code = "import sys, negpipe.ann; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -28,6 +28,7 @@ def _published(path: str) -> str:
     return f"triplets/{name}" if folder.startswith(".triplets-") else path
 
 
+@pytest.mark.slow
 def test_sigkill_in_every_stage(undisturbed: Run, tmp_path: Path) -> None:
     run = undisturbed.at(tmp_path / "run")
     survivors: dict[str, int] = {}
@@ -45,6 +46,7 @@ def test_sigkill_in_every_stage(undisturbed: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == sorted([".negpipe", "ledger", *STAGES])
 
 
+@pytest.mark.slow
 def test_sigkill_while_a_model_encodes_then_more_documents_and_another_instruction(golden: Run, tmp_path: Path) -> None:
     """Resumed on a grown corpus with another query instruction, it equals a run from nothing."""
     smaller = tricky_folder(tmp_path / "smaller", appended=False)
@@ -77,6 +79,7 @@ def test_sigkill_while_a_model_encodes_then_more_documents_and_another_instructi
     assert not kept & {(path, encoded[path]) for path in anchors}
 
 
+@pytest.mark.slow
 def test_signals_and_a_dead_worker(undisturbed: Run, tmp_path: Path) -> None:
     run = undisturbed.at(tmp_path / "run")
 
@@ -180,6 +183,7 @@ for n, folder in enumerate(folders):
 """
 
 
+@pytest.mark.slow
 def test_swap_cut_short_at_any_step(tmp_path: Path) -> None:
     old = Run(precomputed_config(tmp_path / "old", numbered_folder(tmp_path / "beir", 60, 30)))
     old.mine()

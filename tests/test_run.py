@@ -132,6 +132,7 @@ def test_datasets_opens_the_triplets(golden: Run, tmp_path: Path) -> None:
     assert trained[0] == {name: triplets(golden)[name][0].as_py() for name in ("anchor", "positive", "negative")}
 
 
+@pytest.mark.slow
 def test_quickstart_slice_with_the_embedded_model(tmp_path: Path) -> None:
     modules = tmp_path / "modules"
     modules.mkdir()
@@ -313,6 +314,7 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
     assert list(run.content("search").values()) == flat
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")
     inline.mine()
