@@ -49,7 +49,7 @@ def deepen(
     """
     table = open_table(part.anchors)
     numbers, pieces, start, depth = [np.empty(0, np.int64)], [], 0, deepest
-    for piece in candidates.read(part.candidates):
+    for piece in candidates.read(part.candidates, depth=selector.depth):
         depth = piece.rows.shape[1]
         if depth >= deepest:
             return None

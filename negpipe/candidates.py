@@ -121,12 +121,13 @@ def joined(pieces: Sequence[Candidates]) -> Candidates:
     )
 
 
-def read(path: Path, deeper: Path | Deeper | None = None) -> Iterator[Candidates]:
+def read(path: Path, deeper: Path | Deeper | None = None, depth: int | None = None) -> Iterator[Candidates]:
     """Read one part a slice of anchors at a time.
 
     Args:
         path: the part.
         deeper: its deeper candidates, or their file, if it has any.
+        depth: how many of each anchor's stored ones are wanted; None: all.
 
     Raises:
         DamagedError: a file is not whole.
@@ -139,7 +140,7 @@ def read(path: Path, deeper: Path | Deeper | None = None) -> Iterator[Candidates
             positives, offsets = ragged(batch["positives"])
             positive_scores, _ = ragged(batch["positive_scores"])
             rows, scores = _matrices(batch)
-            found = Candidates(rows, scores, positives, offsets, positive_scores)
+            found = Candidates(rows[:, :depth], scores[:, :depth], positives, offsets, positive_scores)
             step = len(rows)
             if following is not None and following.anchors[0] < start + len(rows):
                 found = found.deepened(replace(following, anchors=following.anchors - start))

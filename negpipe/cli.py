@@ -264,6 +264,7 @@ def clean(
     """
     from negpipe import console, pipeline
     from negpipe.config import load_config
+    from negpipe.errors import ConfigError
 
     run_dir = load_config(config, overrides).run_dir
     listed = pipeline.superseded(run_dir)
@@ -277,7 +278,13 @@ def clean(
         folders[folder] = files + 1, total + size
     for folder, (files, total) in sorted(folders.items()):
         console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
-    if not yes and not typer.confirm(f"Delete {len(listed)} files from {run_dir}?"):
+    try:
+        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {run_dir}?")
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise ConfigError("nobody is here to be asked: pass --yes to delete these files") from None
+    if not agreed:
         console.out.print("Nothing was deleted.")
         return
     console.out.print(f"Freed {console.size(pipeline.clean(run_dir))}.")

@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "range_max": 210,
         "rank_over": "raw",
         "num_negatives": 15,
-        "depth": 210,
+        "depth": None,
         "max_depth": None,
         "sampling_strategy": "random",
         "strict": False,

@@ -26,7 +26,7 @@ Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shar
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Table(_Model):
@@ -150,6 +150,9 @@ class Encoder(_Model):
 
     @model_validator(mode="after")
     def _needs(self) -> Encoder:
+        for name in ("query_instruction_format", "passage_instruction_format"):
+            if getattr(self, name).count("{}") != 2:
+                raise ValueError(f"{name} needs two {{}}: the first is the instruction, the second the text")
         if self.backend == "precomputed":
             if not (self.corpus_vectors and self.anchor_vectors):
                 raise ValueError("backend 'precomputed' needs encoder.corpus_vectors and encoder.anchor_vectors")

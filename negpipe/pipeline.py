@@ -204,7 +204,8 @@ def look(stage: Stage, context: Context) -> State:
             return State(stage.name, "missing", "it has not run yet")
         return State(stage.name, "partial", f"it was interrupted, {done} parts are on disk", done=done)
     identity = _identity(stage, context)
-    if manifest.key != identity.key:
+    serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
+    if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
     problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.run_dir))]
     if problems:
@@ -325,6 +326,9 @@ def verify(run_dir: Path, progress: Callable[[int], None] = lambda _: None) -> t
 
     Returns:
         files checked, and what is wrong, a line each.
+
+    Raises:
+        MissingStageError: there is nothing to verify.
     """
     files: list[File] = []
     problems: list[str] = []
@@ -335,6 +339,8 @@ def verify(run_dir: Path, progress: Callable[[int], None] = lambda _: None) -> t
             problems.append(str(error))
             continue
         files += [file for part in (manifest.parts if manifest else ()) for file in part.files]
+    if not files and not problems:
+        raise MissingStageError(f"no stage is complete in {run_dir}: run `negpipe mine CONFIG` first")
 
     def check(file: File) -> str | None:
         problem = file.problem(run_dir, full=True)

@@ -7,8 +7,6 @@ them, and the fate of every candidate. The same config and the same parts give t
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,17 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from negpipe import candidates, duplicates, mining, randoms
+from negpipe import candidates, duplicates, mining, randoms, verdicts
 from negpipe.candidates import Candidates, Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.mining import Fate
 from negpipe.tables import Rows, open_table, ragged
-from negpipe.texts import hashes
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
 SOURCES = ("mined", "random")
@@ -67,7 +63,7 @@ class Units:
     references: Floats
 
     @property
-    def shortage(self) -> Ints:
+    def counts(self) -> Ints:
         """(u,) how many negatives each unit got."""
         return np.diff(self.negative_offsets)
 
@@ -123,12 +119,16 @@ class Selector:
         self._config, self._corpus, self._searchable, self._passages = config, corpus, searchable, passages
         names = {field.name for field in fields(mining.Rules)}
         settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
+        if config.output.format == "n-tuple" and config.mining.on_shortage == "keep":
+            settings["on_shortage"] = "drop"  # its rows have no room for fewer
         if config.mining.on_shortage == "random":  # random ones are added to what is selected
             settings["on_shortage"] = "keep"
         if not config.mining.num_negatives:
             settings["sampling_strategy"] = "top"
         self.rules = mining.Rules(**settings)
-        self._verdicts = _read_verdicts(config.mining.exclude_file)
+        self.depth = config.depth
+        name = config.mining.exclude_file
+        self._verdicts = verdicts.resolve(verdicts.read(Path(name)), corpus) if name else {}
         threshold = config.mining.near_duplicate
         self.duplicates = None if threshold is None else duplicates.Finder(corpus, threshold, threads)
 
@@ -148,7 +148,7 @@ class Selector:
             InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
         """
         table, start = open_table(part.anchors), 0
-        for piece in candidates.read(part.candidates, part.deeper):
+        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
             units = self._units(part, table, start, piece)
             self._check_shortage(units)
             yield piece, units
@@ -157,7 +157,7 @@ class Selector:
     def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
         """The same for one anchor, by its place in the part; it may be short."""
         start = 0
-        for piece in candidates.read(part.candidates, part.deeper):
+        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
             if anchor < start + len(piece.rows):
                 alone = piece.take(np.array([anchor - start]))
                 return alone, self._units(part, open_table(part.anchors), anchor, alone)
@@ -253,7 +253,7 @@ class Selector:
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
         """The units with random negatives, behind the mined ones."""
-        settings, mined = self._config.mining, units.shortage
+        settings, mined = self._config.mining, units.counts
         wanted = np.full(len(mined), settings.num_random)
         if settings.on_shortage == "random":
             wanted += np.maximum(settings.num_negatives - mined, 0)
@@ -293,14 +293,14 @@ class Selector:
 
     def _check_shortage(self, units: Units) -> None:
         wanted = self._config.mining.wanted
-        short = units.shortage < wanted
+        short = units.counts < wanted
         if self._config.mining.on_shortage != "fail" or not short.any():
             return
         names = ", ".join(repr(units.anchors["id"][int(at)].as_py()) for at in units.anchor[short][:5])
         raise InputError(
-            f"{int(short.sum())} anchors of this part have fewer than {wanted} negatives: {names}",
+            f"at least {int(short.sum())} anchors have fewer than {wanted} negatives: {names}",
             field="mining.on_shortage",
-            remedy="Widen the window or the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
+            remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
 
     def _excluded(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.uint8]:
@@ -309,9 +309,9 @@ class Selector:
         known, offsets = ragged(anchors["known"])
         by_id, _ = ragged(anchors["known_by_id"])
         shared, shared_offsets = ragged(anchors["shared"])
-        if "positive_id" in wanted:
+        # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
+        if wanted & {"positive_id", "positive_text"}:
             found[Fate.POSITIVE_ID] = mining.contains(rows, *_where(known, offsets, by_id))
-        if "positive_text" in wanted:
             found[Fate.POSITIVE_TEXT] = mining.contains(rows, *_where(known, offsets, ~by_id))
         if "shared_anchor" in wanted:
             found[Fate.SHARED_ANCHOR] = mining.contains(rows, shared, shared_offsets)
@@ -326,14 +326,13 @@ class Selector:
             if "anchor_text" in wanted:
                 found[Fate.ANCHOR_TEXT] = normalized == anchors["normalized"].to_numpy()[:, None]
         if self._verdicts:
-            ids = self._corpus.numbers("id_hash", np.maximum(rows, 0))
-            found[Fate.EXCLUDED_FILE] = mining.contains(ids, *self._verdicts_of(anchors))
+            found[Fate.EXCLUDED_FILE] = mining.contains(rows, *self._verdicts_of(anchors))
         return mining.exclusions(rows.shape, found)
 
-    def _verdicts_of(self, anchors: pa.Table) -> tuple[Hashes, Ints]:
+    def _verdicts_of(self, anchors: pa.Table) -> tuple[Ints, Ints]:
         lists = [self._verdicts.get(identity, []) for identity in anchors["id"].to_pylist()]
-        offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
-        return hashes(identity for ids in lists for identity in ids), offsets
+        offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
+        return np.array([row for rows in lists for row in rows], np.int64), offsets
 
     def _uniform(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.float64] | None:
         if self._config.mining.sampling_strategy == "top":
@@ -363,42 +362,3 @@ def _lists(values: Ints, offsets: Ints, wanted: Ints) -> tuple[Ints, Ints]:
 def _where(values: Ints, offsets: Ints, keep: Mask) -> tuple[Ints, Ints]:
     """The kept values of ragged lists, still ragged."""
     return values[keep], np.concatenate([[0], np.cumsum(keep)])[offsets].astype(np.int64)
-
-
-def _read_verdicts(name: str | None) -> dict[str, list[str]]:
-    """`mining.exclude_file`: anchor id → document ids that are not to be its negatives.
-
-    Raises:
-        InputError: the file is missing or a row lacks anchor_id or document_id.
-    """
-    if name is None:
-        return {}
-    path = Path(name)
-    verdicts: dict[str, list[str]] = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line, row in _verdict_rows(path, file):
-                try:
-                    verdicts.setdefault(str(row["anchor_id"]), []).append(str(row["document_id"]))
-                except (KeyError, TypeError):
-                    raise InputError(
-                        "every row needs anchor_id and document_id",
-                        file=name,
-                        row=line,
-                        remedy='Write {"anchor_id": "…", "document_id": "…"} a line, or CSV with that header',
-                    ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=name, field="mining.exclude_file") from None
-    return verdicts
-
-
-def _verdict_rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    if path.suffix in (".csv", ".tsv"):
-        yield from enumerate(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), 2)
-        return
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"not JSON: {error}", file=str(path), row=number) from None

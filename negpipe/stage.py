@@ -123,6 +123,10 @@ def _no_identity(_: Context) -> dict[str, str]:
 def _no_check(_: Context) -> None: ...
 
 
+def _as_asked(_: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    return wanted
+
+
 def _never(_: Config) -> bool:
     return False
 
@@ -147,6 +151,8 @@ class Stage:
         stats: facts of the finished stage for manifest, log and people.
         check: raises InputError for what is wrong and can be known before the stages ahead of it have run; called
             before every stage that is about to run, with the manifests there are by then.
+        serving: (settings of an output, settings asked for) → settings whose output serves as well as what was asked
+            for; candidates stored deeper serve a shallower window.
         apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
@@ -162,6 +168,7 @@ class Stage:
     open: Callable[[Context], AbstractContextManager[Any]] = _nothing
     stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
     check: Callable[[Context], None] = _no_check
+    serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     apart: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from negpipe.errors import DamagedError
 from negpipe.manifest import Manifest, Part
+from negpipe.texts import hashes
 
 EXTRA = "extra:"
 """Comes before the source's name of a column that `data.extra` keeps."""
@@ -59,6 +60,20 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def find(self, ids: set[str]) -> dict[str, int]:
+        """Rows of ids, any id of a row's; ids that no row has are left out."""
+        names = sorted(ids)
+        name_of = dict(zip(hashes(names).tolist(), names, strict=True))
+        wanted = np.fromiter(name_of, np.uint64, len(name_of))
+        found: dict[str, int] = {}
+        for start, table in zip(self.starts, self._tables, strict=False):
+            for row in np.flatnonzero(np.isin(table["id_hash"].to_numpy(), wanted)):
+                found[name_of[int(table["id_hash"][int(row)].as_py())]] = int(start + row)
+            others = table["other_ids"]
+            for row in np.flatnonzero(pc.list_value_length(others).to_numpy() > 0):
+                found |= {name: int(start + row) for name in others[int(row)].as_py() if name in ids}
+        return found
 
     def numbers(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """A numeric column at `rows` (any shape, every row valid), in that shape."""

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.parity
 Floats = npt.NDArray[np.float32]
 Table = list[dict[str, Any]]
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
-CASES = 252
+CASES = 220
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,11 @@ class World:
             **settings,
         }
         result = pipeline.mine(load_config(config))
-        return [row for path in sorted(result.triplets.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+        return [
+            row
+            for path in sorted(result.triplets.glob("*.parquet"))
+            for row in pq.read_table(path, use_threads=False).to_pylist()
+        ]
 
 
 class Model:

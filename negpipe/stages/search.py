@@ -7,7 +7,7 @@ score of each positive is exact and stored beside the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,11 @@ VERSION = 1
 
 def _settings(config: Config) -> dict[str, Any]:
     return {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+
+
+def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Readers look at the first `depth` candidates: deeper ones serve, so a narrower window searches nothing."""
+    return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 
 def _searchable(context: Context, stage: str) -> list[Part]:
@@ -105,6 +110,7 @@ STAGE = Stage(
     version=VERSION,
     inputs=("ingest", "encode", "index"),
     settings=_settings,
+    serving=_serving,
     plan=_plan,
     open=_open,
     run=_run,

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import adaptive, ann, candidates, formats, mining, moments
+from negpipe import adaptive, ann, candidates, formats, mining, moments, verdicts
 from negpipe.candidates import Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
@@ -60,6 +60,8 @@ def _sources(context: Context) -> dict[str, str]:
 def _check(context: Context) -> None:
     """What is excluded can be read; the window begins within the corpus, known once the source is read."""
     _sources(context)
+    if context.config.mining.exclude_file:
+        verdicts.read(Path(context.config.mining.exclude_file))
     if "ingest" not in context.manifests:
         return
     read, first = context.manifest("ingest").stats, context.config.mining.range_min
@@ -141,9 +143,9 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         nonlocal fates
         for found, units in shared.selector.slices(replace(files, deeper=deeper)):
             counts = mining.counts(units.fates)
-            ledger.append(_ledger(units, counts, context.config))
+            ledger.append(_ledger(units, counts, context.config, shared.corpus))
             fates = fates + counts.sum(axis=0)
-            used = np.repeat(units.shortage > 0, np.diff(units.positive_offsets))
+            used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
             scores["negative"].append(moments.of(units.negative_scores))
             yield units
@@ -188,22 +190,37 @@ def _publish(publish: Publisher, task: Task, config: Config, number: int, tables
     return rows
 
 
-def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config) -> pa.Table:
-    """One row a unit: candidates seen, each reason's count, taken, the deepest rank used."""
+def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, corpus: Rows) -> pa.Table:
+    """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short."""
     width = units.fates.shape[1]
+    each = config.mining.margin_reference == "each"
+    positive = corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     deepest = np.where(units.fates == Fate.TAKEN, np.arange(width)[None, :], -1).max(axis=1, initial=-1)
-    reasons = {fate.name.lower(): counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)}
+    reasons = {
+        f"dropped_{fate.name.lower()}": counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)
+    }
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),
+            "positive_id": positive.cast(pa.string()),
             "candidates": width - counts[:, Fate.PADDING],
             "taken": counts[:, Fate.TAKEN],
             **reasons,
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
-            "random": units.shortage - counts[:, Fate.TAKEN],
-            "short": units.shortage < config.mining.wanted,
+            "random": units.counts - counts[:, Fate.TAKEN],
+            "short": units.counts < config.mining.wanted,
+            "shortage_reason": pa.array(_shortage_reasons(units, counts, config), pa.string()),
         }
     )
+
+
+def _shortage_reasons(units: Units, counts: npt.NDArray[np.int64], config: Config) -> list[str | None]:
+    """What a short unit ran out of: the corpus, the window, or the candidates that were looked at (depth)."""
+    corpus = counts[:, Fate.PADDING] > 0
+    window = (counts[:, Fate.AFTER_WINDOW] > 0) | (config.mining.rank_over == "raw")
+    reasons = np.where(corpus, "corpus", np.where(window, "window", "depth"))
+    short = units.counts < config.mining.wanted
+    return [str(reason) if lacks else None for reason, lacks in zip(reasons, short, strict=True)]
 
 
 def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
