@@ -30,7 +30,7 @@ pytestmark = pytest.mark.parity
 Floats = npt.NDArray[np.float32]
 Table = list[dict[str, Any]]
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
-CASES = 220
+CASES = 252
 
 
 @dataclass(frozen=True)
