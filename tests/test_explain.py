@@ -22,7 +22,7 @@ from negpipe.errors import InputError, MissingStageError
 from negpipe.explain import Explanation, Unit
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NOT_FATES = {"anchor_id", "candidates", "deepest_rank", "random", "short", "shortage"}
+_NOT_FATES = {"anchor_id", "positive_id", "candidates", "deepest_rank", "random", "short", "shortage_reason"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_fates_are_those_the_ledger_counts(mined: Run, tmp_path: Path, overrides
         found = explained(run, anchor, *overrides)
         assert len(found.units) == len(units)
         for unit, row in zip(found.units, units, strict=True):
-            counts = {name: count for name, count in row.items() if name not in _NOT_FATES and count}
+            counts = {name.removeprefix("dropped_"): n for name, n in row.items() if name not in _NOT_FATES and n}
             assert unit.counts == counts
             ranked = [candidate for candidate in unit.candidates if candidate.rank is not None]
             assert Counter(candidate.fate for candidate in ranked) == counts

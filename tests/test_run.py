@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 IDS_AND_TEXTS = [*TEXTS, "negative_rank"]
-NO_FATES = ("anchor_id", "candidates", "deepest_rank", "short")
+NO_FATES = ("anchor_id", "positive_id", "candidates", "deepest_rank", "random", "short", "shortage_reason")
 
 
 def triplets(run: Run) -> pa.Table:
@@ -172,7 +172,7 @@ def upper(counts: dict[str, int]) -> Counter[str]:
 
 def counted(row: dict[str, Any]) -> Counter[str]:
     """A row of the ledger as fates, without those that no candidate met."""
-    return +upper({name: count for name, count in row.items() if name not in NO_FATES})
+    return +upper({name.removeprefix("dropped_"): count for name, count in row.items() if name not in NO_FATES})
 
 
 def looked_at(run: Run) -> list[tuple[list[int], list[float], list[float]]]:
