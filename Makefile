@@ -54,7 +54,7 @@ mine ingest: | $(QUICKSTART)
 endif
 
 test: check  ## everything that has to pass: check, then pytest
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

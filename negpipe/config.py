@@ -115,6 +115,14 @@ class Data(_Model):
         return self
 
 
+def _joins_two(form: str) -> bool:
+    try:
+        joined = form.format("<instruction>", "<text>")
+    except (IndexError, KeyError, ValueError):
+        return False
+    return "<instruction>" in joined and "<text>" in joined
+
+
 class Encoder(_Model):
     """The model that turns texts into vectors, or the vectors themselves."""
 
@@ -151,8 +159,8 @@ class Encoder(_Model):
     @model_validator(mode="after")
     def _needs(self) -> Encoder:
         for name in ("query_instruction_format", "passage_instruction_format"):
-            if getattr(self, name).count("{}") != 2:
-                raise ValueError(f"{name} needs two {{}}: the first is the instruction, the second the text")
+            if not _joins_two(getattr(self, name)):
+                raise ValueError(f"{name} must hold two {{}}: the first is the instruction, the second the text")
         if self.backend == "precomputed":
             if not (self.corpus_vectors and self.anchor_vectors):
                 raise ValueError("backend 'precomputed' needs encoder.corpus_vectors and encoder.anchor_vectors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,26 @@ def test_the_commands_about_configs(tmp_path: Path) -> None:
     wrong = small.run("config", "check", path, "--set", "sed=7")
     assert wrong.code == 2
     assert wrong.err == f"negpipe: {path}: sed: unknown key. Did you mean 'seed'?\n"
+
+
+@pytest.mark.parametrize("form", ["x", "{}", "{} {} {}", "{0}", "{instruction}{text}", "{"])
+def test_instruction_formats_hold_both_places(form: str) -> None:
+    settings = {"run_dir": "x", "data": {"path": "d"}, "encoder": {"model": "m", "query_instruction_format": form}}
+    with pytest.raises(ConfigError, match="query_instruction_format must hold two"):
+        load_config(settings)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(value: str) -> None:
+    settings = {"run_dir": "x", "data": {"path": "d"}, "encoder": {"model": "m"}}
+    with pytest.raises(ConfigError, match=r"mining\.relative_margin"):
+        load_config(settings, [f"mining.relative_margin={value}"])
+
+
+def test_the_readme_lists_every_key() -> None:
+    root = Path(__file__).parent.parent
+    sys.path.insert(0, str(root / "scripts"))
+    from config_table import insert
+
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert insert(readme) == readme, "run: python scripts/config_table.py README.md"
