@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from beir_data import numbered_folder, precomputed_config, tricky_folder
-from runs import Run
+from real_runs import Run
 from tiny_model import build_tiny_model
 
 SCRIPT = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from beir_data import numbered_folder, precomputed_config, tricky_folder
-from runs import PATIENCE, STAGES, Run, interrupted, kill, wait
+from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
 
 from negpipe.errors import LockedError
 

@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from beir_data import tricky_folder, write_vectors
+from real_runs import Run
 
 from negpipe import pipeline
 from negpipe.config import load_config
 from negpipe.errors import InputError, MissingStageError
 from negpipe.explain import Explanation, Unit
-from runs import Run
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NOT_FATES = {"anchor_id", "positive_id", "candidates", "deepest_rank", "random", "short", "shortage_reason"}

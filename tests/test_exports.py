@@ -17,7 +17,7 @@ import pytest
 import yaml
 from beir_data import tricky_folder, write_vectors
 from datasets import Dataset, disable_progress_bars, load_dataset
-from runs import Run
+from real_runs import Run
 
 from negpipe import exports, pipeline
 from negpipe.config import load_config

@@ -17,7 +17,7 @@ import pytest
 from beir_data import numbered_folder, write_vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import Run
+from real_runs import Run
 
 from negpipe import formats
 from negpipe.config import Config, load_config

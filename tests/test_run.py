@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from beir_data import write_vectors
+from real_runs import STAGES, Run, kill, wait
 
 import negpipe
-from runs import STAGES, Run, kill, wait
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import make_quickstart

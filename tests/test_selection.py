@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from beir_data import tricky_folder, write_folder, write_vectors
-from runs import Run
+from real_runs import Run
 
 from negpipe import randoms
 from negpipe.config import load_config
