@@ -85,15 +85,15 @@ def test_signals_and_a_dead_worker(undisturbed: Run, tmp_path: Path) -> None:
 
     def terminate(process: subprocess.Popen[str]) -> None:
         process.terminate()
-        assert process.wait(10) == 143
+        process.wait(10)
 
     def interrupt(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C on a terminal does
-        assert process.wait(10) == 130
+        process.wait(10)
 
-    interrupted(run, "encode", how=terminate)
+    assert interrupted(run, "encode", how=terminate).returncode == 143
     assert "run the same command to go on" in run.log.read_text(encoding="utf-8")
-    interrupted(run, "encode", parts=15, how=interrupt)
+    assert interrupted(run, "encode", parts=8, how=interrupt).returncode == 130
     assert not workers_of(run)
 
     for _ in range(10):
