@@ -20,7 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from negpipe.explain import Explanation, Unit
-from negpipe.pipeline import Reporter, Result, State
+from negpipe.pipeline import Result
+from negpipe.reporting import Reporter
+from negpipe.state import State
 
 LOG_SECONDS = 30
 _SAMPLE_TEXTS = 5

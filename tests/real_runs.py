@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from negpipe import pipeline
 from negpipe.config import load_config
+from negpipe.state import State
 
 STAGES = ("ingest", "encode", "index", "search", "triplets")
 PATIENCE = 120
@@ -47,7 +48,7 @@ class Run:
         """Run in this process, tasks inline where the stage allows."""
         return pipeline.mine(load_config(self.config, ["executor.kind=inline", *overrides]), only=only)
 
-    def states(self, *overrides: str) -> dict[str, pipeline.State]:
+    def states(self, *overrides: str) -> dict[str, State]:
         return {state.stage: state for state in pipeline.status(load_config(self.config, list(overrides)))}
 
     def start(self, verb: str, *overrides: str) -> subprocess.Popen[str]:

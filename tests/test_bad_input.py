@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import mine, pipeline
+from negpipe import mine, upkeep
 from negpipe.errors import InputError
 from negpipe.stage import Task
 from negpipe.stages import encode
@@ -42,7 +42,7 @@ def folder(finished: Path) -> Iterator[Path]:
     for path, content in source.items():
         path.write_bytes(content)
     assert mine(finished / "config.yaml").ran == ()  # What went wrong in between has cost nothing.
-    pipeline.clean(finished / "run")
+    upkeep.clean(finished / "run")
 
 
 def in_run(path: Path) -> bool:

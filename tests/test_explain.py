@@ -16,7 +16,7 @@ import pytest
 from beir_data import tricky_folder, write_vectors
 from real_runs import Run
 
-from negpipe import pipeline
+from negpipe import readers
 from negpipe.config import load_config
 from negpipe.errors import InputError, MissingStageError
 from negpipe.explain import Explanation, Unit
@@ -55,7 +55,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def explained(run: Run, anchor: str, *overrides: str) -> Explanation:
-    return pipeline.explain_anchor(load_config(run.config, list(overrides)), anchor)
+    return readers.explain_anchor(load_config(run.config, list(overrides)), anchor)
 
 
 def ledger(run: Run) -> list[dict[str, Any]]:

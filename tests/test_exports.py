@@ -19,7 +19,7 @@ from beir_data import tricky_folder, write_vectors
 from datasets import Dataset, disable_progress_bars, load_dataset
 from real_runs import Run
 
-from negpipe import exports, pipeline
+from negpipe import exports, readers
 from negpipe.config import load_config
 from negpipe.errors import ConfigError, InputError, MissingStageError
 
@@ -61,7 +61,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 def export(mined: Run, to: str, out: Path, *overrides: str, **options: Any) -> exports.Exported:
-    return pipeline.export(load_config(mined.config, list(overrides)), exports.Options(to=to, out=out, **options))
+    return readers.export(load_config(mined.config, list(overrides)), exports.Options(to=to, out=out, **options))
 
 
 def opened(*args: Any, **options: Any) -> Dataset:
@@ -540,7 +540,7 @@ def test_a_failure_leaves_what_was_there(mined: Run, tmp_path: Path, monkeypatch
         if count > 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("negpipe.pipeline.Silent.advance", failing)
+    monkeypatch.setattr("negpipe.reporting.Silent.advance", failing)
     with pytest.raises(KeyboardInterrupt):
         export(mined, "jsonl", out, force=True)
     assert (out / "train.jsonl").read_bytes() == before

@@ -1,0 +1,77 @@
+"""The command line: parse, call, exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from negpipe.cli import run  # isort: split
+
+from negpipe.cli import results  # isort: split
+
+from negpipe.cli import config, upkeep
+from negpipe.cli.app import app
+from negpipe.errors import NegpipeError
+
+__all__ = ["app", "config", "main", "results", "run", "upkeep"]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that everything is let go of in order."""
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and leave with the documented exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:]
+    log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
+    debug = "--debug" in arguments
+    try:
+        code = app(standalone_mode=False)
+    except NegpipeError as error:
+        sys.exit(_fail(str(error), error.code, error.exit_code, log_format, trace=debug))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_interrupted("Interrupted", 130))
+    except _Terminated:
+        sys.exit(_interrupted("Terminated", 143))
+    except TyperException as error:
+        # Without a message it has shown the help already.
+        message = error.format_message()
+        sys.exit(_fail(message, "usage", error.exit_code, log_format) if message else error.exit_code)
+    except Exception as error:
+        hint = "" if debug else " Run the same command with --debug for the trace."
+        message = f"unexpected {type(error).__name__}: {error}. This is a bug; finished parts are kept.{hint}"
+        sys.exit(_fail(message, "unexpected", 1, log_format, trace=debug))
+    # Typer raises neither Ctrl-C nor an exit of its own: it returns their codes.
+    sys.exit(_interrupted("Interrupted", code) if code == 130 else code)
+
+
+def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:
+    from negpipe import console
+
+    shown = traceback.format_exc() if trace else ""
+    if log_format == "json":
+        console.set_up_logging("json", debug=False)
+        fields = {"error": code, "exit_code": exit_code} | ({"trace": shown} if shown else {})
+        console.logger.error("%s", message, extra={"fields": fields})
+    else:
+        console.err.print(console.visible(shown), end="", markup=False, soft_wrap=True)
+        console.err.print(console.visible(f"negpipe: {message}"), style="red", markup=False, soft_wrap=True)
+    return exit_code
+
+
+def _interrupted(what: str, code: int) -> int:
+    from negpipe import console
+
+    console.err.print(f"{what}. Finished parts are kept: run the same command to go on.", style="yellow")
+    return code

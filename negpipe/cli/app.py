@@ -1,0 +1,40 @@
+"""The command line itself, and the options that commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Mine hard negatives for retrieval and reranking models: ingest, encode, index, search, triplets.\n\n"
+    "Every stage restarts from what is on disk; after a failure run the same command again.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 usage or config, 3 bad input, 4 run directory in use, 5 damaged output,"
+    " 130 and 143 interrupted.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check a config, print its schema or its values.")
+app.add_typer(config_app, name="config")
+
+
+ConfigArgument = Annotated[str, typer.Argument(help="Config file, or its name in configs/.", metavar="CONFIG")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).")
+]
+LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+RehashOption = Annotated[
+    bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")
+]
+
+
+def checked(log_format: str) -> str:
+    """The log format, if there is one of that name."""
+    if log_format not in ("plain", "json"):
+        raise ConfigError(f"--log-format {log_format}: expected plain or json")
+    return log_format

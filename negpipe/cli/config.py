@@ -1,0 +1,66 @@
+"""Commands about a config file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, config_app
+
+
+@config_app.command("check")
+def config_check(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Validate a config; every problem with its place.
+
+    Example: negpipe config check scifact.yaml
+    """
+    from negpipe import console
+    from negpipe.config import find_config, load_config
+
+    load_config(config, overrides)
+    console.out.print(f"{find_config(config)} is valid.", markup=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configs, for editors.
+
+    Example: negpipe config schema > negpipe.schema.json
+    """
+    import json
+
+    from negpipe.config import schema
+
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Numbers for what depends on other settings and on the data.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print a config with every default filled in, those of mining.compat included.
+
+    Example: negpipe config show quickstart.yaml --resolved --set mining.compat=sentence-transformers
+    """
+    import yaml
+
+    from negpipe.config import load_config
+
+    shown = load_config(config, overrides)
+    if resolved:
+        from negpipe import console, pipeline
+
+        shown, whole = pipeline.resolved(shown)
+        if not whole:
+            console.err.print("mining.range_max or mining.depth depends on the data: run ingest first.", markup=False)
+    typer.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)

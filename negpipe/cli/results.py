@@ -1,0 +1,75 @@
+"""Commands that read what a run made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+
+
+@app.command()
+def export(
+    config: ConfigArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="flagembedding, nemo, tevatron, distillation, sentence-transformers, jsonl or hub.", metavar="LAYOUT"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make; or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet.")],
+    shard_rows: Annotated[int | None, typer.Option(help="Rows a file, at most; by default all in one.")] = None,
+    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="tevatron: write run.tsv, the stored ranking, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="hub: upload to this repository too; it is made private if it is new.", metavar="REPO"),
+    ] = None,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    debug: DebugOption = False,
+) -> None:
+    """Write the training rows in the exact layout that a trainer loads. Runs no stage, needs ingest and search.
+
+    Example: negpipe export scifact.yaml --to flagembedding --out exports/scifact
+    """
+    from negpipe import console, readers
+    from negpipe.config import load_config
+    from negpipe.exports import Options
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    options = Options(
+        to=to, out=out, shard_rows=shard_rows, compress=compress, run=run, force=force, push_to_hub=push_to_hub
+    )
+    readers.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
+
+
+@app.command()
+def explain(
+    config: ConfigArgument,
+    anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
+    limit: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show an anchor's candidates in order: score, rank, and why each was taken or not.
+
+    Example: negpipe explain quickstart.yaml --anchor json.dumps --limit 20
+    """
+    import dataclasses
+    import json
+
+    from negpipe import console, readers
+    from negpipe.config import load_config
+
+    found = readers.explain_anchor(load_config(config, overrides), anchor)
+    if as_json:
+        units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
+        document = dataclasses.asdict(dataclasses.replace(found, units=units))
+        typer.echo(json.dumps(document, allow_nan=False))
+    else:
+        console.show_explanation(found, limit)

@@ -1,0 +1,54 @@
+"""Commands that run stages."""
+
+from __future__ import annotations
+
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, RehashOption, SetOption, app, checked
+
+
+def _mine(
+    config: str, overrides: list[str] | None, log_format: str, debug: bool, rehash: bool, only: str | None
+) -> None:
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    settings = load_config(config, overrides)
+    result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash)
+    if log_format == "json":
+        console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
+    elif "triplets" in result.stats and only in (None, "triplets"):
+        console.show_result(result, config)
+
+
+@app.command()
+def mine(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run every stage that is not up to date.
+
+    Example: negpipe mine scifact.yaml --set data.path=my/folder --set mining.num_negatives=7
+    """
+    _mine(config, overrides, log_format, debug, rehash, None)
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    @app.command(name, help=f"{help_text}\n\nExample: negpipe {name} quickstart.yaml")
+    def command(
+        config: ConfigArgument,
+        overrides: SetOption = None,
+        log_format: LogOption = "plain",
+        rehash: RehashOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        _mine(config, overrides, log_format, debug, rehash, name)
+
+
+_stage_command("ingest", "Read the source into corpus, anchor and positive tables.")
+_stage_command("encode", "Turn texts into vectors.")
+_stage_command("index", "Build the index and the id map.")
+_stage_command("search", "Find the candidates of every anchor.")
+_stage_command("triplets", "Choose negatives and write the training rows.")

@@ -1,0 +1,87 @@
+"""Commands that look after a run directory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app
+
+
+@app.command()
+def status(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Say how every stage stands, and why what is not current is not.
+
+    Example: negpipe status quickstart.yaml
+    """
+    from negpipe import console, pipeline
+    from negpipe.config import load_config
+
+    console.show_status(pipeline.status(load_config(config, overrides)))
+
+
+@app.command()
+def verify(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Read every output file again and compare its digest. Exit code 5 when one differs.
+
+    Example: negpipe verify quickstart.yaml
+    """
+    from negpipe import console, upkeep
+    from negpipe.config import load_config
+    from negpipe.errors import DamagedError
+
+    run_dir = load_config(config, overrides).run_dir
+    files, problems = upkeep.verify(run_dir)
+    if problems:
+        listed = "\n".join(problems[:20])
+        raise DamagedError(f"{len(problems)} of {files} files in {run_dir} are damaged:\n{listed}")
+    console.out.print(f"{files} files in {run_dir} are whole.", markup=False)
+
+
+@app.command()
+def clean(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Delete parts of settings that are no longer current. Asks first.
+
+    Example: negpipe clean quickstart.yaml
+    """
+    from negpipe import console, upkeep
+    from negpipe.config import load_config
+    from negpipe.errors import ConfigError
+
+    run_dir = load_config(config, overrides).run_dir
+    listed = upkeep.superseded(run_dir)
+    if not listed:
+        console.out.print(f"Nothing to clean in {run_dir}.", markup=False)
+        return
+    folders: dict[str, tuple[int, int]] = {}
+    for path, size in listed:
+        folder = str(path.parent.relative_to(run_dir))
+        files, total = folders.get(folder, (0, 0))
+        folders[folder] = files + 1, total + size
+    for folder, (files, total) in sorted(folders.items()):
+        console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
+    try:
+        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {run_dir}?")
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise ConfigError("nobody is here to be asked: pass --yes to delete these files") from None
+    if not agreed:
+        console.out.print("Nothing was deleted.")
+        return
+    console.out.print(f"Freed {console.size(upkeep.clean(run_dir))}.")

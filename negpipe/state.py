@@ -1,0 +1,116 @@
+"""How a stage stands: what is on disk against what the config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from negpipe.config import Config
+from negpipe.errors import DamagedError
+from negpipe.fingerprint import DigestCache, key
+from negpipe.manifest import BOOKS, Books, Manifest
+from negpipe.stage import Context, Stage, cache_path
+from negpipe.stages import STAGES
+
+
+@dataclass(frozen=True)
+class State:
+    """How a stage stands. `reason` says why it is not current; `done` and `total` count parts where known."""
+
+    stage: str
+    state: Literal["current", "stale", "partial", "missing", "blocked", "damaged"]
+    reason: str = ""
+    manifest: Manifest | None = None
+    done: int = 0
+    total: int = 0
+
+
+def look(stage: Stage, context: Context) -> State:
+    """How a stage stands against the config, from its manifest and the files' sizes."""
+    absent = [name for name in stage.inputs if name not in context.manifests]
+    try:
+        manifest = Books(context.run_dir, stage.name).manifest()
+    except DamagedError as error:
+        return State(stage.name, "damaged", str(error))
+    if absent:
+        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest)
+    if manifest is None:
+        done = sum(1 for _ in Books(context.run_dir, stage.name).parts())
+        if not done:
+            return State(stage.name, "missing", "it has not run yet")
+        return State(stage.name, "partial", f"it was interrupted, {done} parts are on disk", done=done)
+    identity = identity_of(stage, context)
+    serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
+    if manifest.key not in (identity.key, serving.key):
+        return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
+    problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.run_dir))]
+    if problems:
+        return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
+    return State(stage.name, "current", "", manifest)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that can change a stage's output."""
+
+    stage: str
+    version: int
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    inputs: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        return key(self.stage, self.version, self.settings, self.sources, self.inputs)
+
+
+def identity_of(stage: Stage, context: Context) -> Identity:
+    inputs = {name: context.manifest(name).digest for name in stage.inputs}
+    return Identity(stage.name, stage.version, stage.settings(context.config), stage.sources(context), inputs)
+
+
+def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
+    """Why a manifest is stale, in the words of the config."""
+    if manifest.version != now.version:
+        return f"its output was made by version {manifest.version} of the stage, this is version {now.version}"
+    fresh = {**now.settings, **now.sources, **now.inputs}
+    old = {**manifest.settings, **manifest.inputs}
+    changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
+    lines = []
+    for name in changed:
+        if name in STAGES:
+            lines.append(f"the output of {name} changed")
+            continue
+        if name not in old:
+            lines.append(f"{name} is new")
+            continue
+        before, after = old[name], fresh[name]
+        if name in now.sources:
+            before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
+        same = before == after
+        lines.append(f"the content of {name} changed" if same else f"{name} changed from {before!r} to {after!r}")
+    return "; ".join(lines) or "its identity changed"
+
+
+def _setting(tree: Any, name: str) -> Any:
+    for step in name.split("."):
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
+
+
+@contextmanager
+def digests_of(config: Config, *, rehash: bool = False) -> Iterator[DigestCache]:
+    digests = DigestCache(cache_path(config.run_dir), rehash=rehash)
+    yield digests
+    if (config.run_dir / BOOKS).is_dir():
+        digests.save()
+
+
+def blocked(state: State, wanted: str) -> str:
+    reason = f": {state.reason}" if state.reason else ""
+    return (
+        f"{wanted} needs the output of {state.stage}, which is {state.state}{reason}."
+        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` for all of it"
+    )
