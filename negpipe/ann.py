@@ -4,13 +4,15 @@ Guarantees: every score that leaves this module comes from `pair_scores`, which 
 asks; candidates are the true top by (-score, row), ties of any size included; so results are the same bytes for any
 block size, memory budget and thread count, and for float16 parts or the float32 flat file made from them.
 
-How: a fast matrix product only proposes. Its error and that of `pair_scores` have a proven bound, so a row whose
-product lies below an anchor's current cut by more than that bound cannot belong to the top; every other row is scored
-by `pair_scores` while its block is still in memory. This is the only module that imports faiss.
+How: FAISS only proposes, a few rows more than are wanted from each block of the corpus, and `pair_scores` scores them
+while the block is in memory. The errors of both have a proven bound: where the last row proposed lies below an
+anchor's cut by more than that bound, no other row of the block can belong to its top; elsewhere more are proposed.
+This is the only module that imports faiss.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,17 +29,21 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
-_ANCHORS, _ROWS = 2048, 1024  # at most, of one matrix product: large enough for its speed, small enough for the cache
-_SCORE_BYTES = 64  # scratch for each score of a product, when all of them pass
-_BLOCK_ROWS = 131072
+_ANCHORS = 1024  # at most, of one search: large enough for its speed
+_BLOCK_ROWS = 131072  # at most, at a time: in small blocks FAISS spends its time on collecting the first few
+_READ_ROWS = 1024
+_SPARE = 16  # proposed beyond the depth, so that rounding leaves the last one behind the cut
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 _NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
 
+@functools.cache
 def _faiss() -> Any:
     """Imported on first use: stages import this module when the command line starts."""
     import faiss
 
+    # By default 333 anchors of dimension 384 are compared one by one, 12 times slower than as a matrix.
+    faiss.cvar.distance_compute_blas_threshold = 1
     return faiss
 
 
@@ -62,8 +68,8 @@ class Vectors:
         """Number of vectors."""
         return self.files[-1].first + self.files[-1].rows if self.files else 0
 
-    def read(self, start: int, out: Floats, order: Ints | None = None) -> None:
-        """Fill `out` (m, dimension) with rows start … start + m; with `order`, row start + i goes to out[order[i]].
+    def read(self, start: int, out: Floats) -> None:
+        """Fill `out` (m, dimension) with rows start … start + m.
 
         Reads instead of mapping, so that pages of a large file never count as this process's memory.
 
@@ -72,8 +78,8 @@ class Vectors:
         """
         for file in self.files:
             low, high = max(start, file.first), min(start + len(out), file.first + file.rows)
-            for row in range(low, high, _ROWS):
-                stop = min(row + _ROWS, high)
+            for row in range(low, high, _READ_ROWS):
+                stop = min(row + _READ_ROWS, high)
                 size = (stop - row) * self.dimension
                 offset = file.offset + (row - file.first) * self.dimension * file.dtype.itemsize
                 try:
@@ -82,8 +88,7 @@ class Vectors:
                     raise DamagedError(f"{file.path}: cannot be read ({error}). Run `negpipe verify`") from None
                 if len(values) < size:
                     raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
-                here = slice(row - start, stop - start)
-                out[here if order is None else order[here]] = values.reshape(-1, self.dimension)
+                out[row - start : stop - start] = values.reshape(-1, self.dimension)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
         """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
@@ -134,7 +139,7 @@ def _flat_header(dimension: int, rows: int) -> bytes:
 def write_flat(file: BinaryIO, vectors: Vectors) -> None:
     """Write an `IndexFlatIP` that `faiss.read_index` opens, one tile of rows in memory at a time."""
     file.write(_flat_header(vectors.dimension, vectors.rows))
-    for _, block in vectors.blocks(_ROWS):
+    for _, block in vectors.blocks(_READ_ROWS):
         file.write(block.astype("<f4", copy=False).data)
 
 
@@ -243,8 +248,7 @@ def search_exact(
 
     def score_positives(block: _Block) -> None:
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
-        places = block.order[row_of[pairs] - block.first]
-        positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, places)
+        positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         ahead = reader.submit(load, 0) if starts else None
@@ -272,15 +276,20 @@ def _one_thread() -> None:
     _faiss().omp_set_num_threads(1)
 
 
+def _scratch(proposed: int) -> int:
+    """Bytes that searching a block takes for each anchor: a strip of products, FAISS's collection, pairs, a merge."""
+    return 4096 + 128 * proposed
+
+
 def _layout(anchors: int, vectors: Vectors, depth: int, memory: int, threads: int) -> tuple[int, int]:
     """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`."""
-    scratch = threads * (_ROWS * _SCORE_BYTES + depth * 48)  # for each anchor of a tile
+    scratch = threads * _scratch(depth + _SPARE)
     width = min(_ANCHORS, max(1, memory // (4 * scratch)))
     # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
     fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch * -(-anchors // max(1, tiles))
-    row = 2 * (4 * vectors.dimension + 24)
-    least = fixed + min(_ROWS, vectors.rows) * row
+    row = 2 * (4 * vectors.dimension + 4)
+    least = fixed + min(_READ_ROWS, vectors.rows) * row
     if least > memory:
         raise ConfigError(
             f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
@@ -291,25 +300,21 @@ def _layout(anchors: int, vectors: Vectors, depth: int, memory: int, threads: in
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive rows in a random order (always the same one), so that those met first are a fair sample of all."""
+    """Consecutive rows of the corpus."""
 
     first: int
     vectors: Floats
-    order: Ints  # row first + i stands at vectors[order[i]]
-    rows: Ints  # vectors[j] is row rows[j]
     longest: float  # the largest norm
 
     @classmethod
     def load(cls, source: Vectors, first: int, vectors: Floats) -> _Block:
         """Fill `vectors` with the rows from `first` on."""
-        order = np.random.default_rng(0).permutation(len(vectors))
-        source.read(first, vectors, order)
-        rows = first + np.argsort(order)
+        source.read(first, vectors)
         squares = np.einsum("ij,ij->i", vectors, vectors)
         if not np.isfinite(squares).all():
-            place = source.place(int(rows[~np.isfinite(squares)].min()))
+            place = source.place(first + int(np.flatnonzero(~np.isfinite(squares))[0]))
             raise DamagedError(f"{place}: the vector is not finite. Run `negpipe encode` again")
-        return cls(first, vectors, order, rows, math.sqrt(float(squares.max(initial=0.0))))
+        return cls(first, vectors, math.sqrt(float(squares.max(initial=0.0))))
 
 
 @dataclass
@@ -326,20 +331,18 @@ class _Tile:
         # Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
         # d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
         self.slack = np.linalg.norm(self.anchors.astype(np.float64), axis=1) * (dimension + 8) * 2.0**-23
-        # numpy's BLAS has one thread count for the process, the one inside faiss has one per calling thread.
-        self.product = _faiss().LinearTransform(dimension, width, False)
-        _faiss().copy_array_to_vector(self.anchors.ravel(), self.product.A)
-        self.product.is_trained = True
 
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
-        guess = self._sweep(block, guessing=bool((self.best == _NOTHING).all()))
-        # A guess is no bound: where the cut it led to does not prove it, every row competes, from nothing as before.
-        unproven = np.flatnonzero(guess > self._cut(block.longest))
-        if len(unproven):
-            again = _Tile(self.anchors[unproven], self.depth)
-            again._sweep(block, guessing=False)
-            self.best[unproven] = again.best
+        rows = len(block.vectors)
+        proposed = min(self.depth + _SPARE, rows)
+        room = len(self.anchors) * _scratch(proposed)
+        waiting = np.arange(len(self.anchors))
+        while len(waiting):
+            chunk = max(1, room // _scratch(proposed))
+            unproven = [self._compete(block, waiting[i : i + chunk], proposed) for i in range(0, len(waiting), chunk)]
+            waiting = np.concatenate(unproven)
+            proposed = min(4 * proposed, rows)
 
     def result(self) -> tuple[Ints, Floats]:
         """Rows and scores, (w, depth) each, in order."""
@@ -348,63 +351,29 @@ class _Tile:
         rows[self.best == _NOTHING] = -1
         return rows, _scores(self.best)
 
-    def _cut(self, longest: float) -> Floats:
-        """The product below which a row no longer than `longest` cannot displace any of the best, or -inf."""
-        lowest = _scores(self.best[:, -1]) - self.slack * longest - _TINY
+    def _compete(self, block: _Block, chosen: Ints, proposed: int) -> Ints:
+        """Merge the rows FAISS proposes to the chosen anchors; returns the anchors to whom others may belong."""
+        best, anchors = self.best[chosen], self.anchors[chosen]
+        knn = _faiss().knn(anchors, block.vectors, proposed, metric=_faiss().METRIC_INNER_PRODUCT)
+        products: Floats = knn[0]
+        rows: Ints = knn[1]
+        anchor_of, column = np.nonzero(products >= self._cut(best, chosen, block)[:, None])
+        row_of = rows[anchor_of, column]
+        keys = np.full(products.shape, _NOTHING)
+        keys[anchor_of, column] = _keys(pair_scores(anchors, anchor_of, block.vectors, row_of), block.first + row_of)
+        table = np.concatenate((best, keys), axis=1)
+        table.partition(self.depth - 1, axis=1)
+        best = table[:, : self.depth]
+        proven = products[:, -1] < self._cut(best, chosen, block) if proposed < len(block.vectors) else True
+        proven = np.broadcast_to(proven, len(chosen))
+        self.best[chosen[proven]] = best[proven]
+        return chosen[~proven]
+
+    def _cut(self, best: Keys, chosen: Ints, block: _Block) -> Floats:
+        """The product below which a row of the block cannot displace any of the best, or -inf."""
+        lowest = _scores(best[:, -1]) - self.slack[chosen] * block.longest - _TINY
         cut: Floats = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
         return cut
-
-    def _rank(self, seen: float) -> int:
-        """How many of a random part of a block likely include all that belong to the top of the block."""
-        expected = self.depth * seen
-        return math.ceil(expected + 3.5 * math.sqrt(expected) + 2)
-
-    def _sweep(self, block: _Block, guessing: bool) -> Floats:
-        """Merge every row of the block whose product reaches the cut; returns the highest guess that raised the cut."""
-        pointer = _faiss().swig_ptr
-        width, rows = len(self.anchors), len(block.vectors)
-        cut, guess = self._cut(block.longest), np.full(width, -np.inf, np.float32)
-        products = np.empty((min(_ROWS, rows), width), np.float32)
-        passed = np.empty(products.shape, np.bool_)
-        waiting: list[tuple[NDArray[np.uint16], Keys]] = []
-        counts = np.zeros(width, np.int64)
-        refine = 4 * _ROWS
-        for start in range(0, rows, _ROWS):
-            vectors = block.vectors[start : start + _ROWS]
-            seen = start + len(vectors)
-            products = products[: len(vectors)]
-            self.product.apply_noalloc(len(vectors), pointer(vectors), pointer(products))
-            if guessing and start == 0 and (rank := self._rank(seen / rows)) < seen // 2:
-                guess = np.partition(products.T.copy(), seen - rank, axis=1)[:, seen - rank]
-                cut = np.maximum(cut, guess)
-            positions = np.flatnonzero(np.greater_equal(products, cut, out=passed[: len(vectors)]))
-            row_of = positions // width
-            anchor_of = positions - row_of * width
-            scores = pair_scores(self.anchors, anchor_of, vectors, row_of)
-            waiting.append((anchor_of.astype(np.uint16), _keys(scores, block.rows[start + row_of])))
-            counts += np.bincount(anchor_of, minlength=width)
-            refining = guessing and seen >= refine
-            if refining or counts.max() >= 2 * self.depth or seen == rows:
-                self._merge(waiting, counts)
-                waiting, counts = [], np.zeros(width, np.int64)
-                cut = np.maximum(cut, self._cut(block.longest))
-            if refining:
-                refine *= 4
-                if (rank := self._rank(seen / rows)) < self.depth:
-                    guess = np.maximum(guess, _scores(np.partition(self.best, rank - 1, axis=1)[:, rank - 1]))
-                    cut = np.maximum(cut, guess)
-        return guess
-
-    def _merge(self, waiting: list[tuple[NDArray[np.uint16], Keys]], counts: Ints) -> None:
-        anchor_of = np.concatenate([anchors for anchors, _ in waiting])
-        keys = np.concatenate([keys for _, keys in waiting])
-        order = np.argsort(anchor_of, kind="stable")  # a radix sort on 16 bits
-        column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        table = np.full((len(counts), self.depth + int(counts.max())), _NOTHING)
-        table[:, : self.depth] = self.best
-        table[anchor_of[order], self.depth + column] = keys[order]
-        table.partition(self.depth - 1, axis=1)
-        self.best = table[:, : self.depth].copy()
 
 
 def _keys(scores: Floats, rows: Ints) -> Keys:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.errors import DamagedError
-from negpipe.tables import ragged
+from negpipe.tables import members, ragged
 
 ROW_GROUP = 4096
 _CELLS = 2**22  # candidates of a slice that has deeper ones
@@ -50,10 +50,8 @@ class Candidates:
         return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth])
 
     def take(self, anchors: Rows) -> Candidates:
-        """Some of the anchors, ascending."""
-        lengths = np.diff(self.offsets)
-        owned = np.isin(np.repeat(np.arange(len(lengths)), lengths), anchors)
-        offsets = np.concatenate([[0], np.cumsum(lengths[anchors])])
+        """Some of the anchors."""
+        owned, offsets = members(self.offsets, anchors)
         return Candidates(
             self.rows[anchors], self.scores[anchors], self.positives[owned], offsets, self.positive_scores[owned]
         )

@@ -160,24 +160,25 @@ def clean_text(text: str, length: int | None = None) -> str:
     return line if length is None or len(line) <= length else line[: length - 1] + "…"
 
 
-def show_result(result: Result, config_name: str) -> None:
-    """Where the triplets are, samples, scores, drops and what to try next."""
+def show_result(result: Result, typed: str) -> None:
+    """Where the rows are, samples, scores, drops and what to try next; `typed`: the config with its overrides."""
     stats = result.stats["triplets"]
     if not result.ran:
         out.print("Nothing to do: every stage is up to date.")
     files = sorted(result.triplets.glob("*.parquet"))
     out.print(
-        f"\n{stats['triplets']:,} triplets in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
+        f"\n{stats['rows']:,} rows in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
         markup=False,
     )
     if result.ran:
         _show_samples(result)
     _show_scores(stats["scores"])
     _show_drops(stats)
-    _show_next(result, config_name)
+    _show_next(result, typed)
 
 
 def _show_samples(result: Result) -> None:
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     for path in sorted(result.triplets.glob("*.parquet")):
@@ -187,7 +188,9 @@ def _show_samples(result: Result) -> None:
         at = sorted({0, batch.num_rows // 2, batch.num_rows - 1})
         out.print("\nSamples")
         for row in batch.take(at).to_pylist():
-            for name, text, score, rank in _documents(row)[:_SAMPLE_TEXTS]:
+            # A ranking with positives (n-tuple) has them among its negatives, also those that other rows are of.
+            own = batch.filter(pc.equal(batch["anchor"], row["anchor"]))["positive"].to_pylist()
+            for name, text, score, rank in _documents(row, own)[:_SAMPLE_TEXTS]:
                 line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
                 about = "" if score is None else f" {score:.3f}"
                 line.append(f"{about}{'' if rank is None else f' rank {rank}'} ", style="dim")
@@ -197,7 +200,7 @@ def _show_samples(result: Result) -> None:
         return
 
 
-def _documents(row: dict[str, Any]) -> list[tuple[str, str, float | None, int | None]]:
+def _documents(row: dict[str, Any], positives: list[Any]) -> list[tuple[str, str, float | None, int | None]]:
     """What a row of any format holds: whose text, the text, its score and its rank, where the row has them."""
     if "labels" in row:
         texts, labels = row["positive"], row["labels"]
@@ -210,7 +213,8 @@ def _documents(row: dict[str, Any]) -> list[tuple[str, str, float | None, int | 
         scores, ranks = [row.get("positive_score"), row.get("negative_score")], [None, row.get("negative_rank")]
     else:
         negatives = [name for name in row if re.fullmatch(r"negative_\d+", name)]
-        texts, labels = [row["positive"], *(row[name] for name in negatives)], [1, *(0 for _ in negatives)]
+        texts = [row["positive"], *(row[name] for name in negatives)]
+        labels = [int(text in positives) for text in texts]
         scores, ranks = row.get("scores"), row.get("ranks")
     nothing = [None] * len(texts)
     sides = ["positive" if label else "negative" for label in labels]
@@ -233,19 +237,24 @@ def _show_drops(stats: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("count", justify="right")
     table.add_column("share", justify="right")
-    rows = {"seen": stats["candidates"], "taken": stats["negatives"], **stats["drops"]}
-    for name, count in rows.items():
-        label = name if name in ("seen", "taken") else f"dropped: {name.replace('_', ' ')}"
+    rows = {"seen": stats["candidates"], "taken": stats["negatives"]}
+    if stats["own_positives"]:
+        rows["ranked: own positives"] = stats["own_positives"]
+    rows |= {f"dropped: {name.replace('_', ' ')}": count for name, count in stats["drops"].items()}
+    for label, count in rows.items():
         table.add_row(label, f"{count:,}", f"{count / max(1, stats['candidates']):.1%}")
     out.print(table)
+    if stats["texts_compared"]:
+        seconds = duration(stats["seconds_comparing"])
+        out.print(f"{stats['texts_compared']:,} pairs of texts compared for near duplicates, in {seconds}.")
     if stats["short_anchors"]:
         out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
 
 
-def _show_next(result: Result, name: str) -> None:
+def _show_next(result: Result, typed: str) -> None:
     lines = [
-        ("other negatives, in seconds", f"negpipe mine {name} --set mining.relative_margin=0.1"),
-        ("how every stage stands", f"negpipe status {name}"),
+        ("other negatives, in seconds", f"negpipe mine {typed} --set mining.relative_margin=0.1"),
+        ("how every stage stands", f"negpipe status {typed}"),
         ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
     ]
     out.print("\nNext")

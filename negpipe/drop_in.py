@@ -12,27 +12,24 @@ import json
 import logging
 import tempfile
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from negpipe import compat, pipeline
 from negpipe.config import load_config
 from negpipe.encoders.given import identity
+from negpipe.pairs import Floats, Pairs, unwrapped, write_vectors
 from negpipe.stages.rescore import rescore
-from negpipe.storage import publish
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float32]
 Format = Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"]
 
 
@@ -86,39 +83,25 @@ def mine_hard_negatives(
     """
     if as_triplets is not None:
         output_format = "triplet" if as_triplets else "n-tuple"
-    if output_format == "n-tuple-scores":
-        output_format, output_scores = "n-tuple", True
     if include_positives:
         output_format = "n-tuple"
+    if output_format == "n-tuple-scores":
+        output_format, output_scores = "n-tuple", True
     if margin is not None:
         absolute_margin = margin
-    pairs = _Pairs.of(dataset, anchor_column_name, positive_column_name, corpus)
+    _check_choice("output_format", output_format, get_args(Format))
+    _check_choice("sampling_strategy", sampling_strategy, ("top", "random"))
+    if faiss_batch_size < 1:
+        raise ValueError(f"faiss_batch_size must be at least 1, got {faiss_batch_size}")
+    pairs = Pairs.of(dataset, anchor_column_name, positive_column_name, corpus)
     cutoffs = (absolute_margin, relative_margin, max_score, min_score)
     rescored = cross_encoder is not None and any(cutoff is not None for cutoff in cutoffs)
     filtered = any(cutoff is not None for cutoff in cutoffs[:3]) or (rescored and min_score is not None)
-    if faiss_batch_size < 1:
-        raise ValueError(f"faiss_batch_size must be at least 1, got {faiss_batch_size}")
     if range_max is None:
         range_max = compat.derived_range_max(range_min, num_negatives, pairs.max_positives, filtered=filtered)
     _check_window(range_min, range_max, num_negatives)
     if getattr(model, "similarity_fn_name", None) in ("euclidean", "manhattan"):
         raise ValueError(f"similarity '{model.similarity_fn_name}': the search knows cosine and dot products")
-
-    pool = use_multi_process if isinstance(use_multi_process, list) else None
-    embed = {"batch_size": batch_size, "show_progress_bar": verbose, "normalize_embeddings": True}
-    known = identity(model) if cache_folder else None
-    vectors = {}
-    with _pool(model, bool(use_multi_process), pool) as workers:
-        for side, texts, prompt, prompt_name in (
-            ("document", pairs.documents, corpus_prompt, corpus_prompt_name),
-            ("query", pairs.anchors, query_prompt, query_prompt_name),
-        ):
-            options = {"prompt": prompt, "prompt_name": prompt_name}
-            cached = None
-            if cache_folder and known:
-                name = hashlib.sha256(json.dumps([known, options, side, texts]).encode()).hexdigest()
-                cached = Path(cache_folder) / f"{side}_embeddings_{name}.npy"
-            vectors[side] = _vectors(getattr(model, f"encode_{side}"), texts, cached, pool=workers, **embed, **options)
 
     settings = {
         "mining": {
@@ -135,26 +118,47 @@ def mine_hard_negatives(
         "output": {"format": output_format, "include_positives": include_positives},
         "seed": seed,
     }
-    with (
-        _folder(run_dir) as folder,
-        _pool(cross_encoder, rescored and bool(use_multi_process), pool) as workers,
-    ):
-
-        def score(texts: Sequence[tuple[str, str]]) -> Floats:
-            own = [(_unwrapped(query), _unwrapped(document)) for query, document in texts]
-            found = cross_encoder.predict(own, batch_size=batch_size, convert_to_tensor=True, pool=workers)
-            return np.asarray(found.float().cpu().numpy(), np.float32)
-
-        source = pairs.written(folder, vectors["document"], vectors["query"])
-        here, apart = (load_config(source | settings | {"executor": {"kind": kind}}) for kind in ("inline", "local"))
+    pool = use_multi_process if isinstance(use_multi_process, list) else None
+    embed = {"batch_size": batch_size, "show_progress_bar": verbose, "normalize_embeddings": True}
+    known = identity(model) if cache_folder else None
+    vectors = {}
+    with _folder(run_dir) as folder:
+        # Whatever is wrong with the arguments is said before the model has worked for hours.
+        source = pairs.settings(folder) | settings
+        here, apart = (load_config(source | {"executor": {"kind": kind}}) for kind in ("inline", "local"))
+        with _pool(model, bool(use_multi_process), pool) as workers:
+            for side, texts, prompt, prompt_name in (
+                ("document", pairs.documents, corpus_prompt, corpus_prompt_name),
+                ("query", pairs.anchors, query_prompt, query_prompt_name),
+            ):
+                options = {"prompt": prompt, "prompt_name": prompt_name}
+                cached = None
+                if cache_folder and known:
+                    name = hashlib.sha256(json.dumps([known, options, side, texts]).encode()).hexdigest()
+                    cached = Path(cache_folder) / f"{side}_embeddings_{name}.npy"
+                encode = getattr(model, f"encode_{side}")
+                vectors[side] = _vectors(encode, texts, cached, pool=workers, **embed, **options)
+        pairs.write(folder, vectors["document"], vectors["query"])
         for stage in ("ingest", "encode", "index"):
             pipeline.mine(here, only=stage)
         pipeline.mine(apart, only="search")
-        # Without a digest of its weights a model is never taken for the one before.
-        between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
-        result = pipeline.mine(here, rescore=between)
+        with _pool(cross_encoder, rescored and bool(use_multi_process), pool) as workers:
+
+            def score(texts: Sequence[tuple[str, str]]) -> Floats:
+                own = [(unwrapped(query), unwrapped(document)) for query, document in texts]
+                found = cross_encoder.predict(own, batch_size=batch_size, convert_to_tensor=True, pool=workers)
+                return np.asarray(found.float().cpu().numpy(), np.float32)
+
+            # Without a digest of its weights a model is never taken for the one before.
+            between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
+            result = pipeline.mine(here, rescore=between)
         logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
         return pairs.dataset(result.triplets, output_format, output_scores)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_window(range_min: int, range_max: int, num_negatives: int) -> None:
@@ -166,109 +170,14 @@ def _check_window(range_min: int, range_max: int, num_negatives: int) -> None:
         raise ValueError(f"{num_negatives} negatives do not fit into the ranks {range_min} to {range_max}")
 
 
-class _Pairs:
-    """Texts told apart as sentence-transformers does; ids are places in `anchors` and `documents`."""
-
-    def __init__(self, columns: Sequence[str], rows: list[tuple[str, str]], corpus: list[str]) -> None:
-        self.columns, self.rows = columns, rows
-        self.anchors = list(dict.fromkeys(anchor for anchor, _ in rows))
-        self.documents = list(dict.fromkeys([*corpus, *(positive for _, positive in rows)]))
-        self.max_positives = max(Counter(anchor for anchor, _ in rows).values())
-
-    @classmethod
-    def of(cls, dataset: Dataset, anchor: str | None, positive: str | None, corpus: list[str] | None) -> _Pairs:
-        names = dataset.column_names
-        if len(dataset) == 0:
-            raise ValueError("the dataset is empty")
-        if positive not in names and len(names) < 2:
-            raise ValueError("the dataset needs two columns: anchors and positives")
-        columns: list[Any] = [anchor if anchor in names else names[0], positive if positive in names else names[1]]
-        rows = list(zip(*(dataset[name] for name in columns), strict=True))
-        return cls(columns, rows, corpus or [])
-
-    def written(self, folder: Path, documents: Floats, anchors: Floats) -> dict[str, Any]:
-        """Write the source of a run, return the settings that read it."""
-        import pyarrow as pa
-
-        numbers = {text: number for number, text in enumerate(self.documents)}
-        places = {text: number for number, text in enumerate(self.anchors)}
-        tables: dict[str, dict[str, Any]] = {
-            "corpus": {"_id": range(len(numbers)), "text": list(map(_wrapped, self.documents))},
-            "queries": {"_id": range(len(places)), "text": list(map(_wrapped, self.anchors))},
-            "qrels": {
-                "query-id": [places[anchor] for anchor, _ in self.rows],
-                "corpus-id": [numbers[positive] for _, positive in self.rows],
-            },
-        }
-        for name, columns in tables.items():
-            _write_table(folder / "source" / f"{name}.parquet", pa.table({k: pa.array(v) for k, v in columns.items()}))
-        for name, vectors in (("documents", documents), ("anchors", anchors)):
-            _write_vectors(folder / "source" / f"{name}.npy", vectors)
-        return {
-            "run_dir": str(folder),
-            "data": {"format": "columns", **{name: str(folder / "source" / f"{name}.parquet") for name in tables}},
-            "encoder": {
-                "backend": "precomputed",
-                "corpus_vectors": str(folder / "source" / "documents.npy"),
-                "anchor_vectors": str(folder / "source" / "anchors.npy"),
-                "normalize": False,
-                "storage": "float32",
-            },
-            "index": {"kind": "stream"},
-        }
-
-    def dataset(self, triplets: Path, output_format: Format, scores: bool) -> Dataset:
-        """The rows with the caller's own texts, in the columns of sentence-transformers."""
-        import pyarrow.dataset as ds
-        from datasets import Dataset
-
-        table = ds.dataset(sorted(map(str, triplets.glob("*.parquet")))).to_table()
-        anchor, positive = self.columns
-        columns: dict[str, list[Any]] = {anchor: [self.anchors[int(at)] for at in table["anchor_id"].to_pylist()]}
-        for name in table.column_names:
-            if name.endswith("_id") and name != "anchor_id":
-                text = name.removesuffix("_id")
-                columns[positive if text == "positive" else text] = self._texts(table[name].to_pylist())
-        if scores and output_format == "triplet":
-            both = (table[f"{name}_score"].to_pylist() for name in ("positive", "negative"))
-            columns["scores"] = [[one, other] for one, other in zip(*both, strict=True)]
-        elif scores or output_format.startswith("labeled"):
-            name = "score" if scores else "label"
-            name += "" if output_format == "labeled-pair" else "s"
-            columns[name] = table[name].to_pylist()
-        return Dataset.from_dict(columns)
-
-    def _texts(self, ids: list[Any]) -> list[Any]:
-        return [self._texts(entry) if isinstance(entry, list) else self.documents[int(entry)] for entry in ids]
-
-
-def _wrapped(text: str) -> str:
-    """Ingest strips texts and refuses empty ones; sentence-transformers tells them apart."""
-    return text if text and text == text.strip() and text[0] != "\2" else f"\2{text}\3"
-
-
-def _unwrapped(text: str) -> str:
-    return text[1:-1] if text[0] == "\2" else text
-
-
 def _vectors(encode: Any, texts: list[str], cached: Path | None, **options: Any) -> Floats:
     """Vectors of texts, (n, d) float32, from the cache if they are there."""
     if cached is not None and cached.is_file():
         return np.asarray(np.load(cached, allow_pickle=False), np.float32)
     vectors = np.asarray(encode(texts, convert_to_numpy=True, **options), np.float32)
     if cached is not None:
-        _write_vectors(cached, vectors)
+        write_vectors(cached, vectors)
     return vectors
-
-
-def _write_vectors(path: Path, vectors: Floats) -> None:
-    publish(path.parent, lambda _: path.name, lambda file: np.save(file, vectors, allow_pickle=False))
-
-
-def _write_table(path: Path, table: Any) -> None:
-    import pyarrow.parquet as pq
-
-    publish(path.parent, lambda _: path.name, lambda file: pq.write_table(table, file))
 
 
 @contextmanager

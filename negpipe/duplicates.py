@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.tables import Rows
+from negpipe.tables import Rows, members
 from negpipe.texts import normalize
 
 Ints = npt.NDArray[np.int64]
@@ -52,10 +52,9 @@ class Finder:
             (p,) bool.
         """
         started = time.monotonic()
-        counts = np.diff(offsets)[owner]
-        pair = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)
-        positive = positives[offsets[owner][pair] + within]
+        positions, ends = members(offsets, owner)
+        pair = np.repeat(np.arange(len(rows)), np.diff(ends))
+        positive = positives[positions]
         found = np.zeros(len(rows), np.bool_)
         # Pairs that several owners ask for are compared once.
         unique, inverse = np.unique(rows[pair] * len(self.corpus) + positive, return_inverse=True)

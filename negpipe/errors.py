@@ -13,8 +13,8 @@ class NegpipeError(Exception):
     code = "failed"
 
 
-class ConfigError(NegpipeError):
-    """The config file, an override or the command line is wrong."""
+class ConfigError(NegpipeError, ValueError):
+    """The config file, an override, the command line or an argument is wrong."""
 
     exit_code = 2
     code = "config"

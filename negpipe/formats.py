@@ -46,7 +46,7 @@ import pyarrow.parquet as pq
 
 from negpipe.config import Config
 from negpipe.selection import SOURCES, Units
-from negpipe.tables import EXTRA, Rows, dictionary
+from negpipe.tables import EXTRA, Rows, dictionary, within
 
 Ints = npt.NDArray[np.int64]
 
@@ -165,9 +165,9 @@ def _arranged(units: Units, config: Config) -> _Rows:
     if name == "labeled-pair":
         lengths = (positives + negatives) * kept
         unit = np.repeat(np.arange(len(kept)), lengths)
-        within = count_within(lengths)
-        after = within - positives[unit]
-        documents = np.where(after < 0, units.positive_offsets[unit] + within, first[unit] + after)
+        place = within(lengths)
+        after = place - positives[unit]
+        documents = np.where(after < 0, units.positive_offsets[unit] + place, first[unit] + after)
         return _Rows(unit, documents, np.arange(len(unit) + 1))
     kept &= negatives >= (wanted if name == "n-tuple" else 1)
     unit = np.repeat(np.arange(len(kept)), positives)
@@ -176,11 +176,11 @@ def _arranged(units: Units, config: Config) -> _Rows:
     if name == "triplet":
         lengths = negatives[unit]
         positive, unit = np.repeat(positive, lengths), np.repeat(unit, lengths)
-        negative = first[unit] + count_within(lengths)
+        negative = first[unit] + within(lengths)
         return _Rows(unit, np.stack([positive, negative], axis=1).ravel(), 2 * np.arange(len(unit) + 1))
     lengths = 1 + negatives[unit]
-    within = count_within(lengths)
-    documents = np.where(within, np.repeat(first[unit], lengths) + within - 1, np.repeat(positive, lengths))
+    place = within(lengths)
+    documents = np.where(place, np.repeat(first[unit], lengths) + place - 1, np.repeat(positive, lengths))
     return _Rows(unit, documents, np.concatenate([[0], np.cumsum(lengths)]))
 
 
@@ -195,12 +195,6 @@ def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int |
     if limit:
         ends |= set(range(-written % limit, count, limit)) - {0}
     return [0, *sorted(ends), count]
-
-
-def count_within(lengths: Ints) -> Ints:
-    """0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 # --- what stands in them ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from negpipe.candidates import Candidates, Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.mining import Fate
-from negpipe.tables import Rows, open_table, ragged
+from negpipe.tables import Rows, members, open_table, ragged
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -67,6 +67,14 @@ class Units:
         """(u,) how many negatives each unit got."""
         return np.diff(self.negative_offsets)
 
+    @property
+    def own_positives(self) -> Mask:
+        """Which of the negatives are positives of their unit: `output.include_positives` ranks them too."""
+        unit = np.arange(len(self.anchor))
+        stride = int(max(self.positives.max(initial=0), self.negatives.max(initial=0))) + 1
+        taken = np.repeat(unit * stride, self.counts) + self.negatives
+        return np.isin(taken, np.repeat(unit * stride, np.diff(self.positive_offsets)) + self.positives)
+
 
 @dataclass(frozen=True)
 class PartFiles:
@@ -79,7 +87,7 @@ class PartFiles:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """What became of the candidates of u units.
 
     Attributes:
@@ -180,14 +188,14 @@ class Selector:
         short = np.flatnonzero(hopeful)
         # Most find what they need among the first candidates: only the others are looked at whole.
         for width in (2 * (self.rules.range_min + wanted) + 16, found.rows.shape[1]):
-            chosen = self._choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
+            chosen = self.choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
             short = short[np.unique(chosen.anchor[chosen.taken < wanted])]
         return short
 
     def select(self, anchors: pa.Table, found: Candidates) -> Units:
         """Choose mined negatives for a slice of anchors."""
         grades, _ = ragged(anchors["grades"])
-        chosen = self._choose(anchors, found)
+        chosen = self.choose(anchors, found)
         cell = np.flatnonzero(chosen.fates == Fate.TAKEN)
         return Units(
             anchors=anchors,
@@ -206,7 +214,8 @@ class Selector:
             references=chosen.reference,
         )
 
-    def _choose(self, anchors: pa.Table, found: Candidates) -> _Choice:
+    def choose(self, anchors: pa.Table, found: Candidates) -> Choice:
+        """What becomes of every candidate of a slice of anchors; random negatives are not among them."""
         each = self._config.mining.margin_reference == "each"
         if each:
             anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
@@ -249,7 +258,7 @@ class Selector:
                 excluded[unit[alike], column[alike]] = Fate.NEAR_DUPLICATE
                 again = np.unique(unit[alike])
                 fates[again] = selected(again)
-        return _Choice(anchor, offsets, reference, rows, scores, fates)
+        return Choice(anchor, offsets, reference, rows, scores, fates)
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
         """The units with random negatives, behind the mined ones."""
@@ -265,8 +274,9 @@ class Selector:
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
             out = self._excluded(units.anchors.take(pa.array(anchor)), rows) > 0
-            out |= mining.contains(rows, *_lists(known, known_offsets, anchor))
-            out |= mining.contains(rows, *_lists(units.negatives, units.negative_offsets, some))
+            for values, offsets, wanted in ((known, known_offsets, anchor), (units.negatives, units.negative_offsets, some)):
+                positions, ends = members(offsets, wanted)
+                out |= mining.contains(rows, values[positions], ends)
             out |= rows == itself[anchor, None]
             if self.duplicates is not None:
                 unit, column = np.nonzero(~out)
@@ -350,13 +360,6 @@ def _ranks(found: Candidates) -> Ints:
         hit = found.rows[anchor[here]] == found.positives[here, None]
         ranks[here] = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
     return ranks
-
-
-def _lists(values: Ints, offsets: Ints, wanted: Ints) -> tuple[Ints, Ints]:
-    """Some ragged lists, in any order, ragged."""
-    lengths = np.diff(offsets)[wanted]
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    return values[np.arange(ends[-1]) + np.repeat(offsets[wanted] - ends[:-1], lengths)], ends
 
 
 def _where(values: Ints, offsets: Ints, keep: Mask) -> tuple[Ints, Ints]:

@@ -100,10 +100,11 @@ def publish(folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO]
 def write_json(path: Path, value: Any) -> None:
     """Publish a JSON file."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    publish(path.parent, lambda _: path.name, lambda file: _write_all(file, text.encode()))
+    publish(path.parent, lambda _: path.name, lambda file: write_all(file, text.encode()))
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write bytes that are there already, for `publish`."""
     file.write(data)
 
 

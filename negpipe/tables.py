@@ -135,6 +135,23 @@ def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: b
     return pa.DictionaryArray.from_arrays(encoded.indices.take(codes), encoded.dictionary)
 
 
+def within(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Places in ragged lists one after the other: 0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def members(
+    offsets: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Some of the lists that are ragged by `offsets`, in any order, repeats welcome.
+
+    Returns:
+        positions of their values, and the offsets of the lists among those.
+    """
+    lengths = offsets[wanted + 1] - offsets[wanted]
+    return np.repeat(offsets[wanted], lengths) + within(lengths), np.concatenate([[0], np.cumsum(lengths)])
+
+
 def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     """A list column as (values, offsets): row i is `values[offsets[i]:offsets[i + 1]]`."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

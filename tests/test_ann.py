@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from io import BytesIO
@@ -137,19 +136,18 @@ def test_any_block_size(corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("rows, block_rows, depth", [(130, 60, 100), (4_000, 3_000, 100), (12_000, 6_000, 1_000)])
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
-def test_wrong_guesses_change_nothing(
+@pytest.mark.parametrize("spare", [0, 1])
+def test_proposing_too_few_changes_nothing(
     corpus: np.ndarray,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rows: int,
     block_rows: int,
     depth: int,
-    share: float,
+    spare: int,
 ) -> None:
     monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(ann, "_ROWS", 32)
-    monkeypatch.setattr(ann._Tile, "_rank", lambda tile, seen: math.ceil(tile.depth * seen * share))
+    monkeypatch.setattr(ann, "_SPARE", spare)  # with none to spare, the last one proposed is the cut itself
     queries = make(np.random.default_rng(8), 30, 24)
     vectors = save_parts(tmp_path, corpus[:rows], 5_000)
     found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=ROOMY, threads=2)

@@ -120,11 +120,15 @@ def test_3_a_stage_without_its_input_says_which_command_makes_it(tmp_path: Path)
         outcome = small.run(stage, config)
         assert outcome.code == 3
         assert f"{stage} needs the output of {before}, which is missing" in outcome.err
-        assert f"Run `negpipe {before} CONFIG` first, or `negpipe mine CONFIG`" in outcome.err
+        assert f"Run `negpipe {before} {config}` first, or `negpipe mine {config}`" in outcome.err
         assert small.run(before, config).code == 0
+    overrides = ("--set", "run_dir='a run'", "--set", "seed=7")
+    outcome = small.run("encode", *overrides, config)
+    as_typed = f"""negpipe ingest {config} --set 'run_dir='"'"'a run'"'"'' --set seed=7` first"""
+    assert as_typed in outcome.err
     last = small.run("triplets", config)
     assert last.code == 0
-    assert "36 triplets in 2 Parquet files" in last.out
+    assert "36 rows in 2 Parquet files" in last.out
 
 
 def test_4_a_run_directory_in_use(folder: Path) -> None:
@@ -227,7 +231,7 @@ def test_json_logs_are_one_object_a_line(tmp_path: Path) -> None:
     assert all({"time", "level", "message"} <= line.keys() for line in lines)
     assert lines[-1]["message"] == "done"
     assert lines[-1]["ran"] == ["ingest", "encode", "index", "search", "triplets"]
-    assert lines[-1]["stats"]["triplets"]["triplets"] == 36
+    assert lines[-1]["stats"]["triplets"]["rows"] == 36
 
 
 @pytest.mark.parametrize(

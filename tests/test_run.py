@@ -109,7 +109,7 @@ def test_rows_are_those_of_a_plain_computation(golden: Run, tmp_path: Path, chan
     stats = result.stats["triplets"]
     assert Counter({"TAKEN": stats["negatives"]}) + upper(stats["drops"]) == total
     assert stats["candidates"] == total.total() == len(source.texts) * len(source.anchors("train"))
-    assert stats["triplets"] == len(expected.rows)
+    assert stats["rows"] == len(expected.rows)
 
 
 def test_the_folder_springs_every_trap(golden: Run) -> None:
@@ -334,5 +334,5 @@ def test_mine_from_a_script_without_a_main_guard(scripted: tuple[Run, list[Any]]
     assert folder == str(run.folder / "triplets")
     assert tuple(ran) == STAGES
     assert stats == {stage: run.manifest(stage)["stats"] for stage in STAGES}
-    assert stats["triplets"]["triplets"] == triplets(run).num_rows > 0
+    assert stats["triplets"]["rows"] == triplets(run).num_rows > 0
     assert negpipe.mine(run.config, ["mining.num_negatives=3"]).ran == ()

@@ -16,7 +16,7 @@ from negpipe.cli import run  # isort: split
 from negpipe.cli import results  # isort: split
 
 from negpipe.cli import config, upkeep
-from negpipe.cli.app import app
+from negpipe.cli.app import app, as_typed
 from negpipe.errors import NegpipeError
 
 __all__ = ["app", "config", "main", "results", "run", "upkeep"]
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except NegpipeError as error:
-        sys.exit(_fail(str(error), error.code, error.exit_code, log_format, trace=debug))
+        sys.exit(_fail(as_typed(str(error)), error.code, error.exit_code, log_format, trace=debug))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted("Interrupted", 130))
     except _Terminated:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+import shlex
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +24,31 @@ config_app = typer.Typer(no_args_is_help=True, help="Check a config, print its s
 app.add_typer(config_app, name="config")
 
 
-ConfigArgument = Annotated[str, typer.Argument(help="Config file, or its name in configs/.", metavar="CONFIG")]
+_typed: dict[str, Any] = {}
+
+
+def _keep(parameter: typer.CallbackParam, value: Any) -> Any:
+    _typed[str(parameter.name)] = value
+    return value
+
+
+def typed() -> str:
+    """The config and the overrides of this command, as a shell takes them."""
+    overrides = (word for override in _typed.get("overrides") or () for word in ("--set", override))
+    return shlex.join([_typed.get("config") or "CONFIG", *overrides])
+
+
+def as_typed(message: str) -> str:
+    """A message in which the commands to run next have the config and the overrides of this one."""
+    return re.sub(r"(?<=negpipe )(\w+) CONFIG\b", lambda found: f"{found[1]} {typed()}", message)
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="Config file, or its name in configs/.", metavar="CONFIG", callback=_keep)
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).")
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).", callback=_keep),
 ]
 LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, RehashOption, SetOption, app, checked
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, RehashOption, SetOption, app, checked, typed
 
 
 def _mine(
@@ -17,7 +17,7 @@ def _mine(
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
-        console.show_result(result, config)
+        console.show_result(result, typed())
 
 
 @app.command()

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from negpipe.candidates import Candidates
 from negpipe.selection import Units
-from negpipe.tables import Rows
+from negpipe.tables import Rows, members
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -110,17 +110,10 @@ def blocks(slices: Slices, corpus: Rows) -> Iterator[Block]:
 
 
 def _block(units: Units, chosen: Ints, corpus: Rows) -> Block:
-    positive, positive_offsets = _members(units.positive_offsets, chosen)
-    negative, negative_offsets = _members(units.negative_offsets, chosen)
+    positive, positive_offsets = members(units.positive_offsets, chosen)
+    negative, negative_offsets = members(units.negative_offsets, chosen)
     return Block(
         units.anchors.select(["id", "text"]).take(pa.array(units.anchor[chosen])),
         Documents(corpus, units.positives[positive], positive_offsets, units.positive_scores[positive]),
         Documents(corpus, units.negatives[negative], negative_offsets, units.negative_scores[negative]),
     )
-
-
-def _members(offsets: Ints, chosen: Ints) -> tuple[Ints, Ints]:
-    """Positions of what the chosen units own, and where each unit's begin among them."""
-    lengths = offsets[chosen + 1] - offsets[chosen]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(starts[-1]) + np.repeat(offsets[chosen] - starts[:-1], lengths), starts

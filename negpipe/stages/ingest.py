@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from negpipe.fingerprint import digest, key
 from negpipe.manifest import BOOKS, Part
 from negpipe.spool import Spool, extra_columns, load
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import explained
+from negpipe.storage import explained, write_all
 from negpipe.tables import to_bytes
 from negpipe.texts import digests, hashes
 
@@ -183,13 +183,9 @@ def _task(kind: str, table: pa.Table) -> Task:
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
     content: bytes = task.payload["content"]
-    publish(".arrow", lambda file: _write(file, content))
+    publish(".arrow", lambda file: write_all(file, content))
     progress(task.rows, "")
     return Made(task.rows, task.payload["meta"])
-
-
-def _write(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 # --- facts --------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import Rows, documents
 
-VERSION = 1
+VERSION = 2
 _DEEPER = "deeper"
 
 
@@ -138,16 +138,19 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     ledger: list[pa.Table] = []
     fates = np.zeros(len(Fate), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
+    own_positives = 0
 
     def accounted() -> Iterator[Units]:
-        nonlocal fates
+        nonlocal fates, own_positives
         for found, units in shared.selector.slices(replace(files, deeper=deeper)):
             counts = mining.counts(units.fates)
             ledger.append(_ledger(units, counts, context.config, shared.corpus))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
-            scores["negative"].append(moments.of(units.negative_scores))
+            own = units.own_positives
+            own_positives += int(np.count_nonzero(own))
+            scores["negative"].append(moments.of(units.negative_scores[~own]))
             yield units
             progress(len(found.rows), "")
 
@@ -167,6 +170,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             "units": book.num_rows,
             "fates": {fate.name.lower(): int(fates[fate]) for fate in Fate if fates[fate]},
             "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
+            "own_positives": own_positives,
             "random": int(np.sum(book["random"].to_numpy())),
             "searched_deeper": 0 if deeper is None else len(deeper.anchors),
             "texts_compared": int(pairs),
@@ -230,16 +234,19 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
             fates[name] = fates.get(name, 0) + count
     fates.pop("padding", None)
     candidates_seen, taken = sum(fates.values()), fates.pop("taken", 0)
-    random, searched_deeper, compared = (
-        sum(part.meta[name] for part in parts) for name in ("random", "searched_deeper", "texts_compared")
+    own_positives, random, searched_deeper, compared = (
+        sum(part.meta[name] for part in parts)
+        for name in ("own_positives", "random", "searched_deeper", "texts_compared")
     )
     return {
-        "triplets": sum(part.rows for part in parts),
+        "rows": sum(part.rows for part in parts),
         "candidates": candidates_seen,
-        "negatives": taken,
+        "negatives": taken - own_positives,
+        "own_positives": own_positives,
         "random_negatives": random,
         "searched_deeper": searched_deeper,
         "texts_compared": compared,
+        "seconds_comparing": round(sum(part.provenance.get("seconds_comparing", 0.0) for part in parts), 1),
         "short_anchors": sum(part.meta["short"] for part in parts),
         "drops": dict(sorted(fates.items(), key=lambda item: -item[1])),
         "scores": {
