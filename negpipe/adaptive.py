@@ -75,7 +75,7 @@ def deepen(
 
 
 def _search(
-    found: Candidates, vectors: ann.Floats, passages: ann.Vectors, depth: int, memory: int, threads: int
+    found: Candidates, vectors: ann.vectors.Floats, passages: ann.Vectors, depth: int, memory: int, threads: int
 ) -> Candidates:
     none = np.empty(0, np.int64)
     deeper = ann.search_exact(vectors, passages, depth, positives=(none, none), memory=memory, threads=threads)

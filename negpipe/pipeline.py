@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,18 +18,20 @@ from typing import Any
 
 from negpipe import __version__, publication
 from negpipe.config import Config
-from negpipe.errors import DamagedError, MissingStageError
+from negpipe.errors import MissingStageError, VanishedError
 from negpipe.executors import inline, local
 from negpipe.fingerprint import DigestCache
 from negpipe.lock import run_lock
-from negpipe.manifest import Books, Manifest, Part
+from negpipe.manifest import BOOKS, Books, Manifest, Part
+from negpipe.repair import drop_damaged
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
 from negpipe.stages import STAGES
 from negpipe.state import Identity, State, blocked, digests_of, identity_of, look
-from negpipe.storage import remove_temporaries
+from negpipe.storage import explained, remove_temporaries
 
 logger = logging.getLogger(__name__)
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def mine(
     only: str | None = None,
     reporter: Reporter | None = None,
     rehash: bool = False,
+    repair: bool = False,
     rescore: Stage | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
@@ -56,6 +60,7 @@ def mine(
         only: the name of the one stage to run; its inputs must be there.
         reporter: where progress goes.
         rehash: read every source file again instead of trusting its modification time.
+        repair: read every file made so far, and make again what is not as it was written or was made from such.
         rescore: a stage after search whose candidates take the place of search's.
 
     Raises:
@@ -66,10 +71,14 @@ def mine(
         stages.insert(stages.index(STAGES["search"]) + 1, rescore)
     run_dir = config.run_dir
     ran = []
-    with run_lock(run_dir), digests_of(config, rehash=rehash) as digests:
+    untrusted: set[str] = set()
+    with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
+        remove_temporaries(run_dir / BOOKS)
         for number, stage in enumerate(stages):
             publication.finish_swap(run_dir, stage.name)
+            if repair:
+                untrusted |= drop_damaged(stage, context, untrusted)
             state = look(stage, context)
             manifest = state.manifest
             if state.state == "current":
@@ -80,7 +89,7 @@ def mine(
                 for ahead in [stage] if only else stages[number:]:
                     ahead.check(context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
-                manifest = run_stage(stage, context, reporter or Silent())
+                manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
                 logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
             assert manifest is not None
@@ -89,6 +98,21 @@ def mine(
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
+    """`run_stage`, begun again where a second process, let in by a lock that does not work, got in between."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return run_stage(stage, context, reporter)
+        except VanishedError as error:
+            state = look(stage, context)
+            if state.state == "current" and state.manifest:
+                return state.manifest
+            if attempt == _ATTEMPTS - 1:
+                raise
+            logger.warning("%s: begins again: %s", stage.name, error)
+    raise AssertionError
 
 
 def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
@@ -143,7 +167,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     for part_key in dict.fromkeys(keys):
         part = books.part(part_key)
         if part is None:
-            raise DamagedError(
+            raise VanishedError(
                 f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
             )
         parts.append(part)
@@ -219,9 +243,10 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
 
 
 def _executor(stage: Stage, config: Config) -> Executor:
-    if stage.here or (config.executor.kind == "inline" and not stage.apart(config)):
-        return inline.run
-    return local.run
+    inside = config.executor.kind == "inline" and not stage.apart(config)
+    # A caller of the Python API may have torch loaded, which must not meet FAISS.
+    light = stage.light(config) and config.executor.workers == 1 and "torch" not in sys.modules
+    return inline.run if stage.here or inside or light else local.run
 
 
 def _moved(part: Part, old: str, new: str) -> Part:

@@ -96,10 +96,16 @@ class Publisher:
         *,
         folder: str | None = None,
         name: str | None = None,
+        needed: int | None = None,
     ) -> None:
-        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, or as `FOLDER/NAME` where a name is fixed."""
+        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, or as `FOLDER/NAME` where a name is fixed.
+
+        `needed` are its bytes, where known before they are written.
+        """
         folder = folder or self._stage
-        made = publish(self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write)
+        made = publish(
+            self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write, needed
+        )
         self.files.append(File(path=f"{folder}/{made.name}", bytes=made.bytes, digest=made.digest))
 
 
@@ -118,6 +124,10 @@ def _nothing(_: Context) -> AbstractContextManager[None]:
 
 def _no_identity(_: Context) -> dict[str, str]:
     return {}
+
+
+def _no_parts(_: Context) -> list[Part]:
+    return []
 
 
 def _no_check(_: Context) -> None: ...
@@ -153,7 +163,9 @@ class Stage:
             before every stage that is about to run, with the manifests there are by then.
         serving: (settings of an output, settings asked for) → settings whose output serves as well as what was asked
             for; candidates stored deeper serve a shallower window.
+        shared: parts of other stages that `run` may read for any task, beside those its payload names.
         apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
+        light: a single worker would take longer to start than to work: runs in the calling process instead.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
     """
@@ -169,7 +181,9 @@ class Stage:
     stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
     check: Callable[[Context], None] = _no_check
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
+    shared: Callable[[Context], list[Part]] = _no_parts
     apart: Callable[[Config], bool] = _never
+    light: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False
 

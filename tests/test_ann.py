@@ -128,7 +128,7 @@ def test_any_block_size(corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.
     rows = corpus[: min(len(corpus), 600 * block_rows)]
     queries = make(np.random.default_rng(7), 11, 24)
     seen: list[int] = []
-    monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", block_rows)
     vectors = save_parts(tmp_path, rows, 1_000)
     found = ann.search_exact(queries, vectors, 50, positives=NO_PAIRS, memory=ROOMY, threads=2, progress=seen.append)
     check(found, queries, rows, 50)
@@ -146,8 +146,8 @@ def test_proposing_too_few_changes_nothing(
     depth: int,
     spare: int,
 ) -> None:
-    monkeypatch.setattr(ann, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(ann, "_SPARE", spare)  # with none to spare, the last one proposed is the cut itself
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(ann.exact, "_SPARE", spare)  # with none to spare, the last one proposed is the cut itself
     queries = make(np.random.default_rng(8), 30, 24)
     vectors = save_parts(tmp_path, corpus[:rows], 5_000)
     found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=ROOMY, threads=2)
@@ -155,7 +155,7 @@ def test_proposing_too_few_changes_nothing(
 
 
 def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ann, "_BLOCK_ROWS", 500)
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 500)
     rng = np.random.default_rng(11)
     vectors = make(rng, 1, 300) * (1 + rng.integers(-3, 4, (4_000, 300)) * np.float32(2**-23)).astype(np.float32)
     queries = make(rng, 40, 300)
@@ -169,7 +169,7 @@ def test_rows_that_are_no_candidates_only_have_positive_scores(
     corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidates: int
 ) -> None:
     vectors, anchors = corpus[::8], corpus[:20].astype(np.float32)
-    monkeypatch.setattr(ann, "_BLOCK_ROWS", 256)
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 256)
     pairs = np.arange(len(anchors)), np.full(len(anchors), len(vectors) - 1)
     stored = save_parts(tmp_path, vectors, 400)
     found = ann.search_exact(anchors, stored, 20, positives=pairs, candidates=candidates, memory=ROOMY, threads=2)
@@ -181,7 +181,7 @@ def test_rows_that_are_no_candidates_only_have_positive_scores(
 def test_positive_scores_are_those_of_pair_scores(
     corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ann, "_BLOCK_ROWS", 1_000)
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 1_000)
     rng = np.random.default_rng(9)
     queries = make(rng, 40, 24)
     pairs = rng.integers(0, 40, 500), rng.integers(0, len(corpus), 500)

@@ -162,7 +162,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
         first = slice(int(bad[0]), int(bad[0]) + 1)
         place = shared.place(task, table.slice(first.start, 1)) if isinstance(shared, _Brought) else {}
         raise _refused(task, table["id"][first.start].as_py(), vectors[first], config.storage, place)
-    publish(".npy", lambda file: np.save(file, stored, allow_pickle=False))
+    publish(".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from negpipe import ann
 from negpipe.config import Config
@@ -42,20 +44,23 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         publish(".parquet", lambda file: _write_ids(file, context, task))
         return Made(task.rows)
     vectors = ann.open_parts([context.run_dir / path for path in task.payload["parts"]])
-    publish(".faiss", lambda file: ann.write_flat(file, vectors))
+    publish(".faiss", lambda file: ann.write_flat(file, vectors), needed=4 * vectors.rows * vectors.dimension)
     return Made(task.rows, {"dimension": vectors.dimension})
 
 
 def _write_ids(file: BinaryIO, context: Context, task: Task) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = open_table(context.run_dir / task.payload["part"])
-    ids = [
-        [first, *others] for first, others in zip(table["id"].to_pylist(), table["other_ids"].to_pylist(), strict=True)
-    ]
     rows = np.arange(task.payload["first"], task.payload["first"] + table.num_rows)
-    pq.write_table(pa.table({"row": rows, "id": table["id"], "ids": ids}), file, compression="zstd")
+    ids, others = (pa.concat_arrays(table[name].chunks) for name in ("id", "other_ids"))
+    # Every row's own id comes before its others: position i of `places` says where the i-th id of all stands now.
+    offsets = others.offsets.to_numpy() - others.offsets[0].as_py() + np.arange(table.num_rows + 1)
+    places = np.zeros(offsets[-1], np.int64)
+    places[offsets[:-1]] = 1
+    own = np.cumsum(places) - 1
+    places = np.where(places == 1, own, table.num_rows + np.arange(len(places)) - own - 1)
+    every = pa.concat_arrays([ids, others.flatten()]).take(pa.array(places))
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), every.cast(pa.string()))
+    pq.write_table(pa.table({"row": rows, "id": ids, "ids": lists}), file, compression="zstd")
 
 
 def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
@@ -75,4 +80,5 @@ STAGE = Stage(
     plan=_plan,
     run=_run,
     stats=_stats,
+    light=lambda config: config.index.kind == "stream",
 )

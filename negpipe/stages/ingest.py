@@ -34,7 +34,7 @@ from negpipe.fingerprint import digest, key
 from negpipe.manifest import BOOKS, Part
 from negpipe.spool import Spool, extra_columns, load
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import explained, write_all
+from negpipe.storage import abandoned, explained, owner, write_all
 from negpipe.tables import to_bytes
 from negpipe.texts import digests, hashes
 
@@ -59,11 +59,12 @@ def _plan(context: Context) -> Iterator[Task]:
     folder = context.run_dir / BOOKS / "ingest"
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("spool-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+        if abandoned(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
     with (
         explained(folder),
         _within(context.config.resources.memory_budget),
-        tempfile.TemporaryDirectory(prefix="spool-", dir=folder) as spool,
+        tempfile.TemporaryDirectory(prefix=f"spool-{owner()}-", dir=folder) as spool,
     ):
         config = context.config
         database = load(config, context.threads, Path(spool))
@@ -183,7 +184,7 @@ def _task(kind: str, table: pa.Table) -> Task:
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
     content: bytes = task.payload["content"]
-    publish(".arrow", lambda file: write_all(file, content))
+    publish(".arrow", lambda file: write_all(file, content), needed=len(content))
     progress(task.rows, "")
     return Made(task.rows, task.payload["meta"])
 

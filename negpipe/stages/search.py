@@ -61,13 +61,14 @@ def _plan(context: Context) -> Iterator[Task]:
         yield Task(name, "candidates", anchors.rows, payload)
 
 
+def _shared(context: Context) -> list[Part]:
+    return context.manifest("index").of_kind("flat") or documents(context.manifest("encode"))
+
+
 @contextmanager
 def _open(context: Context) -> Iterator[ann.Vectors]:
-    flat = context.manifest("index").of_kind("flat")
-    if flat:
-        yield ann.open_flat(context.file(flat[0]))
-    else:
-        yield ann.open_parts([context.file(part) for part in documents(context.manifest("encode"))])
+    paths = [context.file(part) for part in _shared(context)]
+    yield ann.open_flat(paths[0]) if context.manifest("index").of_kind("flat") else ann.open_parts(paths)
 
 
 def _run(task: Task, vectors: ann.Vectors, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -112,6 +113,7 @@ STAGE = Stage(
     settings=_settings,
     serving=_serving,
     plan=_plan,
+    shared=_shared,
     open=_open,
     run=_run,
     stats=_stats,

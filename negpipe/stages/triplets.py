@@ -116,6 +116,10 @@ def is_deeper(file: File) -> bool:
     return file.path.startswith(f"{_DEEPER}/")
 
 
+def _shared(context: Context) -> list[Part]:
+    return [part for stage in ("ingest", "encode") for part in documents(context.manifest(stage))]
+
+
 @contextmanager
 def _open(context: Context) -> Iterator[Shared]:
     yield open_selection(context)
@@ -148,9 +152,9 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
-            own = units.own_positives
-            own_positives += int(np.count_nonzero(own))
-            scores["negative"].append(moments.of(units.negative_scores[~own]))
+            alone = units.only_negatives()
+            own_positives += len(units.negatives) - len(alone.negatives)
+            scores["negative"].append(moments.of(alone.negative_scores))
             yield units
             progress(len(found.rows), "")
 
@@ -264,8 +268,10 @@ STAGE = Stage(
     sources=_sources,
     check=_check,
     plan=_plan,
+    shared=_shared,
     open=_open,
     run=_run,
     stats=_stats,
+    light=lambda _: True,
     swapped=True,
 )

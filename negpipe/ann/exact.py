@@ -7,186 +7,26 @@ block size, memory budget and thread count, and for float16 parts or the float32
 How: FAISS only proposes, a few rows more than are wanted from each block of the corpus, and `pair_scores` scores them
 while the block is in memory. The errors of both have a proven bound: where the last row proposed lies below an
 anchor's cut by more than that bound, no other row of the block can belong to its top; elsewhere more are proposed.
-This is the only module that imports faiss.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from negpipe.ann.library import faiss, one_thread
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, scores_of
+from negpipe.ann.vectors import READ_ROWS, Floats, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Keys = NDArray[np.uint64]
 
 _ANCHORS = 1024  # at most, of one search: large enough for its speed
 _BLOCK_ROWS = 131072  # at most, at a time: in small blocks FAISS spends its time on collecting the first few
-_READ_ROWS = 1024
 _SPARE = 16  # proposed beyond the depth, so that rounding leaves the last one behind the cut
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
-_NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
-
-
-@functools.cache
-def _faiss() -> Any:
-    """Imported on first use: stages import this module when the command line starts."""
-    import faiss
-
-    # By default 333 anchors of dimension 384 are compared one by one, 12 times slower than as a matrix.
-    faiss.cvar.distance_compute_blas_threshold = 1
-    return faiss
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    first: int
-    rows: int
-    dtype: np.dtype[Any]
-    offset: int
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Vectors in files, in row order: `rows` x `dimension`, stored as float16 or float32, read as float32."""
-
-    files: tuple[_File, ...]
-    dimension: int
-
-    @property
-    def rows(self) -> int:
-        """Number of vectors."""
-        return self.files[-1].first + self.files[-1].rows if self.files else 0
-
-    def read(self, start: int, out: Floats) -> None:
-        """Fill `out` (m, dimension) with rows start … start + m.
-
-        Reads instead of mapping, so that pages of a large file never count as this process's memory.
-
-        Raises:
-            DamagedError: a file ends early or cannot be read.
-        """
-        for file in self.files:
-            low, high = max(start, file.first), min(start + len(out), file.first + file.rows)
-            for row in range(low, high, _READ_ROWS):
-                stop = min(row + _READ_ROWS, high)
-                size = (stop - row) * self.dimension
-                offset = file.offset + (row - file.first) * self.dimension * file.dtype.itemsize
-                try:
-                    values = np.fromfile(file.path, file.dtype, size, offset=offset)
-                except OSError as error:
-                    raise DamagedError(f"{file.path}: cannot be read ({error}). Run `negpipe verify`") from None
-                if len(values) < size:
-                    raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
-                out[row - start : stop - start] = values.reshape(-1, self.dimension)
-
-    def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
-        """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
-        for start in range(0, self.rows, rows):
-            block = np.empty((min(rows, self.rows - start), self.dimension), np.float32)
-            self.read(start, block)
-            yield start, block
-
-    def place(self, row: int) -> str:
-        """File and row in the file of a row, for messages."""
-        file = next(file for file in self.files if row < file.first + file.rows)
-        return f"{file.path}, row {row - file.first}"
-
-
-def open_parts(paths: Sequence[Path]) -> Vectors:
-    """Vectors of .npy files (m, dimension) of float16 or float32, in the order given. Reads only the headers.
-
-    Raises:
-        DamagedError: a file is missing, cut off, or does not hold such vectors, all of one dimension.
-    """
-    files: list[_File] = []
-    first, dimension = 0, 0
-    for path in paths:
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
-        dimension = dimension or array.shape[-1]
-        shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
-        if not shaped or array.dtype not in (np.float16, np.float32):
-            raise DamagedError(
-                f"{path}: holds {array.dtype} of shape {array.shape}, expected float16 or float32 vectors of"
-                f" dimension {dimension}. Run `negpipe verify`"
-            )
-        files.append(_File(path, first, len(array), array.dtype, array.offset))
-        first += len(array)
-    return Vectors(tuple(files), dimension)
-
-
-def _flat_header(dimension: int, rows: int) -> bytes:
-    """What faiss writes before the vectors of an IndexFlatIP: an empty one's bytes, with the counts put in."""
-    header = bytearray(_faiss().serialize_index(_faiss().IndexFlatIP(dimension)).tobytes())
-    header[8:16] = rows.to_bytes(8, "little")
-    header[-8:] = (rows * dimension).to_bytes(8, "little")
-    return bytes(header)
-
-
-def write_flat(file: BinaryIO, vectors: Vectors) -> None:
-    """Write an `IndexFlatIP` that `faiss.read_index` opens, one tile of rows in memory at a time."""
-    file.write(_flat_header(vectors.dimension, vectors.rows))
-    for _, block in vectors.blocks(_READ_ROWS):
-        file.write(block.astype("<f4", copy=False).data)
-
-
-def open_flat(path: Path) -> Vectors:
-    """The vectors of a file that `write_flat` wrote.
-
-    Raises:
-        DamagedError: the file is missing, is no IndexFlatIP, or its size is not what its header says.
-    """
-    try:
-        with path.open("rb") as file:
-            header = file.read(45)
-        size = path.stat().st_size
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read ({error}). Run `negpipe index`") from None
-    dimension, rows = int.from_bytes(header[4:8], "little"), int.from_bytes(header[8:16], "little")
-    sane = 0 < dimension < 2**20 and len(header) + rows * dimension * 4 == size
-    if not sane or header != _flat_header(dimension, rows):
-        raise DamagedError(f"{path}: is no whole IndexFlatIP ({size} bytes). Run `negpipe index`")
-    return Vectors((_File(path, 0, rows, np.dtype("<f4"), len(header)),), dimension)
-
-
-def pair_scores(anchors: Floats, anchor_of: Ints, vectors: Floats, row_of: Ints) -> Floats:
-    """Inner products of pairs: the one function whose scores are stored.
-
-    Args:
-        anchors: (n, d) float32. vectors: (m, d) float32.
-        anchor_of, row_of: (p,) int64, the pair's row in each.
-
-    Returns:
-        (p,) float32; the bits of a pair do not depend on the other pairs, on their order or on threads.
-
-    Raises:
-        IndexError: a pair names a row that is not there.
-    """
-    for index, rows in ((anchor_of, len(anchors)), (row_of, len(vectors))):
-        if len(index) and not 0 <= index.min() <= index.max() < rows:
-            raise IndexError(f"pairs name rows {index.min()} to {index.max()} of {rows}")
-    arrays = [
-        np.ascontiguousarray(array, dtype)
-        for array, dtype in ((anchors, "f4"), (anchor_of, "i8"), (vectors, "f4"), (row_of, "i8"))
-    ]
-    scores = np.empty(len(anchor_of), np.float32)
-    pointers = [_faiss().swig_ptr(array) for array in (*arrays, scores)]
-    _faiss().pairwise_indexed_inner_product(anchors.shape[1], len(scores), *pointers)
-    scores += np.float32(0)  # -0 becomes 0, so that equal scores have equal bits
-    return scores
 
 
 @dataclass(frozen=True)
@@ -250,7 +90,7 @@ def search_exact(
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
         positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         ahead = reader.submit(load, 0) if starts else None
         for number in range(len(starts)):
             assert ahead is not None
@@ -271,11 +111,6 @@ def search_exact(
     return Found(rows, scores, positive_scores)
 
 
-def _one_thread() -> None:
-    """faiss keeps its thread count per calling thread: the pool's threads are the only parallelism."""
-    _faiss().omp_set_num_threads(1)
-
-
 def _scratch(proposed: int) -> int:
     """Bytes that searching a block takes for each anchor: a strip of products, FAISS's collection, pairs, a merge."""
     return 4096 + 128 * proposed
@@ -289,7 +124,7 @@ def _layout(anchors: int, vectors: Vectors, depth: int, memory: int, threads: in
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
     fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch * -(-anchors // max(1, tiles))
     row = 2 * (4 * vectors.dimension + 4)
-    least = fixed + min(_READ_ROWS, vectors.rows) * row
+    least = fixed + min(READ_ROWS, vectors.rows) * row
     if least > memory:
         raise ConfigError(
             f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
@@ -327,7 +162,7 @@ class _Tile:
 
     def __post_init__(self) -> None:
         width, dimension = self.anchors.shape
-        self.best = np.full((width, self.depth), _NOTHING)
+        self.best = np.full((width, self.depth), NOTHING)
         # Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
         # d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
         self.slack = np.linalg.norm(self.anchors.astype(np.float64), axis=1) * (dimension + 8) * 2.0**-23
@@ -348,19 +183,19 @@ class _Tile:
         """Rows and scores, (w, depth) each, in order."""
         self.best.sort(axis=1)
         rows = (self.best & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        rows[self.best == _NOTHING] = -1
-        return rows, _scores(self.best)
+        rows[self.best == NOTHING] = -1
+        return rows, scores_of(self.best)
 
     def _compete(self, block: _Block, chosen: Ints, proposed: int) -> Ints:
         """Merge the rows FAISS proposes to the chosen anchors; returns the anchors to whom others may belong."""
         best, anchors = self.best[chosen], self.anchors[chosen]
-        knn = _faiss().knn(anchors, block.vectors, proposed, metric=_faiss().METRIC_INNER_PRODUCT)
+        knn = faiss().knn(anchors, block.vectors, proposed, metric=faiss().METRIC_INNER_PRODUCT)
         products: Floats = knn[0]
         rows: Ints = knn[1]
         anchor_of, column = np.nonzero(products >= self._cut(best, chosen, block)[:, None])
         row_of = rows[anchor_of, column]
-        keys = np.full(products.shape, _NOTHING)
-        keys[anchor_of, column] = _keys(pair_scores(anchors, anchor_of, block.vectors, row_of), block.first + row_of)
+        keys = np.full(products.shape, NOTHING)
+        keys[anchor_of, column] = keys_of(pair_scores(anchors, anchor_of, block.vectors, row_of), block.first + row_of)
         table = np.concatenate((best, keys), axis=1)
         table.partition(self.depth - 1, axis=1)
         best = table[:, : self.depth]
@@ -371,20 +206,6 @@ class _Tile:
 
     def _cut(self, best: Keys, chosen: Ints, block: _Block) -> Floats:
         """The product below which a row of the block cannot displace any of the best, or -inf."""
-        lowest = _scores(best[:, -1]) - self.slack[chosen] * block.longest - _TINY
+        lowest = scores_of(best[:, -1]) - self.slack[chosen] * block.longest - _TINY
         cut: Floats = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
         return cut
-
-
-def _keys(scores: Floats, rows: Ints) -> Keys:
-    """One integer a pair that sorts like (-score, row)."""
-    return (_flip(scores.view(np.int32)).view(np.uint32).astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
-
-
-def _scores(keys: Keys) -> Floats:
-    return _flip((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).view(np.float32)
-
-
-def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The bits of float32 numbers, changed so that as unsigned integers they fall where the numbers rise; and back."""
-    return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))

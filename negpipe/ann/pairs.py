@@ -1,0 +1,53 @@
+"""The one function whose scores are stored, and scores as integers that sort like (-score, row)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.ann.library import faiss
+from negpipe.ann.vectors import Floats, Ints
+
+Keys = NDArray[np.uint64]
+NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
+
+
+def pair_scores(anchors: Floats, anchor_of: Ints, vectors: Floats, row_of: Ints) -> Floats:
+    """Inner products of pairs: the one function whose scores are stored.
+
+    Args:
+        anchors: (n, d) float32. vectors: (m, d) float32.
+        anchor_of, row_of: (p,) int64, the pair's row in each.
+
+    Returns:
+        (p,) float32; the bits of a pair do not depend on the other pairs, on their order or on threads.
+
+    Raises:
+        IndexError: a pair names a row that is not there.
+    """
+    for index, rows in ((anchor_of, len(anchors)), (row_of, len(vectors))):
+        if len(index) and not 0 <= index.min() <= index.max() < rows:
+            raise IndexError(f"pairs name rows {index.min()} to {index.max()} of {rows}")
+    arrays = [
+        np.ascontiguousarray(array, dtype)
+        for array, dtype in ((anchors, "f4"), (anchor_of, "i8"), (vectors, "f4"), (row_of, "i8"))
+    ]
+    scores = np.empty(len(anchor_of), np.float32)
+    pointers = [faiss().swig_ptr(array) for array in (*arrays, scores)]
+    faiss().pairwise_indexed_inner_product(anchors.shape[1], len(scores), *pointers)
+    scores += np.float32(0)  # -0 becomes 0, so that equal scores have equal bits
+    return scores
+
+
+def keys_of(scores: Floats, rows: Ints) -> Keys:
+    """One integer a pair that sorts like (-score, row)."""
+    return (_flip(scores.view(np.int32)).view(np.uint32).astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
+
+
+def scores_of(keys: Keys) -> Floats:
+    return _flip((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).view(np.float32)
+
+
+def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The bits of float32 numbers, changed so that as unsigned integers they fall where the numbers rise; and back."""
+    return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))

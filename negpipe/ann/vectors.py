@@ -1,0 +1,134 @@
+"""Vectors in files: parts of .npy, or one file that FAISS opens; read as float32, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.ann.library import faiss
+from negpipe.errors import DamagedError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+READ_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    first: int
+    rows: int
+    dtype: np.dtype[Any]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors in files, in row order: `rows` x `dimension`, stored as float16 or float32, read as float32."""
+
+    files: tuple[_File, ...]
+    dimension: int
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return self.files[-1].first + self.files[-1].rows if self.files else 0
+
+    def read(self, start: int, out: Floats) -> None:
+        """Fill `out` (m, dimension) with rows start … start + m.
+
+        Reads instead of mapping, so that pages of a large file never count as this process's memory.
+
+        Raises:
+            DamagedError: a file ends early or cannot be read.
+        """
+        for file in self.files:
+            low, high = max(start, file.first), min(start + len(out), file.first + file.rows)
+            for row in range(low, high, READ_ROWS):
+                stop = min(row + READ_ROWS, high)
+                size = (stop - row) * self.dimension
+                offset = file.offset + (row - file.first) * self.dimension * file.dtype.itemsize
+                try:
+                    values = np.fromfile(file.path, file.dtype, size, offset=offset)
+                except OSError as error:
+                    raise DamagedError(f"{file.path}: cannot be read ({error}). Run `negpipe verify`") from None
+                if len(values) < size:
+                    raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
+                out[row - start : stop - start] = values.reshape(-1, self.dimension)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
+        """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
+        for start in range(0, self.rows, rows):
+            block = np.empty((min(rows, self.rows - start), self.dimension), np.float32)
+            self.read(start, block)
+            yield start, block
+
+    def place(self, row: int) -> str:
+        """File and row in the file of a row, for messages."""
+        file = next(file for file in self.files if row < file.first + file.rows)
+        return f"{file.path}, row {row - file.first}"
+
+
+def open_parts(paths: Sequence[Path]) -> Vectors:
+    """Vectors of .npy files (m, dimension) of float16 or float32, in the order given. Reads only the headers.
+
+    Raises:
+        DamagedError: a file is missing, cut off, or does not hold such vectors, all of one dimension.
+    """
+    files: list[_File] = []
+    first, dimension = 0, 0
+    for path in paths:
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+        dimension = dimension or array.shape[-1]
+        shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
+        if not shaped or array.dtype not in (np.float16, np.float32):
+            raise DamagedError(
+                f"{path}: holds {array.dtype} of shape {array.shape}, expected float16 or float32 vectors of"
+                f" dimension {dimension}. Run `negpipe verify`"
+            )
+        files.append(_File(path, first, len(array), array.dtype, array.offset))
+        first += len(array)
+    return Vectors(tuple(files), dimension)
+
+
+def _flat_header(dimension: int, rows: int) -> bytes:
+    """What faiss writes before the vectors of an IndexFlatIP: an empty one's bytes, with the counts put in."""
+    header = bytearray(faiss().serialize_index(faiss().IndexFlatIP(dimension)).tobytes())
+    header[8:16] = rows.to_bytes(8, "little")
+    header[-8:] = (rows * dimension).to_bytes(8, "little")
+    return bytes(header)
+
+
+def write_flat(file: BinaryIO, vectors: Vectors) -> None:
+    """Write an `IndexFlatIP` that `faiss.read_index` opens, one tile of rows in memory at a time."""
+    file.write(_flat_header(vectors.dimension, vectors.rows))
+    for _, block in vectors.blocks(READ_ROWS):
+        file.write(block.astype("<f4", copy=False).data)
+
+
+def open_flat(path: Path) -> Vectors:
+    """The vectors of a file that `write_flat` wrote.
+
+    Raises:
+        DamagedError: the file is missing, is no IndexFlatIP, or its size is not what its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(45)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error}). Run `negpipe index`") from None
+    dimension, rows = int.from_bytes(header[4:8], "little"), int.from_bytes(header[8:16], "little")
+    sane = 0 < dimension < 2**20 and len(header) + rows * dimension * 4 == size
+    if not sane or header != _flat_header(dimension, rows):
+        raise DamagedError(f"{path}: is no whole IndexFlatIP ({size} bytes). Run `negpipe index`")
+    return Vectors((_File(path, 0, rows, np.dtype("<f4"), len(header)),), dimension)
