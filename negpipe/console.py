@@ -245,15 +245,18 @@ def _show_drops(stats: dict[str, Any]) -> None:
         table.add_row(label, f"{count:,}", f"{count / max(1, stats['candidates']):.1%}")
     out.print(table)
     if stats["texts_compared"]:
-        seconds = duration(stats["seconds_comparing"])
+        seconds = f"{stats['seconds_comparing']:,.1f} s"
         out.print(f"{stats['texts_compared']:,} pairs of texts compared for near duplicates, in {seconds}.")
     if stats["short_anchors"]:
         out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
 
 
 def _show_next(result: Result, typed: str) -> None:
+    stats = result.stats["triplets"]
+    too_strict = stats["drops"].get("relative_margin", 0) > stats["candidates"] / 2
+    margin = "null" if too_strict else "0.1"
     lines = [
-        ("other negatives, in seconds", f"negpipe mine {typed} --set mining.relative_margin=0.1"),
+        ("other negatives, in seconds", f"negpipe mine {typed} --set mining.relative_margin={margin}"),
         ("how every stage stands", f"negpipe status {typed}"),
         ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
     ]

@@ -72,14 +72,16 @@ def mine_hard_negatives(
     The arguments up to `margin` are those of `sentence_transformers.util.mine_hard_negatives`, whose documentation
     holds. `use_faiss` and `faiss_batch_size` are taken and change nothing: the search is exact either way.
     `cache_folder` keeps vectors by a digest of the model's weights, so that two models never share them.
+    `use_multi_process` starts the models' own worker processes, which import the caller's script: that one option
+    needs a main guard, as there. A zero vector has a cosine of 0 with everything, as there.
 
     Args:
         run_dir: where the stages work; what is there already is not done again. None: a temporary folder, removed.
         seed: of `sampling_strategy="random"`.
 
     Raises:
-        ValueError: arguments that do not fit, as there.
-        NegpipeError: what the stages say of texts and vectors.
+        ValueError: arguments that do not fit, as there; before a model is asked for anything.
+        InputError: a vector is not finite; the message has its text.
     """
     if as_triplets is not None:
         output_format = "triplet" if as_triplets else "n-tuple"

@@ -8,6 +8,7 @@ pair asked for is compared: there is no sketch, and nothing is missed.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,18 +68,17 @@ class Finder:
         return found
 
     def _alike(self, rows: Ints, positives: Ints) -> Mask:
-        from rapidfuzz.distance import Indel
-        from rapidfuzz.process import cpdist
-
         known, places = np.unique(np.concatenate([rows, positives]), return_inverse=True)
         texts = [normalize(text) for text in self.corpus.strings("text", known).to_pylist()]
         left, right = ([texts[at] for at in side] for side in np.split(places, 2))
-        similarity = cpdist(
-            left,
-            right,
-            scorer=Indel.normalized_similarity,
-            score_cutoff=self.threshold,
-            dtype=np.float64,
-            workers=self.threads,
-        )
-        return np.asarray(similarity >= self.threshold)
+        return similarities(left, right, self.threshold, self.threads) >= self.threshold
+
+
+def similarities(left: Sequence[str], right: Sequence[str], threshold: float, threads: int) -> npt.NDArray[np.float64]:
+    """Similarity of each pair of normalised texts, 0 where it is below the threshold."""
+    from rapidfuzz.distance import Indel
+    from rapidfuzz.process import cpdist
+
+    return cpdist(
+        left, right, scorer=Indel.normalized_similarity, score_cutoff=threshold, dtype=np.float64, workers=threads
+    )

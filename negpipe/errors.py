@@ -88,6 +88,12 @@ class DamagedError(NegpipeError):
     code = "damaged"
 
 
+class VanishedError(DamagedError):
+    """What this run was writing was taken away: somebody deletes here, or works here although it is locked."""
+
+    code = "vanished"
+
+
 _BY_CODE: dict[str, type[NegpipeError]] = {
     kind.code: kind
     for kind in (
@@ -98,6 +104,7 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
         StorageError,
         LockedError,
         DamagedError,
+        VanishedError,
     )
 }
 

@@ -1,16 +1,17 @@
 """What is on disk: parts with their sidecars, and one manifest a complete stage.
 
 A sidecar is written after its part, a manifest after all its sidecars: what they name existed when
-they were written. Done is what the disk says; every reader checks it again.
+they were written. Done is what the disk says; every reader checks it again. Both carry a digest of themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +20,7 @@ from negpipe.fingerprint import digest, file_digest
 from negpipe.storage import write_json
 
 BOOKS = ".negpipe"
+Book = TypeVar("Book", bound=BaseModel)
 
 
 class File(BaseModel):
@@ -99,22 +101,30 @@ class Books:
 
     def part(self, key: str) -> Part | None:
         """The finished part of a key, or None: no sidecar, an unreadable one, or one whose files are gone or cut."""
-        try:
-            part = Part.model_validate_json((self.folder / f"{key}.json").read_bytes())
-        except (OSError, ValidationError):
-            return None
-        if part.key != key or any(file.problem(self.run_dir) for file in part.files):
+        part = self.record(key)
+        if part is None or any(file.problem(self.run_dir) for file in part.files):
             return None
         return part
 
+    def record(self, key: str) -> Part | None:
+        """What the sidecar of a key says, or None: there is none, or not as it was written."""
+        try:
+            part = _read(self.folder / f"{key}.json", Part)
+        except (OSError, ValueError):
+            return None
+        return part if part.key == key else None
+
     def write_part(self, part: Part) -> None:
-        write_json(self.folder / f"{part.key}.json", part.model_dump(mode="json"))
+        _write(self.folder / f"{part.key}.json", part)
+
+    def sidecars(self) -> list[Path]:
+        """The files of all parts' records, current or superseded, readable or not."""
+        return [path for path in sorted(self.folder.glob("*.json")) if path != self.manifest_path]
 
     def parts(self) -> Iterable[Part]:
         """Every part with a readable sidecar, current or superseded."""
-        for path in sorted(self.folder.glob("*.json")):
-            part = None if path == self.manifest_path else self.part(path.stem)
-            if part:
+        for path in self.sidecars():
+            if part := self.part(path.stem):
                 yield part
 
     def manifest(self) -> Manifest | None:
@@ -124,16 +134,35 @@ class Books:
             DamagedError: there is one and it cannot be read.
         """
         try:
-            data = self.manifest_path.read_bytes()
+            return _read(self.manifest_path, Manifest)
         except FileNotFoundError:
             return None
-        try:
-            return Manifest.model_validate_json(data)
-        except ValidationError as error:
+        except ValueError as error:
+            problem = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
             raise DamagedError(
-                f"{self.manifest_path} is not a manifest ({error.error_count()} problems):"
+                f"{self.manifest_path} is not a manifest ({problem}):"
                 " delete it and run the stage again, finished parts are reused"
             ) from None
 
     def write_manifest(self, manifest: Manifest) -> None:
-        write_json(self.manifest_path, json.loads(manifest.model_dump_json()))
+        _write(self.manifest_path, manifest)
+
+
+def _write(path: Path, book: BaseModel) -> None:
+    value = book.model_dump(mode="json")
+    write_json(path, value | {"digest": _seal(value)})
+
+
+def _read(path: Path, kind: type[Book]) -> Book:
+    """Raises ValueError: it is not what was written. One without a digest was written before there were any."""
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if isinstance(value, dict) and "digest" in value and value.pop("digest") != _seal(value):
+        raise ValueError("its content is not what was written")
+    return kind.model_validate(value)
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

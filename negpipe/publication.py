@@ -6,6 +6,7 @@ lets the next start finish a swap that was cut short at any point.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -44,15 +45,25 @@ def finish_swap(run_dir: Path, stage: str) -> None:
     if key is None:
         return
     final, growing, old = run_dir / stage, run_dir / staging(stage, key), run_dir / f".{stage}-old"
-    if growing.exists():
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-        os.rename(growing, final)
+    while growing.exists():
+        try:
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(final, old)
+            os.rename(growing, final)
+        except OSError as error:
+            # Where locks do not work, another process takes the same steps between ours.
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
         sync_folder(run_dir)
     write_json(_note(run_dir, stage, "published"), {"key": key})
     shutil.rmtree(old, ignore_errors=True)
     note.unlink(missing_ok=True)
+
+
+def published(run_dir: Path, stage: str) -> str | None:
+    """The key of the output that the stage's folder shows, complete or not; None where it shows none."""
+    return _read(_note(run_dir, stage, "published")) if (run_dir / stage).exists() else None
 
 
 def _note(run_dir: Path, stage: str, name: str) -> Path:

@@ -14,7 +14,7 @@ from negpipe.reporting import Reporter, Silent
 from negpipe.selection import PartFiles
 from negpipe.stage import Context
 from negpipe.stages import STAGES
-from negpipe.stages.triplets import is_deeper, open_selection, part_files, search_deeper
+from negpipe.stages.triplets import Shared, is_deeper, open_selection, part_files, search_deeper
 from negpipe.state import blocked, digests_of, identity_of, look
 
 
@@ -31,12 +31,9 @@ def export(config: Config, options: exports.Options, *, reporter: Reporter | Non
         opened = open_selection(context)
 
         def slices() -> Slices:
-            parts, complete = _parts(context)
-            for part in parts:
-                files = part if complete else replace(part, deeper=search_deeper(part, opened, context))
-                for piece in opened.selector.slices(files):
-                    yield piece
-                    reporter.advance(len(piece[0].rows), "")
+            for piece in selected(context, opened):
+                yield piece
+                reporter.advance(len(piece[0].rows), "")
 
         read, encode = context.manifest("ingest").stats, context.manifest("encode")
         vectors = {name: encode.inputs[name] for name in sorted(encode.inputs) if name.startswith("encoder.")}
@@ -72,14 +69,33 @@ def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
 
 def searched(config: Config, digests: DigestCache, wanted: str) -> Context:
     """What a reader of candidates sees, if everything before `triplets` is current."""
+    context = current(config, digests, wanted, last="search")
+    STAGES["triplets"].check(context)
+    return context
+
+
+def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> Context:
+    """What the stages up to `last` left, if all of them are current.
+
+    Raises:
+        MissingStageError: one is not; the message says which command to run.
+    """
     context = Context(config, config.run_dir, digests)
-    for stage in list(STAGES.values())[: list(STAGES).index("triplets")]:
+    for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, wanted))
         context = context.after(state.manifest)
-    STAGES["triplets"].check(context)
     return context
+
+
+def selected(context: Context, opened: Shared) -> Slices:
+    """The candidates of all anchors a slice at a time, with what the config selects of them."""
+    parts, complete = _parts(context)
+    for part in parts:
+        yield from opened.selector.slices(
+            part if complete else replace(part, deeper=search_deeper(part, opened, context))
+        )
 
 
 def _parts(context: Context) -> tuple[list[PartFiles], bool]:

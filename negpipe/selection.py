@@ -67,13 +67,21 @@ class Units:
         """(u,) how many negatives each unit got."""
         return np.diff(self.negative_offsets)
 
-    @property
-    def own_positives(self) -> Mask:
-        """Which of the negatives are positives of their unit: `output.include_positives` ranks them too."""
-        unit = np.arange(len(self.anchor))
-        stride = int(max(self.positives.max(initial=0), self.negatives.max(initial=0))) + 1
-        taken = np.repeat(unit * stride, self.counts) + self.negatives
-        return np.isin(taken, np.repeat(unit * stride, np.diff(self.positive_offsets)) + self.positives)
+    def only_negatives(self) -> Units:
+        """The same without the positives that `output.include_positives` ranks among the negatives."""
+        # Units of pairs have but one positive each: what counts are all of the anchor.
+        anchor = self.anchor * (int(max(self.positives.max(initial=0), self.negatives.max(initial=0))) + 1)
+        known = np.repeat(anchor, np.diff(self.positive_offsets)) + self.positives
+        kept = ~np.isin(np.repeat(anchor, self.counts) + self.negatives, known)
+        negatives, offsets = _where(self.negatives, self.negative_offsets, kept)
+        return replace(
+            self,
+            negatives=negatives,
+            negative_offsets=offsets,
+            negative_scores=self.negative_scores[kept],
+            negative_ranks=self.negative_ranks[kept],
+            negative_sources=self.negative_sources[kept],
+        )
 
 
 @dataclass(frozen=True)
@@ -274,9 +282,10 @@ class Selector:
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
             out = self._excluded(units.anchors.take(pa.array(anchor)), rows) > 0
-            for values, offsets, wanted in ((known, known_offsets, anchor), (units.negatives, units.negative_offsets, some)):
-                positions, ends = members(offsets, wanted)
-                out |= mining.contains(rows, values[positions], ends)
+            positions, ends = members(known_offsets, anchor)
+            out |= mining.contains(rows, known[positions], ends)
+            positions, ends = members(units.negative_offsets, some)
+            out |= mining.contains(rows, units.negatives[positions], ends)
             out |= rows == itself[anchor, None]
             if self.duplicates is not None:
                 unit, column = np.nonzero(~out)

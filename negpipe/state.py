@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from negpipe import publication
 from negpipe.config import Config
 from negpipe.errors import DamagedError
 from negpipe.fingerprint import DigestCache, key
@@ -38,6 +39,8 @@ def look(stage: Stage, context: Context) -> State:
         return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest)
     if manifest is None:
         done = sum(1 for _ in Books(context.run_dir, stage.name).parts())
+        if stage.swapped and publication.published(context.run_dir, stage.name):
+            return State(stage.name, "partial", "it was interrupted while its output was published", done=done)
         if not done:
             return State(stage.name, "missing", "it has not run yet")
         return State(stage.name, "partial", f"it was interrupted, {done} parts are on disk", done=done)
@@ -45,6 +48,8 @@ def look(stage: Stage, context: Context) -> State:
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
+    if stage.swapped and publication.published(context.run_dir, stage.name) != manifest.key:
+        return State(stage.name, "damaged", f"{stage.name}/ is missing, or shows another setting's output", manifest)
     problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.run_dir))]
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)

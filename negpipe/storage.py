@@ -1,6 +1,7 @@
 """Publishing files: a final name never exists half-written, whatever is killed or fills up.
 
-Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder.
+Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder. Its name
+says who writes it, so that what a dead process left can be told from what a live one works on.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from negpipe.errors import NegpipeError, StorageError
+from negpipe.errors import NegpipeError, StorageError, VanishedError
 from negpipe.fingerprint import file_digest
 
 TEMPORARY = ".tmp"
+_OWNER = re.compile(r"-(\d+)@([\w.-]+?)(?:-\w{8}|\.tmp)$")
+_DAY = 86400
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -29,6 +35,7 @@ _REASONS = {
     errno.ENOTDIR: "a folder of its path is a file",
     errno.EFBIG: "the file is larger than this file system or the process limit allows",
 }
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading meets them as well
 
 
 @dataclass(frozen=True)
@@ -41,47 +48,91 @@ class Published:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into errors a person can act on."""
+def explained(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the file system's refusals to write into errors a person can act on.
+
+    Args:
+        path: the folder or file that is written.
+        needed: bytes that are written there, where known.
+
+    Raises:
+        StorageError: no space, quota used up, read-only, no permission, too large.
+    """
     try:
         yield
     except NegpipeError:
         raise
     except Exception as error:
-        refused = _refusal(error)
+        refused = _refusal(error, path)
         if refused is None:
             raise
         try:
             free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
         except OSError:
             free = ""
+        need = "" if needed is None else f"{needed:,} bytes are needed. "
         raise StorageError(
-            f"cannot write {path}: {_REASONS[refused]}. {free}"
+            f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
             "Nothing finished was lost: make room, or mend path or permission, then run the same command again"
         ) from error
 
 
-def _refusal(error: Exception) -> int | None:
+def _refusal(error: Exception, path: Path) -> int | None:
     """The system's error number. Libraries that write files themselves give it as text only."""
     if isinstance(error, OSError) and error.errno in _REASONS:
-        return error.errno
-    return next((number for number in _REASONS if os.strerror(number) in str(error)), None)
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        inside = Path(named).absolute().is_relative_to(path.absolute())
+        return error.errno if inside or error.errno not in _OF_PLACES else None
+    return next((n for n in _REASONS if n not in _OF_PLACES and os.strerror(n) in str(error)), None)
 
 
-def publish(folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None]) -> Published:
+def owner() -> str:
+    """This process, for the name of what it has not finished yet."""
+    host = re.sub(r"[^\w.-]", "_", platform.node())
+    return f"{os.getpid()}@{host}"
+
+
+def abandoned(path: Path) -> bool:
+    """Whether nobody works any more on an unfinished file or folder, so that it may go.
+
+    A process of this machine is looked for. One of another machine can only be at work beside us where locks
+    fail: it counts as dead after a day without a write.
+    """
+    named = _OWNER.search(path.name)
+    if named is None or named[1] == str(os.getpid()):
+        return True
+    if named[2] != owner().partition("@")[2]:
+        newest = max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
+        return time.time() - newest > _DAY
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def publish(
+    folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+) -> Published:
     """Write a file and give it its final name, which may depend on its content.
 
     Args:
         folder: existing or new folder of the file.
         name: makes the final name from the sha256 of the content.
         write: writes the content to the binary file it is given.
+        needed: its bytes, where known: without room for them nothing is begun.
 
     Raises:
         StorageError: the file system refused; no temporary file is left.
+        VanishedError: somebody took the temporary file away.
     """
-    temporary = folder / f".{uuid.uuid4().hex}{TEMPORARY}"
-    with explained(folder):
+    temporary = folder / f".{uuid.uuid4().hex}-{owner()}{TEMPORARY}"
+    with explained(folder, needed):
         folder.mkdir(parents=True, exist_ok=True)
+        if needed is not None and needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             with temporary.open("xb") as file:
                 write(file)
@@ -91,6 +142,13 @@ def publish(folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO]
             size = temporary.stat().st_size
             final = name(digest)
             os.replace(temporary, folder / final)
+        except FileNotFoundError as error:
+            if temporary.exists():
+                raise
+            raise VanishedError(
+                f"{temporary} vanished while it was written: another process works on this run directory, or files"
+                " in it are being deleted. Stop that, then run the same command again"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
@@ -100,7 +158,8 @@ def publish(folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO]
 def write_json(path: Path, value: Any) -> None:
     """Publish a JSON file."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    publish(path.parent, lambda _: path.name, lambda file: write_all(file, text.encode()))
+    data = text.encode()
+    publish(path.parent, lambda _: path.name, lambda file: write_all(file, data), len(data))
 
 
 def write_all(file: BinaryIO, data: bytes) -> None:
@@ -120,4 +179,5 @@ def sync_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed writers left in a folder. Only under the run lock."""
     for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        if abandoned(path):
+            path.unlink(missing_ok=True)

@@ -3,44 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from negpipe.errors import DamagedError, MissingStageError
 from negpipe.lock import run_lock
 from negpipe.manifest import Books, File
+from negpipe.repair import damaged
 from negpipe.stages import STAGES
 
 
-def verify(run_dir: Path, progress: Callable[[int], None] = lambda _: None) -> tuple[int, list[str]]:
-    """Read every file of every complete stage and compare digests.
+@dataclass(frozen=True)
+class Inventory:
+    """What a run directory has on record.
 
-    Returns:
-        files checked, and what is wrong, a line each.
+    Attributes:
+        files: those of complete stages, and of parts that are kept for a setting to come back to.
+        unreadable: manifests and parts' records that are not what was written, a line each.
+    """
+
+    files: tuple[File, ...]
+    unreadable: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+def inventory(run_dir: Path) -> Inventory:
+    """Read every manifest and every part's record.
 
     Raises:
-        MissingStageError: there is nothing to verify.
+        MissingStageError: there is none.
     """
-    files: list[File] = []
-    problems: list[str] = []
+    files: dict[str, File] = {}
+    unreadable: list[str] = []
     for name in STAGES:
+        books = Books(run_dir, name)
         try:
-            manifest = Books(run_dir, name).manifest()
+            manifest = books.manifest()
         except DamagedError as error:
-            problems.append(str(error))
-            continue
-        files += [file for part in (manifest.parts if manifest else ()) for file in part.files]
-    if not files and not problems:
-        raise MissingStageError(f"no stage is complete in {run_dir}: run `negpipe mine CONFIG` first")
+            unreadable.append(str(error))
+            manifest = None
+        for path in books.sidecars():
+            part = books.record(path.stem)
+            if part is None:
+                unreadable.append(f"{path} is not the record of a part")
+            # What is gone was cleaned, or stands elsewhere since it was published.
+            files |= {file.path: file for file in (part.files if part else ()) if (run_dir / file.path).exists()}
+        files |= {file.path: file for part in (manifest.parts if manifest else ()) for file in part.files}
+    if not files and not unreadable:
+        raise MissingStageError(f"no stage has made anything in {run_dir}: run `negpipe mine CONFIG` first")
+    return Inventory(tuple(files.values()), tuple(unreadable))
 
-    def check(file: File) -> str | None:
-        problem = file.problem(run_dir, full=True)
-        progress(file.bytes)
-        return problem
 
-    with ThreadPoolExecutor() as pool:
-        problems += [problem for problem in pool.map(check, files) if problem]
-    return len(files), problems
+def verify(run_dir: Path, found: Inventory, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Read every file whole and compare digests; changes nothing.
+
+    Args:
+        run_dir: the run directory.
+        found: what it has on record.
+        progress: gets the bytes of every file that was read.
+
+    Returns:
+        what is wrong, a line each.
+    """
+    return [*found.unreadable, *(problem for _, problem in damaged(run_dir, found.files, progress))]
 
 
 def superseded(run_dir: Path) -> list[tuple[Path, int]]:
@@ -48,7 +76,7 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
 
     A stage without a manifest keeps its parts, they are what it resumes from.
     """
-    found: list[Path] = []
+    found: set[Path] = set()
     for name, stage in STAGES.items():
         books = Books(run_dir, name)
         manifest = books.manifest()
@@ -56,12 +84,14 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
             continue
         keep = {run_dir / file.path for part in manifest.parts for file in part.files}
         keep |= {books.folder / f"{part.key}.json" for part in manifest.parts} | {books.manifest_path}
-        folders = {run_dir / name, *(path.parent for path in keep), books.folder}
-        found += [
+        parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
+        folders = {run_dir / name, books.folder}
+        folders |= {(run_dir / file.path).parent for part in parts for file in part.files}
+        found |= {
             p for folder in folders for p in folder.glob("*") if p.is_file() and p not in keep and p.suffix != ".note"
-        ]
+        }
         if stage.swapped:
-            found += [p for folder in run_dir.glob(f".{name}-*") for p in folder.rglob("*") if p.is_file()]
+            found |= {p for folder in run_dir.glob(f".{name}-*") for p in folder.rglob("*") if p.is_file()}
     return [(path, path.stat().st_size) for path in sorted(found)]
 
 

@@ -7,6 +7,7 @@ input closes, in the middle of a task if need be: an unpublished part leaves not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,9 +19,10 @@ import traceback
 from typing import Any, TextIO
 
 from negpipe.config import load_config
-from negpipe.errors import NegpipeError, message_of
+from negpipe.errors import NegpipeError, VanishedError, message_of
+from negpipe.executors.local import OUT_OF_MEMORY
 from negpipe.pipeline import load_context
-from negpipe.stage import Task, run_task
+from negpipe.stage import Context, Task, run_task
 from negpipe.stages import STAGES
 
 
@@ -39,20 +41,47 @@ def main() -> None:
         answers.flush()
 
     head = json.loads(lines.get())
+    doing = head["stage"]
     try:
         stage = STAGES[head["stage"]]
         context = load_context(load_config(head["config"]), before=stage.name)
+        _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:
                 task = Task(**json.loads(lines.get()))
+                doing = f"{stage.name}, part {task.key} ({task.kind}, {task.rows} rows)"
                 run_task(stage, task, shared, context, lambda units, note: answer(units=units, note=note))
                 answer(done=task.key)
     except NegpipeError as error:
-        traceback.print_exc()
         answer(**message_of(error))
+        _log_trace()
     except Exception as error:
+        _log_trace()
+        if _out_of_memory(error):
+            os._exit(OUT_OF_MEMORY)
+        answer(error="failed", text=f"{doing}: {type(error).__name__}: {error}")
+
+
+def _check_inputs(context: Context, expected: dict[str, str]) -> None:
+    """What this worker read from disk is what its tasks were planned on."""
+    for name, digest in expected.items():
+        if name in context.manifests and context.manifests[name].digest != digest:
+            raise VanishedError(
+                f"the output of {name} in {context.run_dir} changed during the run: another process works on it."
+                " Stop that, then run the same command again"
+            )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch raises a RuntimeError: "can't allocate memory" on a CPU, "CUDA out of memory" on a GPU.
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+
+
+def _log_trace() -> None:
+    with contextlib.suppress(OSError):  # the disk may be full, and what happened is to be told all the same
         traceback.print_exc()
-        answer(error="failed", text=f"{head['stage']}: {type(error).__name__}: {error}")
+        sys.stderr.flush()
 
 
 def _listen(stream: TextIO, lines: queue.SimpleQueue[str]) -> None:

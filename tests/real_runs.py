@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,14 +51,17 @@ class Run:
     def states(self, *overrides: str) -> dict[str, State]:
         return {state.stage: state for state in pipeline.status(load_config(self.config, list(overrides)))}
 
-    def start(self, verb: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(
+        self, verb: str, *overrides: str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         """`python -m negpipe VERB` in a process group of its own; its standard error goes to `log`."""
         file = self.folder.with_name(f"{self.folder.name}.yaml")
         file.write_text(json.dumps(self.config), encoding="utf-8")
         options = [option for override in overrides for option in ("--set", override)]
         with self.log.open("w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "negpipe", verb, str(file), *options, *(["--yes"] if verb == "clean" else [])],
+                [sys.executable, "-m", "negpipe", verb, str(file), *options, *flags],
+                env={**os.environ, **(environment or {})},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -69,9 +72,11 @@ class Run:
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    def command(self, verb: str, *overrides: str) -> tuple[int, str, str]:
+    def command(
+        self, verb: str, *overrides: str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of a command run to its end."""
-        process = self.start(verb, *overrides)
+        process = self.start(verb, *overrides, flags=flags, environment=environment)
         output, _ = process.communicate(timeout=PATIENCE)
         return process.returncode, output, self.log.read_text(encoding="utf-8")
 

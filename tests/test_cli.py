@@ -122,10 +122,10 @@ def test_3_a_stage_without_its_input_says_which_command_makes_it(tmp_path: Path)
         assert f"{stage} needs the output of {before}, which is missing" in outcome.err
         assert f"Run `negpipe {before} {config}` first, or `negpipe mine {config}`" in outcome.err
         assert small.run(before, config).code == 0
-    overrides = ("--set", "run_dir='a run'", "--set", "seed=7")
+    other = tmp_path / "a run"
+    overrides = ("--set", f"run_dir={other}", "--set", "seed=7")
     outcome = small.run("encode", *overrides, config)
-    as_typed = f"""negpipe ingest {config} --set 'run_dir='"'"'a run'"'"'' --set seed=7` first"""
-    assert as_typed in outcome.err
+    assert f"Run `negpipe ingest {config} --set 'run_dir={other}' --set seed=7` first" in outcome.err
     last = small.run("triplets", config)
     assert last.code == 0
     assert "36 rows in 2 Parquet files" in last.out

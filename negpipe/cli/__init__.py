@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
-from types import FrameType
-from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -15,34 +12,31 @@ from negpipe.cli import run  # isort: split
 
 from negpipe.cli import results  # isort: split
 
+from negpipe.cli import audit  # isort: split
+
+from negpipe.cli import calibrate  # isort: split
+
 from negpipe.cli import config, upkeep
 from negpipe.cli.app import app, as_typed
+from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.errors import NegpipeError
 
-__all__ = ["app", "config", "main", "results", "run", "upkeep"]
-
-
-class _Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that everything is let go of in order."""
-
-
-def _terminate(_: int, __: FrameType | None) -> NoReturn:
-    raise _Terminated
+__all__ = ["app", "audit", "calibrate", "config", "main", "results", "run", "upkeep"]
 
 
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
     debug = "--debug" in arguments
     try:
-        code = app(standalone_mode=False)
+        with prompt_end():
+            code = app(standalone_mode=False)
     except NegpipeError as error:
         sys.exit(_fail(as_typed(str(error)), error.code, error.exit_code, log_format, trace=debug))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted("Interrupted", 130))
-    except _Terminated:
+    except Terminated:
         sys.exit(_interrupted("Terminated", 143))
     except TyperException as error:
         # Without a message it has shown the help already.

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, RehashOption, SetOption, app, checked, typed
 
 
 def _mine(
-    config: str, overrides: list[str] | None, log_format: str, debug: bool, rehash: bool, only: str | None
+    config: str,
+    overrides: list[str] | None,
+    log_format: str,
+    debug: bool,
+    rehash: bool,
+    only: str | None = None,
+    repair: bool = False,
 ) -> None:
     from negpipe import console, pipeline
     from negpipe.config import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
-    result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash)
+    result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash, repair=repair)
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
@@ -26,13 +36,16 @@ def mine(
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read every file made so far again, and make anew what is damaged.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Run every stage that is not up to date.
 
     Example: negpipe mine scifact.yaml --set data.path=my/folder --set mining.num_negatives=7
     """
-    _mine(config, overrides, log_format, debug, rehash, None)
+    _mine(config, overrides, log_format, debug, rehash, repair=repair)
 
 
 def _stage_command(name: str, help_text: str) -> None:

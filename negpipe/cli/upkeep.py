@@ -9,6 +9,8 @@ import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app
 
+_SHOWN = 20
+
 
 @app.command()
 def status(
@@ -32,20 +34,31 @@ def verify(
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Read every output file again and compare its digest. Exit code 5 when one differs.
+    """Read every file the run made again and compare its digest. Changes nothing; exit code 5 when one differs.
 
     Example: negpipe verify quickstart.yaml
     """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
     from negpipe import console, upkeep
     from negpipe.config import load_config
     from negpipe.errors import DamagedError
 
     run_dir = load_config(config, overrides).run_dir
-    files, problems = upkeep.verify(run_dir)
+    found = upkeep.inventory(run_dir)
+    columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
+        task = bar.add_task("", total=found.bytes)
+        problems = upkeep.verify(run_dir, found, lambda count: bar.advance(task, count))
+    count = len(found.files)
     if problems:
-        listed = "\n".join(problems[:20])
-        raise DamagedError(f"{len(problems)} of {files} files in {run_dir} are damaged:\n{listed}")
-    console.out.print(f"{files} files in {run_dir} are whole.", markup=False)
+        listed = "\n".join(problems[:_SHOWN])
+        more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DamagedError(
+            f"{len(problems)} of {count} files in {run_dir} are damaged:\n{listed}{more}\n"
+            "`negpipe mine CONFIG --repair` makes them again"
+        )
+    console.out.print(f"{count} files in {run_dir} are whole.", markup=False)
 
 
 @app.command()

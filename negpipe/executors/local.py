@@ -22,8 +22,11 @@ from typing import Any
 from negpipe.errors import TaskFailedError, error_of
 from negpipe.manifest import BOOKS
 from negpipe.stage import Context, Stage, Task
+from negpipe.storage import explained
 
 RETRIES = 2
+OUT_OF_MEMORY = 12
+"""Exit code of a worker whose task did not fit into memory: it is tried again like one that was killed."""
 _TAIL = 2000
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -103,10 +106,12 @@ def run(
 
 def _start(stage: Stage, context: Context, number: int) -> _Worker:
     folder = context.run_dir / BOOKS / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{stage.name}-{number}.log"
     environment = os.environ | dict.fromkeys(_THREADS, str(context.threads)) | {"PYTHONUNBUFFERED": "1"}
-    with log.open("w", encoding="utf-8") as errors:
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        errors = log.open("w", encoding="utf-8")
+    with errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "negpipe.worker"],
             stdin=subprocess.PIPE,
@@ -121,6 +126,7 @@ def _start(stage: Stage, context: Context, number: int) -> _Worker:
             "stage": stage.name,
             "config": context.config.model_dump(mode="json"),
             "run_dir": str(context.run_dir),
+            "inputs": {manifest.stage: manifest.digest for manifest in context.manifests.values()},
         }
     )
     return worker
@@ -137,8 +143,8 @@ def _read(worker: _Worker, messages: queue.Queue[tuple[_Worker, dict[str, Any] |
 def _obituary(stage: Stage, task: Task, worker: _Worker) -> str:
     code = worker.process.returncode
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if code == -signal.SIGKILL:
-        cause += " (out of memory? lower executor.workers or encoder.batch_size)"
+    if code in (-signal.SIGKILL, OUT_OF_MEMORY):
+        cause += " (out of memory? lower executor.workers, encoder.batch_size or resources.memory_budget)"
     tail = worker.log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
     return (
         f"{stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows) died {RETRIES + 1} times,"

@@ -107,8 +107,9 @@ class _Tally:
     scores: dict[str, list[moments.Moments]] = field(default_factory=lambda: {"positives": [], "negatives": []})
 
     def watch(self, slices: Slices) -> Slices:
-        for found, units in slices:
-            negatives = np.diff(units.negative_offsets)
+        for found, ranked in slices:
+            units = ranked.only_negatives()
+            negatives = units.counts
             used = np.repeat(negatives > 0, np.diff(units.positive_offsets))
             known = np.isfinite(units.negative_scores)
             self.units += len(negatives)
@@ -117,7 +118,7 @@ class _Tally:
             self.unscored += int(np.count_nonzero(~known))
             self.scores["positives"].append(moments.of(units.positive_scores[used]))
             self.scores["negatives"].append(moments.of(units.negative_scores[known]))
-            yield found, units
+            yield found, ranked
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,9 @@ class Block:
 
 
 def blocks(slices: Slices, corpus: Rows) -> Iterator[Block]:
-    """All units that have a negative, in order."""
-    for _, units in slices:
+    """All units that have a negative, in order; a ranking that includes positives goes without them here."""
+    for _, ranked in slices:
+        units = ranked.only_negatives()
         positives, negatives = np.diff(units.positive_offsets), np.diff(units.negative_offsets)
         kept = np.flatnonzero((positives > 0) & (negatives > 0))
         ends = np.cumsum((positives + negatives)[kept])

@@ -1,0 +1,177 @@
+"""Which columns of a file hold what: by the names that trainers and miners use, or as the caller says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from negpipe.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import duckdb
+
+# What a row may hold, and the usual names of its columns. `#` stands for a number: negative_1, negative_2, …
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "anchor": ("anchor", "query"),
+    "positive": ("positive", "pos"),
+    "negative": ("negative", "neg", "negative_#"),
+    "label": ("label", "labels"),
+    "anchor_id": ("anchor_id", "query_id"),
+    "positive_id": ("positive_id", "positive_ids", "pos_id", "pos_ids"),
+    "negative_id": ("negative_id", "negative_ids", "neg_id", "neg_ids", "negative_#_id"),
+    "positive_score": ("positive_score", "pos_scores"),
+    "negative_score": ("negative_score", "neg_scores"),
+    "score": ("score", "scores"),
+}
+_LISTED = 12  # columns that a message names
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file and the columns of each field: none, one (of texts or of lists), or one a document.
+
+    Attributes:
+        files: Parquet files, in order; a file of another kind is copied into one.
+        columns: field → its columns, each with whether it holds lists.
+    """
+
+    files: Sequence[Path]
+    columns: Mapping[str, Sequence[tuple[str, bool]]]
+
+    def has(self, field: str) -> bool:
+        """Whether the file has it."""
+        return bool(self.columns.get(field))
+
+    @property
+    def labelled(self) -> bool:
+        """Documents of both kinds stand in `positive`, told apart by `label`."""
+        return self.has("label")
+
+    @property
+    def pairs(self) -> bool:
+        """A row holds one labelled document: an anchor's rows belong together."""
+        return self.labelled and not self.columns["positive"][0][1]
+
+    @property
+    def scored(self) -> bool:
+        """Whether documents have scores."""
+        return any(map(self.has, ("score", "positive_score", "negative_score")))
+
+    def list_of(self, field: str, kind: str) -> str:
+        """The field as an SQL list."""
+        columns = self.columns.get(field, ())
+        if not columns:
+            return f"null::{kind}[]"
+        if len(columns) == 1 and columns[0][1]:
+            return f"{quoted(columns[0][0])}::{kind}[]"
+        return f"[{', '.join(f'{quoted(name)}::{kind}' for name, _ in columns)}]"
+
+    def value_of(self, field: str) -> str:
+        """The field as an SQL text."""
+        columns = self.columns.get(field, ())
+        return f"{quoted(columns[0][0])}::varchar" if columns else "null::varchar"
+
+
+def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mapping[str, str], scratch: Path) -> Layout:
+    """Find the columns of a file.
+
+    Args:
+        database: reads it.
+        source: the file, or a folder of Parquet files.
+        mapping: field → column, what is not found by its usual name; `#` stands for a number.
+        scratch: where a file that is not Parquet is copied to.
+
+    Raises:
+        ConfigError: the mapping names what is no field.
+        InputError: the file cannot be read, or a column is missing or of the wrong type.
+    """
+    import duckdb
+
+    for field in mapping:
+        if field not in FIELDS:
+            raise ConfigError(f"--columns {field}=…: '{field}' is none of {', '.join(FIELDS)}")
+    files = _files(source)
+    try:
+        if files[0].suffix != ".parquet":
+            table, files = _text_table(source), [scratch / "rows.parquet"]
+            database.execute(f"copy (select * from {table}) to '{quoted_path(files[0])}' (compression lz4)")
+        described = database.execute(f"describe select * from '{quoted_path(files[0])}'").fetchall()
+    except duckdb.Error as error:
+        raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=str(source)) from None
+    types = {row[0]: row[1] for row in described}
+    columns = {field: _found(field, mapping.get(field), types, source) for field in FIELDS}
+    missing = [field for field in ("anchor", "positive") if not columns[field]]
+    if not columns["negative"] and not columns["label"]:
+        missing.append("negative")
+    if missing:
+        listed = ", ".join(list(types)[:_LISTED]) + (", …" if len(types) > _LISTED else "")
+        example = ",".join(f"{field}=COLUMN" for field in missing)
+        raise InputError(
+            f"no column is known to hold the {' or the '.join(missing)}; there are: {listed}",
+            file=str(source),
+            remedy=f"Say which: --columns {example} (a file of labelled documents: positive=COLUMN,label=COLUMN)",
+        )
+    if columns["label"] and columns["negative"]:
+        columns["label"] = []
+    return Layout(files, columns)
+
+
+def quoted(name: str) -> str:
+    """A name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quoted_path(path: Path) -> str:
+    """A path within single quotes in SQL."""
+    return str(path).replace("'", "''")
+
+
+def _files(source: Path) -> list[Path]:
+    if not source.exists():
+        raise InputError("there is no such file", file=str(source), remedy="Mend the path")
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if not files:
+        raise InputError("the folder holds no .parquet file", file=str(source), remedy="Name a file, or mine first")
+    return files
+
+
+def _text_table(source: Path) -> str:
+    name = source.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return f"read_json('{quoted_path(source)}', format='newline_delimited', maximum_object_size=268435456)"
+    if name.endswith((".csv", ".tsv")):
+        return f"read_csv('{quoted_path(source)}', header=true, max_line_size=67108864)"
+    raise InputError("expected .parquet, .jsonl, .jsonl.gz, .csv or .tsv", file=str(source))
+
+
+def _found(field: str, wanted: str | None, types: Mapping[str, str], source: Path) -> list[tuple[str, bool]]:
+    names = (wanted,) if wanted is not None else FIELDS[field]
+    for name in names:
+        pattern = re.compile("(\\d+)".join(map(re.escape, name.split("#"))))
+        numbered = [(match, column) for column in types if (match := pattern.fullmatch(column))]
+        numbered.sort(key=lambda item: [int(number) for number in item[0].groups()])
+        if numbered:
+            return [(column, _is_list(field, column, types[column], source)) for _, column in numbered]
+    if wanted is not None:
+        raise InputError(
+            f"there is no column '{wanted}' for the {field}; there are: {', '.join(list(types)[:_LISTED])}",
+            file=str(source),
+            field=f"--columns {field}",
+        )
+    return []
+
+
+def _is_list(field: str, column: str, kind: str, source: Path) -> bool:
+    one = field in ("anchor", "anchor_id")
+    if kind.startswith(("STRUCT", "MAP")) or kind.endswith("[][]") or ("STRUCT" in kind) or (one and "[]" in kind):
+        wanted = "a text" if one else "texts, numbers, or lists of them"
+        raise InputError(
+            f"holds {kind}, expected {wanted} for the {field}",
+            file=str(source),
+            field=column,
+            remedy="Flatten it, or name another column with --columns",
+        )
+    return kind.endswith("]")

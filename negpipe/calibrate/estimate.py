@@ -1,0 +1,254 @@
+"""Leak, hardness and coverage of every setting, with an interval for the leak.
+
+leak = suspects taken / negatives taken, over all trials. For `random` both are expectations: of a pool of w
+candidates with h suspects it takes min(n, w), of which min(n, w) * h / w are suspects (the mean of the
+hypergeometric distribution). For `simans` and `weighted`, whose chances have no closed form, it is the mean of
+16 draws. The interval is the percentile bootstrap over anchors (Efron and Tibshirani, 1993, chapter 13): anchors
+are drawn with replacement, all trials of an anchor together, the same draws for every setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe import mining
+from negpipe.calibrate.grid import Setting
+from negpipe.calibrate.trials import Trials
+from negpipe.config import Config
+from negpipe.mining import Fate
+from negpipe.selection import Selector
+from negpipe.tables import Rows, within
+
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+DRAWS = 16
+_RESAMPLES = 1000
+_AT_ONCE = 50  # resamples
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one setting does. Numbers that nothing was taken for are None.
+
+    Attributes:
+        leak: share of false negatives among those taken; `lo` and `hi` hold it with 95 % confidence.
+        leaking: anchors of which at least a part of a false negative is expected to be taken.
+        negatives: expected number of negatives taken.
+        score, rank: means over them; ranks are raw, 0-based.
+        distance: mean of the positive's score less theirs.
+        coverage: share of the anchors that get all their negatives, whichever positive is shown.
+    """
+
+    setting: Setting
+    leak: float | None
+    lo: float | None
+    hi: float | None
+    leaking: int
+    negatives: float
+    score: float | None
+    rank: float | None
+    distance: float | None
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All settings on the same trials.
+
+    Attributes:
+        method: a name in `METHODS`.
+        anchors: anchors that were tried, of `all_anchors`.
+        trials: how often an anchor was tried, in all.
+        num_negatives: wanted each time.
+        estimates: the config's own setting first.
+    """
+
+    method: str
+    anchors: int
+    all_anchors: int
+    trials: int
+    num_negatives: int
+    estimates: list[Estimate]
+
+
+def calibrate(
+    config: Config,
+    corpus: Rows,
+    slices: Iterable[Trials],
+    settings: Sequence[Setting],
+    *,
+    method: str,
+    all_anchors: int,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """Try every setting on every trial.
+
+    Args:
+        config: a resolved one; what a setting does not name is taken from it.
+        corpus: ingest's documents.
+        slices: trials of a slice of anchors each.
+        settings: what to try.
+        method: how the trials were made.
+        all_anchors: anchors of the run.
+        threads: threads that compare texts. Changes no result.
+        progress: called with trials that are done.
+    """
+    selectors = [_selectors(config, setting, corpus, threads) for setting in settings]
+    sums = np.zeros((len(settings), len(_SUMS)))
+    pieces: list[npt.NDArray[np.float32]] = []
+    done = 0
+    for trials in slices:
+        anchors, trials_of = np.unique(trials.anchor, return_inverse=True)
+        # For each setting and anchor: suspects taken, negatives taken, trials that lack negatives.
+        table = np.zeros((len(settings), 3, len(anchors)))
+        first = 0
+        for piece in trials.pieces():
+            owner = trials_of[first : first + len(piece.anchor)]
+            first += len(piece.anchor)
+            for number, (setting, some) in enumerate(zip(settings, selectors, strict=True)):
+                suspects, taken, short, totals = _tried(piece, corpus, some, setting, config.mining.num_negatives)
+                sums[number] += totals
+                for row, values in enumerate((suspects, taken, short)):
+                    table[number, row] += np.bincount(owner, values, minlength=len(anchors))
+            progress(len(piece.anchor))
+        pieces.append(table.astype(np.float32))
+        done += first
+    by_anchor = np.concatenate([np.zeros((len(settings), 3, 0), np.float32), *pieces], axis=2)
+    intervals = bootstrap(by_anchor[:, 0], by_anchor[:, 1], config.seed)
+    estimates = [
+        _estimate(setting, own, total, interval)
+        for setting, own, total, interval in zip(settings, by_anchor, sums, intervals, strict=True)
+    ]
+    return Calibration(method, by_anchor.shape[2], all_anchors, done, config.mining.num_negatives, estimates)
+
+
+def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32], seed: int) -> Doubles:
+    """95 % percentile intervals of sum(suspects) / sum(taken), resampling columns.
+
+    Args:
+        suspects: (s, a), for s settings and a anchors; taken alike.
+        seed: of the resampling.
+
+    Returns:
+        (s, 2) float64, NaN where nothing is taken.
+    """
+    anchors = suspects.shape[1]
+    if not anchors:
+        return np.full((len(suspects), 2), np.nan)
+    random = np.random.default_rng(seed)
+    leaks = []
+    for _ in range(0, _RESAMPLES, _AT_ONCE):
+        drawn = random.integers(anchors, size=(_AT_ONCE, anchors))
+        times = np.stack([np.bincount(one, minlength=anchors) for one in drawn], axis=1).astype(np.float32)
+        total = taken @ times
+        leaks.append(np.divide(suspects @ times, total, out=np.full_like(total, np.nan), where=total > 0))
+    every = np.concatenate(leaks, axis=1).astype(np.float64)
+    filled = ~np.isnan(every).all(axis=1)
+    intervals = np.full((len(suspects), 2), np.nan)
+    intervals[filled] = np.nanpercentile(every[filled], [2.5, 97.5], axis=1).T
+    return intervals
+
+
+def to_table(calibration: Calibration) -> pa.Table:
+    """A row a setting, with how it was estimated beside it."""
+    fixed = {
+        "method": calibration.method,
+        "anchors": calibration.anchors,
+        "trials": calibration.trials,
+        "num_negatives": calibration.num_negatives,
+    }
+    rows = []
+    for estimate in calibration.estimates:
+        row = asdict(estimate)
+        rows.append({**row.pop("setting"), **row, **fixed})
+    schema = {
+        **dict.fromkeys(("range_min", "range_max"), pa.int64()),
+        "sampling_strategy": pa.string(),
+        **dict.fromkeys(("relative_margin", "absolute_margin", "max_score", "leak", "lo", "hi"), pa.float64()),
+        "leaking": pa.int64(),
+        **dict.fromkeys(("negatives", "score", "rank", "distance", "coverage"), pa.float64()),
+        "method": pa.string(),
+        **dict.fromkeys(("anchors", "trials", "num_negatives"), pa.int64()),
+    }
+    return pa.Table.from_pylist(rows, schema=pa.schema(schema))
+
+
+_SUMS = ("score", "rank", "distance", "referred")
+"""Sums over the negatives taken; the last counts those with a positive's score to be distant from."""
+
+
+def _selectors(config: Config, setting: Setting, corpus: Rows, threads: int) -> list[Selector]:
+    """The selection of one setting, once for each draw; for `random` it takes the whole pool."""
+    applied = setting.applied(config)
+    draws = 1
+    if setting.sampling_strategy == "random":
+        width = setting.range_max - setting.range_min
+        changes = {"sampling_strategy": "top", "num_negatives": width}
+        applied = applied.model_copy(update={"mining": applied.mining.model_copy(update=changes)})
+    elif setting.sampling_strategy != "top":
+        draws = DRAWS
+    seeded = (applied.model_copy(update={"seed": applied.seed + draw}) for draw in range(draws))
+    # Random negatives are left out, so nothing needs the number of documents that can be candidates.
+    return [Selector(one, corpus, searchable=len(corpus), threads=threads) for one in seeded]
+
+
+def _tried(
+    trials: Trials, corpus: Rows, selectors: Sequence[Selector], setting: Setting, wanted: int
+) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+    """Of each trial: suspects taken, negatives taken, whether it lacks some; and the sums over all negatives."""
+    suspects, taken, short = (np.zeros(len(trials.anchor)) for _ in range(3))
+    sums = np.zeros(len(_SUMS))
+    for selector in selectors:
+        choice = selector.choose(trials.anchors, trials.found)
+        chosen = choice.fates == Fate.TAKEN
+        unit, column = np.nonzero(chosen)
+        trial = choice.anchor[unit]  # with `margin_reference: each` a trial may have several units
+        pool = chosen.sum(axis=1)
+        share = np.minimum(1.0, wanted / np.maximum(1, pool)) if setting.sampling_strategy == "random" else 1.0
+        weight = np.broadcast_to(share, pool.shape)
+        false = _suspected(trial, corpus.numbers("normalized", choice.rows[unit, column]), trials)
+        suspects += np.bincount(trial, false * weight[unit], minlength=len(suspects))
+        taken += np.bincount(trial, weight[unit], minlength=len(taken))
+        short += np.bincount(choice.anchor, pool < wanted, minlength=len(short))
+        scores, reference = choice.scores[unit, column].astype(np.float64), choice.reference[unit]
+        referred = np.isfinite(reference)
+        distance = np.where(referred, reference - scores, 0.0)
+        sums += [float(weight[unit] @ values) for values in (scores, column, distance, referred)]
+    count = len(selectors)
+    return suspects / count, taken / count, short / count, sums / count
+
+
+def _suspected(trial: Ints, texts: npt.NDArray[np.uint64], trials: Trials) -> Mask:
+    """Whether each text is a suspect of its trial; trials ascending."""
+    lengths = np.bincount(trial, minlength=len(trials.anchor))
+    place = within(lengths)
+    block = np.zeros((len(lengths), int(lengths.max(initial=0))), np.uint64)
+    block[trial, place] = texts
+    return mining.contains(block, trials.suspects, trials.offsets)[trial, place]
+
+
+def _estimate(setting: Setting, own: npt.NDArray[np.float32], sums: Doubles, interval: Doubles) -> Estimate:
+    suspects, taken, short = own.astype(np.float64)
+    total = float(taken.sum())
+    score, rank, distance, referred = sums.tolist()
+    lo, hi = (None if np.isnan(value) else float(value) for value in interval)
+    return Estimate(
+        setting=setting,
+        leak=float(suspects.sum()) / total if total else None,
+        lo=lo,
+        hi=hi,
+        leaking=int(np.count_nonzero(suspects)),
+        negatives=total,
+        score=score / total if total else None,
+        rank=rank / total if total else None,
+        distance=distance / referred if referred else None,
+        coverage=float(np.mean(short == 0)) if len(short) else 0.0,
+    )

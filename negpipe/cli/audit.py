@@ -1,0 +1,96 @@
+"""`negpipe audit`: check training rows, and stop what would train on bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import DebugOption, SetOption, app
+
+# Spelled out, since the checks are imported only when the command runs; a test compares.
+_HELP = """Check every training row of a run, or of any miner's file: is a negative a positive, twice there, unscored?
+
+Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what is looked at may be found):
+
+- positive: positive_id, positive_text, positive_normalized, shared_anchor (a positive of an anchor with the same text)
+- duplicate: near_duplicate (of a positive), repeated_negative, duplicate_row
+- score: non_finite, above_positive
+- text: anchor_text (the negative is the anchor's own), empty_text
+- shortage, missing_id, hub (a document is the negative of unusually many anchors)
+- any: all of them
+
+A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a
+CONFIG where one is given. Columns are found by usual names (anchor or query, positive or pos, negative or neg or
+negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number.
+Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score.
+
+Exit code 1 when a chosen check fails.
+
+Example: negpipe audit scifact.yaml --fail-on positive,duplicate,shortage=0.05
+
+Example: negpipe audit --file mined.jsonl --columns anchor=question,positive=pos,negative=hard_# --fail-on positive
+"""
+
+
+@app.command(help=_HELP)
+def audit(
+    config: Annotated[
+        str | None, typer.Argument(help="Config file, or its name in configs/.", metavar="[CONFIG]", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Rows of any miner: .parquet, .jsonl, .jsonl.gz, .csv, .tsv, or a folder of .parquet."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Which column holds what.", metavar="FIELD=COLUMN,…", show_default=False)
+    ] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Checks that make the exit code 1.", metavar="CHECKS", show_default=False)
+    ] = None,
+    near: Annotated[float, typer.Option(min=0.01, max=1, help="Similarity that makes a near duplicate.")] = 0.9,
+    negatives: Annotated[
+        int | None, typer.Option(min=1, help="Negatives wanted; by default as many as the config, or most, have.")
+    ] = None,
+    hub_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the anchors that makes a hub; at least 10 of them.")
+    ] = 0.01,
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each finding.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings as JSON.")] = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    from negpipe import console, reviews
+    from negpipe.audit import Options, policy
+    from negpipe.cli import tables
+    from negpipe.config import load_config
+    from negpipe.errors import NegpipeError
+    from negpipe.storage import write_json
+
+    console.set_up_logging("plain", debug=debug)
+    chosen = policy(fail_on)
+    options = Options(columns=_columns(columns), near=near, negatives=negatives, hub_share=hub_share, examples=examples)
+    settings = load_config(config, overrides) if config else None
+    found = reviews.audit_rows(settings, options, file)
+    if json_file is not None:
+        write_json(json_file, found.document())
+    failed = chosen.failed(found.findings)
+    tables.show_audit(found, {one.check for one in failed})
+    if failed:
+        listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)
+        raise NegpipeError(f"the audit of {found.source} failed: {listed}")
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    from negpipe.errors import ConfigError
+
+    mapping: dict[str, str] = {}
+    for item in text.split(",") if text else []:
+        field, equals, column = (part.strip() for part in item.partition("="))
+        if not equals or not column or not field:
+            raise ConfigError(f"--columns {text}: expected FIELD=COLUMN, for example anchor=query,negative=neg")
+        if field in mapping:
+            raise ConfigError(f"--columns {text}: '{field}' is there twice; negative_# means negative_1, negative_2 …")
+        mapping[field] = column
+    return mapping

@@ -1,0 +1,145 @@
+"""Commands about the encoder and the settings that suit it: `quality` and `calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+
+_NUMBERS = "Comma-separated, or none."
+
+
+@app.command()
+def quality(
+    config: ConfigArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    debug: DebugOption = False,
+) -> None:
+    """Say how well the encoder finds the positives, and how far negatives are from them. Runs no stage.
+
+    Recall, MRR, nDCG and MAP on the anchors against the qrels; ranks of the positives; scores of positives, negatives
+    and random pairs.
+
+    Example: negpipe quality quickstart.yaml
+    """
+    import dataclasses
+    import json
+
+    from negpipe import console, reviews
+    from negpipe.cli import tables
+    from negpipe.config import load_config
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    found = reviews.measure_quality(load_config(config, overrides), reporter=console.reporter(log_format))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    else:
+        tables.show_quality(found)
+
+
+@app.command()
+def calibrate(
+    config: ConfigArgument,
+    coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of anchors that are to get all their negatives.")
+    ] = 0.9,
+    max_leak: Annotated[
+        float, typer.Option(min=0, max=1, help="Leak that is allowed: the upper end of its 95 % interval.")
+    ] = 0.05,
+    range_min: Annotated[str | None, typer.Option(help=f"Starts of the window to try. {_NUMBERS}")] = None,
+    relative_margin: Annotated[str | None, typer.Option(help=f"Relative margins to try. {_NUMBERS}")] = None,
+    absolute_margin: Annotated[str | None, typer.Option(help=f"Absolute margins to try. {_NUMBERS}")] = None,
+    max_score: Annotated[str | None, typer.Option(help=f"Highest scores to try. {_NUMBERS}")] = None,
+    sampling: Annotated[str | None, typer.Option(help="Of top, random, simans, weighted; comma-separated.")] = None,
+    near_anchors: Annotated[
+        float | None, typer.Option(help="Stand-in: count positives of anchors from this cosine on.", metavar="COSINE")
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Option(help="Stand-in: count what this run's model ranks above the positive.", metavar="CONFIG"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw leak against hardness: NAME.svg or NAME.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    debug: DebugOption = False,
+) -> None:
+    """Say which margins and windows suit this encoder: how many false negatives each setting takes. Runs no stage.
+
+    Of anchors with several positives one is shown, the others are hidden: leak is the share of hidden positives among
+    the negatives taken. Tried with every start of the window, every strategy, and every cutoff alone; what is not tried
+    is the config's. Writes RUN_DIR/calibration.parquet.
+
+    Example: negpipe calibrate scifact.yaml --coverage 0.95 --relative-margin 0.02,0.05,0.1 --plot leak.svg
+    """
+    import dataclasses
+    import json
+
+    from negpipe import console, reviews
+    from negpipe.calibrate import grid, recommend
+    from negpipe.cli import tables
+    from negpipe.config import load_config
+    from negpipe.errors import ConfigError
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    if near_anchors is not None and second is not None:
+        raise ConfigError("--near-anchors and --second are two ways to estimate: take one")
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise ConfigError(f"--plot {plot}: expected a name that ends in .svg or .png")
+    given = {
+        "range_min": _numbers("--range-min", range_min, int),
+        "relative_margin": _numbers("--relative-margin", relative_margin),
+        "absolute_margin": _numbers("--absolute-margin", absolute_margin),
+        "max_score": _numbers("--max-score", max_score),
+        "sampling": _strategies(sampling),
+    }
+    tried: dict[str, Any] = {name: values for name, values in given.items() if values is not None}
+    settings = load_config(config, overrides)
+    made = reviews.calibrate_settings(
+        settings,
+        lambda resolved: grid(resolved, **tried),
+        near=near_anchors,
+        second=load_config(second) if second else None,
+        reporter=console.reporter(log_format),
+    )
+    advice = recommend(made, coverage=coverage, max_leak=max_leak)
+    if plot is not None:
+        reviews.plot_leak(plot, made, advice)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"calibration": dataclasses.asdict(made), "recommendation": dataclasses.asdict(advice)}, allow_nan=False
+            )
+        )
+    else:
+        tables.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
+        where = [settings.run_dir / reviews.CALIBRATION, *([plot] if plot else [])]
+        console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
+
+
+def _numbers(option: str, text: str | None, kind: type[int] | type[float] = float) -> list[float] | None:
+    from negpipe.errors import ConfigError
+
+    if text is None:
+        return None
+    if text == "none":
+        return []
+    try:
+        return [kind(value) for value in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected numbers with commas between them, such as 0,5,10") from None
+
+
+def _strategies(text: str | None) -> list[str] | None:
+    from negpipe.errors import ConfigError
+
+    names = None if text is None else text.split(",")
+    for name in names or ():
+        if name not in ("top", "random", "simans", "weighted"):
+            raise ConfigError(f"--sampling {text}: '{name}' is none of top, random, simans, weighted")
+    return names

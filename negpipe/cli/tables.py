@@ -1,0 +1,142 @@
+"""Tables of what was judged: quality, calibration and audit, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from negpipe.audit import Audit
+from negpipe.calibrate import METHODS, Calibration, Estimate, Recommendation
+from negpipe.calibrate.recommend import percent
+from negpipe.console import clean_text, out
+from negpipe.quality import Distribution, Quality
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table without borders; columns after the first are aligned to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left")
+    return made
+
+
+def show_quality(found: Quality) -> None:
+    """Metrics, ranks of the positives, and scores."""
+    metrics = table(f"{found.anchors:,} anchors, {found.positives:,} positives, depth {found.depth}", "metric", "mean")
+    for name, value in found.metrics.items():
+        metrics.add_row(name, f"{value:.4f}")
+    out.print(metrics)
+    ranks = table("\nRanks of the positives", "rank", "positives", "share")
+    for name, count in found.ranks.items():
+        ranks.add_row(name, f"{count:,}", f"{count / max(1, found.positives):.1%}")
+    out.print(ranks)
+    scores = table("\nScores", "", "count", "mean", "std", "p5", "p25", "p50", "p75", "p95")
+    for name, values in found.scores.items():
+        scores.add_row(name, *_spread(values))
+    out.print(scores)
+    median = f"beyond {found.depth}" if found.median_rank is None else str(found.median_rank)
+    lines = [f"The median positive stands at rank {median}."]
+    if found.outscored is not None:
+        lines.append(f"{found.outscored:.1%} of the negatives score above their positive.")
+    if found.separation is not None:
+        lines.append(f"A positive scores above a random document in {found.separation:.1%} of cases.")
+    out.print("\n" + "\n".join(lines), markup=False)
+
+
+def _spread(values: Distribution) -> list[str]:
+    numbers = [values.mean, values.std, *values.quantiles.values()]
+    return [f"{values.count:,}", *("" if number is None else f"{number:.3f}" for number in numbers)]
+
+
+def show_calibration(made: Calibration, advice: Recommendation, *, coverage: float, max_leak: float) -> None:
+    """Every setting, then what is recommended."""
+    out.print(f"{METHODS[made.method]}\n", markup=False)
+    title = f"{made.anchors:,} of {made.all_anchors:,} anchors, {made.trials:,} trials, {made.num_negatives} negatives"
+    rows = table(title, "sampling", "from", "cutoff", "leak", "lo", "hi", "score", "rank", "below", "cover", "")
+    rows.padding = (0, 1, 0, 0)
+    for column in rows.columns:
+        column.no_wrap = True
+    rows.columns[2].justify = rows.columns[-1].justify = "left"
+    for number, one in enumerate(made.estimates):
+        note = (
+            "chosen" if one is advice.chosen else "config" if not number else "front" if one in advice.frontier else ""
+        )
+        style = "bold green" if one is advice.chosen else "" if one.coverage >= coverage else "dim"
+        rows.add_row(*_cells(one), note, style=style)
+    out.print(rows)
+    out.print(
+        "\nfrom: range_min. leak, lo, hi: share of false negatives and its 95 % interval. score, rank: of the"
+        " negatives taken. below: how far below the positive. cover: anchors that get all their negatives, whichever"
+        " positive is shown, from the stored candidates alone. front: nothing is harder without leaking more.",
+        style="dim",
+    )
+    if advice.chosen is None:
+        best = max(one.coverage for one in made.estimates)
+        out.print(
+            f"\nNo setting gives {coverage:.0%} of the anchors all their negatives, the best gives {best:.1%}:"
+            " ask for fewer negatives, lower --coverage, or store deeper candidates (search.depth)"
+        )
+        return
+    why = (
+        f"the hardest whose leak stays within {max_leak:.1%}"
+        if advice.allowed
+        else f"the one that leaks least: none stays within {max_leak:.1%}"
+    )
+    out.print(f"\nRecommended at a coverage of {coverage:.0%}: {why}")
+    for line in advice.sure:
+        out.print(f"- {line}", markup=False)
+    out.print(f"\n{advice.chosen.setting.yaml()}", markup=False)
+
+
+def _cells(one: Estimate) -> list[str]:
+    setting = one.setting
+
+    def shown(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return [
+        setting.sampling_strategy,
+        str(setting.range_min),
+        setting.cutoff,
+        *(percent(share) for share in (one.leak, one.lo, one.hi)),
+        shown(one.score, 3),
+        shown(one.rank, 0),
+        shown(one.distance, 3),
+        percent(one.coverage),
+    ]
+
+
+def show_audit(found: Audit, failed: set[str]) -> None:
+    """Counts of every check, and examples of what was found."""
+    compared = "the qrels and each other" if found.qrels else "each other (no qrels: name a CONFIG to compare to them)"
+    out.print(
+        f"{found.source}: {found.rows:,} rows, {found.anchors:,} anchors, {found.positives:,} positives and"
+        f" {found.negatives:,} negatives, compared to {compared}\n",
+        markup=False,
+    )
+    rows = table("", "check", "found", "share", "of", "")
+    rows.title = None
+    rows.columns[4].justify = "left"
+    for one in found.findings:
+        style = "bold red" if one.check in failed else "yellow" if one.count else ""
+        if one.of:
+            rows.add_row(one.check, f"{one.count:,}", f"{one.share:.2%}", f"{one.of:,}", one.unit, style=style)
+        else:
+            rows.add_row(one.check, "", "", "", "not checked: no such column", style="dim")
+    out.print(rows)
+    for one in found.findings:
+        if one.examples:
+            out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)
+            for example in one.examples:
+                out.print(clean_text(_example(example), 200), markup=False)
+
+
+def _example(example: dict[str, Any]) -> str:
+    row = f"  row {example['row']}" if "row" in example else " "
+    named = (
+        f"{side} {example.get(f'{side}_id', '')} {clean_text(example.get(side, ''), 70)}".strip()
+        for side in ("anchor", "document")
+        if side in example or f"{side}_id" in example
+    )
+    return ": ".join(filter(None, [row, " | ".join(filter(None, [example.get("detail", ""), *named]))]))

@@ -1,0 +1,110 @@
+"""Dropping what is not as it was written, and what was made from it, so that the run that follows makes it again.
+
+Readers compare sizes and headers only, so a byte that changed under the same size may have been read before
+anybody finds it. Whatever may have read it goes with it; what cannot have is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from negpipe import publication
+from negpipe.errors import DamagedError
+from negpipe.manifest import Books, File, Manifest
+from negpipe.stage import Context, Stage
+from negpipe.state import identity_of
+
+logger = logging.getLogger(__name__)
+
+
+def damaged(
+    run_dir: Path, files: Iterable[File], progress: Callable[[int], None] = lambda _: None
+) -> list[tuple[File, str]]:
+    """The files that are not as they were written, and what is wrong; each is read whole, several at a time.
+
+    `progress` gets the bytes of every file that was read.
+    """
+
+    def check(file: File) -> tuple[File, str | None]:
+        problem = file.problem(run_dir, full=True)
+        progress(file.bytes)
+        return file, problem
+
+    with ThreadPoolExecutor() as pool:
+        return [(file, problem) for file, problem in pool.map(check, files) if problem]
+
+
+def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str]:
+    """Drop a stage's parts that are damaged or may come from untrusted files, those of superseded settings too.
+
+    Args:
+        stage: one whose inputs are complete.
+        context: with the manifests of the stages before it.
+        untrusted: files that held other content than was written, relative to the run directory.
+
+    Returns:
+        such files of this stage.
+    """
+    run_dir, books = context.run_dir, Books(context.run_dir, stage.name)
+    sound = _sound(stage, context, untrusted)
+    manifest = _readable(books)
+    listed = manifest.parts if manifest else ()
+    wrong = damaged(run_dir, [file for part in listed for file in part.files])
+    kept = {part.key for part in listed}
+    if wrong or not all(map(sound, kept)):
+        kept = set()
+    if not kept:
+        books.manifest_path.unlink(missing_ok=True)
+        if stage.swapped and (shown := publication.published(run_dir, stage.name)):
+            publication.prepare(run_dir, stage.name, shown)  # back to where the parts' records say they are
+    suspects = 0
+    for path in books.sidecars():
+        part = books.record(path.stem)
+        if part is None:
+            logger.warning("%s: %s cannot be read: dropped", stage.name, path)
+            path.unlink()
+        elif part.key not in kept:
+            found = damaged(run_dir, part.files)
+            if found or not sound(part.key):
+                suspects += not found
+                path.unlink()
+                for file in part.files:
+                    (run_dir / file.path).unlink(missing_ok=True)
+            wrong += [each for each in found if each not in wrong]
+    for _, problem in wrong:
+        logger.warning("%s: %s: made again", stage.name, problem)
+    if suspects:
+        logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
+    return {file.path for file, problem in wrong if "other content" in problem}
+
+
+def _readable(books: Books) -> Manifest | None:
+    try:
+        return books.manifest()
+    except DamagedError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _sound(stage: Stage, context: Context, untrusted: set[str]) -> Callable[[str], bool]:
+    """Whether the part of a key cannot come from an untrusted file."""
+    if not untrusted or not stage.inputs:
+        return lambda _: True
+    context = replace(context, key=identity_of(stage, context).key)
+    read_by_all = {file.path for part in stage.shared(context) for file in part.files}
+    keys = {task.key for task in stage.plan(context) if untrusted.isdisjoint(_paths(task.payload))}
+    return lambda key: key in keys and untrusted.isdisjoint(read_by_all)
+
+
+def _paths(payload: Any) -> Iterator[str]:
+    """Every text in a task's payload: what it reads is among them."""
+    if isinstance(payload, str):
+        yield payload
+    elif isinstance(payload, dict | list):
+        for value in payload.values() if isinstance(payload, dict) else payload:
+            yield from _paths(value)

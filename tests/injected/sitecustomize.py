@@ -1,0 +1,92 @@
+"""What befalls the processes of a run under torture, its workers included; `BLOW` in the environment says what.
+
+Python imports this module when it starts with this folder on PYTHONPATH. The package knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+BLOW: dict[str, Any] = json.loads(os.environ.get("BLOW", "{}"))
+_fsync, _replace, _time = os.fsync, os.replace, time.time
+_seen = 0
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """Stage and kind of what is written: part, sidecar or manifest."""
+    if ".negpipe" in path.parts:
+        return path.parent.name, {"manifest.json": "manifest"}.get(path.name, "sidecar")
+    folder = path.parent.name
+    return ("triplets" if folder.startswith((".triplets-", "ledger", "deeper")) else folder), "part"
+
+
+def _due(path: Path) -> bool:
+    global _seen  # noqa: PLW0603
+    if _place(path) != (BLOW["stage"], BLOW["what"]):
+        return False
+    _seen += 1
+    return _seen == BLOW["nth"]
+
+
+def _die() -> NoReturn:
+    os.killpg(0, signal.SIGKILL)
+    raise SystemExit
+
+
+def _struck_fsync(handle: int) -> None:
+    path = Path(f"/proc/self/fd/{handle}").readlink()
+    if path.suffix == ".tmp" and _due(path):
+        if BLOW["boundary"] == "memory":
+            _use_up_memory()
+        else:
+            # What a blow before or within the write leaves: nothing of the file, or half of it.
+            os.truncate(path, 0 if BLOW["boundary"] == "before write" else path.stat().st_size // 2)
+            _die()
+    _fsync(handle)
+
+
+def _use_up_memory() -> None:
+    """Once a file is named: for the first that asks. Without one: for everybody."""
+    if once := BLOW.get("once"):
+        try:
+            os.close(os.open(once, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    bytearray(1 << 60)
+
+
+def _struck_replace(source: Any, target: Any, **rest: Any) -> None:
+    due = _due(Path(target))
+    if due and BLOW["boundary"] == "before rename":
+        _die()
+    _replace(source, target, **rest)
+    if due:
+        _die()
+
+
+if BLOW.get("boundary") in ("before write", "mid-write", "memory"):
+    os.fsync = _struck_fsync
+elif BLOW.get("boundary") in ("before rename", "after rename"):
+    os.replace = _struck_replace  # type: ignore[assignment]
+if BLOW.get("locks") == "given to everybody":
+    fcntl.flock = lambda handle, how: None
+elif BLOW.get("locks") == "not there":
+
+    def _flock(handle: int, how: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = _flock  # type: ignore[assignment]
+if "clock" in BLOW:
+    time.time = lambda: _time() + BLOW["clock"]
+if "address_space" in BLOW and "negpipe.worker" in sys.orig_argv:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (BLOW["address_space"],) * 2)
