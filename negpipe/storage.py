@@ -104,13 +104,22 @@ def abandoned(path: Path) -> bool:
     if named[2] != owner().partition("@")[2]:
         newest = max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
         return time.time() - newest > _DAY
+    return not _alive(int(named[1]))
+
+
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(named[1]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
-        pass
-    return False
+        return True
+    try:
+        # In a container without an init process, the dead stay listed: state Z.
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state not in ("Z", "X")
 
 
 def publish(

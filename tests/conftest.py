@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from beir_data import numbered_folder, precomputed_config, tricky_folder
@@ -19,6 +21,23 @@ import negpipe
 result = negpipe.mine(json.loads(sys.argv[1]))
 print(json.dumps([str(result.triplets), result.stats, result.ran]))
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="the tests marked torture at full size: make torture")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Add up what tests counted with `record_property("count: kills survived", 1)`."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name.startswith("count: "):
+                counts[name.removeprefix("count: ")] += value
+    if counts and terminalreporter.config.getoption("--torture"):
+        terminalreporter.section("torture")
+        for name, count in sorted(counts.items()):
+            terminalreporter.write_line(f"{name} {count:,}")
 
 
 @pytest.fixture(scope="session")

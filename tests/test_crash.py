@@ -4,17 +4,159 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from beir_data import numbered_folder, precomputed_config, tricky_folder
 from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
+from torture import (
+    WORKERS,
+    Boundary,
+    blow,
+    boundaries,
+    forget_from,
+    killed_after,
+    killed_at,
+    seconds_from,
+    survives,
+)
 
-from negpipe.errors import LockedError
+KILLS = 200  # at random moments
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All boundaries and KILLS moments with --torture, a few of each without."""
+    full = metafunc.config.getoption("--torture")
+    if "boundary" in metafunc.fixturenames:
+        every = list(boundaries())
+        metafunc.parametrize("boundary", every if full else every[3::11], ids=str)
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(KILLS) if full else (3, 4))
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest, undisturbed: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An undisturbed run to lose and to get back: of a model with --torture, of brought vectors without."""
+    if not request.config.getoption("--torture"):
+        return undisturbed
+    folder = tmp_path_factory.mktemp("whole")
+    run = Run(
+        {
+            "run_dir": str(folder / "run"),
+            "data": {"path": str(numbered_folder(folder / "beir", 240, 96)), "part_rows": 16},
+            "encoder": {"model": str(request.getfixturevalue("tiny")), "batch_size": 8, "passage_max_length": 32},
+            "mining": {"range_max": 40},
+            "executor": {"kind": "local", "workers": WORKERS},
+            "resources": {"cpus": 2},
+        }
+    )
+    assert run.command("mine")[0] == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def durations(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """Seconds that a run takes from a stage on, measured once."""
+    known: dict[str, float] = {}
+
+    def seconds(stage: str) -> float:
+        if stage not in known:
+            known[stage] = seconds_from(whole, stage, tmp_path_factory.mktemp(stage) / "run")
+        return known[stage]
+
+    return seconds
+
+
+def test_enough_parts_to_lose(whole: Run) -> None:
+    assert sum(len(whole.parts(stage)) for stage in STAGES) >= 40
+
+
+@pytest.mark.torture
+def test_killed_at_a_write_boundary(
+    boundary: Boundary, whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    run = whole.copied(tmp_path / "run")
+    forget_from(run, boundary.stage)
+    killed_at(run, boundary)
+    survives(run, whole, by_command=boundary.nth % 2 == 0)
+    record_property("count: kills survived", 1)
+
+
+@pytest.mark.torture
+def test_killed_at_a_random_moment(
+    seed: int,
+    whole: Run,
+    durations: Callable[[str], float],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    draw = random.Random(seed)
+    stage = STAGES[seed % len(STAGES)]
+    run = whole.copied(tmp_path / "run")
+    for _ in range(10):
+        forget_from(run, stage)
+        if killed_after(run, draw.uniform(0, durations(stage))):
+            break
+    else:
+        pytest.fail("the run was always over before it was killed")
+    survives(run, whole, by_command=draw.random() < 0.3)
+    record_property("count: kills survived", 1)
+
+
+# --- workers ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_out_of_memory_is_tried_again(undisturbed: Run, tmp_path: Path) -> None:
+    run = undisturbed.copied(tmp_path / "run")
+    forget_from(run, "search")
+    what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
+    code, _, log = run.command("search", "executor.workers=2", environment=blow(**what, once=str(tmp_path / "struck")))
+    assert code == 0, log
+    assert (tmp_path / "struck").exists()
+    run.mine()
+    assert run.content() == undisturbed.content()
+
+
+def test_a_task_that_never_fits_into_memory_is_named(undisturbed: Run, tmp_path: Path) -> None:
+    run = undisturbed.copied(tmp_path / "run")
+    forget_from(run, "search")
+    what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
+    code, _, log = run.command("search", "executor.workers=2", environment=blow(**what))
+    assert code == 1
+    log = log.replace("\n", "")
+    died = [part["key"] for part in undisturbed.parts("search") if f"part {part['key']} (candidates" in log]
+    assert len(died) == 1
+    assert "died 3 times, the last time by exit code 12 (out of memory?" in log
+    assert "MemoryError" in log
+    run.mine()
+    assert run.content() == undisturbed.content()
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_replaced(undisturbed: Run, tmp_path: Path) -> None:
+    run = undisturbed.at(tmp_path / "run")
+    run.mine(only="ingest")
+    for _ in range(10):
+        before = {part["key"] for part in run.committed("encode")}
+        process = run.start("encode", "executor.workers=2")
+        wait(process, run.begun("encode", len(before) + 2))
+        worker = max(run.committed("encode"), key=lambda part: part["key"] not in before)["provenance"]["pid"]
+        if Path(f"/proc/{worker}").exists():
+            os.kill(worker, signal.SIGKILL)
+        assert process.wait(PATIENCE) == 0
+        kill(process)
+        if len({part["provenance"]["pid"] for part in run.parts("encode") if part["key"] not in before}) > 1:
+            break
+        run.forget("encode")
+    else:
+        pytest.fail("the worker was always done before it could be killed")
+    run.mine()
+    assert run.content() == undisturbed.content()
 
 
 def committed_inodes(run: Run, stage: str) -> dict[str, int]:
@@ -26,24 +168,6 @@ def committed_inodes(run: Run, stage: str) -> dict[str, int]:
 def _published(path: str) -> str:
     folder, _, name = path.partition("/")
     return f"triplets/{name}" if folder.startswith(".triplets-") else path
-
-
-@pytest.mark.slow
-def test_sigkill_in_every_stage(undisturbed: Run, tmp_path: Path) -> None:
-    run = undisturbed.at(tmp_path / "run")
-    survivors: dict[str, int] = {}
-    for stage in STAGES:
-        process = interrupted(run, stage, how=kill)
-        assert process.returncode == -signal.SIGKILL
-        before = committed_inodes(run, stage)
-        assert 2 <= len(run.committed(stage)) < len(undisturbed.parts(stage))
-        assert len(undisturbed.parts(stage)) >= 5
-        survivors |= before
-    run.mine()
-    assert run.content() == undisturbed.content()
-    after = run.inodes()
-    assert {path: after.get(path) for path in survivors} == survivors
-    assert sorted(path.name for path in run.folder.iterdir()) == sorted([".negpipe", "ledger", *STAGES])
 
 
 @pytest.mark.slow
@@ -77,76 +201,6 @@ def test_sigkill_while_a_model_encodes_then_more_documents_and_another_instructi
     kept = encoded.items() & after.items()
     assert len(kept) >= corpus - 1
     assert not kept & {(path, encoded[path]) for path in anchors}
-
-
-@pytest.mark.slow
-def test_signals_and_a_dead_worker(undisturbed: Run, tmp_path: Path) -> None:
-    run = undisturbed.at(tmp_path / "run")
-
-    def terminate(process: subprocess.Popen[str]) -> None:
-        process.terminate()
-        process.wait(10)
-
-    def interrupt(process: subprocess.Popen[str]) -> None:
-        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C on a terminal does
-        process.wait(10)
-
-    assert interrupted(run, "encode", how=terminate).returncode == 143
-    assert "run the same command to go on" in run.log.read_text(encoding="utf-8")
-    assert interrupted(run, "encode", parts=8, how=interrupt).returncode == 130
-    assert not workers_of(run)
-
-    for _ in range(10):
-        before = {part["key"] for part in run.committed("encode")}
-        process = run.start("encode")
-        wait(process, run.begun("encode", len(before) + 2))
-        worker = max(run.committed("encode"), key=lambda part: part["key"] not in before)["provenance"]["pid"]
-        if Path(f"/proc/{worker}").exists():
-            os.kill(worker, signal.SIGKILL)
-        assert process.wait(PATIENCE) == 0
-        kill(process)
-        if len({part["provenance"]["pid"] for part in run.parts("encode") if part["key"] not in before}) > 1:
-            break
-        run.forget("encode")
-    else:
-        pytest.fail("the worker was always done before it could be killed")
-    run.mine()
-    assert run.content() == undisturbed.content()
-
-
-def workers_of(run: Run) -> list[int]:
-    """Processes still running that made parts of this run."""
-    made = {part["provenance"]["pid"] for stage in STAGES for part in run.committed(stage)} - {os.getpid()}
-    return [pid for pid in made if Path(f"/proc/{pid}").exists()]
-
-
-def test_one_process_at_a_time(undisturbed: Run, tmp_path: Path) -> None:
-    run = undisturbed.at(tmp_path / "run")
-    first = run.start("ingest")
-    try:
-        assert wait(first, run.begun("ingest", 1))
-        os.killpg(first.pid, signal.SIGSTOP)
-        second = Run(run.config)
-        with pytest.raises(LockedError, match=f"process {first.pid} on {platform.node()}, running since"):
-            second.mine()
-        other = undisturbed.at(run.folder)
-        code, _, log = _second_command(other, tmp_path)
-        assert code == 4
-        assert str(first.pid) in log
-        assert platform.node() in log
-    finally:
-        kill(first)
-    # Nobody let go of the lock: the holder is dead, so it is free.
-    run.mine()
-    assert run.content() == undisturbed.content()
-
-
-def _second_command(run: Run, folder: Path) -> tuple[int, str, str]:
-    config = folder / "second.yaml"
-    config.write_text(json.dumps(run.config), encoding="utf-8")
-    command = [sys.executable, "-m", "negpipe", "mine", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    return done.returncode, done.stdout, done.stderr
 
 
 # --- the swap of triplets/ --------------------------------------------------------------------------------
@@ -229,7 +283,7 @@ def test_clean_leaves_a_current_run_current(undisturbed: Run, tmp_path: Path) ->
     current = run.inodes()
     spare = {path for path in data_files(run) if str(path.relative_to(run.folder)) not in current}
     assert spare
-    code, output, _ = run.command("clean")
+    code, output, _ = run.command("clean", flags=["--yes"])
     assert code == 0
     assert "Freed" in output
     assert {str(path.relative_to(run.folder)) for path in data_files(run)} == set(current)
@@ -241,31 +295,3 @@ def test_clean_leaves_a_current_run_current(undisturbed: Run, tmp_path: Path) ->
 
 def data_files(run: Run) -> set[Path]:
     return {path for path in run.folder.rglob("*") if path.is_file() and ".negpipe" not in path.parts}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_truncated_file_is_seen_and_made_again(undisturbed: Run, tmp_path: Path, stage: str) -> None:
-    run = undisturbed.copied(tmp_path / "run")
-    before = run.inodes()
-    path = run.files(stage)[1]
-    os.truncate(path, path.stat().st_size - 1)
-    state = run.states()[stage]
-    assert state.state == "damaged"
-    assert str(path.relative_to(run.folder)) in state.reason
-    assert run.mine().ran == (stage,)
-    assert run.content() == undisturbed.content()
-    remade = {name for name, inode in run.inodes().items() if before[name] != inode}
-    assert str(path.relative_to(run.folder)) in remade
-    assert len(remade) <= 2  # the file, and in triplets the ledger that goes with it
-
-
-def test_verify_names_a_flipped_byte(undisturbed: Run, tmp_path: Path) -> None:
-    run = undisturbed.copied(tmp_path / "run")
-    path = run.files("search")[1]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    code, _, log = run.command("verify")
-    assert code == 5
-    assert str(path.relative_to(run.folder)) in log.replace("\n", "")
-    assert "1 of " in log

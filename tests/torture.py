@@ -102,10 +102,7 @@ def seconds_from(run: Run, stage: str, scratch: Path) -> float:
 
 def _whole(run: Run, file: dict[str, Any]) -> bool:
     path = run.folder / file["path"]
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == file["digest"]
-    except OSError:
-        return False
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == str(file["digest"])
 
 
 def truth(run: Run) -> dict[str, tuple[str, int]]:
@@ -143,7 +140,9 @@ def sidecars(run: Run) -> dict[str, int]:
 
 def begun(run: Run) -> int:
     """How many tasks were begun and not finished: the most files of a folder that no record names."""
-    named = {str(run.folder / file["path"]) for stage in STAGES for part in run.committed(stage) for file in part["files"]}
+    named = {
+        str(run.folder / file["path"]) for stage in STAGES for part in run.committed(stage) for file in part["files"]
+    }
     shown = {path.replace(f"/{Path(path).parent.name}/", "/triplets/") for path in named if "/.triplets-" in path}
     folders = [path for path in run.folder.iterdir() if path.is_dir() and path.name != ".negpipe"]
     counts = [sum(str(path) not in named | shown for path in folder.iterdir()) for folder in folders]
@@ -156,7 +155,7 @@ def survives(run: Run, undisturbed: Run, *, by_command: bool) -> None:
     assert begun(run) <= WORKERS
     before = sidecars(run)
     finished = {stage for stage, (state, _) in truth(run).items() if state == "current"}
-    whole = run.inodes(*finished)
+    kept = {stage: run.inodes(stage) for stage in finished}
     if by_command:
         code, _, log = run.command("mine", f"executor.workers={WORKERS}")
         assert code == 0, log
@@ -165,7 +164,7 @@ def survives(run: Run, undisturbed: Run, *, by_command: bool) -> None:
     assert run.content() == undisturbed.content()
     after = sidecars(run)
     assert {name: after[name] for name in before} == before
-    assert run.inodes(*finished) == whole
+    assert {stage: run.inodes(stage) for stage in finished} == kept
     assert not [path for path in run.folder.rglob("*") if path.name.endswith(".tmp") or path.name.startswith("spool-")]
     assert {path.name for path in run.folder.iterdir()} <= {".negpipe", "ledger", "deeper", *STAGES}
     assert status(run) == truth(run)

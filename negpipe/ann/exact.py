@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, scores_of
-from negpipe.ann.vectors import READ_ROWS, Floats, Ints, Vectors
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, product_below, rounding, scores_of
+from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
 _ANCHORS = 1024  # at most, of one search: large enough for its speed
 _BLOCK_ROWS = 131072  # at most, at a time: in small blocks FAISS spends its time on collecting the first few
 _SPARE = 16  # proposed beyond the depth, so that rounding leaves the last one behind the cut
-_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Found:
 
 def search_exact(
     anchors: Floats,
-    vectors: Vectors,
+    vectors: Vectors | Held,
     depth: int,
     *,
     positives: tuple[Ints, Ints],
@@ -116,7 +115,7 @@ def _scratch(proposed: int) -> int:
     return 4096 + 128 * proposed
 
 
-def _layout(anchors: int, vectors: Vectors, depth: int, memory: int, threads: int) -> tuple[int, int]:
+def _layout(anchors: int, vectors: Vectors | Held, depth: int, memory: int, threads: int) -> tuple[int, int]:
     """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`."""
     scratch = threads * _scratch(depth + _SPARE)
     width = min(_ANCHORS, max(1, memory // (4 * scratch)))
@@ -142,7 +141,7 @@ class _Block:
     longest: float  # the largest norm
 
     @classmethod
-    def load(cls, source: Vectors, first: int, vectors: Floats) -> _Block:
+    def load(cls, source: Vectors | Held, first: int, vectors: Floats) -> _Block:
         """Fill `vectors` with the rows from `first` on."""
         source.read(first, vectors)
         squares = np.einsum("ij,ij->i", vectors, vectors)
@@ -161,11 +160,8 @@ class _Tile:
     best: Keys = field(init=False)  # (w, depth); the worst key last, the others in any order
 
     def __post_init__(self) -> None:
-        width, dimension = self.anchors.shape
-        self.best = np.full((width, self.depth), NOTHING)
-        # Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
-        # d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
-        self.slack = np.linalg.norm(self.anchors.astype(np.float64), axis=1) * (dimension + 8) * 2.0**-23
+        self.best = np.full((len(self.anchors), self.depth), NOTHING)
+        self.rounding = rounding(self.anchors)
 
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
@@ -206,6 +202,4 @@ class _Tile:
 
     def _cut(self, best: Keys, chosen: Ints, block: _Block) -> Floats:
         """The product below which a row of the block cannot displace any of the best, or -inf."""
-        lowest = scores_of(best[:, -1]) - self.slack[chosen] * block.longest - _TINY
-        cut: Floats = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
-        return cut
+        return product_below(scores_of(best[:, -1]), self.rounding[chosen], block.longest)

@@ -9,6 +9,7 @@ from negpipe.ann.library import faiss
 from negpipe.ann.vectors import Floats, Ints
 
 Keys = NDArray[np.uint64]
+_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
 
@@ -51,3 +52,26 @@ def scores_of(keys: Keys) -> Floats:
 def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     """The bits of float32 numbers, changed so that as unsigned integers they fall where the numbers rise; and back."""
     return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def rounding(anchors: Floats) -> NDArray[np.float64]:
+    """(n,): how far two ways to compute an anchor's product with a vector of length 1 can be apart.
+
+    Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
+    d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
+    """
+    lengths: NDArray[np.float64] = np.linalg.norm(anchors.astype(np.float64), axis=1)
+    lengths *= (anchors.shape[1] + 8) * 2.0**-23
+    return lengths
+
+
+def product_below(scores: Floats, rounding: NDArray[np.float64], longest: float) -> Floats:
+    """(n,): where a product with a vector no longer than `longest` is less, the score is less than `scores`."""
+    below = scores - rounding * longest - _TINY
+    product: Floats = np.nextafter(below.astype(np.float32), np.float32(-np.inf))
+    return product
+
+
+def longest(vectors: Floats) -> float:
+    """The largest norm, inf or NaN where a vector is not finite."""
+    return float(np.sqrt(np.einsum("ij,ij->i", vectors, vectors).max(initial=0.0)))

@@ -62,6 +62,16 @@ class Vectors:
                     raise DamagedError(f"{file.path}: ends before row {stop - file.first}. Run `negpipe verify`")
                 out[row - start : stop - start] = values.reshape(-1, self.dimension)
 
+    def take(self, rows: Ints) -> Floats:
+        """Some rows, in the order given, as (len(rows), dimension) float32; reads no more than their pages."""
+        out = np.empty((len(rows), self.dimension), np.float32)
+        for file in self.files:
+            here = np.flatnonzero((rows >= file.first) & (rows < file.first + file.rows))
+            if len(here):
+                mapped = np.memmap(file.path, file.dtype, "r", file.offset, (file.rows, self.dimension))
+                out[here] = mapped[rows[here] - file.first]
+        return out
+
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
         """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
         for start in range(0, self.rows, rows):
@@ -73,6 +83,27 @@ class Vectors:
         """File and row in the file of a row, for messages."""
         file = next(file for file in self.files if row < file.first + file.rows)
         return f"{file.path}, row {row - file.first}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Vectors in memory, for what takes vectors in files: (rows, dimension) float32."""
+
+    values: Floats
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def dimension(self) -> int:
+        return int(self.values.shape[1])
+
+    def read(self, start: int, out: Floats) -> None:
+        out[:] = self.values[start : start + len(out)]
+
+    def place(self, row: int) -> str:
+        return f"vector {row}"
 
 
 def open_parts(paths: Sequence[Path]) -> Vectors:

@@ -141,7 +141,7 @@ def _files(source: Path) -> list[Path]:
 def _text_table(source: Path) -> str:
     name = source.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        return f"read_json('{quoted_path(source)}', format='newline_delimited', maximum_object_size=268435456)"
+        return f"read_json('{quoted_path(source)}', format='newline_delimited')"
     if name.endswith((".csv", ".tsv")):
         return f"read_csv('{quoted_path(source)}', header=true, max_line_size=67108864)"
     raise InputError("expected .parquet, .jsonl, .jsonl.gz, .csv or .tsv", file=str(source))

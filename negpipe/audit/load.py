@@ -60,7 +60,10 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
     for path in layout.files:
         table = f"read_parquet('{quoted_path(path)}', file_row_number=true)"
         parts.append(f"select {first} + file_row_number as row, {', '.join(columns)} from {table}")
-        first += pq.ParquetFile(path).metadata.num_rows
+        try:
+            first += pq.ParquetFile(path).metadata.num_rows
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"cannot be read: {error}", file=str(path)) from None
     if not first:
         raise InputError("holds no row", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
     # A view: texts are read again where they are needed, which is quicker than storing them.

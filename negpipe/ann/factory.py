@@ -1,0 +1,136 @@
+"""FAISS indexes by factory string: trained once, then filled shard by shard.
+
+Guarantees: the same bytes for any number of threads. An index is a trained, empty template and shards, each a whole
+FAISS index of consecutive rows whose ids start at 0: every shard is built within memory and by itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from negpipe.ann.exact import search_exact
+from negpipe.ann.library import faiss
+from negpipe.ann.vectors import Floats, Held, Vectors
+from negpipe.errors import ConfigError, DamagedError
+
+_TRAIN_THREADS = 2  # not the machine's: sums in another order would train another index
+_ROWS_A_LIST = 39  # fewer, and FAISS warns that its k-means is badly trained
+_ROWS_ADDED = 16384
+NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def make(kind: str, dimension: int) -> Any:
+    """An empty index for inner products.
+
+    Raises:
+        ConfigError: FAISS refuses the string.
+    """
+    try:
+        return faiss().index_factory(dimension, kind, faiss().METRIC_INNER_PRODUCT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).rsplit(":", 1)[-1].strip()
+        raise ConfigError(
+            f"index.kind {kind!r}: FAISS refuses it for vectors of dimension {dimension} ({reason})."
+            " Set flat, stream, auto, or a factory string such as IVF1024,Flat"
+        ) from None
+
+
+def rows_wanted(kind: str, dimension: int, rows: int) -> int:
+    """How many of `rows` an index is trained on; 0 where it needs no training.
+
+    Raises:
+        ConfigError: there are too few of them for the index's lists.
+    """
+    index = make(kind, dimension)
+    if index.is_trained:
+        return 0
+    inverted = faiss().try_extract_index_ivf(index)
+    lists = inverted.nlist if inverted is not None else 0
+    if rows < _ROWS_A_LIST * lists:
+        fitting = max(1, rows // _ROWS_A_LIST)
+        raise ConfigError(
+            f"index.kind {kind!r} has {lists:,} lists, which want {_ROWS_A_LIST * lists:,} rows to train on, the corpus"
+            f" has {rows:,}: set at most {fitting:,} lists, or index.kind: stream"
+        )
+    return min(rows, max(2 * _ROWS_A_LIST * lists, 65536))
+
+
+def sample(vectors: Vectors, count: int, seed: int) -> Floats:
+    """`count` rows in random order, all different; reads the corpus once, a block at a time."""
+    chosen = np.random.default_rng(seed).choice(vectors.rows, count, replace=False)
+    order = np.argsort(chosen)
+    rows = chosen[order]
+    out = np.empty((count, vectors.dimension), np.float32)
+    for first, block in vectors.blocks(_ROWS_ADDED):
+        low, high = np.searchsorted(rows, [first, first + len(block)])
+        out[order[low:high]] = block[rows[low:high] - first]
+    return out
+
+
+def train(kind: str, rows: Floats) -> Any:
+    """A trained, empty index."""
+    index = make(kind, rows.shape[1])
+    threads = faiss().omp_get_max_threads()
+    faiss().omp_set_num_threads(_TRAIN_THREADS)
+    try:
+        index.train(rows)
+    except RuntimeError as error:
+        raise ConfigError(f"index.kind {kind!r} cannot be trained on {len(rows):,} rows: {error}") from None
+    finally:
+        faiss().omp_set_num_threads(threads)
+    return index
+
+
+def fill(index: Any, vectors: Vectors, first: int, rows: int, *, memory: int, threads: int) -> None:
+    """Add rows first … first + rows of the vectors; their ids count from 0."""
+    inverted = isinstance(index, faiss().IndexIVF)
+    faiss().omp_set_num_threads(threads)
+    for start in range(first, first + rows, _ROWS_ADDED):
+        block = np.empty((min(_ROWS_ADDED, first + rows - start), vectors.dimension), np.float32)
+        vectors.read(start, block)
+        if not inverted:
+            index.add(block)
+            continue
+        # FAISS's own assignment depends, for a near tie, on the threads.
+        centroids = Held(centroids_of(index))
+        lists = search_exact(block, centroids, 1, positives=NO_PAIRS, memory=memory, threads=threads).rows[:, 0]
+        pointer = faiss().swig_ptr
+        lists = np.ascontiguousarray(lists)
+        index.add_core(len(block), pointer(block), None, pointer(lists))
+
+
+def centroids_of(index: Any) -> Floats:
+    """(nlist, d) float32: the centres of an IVF index's lists."""
+    inverted = faiss().extract_index_ivf(index)
+    centroids: Floats = inverted.quantizer.reconstruct_n(0, inverted.nlist)
+    return centroids
+
+
+def write(index: Any, file: BinaryIO) -> None:
+    """Write an index that `faiss.read_index` opens."""
+    faiss().write_index(index, faiss().PyCallbackIOWriter(file.write))
+
+
+def read(path: Path, dimension: int) -> Any:
+    """Open an index; its lists stay on disk, mapped.
+
+    Raises:
+        DamagedError: the file is damaged, from another FAISS, or of another dimension.
+    """
+    flags = faiss().IO_FLAG_MMAP | faiss().IO_FLAG_READ_ONLY
+    try:
+        index = faiss().read_index(str(path), flags)
+    except RuntimeError as error:
+        reason = str(error).rsplit("\n", 1)[-1][-200:]
+        raise DamagedError(
+            f"{path}: FAISS {faiss().__version__} cannot read it ({reason}). It is damaged, or from another FAISS:"
+            " delete it, then run `negpipe index` again"
+        ) from None
+    if index.d != dimension:
+        raise DamagedError(
+            f"{path}: holds dimension {index.d}, the vectors have {dimension}. Run `negpipe index` again"
+        )
+    return index

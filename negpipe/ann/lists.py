@@ -1,0 +1,245 @@
+"""Search of an inverted file list by list: all anchors are known, so each list is read once and is one matrix product.
+
+Guarantees: an anchor gets the true top, by (-score, row), of the lists nearest to it: exact within the lists it probes,
+scored by `pair_scores`, the same bytes for any memory and any number of threads. Which lists are probed is exact too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from negpipe.ann.exact import search_exact
+from negpipe.ann.factory import NO_PAIRS, centroids_of, read
+from negpipe.ann.library import faiss, one_thread
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, longest, pair_scores, product_below, rounding, scores_of
+from negpipe.ann.vectors import Floats, Held, Ints
+from negpipe.errors import ConfigError, DamagedError
+
+_ANCHORS, _ROWS = 1024, 1024  # at most, of one product
+_AHEAD = 4  # lists a thread that are being searched or wait for the merge
+_CELLS = 2**20  # of a merge's table
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    first: int
+    sizes: Ints  # (nlist,)
+    offsets: Ints  # (nlist,) where a list's vectors begin in the file; its ids follow them
+
+
+@dataclass(frozen=True)
+class Lists:
+    """An IVF index with whole vectors, in shards."""
+
+    centroids: Floats
+    shards: tuple[_Shard, ...]
+    sample: Floats
+    """Random rows of the corpus."""
+
+    @property
+    def rows(self) -> int:
+        return int(sum(shard.sizes.sum() for shard in self.shards))
+
+    def ids(self, number: int) -> Ints:
+        """Row numbers of a list."""
+        pieces = []
+        for shard in self.shards:
+            size = int(shard.sizes[number])
+            offset = int(shard.offsets[number]) + size * 4 * self.centroids.shape[1]
+            pieces.append(shard.first + np.fromfile(shard.path, np.int64, size, offset=offset))
+        return np.concatenate(pieces)
+
+    def vectors(self, number: int) -> Floats:
+        """(m, d): the vectors of a list."""
+        width = self.centroids.shape[1]
+        pieces = []
+        for shard in self.shards:
+            size = int(shard.sizes[number])
+            values = np.fromfile(shard.path, np.float32, size * width, offset=int(shard.offsets[number]))
+            if len(values) < size * width:
+                raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
+            pieces.append(values.reshape(size, width))
+        return np.concatenate(pieces)
+
+    def nearest(self, anchors: Floats, nprobe: int, *, memory: int, threads: int) -> Ints:
+        """(n, nprobe): the lists an anchor probes, nearest first."""
+        held = Held(self.centroids)
+        return search_exact(anchors, held, nprobe, positives=NO_PAIRS, memory=memory, threads=threads).rows
+
+
+def is_lists(index: object) -> bool:
+    """Whether an index is one this module searches."""
+    return type(index) is faiss().IndexIVFFlat
+
+
+def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
+    """Open shards, each with its first row.
+
+    Raises:
+        DamagedError: see `factory.read`; or the shards are not of one index.
+    """
+    opened = []
+    centroids: Floats | None = None
+    for path, first in shards:
+        index = read(path, sample.shape[1])
+        if not is_lists(index):
+            raise DamagedError(f"{path}: is no IVF index with whole vectors. Run `negpipe index` again")
+        own = centroids_of(index)
+        if centroids is not None and not np.array_equal(own, centroids):
+            raise DamagedError(f"{path}: has other lists than {shards[0][0]}. Run `negpipe index` again")
+        centroids = own
+        kept = faiss().downcast_InvertedLists(index.invlists)
+        places = [kept.lists.at(number) for number in range(index.nlist)]
+        sizes, offsets = (np.array([getattr(at, name) for at in places], np.int64) for name in ("size", "offset"))
+        opened.append(_Shard(path, first, sizes, offsets))
+    assert centroids is not None
+    return Lists(centroids, tuple(opened), sample)
+
+
+def search_lists(
+    anchors: Floats,
+    lists: Lists,
+    depth: int,
+    nprobe: int,
+    *,
+    memory: int,
+    threads: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[Ints, Floats]:
+    """The best rows of every anchor among the `nprobe` lists nearest to it.
+
+    Args:
+        anchors: (n, d) float32.
+        depth: how many.
+        memory: bytes this call may use; changes no result.
+        threads: changes no result.
+        progress: called with the number of corpus rows whose lists have just been searched.
+
+    Returns:
+        rows (n, depth) int64, -1 where the lists hold fewer; scores (n, depth) float32, -inf there.
+
+    Raises:
+        ConfigError: `memory` does not suffice.
+    """
+    needed = anchors.nbytes + anchors.shape[0] * (depth * 56 + nprobe * 24) + threads * 2**24
+    if needed > memory:
+        raise ConfigError(
+            f"searching {len(anchors)} anchors to depth {depth} needs {-(-needed // 2**20)} MiB,"
+            f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
+        )
+    probed = lists.nearest(anchors, nprobe, memory=memory, threads=threads)
+    guess = _guess(anchors, lists, depth, threads)
+    best = _scan(anchors, lists, depth, probed, guess, threads, progress)
+    # A guess is no bound: where what it let pass does not prove it, every row competes.
+    unproven = np.flatnonzero(scores_of(best.max(axis=1)) < guess)
+    if len(unproven):
+        everything = np.full(len(unproven), -np.inf, np.float32)
+        best[unproven] = _scan(anchors[unproven], lists, depth, probed[unproven], everything, threads, lambda _: None)
+    best.sort(axis=1)
+    rows = (best & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    rows[best == NOTHING] = -1
+    return rows, scores_of(best)
+
+
+def _guess(anchors: Floats, lists: Lists, depth: int, threads: int) -> Floats:
+    """(n,): a score that, by a random sample of the corpus, somewhat more than `depth` rows reach; -inf: no idea."""
+    seen = len(lists.sample)
+    expected = depth * seen / max(1, lists.rows)
+    rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))
+    if rank > seen // 2:
+        return np.full(len(anchors), -np.inf, np.float32)
+
+    def of(tile: Floats) -> Floats:
+        products = tile @ lists.sample.T
+        reached: Floats = np.partition(products, seen - rank, axis=1)[:, seen - rank]
+        return reached
+
+    tiles = np.array_split(anchors, max(1, len(anchors) // 256))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        return np.concatenate([*pool.map(of, tiles)])
+
+
+def _scan(
+    anchors: Floats, lists: Lists, depth: int, probed: Ints, cut: Floats, threads: int, progress: Callable[[int], None]
+) -> Keys:
+    """(n, depth): the best keys in the probed lists of scores that reach the cut."""
+    best = np.full((len(anchors), depth), NOTHING)
+    bound, cut = rounding(anchors), cut.copy()
+    flat = probed.ravel()
+    order = np.argsort(flat, kind="stable")
+    bounds = np.searchsorted(flat[order], np.arange(len(lists.centroids) + 1))
+    of_list = order // probed.shape[1]
+    local = threading.local()
+
+    def scan(number: int) -> tuple[Ints, Keys]:
+        members = of_list[bounds[number] : bounds[number + 1]]
+        if not len(members):
+            return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+        if not hasattr(local, "products"):
+            local.products = np.empty(_ANCHORS * _ROWS, np.float32)
+        vectors, ids = lists.vectors(number), lists.ids(number)
+        lowest = product_below(cut[members], bound[members], longest(vectors))
+        at, keys = [members[:0]], [np.zeros(0, np.uint64)]
+        for low in range(0, len(members), _ANCHORS):
+            here = members[low : low + _ANCHORS]
+            tile, floor = anchors[here], lowest[low : low + _ANCHORS, None]
+            for start in range(0, len(vectors), _ROWS):
+                strip = vectors[start : start + _ROWS]
+                products = local.products[: len(tile) * len(strip)].reshape(len(tile), len(strip))
+                np.matmul(tile, strip.T, out=products)
+                positions = np.flatnonzero(products >= floor)
+                anchor_of = positions // len(strip)
+                row_of = positions - anchor_of * len(strip)
+                at.append(here[anchor_of])
+                keys.append(keys_of(pair_scores(tile, anchor_of, strip, row_of), ids[start + row_of]))
+        return np.concatenate(at), np.concatenate(keys)
+
+    waiting: list[tuple[Ints, Keys]] = []
+    sizes = np.sum([shard.sizes for shard in lists.shards], axis=0)
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+        ahead: deque[Future[tuple[Ints, Keys]]] = deque()
+        for number in range(len(sizes) + _AHEAD * threads):
+            if number < len(sizes):
+                ahead.append(pool.submit(scan, number))
+            if number < _AHEAD * threads or not ahead:
+                continue
+            waiting.append(ahead.popleft().result())
+            if sum(len(keys) for _, keys in waiting) > best.size or not ahead:
+                _merge(best, waiting, pool)
+                waiting = []
+                np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
+            progress(int(sizes[number - _AHEAD * threads]))
+    return best
+
+
+def _merge(best: Keys, waiting: list[tuple[Ints, Keys]], pool: ThreadPoolExecutor) -> None:
+    """Let (anchor, key) pairs compete with the best."""
+    depth = best.shape[1]
+    anchor_of = np.concatenate([at for at, _ in waiting])
+    keys = np.concatenate([keys for _, keys in waiting])
+    keys = keys[np.argsort(anchor_of, kind="stable")]
+    counts = np.bincount(anchor_of, minlength=len(best))
+    ends = np.cumsum(counts)
+    height = max(1, _CELLS // (depth + int(counts.max(initial=0))))
+
+    def merge(low: int) -> None:
+        here = slice(low, low + height)
+        many = counts[here]
+        table = np.full((len(many), depth + int(many.max())), NOTHING)
+        table[:, :depth] = best[here]
+        first = ends[low] - counts[low]
+        place = np.arange(int(many.sum())) - np.repeat(ends[here] - many - first, many)
+        table[np.repeat(np.arange(len(many)), many), depth + place] = keys[first : ends[here][-1]]
+        table.partition(depth - 1, axis=1)
+        best[here] = table[:, :depth]
+
+    list(pool.map(merge, range(0, len(best), height)))

@@ -1,0 +1,39 @@
+"""Keeps credentials out of everything that is shown or written down.
+
+`redact` is what every log line, error, manifest and summary passes: of a URL it keeps what says where something is.
+The settings themselves stay as they were given, since something has to open the URL.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+HIDDEN = "***"
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @ of the authority: a password may hold one
+_QUERY = re.compile(r"(://[^\s?#]*[?#])\S+?(?=[])'\">,.;:]*(?:\s|$))")  # but for the marks of a sentence behind it
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+
+
+def redact(text: str) -> str:
+    """The text without user names, passwords, queries and fragments of URLs, and without hub tokens."""
+    if "://" in text:
+        text = _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    return _TOKEN.sub(f"hf_{HIDDEN}", text) if "hf_" in text else text
+
+
+def redacted(tree: Any) -> Any:
+    """Settings whose texts are redacted."""
+    if isinstance(tree, dict):
+        return {name: redacted(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redacted(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) else tree
+
+
+class Redacting(logging.Formatter):
+    """A formatter whose lines, traces included, are redacted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

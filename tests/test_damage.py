@@ -1,0 +1,224 @@
+"""Damage of every kind in every stage: found, named, and made again, with as little as possible made again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from beir_data import numbered_folder, precomputed_config
+from real_runs import STAGES, Run
+
+from negpipe import pipeline
+from negpipe.config import load_config
+
+KINDS = {
+    "ingest": ["ingest", "ingest:anchors"],
+    "encode": ["encode", "encode:anchors"],
+    "index": ["index:ids", "index:flat"],
+    "search": ["search"],
+    "triplets": ["triplets", "ledger", "deeper"],
+}
+PLACES = [place for places in KINDS.values() for place in places]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run in which some anchors lack negatives and are searched again, so that there are deeper candidates."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = precomputed_config(folder / "run", numbered_folder(folder / "beir", 100, 48))
+    run = Run(config | {"mining": {"range_max": 4, "num_negatives": 3, "relative_margin": 0.5}, "search": {"depth": 8}})
+    run.mine()
+    assert all(len(files_at(run, place)) > 1 for place in PLACES if place != "index:flat")
+    return run
+
+
+def files_at(run: Run, place: str) -> list[Path]:
+    """The files of a folder, or of a kind of part in a stage."""
+    stage, _, kind = place.partition(":")
+    if stage in ("ledger", "deeper"):
+        return run.paths("triplets", stage)
+    return run.files(stage, kind or {"ingest": "corpus", "encode": "corpus"}.get(stage))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle; size and time stay."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def digests(run: Run) -> dict[str, str]:
+    """Every file of the run directory but the lock."""
+    return {
+        str(path.relative_to(run.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def verified(run: Run) -> str:
+    """What `negpipe verify` complains of; "" if nothing. It changes nothing."""
+    before = digests(run)
+    code, output, log = run.command("verify")
+    assert digests(run) == before
+    if code == 0:
+        assert "are whole" in output
+        return ""
+    assert code == 5
+    return log
+
+
+def repaired(run: Run) -> pipeline.Result:
+    return pipeline.mine(load_config(run.config, ["executor.kind=inline"]), repair=True)
+
+
+def made_again(run: Run, before: dict[str, int]) -> set[str]:
+    return {Path(path).parts[0] for path, inode in run.inodes().items() if before.get(path) != inode}
+
+
+def test_every_kind_of_damage_in_every_stage_is_found_and_repaired(
+    whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    found = 0
+    run = whole.copied(tmp_path / "run")
+    struck: list[Path] = []
+    for place in PLACES:
+        files = files_at(run, place)
+        flip(files[0])
+        struck.append(files[0])
+        if len(files) > 2:
+            os.truncate(files[1], files[1].stat().st_size - 1)
+            os.truncate(files[2], 0)
+            struck += files[1:3]
+    log = verified(run)
+    lines = log.replace("\n", "")
+    assert f"{len(struck)} of " in lines
+    if len(struck) <= 20:
+        for path in struck:
+            assert str(path.relative_to(run.folder)) in lines
+            found += 1
+    repaired(run)
+    assert run.content() == whole.content()
+    assert not verified(run)
+    record_property("count: damages found", len(struck))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_flipped_bit_and_what_may_come_from_it_are_made_again(
+    place: str, whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    run = whole.copied(tmp_path / "run")
+    before = run.inodes()
+    path = files_at(run, place)[0]
+    flip(path)
+    assert {state.state for state in run.states().values()} == {"current"}  # sizes tell nothing
+    repaired(run)
+    assert run.content() == whole.content()
+    after = run.inodes()
+    again = {name for name, inode in after.items() if before[name] != inode}
+    assert str(path.relative_to(run.folder)) in again
+    per_stage = {stage: sum(name.startswith(f"{stage}/") for name in again) for stage in STAGES}
+    parts = {stage: len(run.parts(stage)) for stage in STAGES}
+    # Of what cannot have read the file, nothing is made again.
+    least = {
+        "ingest": (1, 1, 1, 0, parts["triplets"]),
+        "ingest:anchors": (1, 1, 0, 1, 1),
+        "encode": (0, 1, 1, 0, parts["triplets"]),
+        "encode:anchors": (0, 1, 0, 1, 1),
+        "index:ids": (0, 0, 1, 0, 0),
+        "index:flat": (0, 0, 1, parts["search"], 0),
+        "search": (0, 0, 0, 1, 1),
+    }.get(place, (0, 0, 0, 0, 1))
+    assert tuple(per_stage.values()) == least
+    record_property("count: damages found", 1)
+
+
+def test_what_was_made_from_a_flipped_bit_is_not_believed(whole: Run, tmp_path: Path) -> None:
+    """The flip is read before it is found: candidates of another depth come from it, and pass every check."""
+    run, right = whole.copied(tmp_path / "run"), whole.copied(tmp_path / "right")
+    deeper = ("search.depth=16", "mining.relative_margin=0.1")
+    right.mine(*deeper)
+    for path in files_at(run, "index:flat"):
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0x40  # a high byte of the last vector's last number
+        path.write_bytes(content)
+    run.mine(*deeper)
+    assert run.content("search") != right.content("search")
+    config = load_config(run.config, ["executor.kind=inline", *deeper])
+    assert pipeline.mine(config, repair=True).ran == ("index", "search", "triplets")
+    assert run.content() == right.content()
+    run.mine()
+    assert run.content() == whole.content()
+
+
+def test_swapped_files_are_found(whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    swapped = 0
+    run = whole.copied(tmp_path / "run")
+    for place in PLACES:
+        files = files_at(run, place)
+        if len(files) > 1:
+            one, other = files[0], files[-1]
+            one.rename(tmp_path / "aside")
+            other.rename(one)
+            (tmp_path / "aside").rename(other)
+            swapped += 2
+    assert f"{swapped} of " in verified(run)
+    repaired(run)
+    assert run.content() == whole.content()
+    record_property("count: damages found", swapped)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_cut_file_is_seen_at_use_and_made_again(place: str, whole: Run, tmp_path: Path) -> None:
+    run = whole.copied(tmp_path / "run")
+    before = run.inodes()
+    path = files_at(run, place)[-1]
+    os.truncate(path, path.stat().st_size - 1)
+    stage = next(stage for stage, places in KINDS.items() if place in places)
+    state = run.states()[stage]
+    assert state.state == "damaged"
+    assert str(path.relative_to(run.folder)) in state.reason
+    assert run.mine().ran == (stage,)
+    assert run.content() == whole.content()
+    remade = {name for name, inode in run.inodes().items() if before[name] != inode}
+    assert str(path.relative_to(run.folder)) in remade
+    assert len(remade) <= 3  # the file, and in triplets what goes with it
+
+
+def test_damaged_records_are_found_and_dropped(
+    whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    run = whole.copied(tmp_path / "run")
+    books = run.folder / ".negpipe"
+    struck = []
+    for stage in STAGES:
+        struck.append(books / stage / "manifest.json")
+        text = struck[-1].read_text(encoding="utf-8")
+        struck[-1].write_text(text.replace('"rows": 1', '"rows": 2', 1), encoding="utf-8")
+        sidecar = next(path for path in sorted((books / stage).glob("*.json")) if path.name != "manifest.json")
+        sidecar.write_bytes(sidecar.read_bytes()[:-40])
+        struck.append(sidecar)
+    log = verified(run).replace("\n", "")
+    for path in struck:
+        assert str(path) in log
+    repaired(run)
+    assert run.content() == whole.content()
+    assert not verified(run)
+    record_property("count: damages found", len(struck))
+
+
+def test_the_command_repairs(whole: Run, tmp_path: Path) -> None:
+    run = whole.copied(tmp_path / "run")
+    path = run.files("search")[0]
+    flip(path)
+    assert "`negpipe mine CONFIG --repair` makes them again" in verified(run).replace("\n", " ").replace("  ", " ")
+    code, _, log = run.command("mine", flags=["--repair"])
+    assert code == 0
+    assert f"{path.relative_to(run.folder)} has other content than was written: made again" in log
+    assert not verified(run)
+    assert run.content() == whole.content()

@@ -1,0 +1,85 @@
+"""Approximate indexes: the true top of the lists probed, whatever the threads; shards are whole FAISS indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from negpipe import ann
+from negpipe.ann import factory
+from negpipe.ann import lists as listed
+
+ROOMY = 2**31
+DIMENSION = 24
+
+
+def clustered(rows: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(60, DIMENSION))
+    vectors = centres[rng.integers(0, len(centres), rows)] + 0.4 * rng.normal(size=(rows, DIMENSION))
+    vectors[rng.integers(0, rows, rows // 10)] = vectors[rng.integers(0, rows, rows // 10)]  # ties
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def build(folder: Path, rows: np.ndarray, kind: str, shard_rows: int, threads: int = 2) -> list[tuple[Path, int]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "part.npy", rows)
+    vectors = ann.open_parts([folder / "part.npy"])
+    trained = factory.train(kind, factory.sample(vectors, factory.rows_wanted(kind, DIMENSION, len(rows)), 1))
+    with (folder / "trained.faiss").open("wb") as file:
+        factory.write(trained, file)
+    shards = []
+    for first in range(0, len(rows), shard_rows):
+        index = faiss.read_index(str(folder / "trained.faiss"))
+        factory.fill(index, vectors, first, min(shard_rows, len(rows) - first), memory=ROOMY, threads=threads)
+        path = folder / f"shard-{first}.faiss"
+        with path.open("wb") as file:
+            factory.write(index, file)
+        shards.append((path, first))
+    return shards
+
+
+@pytest.mark.parametrize("nprobe", [1, 3, 20])
+@pytest.mark.parametrize("sampled", [64, 2_000])
+def test_the_true_top_of_the_lists_probed(tmp_path: Path, nprobe: int, sampled: int) -> None:
+    corpus, anchors = clustered(6_000, 1), clustered(150, 2).astype(np.float32)
+    shards = build(tmp_path, corpus, "IVF20,Flat", 2_500)
+    lists = listed.open_lists(shards, corpus[:sampled].astype(np.float32))
+    rows, scores = listed.search_lists(anchors, lists, 40, nprobe, memory=ROOMY, threads=2)
+
+    # FAISS says which list holds a row and which lists are nearest; plain numpy ranks what they hold.
+    members = {number: set(lists.ids(number).tolist()) for number in range(20)}
+    assert sorted(row for of in members.values() for row in of) == list(range(len(corpus)))
+    index = faiss.read_index(str(shards[0][0]))
+    nearest = index.quantizer.search(anchors, nprobe)[1]
+    for anchor in range(len(anchors)):
+        allowed = np.array(sorted(set().union(*(members[number] for number in nearest[anchor].tolist()))))
+        own = ann.pair_scores(anchors, np.full(len(allowed), anchor), corpus.astype(np.float32), allowed)
+        order = np.lexsort((allowed, -own))[:40]
+        assert rows[anchor][: len(order)].tolist() == allowed[order].tolist()
+        assert scores[anchor][: len(order)].tobytes() == own[order].tobytes()
+        assert (rows[anchor][len(order) :] == -1).all()
+
+
+def test_bytes_do_not_depend_on_threads_or_the_sample(tmp_path: Path) -> None:
+    corpus, anchors = clustered(6_000, 1), clustered(150, 2).astype(np.float32)
+    found = []
+    for threads in (1, 2, 3):
+        shards = build(tmp_path / str(threads), corpus, "IVF20,Flat", 2_500, threads)
+        lists = listed.open_lists(shards, corpus[:: threads * 7].astype(np.float32))
+        rows, scores = listed.search_lists(anchors, lists, 40, 5, memory=ROOMY, threads=threads)
+        found.append((rows.tobytes(), scores.tobytes(), [path.read_bytes() for path, _ in shards]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_probing_every_list_is_exact(tmp_path: Path) -> None:
+    corpus, anchors = clustered(3_000, 1), clustered(50, 2).astype(np.float32)
+    shards = build(tmp_path, corpus, "IVF20,Flat", 10_000)
+    lists = listed.open_lists(shards, corpus[:500].astype(np.float32))
+    rows, scores = listed.search_lists(anchors, lists, 100, 20, memory=ROOMY, threads=2)
+    vectors = ann.open_parts([tmp_path / "part.npy"])
+    exact = ann.search_exact(anchors, vectors, 100, positives=factory.NO_PAIRS, memory=ROOMY, threads=2)
+    assert rows.tobytes() == exact.rows.tobytes() and scores.tobytes() == exact.scores.tobytes()
