@@ -18,7 +18,7 @@ READY := .venv/.ready
 VERBS := mine ingest encode index search triplets status verify clean
 QUICKSTART := data/quickstart
 
-.PHONY: help setup $(VERBS) test check format
+.PHONY: help setup $(VERBS) test torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ endif
 
 test: check  ## everything that has to pass: check, then pytest
 	$(BIN)/pytest -n auto --dist loadfile
+
+torture: $(READY)  ## kills, damage, rivals and random histories at full size, about 40 minutes; prints counts
+	$(BIN)/pytest --torture -m torture -n auto --dist worksteal
 
 check: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

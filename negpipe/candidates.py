@@ -85,8 +85,8 @@ class Deeper:
                 yield Deeper(self.anchors[low:high], self.rows[low:high], self.scores[low:high])
 
 
-def write(file: BinaryIO, found: Candidates) -> None:
-    """Write one part."""
+def write(file: BinaryIO, found: Candidates, *, approximate: str | None = None) -> None:
+    """Write one part; `approximate` names the index that may have missed some."""
     lists = pa.array(found.offsets.astype(np.int32))
     table = pa.table(
         {
@@ -95,6 +95,8 @@ def write(file: BinaryIO, found: Candidates) -> None:
             "positive_scores": pa.ListArray.from_arrays(lists, pa.array(found.positive_scores)),
         }
     )
+    if approximate:
+        table = table.replace_schema_metadata({"negpipe.approximate": approximate})
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False)
 
 

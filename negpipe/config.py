@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from negpipe import compat
+from negpipe import compat, kinds, safe_yaml
 from negpipe.errors import ConfigError
 
 CONFIG_FOLDER = Path("configs")
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
 _OWN_NAMES = ("id", "score", "rank", "grade")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -101,6 +103,12 @@ class Data(_Model):
     add_positives: bool = Field(True, description="Positives missing from the corpus can be candidates.")
     on_empty: Literal["error", "skip"] = Field("error", description="What to do with an empty or null text.")
     on_unknown_id: Literal["error", "skip"] = Field("error", description="What to do with qrels that name unknown ids.")
+    max_bad_rows: int = Field(
+        0,
+        ge=0,
+        description="Rows that may be bad (broken, of a wrong type, empty, naming unknown ids): they are left out and"
+        " listed in rejected.jsonl; one more is an error.",
+    )
 
     @model_validator(mode="after")
     def _paths(self) -> Data:
@@ -172,11 +180,39 @@ class Encoder(_Model):
 class Index(_Model):
     """How the vectors are searched."""
 
-    kind: Literal["flat", "stream"] = Field(
+    kind: str = Field(
         "flat",
+        min_length=1,
         description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
-        " embedding parts, no second copy.",
+        " embedding parts, no second copy. auto: chooses by the sizes of the job, and logs why. Else a FAISS factory"
+        " string, such as IVF1024,Flat: approximate, with its recall measured.",
     )
+    min_recall: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Least recall of an approximate index over the stored depth; an error where it is not reached.",
+    )
+    recall_anchors: int = Field(1000, ge=1, description="Sampled anchors that are searched exactly to measure recall.")
+    nprobe: int | None = Field(
+        None, ge=1, description="Lists an anchor probes (efSearch of HNSW); null: as few as reach min_recall."
+    )
+    trained: str | None = Field(
+        None,
+        description="A trained FAISS index of this kind to keep, such as index/KEY.faiss of another run; null: one is"
+        " trained on a sample of the corpus.",
+    )
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the kind, once resolved, may miss candidates."""
+        return self.kind not in ("flat", "stream")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Index:
+        if self.trained and self.kind in ("flat", "stream", "auto"):
+            raise ValueError("index.trained needs index.kind to be the factory string it was made with")
+        return self
 
 
 class Search(_Model):
@@ -413,6 +449,13 @@ class Config(_Model):
             raise ConfigError(problem)
         return config
 
+    def indexed(self, rows: int, dimension: int, anchors: int) -> tuple[Config, str]:
+        """The config with `index.kind: auto` decided, and why; of a resolved config, once the sizes are known."""
+        if self.index.kind != "auto":
+            return self, ""
+        kind, reason = kinds.choose(rows, dimension, anchors, min(self.depth, rows))
+        return self.model_copy(update={"index": self.index.model_copy(update={"kind": kind})}), reason
+
     @model_validator(mode="after")
     def _depth(self) -> Config:
         if problem := self._shallow():
@@ -462,9 +505,11 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         path = find_config(str(source))
         name = str(path)
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = safe_yaml.load(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} must be a mapping of settings, see `negpipe config schema`")
     for override in overrides or []:
@@ -490,8 +535,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: '{folder}' holds a value, not settings")
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        node[leaf] = safe_yaml.load(value)
+    except ValueError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
@@ -504,7 +549,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{before}this key is required"
     shown = problem["input"]
-    got = "" if isinstance(shown, dict) else f" (got {shown!r})"
+    got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
     if problem["type"] == "model_type":
         return f"{before}expected settings, some of {', '.join(_names(problem['loc']))}{got}"
     return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"

@@ -13,14 +13,17 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from negpipe.explain import Explanation, Unit
 from negpipe.pipeline import Result
+from negpipe.redaction import Redacting, redact
+from negpipe.rejected import NAME as REJECTED
 from negpipe.reporting import Reporter
 from negpipe.state import State
 
@@ -35,12 +38,32 @@ _STYLE = {
     "damaged": "red",
 }
 
+
+
+class _Visible(RenderHook):
+    """Whatever a console prints, `visible` has passed it: what a file holds never steers the terminal."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(renderable) for renderable in renderables]
+
+
+class _Shown:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 err = Console(stderr=True, highlight=False)
+for _console in (out, err):
+    _console.push_render_hook(_Visible())
 logger = logging.getLogger("negpipe")
 
 
-class _Plain(logging.Formatter):
+class _Plain(Redacting):
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
@@ -52,7 +75,7 @@ class _Json(logging.Formatter):
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": redact(record.getMessage()),
             **getattr(record, "fields", {}),
         }
         return json.dumps(entry, ensure_ascii=True)
@@ -150,12 +173,13 @@ def size(count: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Lines in which control characters are written out: what a file holds never steers the terminal."""
+    """Lines in which control characters are written out."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def clean_text(text: str, length: int | None = None) -> str:
     """One line without control characters, shortened to `length`."""
+    text = text if length is None else text[: 10 * length]
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if length is None or len(line) <= length else line[: length - 1] + "…"
 
@@ -170,6 +194,8 @@ def show_result(result: Result, typed: str) -> None:
         f"\n{stats['rows']:,} rows in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
         markup=False,
     )
+    if count := result.stats["ingest"]["rejected_rows"]:
+        out.print(f"{count:,} rows of the source were left out: {result.run_dir / REJECTED}", markup=False)
     if result.ran:
         _show_samples(result)
     _show_scores(stats["scores"])
@@ -272,20 +298,22 @@ def show_status(states: list[State]) -> None:
         table.add_column(column, justify="right" if column in ("parts", "rows", "size", "seconds") else "left")
     for state in states:
         manifest = state.manifest
-        cells = [str(state.done) if state.done else "", "", "", "", ""]
+        cells: list[str | Text] = [str(state.done) if state.done else "", "", "", "", ""]
         if manifest:
             cells = [
                 str(len(manifest.parts)),
                 f"{sum(part.rows for part in manifest.parts):,}",
                 size(sum(file.bytes for part in manifest.parts for file in part.files)),
                 f"{manifest.provenance.get('seconds', 0):.1f}",
-                str(manifest.provenance.get("finished", "")),
+                Text(str(manifest.provenance.get("finished", ""))),
             ]
         table.add_row(state.stage, Text(state.state, style=_STYLE[state.state]), *cells)
     out.print(table)
     for state in states:
         if state.reason:
             out.print(f"{state.stage}: {state.reason}", markup=False)
+        if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
+            out.print(f"{state.stage}: {count:,} rows of the source were left out, see {REJECTED}", markup=False)
 
 
 def show_explanation(found: Explanation, limit: int) -> None:

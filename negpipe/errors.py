@@ -5,12 +5,17 @@ A message says what happened, where (file, row, field) and what to do about it, 
 
 from __future__ import annotations
 
+from negpipe.redaction import redact
+
 
 class NegpipeError(Exception):
-    """Anything negpipe can explain. `exit_code` and `code` are stable and documented in the README."""
+    """Anything negpipe can explain, without credentials. `exit_code` and `code` are stable, see the README."""
 
     exit_code = 1
     code = "failed"
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(redact(text))
 
 
 class ConfigError(NegpipeError, ValueError):
@@ -39,7 +44,8 @@ class InputError(NegpipeError):
         field: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.problem, self.file, self.row, self.field, self.remedy = problem, file, row, field, remedy
+        file = redact(file) if file else file
+        self.problem, self.file, self.row, self.field, self.remedy = redact(problem), file, row, field, remedy
         place = ", ".join(
             part
             for part in (
@@ -65,6 +71,13 @@ class TaskFailedError(NegpipeError):
 
     exit_code = 1
     code = "task-failed"
+
+
+class RecallError(NegpipeError):
+    """An approximate index does not find what `index.min_recall` asks for."""
+
+    exit_code = 1
+    code = "recall"
 
 
 class StorageError(NegpipeError):
@@ -101,6 +114,7 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
         InputError,
         MissingStageError,
         TaskFailedError,
+        RecallError,
         StorageError,
         LockedError,
         DamagedError,

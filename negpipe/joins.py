@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from negpipe.config import Config
 from negpipe.errors import InputError
+from negpipe.rejected import too_many
 
 if TYPE_CHECKING:
     import duckdb
@@ -58,23 +59,26 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         create table skipped_ids as select distinct id, of_query from skipped where id is not null;
     """)
     unknown = """
-        select j.query, j.document, j.file, j.line, q.id is null as query_unknown from judgments j
+        select j.query, j.document, j.file, j.line, q.id is null as query_unknown, j.rowid as n from judgments j
         left join (select distinct id from queries) q on j.query = q.id
         left join ids d on j.document = d.id
         where (q.id is null and j.query not in (select id from skipped_ids where of_query))
            or (d.id is null and j.document not in (select id from skipped_ids where not of_query))
     """
-    row = database.execute(f"{unknown} order by j.rowid limit 1").fetchone()
-    if row and config.data.on_unknown_id == "error":
+    database.execute(f"create table unknown_judgments as {unknown}")
+    total = _count(database, "select count(*) from unknown_judgments")
+    left = config.data.max_bad_rows - _count(database, "select count(*) from skipped where bad")
+    if total > left and config.data.on_unknown_id == "error":
+        row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
+        assert row is not None
         what, which = ("query", row[0]) if row[4] else ("document", row[1])
-        total = _count(database, f"select count(*) from ({unknown})")
-        raise InputError(
+        error = InputError(
             f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in all)",
             file=row[2],
             row=row[3],
             remedy=f"Add the {what}, or set data.on_unknown_id: skip to leave such judgments out",
         )
-    database.execute(f"create table unknown_judgments as {unknown}")
+        raise too_many(error, config.data.max_bad_rows)
     database.execute(f"""
         create table good as
         select j.query, d.row, j.split, max(j.grade) as grade, min(j.rowid) as n, bool_or(j.document = f.id) as by_id
@@ -163,7 +167,7 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
     queries = {
         "documents_read": "select count(*) from documents",
         "source_documents": "select (select count(*) from documents where corpus)"
-        " + (select count(*) from skipped where in_corpus and not of_query)",
+        " + (select count(*) from skipped where in_corpus)",
         "source_queries": "select (select count(*) from queries) + (select count(*) from skipped where of_query)",
         "duplicate_texts": "select (select count(*) from documents) - (select count(*) from numbered)",
         "queries_read": "select count(*) from askers",
@@ -174,7 +178,8 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         " join askers a on j.query = a.id join ids d on j.document = d.id"
         f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
         "unknown_judgments": "select count(*) from unknown_judgments",
-        "skipped_empty": "select count(*) from skipped",
+        "skipped_empty": "select count(*) from skipped where kind = 'empty_text'",
+        "rejected_rows": "select (select count(*) from skipped) + (select count(*) from unknown_judgments)",
         "positives": "select count(*) from positives join anchors on query = id",
     }
     return {name: _count(database, query) for name, query in queries.items()}

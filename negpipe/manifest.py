@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from negpipe.errors import DamagedError
 from negpipe.fingerprint import digest, file_digest
@@ -30,6 +30,14 @@ class File(BaseModel):
     path: str
     bytes: int
     digest: str
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts or "\0" in path:
+            raise ValueError("not a path inside the run directory")
+        return path
 
     def problem(self, run_dir: Path, *, full: bool = False) -> str | None:
         """What is wrong with the file on disk, or None. `full` reads it and compares its digest."""
@@ -56,7 +64,7 @@ class Part(BaseModel):
     key: str
     kind: str
     rows: int
-    files: tuple[File, ...]
+    files: tuple[File, ...] = Field(min_length=1)
     meta: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
 

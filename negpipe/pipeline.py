@@ -21,8 +21,10 @@ from negpipe.config import Config
 from negpipe.errors import MissingStageError, VanishedError
 from negpipe.executors import inline, local
 from negpipe.fingerprint import DigestCache
+from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS, Books, Manifest, Part
+from negpipe.redaction import redacted
 from negpipe.repair import drop_damaged
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
@@ -72,9 +74,11 @@ def mine(
     run_dir = config.run_dir
     ran = []
     untrusted: set[str] = set()
+    _make_run_dir(run_dir)
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
-        remove_temporaries(run_dir / BOOKS)
+        for folder in (run_dir, run_dir / BOOKS):
+            remove_temporaries(folder)
         for number, stage in enumerate(stages):
             publication.finish_swap(run_dir, stage.name)
             if repair:
@@ -94,10 +98,21 @@ def mine(
                 logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
             assert manifest is not None
             context = context.after(manifest, instead_of="search" if stage is rescore else None)
+            if stage.name == "encode" and config.index.kind == "auto":
+                logger.info("index.kind auto means %s", context.config.index.kind)
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    """Texts come to lie in it, so a new one is for the user alone; one that exists keeps its rights."""
+    with explained(run_dir):
+        if not run_dir.exists():
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(mode=0o700, exist_ok=True)
+        stay_inside(run_dir)
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
@@ -132,20 +147,44 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     if stage.swapped:
         publication.prepare(run_dir, stage.name, stage_key)
 
+    keys: dict[str, None] = {}
+    while _run_planned(stage, context, keys, reporter) and stage.rounds:
+        pass
+
+    parts = []
+    for part_key in keys:
+        part = books.part(part_key)
+        if part is None:
+            raise VanishedError(
+                f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
+            )
+        parts.append(part)
+    if stage.swapped:
+        # The names under the final folder are about to mean something else.
+        books.manifest_path.unlink(missing_ok=True)
+        publication.swap(run_dir, stage.name, stage_key)
+        parts = [_moved(part, publication.staging(stage.name, stage_key), stage.name) for part in parts]
+    manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
+    books.write_manifest(manifest)
+    context.digest_file.save()
+    return manifest
+
+
+def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter) -> bool:
+    """Make what is missing of the tasks that can be planned now; returns whether there were new ones among them."""
+    books, before = Books(context.run_dir, stage.name), len(keys)
     plan = stage.plan(context)
+    total, done = 0, 0
     if not stage.here:
-        plan = list(plan)
+        plan = [task for task in plan if task.key not in keys]
         present = {task.key for task in plan if books.part(task.key)}
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
         if present:
             logger.info("%s: %d of %d parts are there already", stage.name, len(present), len(plan))
-    else:
-        total, done = 0, 0
-    keys: list[str] = []
 
     def missing() -> Iterator[Task]:
         for task in plan:
-            keys.append(task.key)
+            keys[task.key] = None
             if books.part(task.key) is None:
                 yield task
 
@@ -162,24 +201,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
         _executor(stage, context.config)(stage, missing(), context, progress)
     finally:
         reporter.end()
-
-    parts = []
-    for part_key in dict.fromkeys(keys):
-        part = books.part(part_key)
-        if part is None:
-            raise VanishedError(
-                f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
-            )
-        parts.append(part)
-    if stage.swapped:
-        # The names under the final folder are about to mean something else.
-        books.manifest_path.unlink(missing_ok=True)
-        publication.swap(run_dir, stage.name, stage_key)
-        parts = [_moved(part, publication.staging(stage.name, stage_key), stage.name) for part in parts]
-    manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
-    books.write_manifest(manifest)
-    context.digest_file.save()
-    return manifest
+    return len(keys) > before
 
 
 def status(config: Config) -> list[State]:
@@ -237,7 +259,7 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
             "machine": platform.machine(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 2),
-            "config": context.config.model_dump(mode="json"),
+            "config": redacted(context.config.model_dump(mode="json")),
         },
     )
 

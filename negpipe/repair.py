@@ -62,7 +62,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
         books.manifest_path.unlink(missing_ok=True)
         if stage.swapped and (shown := publication.published(run_dir, stage.name)):
             publication.prepare(run_dir, stage.name, shown)  # back to where the parts' records say they are
-    suspects = 0
+    suspects, gone = 0, []
     for path in books.sidecars():
         part = books.record(path.stem)
         if part is None:
@@ -73,9 +73,11 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
             if found or not sound(part.key):
                 suspects += not found
                 path.unlink()
-                for file in part.files:
-                    (run_dir / file.path).unlink(missing_ok=True)
-            wrong += [each for each in found if each not in wrong]
+                gone += [run_dir / file.path for file in part.files]
+            known = {file.digest for file, _ in wrong}
+            wrong += [each for each in found if each[0].digest not in known and (run_dir / each[0].path).exists()]
+    for path in gone:
+        path.unlink(missing_ok=True)
     for _, problem in wrong:
         logger.warning("%s: %s: made again", stage.name, problem)
     if suspects:

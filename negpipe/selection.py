@@ -222,8 +222,14 @@ class Selector:
             references=chosen.reference,
         )
 
-    def choose(self, anchors: pa.Table, found: Candidates) -> Choice:
-        """What becomes of every candidate of a slice of anchors; random negatives are not among them."""
+    def choose(self, anchors: pa.Table, found: Candidates, excluded: npt.NDArray[np.uint8] | None = None) -> Choice:
+        """What becomes of every candidate of a slice of anchors; random negatives are not among them.
+
+        Args:
+            anchors: a slice of ingest's anchors.
+            found: their candidates.
+            excluded: what `excluded` says of those that are looked at, where the caller knows it already.
+        """
         each = self._config.mining.margin_reference == "each"
         if each:
             anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
@@ -237,7 +243,8 @@ class Selector:
         depth = self._config.mining.depth or found.rows.shape[1]
         assert isinstance(depth, int), "the config is not resolved"
         rows, scores = found.rows[:, :depth], found.scores[:, :depth]
-        excluded, uniform = self._excluded(anchors, rows), self._uniform(anchors, rows)
+        excluded = self.excluded(anchors, rows) if excluded is None else excluded[:, :depth].copy()
+        uniform = self._uniform(anchors, rows)
         if self._config.output.include_positives:
             # Positives of other splits, and copies of a positive, would still be false negatives.
             excluded[mining.contains(rows, found.positives, found.offsets)] = Fate.TAKEN
@@ -281,7 +288,7 @@ class Selector:
 
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
-            out = self._excluded(units.anchors.take(pa.array(anchor)), rows) > 0
+            out = self.excluded(units.anchors.take(pa.array(anchor)), rows) > 0
             positions, ends = members(known_offsets, anchor)
             out |= mining.contains(rows, known[positions], ends)
             positions, ends = members(units.negative_offsets, some)
@@ -322,7 +329,8 @@ class Selector:
             remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
 
-    def _excluded(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.uint8]:
+    def excluded(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.uint8]:
+        """Why each of (n, k) rows can be no negative of its anchor, whatever its score; near duplicates aside."""
         wanted = set(self._config.mining.exclude)
         found: dict[Fate, Mask] = {}
         known, offsets = ragged(anchors["known"])

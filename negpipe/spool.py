@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import sources
+from negpipe import rejected, sources
 from negpipe.config import Config
 from negpipe.tables import EXTRA
 from negpipe.texts import digests, hashes, normalize, text_id
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 8192
+_WARNED = 10
 
 
 def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnection:
@@ -51,7 +52,8 @@ def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnectio
             d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
         create table judgments (query varchar, document varchar, grade double, split varchar,
             file varchar, line bigint);
-        create table skipped (id varchar, kind varchar, of_query boolean, in_corpus boolean);
+        create table skipped (id varchar, of_query boolean, in_corpus boolean, bad boolean,
+            file varchar, line bigint, field varchar, kind varchar, reason varchar, raw varchar);
     """)
     writer = _Writer(config, database, folder)
     with writer:
@@ -71,6 +73,7 @@ class _Writer:
         self._spools = {c: pq.ParquetWriter(_path(folder, c), schema, compression="lz4") for c in (True, False)}
         self._positions = {True: 0, False: 0}
         self._rows = {"document": 0, "query": 0}
+        self._bad = 0
 
     def __enter__(self) -> _Writer:
         return self
@@ -83,6 +86,7 @@ class _Writer:
         documents: dict[bool, list[tuple[int, sources.Document]]] = {True: [], False: []}
         queries: list[tuple[int, sources.Query]] = []
         judgments: list[sources.Judgment] = []
+        skipped: list[sources.BadRow] = []
         for record in records:
             if isinstance(record, sources.Document):
                 # Only the corpus has a row in the source that vectors can be matched to.
@@ -94,6 +98,7 @@ class _Writer:
                 judgments.append(record)
             else:
                 self._skip(record)
+                skipped.append(record)
         for corpus, rows in documents.items():
             if rows:
                 self._add_documents(corpus, rows)
@@ -101,18 +106,46 @@ class _Writer:
             self._add_queries(queries)
         if judgments:
             self._add_judgments(judgments)
+        if skipped:
+            self._add_skipped(skipped)
 
     def _next(self, kind: str) -> int:
         self._rows[kind] += 1
         return self._rows[kind] - 1
 
-    def _skip(self, bad: sources.BadRow) -> None:
-        if bad.kind != "empty_text" or self._config.data.on_empty == "error":
-            raise bad.error
-        logger.debug("skipped: %s", bad.error)
-        if bad.of_query or bad.in_corpus:
-            self._next("query" if bad.of_query else "document")
-        self._insert("skipped", {name: [getattr(bad, name)] for name in ("id", "kind", "of_query", "in_corpus")})
+    def _skip(self, row: sources.BadRow) -> None:
+        """Count a row that is left out, and its place in the source: vectors are matched to what was there."""
+        if self._is_bad(row):
+            self._bad += 1
+            if self._bad > self._config.data.max_bad_rows:
+                raise rejected.too_many(row.error, self._config.data.max_bad_rows)
+            if self._bad <= _WARNED:
+                logger.warning("left out: %s", row.error)
+        if row.of_query:
+            self._next("query")
+        if row.in_corpus:
+            self._next("document")
+
+    def _is_bad(self, row: sources.BadRow) -> bool:
+        """Whether it counts against `data.max_bad_rows`."""
+        return not (row.kind == "empty_text" and self._config.data.on_empty == "skip")
+
+    def _add_skipped(self, rows: list[sources.BadRow]) -> None:
+        self._insert(
+            "skipped",
+            {
+                "id": pa.array([row.id for row in rows], pa.string()),
+                "of_query": [row.of_query for row in rows],
+                "in_corpus": [row.in_corpus for row in rows],
+                "bad": [self._is_bad(row) for row in rows],
+                "file": [row.error.file for row in rows],
+                "line": [row.error.row for row in rows],
+                "field": pa.array([row.error.field for row in rows], pa.string()),
+                "kind": [row.kind for row in rows],
+                "reason": [row.error.problem for row in rows],
+                "raw": [row.raw for row in rows],
+            },
+        )
 
     def _add_documents(self, corpus: bool, rows: list[tuple[int, sources.Document]]) -> None:
         texts = [document.text for _, document in rows]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from negpipe.config import Config
@@ -61,10 +61,15 @@ class Context:
         return self.manifests[stage]
 
     def after(self, manifest: Manifest, instead_of: str | None = None) -> Context:
-        """The same, with one more stage complete. After ingest, settings that depend on the data are numbers."""
+        """The same, with one more stage complete. Settings that depend on the data are decided once they can be."""
         config = self.config
         if manifest.stage == "ingest":
             config = config.resolved(manifest.stats["max_positives"])
+        if manifest.stage == "encode":
+            rows, anchors = (
+                sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
+            )
+            config, _ = config.indexed(rows, manifest.stats["dimension"], anchors)
         return replace(self, config=config, manifests={**self.manifests, instead_of or manifest.stage: manifest})
 
     def file(self, part: Part) -> Path:
@@ -106,7 +111,7 @@ class Publisher:
         made = publish(
             self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write, needed
         )
-        self.files.append(File(path=f"{folder}/{made.name}", bytes=made.bytes, digest=made.digest))
+        self.files.append(File(path=PurePosixPath(folder, made.name).as_posix(), bytes=made.bytes, digest=made.digest))
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Stage:
             for; candidates stored deeper serve a shallower window.
         shared: parts of other stages that `run` may read for any task, beside those its payload names.
         apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
+        rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
         light: a single worker would take longer to start than to work: runs in the calling process instead.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
@@ -183,6 +189,7 @@ class Stage:
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     shared: Callable[[Context], list[Part]] = _no_parts
     apart: Callable[[Config], bool] = _never
+    rounds: bool = False
     light: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False

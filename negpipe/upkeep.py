@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from negpipe.errors import DamagedError, MissingStageError
+from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import Books, File
 from negpipe.repair import damaged
@@ -76,6 +77,7 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
 
     A stage without a manifest keeps its parts, they are what it resumes from.
     """
+    stay_inside(run_dir)
     found: set[Path] = set()
     for name, stage in STAGES.items():
         books = Books(run_dir, name)
@@ -86,7 +88,7 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
         keep |= {books.folder / f"{part.key}.json" for part in manifest.parts} | {books.manifest_path}
         parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
         folders = {run_dir / name, books.folder}
-        folders |= {(run_dir / file.path).parent for part in parts for file in part.files}
+        folders |= {(run_dir / file.path).parent for part in parts for file in part.files} - {run_dir}
         found |= {
             p for folder in folders for p in folder.glob("*") if p.is_file() and p not in keep and p.suffix != ".note"
         }

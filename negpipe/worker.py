@@ -15,13 +15,13 @@ import queue
 import signal
 import sys
 import threading
-import traceback
 from typing import Any, TextIO
 
 from negpipe.config import load_config
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.executors.local import OUT_OF_MEMORY
 from negpipe.pipeline import load_context
+from negpipe.redaction import Redacting
 from negpipe.stage import Context, Task, run_task
 from negpipe.stages import STAGES
 
@@ -32,7 +32,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    logging.captureWarnings(True)
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, lines), daemon=True).start()
 
@@ -80,7 +83,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _log_trace() -> None:
     with contextlib.suppress(OSError):  # the disk may be full, and what happened is to be told all the same
-        traceback.print_exc()
+        logging.exception("the worker ends")
         sys.stderr.flush()
 
 

@@ -379,7 +379,7 @@ def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
     assert done.code == 3
     assert "1 of 2 document ids are not among the documents" in done.err
     assert "'x9'" in done.err
-    assert "negpipe ingest CONFIG" in done.err
+    assert "`negpipe ingest" in done.err
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_before_anything_is_mined(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**precomputed_config(tmp_path / "run", tmp_path), "mining": {}}), "utf-8")
     done = negpipe("audit", config)
-    assert (done.code, "negpipe ingest CONFIG" in done.err) == (3, True)
+    assert (done.code, "`negpipe ingest" in done.err) == (3, True)
     assert negpipe("audit").code == 2
     assert negpipe("audit", "--file", tmp_path / "none.parquet").code == 3
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -394,59 +390,3 @@ def test_vectors_by_row_and_by_id_give_the_same_rows(tmp_path: Path) -> None:
             pair = anchors[row["anchor_id"]], positives[row[f"{side}_id"]]
             cosine = float(np.dot(*pair) / np.prod([np.linalg.norm(vector) for vector in pair]))
             assert row[f"{side}_score"] == pytest.approx(cosine, abs=2e-3)
-
-
-def check_refusal(outcome: small.Outcome, run_dir: Path) -> None:
-    """A clear error, and on disk only whole files under final names."""
-    assert outcome.code == 1
-    assert "negpipe: cannot write " in outcome.err
-    assert "run the same command again" in outcome.err
-    assert not list(run_dir.rglob("*.tmp"))
-    for path in run_dir.rglob(".negpipe/*/*.json"):
-        entry = json.loads(path.read_text())
-        for file in [file for part in entry.get("parts", [entry]) for file in part["files"]]:
-            assert (run_dir / file["path"]).stat().st_size == file["bytes"]
-
-
-def test_no_space_left_in_any_stage(finished: Path, tmp_path: Path) -> None:
-    config, run_dir = small.build(tmp_path), tmp_path / "run"
-    run_dir.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(run_dir)]
-    if not shutil.which("mount") or subprocess.run(mounting, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        stopped = set()
-        for size in range(16, 1000, 16):
-            outcome = small.run("mine", config, "--log-format", "json")
-            if outcome.code == 0:
-                break
-            lines = [json.loads(line) for line in outcome.err.splitlines()]
-            assert lines[-1]["error"] == "storage"
-            assert "no space left" in lines[-1]["message"]
-            check_refusal(small.Outcome(outcome.code, "", "negpipe: " + lines[-1]["message"]), run_dir)
-            stopped.add(lines[-2]["message"].partition(":")[0])
-            subprocess.run(["mount", "-o", f"remount,size={size}k", run_dir], check=True)
-        assert outcome.code == 0
-        assert len(stopped) > 3, stopped
-        assert small.output(run_dir) == small.output(finished / "run")
-    finally:
-        subprocess.run(["umount", run_dir], check=True)
-
-
-def test_a_file_larger_than_the_process_may_write(fresh: Path, finished: Path) -> None:
-    config = fresh / "config.yaml"
-    assert [small.run(stage, config).code for stage in ("ingest", "encode")] == [0, 0]
-    before = small.made(fresh / "run")
-    limit = 1200  # bytes: too few for the index
-
-    def refuse() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, "-m", "negpipe", "mine", str(config)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=refuse, timeout=120)
-    check_refusal(small.Outcome(done.returncode, done.stdout, done.stderr), fresh / "run")
-    assert f"cannot write {fresh}/run/index: the file is larger than" in done.stderr
-    assert before.items() <= small.made(fresh / "run").items()
-    outcome = small.run("mine", config)
-    assert outcome.code == 0, outcome.err
-    assert small.output(fresh / "run") == small.output(finished / "run")

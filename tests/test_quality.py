@@ -164,5 +164,5 @@ def test_command(graded: Run, tmp_path: Path) -> None:
 
 def test_without_candidates(tmp_path: Path) -> None:
     run = Run(precomputed_config(tmp_path / "run", numbered_folder(tmp_path / "beir", 20, 4)))
-    with pytest.raises(MissingStageError, match="negpipe ingest CONFIG"):
+    with pytest.raises(MissingStageError, match="negpipe ingest"):
         reviews.measure_quality(load_config(run.config))

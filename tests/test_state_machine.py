@@ -78,7 +78,7 @@ def death_after(changes: int) -> Iterator[None]:
 
 def vector(text: str) -> list[float]:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return np.random.default_rng(seed).normal(size=DIMENSION).tolist()
+    return list(np.random.default_rng(seed).normal(size=DIMENSION))
 
 
 class Machine(RuleBasedStateMachine):
@@ -127,26 +127,19 @@ class Machine(RuleBasedStateMachine):
             chosen,
         )
 
-    def content(self, run_dir: str) -> dict[str, list[str]]:
-        """Digests of the files that the manifests list, in order, read from the disk."""
-        made = {}
-        for stage in STAGES:
-            path = self.root / run_dir / ".negpipe" / stage / "manifest.json"
-            if path.exists():
-                files = [file["path"] for part in json.loads(path.read_text())["parts"] for file in part["files"]]
-                made[stage] = [
-                    hashlib.sha256((self.root / run_dir / file).read_bytes()).hexdigest()
-                    for file in files
-                    if (self.root / run_dir / file).exists()
-                ]
-        return made
+    def content(self, run_dir: str, stage: str) -> list[str]:
+        """Digests of the files that a manifest lists, in order, read from the disk."""
+        folder = self.root / run_dir
+        parts = json.loads((folder / ".negpipe" / stage / "manifest.json").read_text())["parts"]
+        paths = [folder / file["path"] for part in parts for file in part["files"]]
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
     def wanted(self) -> dict[str, list[str]]:
         """What a run from nothing makes."""
         name = json.dumps([self.choice, self.documents, self.queries])
         if name not in self.fresh:
             pipeline.mine(self.config("fresh"))
-            self.fresh[name] = self.content("fresh")
+            self.fresh[name] = {stage: self.content("fresh", stage) for stage in STAGES}
             shutil.rmtree(self.root / "fresh")
         return self.fresh[name]
 
@@ -162,11 +155,10 @@ class Machine(RuleBasedStateMachine):
         if self.unseen:
             return
         current = [state.stage for state in pipeline.status(self.config()) if state.state == "current"]
-        made = self.content("run")
         for stage in current:
             # Candidates stored deeper than asked for serve as well: what is taken from them is compared.
             if stage != "search" or SETTINGS["mining.range_max"][self.choice["mining.range_max"]] == 10:
-                assert made[stage] == self.wanted()[stage], stage
+                assert self.content("run", stage) == self.wanted()[stage], stage
 
     @rule()
     def run(self) -> None:

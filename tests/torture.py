@@ -131,11 +131,11 @@ def status(run: Run) -> dict[str, tuple[str, int]]:
     return {name: (state.state, state.done) for name, state in run.states().items()}
 
 
-def sidecars(run: Run) -> dict[str, int]:
-    """Inodes of the records of finished parts: one that is made again gets another."""
+def sidecars(run: Run) -> dict[str, tuple[int, int]]:
+    """Inodes and times of the records of finished parts: one that is made again gets others."""
     books = run.folder / ".negpipe"
     paths = [path for stage in STAGES for path in (books / stage).glob("[!.]*.json") if path.name != "manifest.json"]
-    return {str(path.relative_to(books)): path.stat().st_ino for path in paths}
+    return {str(path.relative_to(books)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def begun(run: Run) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, product_below, rounding, scores_of
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, product_below, rounding, rows_of, scores_of
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
@@ -178,9 +178,7 @@ class _Tile:
     def result(self) -> tuple[Ints, Floats]:
         """Rows and scores, (w, depth) each, in order."""
         self.best.sort(axis=1)
-        rows = (self.best & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        rows[self.best == NOTHING] = -1
-        return rows, scores_of(self.best)
+        return rows_of(self.best), scores_of(self.best)
 
     def _compete(self, block: _Block, chosen: Ints, proposed: int) -> Ints:
         """Merge the rows FAISS proposes to the chosen anchors; returns the anchors to whom others may belong."""

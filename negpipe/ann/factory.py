@@ -6,6 +6,7 @@ FAISS index of consecutive rows whose ids start at 0: every shard is built withi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,12 @@ def make(kind: str, dimension: int) -> Any:
         ) from None
 
 
+def lists_of(index: Any) -> int:
+    """How many lists an index has, 0 where it has none."""
+    inverted = faiss().try_extract_index_ivf(index)
+    return 0 if inverted is None else int(inverted.nlist)
+
+
 def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     """How many of `rows` an index is trained on; 0 where it needs no training.
 
@@ -47,8 +54,7 @@ def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     index = make(kind, dimension)
     if index.is_trained:
         return 0
-    inverted = faiss().try_extract_index_ivf(index)
-    lists = inverted.nlist if inverted is not None else 0
+    lists = lists_of(index)
     if rows < _ROWS_A_LIST * lists:
         fitting = max(1, rows // _ROWS_A_LIST)
         raise ConfigError(
@@ -84,13 +90,23 @@ def train(kind: str, rows: Floats) -> Any:
     return index
 
 
-def fill(index: Any, vectors: Vectors, first: int, rows: int, *, memory: int, threads: int) -> None:
+def fill(
+    index: Any,
+    vectors: Vectors,
+    first: int,
+    rows: int,
+    *,
+    memory: int,
+    threads: int,
+    progress: Callable[[int, str], None] = lambda rows, note: None,
+) -> None:
     """Add rows first … first + rows of the vectors; their ids count from 0."""
     inverted = isinstance(index, faiss().IndexIVF)
     faiss().omp_set_num_threads(threads)
     for start in range(first, first + rows, _ROWS_ADDED):
         block = np.empty((min(_ROWS_ADDED, first + rows - start), vectors.dimension), np.float32)
         vectors.read(start, block)
+        progress(len(block), "")
         if not inverted:
             index.add(block)
             continue
@@ -114,13 +130,13 @@ def write(index: Any, file: BinaryIO) -> None:
     faiss().write_index(index, faiss().PyCallbackIOWriter(file.write))
 
 
-def read(path: Path, dimension: int) -> Any:
-    """Open an index; its lists stay on disk, mapped.
+def read(path: Path, dimension: int, *, to_fill: bool = False) -> Any:
+    """Open an index; unless it is to be filled, its lists stay on disk, mapped.
 
     Raises:
         DamagedError: the file is damaged, from another FAISS, or of another dimension.
     """
-    flags = faiss().IO_FLAG_MMAP | faiss().IO_FLAG_READ_ONLY
+    flags = 0 if to_fill else faiss().IO_FLAG_MMAP | faiss().IO_FLAG_READ_ONLY
     try:
         index = faiss().read_index(str(path), flags)
     except RuntimeError as error:

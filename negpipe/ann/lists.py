@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, longest, pair_scores, product_below, rounding, scores_of
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, longest, pair_scores, product_below, rounding, rows_of, scores_of
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import ConfigError, DamagedError
 
@@ -105,6 +105,17 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
     return Lists(centroids, tuple(opened), sample)
 
 
+def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: int) -> Ints:
+    """(n, depth): how many lists lie nearer to an anchor than the one that holds a row."""
+    list_of = np.empty(lists.rows, np.int32)
+    for number in range(len(lists.centroids)):
+        list_of[lists.ids(number)] = number
+    nearest = lists.nearest(anchors, len(lists.centroids), memory=memory, threads=threads)
+    place = np.empty_like(nearest)
+    np.put_along_axis(place, nearest, np.arange(nearest.shape[1])[None, :], axis=1)
+    return np.take_along_axis(place, list_of[rows], axis=1)
+
+
 def search_lists(
     anchors: Floats,
     lists: Lists,
@@ -145,9 +156,7 @@ def search_lists(
         everything = np.full(len(unproven), -np.inf, np.float32)
         best[unproven] = _scan(anchors[unproven], lists, depth, probed[unproven], everything, threads, lambda _: None)
     best.sort(axis=1)
-    rows = (best & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    rows[best == NOTHING] = -1
-    return rows, scores_of(best)
+    return rows_of(best), scores_of(best)
 
 
 def _guess(anchors: Floats, lists: Lists, depth: int, threads: int) -> Floats:

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
-from negpipe.ann.vectors import Floats, Ints
+from negpipe.ann.vectors import Floats, Ints, Vectors
 
 Keys = NDArray[np.uint64]
+_PAIRS = 8192  # at a time
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
 NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
@@ -40,6 +41,17 @@ def pair_scores(anchors: Floats, anchor_of: Ints, vectors: Floats, row_of: Ints)
     return scores
 
 
+def score_pairs(anchors: Floats, vectors: Vectors, pairs: tuple[Ints, Ints]) -> Floats:
+    """(p,): `pair_scores` of (p,) anchors and (p,) rows of vectors in files, reading no other rows."""
+    anchor_of, row_of = pairs
+    scores = np.empty(len(row_of), np.float32)
+    for low in range(0, len(row_of), _PAIRS):
+        here = slice(low, low + _PAIRS)
+        rows, at = np.unique(row_of[here], return_inverse=True)
+        scores[here] = pair_scores(anchors, anchor_of[here], vectors.take(rows), at)
+    return scores
+
+
 def keys_of(scores: Floats, rows: Ints) -> Keys:
     """One integer a pair that sorts like (-score, row)."""
     return (_flip(scores.view(np.int32)).view(np.uint32).astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
@@ -47,6 +59,13 @@ def keys_of(scores: Floats, rows: Ints) -> Keys:
 
 def scores_of(keys: Keys) -> Floats:
     return _flip((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).view(np.float32)
+
+
+def rows_of(keys: Keys) -> Ints:
+    """The rows of keys, -1 for nothing."""
+    rows = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    rows[keys == NOTHING] = -1
+    return rows
 
 
 def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:

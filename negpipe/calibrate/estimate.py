@@ -10,7 +10,9 @@ are drawn with replacement, all trials of an anchor together, the same draws for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,8 @@ from negpipe.calibrate.grid import Setting
 from negpipe.calibrate.trials import Trials
 from negpipe.config import Config
 from negpipe.mining import Fate
-from negpipe.selection import Selector
-from negpipe.tables import Rows, within
+from negpipe.selection import Choice, Selector
+from negpipe.tables import Rows
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -98,29 +100,31 @@ def calibrate(
         settings: what to try.
         method: how the trials were made.
         all_anchors: anchors of the run.
-        threads: threads that compare texts. Changes no result.
+        threads: settings that are tried at a time. Changes no result.
         progress: called with trials that are done.
     """
-    selectors = [_selectors(config, setting, corpus, threads) for setting in settings]
+    selectors = [_selectors(config, setting, corpus) for setting in settings]
     sums = np.zeros((len(settings), len(_SUMS)))
     pieces: list[npt.NDArray[np.float32]] = []
-    done = 0
-    for trials in slices:
-        anchors, trials_of = np.unique(trials.anchor, return_inverse=True)
-        # For each setting and anchor: suspects taken, negatives taken, trials that lack negatives.
-        table = np.zeros((len(settings), 3, len(anchors)))
-        first = 0
-        for piece in trials.pieces():
-            owner = trials_of[first : first + len(piece.anchor)]
-            first += len(piece.anchor)
-            for number, (setting, some) in enumerate(zip(settings, selectors, strict=True)):
-                suspects, taken, short, totals = _tried(piece, corpus, some, setting, config.mining.num_negatives)
-                sums[number] += totals
-                for row, values in enumerate((suspects, taken, short)):
-                    table[number, row] += np.bincount(owner, values, minlength=len(anchors))
-            progress(len(piece.anchor))
-        pieces.append(table.astype(np.float32))
-        done += first
+    done, wanted = 0, config.mining.num_negatives
+    with ThreadPoolExecutor(threads) as pool:
+        for trials in slices:
+            anchors, owner = np.unique(trials.anchor, return_inverse=True)
+            # For each setting and anchor: suspects taken, negatives taken, trials that lack negatives.
+            table = np.zeros((len(settings), 3, len(anchors)))
+            first = 0
+            for piece in trials.pieces():
+                owners = owner[first : first + len(piece.anchor)]
+                judged = _judge(piece, corpus, selectors[0][0])
+                tried = pool.map(partial(_tried, piece, judged, wanted=wanted), selectors, settings)
+                for number, (totals, *of_trials) in enumerate(tried):
+                    sums[number] += totals
+                    for row, values in enumerate(of_trials):
+                        table[number, row] += np.bincount(owners, values, minlength=len(anchors))
+                first += len(piece.anchor)
+                progress(len(piece.anchor))
+            pieces.append(table.astype(np.float32))
+            done += first
     by_anchor = np.concatenate([np.zeros((len(settings), 3, 0), np.float32), *pieces], axis=2)
     intervals = bootstrap(by_anchor[:, 0], by_anchor[:, 1], config.seed)
     estimates = [
@@ -153,7 +157,8 @@ def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32],
     every = np.concatenate(leaks, axis=1).astype(np.float64)
     filled = ~np.isnan(every).all(axis=1)
     intervals = np.full((len(suspects), 2), np.nan)
-    intervals[filled] = np.nanpercentile(every[filled], [2.5, 97.5], axis=1).T
+    if filled.any():
+        intervals[filled] = np.nanpercentile(every[filled], [2.5, 97.5], axis=1).T
     return intervals
 
 
@@ -185,7 +190,7 @@ _SUMS = ("score", "rank", "distance", "referred")
 """Sums over the negatives taken; the last counts those with a positive's score to be distant from."""
 
 
-def _selectors(config: Config, setting: Setting, corpus: Rows, threads: int) -> list[Selector]:
+def _selectors(config: Config, setting: Setting, corpus: Rows) -> list[Selector]:
     """The selection of one setting, once for each draw; for `random` it takes the whole pool."""
     applied = setting.applied(config)
     draws = 1
@@ -197,42 +202,70 @@ def _selectors(config: Config, setting: Setting, corpus: Rows, threads: int) -> 
         draws = DRAWS
     seeded = (applied.model_copy(update={"seed": applied.seed + draw}) for draw in range(draws))
     # Random negatives are left out, so nothing needs the number of documents that can be candidates.
-    return [Selector(one, corpus, searchable=len(corpus), threads=threads) for one in seeded]
+    return [Selector(one, corpus, searchable=len(corpus)) for one in seeded]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What does not depend on a setting: why each candidate is excluded, and whether it is a suspect, both (t, k)."""
+
+    excluded: npt.NDArray[np.uint8]
+    suspects: Mask
+
+
+def _judge(trials: Trials, corpus: Rows, selector: Selector) -> _Judged:
+    rows = trials.found.rows
+    texts = corpus.numbers("normalized", np.maximum(rows, 0))
+    suspects = mining.contains(texts, trials.suspects, trials.offsets) & (rows >= 0)
+    return _Judged(selector.excluded(trials.anchors, rows), suspects)
 
 
 def _tried(
-    trials: Trials, corpus: Rows, selectors: Sequence[Selector], setting: Setting, wanted: int
+    trials: Trials, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """Of each trial: suspects taken, negatives taken, whether it lacks some; and the sums over all negatives."""
+    """The sums over all negatives; and of each trial: suspects taken, negatives taken, whether it lacks some."""
     suspects, taken, short = (np.zeros(len(trials.anchor)) for _ in range(3))
     sums = np.zeros(len(_SUMS))
+    whole = trials.found.rows.shape[1]
     for selector in selectors:
-        choice = selector.choose(trials.anchors, trials.found)
-        chosen = choice.fates == Fate.TAKEN
-        unit, column = np.nonzero(chosen)
-        trial = choice.anchor[unit]  # with `margin_reference: each` a trial may have several units
-        pool = chosen.sum(axis=1)
-        share = np.minimum(1.0, wanted / np.maximum(1, pool)) if setting.sampling_strategy == "random" else 1.0
-        weight = np.broadcast_to(share, pool.shape)
-        false = _suspected(trial, corpus.numbers("normalized", choice.rows[unit, column]), trials)
-        suspects += np.bincount(trial, false * weight[unit], minlength=len(suspects))
-        taken += np.bincount(trial, weight[unit], minlength=len(taken))
-        short += np.bincount(choice.anchor, pool < wanted, minlength=len(short))
-        scores, reference = choice.scores[unit, column].astype(np.float64), choice.reference[unit]
-        referred = np.isfinite(reference)
-        distance = np.where(referred, reference - scores, 0.0)
-        sums += [float(weight[unit] @ values) for values in (scores, column, distance, referred)]
+        waiting = np.arange(len(trials.anchor))
+        # Most find the first ones among few candidates: only the others are looked at whole.
+        narrow = 2 * (setting.range_min + wanted) + 16
+        for width in (narrow, whole) if setting.sampling_strategy == "top" and narrow < whole else (whole,):
+            found = trials.found.narrowed(width)
+            everyone = len(waiting) == len(trials.anchor)
+            anchors = trials.anchors if everyone else trials.anchors.take(pa.array(waiting))
+            choice = selector.choose(
+                anchors, found if everyone else found.take(waiting), judged.excluded[waiting, :width]
+            )
+            chosen = choice.fates == Fate.TAKEN
+            pool = chosen.sum(axis=1)
+            # With `margin_reference: each` a trial may have several units.
+            lacks = np.bincount(choice.anchor, pool < wanted, minlength=len(waiting))
+            if width < whole:
+                chosen[lacks[choice.anchor] > 0] = False
+                pool = chosen.sum(axis=1)
+            share = np.minimum(1.0, wanted / np.maximum(1, pool)) if setting.sampling_strategy == "random" else 1.0
+            weight = np.broadcast_to(share, pool.shape)
+            trial = waiting[choice.anchor]
+            false = (chosen & judged.suspects[trial, : chosen.shape[1]]).sum(axis=1)
+            suspects += np.bincount(trial, false * weight, minlength=len(suspects))
+            taken += np.bincount(trial, pool * weight, minlength=len(taken))
+            sums += _sums(choice, chosen, pool, weight)
+            if width == whole:
+                short[waiting] += lacks
+            waiting = waiting[lacks > 0]
     count = len(selectors)
-    return suspects / count, taken / count, short / count, sums / count
+    return sums / count, suspects / count, taken / count, short / count
 
 
-def _suspected(trial: Ints, texts: npt.NDArray[np.uint64], trials: Trials) -> Mask:
-    """Whether each text is a suspect of its trial; trials ascending."""
-    lengths = np.bincount(trial, minlength=len(trials.anchor))
-    place = within(lengths)
-    block = np.zeros((len(lengths), int(lengths.max(initial=0))), np.uint64)
-    block[trial, place] = texts
-    return mining.contains(block, trials.suspects, trials.offsets)[trial, place]
+def _sums(choice: Choice, chosen: Mask, pool: Ints, weight: Doubles) -> Doubles:
+    """Sums over the chosen, each unit by its weight, in the order of `_SUMS`."""
+    scores = np.where(chosen, choice.scores, 0).sum(axis=1, dtype=np.float64)
+    ranks = chosen @ np.arange(chosen.shape[1], dtype=np.float64)
+    referred = np.isfinite(choice.reference)
+    distances = np.where(referred, pool * np.where(referred, choice.reference, 0) - scores, 0.0)
+    return np.array([weight @ values for values in (scores, ranks, distances, pool * referred)])
 
 
 def _estimate(setting: Setting, own: npt.NDArray[np.float32], sums: Doubles, interval: Doubles) -> Estimate:

@@ -20,6 +20,7 @@ from negpipe.cli import config, upkeep
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.errors import NegpipeError
+from negpipe.redaction import redact
 
 __all__ = ["app", "audit", "calibrate", "config", "main", "results", "run", "upkeep"]
 
@@ -53,7 +54,7 @@ def main() -> None:
 def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:
     from negpipe import console
 
-    shown = traceback.format_exc() if trace else ""
+    message, shown = redact(message), redact(traceback.format_exc()) if trace else ""
     if log_format == "json":
         console.set_up_logging("json", debug=False)
         fields = {"error": code, "exit_code": exit_code} | ({"trace": shown} if shown else {})

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from negpipe.errors import ConfigError
+from negpipe.redaction import redact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +35,15 @@ def _keep(parameter: typer.CallbackParam, value: Any) -> Any:
 
 def typed() -> str:
     """The config and the overrides of this command, as a shell takes them."""
-    overrides = (word for override in _typed.get("overrides") or () for word in ("--set", override))
+    overrides = (word for override in _typed.get("overrides") or () for word in ("--set", redact(override)))
     return shlex.join([_typed.get("config") or "CONFIG", *overrides])
+
+
+def with_option(overrides: list[str] | None, key: str, value: object) -> list[str]:
+    """The overrides of this command, and that of an option which is short for one."""
+    every = [*(overrides or []), *([] if value is None else [f"{key}={value}"])]
+    _typed["overrides"] = every
+    return every
 
 
 def as_typed(message: str) -> str:
@@ -51,6 +59,17 @@ SetOption = Annotated[
     typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).", callback=_keep),
 ]
 LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
+BadRowsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-bad-rows",
+        min=0,
+        help="Rows of the source that may be bad: left out, and listed in RUN_DIR/rejected.jsonl. Short for --set"
+        " data.max_bad_rows=N.",
+        metavar="N",
+        show_default=False,
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 RehashOption = Annotated[
     bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, RehashOption, SetOption, app, checked, typed
+from negpipe.cli.app import (
+    BadRowsOption,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    RehashOption,
+    SetOption,
+    app,
+    checked,
+    typed,
+    with_option,
+)
 
 
 def _mine(
@@ -36,6 +47,7 @@ def mine(
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
+    max_bad_rows: BadRowsOption = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Read every file made so far again, and make anew what is damaged.")
     ] = False,
@@ -43,9 +55,26 @@ def mine(
 ) -> None:
     """Run every stage that is not up to date.
 
-    Example: negpipe mine scifact.yaml --set data.path=my/folder --set mining.num_negatives=7
+    Example: negpipe mine scifact.yaml --set data.path=my/folder --max-bad-rows 10
     """
+    overrides = with_option(overrides, "data.max_bad_rows", max_bad_rows)
     _mine(config, overrides, log_format, debug, rehash, repair=repair)
+
+
+@app.command()
+def ingest(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    max_bad_rows: BadRowsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Read the source into corpus, anchor and positive tables.
+
+    Example: negpipe ingest quickstart.yaml --max-bad-rows 10
+    """
+    _mine(config, with_option(overrides, "data.max_bad_rows", max_bad_rows), log_format, debug, rehash, "ingest")
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -60,7 +89,6 @@ def _stage_command(name: str, help_text: str) -> None:
         _mine(config, overrides, log_format, debug, rehash, name)
 
 
-_stage_command("ingest", "Read the source into corpus, anchor and positive tables.")
 _stage_command("encode", "Turn texts into vectors.")
 _stage_command("index", "Build the index and the id map.")
 _stage_command("search", "Find the candidates of every anchor.")

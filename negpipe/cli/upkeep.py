@@ -89,7 +89,7 @@ def clean(
     for folder, (files, total) in sorted(folders.items()):
         console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
     try:
-        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {run_dir}?")
+        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {console.visible(str(run_dir))}?")
     except typer.Abort:
         if sys.stdin.isatty():
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from negpipe.config import Config
 from negpipe.exports.blocks import Slices
+from negpipe.redaction import redacted
 from negpipe.tables import Rows
 
 
@@ -55,7 +56,7 @@ class Layout:
 def described(config: Config) -> dict[str, Any]:
     """The settings that shape the rows, without the places on this machine where things lie."""
     settings = config.model_dump(mode="json", exclude={"run_dir", "executor", "resources"}, exclude_none=True)
-    return {name: _placeless(value) for name, value in settings.items()}
+    return {name: _placeless(value) for name, value in redacted(settings).items()}
 
 
 def _placeless(value: Any) -> Any:

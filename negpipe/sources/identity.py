@@ -10,6 +10,7 @@ from pathlib import Path
 
 from negpipe import config
 from negpipe.errors import InputError
+from negpipe.redaction import redact
 from negpipe.sources import hub
 from negpipe.sources.layouts import tables
 from negpipe.sources.places import locate
@@ -49,7 +50,7 @@ def revision(data: config.Data) -> str:
             commit = hub.commit(table.path, table.subset, table.revision)
             names.add(f"{table.path}@{commit} ({table.subset}, {table.split})")
         elif kind == "url":
-            names.add(f"{table.path}@{_version(table.path)}")
+            names.add(f"{redact(table.path)}@{_version(table.path)}")
     return "; ".join(sorted(names))
 
 
@@ -71,4 +72,5 @@ def _version(url: str) -> str:
     known = {key: info[key] for key in (*_VERSION_KEYS, *_WEAK_KEYS) if info.get(key) is not None}
     if known.keys() <= {"size"}:
         _log.warning("%s: only its size tells versions apart; a change of the same size goes unnoticed", url)
+        known["url"] = url  # what its query asks for may be all there is to go by
     return ",".join(f"{key}={value}" for key, value in known.items())

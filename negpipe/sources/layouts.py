@@ -15,7 +15,7 @@ from negpipe import config
 from negpipe.errors import ConfigError, InputError
 from negpipe.sources.fields import Template, extra_of, grade_of, id_of, text_of
 from negpipe.sources.places import Table, locate, near
-from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record, RowError
+from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record, RowError, raw_of
 from negpipe.sources.tables import Column, Rows, all_splits, rows
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
@@ -145,9 +145,10 @@ def _documents(table: Table, data: config.Data, template: Template, *, pool: boo
             text = template.render(values[:end], place)
             return (Document(identity, text, place, True, extra_of(values[end:], extra, place)),)
         except RowError as error:
-            return (error.row._replace(id=identity),)
+            return (error.row._replace(id=identity, in_corpus=True),)
 
-    return _records(rows(table, [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]), build)
+    wanted = [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]
+    return _records(rows(table, wanted), build, in_corpus=True)
 
 
 def _extra(names: Sequence[str], key: str, *, required: bool = True) -> list[Column]:
@@ -159,10 +160,10 @@ def _queries(table: Table, data: config.Data) -> Iterator[Record]:
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         identity = id_of(values[0], place, names.query_id)
-        return (_query(identity, values[1], place, names.query_text, extra_of(values[2:], extra, place)),)
+        return (_query(identity, values[1], place, names.query_text, values[2:], extra),)
 
     wanted = [Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text")]
-    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build)
+    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
 
 
 def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[Record]:
@@ -190,20 +191,19 @@ def _pairs(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query_id = id_of(values[2], place, names.anchor_id) if names.anchor_id else None
         document_id = id_of(values[of_query - 1], place, names.positive_id) if names.positive_id else None
-        about_query = extra_of(values[of_query:of_document], extra.queries, place)
         about_document = extra_of(values[of_document:], extra.corpus, place)
         document = _document(document_id, values[1], place, names.positive, in_corpus, about_document)
-        query = _query(query_id, values[0], place, names.anchor, about_query)
+        query = _query(query_id, values[0], place, names.anchor, values[of_query:of_document], extra.queries)
         return (document, query, *_judged_pair(query, document, data.split))
 
-    return _records(rows(table, wanted), build)
+    return _records(rows(table, wanted), build, of_query=True, in_corpus=in_corpus)
 
 
 def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
     extra = data.extra.queries
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
-        query = _query(None, values[0], place, "query", extra_of(values[3:], extra, place))
+        query = _query(None, values[0], place, "query", values[3:], extra)
         records: list[Record] = [query]
         for value in _listed(values[1], place, "pos"):
             document = _document(None, value, place, "pos", in_corpus)
@@ -215,12 +215,14 @@ def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator
 
     key = "data.path (FlagEmbedding rows have query, pos and neg)"
     wanted = [Column("query", key), Column("pos", key), Column("neg", key, required=False)]
-    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build)
+    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
 
 
-def _query(identity: str | None, value: Any, place: Place, field: str, extra: tuple[str | None, ...]) -> Query | BadRow:
+def _query(
+    identity: str | None, value: Any, place: Place, field: str, extra: Sequence[Any], names: Sequence[str]
+) -> Query | BadRow:
     try:
-        return Query(identity, text_of(value, place, field), place, extra)
+        return Query(identity, text_of(value, place, field), place, extra_of(extra, names, place))
     except RowError as error:
         return error.row._replace(id=identity, of_query=True)
 
@@ -249,17 +251,19 @@ def _listed(values: Any, place: Place, field: str) -> list[Any]:
     raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')
 
 
-def _records(rows_: Rows, build: _Build) -> Iterator[Record]:
+def _records(rows_: Rows, build: _Build, *, of_query: bool = False, in_corpus: bool = False) -> Iterator[Record]:
+    """The records of all rows; a row that is bad as a whole stands where a query or a document would have."""
     for row in rows_:
         if isinstance(row, BadRow):
-            yield row
+            yield row._replace(of_query=of_query, in_corpus=in_corpus)
             continue
         try:
-            records = build(*row)
+            records = build(row.place, row.values)
         except RowError as error:
-            yield error.row
-        else:
-            yield from records
+            yield error.row._replace(of_query=of_query, in_corpus=in_corpus, raw=raw_of(row.raw))
+            continue
+        for record in records:
+            yield record._replace(raw=raw_of(row.raw)) if isinstance(record, BadRow) else record
 
 
 def _started(records: Iterator[Record]) -> Iterator[Record]:

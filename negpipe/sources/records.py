@@ -6,7 +6,9 @@ non-empty string, every grade is finite.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from negpipe.errors import InputError
 
@@ -56,17 +58,30 @@ class Judgment(NamedTuple):
 class BadRow(NamedTuple):
     """A row, or one entry of a row, that cannot be used. `kind`: empty_text, broken, type or missing.
 
-    An empty text stands where its document or (`of_query`) its query would have come, with its `id` if it has one.
+    It stands where a document of the corpus (`in_corpus`) or a query (`of_query`) would have come, or both; `id` is
+    the query's, else the document's, where it can be told. `raw` begins like the row that was read.
     """
 
     error: InputError
     kind: str
     id: str | None = None
     of_query: bool = False
-    in_corpus: bool = True
+    in_corpus: bool = False
+    raw: str = ""
 
 
 Record: TypeAlias = Document | Query | Judgment | BadRow
+
+
+RAW_CHARACTERS = 300
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = RAW_CHARACTERS
+
+
+def raw_of(row: str | Sequence[Any]) -> str:
+    """How a line, or the cells of a row, begin."""
+    shown = row if isinstance(row, str) else ", ".join(map(_SHOWN.repr, row))
+    return shown[:RAW_CHARACTERS].rstrip("\r\n")
 
 
 class RowError(Exception):

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, TypeAlias
 from negpipe.errors import InputError
 from negpipe.sources import hub
 from negpipe.sources.places import EXTENSIONS, Table, bare_name, extension_of, locate
-from negpipe.sources.records import BadRow, Place, RowError
+from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
 _BATCH_ROWS = 1024
+_RAW_BYTES = 4096  # enough to show how a broken line begins
 _log = logging.getLogger(__name__)
 
 
@@ -33,10 +34,11 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The values of the wanted columns, in their order; None for null or absent."""
+    """The values of the wanted columns, in their order; None for null or absent. `raw`: the row as it was read."""
 
     place: Place
     values: Sequence[Any]
+    raw: str | Sequence[Any]
 
 
 Rows: TypeAlias = Iterator[Row | BadRow]
@@ -127,22 +129,23 @@ def _jsonl(path: str, columns: Sequence[Column]) -> Rows:
             continue
         place = Place(path, number)
         try:
-            row = _object(_decode(line, place), place)
+            text = _decode(line, place)
+            row = _object(text, place)
         except RowError as error:
-            yield error.row
+            yield error.row._replace(raw=raw_of(line[:_RAW_BYTES].decode(errors="backslashreplace")))
             continue
         if not checked:
             _check(columns, list(row), path, number)
             checked = True
-        yield Row(place, [row.get(name) for name in names])
+        yield Row(place, [row.get(name) for name in names], text)
 
 
 def _object(line: str, place: Place) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        remedy = "Write one JSON object a line"
-        raise RowError("broken", f"broken JSON ({error})", place, remedy=remedy) from None
+        what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object a line") from None
     if not isinstance(row, dict):
         raise RowError("broken", "the line is not a JSON object", place, remedy='Write {"...": ...} on every line')
     # Only an escape can bring half a surrogate pair in: such a text could be neither written nor hashed.
@@ -181,9 +184,10 @@ def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Rows:
             wanted = [header.index(column.name) if column.name in header else None for column in columns]
         elif len(fields) != len(header):
             problem = f"{len(fields)} fields, but the header names {len(header)}"
-            yield RowError("broken", problem, Place(path, start), remedy="Check separators and quotes").row
+            bad = RowError("broken", problem, Place(path, start), remedy="Check separators and quotes").row
+            yield bad._replace(raw=raw_of(fields))
         else:
-            yield Row(Place(path, start), [None if at is None else fields[at] for at in wanted])
+            yield Row(Place(path, start), [None if at is None else fields[at] for at in wanted], fields)
 
 
 def _tsv(path: str, columns: Sequence[Column]) -> Rows:
@@ -236,7 +240,7 @@ def _arrow(batches: Iterable[Any], names: list[str], columns: Sequence[Column], 
             for column in columns
         ]
         for row, cells in enumerate(zip(*values, strict=False), first):
-            yield Row(Place(file, row), cells)
+            yield Row(Place(file, row), cells, cells)
         first += batch.num_rows
 
 

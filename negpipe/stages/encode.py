@@ -7,6 +7,7 @@ infinity, no zero vector, one dimension throughout.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from negpipe.manifest import Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import open_table
 from negpipe.vectors import VectorFile
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 _NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors"}
@@ -64,6 +67,8 @@ def _check(context: Context) -> None:
 
 def _plan(context: Context) -> Iterator[Task]:
     sources = _sources(context)
+    if context.config.encoder.trust_remote_code:
+        logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
     precomputed = context.config.encoder.backend == "precomputed"
     for part in context.manifest("ingest").parts:
         if part.kind == "counts":

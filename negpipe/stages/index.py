@@ -1,30 +1,66 @@
 """index: vectors → something to search, and the map from row to ids.
 
-`flat` is one IndexFlatIP file whose position is the row; `stream` needs no file, search walks the
-embedding parts. Both have the id map: Parquet parts of row, id, and every id of the row.
+`stream` needs no file, search walks the embedding parts; `flat` is one IndexFlatIP file whose position is the row; a
+FAISS factory string is trained once, filled shard by shard, and tuned on sampled anchors until it finds what
+`index.min_recall` asks for. All have the id map: Parquet parts of row, id, and every id of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import ann
+from negpipe import ann, approximate
 from negpipe.config import Config
+from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
-from negpipe.manifest import Part
+from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import documents, open_table
 
 VERSION = 1
+_SHARD_BYTES = 256 * 2**20  # of float32 vectors; part of what an index is, so not a setting of the machine
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"index.kind": config.index.kind}
+    if not config.index.approximate:
+        return {"index.kind": config.index.kind}
+    values = config.index.model_dump(mode="json", exclude={"trained"})
+    return {f"index.{name}": value for name, value in values.items()} | {
+        "search.depth": config.depth,
+        "seed": config.seed,
+    }
+
+
+def _sources(context: Context) -> dict[str, str]:
+    name = context.config.index.trained
+    if name is None:
+        return {}
+    if not Path(name).is_file():
+        raise InputError("there is no such file", file=name, field="index.trained", remedy="Mend the path")
+    return {"index.trained": context.digest_file(Path(name))}
+
+
+def _check(context: Context) -> None:
+    """What can be known before hours are spent: FAISS takes the kind, its parts fit the disk and the memory."""
+    _sources(context)
+    if context.config.index.approximate and "encode" in context.manifests:
+        encode = context.manifest("encode")
+        rows = sum(part.rows for part in documents(encode))
+        ann.factory.rows_wanted(context.config.index.kind, encode.stats["dimension"], rows)
+        least = 3 * min(_SHARD_BYTES, rows * encode.stats["dimension"] * 4)
+        memory = context.config.resources.memory_budget // context.workers
+        if least > memory:
+            raise ConfigError(
+                f"index.kind {context.config.index.kind} builds shards that need {least // 2**20} MiB a worker, there"
+                f" are {memory // 2**20}: raise resources.memory_budget, lower executor.workers, or set index.kind:"
+                " stream"
+            )
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -37,6 +73,74 @@ def _plan(context: Context) -> Iterator[Task]:
         parts = documents(context.manifest("encode"))
         name = key("index", VERSION, "flat", [part.identity() for part in parts])
         yield Task(name, "flat", first, {"parts": [part.path for part in parts]})
+    elif context.config.index.approximate:
+        yield from _approximate(context)
+
+
+def _approximate(context: Context) -> Iterator[Task]:
+    """Train, then shards, then tune: each planned when what it needs is there."""
+    config, encode = context.config, context.manifest("encode")
+    books = Books(context.run_dir, "index")
+    parts = documents(encode)
+    paths, rows = [part.path for part in parts], sum(part.rows for part in parts)
+    given = _sources(context).get("index.trained")
+    basis = given or [config.seed, [part.identity() for part in parts]]
+    train = Task(key("index", VERSION, "trained", config.index.kind, basis), "trained", rows, {"parts": paths})
+    yield train
+    trained = books.part(train.key)
+    if trained is None:
+        return
+    shards: list[Part | None] = []
+    first = 0
+    for group in _groups(parts, encode.stats["dimension"]):
+        count = sum(part.rows for part in group)
+        name = key("index", VERSION, "shard", trained.files[0].digest, [part.identity() for part in group])
+        payload = {"trained": trained.path, "parts": [part.path for part in group]}
+        yield Task(name, "shard", count, payload)
+        shards.append(books.part(name))
+        first += count
+    made = [shard for shard in shards if shard]
+    if len(made) < len(shards):
+        return
+    anchors = encode.of_kind("anchors")
+    name = key(
+        "index",
+        VERSION,
+        "tuned",
+        _settings(config),
+        [part.identity() for part in (*made, *anchors)],
+        [part.identity() for part in parts],
+    )
+    shown = {"parts": paths, "anchors": [part.path for part in anchors], "shards": _places(made)}
+    yield Task(name, "tuned", min(config.index.recall_anchors, sum(part.rows for part in anchors)), shown)
+
+
+def _groups(parts: list[Part], dimension: int) -> list[list[Part]]:
+    """Consecutive parts of one kind, up to a shard's size; an append changes the last group alone."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        rows = sum(one.rows for one in groups[-1]) + part.rows if groups else 0
+        if not groups or groups[-1][0].kind != part.kind or rows * dimension * 4 > _SHARD_BYTES:
+            groups.append([])
+        groups[-1].append(part)
+    return groups
+
+
+def _places(shards: list[Part]) -> list[dict[str, Any]]:
+    """What opens a shard: its files and its first row."""
+    first, places = 0, []
+    for shard in shards:
+        places.append({"index": shard.files[0].path, "sample": shard.files[1].path, "first": first})
+        first += shard.rows
+    return places
+
+
+def open_approximate(context: Context) -> approximate.Approximate:
+    """The approximate index of a complete stage, as it was tuned."""
+    index, encode = context.manifest("index"), context.manifest("encode")
+    vectors = ann.open_parts([context.file(part) for part in documents(encode)])
+    opened = approximate.open_index(context.run_dir, _places(index.of_kind("shard")), vectors)
+    return opened.tuned(approximate.read_tuning(context.file(index.of_kind("tuned")[0])).effort)
 
 
 def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -44,8 +148,27 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         publish(".parquet", lambda file: _write_ids(file, context, task))
         return Made(task.rows)
     vectors = ann.open_parts([context.run_dir / path for path in task.payload["parts"]])
-    publish(".faiss", lambda file: ann.write_flat(file, vectors), needed=4 * vectors.rows * vectors.dimension)
-    return Made(task.rows, {"dimension": vectors.dimension})
+    if task.kind == "flat":
+        publish(".faiss", lambda file: ann.write_flat(file, vectors), needed=vectors.rows * vectors.dimension * 4)
+        return Made(task.rows, {"dimension": vectors.dimension})
+    config = context.config
+    memory = config.resources.memory_budget // context.workers
+    if task.kind == "trained":
+        index = approximate.train(config, vectors)
+        publish(".faiss", lambda file: ann.factory.write(index, file))
+        return Made(task.rows, {"dimension": vectors.dimension})
+    if task.kind == "shard":
+        index = ann.factory.read(context.run_dir / task.payload["trained"], vectors.dimension, to_fill=True)
+        ann.factory.fill(index, vectors, 0, task.rows, memory=memory, threads=context.threads, progress=progress)
+        publish(".faiss", lambda file: ann.factory.write(index, file))
+        sample = approximate.sample_of(vectors, config.seed)
+        publish(".npy", lambda file: np.save(file, sample, allow_pickle=False))
+        return Made(task.rows)
+    opened = approximate.open_index(context.run_dir, task.payload["shards"], vectors)
+    anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
+    tuning = approximate.tune(opened, anchors, config, memory=memory, threads=context.threads)
+    publish(".json", tuning.write)
+    return Made(task.rows, tuning.summary)
 
 
 def _write_ids(file: BinaryIO, context: Context, task: Task) -> None:
@@ -64,12 +187,19 @@ def _write_ids(file: BinaryIO, context: Context, task: Task) -> None:
 
 
 def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
-    rows = sum(part.rows for part in parts if part.kind == "ids")
-    return {
-        "rows": rows,
+    stats = {
+        "rows": sum(part.rows for part in parts if part.kind == "ids"),
         "kind": context.config.index.kind,
         "bytes": sum(f.bytes for part in parts for f in part.files),
     }
+    return stats | {name: value for part in parts if part.kind == "tuned" for name, value in part.meta.items()}
+
+
+def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """An index tuned for deeper candidates serves a shallower window."""
+    if "search.depth" not in wanted:
+        return wanted
+    return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 
 STAGE = Stage(
@@ -77,8 +207,12 @@ STAGE = Stage(
     version=VERSION,
     inputs=("ingest", "encode"),
     settings=_settings,
+    sources=_sources,
+    check=_check,
+    serving=_serving,
     plan=_plan,
     run=_run,
     stats=_stats,
     light=lambda config: config.index.kind == "stream",
+    rounds=True,
 )

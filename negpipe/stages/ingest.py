@@ -10,6 +10,7 @@ hashes of id and normalised text, the other ids of the row, its rows in the sour
 hashes, rows and grades of its positives, rows of all its known positives, rows shared from anchors with
 the same normalised text, the row that equals its own text (-1: none), its row in the source. Columns that
 `data.extra` keeps stand in all of them as `extra:NAME`, with the values of the first row that has the text or id.
+Rows that were left out are listed in `rejected.jsonl`.
 """
 
 from __future__ import annotations
@@ -19,26 +20,30 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from negpipe import joins, sources
+from negpipe import joins, rejected, sources
 from negpipe.config import Config
 from negpipe.errors import ConfigError
-from negpipe.fingerprint import digest, key
-from negpipe.manifest import BOOKS, Part
+from negpipe.fingerprint import digest, file_digest, key
+from negpipe.manifest import BOOKS, Books, Part
 from negpipe.spool import Spool, extra_columns, load
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.storage import abandoned, explained, owner, write_all
 from negpipe.tables import to_bytes
 from negpipe.texts import digests, hashes
 
-VERSION = 1
+if TYPE_CHECKING:
+    import duckdb
+
+VERSION = 2
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -78,10 +83,24 @@ def _plan(context: Context) -> Iterator[Task]:
             extra = extra_columns(config.data.extra.queries)
             anchors = (_anchors(rows, extra) for rows in joins.anchors(database))
             yield from _tasks("anchors", anchors, config.data.part_rows)
-            # A part of its own, so that the counts are content like the rest.
-            yield _task("counts", pa.table({name: [n] for name, n in joins.counts(config, database).items()}))
+            yield _facts(context, database, Path(spool))
         finally:
             database.close()
+
+
+def _facts(context: Context, database: duckdb.DuckDBPyConnection, spool: Path) -> Task:
+    """The task of the counts, a part of its own so that they are content like the rest, and of what was left out."""
+    task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, database).items()}))
+    listed, shown = spool / rejected.NAME, context.run_dir / rejected.NAME
+    digest_now = file_digest(shown) if shown.is_file() else None
+    digest_new = file_digest(listed) if rejected.write(database, listed) else None
+    if digest_now not in (None, digest_new):
+        # Its name is about to mean something else: no manifest may say it is the old one's.
+        Books(context.run_dir, "ingest").manifest_path.unlink(missing_ok=True)
+        shown.unlink()
+    if digest_new is None:
+        return task
+    return replace(task, key=key(task.key, digest_new), payload={**task.payload, "rejected": listed})
 
 
 @contextmanager
@@ -185,6 +204,10 @@ def _task(kind: str, table: pa.Table) -> Task:
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
     content: bytes = task.payload["content"]
     publish(".arrow", lambda file: write_all(file, content), needed=len(content))
+    if listed := task.payload.get("rejected"):
+        # Beside the counts and not a part itself: it says where rows stood, which no other stage depends on.
+        with listed.open("rb") as source:
+            publish("", lambda file: shutil.copyfileobj(source, file), folder=".", name=rejected.NAME)
     progress(task.rows, "")
     return Made(task.rows, task.payload["meta"])
 

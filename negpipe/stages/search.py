@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from negpipe import ann, candidates
+from negpipe.approximate import Approximate
 from negpipe.candidates import Candidates
 from negpipe.config import Config
 from negpipe.fingerprint import key
 from negpipe.manifest import Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.stages.index import open_approximate
 from negpipe.tables import documents, open_table, ragged
 
 VERSION = 1
@@ -48,6 +51,7 @@ def _plan(context: Context) -> Iterator[Task]:
             VERSION,
             _settings(context.config),
             index.settings,
+            [part.identity() for part in index.parts if part.kind in ("shard", "tuned")],
             [part.identity() for part in documents(encode)],
             anchors.identity(),
             texts.identity(),
@@ -65,42 +69,55 @@ def _shared(context: Context) -> list[Part]:
     return context.manifest("index").of_kind("flat") or documents(context.manifest("encode"))
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What is searched: the vectors themselves, or an index that may miss some of them."""
+
+    vectors: ann.Vectors
+    index: Approximate | None
+
+
 @contextmanager
-def _open(context: Context) -> Iterator[ann.Vectors]:
-    paths = [context.file(part) for part in _shared(context)]
-    yield ann.open_flat(paths[0]) if context.manifest("index").of_kind("flat") else ann.open_parts(paths)
+def _open(context: Context) -> Iterator[_Opened]:
+    parts = [context.file(part) for part in documents(context.manifest("encode"))]
+    flat = context.manifest("index").of_kind("flat")
+    approximate = context.config.index.approximate
+    index = open_approximate(context) if approximate else None
+    yield _Opened(ann.open_flat(context.file(flat[0])) if flat else ann.open_parts(parts), index)
 
 
-def _run(task: Task, vectors: ann.Vectors, context: Context, publish: Publisher, progress: Progress) -> Made:
+def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
     anchors = np.load(context.run_dir / task.payload["anchors"], allow_pickle=False).astype(np.float32)
     positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
+    pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
+    depth, searchable = task.payload["depth"], task.payload["candidates"]
+    memory = context.config.resources.memory_budget // context.workers
     searched = reported = 0
 
     def on_block(rows: int) -> None:
         # The bar counts anchors; a block of the corpus brings all of them forward by its share.
         nonlocal searched, reported
         searched += rows
-        due = len(anchors) * searched // vectors.rows
+        due = len(anchors) * searched // opened.vectors.rows
         progress(due - reported, "")
         reported = due
 
-    found = ann.search_exact(
-        anchors,
-        vectors,
-        task.payload["depth"],
-        candidates=task.payload["candidates"],
-        positives=(np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives),
-        memory=context.config.resources.memory_budget // context.workers,
-        threads=context.threads,
-        progress=on_block,
-    )
+    about: dict[str, Any] = {"memory": memory, "threads": context.threads, "progress": on_block}
+    if opened.index is None:
+        found = ann.search_exact(anchors, opened.vectors, depth, candidates=searchable, positives=pairs, **about)
+    else:
+        rows, scores = opened.index.before(searchable).search(anchors, depth, **about)
+        found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
-    publish(".parquet", lambda file: candidates.write(file, made))
-    return Made(len(anchors), {"depth": task.payload["depth"]})
+    kind = context.config.index.kind if opened.index else None
+    publish(".parquet", lambda file: candidates.write(file, made, approximate=kind))
+    return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
 
 
-def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
-    return {
+def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
+    index = context.manifest("index").stats
+    recall = {name: index[name] for name in ("kind", "recall", "recall_interval") if "recall" in index}
+    return recall | {
         "anchors": sum(part.rows for part in parts),
         "depth": max((part.meta["depth"] for part in parts), default=0),
     }

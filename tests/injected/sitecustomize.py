@@ -10,13 +10,11 @@ import fcntl
 import json
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 BLOW: dict[str, Any] = json.loads(os.environ.get("BLOW", "{}"))
-_fsync, _replace, _time = os.fsync, os.replace, time.time
+_fsync, _replace = os.fsync, os.replace
 _seen = 0
 
 
@@ -33,7 +31,7 @@ def _due(path: Path) -> bool:
     if _place(path) != (BLOW["stage"], BLOW["what"]):
         return False
     _seen += 1
-    return _seen == BLOW["nth"]
+    return _seen == int(BLOW["nth"])
 
 
 def _die() -> NoReturn:
@@ -73,7 +71,7 @@ def _struck_replace(source: Any, target: Any, **rest: Any) -> None:
 
 
 if BLOW.get("boundary") in ("before write", "mid-write", "memory"):
-    os.fsync = _struck_fsync
+    os.fsync = _struck_fsync  # type: ignore[assignment]
 elif BLOW.get("boundary") in ("before rename", "after rename"):
     os.replace = _struck_replace  # type: ignore[assignment]
 if BLOW.get("locks") == "given to everybody":
@@ -84,9 +82,3 @@ elif BLOW.get("locks") == "not there":
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     fcntl.flock = _flock  # type: ignore[assignment]
-if "clock" in BLOW:
-    time.time = lambda: _time() + BLOW["clock"]
-if "address_space" in BLOW and "negpipe.worker" in sys.orig_argv:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (BLOW["address_space"],) * 2)

@@ -1,0 +1,110 @@
+"""Search of any other FAISS index: it proposes, the stored vectors decide.
+
+Guarantees: every score comes from `pair_scores`; the same bytes for any memory and any number of threads, because FAISS
+is always asked for the same few anchors by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negpipe.ann.factory import read
+from negpipe.ann.library import faiss, one_thread
+from negpipe.ann.pairs import NOTHING, keys_of, pair_scores, rows_of, scores_of
+from negpipe.ann.vectors import Floats, Ints, Vectors
+from negpipe.errors import ConfigError
+
+_ANCHORS = 256
+_BLOCK_ROWS = 65536
+
+
+def open_shards(shards: Sequence[tuple[Path, int]], dimension: int) -> list[tuple[Any, int]]:
+    """Open index files, each with its first row.
+
+    Raises:
+        DamagedError: see `factory.read`.
+    """
+    return [(read(path, dimension), first) for path, first in shards]
+
+
+def effort(index: Any) -> tuple[str, int] | None:
+    """FAISS's name of what makes a search of this index more thorough, and its highest value; None: nothing does."""
+    inverted = faiss().try_extract_index_ivf(index)
+    if inverted is not None:
+        return "nprobe", inverted.nlist
+    return ("efSearch", 4096) if isinstance(index, faiss().IndexHNSW) else None
+
+
+def search_coded(
+    anchors: Floats,
+    shards: Sequence[tuple[Any, int]],
+    vectors: Vectors,
+    depth: int,
+    *,
+    effort_value: int | None,
+    proposed: int,
+    memory: int,
+    threads: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[Ints, Floats]:
+    """The best `depth` of the `proposed` rows that the index finds.
+
+    Args:
+        anchors: (n, d) float32.
+        shards: opened indexes, each with its first row.
+        vectors: the corpus.
+        effort_value: nprobe or efSearch, see `effort`.
+        proposed: rows an anchor that are scored exactly, at least `depth`.
+        memory: bytes this call may use; changes no result.
+        threads: changes no result.
+        progress: called with the number of corpus rows just searched.
+
+    Returns:
+        rows (n, depth) int64, -1 where fewer were found; scores (n, depth) float32, -inf there.
+
+    Raises:
+        ConfigError: `memory` does not suffice.
+    """
+    row = 4 * vectors.dimension
+    needed = anchors.nbytes + len(anchors) * proposed * 24 + threads * _ANCHORS * proposed * 40 + 1024 * row
+    if needed > memory:
+        raise ConfigError(
+            f"searching {len(anchors)} anchors with {proposed} proposals each needs {-(-needed // 2**20)} MiB,"
+            f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
+        )
+    tiles = [slice(low, low + _ANCHORS) for low in range(0, len(anchors), _ANCHORS)]
+    best = np.full((len(anchors), proposed), NOTHING)
+    block_rows = min(_BLOCK_ROWS, max(1024, (memory - needed) // (2 * row)))
+    with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+        for index, first in shards:
+            knob = effort(index)
+            if knob and effort_value:
+                faiss().ParameterSpace().set_index_parameter(index, knob[0], effort_value)
+
+            def propose(tile: slice, index: Any = index, first: int = first) -> None:
+                products, rows = index.search(anchors[tile], min(proposed, index.ntotal))
+                keys = np.where(rows < 0, NOTHING, keys_of(products.ravel(), first + rows.ravel()).reshape(rows.shape))
+                table = np.concatenate((best[tile], keys), axis=1)
+                table.partition(proposed - 1, axis=1)
+                best[tile] = table[:, :proposed]
+
+            list(pool.map(propose, tiles))
+            progress(index.ntotal)
+        for start, block in vectors.blocks(block_rows):
+
+            def rescore(tile: slice, start: int = start, block: Floats = block) -> None:
+                rows = rows_of(best[tile])
+                anchor_of, column = np.nonzero((rows >= start) & (rows < start + len(block)))
+                row_of = rows[anchor_of, column]
+                scores = pair_scores(anchors[tile], anchor_of, block, row_of - start)
+                best[tile][anchor_of, column] = keys_of(scores, row_of)
+
+            list(pool.map(rescore, tiles))
+    best.sort(axis=1)
+    best = best[:, :depth]
+    return rows_of(best), scores_of(best)

@@ -1,0 +1,39 @@
+"""How much of the exact result an approximate search finds, measured on sampled anchors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.ann.vectors import Ints
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Which of the true nearest rows were found, for m sampled anchors.
+
+    Attributes:
+        hits: (m, depth) bool, whether the row of an anchor's true rank was found.
+    """
+
+    hits: NDArray[np.bool_]
+
+    def over(self, first: int, last: int) -> tuple[float, float, float]:
+        """Mean recall over the true ranks first … last - 1, and its 95 % interval (normal, over anchors)."""
+        each = self.hits[:, first:last].mean(axis=1)
+        mean, width = float(each.mean()), 1.96 * float(each.std(ddof=1 if len(each) > 1 else 0)) / np.sqrt(len(each))
+        return mean, max(0.0, mean - width), min(1.0, mean + width)
+
+    def shift(self, rank: int) -> float:
+        """By how many ranks the row found at `rank` truly lies deeper, on average; rows not found push others up."""
+        order = np.argsort(~self.hits, axis=1, kind="stable")
+        known = self.hits.sum(axis=1) > rank
+        return float((order[known, rank] - rank).mean()) if known.any() else 0.0
+
+
+def hits(found: Ints, true: Ints) -> NDArray[np.bool_]:
+    """(m, depth): whether each true row is among the found rows of its anchor; -1 counts as found."""
+    anchor = np.arange(len(true), dtype=np.int64)[:, None] << 32
+    return np.isin(anchor + true, anchor + found) | (true < 0)

@@ -1,0 +1,252 @@
+"""An approximate index: built by factory string, tuned until it finds what was asked for, its recall stated.
+
+Guarantees: recall is measured on seeded anchors against an exact search over the same vectors; an index that cannot
+reach `index.min_recall` is an error that shows how far each effort came.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe import ann
+from negpipe.ann import coded, factory, lists, recall
+from negpipe.ann.vectors import Floats, Ints
+from negpipe.config import Config
+from negpipe.errors import ConfigError, DamagedError, RecallError
+
+_ONE_IN = 32  # rows of a shard that its sample holds
+_SAMPLE_ROWS = 8192  # of all samples that are looked at
+_SHOWN = 8  # efforts in an error
+_MOST_PROPOSED = 16  # times the depth
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thorough a search is: lists probed (or efSearch), and rows scored exactly; None where there is no such."""
+
+    nprobe: int | None
+    proposed: int | None
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """An opened index, with the effort it is to be searched with."""
+
+    index: lists.Lists | list[tuple[Any, int]]
+    vectors: ann.Vectors
+    effort: Effort = Effort(None, None)
+
+    def tuned(self, effort: Effort) -> Approximate:
+        return replace(self, effort=effort)
+
+    def before(self, row: int) -> Approximate:
+        """The same without the shards that begin at `row` or later."""
+        if isinstance(self.index, lists.Lists):
+            kept = tuple(shard for shard in self.index.shards if shard.first < row)
+            return replace(self, index=replace(self.index, shards=kept))
+        return replace(self, index=[shard for shard in self.index if shard[1] < row])
+
+    def search(
+        self,
+        anchors: Floats,
+        depth: int,
+        *,
+        memory: int,
+        threads: int,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> tuple[Ints, Floats]:
+        """Rows and scores, (n, depth) each; see `lists.search_lists` and `coded.search_coded`."""
+        effort = self.effort
+        if isinstance(self.index, lists.Lists):
+            return lists.search_lists(
+                anchors, self.index, depth, effort.nprobe or 1, memory=memory, threads=threads, progress=progress
+            )
+        return coded.search_coded(
+            anchors,
+            self.index,
+            self.vectors,
+            depth,
+            effort_value=effort.nprobe,
+            proposed=max(depth, effort.proposed or depth),
+            memory=memory,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def train(config: Config, vectors: ann.Vectors) -> Any:
+    """The trained, empty index of `index.kind`, or the one `index.trained` names.
+
+    Raises:
+        ConfigError: see `factory`; or the index named is of another kind.
+    """
+    kind, given = config.index.kind, config.index.trained
+    if not given:
+        wanted = factory.rows_wanted(kind, vectors.dimension, vectors.rows)
+        return factory.train(kind, factory.sample(vectors, max(1, wanted), config.seed))
+    index, fresh = factory.read(Path(given), vectors.dimension, to_fill=True), factory.make(kind, vectors.dimension)
+    if type(index) is not type(fresh) or factory.lists_of(index) != factory.lists_of(fresh) or not index.is_trained:
+        raise ConfigError(
+            f"index.trained: {given} is {type(index).__name__} with {factory.lists_of(index)} lists, index.kind {kind}"
+            f" means {type(fresh).__name__} with {factory.lists_of(fresh)}: name an index of this kind"
+        )
+    index.reset()
+    return index
+
+
+def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
+    """Some of a shard's rows, at random."""
+    return factory.sample(vectors, -(-vectors.rows // _ONE_IN), seed)
+
+
+def open_index(run_dir: Path, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors) -> Approximate:
+    """Open an index's shards: `index` and `sample` are paths, `first` is the first row.
+
+    Raises:
+        DamagedError: a file is damaged, or they hold another number of rows than the vectors.
+    """
+    places = [(run_dir / shard["index"], int(shard["first"])) for shard in shards]
+    opened = coded.open_shards(places, vectors.dimension)
+    held = sum(index.ntotal for index, _ in opened)
+    if held != vectors.rows:
+        raise DamagedError(
+            f"{places[0][0].parent}: the index holds {held:,} vectors, encode made {vectors.rows:,}."
+            " Run `negpipe index` again"
+        )
+    if not lists.is_lists(opened[0][0]):
+        return Approximate(opened, vectors)
+    samples = np.concatenate([np.load(run_dir / shard["sample"], allow_pickle=False) for shard in shards])
+    stride = -(-len(samples) // _SAMPLE_ROWS)
+    return Approximate(lists.open_lists(places, samples[::stride].copy()), vectors)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning found.
+
+    Attributes:
+        effort: the least that reached the recall.
+        curve: efforts tried, each with the mean recall over the stored depth.
+        by_rank: share of the sampled anchors whose true row of each rank was found.
+        shift: for each rank, by how many ranks the row found there truly lies deeper, on average.
+        recall, low, high: over the stored depth, with its 95 % interval.
+    """
+
+    effort: Effort
+    anchors: int
+    recall: float
+    low: float
+    high: float
+    by_rank: list[float]
+    shift: list[float]
+    window: dict[str, float]
+    curve: list[dict[str, Any]]
+
+    def write(self, file: BinaryIO) -> None:
+        """As JSON."""
+        file.write(json.dumps(asdict(self), indent=1).encode())
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For manifest, log and status."""
+        return {
+            "nprobe": self.effort.nprobe,
+            "proposed": self.effort.proposed,
+            "recall_anchors": self.anchors,
+            "recall": round(self.recall, 4),
+            "recall_interval": [round(self.low, 4), round(self.high, 4)],
+            "recall_window": {name: round(value, 4) for name, value in self.window.items()},
+        }
+
+
+def read_tuning(path: Path) -> Tuning:
+    """Read what `Tuning.write` wrote."""
+    found = json.loads(path.read_text())
+    return Tuning(**{**found, "effort": Effort(**found["effort"])})
+
+
+def tune(opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: int, threads: int) -> Tuning:
+    """Find the least effort that reaches `index.min_recall`.
+
+    Raises:
+        RecallError: none does; the message shows the curve.
+    """
+    count = min(config.index.recall_anchors, anchors.rows)
+    chosen = np.sort(np.random.default_rng(config.seed).choice(anchors.rows, count, replace=False))
+    sampled = anchors.take(chosen)
+    depth = min(config.depth, opened.vectors.rows)
+    exact = ann.search_exact(
+        sampled, opened.vectors, depth, positives=factory.NO_PAIRS, memory=memory, threads=threads
+    ).rows
+    curve: list[dict[str, Any]] = []
+    for effort, hits in _efforts(opened, sampled, exact, config, memory, threads):
+        measured = recall.Recall(hits)
+        mean, low, high = measured.over(0, depth)
+        curve.append({**asdict(effort), "recall": round(mean, 4)})
+        if low >= config.index.min_recall or mean == 1.0:
+            first = min(config.mining.range_min, depth - 1)
+            last = min(config.mining.range_max or depth, depth)
+            inside = measured.over(first, max(last, first + 1))
+            window = {"first": first, "last": last, "recall": inside[0], "low": inside[1], "high": inside[2]}
+            window |= {"shift_first": measured.shift(first), "shift_last": measured.shift(last - 1)}
+            shift = [round(measured.shift(rank), 3) for rank in range(depth)]
+            by_rank = [round(float(share), 4) for share in hits.mean(axis=0)]
+            return Tuning(effort, count, mean, low, high, by_rank, shift, window, curve)
+    shown = "; ".join(_step(step) for step in curve[:: -(-len(curve) // _SHOWN)])
+    fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
+    raise RecallError(
+        f"index.kind {config.index.kind} does not surely reach index.min_recall {config.index.min_recall} over the"
+        f" {depth} nearest documents of {count:,} anchors: {shown}. To go on,{fixed} lower index.min_recall, choose"
+        " another kind, or search exactly with index.kind: stream"
+    )
+
+
+def _step(step: dict[str, Any]) -> str:
+    effort = ", ".join(f"{name} {step[name]}" for name in ("nprobe", "proposed") if step[name] is not None)
+    return f"{effort or 'as it is'}: recall {step['recall']:.4f}"
+
+
+def _efforts(
+    opened: Approximate, anchors: Floats, exact: Ints, config: Config, memory: int, threads: int
+) -> Iterator[tuple[Effort, NDArray[np.bool_]]]:
+    """Efforts to try in order, each with what it finds of the exact rows; the caller stops at the first that does."""
+    if isinstance(opened.index, lists.Lists):
+        # A row is found exactly if its list is probed: one look at the order of the lists tells of every nprobe.
+        place = lists.places(opened.index, anchors, exact, memory=memory, threads=threads)
+        most = len(opened.index.centroids)
+        if config.index.nprobe:
+            yield Effort(min(config.index.nprobe, most), None), place < config.index.nprobe
+            return
+        tried = 1
+        while tried < most:
+            yield Effort(tried, None), place < tried
+            tried = min(most, max(tried + 1, tried * 17 // 16))
+        yield Effort(most, None), place < most
+        return
+    depth, knob = exact.shape[1], coded.effort(opened.index[0][0])
+    most = knob[1] if knob else None
+    effort = Effort(config.index.nprobe or (None if most is None else 1), depth)
+    while True:
+        nprobe, proposed = effort.nprobe, effort.proposed or depth
+        rows, _ = opened.tuned(effort).search(anchors, depth, memory=memory, threads=threads)
+        yield effort, recall.hits(rows, exact)
+        higher = [replace(effort, proposed=min(2 * proposed, opened.vectors.rows))]
+        if nprobe is not None and most is not None and nprobe < most and not config.index.nprobe:
+            higher.append(replace(effort, nprobe=min(2 * nprobe, most)))
+        if proposed >= min(_MOST_PROPOSED * depth, opened.vectors.rows):
+            higher = higher[1:]
+        if not higher:
+            return
+        # Whichever of the two helps more.
+        gains = []
+        for one in higher:
+            rows, _ = opened.tuned(one).search(anchors, depth, memory=memory, threads=threads)
+            gains.append(float(recall.hits(rows, exact).mean()))
+        effort = higher[int(np.argmax(gains))]
