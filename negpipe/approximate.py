@@ -231,15 +231,15 @@ def _efforts(
         yield Effort(most, None), place < most
         return
     depth, knob = exact.shape[1], coded.effort(opened.index[0][0])
-    most = knob[1] if knob else None
-    effort = Effort(config.index.nprobe or (None if most is None else 1), depth)
+    highest = knob[1] if knob else 0
+    effort = Effort((config.index.nprobe or 1) if knob else None, depth)
     while True:
         nprobe, proposed = effort.nprobe, effort.proposed or depth
         rows, _ = opened.tuned(effort).search(anchors, depth, memory=memory, threads=threads)
         yield effort, recall.hits(rows, exact)
         higher = [replace(effort, proposed=min(2 * proposed, opened.vectors.rows))]
-        if nprobe is not None and most is not None and nprobe < most and not config.index.nprobe:
-            higher.append(replace(effort, nprobe=min(2 * nprobe, most)))
+        if nprobe and nprobe < highest and not config.index.nprobe:
+            higher.append(replace(effort, nprobe=min(2 * nprobe, highest)))
         if proposed >= min(_MOST_PROPOSED * depth, opened.vectors.rows):
             higher = higher[1:]
         if not higher:

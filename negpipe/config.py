@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from negpipe import compat, kinds, safe_yaml
+from negpipe import compat, kinds, machine, safe_yaml
 from negpipe.errors import ConfigError
 
 CONFIG_FOLDER = Path("configs")
@@ -375,6 +375,15 @@ class Executor(_Model):
 
 def _bytes(value: Any) -> Any:
     if isinstance(value, str):
+        share = value.strip().removesuffix("%")
+        if share != value.strip():
+            try:
+                part = float(share) / 100
+            except ValueError:
+                part = 0.0
+            if not 0 < part <= 1:
+                raise ValueError(f"'{value}' is no share of this machine's memory: write for example 25%")
+            return int(part * machine.memory())
         number = value.strip().rstrip("BbIiKkMmGgTt")
         unit = value.strip()[len(number) :].upper()
         if unit in _UNITS:
@@ -382,7 +391,7 @@ def _bytes(value: Any) -> Any:
                 return int(float(number) * _UNITS[unit])
             except (ValueError, OverflowError):
                 pass
-        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB")
+        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB, 800MB or 25%")
     return value
 
 
@@ -391,7 +400,9 @@ class Resources(_Model):
 
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
     memory_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
-        2 * 2**30, ge=64 * 2**20, description="Working memory beyond the libraries, for example 2GiB."
+        2 * 2**30,
+        ge=64 * 2**20,
+        description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
     )
 
 

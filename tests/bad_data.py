@@ -146,7 +146,7 @@ def _flagembedding(*, pool: bool) -> Source:
     places = {"list": Place("f.jsonl", {"pos": "pos", "neg": "neg"}), "query": Place("f.jsonl", {"text": "query"})}
     settings: dict[str, Any] = {"format": "flagembedding", "path": "FOLDER/f.jsonl"}
     if pool:
-        files["pool.jsonl"] = [{"text": f"candidate {i}"} for i in range(DOCUMENTS)]
+        files = {"pool.jsonl": [{"text": f"candidate {i}"} for i in range(DOCUMENTS)], **files}
         places["document"] = Place("pool.jsonl", {"text": "text"})
         settings |= {"corpus": "FOLDER/pool.jsonl", "text": "{text}"}
     return Source(settings, files, places)
@@ -193,7 +193,7 @@ class Fault:
 _TEXTS: list[tuple[str, Any, str, str, str]] = [
     ("null", None, "null or absent", EMPTY, "empty_text"),
     ("empty", "", "empty", EMPTY, "empty_text"),
-    ("only white space", " \t\u3000\u00a0\r", "empty", EMPTY, "empty_text"),
+    ("only white space", " \t\u3000\u00a0", "empty", EMPTY, "empty_text"),
     ("a number", 5, "expected a text, got 5", "Write a string", "type"),
     ("a boolean", True, "a boolean", "Write a string", "type"),
     ("a float", 1.5, "a float", "Write a string", "type"),
@@ -284,15 +284,14 @@ def _holds(source: Source, file: str, value: Any, words: list[str]) -> bool:
     if file.endswith((".csv", ".tsv")) and not source.readme:
         return isinstance(value, str) or (value is None and "id" in words[0])
     if file.endswith(".parquet"):
-        return value is None or isinstance(value, str)
+        return value is None or (isinstance(value, str) and "number" not in words[0])
     return not source.readme or value is None or (isinstance(value, str) and file.endswith(".jsonl"))
 
 
 def _sound(source: Source, file: str) -> dict[str, Any]:
     """A further row for a file, like its others."""
     row: dict[str, Any] = source.files[file][-1]
-    fresh = {"_id": "fresh", "text": "fresh", "qid": "fresh", "did": "fresh", "anchor": "fresh", "positive": "fresh"}
-    return row | {key: value for key, value in fresh.items() if key in row}
+    return row | {key: "fresh" for key in ("_id", "text") if key in row}
 
 
 def _of_lines(name: str, source: Source) -> Iterator[Fault]:
@@ -302,7 +301,6 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
                 remedy = {"not a": "Write {", "invalid": "Save the file as UTF-8", "half a": "whole character"}
                 words = next((text for start, text in remedy.items() if problem.startswith(start)), "one JSON object")
                 column = {"half a surrogate pair": "text", "the other half, in a list": "pos"}.get(about)
-                column = "\udfff" if "name" in about else column
                 yield Fault(name, f"{file} {about}", file, line, column, (problem, words), "broken")
         elif file.endswith((".csv", ".tsv")):
             sign = b"," if file.endswith(".csv") else b"\t"

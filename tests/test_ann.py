@@ -305,3 +305,39 @@ def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path)
 def test_importing_the_module_imports_no_faiss() -> None:
     code = "import sys, negpipe.ann; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_search_goes_on_from_its_checkpoint(
+    corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 700)
+    queries = make(np.random.default_rng(5), 40, 24)
+    pairs = np.arange(40), np.arange(0, 4_000, 100)
+    stored = save_parts(tmp_path, corpus[:6_000], 1_000)
+    fresh = ann.search_exact(queries, stored, 50, positives=pairs, memory=ROOMY, threads=2)
+
+    class Stopped(Exception): ...
+
+    def stop(rows: int) -> None:
+        seen.append(rows)
+        if sum(seen) > 3_000:
+            raise Stopped
+
+    checkpoint = ann.Checkpoint(tmp_path / "books" / "key.npz", seconds=0)
+    seen: list[int] = []
+    with pytest.raises(Stopped):
+        ann.search_exact(
+            queries, stored, 50, positives=pairs, memory=ROOMY, threads=2, progress=stop, checkpoint=checkpoint
+        )
+    resumed: list[int] = []
+    monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 450)  # another machine, another budget
+    found = ann.search_exact(
+        queries, stored, 50, positives=pairs, memory=ROOMY, threads=1, progress=resumed.append, checkpoint=checkpoint
+    )
+    assert resumed[0] == 2_800 and max(resumed[1:]) <= 450 and sum(resumed) == 6_000
+    for one, other in ((found.rows, fresh.rows), (found.scores, fresh.scores)):
+        assert one.tobytes() == other.tobytes()
+    assert found.positive_scores.tobytes() == fresh.positive_scores.tobytes()
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-50])
+    again = ann.search_exact(queries, stored, 50, positives=pairs, memory=ROOMY, threads=2, checkpoint=checkpoint)
+    assert again.rows.tobytes() == fresh.rows.tobytes()

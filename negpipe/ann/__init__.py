@@ -1,11 +1,12 @@
 """Nearest neighbours by inner product. The only package that imports faiss, and only when it is used."""
 
 from negpipe.ann import factory
-from negpipe.ann.exact import Found, search_exact
+from negpipe.ann.exact import Checkpoint, Found, search_exact
 from negpipe.ann.pairs import pair_scores, score_pairs
 from negpipe.ann.vectors import Vectors, open_flat, open_parts, write_flat
 
 __all__ = [
+    "Checkpoint",
     "Found",
     "Vectors",
     "factory",

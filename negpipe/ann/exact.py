@@ -12,9 +12,13 @@ anchor's cut by more than that bound, no other row of the block can belong to it
 from __future__ import annotations
 
 import math
+import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, product_below, rounding, rows_of, scores_of
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
+from negpipe.storage import publish
 
 _ANCHORS = 1024  # at most, of one search: large enough for its speed
 _BLOCK_ROWS = 131072  # at most, at a time: in small blocks FAISS spends its time on collecting the first few
@@ -37,6 +42,39 @@ class Found:
     positive_scores: Floats  # (p,)
 
 
+@dataclass
+class Checkpoint:
+    """A file that a search writes every `seconds` and goes on from; damaged or foreign, it is ignored."""
+
+    path: Path
+    seconds: float = 300.0
+    _last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def save(self, rows: int, best: list[Keys], positive_scores: Floats) -> None:
+        """Write what is known after the first `rows` rows of the corpus."""
+        kept = np.concatenate(best)
+
+        def write(file: BinaryIO) -> None:
+            np.savez(file, rows=np.int64(rows), best=kept, positive_scores=positive_scores)
+
+        publish(self.path.parent, lambda _: self.path.name, write, kept.nbytes + positive_scores.nbytes)
+        self._last = time.monotonic()
+
+    def load(self, anchors: int, depth: int, positives: int) -> tuple[int, Keys, Floats] | None:
+        """Rows searched, the best keys (anchors, depth), positives' scores; None: there is nothing to go on from."""
+        try:
+            with np.load(self.path, allow_pickle=False) as kept:
+                rows, best, scores = int(kept["rows"]), kept["best"], kept["positive_scores"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        fits = best.shape == (anchors, depth) and scores.shape == (positives,)
+        return (rows, best, scores) if fits else None
+
+
 def search_exact(
     anchors: Floats,
     vectors: Vectors | Held,
@@ -47,6 +85,7 @@ def search_exact(
     memory: int,
     threads: int,
     progress: Callable[[int], None] = lambda rows: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Found:
     """The `depth` best rows of every anchor, and the scores of its positives.
 
@@ -59,6 +98,7 @@ def search_exact(
         memory: bytes this call may use, its results included; changes no result.
         threads: threads that compute; one more reads ahead. Changes no result.
         progress: called after each block with the number of corpus rows just searched.
+        checkpoint: where a long search leaves what it has, and finds it again; of these anchors and vectors alone.
 
     Raises:
         ConfigError: `memory` does not suffice.
@@ -77,10 +117,16 @@ def search_exact(
     count, block_rows = _layout(len(anchors), vectors, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
-    # No block straddles the border.
-    starts = [*range(0, last, block_rows), *range(last, vectors.rows, block_rows)]
-    ends = [*starts[1:], vectors.rows]
     tiles = [_Tile(part, depth) for part in np.array_split(anchors, count)] if count else []
+    searched = 0
+    if checkpoint and (state := checkpoint.load(len(anchors), depth, len(row_of))):
+        searched, best, positive_scores = state
+        for tile, kept in zip(tiles, np.array_split(best, count), strict=True):
+            tile.best = kept.copy()
+        progress(searched)
+    # No block straddles the border.
+    starts = [*range(searched, last, block_rows), *range(max(searched, last), vectors.rows, block_rows)]
+    ends = [*starts[1:], vectors.rows]
 
     def load(number: int) -> _Block:
         return _Block.load(vectors, starts[number], buffers[number % 2][: ends[number] - starts[number]])
@@ -100,6 +146,8 @@ def search_exact(
             for done in work:
                 done.result()
             progress(len(block.vectors))
+            if checkpoint and number + 1 < len(starts) and checkpoint.due():
+                checkpoint.save(ends[number], [tile.best for tile in tiles], positive_scores)
         rows = np.empty((len(anchors), depth), np.int64)
         scores = np.empty((len(anchors), depth), np.float32)
         first = 0

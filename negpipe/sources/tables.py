@@ -151,12 +151,19 @@ def _object(line: str, place: Place) -> dict[str, Any]:
     # Only an escape can bring half a surrogate pair in: such a text could be neither written nor hashed.
     if "\\ud" in line or "\\uD" in line:
         for name, value in row.items():
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                remedy = "Write the whole character, or leave it out"
-                raise RowError("broken", "half a surrogate pair (\\ud800 to \\udfff)", place, name, remedy) from None
+            if not (_whole(name) and _whole(value)):
+                field, remedy = name if _whole(name) else None, "Write the whole character, or leave it out"
+                raise RowError("broken", "half a surrogate pair (\\ud800 to \\udfff)", place, field, remedy)
     return row
+
+
+def _whole(value: Any) -> bool:
+    """Whether every character in it can be written."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Rows:

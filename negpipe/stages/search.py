@@ -19,7 +19,7 @@ from negpipe.approximate import Approximate
 from negpipe.candidates import Candidates
 from negpipe.config import Config
 from negpipe.fingerprint import key
-from negpipe.manifest import Part
+from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import open_approximate
 from negpipe.tables import documents, open_table, ragged
@@ -102,15 +102,19 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
         progress(due - reported, "")
         reported = due
 
+    checkpoint = ann.Checkpoint(Books(context.run_dir, "search").folder / f"{task.key}.npz")
     about: dict[str, Any] = {"memory": memory, "threads": context.threads, "progress": on_block}
     if opened.index is None:
-        found = ann.search_exact(anchors, opened.vectors, depth, candidates=searchable, positives=pairs, **about)
+        found = ann.search_exact(
+            anchors, opened.vectors, depth, candidates=searchable, positives=pairs, checkpoint=checkpoint, **about
+        )
     else:
         rows, scores = opened.index.before(searchable).search(anchors, depth, **about)
         found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
     kind = context.config.index.kind if opened.index else None
     publish(".parquet", lambda file: candidates.write(file, made, approximate=kind))
+    checkpoint.path.unlink(missing_ok=True)
     return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
 
 
