@@ -233,10 +233,15 @@ def _efforts(
     depth, knob = exact.shape[1], coded.effort(opened.index[0][0])
     highest = knob[1] if knob else 0
     effort = Effort((config.index.nprobe or 1) if knob else None, depth)
-    while True:
-        nprobe, proposed = effort.nprobe, effort.proposed or depth
+
+    def hits_of(effort: Effort) -> NDArray[np.bool_]:
         rows, _ = opened.tuned(effort).search(anchors, depth, memory=memory, threads=threads)
-        yield effort, recall.hits(rows, exact)
+        return recall.hits(rows, exact)
+
+    found = hits_of(effort)
+    while True:
+        yield effort, found
+        nprobe, proposed = effort.nprobe, effort.proposed or depth
         higher = [replace(effort, proposed=min(2 * proposed, opened.vectors.rows))]
         if nprobe and nprobe < highest and not config.index.nprobe:
             higher.append(replace(effort, nprobe=min(2 * nprobe, highest)))
@@ -245,8 +250,4 @@ def _efforts(
         if not higher:
             return
         # Whichever of the two helps more.
-        gains = []
-        for one in higher:
-            rows, _ = opened.tuned(one).search(anchors, depth, memory=memory, threads=threads)
-            gains.append(float(recall.hits(rows, exact).mean()))
-        effort = higher[int(np.argmax(gains))]
+        effort, found = max(((one, hits_of(one)) for one in higher), key=lambda pair: float(pair[1].mean()))

@@ -358,6 +358,7 @@ class Output(_Model):
     rows_per_file: int | None = Field(
         None, ge=1, description="Rows a Parquet file, the last of a part may have fewer; null: one file a part."
     )
+    report: bool = Field(True, description="Make RUN_DIR/report.html at the end of `mine`; changes no row.")
 
     @model_validator(mode="after")
     def _ranking(self) -> Output:

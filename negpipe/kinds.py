@@ -5,28 +5,37 @@ from __future__ import annotations
 import math
 
 _ROWS_A_LIST = 39  # FAISS wants as many to train on
-_SHARE = 0.25  # of the work of exact search that the lists probed take, at depth / rows = 1 / 300
-_FIXED = 0.02  # of exact search: the cut, the merges
+_SHARE = 0.35  # of the corpus that has to be probed for a recall of 0.98, where depth / rows is _AT
+_AT = 320 / 100_000
+FIXED = 0.03  # of exact search: the cut, the merges
+
+
+def options(rows: int, depth: int) -> list[tuple[str, int, int, float]]:
+    """Approximate kinds that can be built: name, lists, rows to train on, share of exact search's work.
+
+    What share of the corpus has to be probed for a recall of 0.98 was measured on sentence embeddings
+    (scripts/bench_search.py); wide windows of small corpora need much of it.
+    """
+    lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
+    if rows < _ROWS_A_LIST * lists:
+        return []
+    share = min(1.0, _SHARE * math.sqrt(depth / rows / _AT))
+    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share)]
 
 
 def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, str]:
-    """An index kind and the reason.
+    """An index kind and the reason: the approximate one where it is twice as fast as exact search, building included.
 
     Args:
         rows: documents. dimension: of their vectors. anchors: how many search. depth: candidates an anchor.
-
-    The costs are in floating-point operations of matrix products, which is where the time goes. What share of the
-    corpus has to be probed for a recall of 0.98 was measured on sentence embeddings (scripts/bench_search.py).
     """
-    lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
     exact = 2.0 * rows * anchors * dimension
-    share = min(1.0, _SHARE * (300 * depth / rows) ** 0.5)
-    trained = 2.0 * min(rows, 2 * _ROWS_A_LIST * lists) * lists * dimension * 10
-    assigned = 2.0 * rows * lists * dimension
-    measured = 2.0 * rows * min(anchors, 1000) * dimension
-    approximate = trained + assigned + measured + exact * (share + _FIXED)
-    kind = f"IVF{lists},Flat"
-    ratio = exact / approximate if approximate else 1.0
-    if rows < _ROWS_A_LIST * lists or ratio < 2:
-        return "stream", f"exact search costs little here: {kind} would be {ratio:.1f} times as fast with its building"
-    return kind, f"an estimated {ratio:.1f} times as fast as exact search, its building included"
+    best, ratio = "", 0.0
+    for name, lists, trained, share in options(rows, depth):
+        built = 2.0 * dimension * (10 * trained * lists + rows * lists + rows * min(anchors, 1000))
+        best, ratio = name, exact / (built + exact * (share + FIXED))
+    if ratio < 2:
+        faster = f"{ratio:.1f} times as fast" if ratio > 1 else "no faster"
+        why = f"{best} would be {faster}, building included" if best else "the corpus is too small for lists"
+        return "stream", f"exact search costs little here, {why}"
+    return best, f"about {ratio:.1f} times as fast as exact search, building included"

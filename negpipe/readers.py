@@ -89,12 +89,12 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
     return context
 
 
-def selected(context: Context, opened: Shared) -> Slices:
-    """The candidates of all anchors a slice at a time, with what the config selects of them."""
+def selected(context: Context, opened: Shared, every: int = 1) -> Slices:
+    """The candidates of all anchors, or of one in so many, a slice at a time, with what the config selects of them."""
     parts, complete = _parts(context)
     for part in parts:
         yield from opened.selector.slices(
-            part if complete else replace(part, deeper=search_deeper(part, opened, context))
+            part if complete else replace(part, deeper=search_deeper(part, opened, context)), every
         )
 
 

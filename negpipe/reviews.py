@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -29,6 +29,8 @@ from negpipe.tables import Rows, documents, members, open_table, ragged
 Ints = npt.NDArray[np.int64]
 
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
+MADE_OF = "made_of"
+"""Where both say which candidates, or which rows, they are of."""
 _ANCHORS = 4096  # whose positives are in memory at a time
 _NEIGHBOURS = 16  # near anchors of an anchor, at most
 
@@ -43,8 +45,6 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
     with digests_of(config) as digests:
         context = searched(config, digests, "quality")
         opened = open_selection(context)
-        vectors = [context.file(part) for part in context.manifest("encode").of_kind("anchors")]
-        random = quality.random_scores(vectors, opened.passages, opened.searchable, config.seed)
 
         def slices() -> Iterator[tuple[candidates.Candidates, Units]]:
             for piece in selected(context, opened):
@@ -53,9 +53,18 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
 
         reporter.begin("quality", context.manifest("ingest").stats["anchors"], 0)
         try:
-            return quality.measure(slices(), random, min(context.config.depth, opened.searchable))
+            return quality_of(context, opened, slices())
         finally:
             reporter.end()
+
+
+def quality_of(
+    context: Context, opened: Shared, slices: Iterable[tuple[candidates.Candidates, Units]]
+) -> quality.Quality:
+    """The same for anchors whose candidates and units the caller reads."""
+    vectors = [context.file(part) for part in context.manifest("encode").of_kind("anchors")]
+    random = quality.random_scores(vectors, opened.passages, opened.searchable, context.config.seed)
+    return quality.measure(slices, random, min(context.config.depth, opened.searchable))
 
 
 def calibrate_settings(
@@ -115,7 +124,8 @@ def calibrate_settings(
             reporter.end()
         if not made.anchors:
             raise InputError(_UNTRIED[method].format(total=total, near=near), remedy=_INSTEAD[method])
-        table = calibrate.to_table(made)
+        judged = {MADE_OF: context.manifest("search").digest}
+        table = calibrate.to_table(made).replace_schema_metadata(judged)
         publish(config.run_dir, lambda _: CALIBRATION, lambda file: _write(table, file))
         return made
 
@@ -148,7 +158,7 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
         found = audit.audit(
             config.run_dir / "triplets", replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
         )
-        write_json(config.run_dir / AUDIT, found.document())
+        write_json(config.run_dir / AUDIT, {**found.document(), MADE_OF: context.manifest("triplets").key})
         return found
 
 

@@ -153,8 +153,12 @@ class Selector:
         """Pairs of texts compared so far, and the seconds it took."""
         return (self.duplicates.pairs, self.duplicates.seconds) if self.duplicates else (0, 0.0)
 
-    def slices(self, part: PartFiles) -> Iterator[tuple[Candidates, Units]]:
+    def slices(self, part: PartFiles, every: int = 1) -> Iterator[tuple[Candidates, Units]]:
         """Everything of one part, a slice of anchors at a time.
+
+        Args:
+            part: its files.
+            every: of how many anchors one is looked at.
 
         Yields:
             the candidates of a slice as they are stored, and its units.
@@ -165,9 +169,11 @@ class Selector:
         """
         table, start = open_table(part.anchors), 0
         for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
-            units = self._units(part, table, start, piece)
+            wanted = np.arange(-start % every, len(piece.rows), every)
+            found = piece if every == 1 else piece.take(wanted)
+            units = self._units(part, table, start + wanted, found)
             self._check_shortage(units)
-            yield piece, units
+            yield found, units
             start += len(piece.rows)
 
     def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
@@ -176,15 +182,15 @@ class Selector:
         for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
             if anchor < start + len(piece.rows):
                 alone = piece.take(np.array([anchor - start]))
-                return alone, self._units(part, open_table(part.anchors), anchor, alone)
+                return alone, self._units(part, open_table(part.anchors), np.array([anchor]), alone)
             start += len(piece.rows)
         raise IndexError(f"{part.candidates} holds {start} anchors, there is no number {anchor}")
 
-    def _units(self, part: PartFiles, table: pa.Table, start: int, found: Candidates) -> Units:
-        units = self.select(table.slice(start, len(found.rows)), found)
+    def _units(self, part: PartFiles, table: pa.Table, anchors: Ints, found: Candidates) -> Units:
+        units = self.select(_rows_of(table, anchors), found)
         if self._config.mining.draws:
             vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
-            units = self._with_random(units, vectors[start : start + len(found.rows)].astype(np.float32))
+            units = self._with_random(units, vectors[anchors].astype(np.float32))
         return units
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
@@ -366,6 +372,12 @@ class Selector:
             return None
         documents = self._corpus.numbers("id_hash", np.maximum(rows, 0))
         return mining.uniform(self._config.seed, anchors["id_hash"].to_numpy(), documents)
+
+
+def _rows_of(table: pa.Table, rows: Ints) -> pa.Table:
+    """Rows of a mapped table, ascending; without a copy where they follow each other."""
+    together = not len(rows) or rows[-1] - rows[0] == len(rows) - 1
+    return table.slice(int(rows[0]) if len(rows) else 0, len(rows)) if together else table.take(pa.array(rows))
 
 
 def _ranks(found: Candidates) -> Ints:

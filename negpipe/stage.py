@@ -219,11 +219,18 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
             "pid": os.getpid(),
             "host": platform.node(),
             "seconds": round(time.monotonic() - started, 3),
+            "peak_memory": peak_memory(),
             **made.provenance,
         },
     )
     Books(context.run_dir, stage.name).write_part(part)
     return part
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most. Its parent's peak, which getrusage passes on, is not among them."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def cache_path(run_dir: Path) -> Path:

@@ -43,7 +43,7 @@ def look(stage: Stage, context: Context) -> State:
             return State(stage.name, "partial", "it was interrupted while its output was published", done=done)
         if not done:
             return State(stage.name, "missing", "it has not run yet")
-        return State(stage.name, "partial", f"it was interrupted, {done} parts are on disk", done=done)
+        return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done)
     identity = identity_of(stage, context)
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):

@@ -58,8 +58,8 @@ class Source:
 
 
 def _lines(suffix: str, rows: list[Any]) -> Iterator[bytes]:
-    columns = list(rows[0]) if rows else []
-    if suffix in (".csv", ".tsv"):
+    columns = list(rows[0]) if rows and isinstance(rows[0], dict) else []
+    if suffix in (".csv", ".tsv") and columns:
         rows = [dict(zip(columns, columns, strict=True)), *rows]
     for row in rows:
         if isinstance(row, bytes):
@@ -139,9 +139,7 @@ def _pairs(ending: str, *, ids: bool) -> Source:
 
 def _flagembedding(*, pool: bool) -> Source:
     files: dict[str, list[Any]] = {
-        "f.jsonl": [
-            {"query": f"query {i}", "pos": [f"document {i}"], "neg": [f"other {i}"]} for i in range(DOCUMENTS)
-        ]
+        "f.jsonl": [{"query": f"query {i}", "pos": [f"document {i}"], "neg": [f"other {i}"]} for i in range(DOCUMENTS)]
     }
     places = {"list": Place("f.jsonl", {"pos": "pos", "neg": "neg"}), "query": Place("f.jsonl", {"text": "query"})}
     settings: dict[str, Any] = {"format": "flagembedding", "path": "FOLDER/f.jsonl"}

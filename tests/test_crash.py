@@ -19,14 +19,15 @@ from torture import (
     Boundary,
     blow,
     boundaries,
-    forget_from,
+    forget,
     killed_after,
     killed_at,
-    seconds_from,
+    seconds_of,
     survives,
 )
 
 KILLS = 200  # at random moments
+MOMENTS = ("ingest", "index", "search", "triplets", "encode", "ingest", "search", "triplets")  # encode loads models
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,12 +64,12 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def durations(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
-    """Seconds that a run takes from a stage on, measured once."""
+    """Seconds that a run takes that lacks a stage, measured once."""
     known: dict[str, float] = {}
 
     def seconds(stage: str) -> float:
         if stage not in known:
-            known[stage] = seconds_from(whole, stage, tmp_path_factory.mktemp(stage) / "run")
+            known[stage] = seconds_of(whole, stage, tmp_path_factory.mktemp(stage) / "run")
         return known[stage]
 
     return seconds
@@ -83,7 +84,7 @@ def test_killed_at_a_write_boundary(
     boundary: Boundary, whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     run = whole.copied(tmp_path / "run")
-    forget_from(run, boundary.stage)
+    forget(run, boundary.stage)
     killed_at(run, boundary)
     survives(run, whole, by_command=boundary.nth % 2 == 0)
     record_property("count: kills survived", 1)
@@ -98,10 +99,10 @@ def test_killed_at_a_random_moment(
     record_property: Callable[[str, object], None],
 ) -> None:
     draw = random.Random(seed)
-    stage = STAGES[seed % len(STAGES)]
+    stage = MOMENTS[seed % len(MOMENTS)]
     run = whole.copied(tmp_path / "run")
     for _ in range(10):
-        forget_from(run, stage)
+        forget(run, stage)
         if killed_after(run, draw.uniform(0, durations(stage))):
             break
     else:
@@ -115,7 +116,7 @@ def test_killed_at_a_random_moment(
 
 def test_a_worker_out_of_memory_is_tried_again(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
-    forget_from(run, "search")
+    forget(run, "search")
     what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
     code, _, log = run.command("search", "executor.workers=2", environment=blow(**what, once=str(tmp_path / "struck")))
     assert code == 0, log
@@ -126,7 +127,7 @@ def test_a_worker_out_of_memory_is_tried_again(whole: Run, tmp_path: Path) -> No
 
 def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
-    forget_from(run, "search")
+    forget(run, "search")
     what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
     code, _, log = run.command("search", "executor.workers=2", environment=blow(**what))
     assert code == 1

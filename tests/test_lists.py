@@ -34,7 +34,9 @@ def build(folder: Path, rows: np.ndarray, kind: str, shard_rows: int, threads: i
     shards = []
     for first in range(0, len(rows), shard_rows):
         index = faiss.read_index(str(folder / "trained.faiss"))
-        factory.fill(index, vectors, first, min(shard_rows, len(rows) - first), memory=ROOMY, threads=threads)
+        np.save(folder / f"shard-{first}.npy", rows[first : first + shard_rows])
+        part = ann.open_parts([folder / f"shard-{first}.npy"])
+        factory.fill(index, part, memory=ROOMY, threads=threads)
         path = folder / f"shard-{first}.faiss"
         with path.open("wb") as file:
             factory.write(index, file)

@@ -60,8 +60,13 @@ def boundaries() -> Iterator[Boundary]:
 def forget_from(run: Run, stage: str) -> None:
     """Take a run back to where a stage has not begun."""
     for later in STAGES[STAGES.index(stage) :]:
-        run.forget(later)
-    for folder in ("ledger", "deeper"):
+        forget(run, later)
+
+
+def forget(run: Run, stage: str) -> None:
+    """Take one stage away; what was made from its output waits for it."""
+    run.forget(stage)
+    for folder in ("ledger", "deeper") if stage == "triplets" else ():
         for path in (run.folder / folder).glob("*"):
             path.unlink()
 
@@ -88,10 +93,10 @@ def killed_after(run: Run, seconds: float) -> bool:
     return False
 
 
-def seconds_from(run: Run, stage: str, scratch: Path) -> float:
-    """How long the stages from one on take."""
+def seconds_of(run: Run, stage: str, scratch: Path) -> float:
+    """How long a run takes that lacks one stage."""
     copy = run.copied(scratch)
-    forget_from(copy, stage)
+    forget(copy, stage)
     started = time.monotonic()
     assert not killed_after(copy, PATIENCE)
     return time.monotonic() - started
@@ -115,8 +120,7 @@ def truth(run: Run) -> dict[str, tuple[str, int]]:
         if (books / "manifest.json").exists():
             parts = json.loads((books / "manifest.json").read_text(encoding="utf-8"))["parts"]
             assert all(_whole(run, file) for part in parts for file in part["files"])
-            assert not blocked
-            told[stage] = "current", 0
+            told[stage] = ("blocked" if blocked else "current"), 0
         elif blocked:
             told[stage] = "blocked", 0
         else:

@@ -17,7 +17,7 @@ from negpipe.ann.library import faiss
 from negpipe.ann.vectors import Floats, Held, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
-_TRAIN_THREADS = 2  # not the machine's: sums in another order would train another index
+_FIXED_THREADS = 2  # not the machine's: sums in another order would make another index
 _ROWS_A_LIST = 39  # fewer, and FAISS warns that its k-means is badly trained
 _ROWS_ADDED = 16384
 NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -80,7 +80,7 @@ def train(kind: str, rows: Floats) -> Any:
     """A trained, empty index."""
     index = make(kind, rows.shape[1])
     threads = faiss().omp_get_max_threads()
-    faiss().omp_set_num_threads(_TRAIN_THREADS)
+    faiss().omp_set_num_threads(_FIXED_THREADS)
     try:
         index.train(rows)
     except RuntimeError as error:
@@ -93,29 +93,22 @@ def train(kind: str, rows: Floats) -> Any:
 def fill(
     index: Any,
     vectors: Vectors,
-    first: int,
-    rows: int,
     *,
     memory: int,
     threads: int,
     progress: Callable[[int, str], None] = lambda rows, note: None,
 ) -> None:
-    """Add rows first … first + rows of the vectors; their ids count from 0."""
-    inverted = isinstance(index, faiss().IndexIVF)
-    faiss().omp_set_num_threads(threads)
-    for start in range(first, first + rows, _ROWS_ADDED):
-        block = np.empty((min(_ROWS_ADDED, first + rows - start), vectors.dimension), np.float32)
-        vectors.read(start, block)
-        progress(len(block), "")
-        if not inverted:
+    """Add all vectors; their ids count from 0."""
+    # FAISS's own way to a list depends, for a near tie, on the threads, and the graph of an HNSW on their order.
+    faiss().omp_set_num_threads(1 if isinstance(index, faiss().IndexHNSW) else _FIXED_THREADS)
+    for start, block in vectors.blocks(_ROWS_ADDED):
+        if type(index) is faiss().IndexIVFFlat:
+            held = Held(centroids_of(index))
+            lists = search_exact(block, held, 1, positives=NO_PAIRS, memory=memory, threads=threads).rows[:, 0].copy()
+            index.add_core(len(block), faiss().swig_ptr(block), None, faiss().swig_ptr(lists))
+        else:
             index.add(block)
-            continue
-        # FAISS's own assignment depends, for a near tie, on the threads.
-        centroids = Held(centroids_of(index))
-        lists = search_exact(block, centroids, 1, positives=NO_PAIRS, memory=memory, threads=threads).rows[:, 0]
-        pointer = faiss().swig_ptr
-        lists = np.ascontiguousarray(lists)
-        index.add_core(len(block), pointer(block), None, pointer(lists))
+        progress(len(block), f"{start + len(block):,} rows")
 
 
 def centroids_of(index: Any) -> Floats:

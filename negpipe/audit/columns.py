@@ -25,6 +25,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "positive_score": ("positive_score", "pos_scores"),
     "negative_score": ("negative_score", "neg_scores"),
     "score": ("score", "scores"),
+    "negative_rank": ("negative_rank",),
+    "rank": ("rank", "ranks"),
 }
 _LISTED = 12  # columns that a message names
 

@@ -1,7 +1,7 @@
 """Rows into DuckDB: every document once a row, every text once, with the hashes that checks compare.
 
 entries    row, a (anchor), u (unit: what is to have all its negatives), n (anchor's normalised text), signature
-documents  doc, row, positive, h (text), n (normalised text), id, score
+documents  doc, row, positive, h (text), id, score, rank
 texts      h, text, n, normalized
 positives  a, id, h, n: of an anchor, in the rows and in the qrels
 anchors    a, n: of the rows and of the qrels
@@ -53,7 +53,7 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
     lists = {"texts": ("positive", "varchar"), "ids": ("positive_id", "varchar"), "labels": ("label", "double")}
     lists |= {"negatives": ("negative", "varchar"), "negative_ids": ("negative_id", "varchar")}
     lists |= {f"{side}_scores": (f"{side}_score", "double") for side in ("positive", "negative")}
-    lists |= {"scores": ("score", "double")}
+    lists |= {"scores": ("score", "double"), "ranks": ("rank", "bigint"), "negative_ranks": ("negative_rank", "bigint")}
     columns = [f"{layout.list_of(field, kind)} as {name}" for name, (field, kind) in lists.items()]
     columns += [f"{layout.value_of(name)} as {name}" for name in ("anchor", "anchor_id")]
     parts, first = [], 0
@@ -71,12 +71,18 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     unit = "hash(anchor, anchor_id)" if layout.pairs else "hash(anchor, anchor_id, texts[1])"
     if layout.labelled:
-        documents = [_documents("texts", "ids", _either("positive_scores", "scores"), "unnest(labels) > 0")]
+        documents = [_documents("texts", "ids", _either("positive_scores", "scores"), "ranks", "unnest(labels) > 0")]
     else:
         size = "len(texts)"
         documents = [
-            _documents("texts", "ids", _either("positive_scores", f"scores[:{size}]"), "true"),
-            _documents("negatives", "negative_ids", _either("negative_scores", f"scores[{size} + 1:]"), "false"),
+            _documents("texts", "ids", _either("positive_scores", f"scores[:{size}]"), f"ranks[:{size}]", "true"),
+            _documents(
+                "negatives",
+                "negative_ids",
+                _either("negative_scores", f"scores[{size} + 1:]"),
+                _either("negative_ranks", f"ranks[{size} + 1:]"),
+                "false",
+            ),
         ]
     try:
         database.execute(
@@ -86,7 +92,7 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
         )
         database.execute(
             "create table documents as select row_number() over (order by row, not positive, place) - 1 as doc, *"
-            f" from (select row, place, coalesce(positive, false) as positive, id, score, {_HASH.format('text')} as h"
+            f" from (select row, place, coalesce(positive, false) as positive, id, score, rank, {_HASH.format('text')} as h"
             f" from ({' union all '.join(documents)}))"
         )
     except duckdb.Error as error:
@@ -167,10 +173,10 @@ def counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return {name: _number(database, query) for name, query in queries.items()}
 
 
-def _documents(texts: str, ids: str, scores: str, positive: str) -> str:
+def _documents(texts: str, ids: str, scores: str, ranks: str, positive: str) -> str:
     return (
         f"select row, unnest({texts}) as text, unnest({ids}[:len({texts})]) as id,"
-        f" unnest({scores}[:len({texts})]) as score, generate_subscripts({texts}, 1) as place, {positive} as positive"
+        f" unnest({scores}[:len({texts})]) as score, unnest({ranks}[:len({texts})]) as rank, generate_subscripts({texts}, 1) as place, {positive} as positive"
         f" from source where len({texts}) > 0"
     )
 

@@ -10,6 +10,8 @@ from typer.exceptions import TyperException
 
 from negpipe.cli import run  # isort: split
 
+from negpipe.cli import planning  # isort: split
+
 from negpipe.cli import results  # isort: split
 
 from negpipe.cli import audit  # isort: split
@@ -22,7 +24,7 @@ from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
-__all__ = ["app", "audit", "calibrate", "config", "main", "results", "run", "upkeep"]
+__all__ = ["app", "audit", "calibrate", "config", "main", "planning", "results", "run", "upkeep"]
 
 
 def main() -> None:

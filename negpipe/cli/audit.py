@@ -24,7 +24,8 @@ Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what
 A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a
 CONFIG where one is given. Columns are found by usual names (anchor or query, positive or pos, negative or neg or
 negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number.
-Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score.
+Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
+negative_rank, rank.
 
 Exit code 1 when a chosen check fails.
 

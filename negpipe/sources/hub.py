@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from negpipe.errors import InputError
+from negpipe.fingerprint import key
 from negpipe.sources.places import near
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
     local = Path(path).is_dir()
     # The library's cache overlooks edits in a local folder, so that is built afresh, without comparing it to what
     # it was. The absolute path keeps a folder called `csv` or `json` from being taken for a builder of that name.
-    afresh = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"} if local else {}
+    afresh: dict[str, Any] = {}
+    if local:
+        afresh = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"}
+        afresh["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state(Path(path))}")
     name = str(Path(path).resolve()) if local else path
     try:
         found = datasets.load_dataset(name, subset, revision=revision, **afresh)
@@ -40,6 +44,15 @@ def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
         what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
         raise InputError(f"{what} cannot be loaded ({_short(error)})", file=path, remedy=remedy) from error
     return dict(found)
+
+
+def _state(folder: Path) -> str:
+    """A name for a local folder as it is now, for a cache of its own: the library's is shared by all folders of one
+    name, takes over the columns of another or of an earlier state, and is written by all who read them.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    return key(str(folder.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def commit(path: str, subset: str | None, revision: str | None) -> str:

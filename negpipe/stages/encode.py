@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe import encoders
-from negpipe.config import Config
+from negpipe.config import Config, Encoder
 from negpipe.errors import InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Part
@@ -166,7 +166,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     if len(bad):
         first = slice(int(bad[0]), int(bad[0]) + 1)
         place = shared.place(task, table.slice(first.start, 1)) if isinstance(shared, _Brought) else {}
-        raise _refused(task, table["id"][first.start].as_py(), vectors[first], config.storage, place)
+        raise _refused(task, table["id"][first.start].as_py(), vectors[first], config, place)
     publish(".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
@@ -176,11 +176,18 @@ def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return usable
 
 
-def _refused(task: Task, name: str, vector: npt.NDArray[np.float32], storage: str, place: dict[str, Any]) -> InputError:
+def _refused(
+    task: Task, name: str, vector: npt.NDArray[np.float32], encoder: Encoder, place: dict[str, Any]
+) -> InputError:
     whose = f"the vector of {'anchor' if task.kind == 'anchors' else 'document'} {name!r}"
     if _usable(vector).all():
-        remedy = "Set encoder.storage: float32" if storage == "float16" else "Scale the vectors to about length 1"
-        return InputError(f"{whose} does not fit {storage}", field="encoder.storage", remedy=remedy, **place)
+        remedy = "Scale the vectors to about length 1"
+        with np.errstate(all="ignore"):
+            length = np.linalg.norm(vector)
+        if encoder.normalize and not (np.isfinite(length) and length > 0):
+            return InputError(f"the numbers in {whose} are too small or too large to scale", remedy=remedy, **place)
+        remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
+        return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
     what = "not finite" if vector.any() else "zero"
     return InputError(f"{whose} is {what}", remedy="Mend the vector, or remove the text", **place)
 

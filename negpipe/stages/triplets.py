@@ -45,7 +45,8 @@ def _settings(config: Config) -> dict[str, Any]:
     del values["mining.exclude_file"], values["mining.compat"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
-    return values | {f"output.{name}": value for name, value in config.output.model_dump(mode="json").items()}
+    output = config.output.model_dump(mode="json", exclude={"report"})
+    return values | {f"output.{name}": value for name, value in output.items()}
 
 
 def _sources(context: Context) -> dict[str, str]:

@@ -1,0 +1,57 @@
+"""The command that says what a run would do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
+    ] = True,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Say what a run would do: parts done and to do, time, disk, and what each kind of index would cost. Runs nothing.
+
+    Example: negpipe plan scifact.yaml --set data.path=my/folder
+    """
+    import dataclasses
+    import json
+
+    from rich.table import Table
+
+    from negpipe import console, planning
+    from negpipe.config import load_config
+
+    settings = load_config(config, overrides)
+    found = planning.plan(settings, probe_encoder=probe)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+        return
+    steps = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "parts done", "to do", "about", "disk", ""):
+        steps.add_column(column, justify="right" if column in ("parts done", "to do", "about", "disk") else "left")
+    for step in found.steps:
+        counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
+        seconds = "" if step.seconds is None else console.duration(step.seconds)
+        steps.add_row(step.stage, step.state, *counts, seconds, console.size(step.disk) if step.disk else "", step.note)
+    console.out.print(steps)
+    if found.choices:
+        console.out.print()
+        kinds = Table(box=None, pad_edge=False)
+        for column in ("index.kind", "build", "search", "disk", "memory", ""):
+            kinds.add_column(column, justify="left" if column in ("index.kind", "") else "right")
+        for choice in found.choices:
+            times = (console.duration(seconds) for seconds in (choice.build, choice.search))
+            sizes = (console.size(count) for count in (choice.disk, choice.memory))
+            kinds.add_row(choice.kind, *times, *sizes, choice.note)
+        console.out.print(kinds)
+    console.out.print(f"\nThis machine multiplies matrices at {found.gflops:,.0f} GFLOP/s; times are estimates.")
