@@ -242,7 +242,7 @@ def _efforts(
     while True:
         yield effort, found
         nprobe, proposed = effort.nprobe, effort.proposed or depth
-        higher = [replace(effort, proposed=min(2 * proposed, opened.vectors.rows))]
+        higher = [replace(effort, proposed=min(proposed * 3 // 2, opened.vectors.rows))]
         if nprobe and nprobe < highest and not config.index.nprobe:
             higher.append(replace(effort, nprobe=min(2 * nprobe, highest)))
         if proposed >= min(_MOST_PROPOSED * depth, opened.vectors.rows):

@@ -67,7 +67,7 @@ class DigestCache:
         if not rehash:
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 known = {}
             self._known = known if isinstance(known, dict) else {}
 

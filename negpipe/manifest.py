@@ -20,6 +20,7 @@ from negpipe.fingerprint import digest, file_digest
 from negpipe.storage import write_json
 
 BOOKS = ".negpipe"
+OTHER_CONTENT = "has other content than was written"
 Book = TypeVar("Book", bound=BaseModel)
 
 
@@ -49,7 +50,7 @@ class File(BaseModel):
         if size != self.bytes:
             return f"{self.path} has {size:,} bytes, {self.bytes:,} were written"
         if full and file_digest(path) != self.digest:
-            return f"{self.path} has other content than was written"
+            return f"{self.path} {OTHER_CONTENT}"
         return None
 
 

@@ -78,7 +78,8 @@ def mine(
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         for folder in (run_dir, run_dir / BOOKS):
-            remove_temporaries(folder)
+            for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_temporaries(inner)
         for number, stage in enumerate(stages):
             publication.finish_swap(run_dir, stage.name)
             if repair:
@@ -139,8 +140,6 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     started = time.monotonic()
     run_dir = context.run_dir
     books = Books(run_dir, stage.name)
-    for folder in (run_dir / stage.name, books.folder):
-        remove_temporaries(folder)
     identity = identity_of(stage, context)
     stage_key = identity.key
     context = replace(context, key=stage_key)

@@ -73,6 +73,6 @@ def _note(run_dir: Path, stage: str, name: str) -> Path:
 def _read(path: Path) -> str | None:
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return str(value["key"]) if isinstance(value, dict) and "key" in value else None

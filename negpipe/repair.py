@@ -15,7 +15,7 @@ from typing import Any
 
 from negpipe import publication
 from negpipe.errors import DamagedError
-from negpipe.manifest import Books, File, Manifest
+from negpipe.manifest import OTHER_CONTENT, Books, File, Manifest
 from negpipe.stage import Context, Stage
 from negpipe.state import identity_of
 
@@ -51,10 +51,10 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
         such files of this stage.
     """
     run_dir, books = context.run_dir, Books(context.run_dir, stage.name)
-    sound = _sound(stage, context, untrusted)
     manifest = _readable(books)
     listed = manifest.parts if manifest else ()
     wrong = damaged(run_dir, [file for part in listed for file in part.files])
+    sound = _sound(stage, context, untrusted | _changed(wrong))
     kept = {part.key for part in listed}
     if wrong or not all(map(sound, kept)):
         kept = set()
@@ -62,6 +62,8 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
         books.manifest_path.unlink(missing_ok=True)
         if stage.swapped and (shown := publication.published(run_dir, stage.name)):
             publication.prepare(run_dir, stage.name, shown)  # back to where the parts' records say they are
+    for path in books.folder.glob("*.npz"):
+        path.unlink()  # what a search has found so far, with nothing to prove it
     suspects, gone = 0, []
     for path in books.sidecars():
         part = books.record(path.stem)
@@ -82,7 +84,12 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
         logger.warning("%s: %s: made again", stage.name, problem)
     if suspects:
         logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
-    return {file.path for file, problem in wrong if "other content" in problem}
+    return _changed(wrong)
+
+
+def _changed(wrong: list[tuple[File, str]]) -> set[str]:
+    """Files of the right size, which may have been read as they are."""
+    return {file.path for file, problem in wrong if problem.endswith(OTHER_CONTENT)}
 
 
 def _readable(books: Books) -> Manifest | None:

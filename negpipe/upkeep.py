@@ -99,6 +99,7 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
 
 def clean(run_dir: Path) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
+    stay_inside(run_dir)
     with run_lock(run_dir):
         listed = superseded(run_dir)
         for path, _ in listed:

@@ -28,15 +28,15 @@ def read(path: Path) -> dict[str, list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, row in _rows(path, file):
-                anchor, document = (row.get(name) for name in ("anchor_id", "document_id"))
-                if anchor in (None, "") or document in (None, ""):
+                anchor, document = (_id(row.get(name)) for name in ("anchor_id", "document_id"))
+                if not (anchor and document):
                     raise InputError(
-                        "every row needs anchor_id and document_id",
+                        "every row needs anchor_id and document_id, texts or integers",
                         file=str(path),
                         row=line,
                         remedy='Write {"anchor_id": "…", "document_id": "…"} a line, or CSV with that header',
                     )
-                verdicts.setdefault(str(anchor), []).append(str(document))
+                verdicts.setdefault(anchor, []).append(document)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot be read: {error}", file=str(path), field="mining.exclude_file") from None
     return verdicts
@@ -56,6 +56,14 @@ def resolve(verdicts: dict[str, list[str]], corpus: Rows) -> dict[str, list[int]
     return {anchor: [row_of[name] for name in names if name in row_of] for anchor, names in verdicts.items()}
 
 
+def _id(value: object) -> str | None:
+    """The id as a text, or None where it is none: absent, of another type, half a surrogate pair in it."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    name = str(value)
+    return name if name.encode(errors="ignore").decode() == name else None
+
+
 def _rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, object]]]:
     if path.suffix in (".csv", ".tsv"):
         yield from enumerate(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), 2)
@@ -64,6 +72,6 @@ def _rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, obje
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"not JSON: {error}", file=str(path), row=number) from None
             yield number, row if isinstance(row, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import small_source as small
 
 from negpipe import candidates, kinds, pipeline
 from negpipe.config import load_config
-from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
+from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
 
 DOCUMENTS, QUERIES, DIMENSION = 3_000, 300, 16
@@ -198,6 +199,16 @@ def test_a_budget_below_a_shard_is_refused(source: dict[str, Any], monkeypatch: 
     np.save(Path(source["encoder"]["anchor_vectors"]), np.ones((300, 4_000), np.float32) + np.arange(300)[:, None])
     with pytest.raises(ConfigError, match=r"shards that need \d+ MiB a worker, there are 64: raise resources.memory"):
         mined(source, "index.kind=IVF16,Flat", "resources.memory_budget=64MiB")
+
+
+@pytest.mark.parametrize("kind", ["flat", "IVF16,Flat"])
+def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    mined(source)
+    usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
+    monkeypatch.setattr("negpipe.stages.index.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match=r"writes 192,000 bytes to .*, 191,999 are free there.*index.kind: stream"):
+        mined(source, f"index.kind={kind}")
+    assert not [*(Path(source["run_dir"]) / "index").glob("*.faiss")]
 
 
 def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import os
 import pickle
 import re
 import stat
-from collections.abc import Iterator
+import sys
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def test_what_a_terminal_gets_is_filtered_too(hostile: Path, monkeypatch: pytest
 
     from negpipe import console
 
-    screen = Console(file=io.StringIO(), force_terminal=True, width=200)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=200, highlight=False)
     screen.push_render_hook(console._Visible())
     screen.print("[bold]own[/bold]")
     screen.print(f"a{ESCAPES}", markup=False)
@@ -200,24 +202,26 @@ def test_vectors_are_never_unpickled(tmp_path: Path) -> None:
         negpipe.mine(config)
     np.save(tmp_path / "part.npy", bomb, allow_pickle=True)
     with pytest.raises(NegpipeError):
-        parts_of_vectors.VectorParts([tmp_path / "part.npy"])
+        parts_of_vectors.open_parts([tmp_path / "part.npy"])
     assert not owned.exists()
-    with pytest.raises(TypeError):
-        pickle.loads(pickle.dumps(Exploit(owned)))() if owned.exists() else pickle.loads(b"c__main__\nx\n.")()
-    assert pickle.loads(pickle.dumps(Exploit(owned))) is None  # the exploit is one
+    pickle.loads(pickle.dumps(Exploit(owned)))  # the exploit is one
     assert owned.exists()
 
 
-def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
+@cache
+def all_calls() -> list[ast.Call]:
+    """Every call in the package."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def calls(name: str) -> list[ast.Call]:
     """Every call of `….NAME(…)` in the package."""
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == name:
-                yield path, node
+    return [node for node in all_calls() if getattr(node.func, "attr", getattr(node.func, "id", "")) == name]
 
 
 def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
-    found = [node for _, node in calls("load") if isinstance(node.func, ast.Attribute)]
+    found = [node for node in calls("load") if isinstance(node.func, ast.Attribute)]
     of_numpy = [node for node in found if ast.unparse(node.func) == "np.load"]
     assert len(of_numpy) > 5
     for node in of_numpy:
@@ -225,9 +229,9 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
         assert all(isinstance(value, ast.Constant) and value.value is False for value in pickled)
     assert not {"pickle.load", "torch.load", "yaml.load", "joblib.load"} & {ast.unparse(node.func) for node in found}
     for name in ("eval", "exec", "loads"):
-        assert all(ast.unparse(node.func) in ("json.loads", "model.eval") for _, node in calls(name))
+        assert all(ast.unparse(node.func) in ("json.loads", "model.eval") for node in calls(name))
     for name in ("load_dataset", "load_dataset_builder"):
-        assert not [k for _, node in calls(name) for k in node.keywords if k.arg == "trust_remote_code"]
+        assert not [k for node in calls(name) for k in node.keywords if k.arg == "trust_remote_code"]
 
 
 @pytest.mark.parametrize(
@@ -251,26 +255,23 @@ def test_a_config_makes_no_objects(text: str, tmp_path: Path, monkeypatch: pytes
     assert not Path("owned").exists()
 
 
-def bomb(inner: str, outer: str) -> str:
+def bomb(inner: str, opening: str, closing: str) -> str:
     """Nine levels that each name the one before nine times."""
-    names = "abcdefghi"
     levels = [f"a: &a {inner}"]
-    levels += [
-        f"{name}: &{name} {outer.format(', '.join([f'*{before}'] * 9))}"
-        for before, name in zip(names, names[1:], strict=False)
-    ]
+    for before, name in pairwise("abcdefghi"):
+        levels.append(f"{name}: &{name} {opening}{', '.join([f'*{before}'] * 9)}{closing}")
     return "\n".join(levels)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        bomb("[x, x, x, x, x, x, x, x, x]", "[{}]"),
-        bomb("{{x: 1}}".replace("{{", "{").replace("}}", "}"), "{{<<: [{}]}}"),
+        bomb("[x, x, x, x, x, x, x, x, x]", "[", "]"),
+        bomb("{x: 1}", "{<<: [", "]}"),
         "a: &a [*a]",
         "a: &a {b: *a}",
         "seed: [" + "1, " * 10_001 + "1]",
-        "[" * 5000,
+        "[" * 500,
     ],
 )
 def test_a_bomb_of_aliases_is_refused_before_it_grows(text: str, tmp_path: Path) -> None:
@@ -415,9 +416,7 @@ def test_a_worker_writes_no_secret_into_its_log(tmp_path: Path) -> None:
     try:
         raise OSError(URLS[0])
     except OSError:
-        record = logging.makeLogRecord(
-            {"msg": "failed: %s", "args": (URLS[3],), "exc_info": __import__("sys").exc_info()}
-        )
+        record = logging.makeLogRecord({"msg": "failed: %s", "args": (URLS[3],), "exc_info": sys.exc_info()})
     assert SECRET not in Redacting("%(message)s").format(record)
     worker = (PACKAGE / "worker.py").read_text(encoding="utf-8")
     assert "print_exc" not in worker

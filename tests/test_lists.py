@@ -21,7 +21,8 @@ def clustered(rows: int, seed: int) -> np.ndarray:
     centres = np.random.default_rng(99).normal(size=(60, DIMENSION))
     vectors = centres[rng.integers(0, len(centres), rows)] + 0.4 * rng.normal(size=(rows, DIMENSION))
     vectors[rng.integers(0, rows, rows // 10)] = vectors[rng.integers(0, rows, rows // 10)]  # ties
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    made: np.ndarray = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    return made
 
 
 def build(folder: Path, rows: np.ndarray, kind: str, shard_rows: int, threads: int = 2) -> list[tuple[Path, int]]:

@@ -13,6 +13,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def killed_at(run: Run, boundary: Boundary) -> None:
         assert process.wait(PATIENCE) == -9, run.log.read_text(encoding="utf-8")
     finally:
         kill(process)
+        _wait_for_the_group(process.pid)
 
 
 def killed_after(run: Run, seconds: float) -> bool:
@@ -89,8 +91,24 @@ def killed_after(run: Run, seconds: float) -> bool:
         return True
     finally:
         kill(process)
+        _wait_for_the_group(process.pid)
     assert process.returncode == 0, run.log.read_text(encoding="utf-8")
     return False
+
+
+def _wait_for_the_group(group: int) -> None:
+    """A killed process lives until the system call it is in, a sync perhaps, comes back."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(_members(group)):
+        time.sleep(0.01)
+
+
+def _members(group: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                yield int(path.parent.name)
 
 
 def seconds_of(run: Run, stage: str, scratch: Path) -> float:

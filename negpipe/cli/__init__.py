@@ -18,6 +18,8 @@ from negpipe.cli import audit  # isort: split
 
 from negpipe.cli import calibrate  # isort: split
 
+from negpipe.cli import report  # isort: split
+
 from negpipe.cli import config, upkeep
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end

@@ -39,6 +39,10 @@ def _mine(
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
         console.show_result(result, typed())
+    if only is None:
+        from negpipe import report
+
+        report.after_mining(settings, result, typed())
 
 
 @app.command()

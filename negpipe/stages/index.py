@@ -7,6 +7,7 @@ FAISS factory string is trained once, filled shard by shard, and tuned on sample
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from negpipe import ann, approximate
 from negpipe.config import Config
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -49,15 +50,26 @@ def _sources(context: Context) -> dict[str, str]:
 def _check(context: Context) -> None:
     """What can be known before hours are spent: FAISS takes the kind, its parts fit the disk and the memory."""
     _sources(context)
-    if context.config.index.approximate and "encode" in context.manifests:
-        encode = context.manifest("encode")
-        rows = sum(part.rows for part in documents(encode))
-        ann.factory.rows_wanted(context.config.index.kind, encode.stats["dimension"], rows)
-        least = 3 * min(_SHARD_BYTES, rows * encode.stats["dimension"] * 4)
+    if "encode" not in context.manifests:
+        return
+    encode, kind = context.manifest("encode"), context.config.index.kind
+    rows = sum(part.rows for part in documents(encode))
+    vectors = rows * encode.stats["dimension"] * 4
+    whole = kind == "flat" or kind.endswith(",Flat")
+    there = sum(file.stat().st_size for file in (context.run_dir / "index").glob("*.faiss"))
+    free = shutil.disk_usage(context.run_dir).free
+    if whole and vectors - there > free:
+        raise StorageError(
+            f"index.kind {kind} writes {vectors:,} bytes to {context.run_dir}, {free:,} are free there: make room, or set"
+            " index.kind: stream, which needs none"
+        )
+    if context.config.index.approximate:
+        ann.factory.rows_wanted(kind, encode.stats["dimension"], rows)
+        least = 3 * min(_SHARD_BYTES, vectors)
         memory = context.config.resources.memory_budget // context.workers
         if least > memory:
             raise ConfigError(
-                f"index.kind {context.config.index.kind} builds shards that need {least // 2**20} MiB a worker, there"
+                f"index.kind {kind} builds shards that need {least // 2**20} MiB a worker, there"
                 f" are {memory // 2**20}: raise resources.memory_budget, lower executor.workers, or set index.kind:"
                 " stream"
             )

@@ -66,7 +66,8 @@ def _plan(context: Context) -> Iterator[Task]:
 
 
 def _shared(context: Context) -> list[Part]:
-    return context.manifest("index").of_kind("flat") or documents(context.manifest("encode"))
+    index, vectors = context.manifest("index"), documents(context.manifest("encode"))
+    return index.of_kind("flat") or [*vectors, *index.of_kind("shard"), *index.of_kind("tuned")]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Commands that show what was mined: `report` and `diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app, typed
+
+
+@app.command()
+def report(
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option(help="The file; by default RUN_DIR/report.html.")] = None,
+    anchors: Annotated[
+        int, typer.Option(min=1, help="Anchors to look at, evenly spaced; time grows with them.")
+    ] = 2000,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write one HTML file that shows what was mined, with a sample of it to review. Runs no stage.
+
+    What ran, scores, ranks, drops, the audit, and 50 anchors with their negatives, to mark those that are right
+    answers: the verdicts it saves are what `mining.exclude_file` takes. It needs no network, and asks for none.
+
+    Example: negpipe report quickstart.yaml --out report.html
+    """
+    from negpipe import console
+    from negpipe import report as reports
+    from negpipe.config import load_config
+
+    console.set_up_logging("plain", debug=debug)
+    made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)
+    console.out.print(f"Written: {made}", markup=False)
