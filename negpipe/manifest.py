@@ -35,6 +35,7 @@ class File(BaseModel):
     @field_validator("path")
     @classmethod
     def _inside(cls, path: str) -> str:
+        path.encode()  # half a surrogate pair is a ValueError too
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\0" in path:
             raise ValueError("not a path inside the run directory")

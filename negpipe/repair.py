@@ -53,8 +53,10 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     run_dir, books = context.run_dir, Books(context.run_dir, stage.name)
     manifest = _readable(books)
     listed = manifest.parts if manifest else ()
-    wrong = damaged(run_dir, [file for part in listed for file in part.files])
-    sound = _sound(stage, context, untrusted | _changed(wrong))
+    # Where a stage goes in rounds, its own parts may come from one another.
+    read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
+    wrong = damaged(run_dir, read.values())
+    sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
     kept = {part.key for part in listed}
     if wrong or not all(map(sound, kept)):
         kept = set()

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from negpipe.config import Config
-from negpipe.errors import MissingStageError
+from negpipe.errors import DamagedError, MissingStageError
 from negpipe.fingerprint import DigestCache
 from negpipe.manifest import BOOKS, Books, File, Manifest, Part
 from negpipe.storage import publish
@@ -64,7 +64,13 @@ class Context:
         """The same, with one more stage complete. Settings that depend on the data are decided once they can be."""
         config = self.config
         if manifest.stage == "ingest":
-            config = config.resolved(manifest.stats["max_positives"])
+            most = manifest.stats.get("max_positives")
+            if not isinstance(most, int):
+                raise DamagedError(
+                    f"the manifest of ingest in {self.run_dir} is not what was written, it lacks max_positives:"
+                    " run `negpipe mine CONFIG --repair`"
+                )
+            config = config.resolved(most)
         if manifest.stage == "encode":
             rows, anchors = (
                 sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)

@@ -203,7 +203,7 @@ def test_a_budget_below_a_shard_is_refused(source: dict[str, Any], monkeypatch: 
 
 @pytest.mark.parametrize("kind", ["flat", "IVF16,Flat"])
 def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    mined(source)
+    mined(source, "index.kind=stream")
     usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
     monkeypatch.setattr("negpipe.stages.index.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"writes 192,000 bytes to .*, 191,999 are free there.*index.kind: stream"):

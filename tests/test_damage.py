@@ -228,3 +228,19 @@ def test_the_command_repairs(whole: Run, tmp_path: Path) -> None:
     assert f"{path.relative_to(run.folder)} has other content than was written: made again" in log
     assert not verified(run)
     assert run.content() == whole.content()
+
+
+def test_a_flipped_bit_of_a_trained_index_costs_what_was_built_on_it(whole: Run, tmp_path: Path) -> None:
+    run = whole.copied(tmp_path / "run")
+    run.mine("index.kind=IVF2,Flat", "index.min_recall=0.5")
+    right = run.content()
+    before = stamps(run)
+    (path,) = (path for path in run.files("index", "trained"))
+    flip(path)
+    config = load_config(run.config, ["executor.kind=inline", "index.kind=IVF2,Flat", "index.min_recall=0.5"])
+    pipeline.mine(config, repair=True)
+    assert run.content() == right
+    again = {name.split("/")[0] for name, stamp in stamps(run).items() if before[name] != stamp}
+    assert again >= {"index", "search"}
+    kept = {str(path.relative_to(run.folder)) for path in run.files("index", "ids")}
+    assert all(stamps(run)[name] == before[name] for name in kept)

@@ -21,7 +21,7 @@ from negpipe.manifest import Books
 pytestmark = pytest.mark.torture
 
 Record = Callable[[str, object], None]
-SAMPLE, FULL = 60, 1500
+SAMPLE, FULL = 40, 10_000
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def draw_leak(axes: Axes, calibration: Calibration, recommendation: Recommendati
     )
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower right")  # what leaks much is hard: nothing stands there
 
 
 def _kind(one: Estimate) -> str:

@@ -26,7 +26,7 @@ from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
-__all__ = ["app", "audit", "calibrate", "config", "main", "planning", "results", "run", "upkeep"]
+__all__ = ["app", "audit", "calibrate", "config", "main", "planning", "report", "results", "run", "upkeep"]
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
         seconds=seconds,
         rate=count / seconds if seconds >= 0.1 else None,
         peak=max((int(one["peak_memory"]) for one in of_parts if "peak_memory" in one), default=None),
-        finished=str(manifest.provenance.get("finished", "")),
+        finished=str(manifest.provenance.get("finished", "")).replace("T", " ").replace("+00:00", " UTC"),
     )
 
 

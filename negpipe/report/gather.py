@@ -154,9 +154,9 @@ def _captions(
 ) -> dict[str, str]:
     """What each figure says, in a sentence: for those who cannot see it too."""
     means = ", ".join(
-        f"{side}s {found.mean:.3f}"
-        for side, found in measured.scores.items()
-        if found.mean is not None and side in ("positive", "negative", "random")
+        f"{name} {found.mean:.3f}"
+        for side, (name, _) in plots.SIDES.items()
+        if (found := measured.scores[side]).mean is not None
     )
     apart = "" if measured.separation is None else (
         f" A positive scores above a random document in {measured.separation:.1%} of cases."

@@ -29,7 +29,7 @@ _COLOURS = {
     "#888888": "var(--grey)",
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
-_SIDES = {"positive": _GREEN, "negative": _ORANGE, "random": _GREY}
+SIDES = {"positive": ("positives", _GREEN), "negative": ("negatives", _ORANGE), "random": ("random pairs", _GREY)}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9,
@@ -100,14 +100,14 @@ def _inline(svg: str) -> str:
 
 
 def _scores(axes: Axes, measured: Quality) -> None:
-    for side, colour in _SIDES.items():
+    for side, (name, colour) in SIDES.items():
         found = measured.scores[side]
         if found.count:
             edges, counts = np.array(found.edges), np.array(found.counts)
             axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, fill=True, alpha=0.25)
-            axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, label=f"{side}s")
+            axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, label=name)
     axes.set(xlabel="score", ylabel="density", yticks=[])
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _ranks(axes: Axes, measured: Quality) -> None:

@@ -7,7 +7,7 @@ Shown first are the riskiest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -90,9 +90,10 @@ def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
 
 
 def _nearness(places: Sequence[tuple[Units, int]]) -> Floats:
-    """How far each unit's best negative comes up to the positive its margins refer to."""
-    gaps = [float(_of(units, "negative", at).max() - units.references[at]) for units, at in places]
-    return np.nan_to_num(np.array(gaps), nan=-np.inf)
+    """How far each unit's best negative comes up to the positive its margins refer to, by that one's score."""
+    references = np.array([units.references[at] for units, at in places], np.float64)
+    best = np.array([_of(units, "negative", at).max() for units, at in places], np.float64)
+    return np.nan_to_num((best - references) / np.maximum(np.abs(references), 1e-6), nan=-np.inf)
 
 
 def _likeness(places: Sequence[tuple[Units, int]], corpus: Rows) -> tuple[Floats, set[str]]:
@@ -115,9 +116,8 @@ def _likeness(places: Sequence[tuple[Units, int]], corpus: Rows) -> tuple[Floats
 def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) -> Card:
     at = int(units.anchor[number])
     anchor = units.anchors["text"][at].as_py()
-    positives = list(_documents(units, number, corpus, "positive"))[:_POSITIVES]
-    every = sorted(_documents(units, number, corpus, "negative"), key=lambda found: -found[1].score)
-    negatives = every[:_NEGATIVES]
+    every_positive, every = (_documents(units, number, corpus, side) for side in ("positive", "negative"))
+    positives, negatives = every_positive[:_POSITIVES], every[:_NEGATIVES]
     own = words.words(anchor) - usual
     theirs = {word for text, _ in positives for word in words.words(text)} - usual
     shared = {word for text, _ in negatives for word in words.words(text)}
@@ -131,16 +131,22 @@ def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) ->
     )
 
 
-def _documents(units: Units, number: int, corpus: Rows, side: str) -> Iterator[tuple[str, Document]]:
+def _documents(units: Units, number: int, corpus: Rows, side: str) -> list[tuple[str, Document]]:
+    """Texts, cut where they are long, and what stands beside them, the best score first."""
     rows = _rows(units, number, side)
     ids, texts = (corpus.strings(name, rows).to_pylist() for name in ("id", "text"))
     scores, ranks = (_of(units, side, number, column).tolist() for column in ("scores", "ranks"))
     random = [False] * len(rows)
     if side == "negative":
         random = (_of(units, side, number, "sources") == SOURCES.index("random")).tolist()
-    for name, text, score, rank, drawn in zip(ids, texts, scores, ranks, random, strict=True):
-        cut = text if len(text) <= _LETTERS else text[:_LETTERS] + " …"
-        yield cut, Document(name, [], score, rank if rank >= 0 else None, drawn)
+    found = [
+        (
+            text if len(text) <= _LETTERS else text[:_LETTERS] + " …",
+            Document(name, [], score, rank if rank >= 0 else None, drawn),
+        )
+        for name, text, score, rank, drawn in zip(ids, texts, scores, ranks, random, strict=True)
+    ]
+    return sorted(found, key=lambda one: -one[1].score)
 
 
 def _rows(units: Units, number: int, side: str) -> npt.NDArray[np.int64]:

@@ -60,8 +60,8 @@ def _check(context: Context) -> None:
     free = shutil.disk_usage(context.run_dir).free
     if whole and vectors - there > free:
         raise StorageError(
-            f"index.kind {kind} writes {vectors:,} bytes to {context.run_dir}, {free:,} are free there: make room, or set"
-            " index.kind: stream, which needs none"
+            f"index.kind {kind} writes {vectors:,} bytes to {context.run_dir}, {free:,} are free there: make room, or"
+            " set index.kind: stream, which needs none"
         )
     if context.config.index.approximate:
         ann.factory.rows_wanted(kind, encode.stats["dimension"], rows)
