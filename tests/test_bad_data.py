@@ -51,6 +51,7 @@ def test_there_are_enough_cases() -> None:
     assert len(set(map(str, FAULTS))) == len(FAULTS)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_bad_row_is_refused_by_file_row_and_field(fault: Fault, tmp_path: Path, record_property: Record) -> None:
     source = sources()[fault.format]
@@ -71,6 +72,7 @@ def test_a_bad_row_is_refused_by_file_row_and_field(fault: Fault, tmp_path: Path
     record_property("count: bad inputs tried", 1)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("name", sources())
 def test_as_many_bad_rows_as_allowed_are_left_out_and_listed(
     name: str, tmp_path: Path, record_property: Record
@@ -79,9 +81,9 @@ def test_as_many_bad_rows_as_allowed_are_left_out_and_listed(
     sound = ingest(tmp_path / "sound", sources()[name].write(tmp_path / "sound/source"))
     source = sources()[name]
     own = [fault for fault in FAULTS if fault.format == name]
-    expected = []
+    expected: list[tuple[int, str | None, str]] = []
     for file in source.files:
-        unknown = []
+        unknown: list[tuple[int, str | None, str]] = []
         for fault in own:
             if fault.file == file:
                 source.files[file].append(fault.row)
@@ -354,6 +356,7 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
 }
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bad_table_is_refused_by_file(name: str, tmp_path: Path, record_property: Record) -> None:
     format_, change, row, words = TABLES[name]
@@ -572,6 +575,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES = [("corpus.npy", name) for name in VECTORS] + [("corpus.parquet", name) for name in TABLES_OF_VECTORS]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_bad_vectors_are_refused_by_row(
     file: str, name: str, read: Path, request: pytest.FixtureRequest, record_property: Record

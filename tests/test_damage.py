@@ -241,6 +241,6 @@ def test_a_flipped_bit_of_a_trained_index_costs_what_was_built_on_it(whole: Run,
     pipeline.mine(config, repair=True)
     assert run.content() == right
     again = {name.split("/")[0] for name, stamp in stamps(run).items() if before[name] != stamp}
-    assert again >= {"index", "search"}
+    assert again == {"index"}  # what was built on it has the same bytes, so nothing further follows
     kept = {str(path.relative_to(run.folder)) for path in run.files("index", "ids")}
     assert all(stamps(run)[name] == before[name] for name in kept)

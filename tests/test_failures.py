@@ -84,7 +84,11 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "usage": (usage, 2, ["No such option"]),
     "unexpected": (unexpected, 1, ["unexpected ZeroDivisionError", "This is a bug", "--debug"]),
 }
-NO_JSON = ("damaged", "failed")  # verify and audit print for people alone
+ELSEWHERE = {
+    "task-failed": "test_crash.py: workers that are killed",
+    "vanished": "test_crash.py: files that are taken away",
+    "recall": "where an approximate index misses its recall",
+}
 
 
 @pytest.mark.parametrize("code", FAILURES)
@@ -94,7 +98,7 @@ def test_a_failure_is_short_for_people_and_structured_for_schedulers(code: str, 
     for verb, *options in provoke(tmp_path):
         plain = small.run(verb, config, *options)
         debug = small.run(verb, config, *options, "--debug") if code != "usage" else None
-        machine = None if code in NO_JSON else small.run(verb, config, *options, "--log-format", "json")
+        machine = small.run(verb, config, *options, "--log-format", "json")
     assert plain.code == exit_code
     at = plain.err.index("negpipe: ")
     message = plain.err[at:].removeprefix("negpipe: ").rstrip("\n")
@@ -105,18 +109,16 @@ def test_a_failure_is_short_for_people_and_structured_for_schedulers(code: str, 
     if debug is not None:
         assert "Traceback (most recent call last)" in debug.err
         assert debug.code == exit_code
-    if machine is not None:
-        lines = [json.loads(line) for line in machine.err.splitlines()]
-        assert (lines[-1]["level"], lines[-1]["error"], lines[-1]["exit_code"]) == ("error", code, exit_code)
-        assert [word for word in words if word not in lines[-1]["message"]] == []
-        assert machine.code == exit_code
-        assert "trace" not in lines[-1]
+    lines = [json.loads(line) for line in machine.err.splitlines()]
+    assert (lines[-1]["level"], lines[-1]["error"], lines[-1]["exit_code"]) == ("error", code, exit_code)
+    assert [word for word in words if word not in lines[-1]["message"]] == []
+    assert machine.code == exit_code
+    assert "trace" not in lines[-1]
 
 
 def test_no_class_of_errors_is_forgotten() -> None:
-    """Those of dying workers and of vanishing files are provoked by real kills, in the tests of crashes."""
     codes = {kind.code for kind in classes() if kind.__module__ == errors.__name__}
-    assert codes - FAILURES.keys() == {"task-failed", "vanished"}
+    assert codes - FAILURES.keys() == ELSEWHERE.keys()
     assert len({kind.code for kind in classes()}) == len(list(classes()))
 
 
@@ -128,5 +130,6 @@ def test_every_class_comes_back_from_a_worker_as_it_was() -> None:
 
 def test_the_exit_codes_of_the_help_are_those_of_the_errors() -> None:
     shown = re.sub(r"\s+", " ", small.run("--help").out.replace("│", ""))
-    for kind in [NegpipeError, *classes()]:
+    kinds: list[type[NegpipeError]] = [NegpipeError, *classes()]
+    for kind in kinds:
         assert re.search(rf"\b{kind.exit_code} (failed|usage or config|bad input|run directory in use|damaged)", shown)

@@ -175,6 +175,17 @@ def test_a_dataset_repository_goes_through_load_dataset() -> None:
         sources.read(data(path="repo", split="dev"))
 
 
+def test_local_repositories_of_one_name_know_nothing_of_each_other() -> None:
+    """The library's cache goes by the folder's name, and kept the columns of whichever was read first."""
+    for place, name in (("a", "text"), ("b", "body")):
+        write(f"{place}/set/train.jsonl", [{"anchor": place, name: f"{place} {name}"}])
+        found = sources.read(data(format="pairs", path=f"{place}/set", columns={"positive": name}))
+        assert ("document", None, f"{place} {name}", True) in plain(found)
+    write("a/set/train.jsonl", [{"anchor": "a", "other": "new"}])
+    found = sources.read(data(format="pairs", path="a/set", columns={"positive": "other"}))
+    assert ("document", None, "new", True) in plain(found)
+
+
 def test_columns_from_a_dataset_repository() -> None:
     repository()
     tables: dict[str, Any] = {

@@ -273,8 +273,8 @@ def test_what_is_complete_is_what_a_fresh_run_makes(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=150 if full else 6,
-            stateful_step_count=30 if full else 12,
+            max_examples=150 if full else 4,
+            stateful_step_count=30 if full else 10,
             deadline=None,
             derandomize=not full,
             database=None,

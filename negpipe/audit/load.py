@@ -92,8 +92,8 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
         )
         database.execute(
             "create table documents as select row_number() over (order by row, not positive, place) - 1 as doc, *"
-            f" from (select row, place, coalesce(positive, false) as positive, id, score, rank, {_HASH.format('text')} as h"
-            f" from ({' union all '.join(documents)}))"
+            " from (select row, place, coalesce(positive, false) as positive, id, score, rank,"
+            f" {_HASH.format('text')} as h from ({' union all '.join(documents)}))"
         )
     except duckdb.Error as error:
         raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=source) from None
@@ -176,7 +176,8 @@ def counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def _documents(texts: str, ids: str, scores: str, ranks: str, positive: str) -> str:
     return (
         f"select row, unnest({texts}) as text, unnest({ids}[:len({texts})]) as id,"
-        f" unnest({scores}[:len({texts})]) as score, unnest({ranks}[:len({texts})]) as rank, generate_subscripts({texts}, 1) as place, {positive} as positive"
+        f" unnest({scores}[:len({texts})]) as score, unnest({ranks}[:len({texts})]) as rank,"
+        f" generate_subscripts({texts}, 1) as place, {positive} as positive"
         f" from source where len({texts}) > 0"
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import DebugOption, SetOption, app
+from negpipe.cli.app import DebugOption, LogOption, SetOption, app, checked
 
 # Spelled out, since the checks are imported only when the command runs; a test compares.
 _HELP = """Check every training row of a run, or of any miner's file: is a negative a positive, twice there, unscored?
@@ -60,6 +60,7 @@ def audit(
     examples: Annotated[int, typer.Option(min=0, help="Examples of each finding.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings as JSON.")] = None,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     from negpipe import console, reviews
@@ -69,7 +70,7 @@ def audit(
     from negpipe.errors import NegpipeError
     from negpipe.storage import write_json
 
-    console.set_up_logging("plain", debug=debug)
+    console.set_up_logging(checked(log_format), debug=debug)
     chosen = policy(fail_on)
     options = Options(columns=_columns(columns), near=near, negatives=negatives, hub_share=hub_share, examples=examples)
     settings = load_config(config, overrides) if config else None

@@ -16,7 +16,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The file; by default RUN_DIR/report.html.")] = None,
     anchors: Annotated[
         int, typer.Option(min=1, help="Anchors to look at, evenly spaced; time grows with them.")
-    ] = 2000,
+    ] = 1000,
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -34,3 +34,31 @@ def report(
     console.set_up_logging("plain", debug=debug)
     made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)
     console.out.print(f"Written: {made}", markup=False)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A run directory, a config, or a file or folder of any miner's rows.")],
+    b: Annotated[str, typer.Argument(help="What to compare to it.")],
+    examples: Annotated[int, typer.Option(min=0, help="Anchors to show, those that changed most first.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what changed in the negatives from A to B, in numbers and examples.
+
+    Anchors and documents are told apart by their ids, or by their texts where one side has no ids.
+
+    Example: negpipe diff runs/scifact runs/scifact-margin --examples 3
+    """
+    import json
+
+    from negpipe import console
+    from negpipe.cli import tables
+    from negpipe.diff import compare, source_of
+
+    console.set_up_logging("plain", debug=debug)
+    found = compare(source_of(a), source_of(b), examples=examples)
+    if as_json:
+        typer.echo(json.dumps(found.document(), allow_nan=False))
+    else:
+        tables.show_difference(found)

@@ -10,6 +10,7 @@ from negpipe.audit import Audit
 from negpipe.calibrate import METHODS, Calibration, Estimate, Recommendation
 from negpipe.calibrate.recommend import percent
 from negpipe.console import clean_text, out
+from negpipe.diff import Change, Difference
 from negpipe.quality import Distribution, Quality
 
 
@@ -140,3 +141,57 @@ def _example(example: dict[str, Any]) -> str:
         if side in example or f"{side}_id" in example
     )
     return ": ".join(filter(None, [row, " | ".join(filter(None, [example.get("detail", ""), *named]))]))
+
+
+def show_difference(found: Difference) -> None:
+    """Both sides, what changed, the settings that differ, and examples."""
+    sides = table("", "", "A", "B")
+    sides.title = None
+    sides.add_row("", clean_text(found.a.source), clean_text(found.b.source))
+    for name in ("anchors", "negatives"):
+        sides.add_row(name, *(f"{getattr(side, name):,}" for side in (found.a, found.b)))
+    sides.add_row("mean score", *(_number(side.score, ".4f") for side in (found.a, found.b)))
+    sides.add_row("mean rank", *(_number(side.rank, ".1f") for side in (found.a, found.b)))
+    out.print(sides)
+    every = max(1, found.kept + found.added + found.removed)
+    changes = table(f"\n{found.common:,} anchors in common", "", "count", "share")
+    for name in ("kept", "added", "removed"):
+        changes.add_row(f"negatives {name}", f"{getattr(found, name):,}", f"{getattr(found, name) / every:.1%}")
+    changes.add_row("anchors with the same negatives", f"{found.same:,}", f"{found.same / found.common:.1%}")
+    changes.add_row("anchors with none in common", f"{found.disjoint:,}", f"{found.disjoint / found.common:.1%}")
+    out.print(changes)
+    lines = [f"An anchor keeps {found.overlap:.1%} of its negatives (of those that either side has, on average)."]
+    if found.score_shift is not None:
+        most = _number(found.largest_score_shift, ".4f")
+        lines.append(f"Negatives kept: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")
+    if found.rank_shift is not None:
+        lines.append(f"Negatives kept: ranks shift by {found.rank_shift:+.1f} on average.")
+    for what, count, names in (
+        ("gained", found.gained, found.gained_ids),
+        ("lost", found.lost, found.lost_ids),
+    ):
+        if count:
+            lines.append(f"Anchors {what}: {count:,}, such as {', '.join(clean_text(name, 70) for name in names)}")
+    out.print("\n" + "\n".join(lines), markup=False)
+    if found.settings:
+        settings = table("\nSettings that differ", "", "A", "B")
+        for name, values in found.settings.items():
+            settings.add_row(name, *(clean_text("null" if value is None else str(value), 60) for value in values))
+        out.print(settings)
+    elif found.settings is not None:
+        out.print("\nNo setting differs.")
+    for example in found.examples:
+        name = "" if example.anchor_id is None else f"{clean_text(example.anchor_id)} "
+        out.print(f"\nanchor {name}{clean_text(example.anchor, 100)}", style="bold", markup=False)
+        for sign, some, style in (("-", example.removed, "red"), ("+", example.added, "green")):
+            for one in some:
+                out.print(f"  {sign} {_change(one)}", style=style, markup=False)
+
+
+def _change(one: Change) -> str:
+    rank = "" if one.rank is None else f" rank {one.rank}"
+    return f"{_number(one.score, '.3f')}{rank} {clean_text(one.id or '')} {clean_text(one.text, 80)}"
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "" if value is None else format(value, digits)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
 
 _SHOWN = 20
 
@@ -32,6 +32,7 @@ def status(
 def verify(
     config: ConfigArgument,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Read every file the run made again and compare its digest. Changes nothing; exit code 5 when one differs.
@@ -44,6 +45,7 @@ def verify(
     from negpipe.config import load_config
     from negpipe.errors import DamagedError
 
+    console.set_up_logging(checked(log_format), debug=debug)
     run_dir = load_config(config, overrides).run_dir
     found = upkeep.inventory(run_dir)
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -17,15 +17,14 @@ from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS
 from negpipe.pipeline import Result
 from negpipe.readers import current
-from negpipe.report.gather import gather
-from negpipe.report.page import render
+from negpipe.report import gather, page
 from negpipe.state import digests_of
 from negpipe.storage import publish, write_all
 
 __all__ = ["ANCHORS", "NAME", "after_mining", "write"]
 
 NAME = "report.html"
-ANCHORS = 2000
+ANCHORS = 1000
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +47,7 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
     """
     out = out or config.run_dir / NAME
     with _at_rest(config.run_dir), digests_of(config) as digests:
-        data = render(gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
+        data = page.render(gather.gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
         publish(out.parent, lambda _: out.name, lambda file: write_all(file, data), len(data))
     return out
 
@@ -77,4 +76,6 @@ def _at_rest(run_dir: Path) -> Iterator[None]:
         with run_lock(run_dir):
             yield
     except LockedError as error:
-        raise LockedError(f"{error}. A report is of a finished run; `negpipe status CONFIG` says how it stands") from None
+        raise LockedError(
+            f"{error}. A report is of a finished run; `negpipe status CONFIG` says how it stands"
+        ) from None

@@ -62,7 +62,7 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
 def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     """What made the vectors: model, revision, settings, libraries and device."""
     own = config.encoder
-    facts = {"backend": own.backend}
+    facts: dict[str, str] = {"backend": own.backend}
     if own.model:
         facts["model"] = own.model
     facts |= {
@@ -71,7 +71,9 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
         if name.startswith("encoder.")
     }
     shown = ("revision", "pooling", "query_instruction", "passage_instruction", "query_max_length")
-    facts |= {name: str(getattr(own, name)) for name in (*shown, "passage_max_length") if getattr(own, name) and own.model}
+    facts |= {
+        name: str(getattr(own, name)) for name in (*shown, "passage_max_length") if getattr(own, name) and own.model
+    }
     facts["vectors"] = f"{manifest.stats['dimension']} numbers, {own.storage}"
     ran = manifest.parts[0].provenance if manifest.parts else {}
     libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")

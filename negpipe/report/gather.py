@@ -31,7 +31,7 @@ from negpipe.stage import Context
 from negpipe.stages.triplets import Shared, open_selection
 
 logger = logging.getLogger(__name__)
-_AUDITED = 20_000  # rows that are audited on the way; more want the command
+_AUDITED = 10_000  # rows that are audited on the way; more want the command
 _EARLIER = 20_000  # verdicts that the page repeats
 _HUBS = 8
 
@@ -121,7 +121,9 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
         index=facts.index(context.manifest("index")),
         metrics={name: f"{value:.4f}" for name, value in measured.metrics.items()},
         figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
-        no_calibration="" if calibration else f"How much of this is false, and which margin is better, estimates"
+        no_calibration=""
+        if calibration
+        else f"How much of this is false, and which margin is better, estimates"
         f" `negpipe calibrate {typed}`; the next report then shows its plot.",
         hubs=_named(opened, hubs[:_HUBS], counts[:_HUBS]),
         audit=audited,
@@ -238,7 +240,10 @@ def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any]
     except (OSError, ValueError, LookupError, TypeError):
         pass
     if made.stats["rows"] > _AUDITED:
-        return None, f"These {made.stats['rows']:,} rows were not audited: run `negpipe audit {typed}`, then report again."
+        return (
+            None,
+            f"These {made.stats['rows']:,} rows were not audited: run `negpipe audit {typed}`, then report again.",
+        )
     try:
         found = reviews.audit_rows(context.config, audit.Options(columns={}))
     except NegpipeError as error:

@@ -32,4 +32,3 @@ def render(made: Report) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.from_string(template)
     return page.render(made=made, script=script, script_hash=f"sha256-{digest}", style=Markup(style))
-

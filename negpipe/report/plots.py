@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives an anchor"
 DROPS, HUBS, LEAK = "Candidates dropped, by reason", "Hubs", "Leak against hardness"
+_JOINED = 3  # bins of a distribution that make one of the figure
 # What is drawn in these is shown in the page's; those of `calibrate.draw_leak` are among them.
 _COLOURS = {
     "#000000": "currentColor",
@@ -30,7 +32,7 @@ _COLOURS = {
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 SIDES = {"positive": ("positives", _GREEN), "negative": ("negatives", _ORANGE), "random": ("random pairs", _GREY)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9,
     "axes.titlesize": 9,
@@ -61,29 +63,28 @@ def draw(
     Returns:
         title → SVG element, in the order of the page.
     """
+    paints: dict[str, Callable[[Axes], object]] = {
+        SCORES: lambda axes: _scores(axes, measured),
+        RANKS: lambda axes: _ranks(axes, measured),
+        PER_ANCHOR: lambda axes: _per_anchor(axes, negatives),
+        DROPS: lambda axes: _drops(axes, drops),
+        HUBS: lambda axes: _hubs(axes, hubs),
+    }
+    if calibration is not None:
+        paints[LEAK] = lambda axes: calibrate.draw_leak(axes, calibration)
+    return {title: _figure(title, paint) for title, paint in paints.items()}
+
+
+def _figure(title: str, paint: Callable[[Axes], object]) -> str:
     from matplotlib import rc_context
-
-    with rc_context(_STYLE):
-        figures = {
-            SCORES: _figure(lambda axes: _scores(axes, measured)),
-            RANKS: _figure(lambda axes: _ranks(axes, measured)),
-            PER_ANCHOR: _figure(lambda axes: _per_anchor(axes, negatives)),
-            DROPS: _figure(lambda axes: _drops(axes, drops)),
-            HUBS: _figure(lambda axes: _hubs(axes, hubs)),
-        }
-        if calibration is not None:
-            figures[LEAK] = _figure(lambda axes: calibrate.draw_leak(axes, calibration), (8, 5))
-    return figures
-
-
-def _figure(paint: Callable[[Axes], None], size: tuple[float, float] = (4.6, 2.9)) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    paint(axes)
-    target = io.StringIO()
-    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+    # Salted by its title: equal figures are equal files, and no two figures of a page share an id.
+    with rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(8, 5) if title == LEAK else (4.6, 2.9), layout="constrained")
+        paint(figure.subplots())
+        target = io.StringIO()
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     return _inline(target.getvalue())
 
 
@@ -103,7 +104,10 @@ def _scores(axes: Axes, measured: Quality) -> None:
     for side, (name, colour) in SIDES.items():
         found = measured.scores[side]
         if found.count:
-            edges, counts = np.array(found.edges), np.array(found.counts)
+            edges, counts = (
+                np.array(found.edges)[::_JOINED],
+                np.add.reduceat(found.counts, range(0, len(found.counts), _JOINED)),
+            )
             axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, fill=True, alpha=0.25)
             axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, label=name)
     axes.set(xlabel="score", ylabel="density", yticks=[])
@@ -138,7 +142,7 @@ def _hubs(axes: Axes, hubs: npt.NDArray[np.int64]) -> None:
     # Bins that double: 1, 2-3, 4-7, …
     edges = 2 ** np.arange(int(np.log2(top)) + 2)
     counts = np.histogram(hubs, edges)[0].tolist()
-    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
     _bars(axes, names, counts, _ORANGE)
     axes.set(xlabel="anchors it is a negative of", ylabel="documents")
 

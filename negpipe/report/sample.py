@@ -72,7 +72,7 @@ class Pool:
 
 def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
     """Choose anchors and gather their texts; those without a negative have nothing to review."""
-    places = [(units, number) for units in pool.slices for number in np.flatnonzero(units.counts)]
+    places = [(units, number) for units in pool.slices for number in np.flatnonzero(units.counts).tolist()]
     if not places:
         return []
     order = np.random.default_rng(seed).permutation(len(places))

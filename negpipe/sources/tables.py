@@ -129,7 +129,7 @@ def _jsonl(path: str, columns: Sequence[Column]) -> Rows:
             continue
         place = Place(path, number)
         try:
-            text = _decode(line, place)
+            text = _decode(line, place).rstrip("\r\n")
             row = _object(text, place)
         except RowError as error:
             yield error.row._replace(raw=raw_of(line[:_RAW_BYTES].decode(errors="backslashreplace")))
@@ -144,7 +144,9 @@ def _object(line: str, place: Place) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object a line") from None
     if not isinstance(row, dict):
         raise RowError("broken", "the line is not a JSON object", place, remedy='Write {"...": ...} on every line')

@@ -16,6 +16,7 @@ Rows that were left out are listed in `rejected.jsonl`.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ from negpipe.texts import digests, hashes
 
 if TYPE_CHECKING:
     import duckdb
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 
@@ -93,7 +96,10 @@ def _facts(context: Context, database: duckdb.DuckDBPyConnection, spool: Path) -
     task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, database).items()}))
     listed, shown = spool / rejected.NAME, context.run_dir / rejected.NAME
     digest_now = file_digest(shown) if shown.is_file() else None
-    digest_new = file_digest(listed) if rejected.write(database, listed) else None
+    count = rejected.write(database, listed)
+    if count:
+        logger.warning("%d rows of the source are left out: %s", count, shown)
+    digest_new = file_digest(listed) if count else None
     if digest_now not in (None, digest_new):
         # Its name is about to mean something else: no manifest may say it is the old one's.
         Books(context.run_dir, "ingest").manifest_path.unlink(missing_ok=True)
