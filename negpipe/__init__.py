@@ -1,6 +1,7 @@
 """negpipe: hard negatives for retrieval and reranking models, in restartable stages.
 
-`negpipe.mine(config)` does what `negpipe mine` does and returns where the rows are and what was counted.
+`negpipe.mine(config)` does what `negpipe mine` does, but for the report, and returns where the rows are and what was
+counted.
 `negpipe.mine_hard_negatives` takes the place of sentence-transformers' function of that name.
 """
 

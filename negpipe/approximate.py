@@ -215,7 +215,7 @@ def tune(opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: i
             shift = [round(measured.shift(rank), 3) for rank in range(depth)]
             by_rank = [round(float(share), 4) for share in hits.mean(axis=0)]
             return Tuning(effort, count, mean, low, high, by_rank, shift, window, curve)
-    shown = "; ".join(_step(step) for step in curve[:: -(-len(curve) // _SHOWN)])
+    shown = "; ".join(_step(step) for step in [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]])
     fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
     raise RecallError(
         f"index.kind {config.index.kind} does not surely reach index.min_recall {config.index.min_recall} over the"
@@ -248,22 +248,18 @@ def _efforts(
         return
     depth, knob = exact.shape[1], coded.effort(opened.index[0][0])
     highest = knob[1] if knob else 0
-    effort = Effort((config.index.nprobe or 1) if knob else None, depth)
-
-    def hits_of(effort: Effort) -> NDArray[np.bool_]:
-        rows, _ = opened.tuned(effort).search(anchors, depth, memory=memory, threads=threads)
-        return recall.hits(rows, exact)
-
-    found = hits_of(effort)
+    nprobe = (config.index.nprobe or 1) if knob else None
     while True:
-        yield effort, found
-        nprobe, proposed = effort.nprobe, effort.proposed or depth
-        higher = [replace(effort, proposed=min(proposed * 3 // 2, opened.vectors.rows))]
-        if nprobe and nprobe < highest and not config.index.nprobe:
-            higher.append(replace(effort, nprobe=min(2 * nprobe, highest)))
-        if proposed >= min(_MOST_PROPOSED * depth, opened.vectors.rows):
-            higher = higher[1:]
-        if not higher:
+        # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
+        last = not nprobe or config.index.nprobe is not None or nprobe >= highest
+        most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, opened.vectors.rows)
+        rows = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, threads=threads)
+        place = recall.places(rows, exact)
+        proposed = depth
+        while proposed < most:
+            yield Effort(nprobe, proposed), place < proposed
+            proposed = min(most, max(proposed + 1, proposed * 17 // 16))
+        yield Effort(nprobe, most), place < most
+        if last:
             return
-        # Whichever of the two helps more.
-        effort, found = max(((one, hits_of(one)) for one in higher), key=lambda pair: float(pair[1].mean()))
+        nprobe = min(2 * (nprobe or 1), highest)

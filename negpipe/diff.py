@@ -197,49 +197,37 @@ def _pair(database: duckdb.DuckDBPyConnection, anchors_by_id: bool, documents_by
 
 
 def _difference(database: duckdb.DuckDBPyConnection, a: Source, b: Source, by_id: bool, examples: int) -> Difference:
-    common, kept, added, removed, overlap, same, disjoint = _row(
+    counts = _row(
         database,
-        "select count(*), sum(kept), sum(added), sum(removed), avg(kept / (kept + added + removed)),"
-        " count(*) filter (added + removed = 0), count(*) filter (kept = 0) from common",
+        "select count(*) as common, sum(kept)::bigint as kept, sum(added)::bigint as added,"
+        " sum(removed)::bigint as removed, avg(kept / (kept + added + removed)) as overlap,"
+        " count(*) filter (added + removed = 0) as same, count(*) filter (kept = 0) as disjoint from common",
     )
-    sides = [_side(database, name, source) for name, source in (("a", a), ("b", b))]
-    if not common:
+    if not counts["common"]:
         raise InputError(
             f"{a.name} and {b.name} have no anchor in common",
             remedy="They were mined from other queries, or their ids differ: there is nothing to compare",
         )
-    score, rank, largest = _row(
+    shifts = _row(
         database,
-        "select avg(b.score - a.score), avg(b.rank - a.rank), max(abs(b.score - a.score))"
-        " from a_pairs a join b_pairs b using (k, d)",
+        "select avg(b.score - a.score) as score_shift, avg(b.rank - a.rank) as rank_shift,"
+        " max(abs(b.score - a.score)) as largest_score_shift from a_pairs a join b_pairs b using (k, d)",
     )
-    gained, lost = (_alone(database, side, by_id) for side in ("b", "a"))
+    of_side = "select count(distinct k) as anchors, count(*) as negatives, avg(score) as score, avg(rank) as rank from"
+    (gained, gained_ids), (lost, lost_ids) = (_alone(database, side, by_id) for side in ("b", "a"))
     return Difference(
-        a=sides[0],
-        b=sides[1],
+        a=Side(a.name, **_row(database, f"{of_side} a_pairs")),
+        b=Side(b.name, **_row(database, f"{of_side} b_pairs")),
         by_id=by_id,
-        gained=gained[0],
-        lost=lost[0],
-        gained_ids=gained[1],
-        lost_ids=lost[1],
-        common=common,
-        kept=int(kept),
-        added=int(added),
-        removed=int(removed),
-        overlap=overlap,
-        same=same,
-        disjoint=disjoint,
-        score_shift=score,
-        rank_shift=rank,
-        largest_score_shift=largest,
+        gained=gained,
+        lost=lost,
+        gained_ids=gained_ids,
+        lost_ids=lost_ids,
+        **counts,
+        **shifts,
         settings=_settings(a.manifest, b.manifest) if a.manifest and b.manifest else None,
         examples=_examples(database, examples),
     )
-
-
-def _side(database: duckdb.DuckDBPyConnection, side: str, source: Source) -> Side:
-    counts = f"select count(distinct k), count(*), avg(score), avg(rank) from {side}_pairs"
-    return Side(source.name, *_row(database, counts))
 
 
 def _alone(database: duckdb.DuckDBPyConnection, side: str, by_id: bool) -> tuple[int, list[str]]:
@@ -251,7 +239,7 @@ def _alone(database: duckdb.DuckDBPyConnection, side: str, by_id: bool) -> tuple
         select {name} from (select {side}_row as row {alone} order by row limit {_DOCUMENTS})
         join {side}.source using (row) order by row
     """).fetchall()
-    return int(_row(database, f"select count(*) {alone}")[0]), [str(row[0]) for row in rows]
+    return _row(database, f"select count(*) as anchors {alone}")["anchors"], [str(row[0]) for row in rows]
 
 
 def _examples(database: duckdb.DuckDBPyConnection, wanted: int) -> list[Example]:
@@ -285,15 +273,15 @@ def _changes(database: duckdb.DuckDBPyConnection, side: str, other: str, k: int)
 
 def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, and digests of what was read; where runs lie is no difference."""
-    left, right = (_flat(one.provenance.get("config", {})) | _inputs(one) for one in (a, b))
+    left, right = (
+        _flat(one.provenance.get("config", {}))
+        | {f"content of {name}": digest[:12] for name, digest in one.inputs.items() if name != "search"}
+        for one in (a, b)
+    )
     names = [
         name for name in [*left, *right] if left.get(name) != right.get(name) and not name.startswith(_CIRCUMSTANCE)
     ]
     return {name: (left.get(name), right.get(name)) for name in dict.fromkeys(names)}
-
-
-def _inputs(manifest: Manifest) -> dict[str, Any]:
-    return {f"content of {name}": digest[:12] for name, digest in manifest.inputs.items() if name != "search"}
 
 
 def _flat(tree: Any, before: str = "") -> dict[str, Any]:
@@ -306,7 +294,7 @@ def _flat(tree: Any, before: str = "") -> dict[str, Any]:
     }
 
 
-def _row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    row = database.execute(query).fetchone()
-    assert row is not None
+def _row(database: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
+    """The one row of a query, by column."""
+    row: dict[str, Any] = database.sql(query).to_arrow_table().to_pylist()[0]
     return row

@@ -268,6 +268,7 @@ def test_fewer_anchors_are_looked_at_where_there_are_many(folder: Path) -> None:
         ["output.format=n-tuple", "output.include_positives=true"],
         ["output.format=labeled-list", "output.ids=false", "mining.margin_reference=each", "mining.num_random=2"],
         ["mining.min_score=99"],
+        ["index.kind=IVF2,Flat", "index.min_recall=0.5", "search.depth=16", "mining.range_max=10"],
     ],
 )
 def test_every_kind_of_run(folder: Path, changes: list[str]) -> None:
@@ -275,6 +276,8 @@ def test_every_kind_of_run(folder: Path, changes: list[str]) -> None:
     done = negpipe("mine", folder / "config.yaml", *options)
     assert done.code == 0 and "not made" not in done.err, done.err
     report = page_of(folder / "run/report.html")
+    if "index.kind=IVF2,Flat" in changes:
+        assert "IVF2,Flat" in report.text and "recall at ranks 0 to 10" in report.text
     if "mining.min_score=99" in changes:
         assert "there is nothing to review" in report.text and not report.pairs
     else:

@@ -15,7 +15,7 @@ import numpy as np
 
 from negpipe.ann.factory import read
 from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, keys_of, pair_scores, rows_of, scores_of
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
 from negpipe.ann.vectors import Floats, Ints, Vectors
 from negpipe.errors import ConfigError
 
@@ -77,9 +77,52 @@ def search_coded(
             f"searching {len(anchors)} anchors with {proposed} proposals each needs {-(-needed // 2**20)} MiB,"
             f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
         )
-    tiles = [slice(low, low + _ANCHORS) for low in range(0, len(anchors), _ANCHORS)]
-    best = np.full((len(anchors), proposed), NOTHING)
+    best = _proposals(anchors, shards, effort_value, proposed, threads, progress)
     block_rows = min(_BLOCK_ROWS, max(1024, (memory - needed) // (2 * row)))
+    with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+        for start, block in vectors.blocks(block_rows):
+
+            def rescore(tile: slice, start: int = start, block: Floats = block) -> None:
+                keys = best[tile].ravel()
+                rows = rows_of(keys)
+                pairs = np.flatnonzero((rows >= start) & (rows < start + len(block)))
+                row_of = rows[pairs]
+                scores = pair_scores(anchors[tile], pairs // proposed, block, row_of - start)
+                keys[pairs] = keys_of(scores, row_of)
+                best[tile] = keys.reshape(best[tile].shape)
+
+            list(pool.map(rescore, _tiles(anchors)))
+    best.partition(depth - 1, axis=1)
+    best = np.sort(best[:, :depth], axis=1)
+    return rows_of(best), scores_of(best)
+
+
+def propose(
+    anchors: Floats, shards: Sequence[tuple[Any, int]], *, effort_value: int | None, proposed: int, threads: int
+) -> Ints:
+    """(n, proposed): the rows the index finds, in its own order, -1 where there are no more.
+
+    What `search_coded` returns are the best of the first of them: so one search tells what any number would find.
+    """
+    best = _proposals(anchors, shards, effort_value, proposed, threads, lambda rows: None)
+    best.sort(axis=1)
+    return rows_of(best)
+
+
+def _tiles(anchors: Floats) -> list[slice]:
+    return [slice(low, low + _ANCHORS) for low in range(0, len(anchors), _ANCHORS)]
+
+
+def _proposals(
+    anchors: Floats,
+    shards: Sequence[tuple[Any, int]],
+    effort_value: int | None,
+    proposed: int,
+    threads: int,
+    progress: Callable[[int], None],
+) -> Keys:
+    """(n, proposed) keys of what the index finds, by its own products, in any order."""
+    best = np.full((len(anchors), proposed), NOTHING)
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         for index, first in shards:
             knob = effort(index)
@@ -88,23 +131,12 @@ def search_coded(
 
             def propose(tile: slice, index: Any = index, first: int = first) -> None:
                 products, rows = index.search(anchors[tile], min(proposed, index.ntotal))
-                keys = np.where(rows < 0, NOTHING, keys_of(products.ravel(), first + rows.ravel()).reshape(rows.shape))
+                keys = keys_of(products.ravel(), first + rows.ravel()).reshape(rows.shape)
+                keys[rows < 0] = NOTHING
                 table = np.concatenate((best[tile], keys), axis=1)
                 table.partition(proposed - 1, axis=1)
                 best[tile] = table[:, :proposed]
 
-            list(pool.map(propose, tiles))
+            list(pool.map(propose, _tiles(anchors)))
             progress(index.ntotal)
-        for start, block in vectors.blocks(block_rows):
-
-            def rescore(tile: slice, start: int = start, block: Floats = block) -> None:
-                rows = rows_of(best[tile])
-                anchor_of, column = np.nonzero((rows >= start) & (rows < start + len(block)))
-                row_of = rows[anchor_of, column]
-                scores = pair_scores(anchors[tile], anchor_of, block, row_of - start)
-                best[tile][anchor_of, column] = keys_of(scores, row_of)
-
-            list(pool.map(rescore, tiles))
-    best.sort(axis=1)
-    best = best[:, :depth]
-    return rows_of(best), scores_of(best)
+    return best

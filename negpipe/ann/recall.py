@@ -33,7 +33,13 @@ class Recall:
         return float((order[known, rank] - rank).mean()) if known.any() else 0.0
 
 
-def hits(found: Ints, true: Ints) -> NDArray[np.bool_]:
-    """(m, depth): whether each true row is among the found rows of its anchor; -1 counts as found."""
+def places(found: Ints, true: Ints) -> Ints:
+    """(m, depth): at which place of its anchor's found rows each true row stands, or how many there are."""
+    width = found.shape[1]
     anchor = np.arange(len(true), dtype=np.int64)[:, None] << 32
-    return np.isin(anchor + true, anchor + found) | (true < 0)
+    keys = np.where(found < 0, -1, anchor + found).ravel()
+    order = np.argsort(keys, kind="stable")
+    at = np.minimum(np.searchsorted(keys, (anchor + true).ravel(), sorter=order), keys.size - 1)
+    there = keys[order[at]] == (anchor + true).ravel()
+    place: Ints = np.where(there, order[at] % width, width).reshape(true.shape)
+    return place

@@ -29,14 +29,16 @@ def _mine(
     only: str | None = None,
     repair: bool = False,
 ) -> None:
-    from negpipe import console, pipeline, report
+    from negpipe import console, pipeline
     from negpipe.config import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash, repair=repair)
-    if only is None:
-        report.after_mining(settings, result, typed())
+    if result.ran and only is None and settings.output.report:
+        from negpipe import report
+
+        report.after_mining(settings, typed())
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):

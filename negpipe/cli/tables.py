@@ -160,7 +160,7 @@ def show_difference(found: Difference) -> None:
     changes.add_row("anchors with the same negatives", f"{found.same:,}", f"{found.same / found.common:.1%}")
     changes.add_row("anchors with none in common", f"{found.disjoint:,}", f"{found.disjoint / found.common:.1%}")
     out.print(changes)
-    lines = [f"An anchor keeps {found.overlap:.1%} of its negatives (of those that either side has, on average)."]
+    lines = [f"Overlap {found.overlap:.1%}: kept among all that either side has, mean over the anchors."]
     if found.score_shift is not None:
         most = _number(found.largest_score_shift, ".4f")
         lines.append(f"Negatives kept: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")

@@ -15,7 +15,6 @@ from negpipe.config import Config
 from negpipe.errors import LockedError
 from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS
-from negpipe.pipeline import Result
 from negpipe.readers import current
 from negpipe.report import gather, page
 from negpipe.state import digests_of
@@ -52,10 +51,8 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
     return out
 
 
-def after_mining(config: Config, result: Result, typed: str) -> Path | None:
-    """The report at the end of `mine`, where it is wanted and something was mined. A failure is a warning."""
-    if not config.output.report or not result.ran:
-        return None
+def after_mining(config: Config, typed: str) -> Path | None:
+    """The report at the end of `mine`: what hinders it is a warning, the rows are there."""
     started = time.monotonic()
     try:
         out = write(config, typed=typed)
