@@ -15,7 +15,7 @@ SET ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-VERBS := mine ingest encode index search triplets status verify clean
+VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report
 QUICKSTART := data/quickstart
 
 .PHONY: help setup $(VERBS) test torture check format
@@ -41,9 +41,14 @@ encode:    ## run one stage: texts to embeddings
 index:     ## run one stage: embeddings to a FAISS index
 search:    ## run one stage: candidates of every anchor
 triplets:  ## run one stage: candidates to training rows
+plan:      ## say what a run would do and cost, without running
 status:    ## show which stages are done
 verify:    ## read every file again and compare its digest
 clean:     ## remove superseded parts, after asking
+audit:     ## check every training row against the qrels
+calibrate: ## measure how many hidden positives each setting takes as negatives
+quality:   ## recall, MRR, nDCG and MAP of the encoder
+report:    ## write report.html
 
 $(VERBS): $(READY)
 	@$(BIN)/negpipe $@ '$(CONFIG)' $(foreach pair,$(SET),--set '$(pair)')
