@@ -214,7 +214,7 @@ class _Tile:
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
         rows = len(block.vectors)
-        proposed = min(self.depth + _SPARE, rows)
+        proposed = min(self.depth + min(_SPARE, self.depth + 1), rows)
         room = len(self.anchors) * _scratch(proposed)
         waiting = np.arange(len(self.anchors))
         while len(waiting):
