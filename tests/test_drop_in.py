@@ -96,6 +96,21 @@ def test_same_dataset(world: World, run_dir: Path, output_format: str, scores: b
     check(ours, other)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"range_min": 2, "range_max": 9},
+        {"absolute_margin": 0.1},
+        {"absolute_margin": 0.02, "range_min": 1, "max_score": 0.4},
+        {"range_min": 3, "use_faiss": True},
+    ],
+)
+def test_windows_and_margins(world: World, run_dir: Path, rules: dict[str, Any]) -> None:
+    ours, other = both(world, run_dir=run_dir, num_negatives=2, output_scores=True, **rules)
+    assert len(ours)
+    check(ours, other)
+
+
 def test_ranking_with_positives(world: World, run_dir: Path) -> None:
     check(*both(world, run_dir=run_dir, include_positives=True, num_negatives=6, output_scores=True))
 

@@ -187,6 +187,7 @@ def test_each_exclusion_alone(excluding: Run, names: list[str]) -> None:
 # --- the window -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parity
 def test_flagembedding_with_a_wider_window(tmp_path: Path) -> None:
     """Raw ranks 10 to 300, as a whole and drawn from."""
     folder = numbered_folder(tmp_path / "data", 400, 12)

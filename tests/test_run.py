@@ -99,6 +99,8 @@ def test_rows_are_those_of_a_plain_computation(golden: Run, tmp_path: Path, chan
 
     found = triplets(run)
     assert found.schema == SCHEMA
+    group = pq.ParquetFile(next((run.folder / "triplets").iterdir())).metadata.row_group(0)
+    assert {group.column(number).compression for number in range(group.num_columns)} == {"ZSTD"}
     assert len(expected.rows) > 100
     assert list(zip(*(found[name].to_pylist() for name in IDS_AND_TEXTS), strict=True)) == expected.rows
     scores = np.column_stack([found["positive_score"].to_numpy(), found["negative_score"].to_numpy()])

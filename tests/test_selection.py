@@ -103,6 +103,18 @@ def test_depth_is_doubled_as_far_as_an_anchor_needs(run: Run, tmp_path: Path) ->
     }
 
 
+def test_random_ones_fill_up_only_what_deeper_candidates_leave(run: Run) -> None:
+    run.mine("mining.max_depth=300")
+    mined = {name: row["taken"] for name, row in ledger(run).items()}
+    run.mine("mining.max_depth=300", "mining.on_shortage=random")
+    filled = ledger(run)
+    assert {name: row["taken"] for name, row in filled.items()} == mined
+    assert stats(run)["searched_deeper"] > 0
+    for name, row in filled.items():
+        assert not row["random"] or mined[name] < row["taken"] + row["random"]
+    assert {row["negative_rank"] is None for row in rows(run) if row["source"] == "random"} <= {True}
+
+
 def test_depth_has_a_limit_and_search_is_left_alone(run: Run) -> None:
     before = run.content("search")
     run.mine("mining.max_depth=100")
