@@ -68,6 +68,7 @@ class Run:
                 stderr=log,
                 text=True,
                 start_new_session=True,
+                preexec_fn=_heed_ctrl_c,  # noqa: PLW1509 — it takes no lock
             )
 
     @property
@@ -140,6 +141,11 @@ class Run:
         """Take a stage back to where it has not begun."""
         for path in [self.folder / stage, self.folder / ".negpipe" / stage, *self.folder.glob(f".{stage}-*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _heed_ctrl_c() -> None:
+    # Tests that a shell runs in the background hand down that Ctrl-C is to be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait(process: subprocess.Popen[str], asked: Callable[[], bool]) -> bool:
