@@ -321,6 +321,7 @@ def test_command(searched: Run, tmp_path: Path) -> None:
     config.write_text(json.dumps(searched.config), "utf-8")
     options = ["--range-min", "0,5", "--relative-margin", "0.05", "--absolute-margin", "none", "--coverage", "0.5"]
     plots = [tmp_path / "leak.svg", tmp_path / "leak.png"]
+    made_before = {stage: searched.content(stage) for stage in ("ingest", "encode", "index", "search")}
     shown = negpipe("calibrate", config, *options, "--plot", plots[0])
     again = negpipe("calibrate", config, *options, "--plot", plots[1], "--json")
     assert (shown.code, again.code) == (0, 0), shown.err
@@ -334,6 +335,27 @@ def test_command(searched: Run, tmp_path: Path) -> None:
     assert plots[0].read_text("utf-8").lstrip().startswith("<?xml")
     assert plots[1].read_bytes().startswith(b"\x89PNG")
     assert all(math.isfinite(row["score"]) for row in stored)
+    # Nothing was encoded or searched again.
+    assert {stage: searched.content(stage) for stage in made_before} == made_before
+
+
+@pytest.mark.parametrize(
+    ("option", "label"),
+    [
+        (
+            "--near-anchors",
+            "stand-in, not hidden positives: a negative counts as false if it is a positive of an anchor",
+        ),
+        ("--second", "stand-in, not hidden positives: a negative counts as suspect if the second run's model ranks"),
+    ],
+)
+def test_stand_ins_are_labelled_as_what_they_are(searched: Run, tmp_path: Path, option: str, label: str) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(searched.config), "utf-8")
+    value = "0.5" if option == "--near-anchors" else config
+    shown = negpipe("calibrate", config, "--range-min", "0", "--absolute-margin", "none", option, value)
+    assert shown.code == 0, shown.err
+    assert label in " ".join(shown.out.split())
 
 
 @pytest.mark.parametrize(
