@@ -11,9 +11,16 @@ import pytest
 from negpipe import ann
 from negpipe.ann import factory
 from negpipe.ann import lists as listed
+from negpipe.ann.products import BFloat16, Float32
 
 ROOMY = 2**31
 DIMENSION = 24
+
+
+@pytest.fixture(params=[Float32, BFloat16], autouse=True)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both, whatever this machine would choose."""
+    monkeypatch.setattr(listed, "arithmetic", lambda multiplications: request.param())
 
 
 def clustered(rows: int, seed: int) -> np.ndarray:

@@ -4,9 +4,9 @@ Guarantees: every score that leaves this module comes from `pair_scores`, which 
 asks; candidates are the true top by (-score, row), ties of any size included; so results are the same bytes for any
 block size, memory budget and thread count, and for float16 parts or the float32 flat file made from them.
 
-How: FAISS only proposes, a few rows more than are wanted from each block of the corpus, and `pair_scores` scores them
-while the block is in memory. The errors of both have a proven bound: where the last row proposed lies below an
-anchor's cut by more than that bound, no other row of the block can belong to its top; elsewhere more are proposed.
+How: `products` tells which rows of a block of the corpus may reach an anchor's cut, the worst of its best so far, and
+`pair_scores` scores them while the block is in memory. Before anything is known the cut is guessed from a sample of the
+first block; an anchor of which too few rows reach the guess has that block searched again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, product_below, rounding, rows_of, scores_of
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
 from negpipe.storage import publish
 
-_ANCHORS = 1024  # at most, of one search: large enough for its speed
-_BLOCK_ROWS = 131072  # at most, at a time: in small blocks FAISS spends its time on collecting the first few
-_SPARE = 16  # proposed beyond the depth, so that rounding leaves the last one behind the cut
+_BLOCK_ROWS = 131072  # at most, at a time
+_SAMPLE_ROWS = 8192  # of the first block, to guess from
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,11 @@ def search_exact(
         raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
+    numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension)
     count, block_rows = _layout(len(anchors), vectors, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
-    tiles = [_Tile(part, depth) for part in np.array_split(anchors, count)] if count else []
+    tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
     searched = 0
     if checkpoint and (state := checkpoint.load(len(anchors), depth, len(row_of))):
         searched, best, positive_scores = state
@@ -129,13 +130,17 @@ def search_exact(
     ends = [*starts[1:], vectors.rows]
 
     def load(number: int) -> _Block:
-        return _Block.load(vectors, starts[number], buffers[number % 2][: ends[number] - starts[number]])
+        return _Block.load(vectors, starts[number], buffers[number % 2][: ends[number] - starts[number]], numbers)
 
     def score_positives(block: _Block) -> None:
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
         positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+    with (
+        threadpool_limits(1, "blas"),
+        ThreadPoolExecutor(1, initializer=numbers.one_thread) as reader,
+        ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool,
+    ):
         ahead = reader.submit(load, 0) if starts else None
         for number in range(len(starts)):
             assert ahead is not None
@@ -158,19 +163,24 @@ def search_exact(
     return Found(rows, scores, positive_scores)
 
 
-def _scratch(proposed: int) -> int:
-    """Bytes that searching a block takes for each anchor: a strip of products, FAISS's collection, pairs, a merge."""
-    return 4096 + 128 * proposed
+def _scratch(depth: int) -> int:
+    """Bytes that searching a block takes for each anchor: products of a strip and of the sample, pairs, a merge."""
+    return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * _waiting(depth)
+
+
+def _waiting(depth: int) -> int:
+    """Pairs an anchor that wait for a merge, at most."""
+    return 2 * depth + 16
 
 
 def _layout(anchors: int, vectors: Vectors | Held, depth: int, memory: int, threads: int) -> tuple[int, int]:
     """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`."""
-    scratch = threads * _scratch(depth + _SPARE)
-    width = min(_ANCHORS, max(1, memory // (4 * scratch)))
+    scratch = threads * _scratch(depth)
+    width = min(STRIP, max(1, memory // (4 * scratch)))
     # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
-    fixed = anchors * (depth * 20 + vectors.dimension * 4) + scratch * -(-anchors // max(1, tiles))
-    row = 2 * (4 * vectors.dimension + 4)
+    fixed = anchors * (depth * 20 + vectors.dimension * 6) + scratch * -(-anchors // max(1, tiles))
+    row = 2 * (6 * vectors.dimension + 16)
     least = fixed + min(READ_ROWS, vectors.rows) * row
     if least > memory:
         raise ConfigError(
@@ -186,66 +196,86 @@ class _Block:
 
     first: int
     vectors: Floats
-    longest: float  # the largest norm
+    operand: Operand
+    longest: float
+    error: float
 
     @classmethod
-    def load(cls, source: Vectors | Held, first: int, vectors: Floats) -> _Block:
+    def load(cls, source: Vectors | Held, first: int, vectors: Floats, numbers: Arithmetic) -> _Block:
         """Fill `vectors` with the rows from `first` on."""
         source.read(first, vectors)
-        squares = np.einsum("ij,ij->i", vectors, vectors)
-        if not np.isfinite(squares).all():
-            place = source.place(first + int(np.flatnonzero(~np.isfinite(squares))[0]))
+        operand = numbers.operand(vectors)
+        if not np.isfinite(operand.lengths).all():
+            place = source.place(first + int(np.flatnonzero(~np.isfinite(operand.lengths))[0]))
             raise DamagedError(f"{place}: the vector is not finite. Run `negpipe encode` again")
-        return cls(first, vectors, math.sqrt(float(squares.max(initial=0.0))))
+        return cls(first, vectors, operand, operand.lengths.max(initial=0.0), operand.errors.max(initial=0.0))
 
 
 @dataclass
 class _Tile:
-    """Up to `_ANCHORS` anchors and the keys of the best rows each has met so far."""
+    """Up to `STRIP` anchors and the keys of the best rows each has met so far."""
 
     anchors: Floats
     depth: int
+    numbers: Arithmetic
     best: Keys = field(init=False)  # (w, depth); the worst key last, the others in any order
 
     def __post_init__(self) -> None:
         self.best = np.full((len(self.anchors), self.depth), NOTHING)
-        self.rounding = rounding(self.anchors)
+        self.operand = self.numbers.operand(self.anchors)
 
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
-        rows = len(block.vectors)
-        proposed = min(self.depth + min(_SPARE, self.depth + 1), rows)
-        room = len(self.anchors) * _scratch(proposed)
-        waiting = np.arange(len(self.anchors))
-        while len(waiting):
-            chunk = max(1, room // _scratch(proposed))
-            unproven = [self._compete(block, waiting[i : i + chunk], proposed) for i in range(0, len(waiting), chunk)]
-            waiting = np.concatenate(unproven)
-            proposed = min(4 * proposed, rows)
+        products = Products(self.numbers, len(self.anchors))
+        everybody, cut = np.arange(len(self.anchors)), self._cut()
+        unknown = np.isneginf(cut)
+        if not unknown.any():
+            self._sweep(products, block, everybody, cut)
+            return
+        before = self.best.copy()
+        sample = block.operand[:: max(4, -(-len(block.vectors) // _SAMPLE_ROWS))]
+        guess = np.where(unknown, products.guess(self.operand, sample, self.depth, len(block.vectors)), cut)
+        self._sweep(products, block, everybody, guess)
+        # Of those it proves, all rows that reach the cut reach the guess.
+        unproven = np.flatnonzero(self._cut() < guess)
+        if len(unproven):
+            cut = self._cut()[unproven]
+            self.best[unproven] = before[unproven]
+            self._sweep(products, block, unproven, cut)
 
     def result(self) -> tuple[Ints, Floats]:
         """Rows and scores, (w, depth) each, in order."""
         self.best.sort(axis=1)
         return rows_of(self.best), scores_of(self.best)
 
-    def _compete(self, block: _Block, chosen: Ints, proposed: int) -> Ints:
-        """Merge the rows FAISS proposes to the chosen anchors; returns the anchors to whom others may belong."""
-        best, anchors = self.best[chosen], self.anchors[chosen]
-        knn = faiss().knn(anchors, block.vectors, proposed, metric=faiss().METRIC_INNER_PRODUCT)
-        products: Floats = knn[0]
-        rows: Ints = knn[1]
-        anchor_of, column = np.nonzero(products >= self._cut(best, chosen, block)[:, None])
-        row_of = rows[anchor_of, column]
-        keys = np.full(products.shape, NOTHING)
-        keys[anchor_of, column] = keys_of(pair_scores(anchors, anchor_of, block.vectors, row_of), block.first + row_of)
-        table = np.concatenate((best, keys), axis=1)
-        table.partition(self.depth - 1, axis=1)
-        best = table[:, : self.depth]
-        proven = products[:, -1] < self._cut(best, chosen, block) if proposed < len(block.vectors) else True
-        proven = np.broadcast_to(proven, len(chosen))
-        self.best[chosen[proven]] = best[proven]
-        return chosen[~proven]
+    def _cut(self) -> Floats:
+        """(w,): the score a row has to reach to displace one of the best."""
+        return scores_of(self.best[:, -1])
 
-    def _cut(self, best: Keys, chosen: Ints, block: _Block) -> Floats:
-        """The product below which a row of the block cannot displace any of the best, or -inf."""
-        return product_below(scores_of(best[:, -1]), self.rounding[chosen], block.longest)
+    def _sweep(self, products: Products, block: _Block, chosen: Ints, cut: Floats) -> None:
+        """Let the rows whose scores may reach `cut` compete for the chosen anchors."""
+        anchors, most = self.operand[chosen], len(chosen) * _waiting(self.depth)
+        floor = floors(self.numbers, cut, anchors, block.longest, block.error)
+        waiting: list[tuple[Ints, Keys]] = []
+        count = 0
+
+        def compete() -> None:
+            nonlocal floor, waiting, count
+            merge(self.best, waiting)
+            reached = np.maximum(cut, self._cut()[chosen])
+            floor = floors(self.numbers, reached, anchors, block.longest, block.error)
+            waiting, count = [], 0
+
+        for start in range(0, len(block.vectors), STRIP):
+            strip = slice(start, start + STRIP)
+            pairs = products.reaching(floor, anchors, block.operand[strip])
+            for low in range(0, len(pairs[0]), most):
+                anchor_of, row_of = (each[low : low + most] for each in pairs)
+                anchor_of = chosen[anchor_of]
+                scores = pair_scores(self.anchors, anchor_of, block.vectors[strip], row_of)
+                waiting.append((anchor_of, keys_of(scores, block.first + start + row_of)))
+                count += len(row_of)
+                if count >= most:
+                    compete()
+        if waiting:
+            compete()

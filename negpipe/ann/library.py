@@ -17,5 +17,5 @@ def faiss() -> Any:
 
 
 def one_thread() -> None:
-    """faiss keeps its thread count per calling thread: the pool's threads are the only parallelism."""
+    """What each thread of a pool calls first, faiss keeps a thread count for each: the pool is the only parallelism."""
     faiss().omp_set_num_threads(1)

@@ -18,14 +18,14 @@ from threadpoolctl import threadpool_limits
 
 from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
-from negpipe.ann.library import faiss, one_thread
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, longest, pair_scores, product_below, rounding, rows_of, scores_of
+from negpipe.ann.library import faiss
+from negpipe.ann.pairs import NOTHING, Keys, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import ConfigError, DamagedError
 
-_ANCHORS, _ROWS = 1024, 1024  # at most, of one product
 _AHEAD = 4  # lists a thread that are being searched or wait for the merge
-_CELLS = 2**20  # of a merge's table
+_GUESSED = 256  # anchors at a time
 
 
 @dataclass(frozen=True)
@@ -148,41 +148,45 @@ def search_lists(
             f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
         )
     probed = lists.nearest(anchors, nprobe, memory=memory, threads=threads)
-    guess = _guess(anchors, lists, depth, threads)
-    best = _scan(anchors, lists, depth, probed, guess, threads, progress)
+    numbers = arithmetic(float(len(anchors)) * lists.rows * anchors.shape[1] * nprobe / len(lists.centroids))
+    guess = _guess(anchors, lists, depth, numbers, threads)
+    best = _scan(anchors, lists, depth, probed, guess, numbers, threads, progress)
     # A guess is no bound: where what it let pass does not prove it, every row competes.
     unproven = np.flatnonzero(scores_of(best.max(axis=1)) < guess)
     if len(unproven):
         everything = np.full(len(unproven), -np.inf, np.float32)
-        best[unproven] = _scan(anchors[unproven], lists, depth, probed[unproven], everything, threads, lambda _: None)
+        best[unproven] = _scan(
+            anchors[unproven], lists, depth, probed[unproven], everything, numbers, threads, lambda _: None
+        )
     best.sort(axis=1)
     return rows_of(best), scores_of(best)
 
 
-def _guess(anchors: Floats, lists: Lists, depth: int, threads: int) -> Floats:
-    """(n,): a score that, by a random sample of the corpus, somewhat more than `depth` rows reach; -inf: no idea."""
-    seen = len(lists.sample)
-    expected = depth * seen / max(1, lists.rows)
-    rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))
-    if rank > seen // 2:
-        return np.full(len(anchors), -np.inf, np.float32)
+def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threads: int) -> Floats:
+    """(n,): a score that somewhat more than `depth` rows of the corpus reach, going by the sample."""
+    sample = numbers.operand(lists.sample)
 
     def of(tile: Floats) -> Floats:
-        products = tile @ lists.sample.T
-        reached: Floats = np.partition(products, seen - rank, axis=1)[:, seen - rank]
-        return reached
+        return Products(numbers, len(tile)).guess(numbers.operand(tile), sample, depth, lists.rows)
 
-    tiles = np.array_split(anchors, max(1, len(anchors) // 256))
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+    tiles = np.array_split(anchors, max(1, -(-len(anchors) // _GUESSED)))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         return np.concatenate([*pool.map(of, tiles)])
 
 
 def _scan(
-    anchors: Floats, lists: Lists, depth: int, probed: Ints, cut: Floats, threads: int, progress: Callable[[int], None]
+    anchors: Floats,
+    lists: Lists,
+    depth: int,
+    probed: Ints,
+    cut: Floats,
+    numbers: Arithmetic,
+    threads: int,
+    progress: Callable[[int], None],
 ) -> Keys:
     """(n, depth): the best keys in the probed lists of scores that reach the cut."""
     best = np.full((len(anchors), depth), NOTHING)
-    bound, cut = rounding(anchors), cut.copy()
+    operand, cut = numbers.operand(anchors), cut.copy()
     flat = probed.ravel()
     order = np.argsort(flat, kind="stable")
     bounds = np.searchsorted(flat[order], np.arange(len(lists.centroids) + 1))
@@ -194,27 +198,26 @@ def _scan(
         if not len(members):
             return np.zeros(0, np.int64), np.zeros(0, np.uint64)
         if not hasattr(local, "products"):
-            local.products = np.empty(_ANCHORS * _ROWS, np.float32)
+            local.products = Products(numbers, STRIP)
         vectors, ids = lists.vectors(number), lists.ids(number)
-        lowest = product_below(cut[members], bound[members], longest(vectors))
+        rows = numbers.operand(vectors)
+        longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
         at, keys = [members[:0]], [np.zeros(0, np.uint64)]
-        for low in range(0, len(members), _ANCHORS):
-            here = members[low : low + _ANCHORS]
-            tile, floor = anchors[here], lowest[low : low + _ANCHORS, None]
-            for start in range(0, len(vectors), _ROWS):
-                strip = vectors[start : start + _ROWS]
-                products = local.products[: len(tile) * len(strip)].reshape(len(tile), len(strip))
-                np.matmul(tile, strip.T, out=products)
-                positions = np.flatnonzero(products >= floor)
-                anchor_of = positions // len(strip)
-                row_of = positions - anchor_of * len(strip)
-                at.append(here[anchor_of])
-                keys.append(keys_of(pair_scores(tile, anchor_of, strip, row_of), ids[start + row_of]))
+        for low in range(0, len(members), STRIP):
+            here = members[low : low + STRIP]
+            some = operand[here]
+            floor = floors(numbers, cut[here], some, longest, error)
+            for start in range(0, len(vectors), STRIP):
+                strip = slice(start, start + STRIP)
+                anchor_of, row_of = local.products.reaching(floor, some, rows[strip])
+                anchor_of = here[anchor_of]
+                at.append(anchor_of)
+                keys.append(keys_of(pair_scores(anchors, anchor_of, vectors[strip], row_of), ids[start + row_of]))
         return np.concatenate(at), np.concatenate(keys)
 
     waiting: list[tuple[Ints, Keys]] = []
     sizes = np.sum([shard.sizes for shard in lists.shards], axis=0)
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         ahead: deque[Future[tuple[Ints, Keys]]] = deque()
         for number in range(len(sizes) + _AHEAD * threads):
             if number < len(sizes):
@@ -223,32 +226,8 @@ def _scan(
                 continue
             waiting.append(ahead.popleft().result())
             if sum(len(keys) for _, keys in waiting) > best.size or not ahead:
-                _merge(best, waiting, pool)
+                merge(best, waiting, pool.map)
                 waiting = []
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
             progress(int(sizes[number - _AHEAD * threads]))
     return best
-
-
-def _merge(best: Keys, waiting: list[tuple[Ints, Keys]], pool: ThreadPoolExecutor) -> None:
-    """Let (anchor, key) pairs compete with the best."""
-    depth = best.shape[1]
-    anchor_of = np.concatenate([at for at, _ in waiting])
-    keys = np.concatenate([keys for _, keys in waiting])
-    keys = keys[np.argsort(anchor_of, kind="stable")]
-    counts = np.bincount(anchor_of, minlength=len(best))
-    ends = np.cumsum(counts)
-    height = max(1, _CELLS // (depth + int(counts.max(initial=0))))
-
-    def merge(low: int) -> None:
-        here = slice(low, low + height)
-        many = counts[here]
-        table = np.full((len(many), depth + int(many.max())), NOTHING)
-        table[:, :depth] = best[here]
-        first = ends[low] - counts[low]
-        place = np.arange(int(many.sum())) - np.repeat(ends[here] - many - first, many)
-        table[np.repeat(np.arange(len(many)), many), depth + place] = keys[first : ends[here][-1]]
-        table.partition(depth - 1, axis=1)
-        best[here] = table[:, :depth]
-
-    list(pool.map(merge, range(0, len(best), height)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from negpipe.ann.vectors import Floats, Ints, Vectors
 
 Keys = NDArray[np.uint64]
 _PAIRS = 8192  # at a time
-_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow can add to a rounding error
+_CELLS = 2**20  # of a merge's table
 NOTHING = np.uint64(0xFF800000_FFFFFFFF)  # the key of score -inf, row -1: sorts behind every real key
 
 
@@ -73,24 +75,30 @@ def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-def rounding(anchors: Floats) -> NDArray[np.float64]:
-    """(n,): how far two ways to compute an anchor's product with a vector of length 1 can be apart.
+def merge(best: Keys, pairs: list[tuple[Ints, Keys]], each: Callable[..., Iterable[object]] = map) -> None:
+    """Let pairs compete with the best: (n, depth) keys, the worst of an anchor last, the others in any order.
 
-    Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about
-    d * 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); 8 covers the "about".
+    Args:
+        best: changed in place.
+        pairs: their anchors and keys, (p,) each, none of them among the best yet.
+        each: `map`, or that of a pool of threads.
     """
-    lengths: NDArray[np.float64] = np.linalg.norm(anchors.astype(np.float64), axis=1)
-    lengths *= (anchors.shape[1] + 8) * 2.0**-23
-    return lengths
+    depth = best.shape[1]
+    anchor_of, keys = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    keys = keys[np.argsort(anchor_of, kind="stable")]
+    counts = np.bincount(anchor_of, minlength=len(best))
+    ends = np.cumsum(counts)
+    height = max(1, _CELLS // (depth + int(counts.max(initial=0))))
 
+    def compete(low: int) -> None:
+        here = slice(low, low + height)
+        many = counts[here]
+        first = ends[low] - counts[low]
+        place = np.arange(int(many.sum())) - np.repeat(ends[here] - many - first, many)
+        table = np.full((len(many), depth + int(many.max())), NOTHING)
+        table[:, :depth] = best[here]
+        table[np.repeat(np.arange(len(many)), many), depth + place] = keys[first : ends[here][-1]]
+        table.partition(depth - 1, axis=1)
+        best[here] = table[:, :depth]
 
-def product_below(scores: Floats, rounding: NDArray[np.float64], longest: float) -> Floats:
-    """(n,): where a product with a vector no longer than `longest` is less, the score is less than `scores`."""
-    below = scores - rounding * longest - _TINY
-    product: Floats = np.nextafter(below.astype(np.float32), np.float32(-np.inf))
-    return product
-
-
-def longest(vectors: Floats) -> float:
-    """The largest norm, inf or NaN where a vector is not finite."""
-    return float(np.sqrt(np.einsum("ij,ij->i", vectors, vectors).max(initial=0.0)))
+    list(each(compete, range(0, len(best), height)))

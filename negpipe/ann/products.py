@@ -1,0 +1,217 @@
+"""Which pairs may reach a score: matrix products, in float32, or in bfloat16 where the processor has units for it.
+
+A product decides nothing, it only says which pairs are worth `pair_scores`. How far it can be from the score has a
+proven bound, larger for bfloat16: there some more pairs are scored, for products ten times as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.ann.library import one_thread
+from negpipe.ann.vectors import Floats, Ints
+
+STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
+_WORTH_TORCH = 3e11  # multiplications and additions that take float32 as long as importing torch takes
+_SMALL = 1e-18  # the squares of smaller numbers underflow
+_TINY = float(
+    np.finfo(np.float32).tiny
+)  # more than what underflow adds to the rounding error of a product of two numbers
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Vectors, as they are multiplied."""
+
+    values: Any  # (n, d), whatever the arithmetic takes
+    lengths: NDArray[np.float64]  # (n,) norms of the vectors
+    errors: NDArray[np.float64]  # (n,) how far they lie from `values`, as vectors
+
+    def __getitem__(self, rows: slice | Ints) -> Operand:
+        return Operand(self.values[rows], self.lengths[rows], self.errors[rows])
+
+
+class Arithmetic(Protocol):
+    """A way to multiply."""
+
+    dtype: type[Any]
+    """Of its products."""
+
+    def one_thread(self) -> None:
+        """What each thread of a pool calls first: the pool is the only parallelism."""
+
+    def operand(self, vectors: Floats) -> Operand:
+        """(n, d) vectors for `multiply`."""
+
+    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        """Fill `out` (n, m) with the products of two operands' values."""
+
+    def order(self, products: NDArray[Any]) -> None:
+        """Change products so that they compare like the numbers they stand for: as they are, only positive ones do."""
+
+    def ordered(self, numbers: Floats) -> NDArray[Any]:
+        """Numbers, rounded as products are, in order."""
+
+    def numbers(self, ordered: NDArray[Any]) -> Floats:
+        """The numbers that ordered products stand for."""
+
+
+class Float32:
+    """By numpy: everywhere."""
+
+    dtype = np.float32
+
+    def one_thread(self) -> None:
+        one_thread()
+
+    def operand(self, vectors: Floats) -> Operand:
+        return Operand(vectors, _lengths(vectors), np.zeros(len(vectors)))
+
+    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        np.matmul(anchors, rows.T, out=out)
+
+    def order(self, products: NDArray[Any]) -> None:
+        pass
+
+    def ordered(self, numbers: Floats) -> NDArray[Any]:
+        return numbers
+
+    def numbers(self, ordered: NDArray[Any]) -> Floats:
+        return ordered
+
+
+class BFloat16:
+    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer."""
+
+    dtype = np.int16
+
+    def one_thread(self) -> None:
+        one_thread()
+        _torch().set_num_threads(1)
+
+    def operand(self, vectors: Floats) -> Operand:
+        torch = _torch()
+        values = torch.empty(vectors.shape, dtype=torch.bfloat16)
+        errors = np.empty(len(vectors))
+        for low in range(0, len(vectors), STRIP):
+            here = slice(low, low + STRIP)
+            exact = torch.from_numpy(vectors[here])
+            values[here] = exact
+            errors[here] = (exact - values[here].float()).norm(dim=1).numpy()
+        return Operand(values, _lengths(vectors), errors * 1.001 + _SMALL)
+
+    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        torch = _torch()
+        torch.mm(anchors, rows.T, out=torch.from_numpy(out).view(torch.bfloat16))
+
+    def order(self, products: NDArray[Any]) -> None:
+        products ^= (products >> 15) & np.int16(0x7FFF)
+
+    def ordered(self, numbers: Floats) -> NDArray[Any]:
+        torch = _torch()
+        bits: NDArray[np.int16] = torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy()
+        self.order(bits)
+        return bits
+
+    def numbers(self, ordered: NDArray[Any]) -> Floats:
+        bits = ordered.copy()
+        self.order(bits)
+        return (bits.astype(np.int32) << 16).view(np.float32)
+
+
+def arithmetic(multiplications: float) -> Arithmetic:
+    """The fastest on this machine for so much work; changes no result."""
+    return BFloat16() if _matrix_units() and 2 * multiplications > _WORTH_TORCH else Float32()
+
+
+@functools.cache
+def _matrix_units() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in units of their own (Intel AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+@functools.cache
+def _torch() -> Any:
+    """Imported on first use: it takes seconds."""
+    import torch
+
+    return torch
+
+
+class Products:
+    """Products of up to `anchors` anchors with a strip of rows. Has memory of its own: for one thread."""
+
+    def __init__(self, arithmetic: Arithmetic, anchors: int) -> None:
+        self._arithmetic = arithmetic
+        self._products = np.empty(anchors * STRIP, arithmetic.dtype)
+        self._reached = np.empty(anchors * STRIP, np.bool_)
+
+    def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> tuple[Ints, Ints]:
+        """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row.
+
+        Args:
+            floor: (n,) see `floors`.
+            anchors: n, rows: at most `STRIP`.
+        """
+        products = self._multiply(anchors, rows)
+        if floor.min(initial=1) <= 0:
+            self._arithmetic.order(products)
+        reached = self._reached[: products.size].reshape(products.shape)
+        np.greater_equal(products, floor[:, None], out=reached)
+        at = np.flatnonzero(reached)
+        anchor_of = at // products.shape[1]
+        return anchor_of, at - anchor_of * products.shape[1]
+
+    def guess(self, anchors: Operand, sample: Operand, depth: int, rows: int) -> Floats:
+        """(n,): a number that, going by a random sample of `rows` rows, somewhat more than `depth` of them reach.
+
+        -inf where the sample tells too little.
+        """
+        count = len(sample.lengths)
+        expected = depth * count / max(1, rows)
+        rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))  # its standard deviation is a square root
+        if rank > count // 2:
+            return np.full(len(anchors.lengths), -np.inf, np.float32)
+        table = np.empty((len(anchors.lengths), count), self._arithmetic.dtype)
+        for low in range(0, count, STRIP):
+            table[:, low : low + STRIP] = self._multiply(anchors, sample[low : low + STRIP])
+        self._arithmetic.order(table)
+        table.partition(count - rank, axis=1)
+        return self._arithmetic.numbers(table[:, count - rank])
+
+    def _multiply(self, anchors: Operand, rows: Operand) -> NDArray[Any]:
+        shape = len(anchors.lengths), len(rows.lengths)
+        products = self._products[: shape[0] * shape[1]].reshape(shape)
+        self._arithmetic.multiply(anchors.values, rows.values, products)
+        return products
+
+
+def floors(arithmetic: Arithmetic, scores: Floats, anchors: Operand, longest: float, error: float) -> NDArray[Any]:
+    """(n,): a pair whose score is at least `scores` has a product that is at least this.
+
+    Of rows no longer than `longest` and no farther than `error` from what is multiplied. Float32 inner products summed
+    in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about d * 2**-24 (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, section 3.1; 8 covers the "about"); rounding the vectors adds what Cauchy
+    and Schwarz allow; rounding a product takes it past no number that is rounded in the same way.
+    """
+    dimension = anchors.values.shape[1]
+    lengths = anchors.lengths + anchors.errors
+    summing = (dimension + 8) * 2.0**-23 * lengths * (longest + error) + dimension * _TINY
+    apart = anchors.errors * longest + lengths * error + summing
+    below: Floats = np.nextafter((scores - apart).astype(np.float32), np.float32(-np.inf))
+    return arithmetic.ordered(below)
+
+
+def _lengths(vectors: Floats) -> NDArray[np.float64]:
+    """(n,): norms, rather too large than too small; inf or NaN where a vector is not finite."""
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors)) * 1.001 + _SMALL
+    return lengths
