@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from negpipe import encoders, kinds
+from negpipe import ann, encoders, kinds
 from negpipe.config import Config
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Stage
@@ -20,7 +20,8 @@ from negpipe.state import digests_of, look
 from negpipe.tables import documents, open_table
 
 _PROBE_TEXTS = 64
-_SEARCH_SHARE = 0.85  # of the matrix product's speed
+_DIMENSION = 384  # where it is not known yet
+_SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
 _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
 
 
@@ -65,30 +66,28 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         config: what a run would make.
         probe_encoder: load the model to time it, where no part tells its speed.
     """
-    gflops = _gflops()
     steps: list[Step] = []
     with digests_of(config) as digests:
         context = Context(config, config.run_dir, digests)
+        waiting = []
         for stage in STAGES.values():
             state = look(stage, context)
             if state.state == "current" and state.manifest:
                 steps.append(Step(stage.name, "current", len(state.manifest.parts), 0, 0.0))
                 context = context.after(state.manifest)
             else:
-                steps.append(_step(stage, state.state, context, gflops, probe_encoder))
+                waiting.append((stage, state.state, context))
+        gflops = _gflops(context)
+        steps += [_step(*each, gflops, probe_encoder) for each in waiting]
         choices = _choices(context, gflops)
     return Plan(gflops, tuple(steps), choices)
 
 
-def _gflops() -> float:
-    """GFLOP/s of a float32 matrix product on every core."""
-    left, right = np.ones((2048, 384), np.float32), np.ones((384, 8192), np.float32)
-    out = left @ right
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.5:
-        np.matmul(left, right, out=out)
-        count += 1
-    return 2 * left.size * right.shape[1] * count / (time.perf_counter() - started) / 1e9
+def _gflops(context: Context) -> float:
+    """GFLOP/s at which this machine compares anchors with documents; a multiplication and an addition are two."""
+    rows, anchors, dimension = _sizes(context) if "ingest" in context.manifests else (0, 0, 0)
+    dimension = dimension or _DIMENSION
+    return 2e-9 * ann.rate(float(rows) * anchors * dimension, dimension) * context.threads * context.workers
 
 
 def _step(stage: Stage, state: str, context: Context, gflops: float, probe_encoder: bool) -> Step:

@@ -3,6 +3,7 @@
 from negpipe.ann import factory
 from negpipe.ann.exact import Checkpoint, Found, search_exact
 from negpipe.ann.pairs import pair_scores, score_pairs
+from negpipe.ann.products import rate
 from negpipe.ann.vectors import Vectors, open_flat, open_parts, write_flat
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "open_flat",
     "open_parts",
     "pair_scores",
+    "rate",
     "score_pairs",
     "search_exact",
     "write_flat",

@@ -7,12 +7,15 @@ proven bound, larger for bfloat16: there some more pairs are scored, for product
 from __future__ import annotations
 
 import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from negpipe.ann.library import one_thread
 from negpipe.ann.vectors import Floats, Ints
@@ -128,6 +131,25 @@ class BFloat16:
 def arithmetic(multiplications: float) -> Arithmetic:
     """The fastest on this machine for so much work; changes no result."""
     return BFloat16() if _matrix_units() and 2 * multiplications > _WORTH_TORCH else Float32()
+
+
+def rate(multiplications: float, dimension: int) -> float:
+    """Multiplications a second of one thread, in a search that needs so many. Measures for half a second."""
+    numbers = arithmetic(multiplications)
+    vectors = np.random.default_rng(0).standard_normal((STRIP, dimension), np.float32)
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(1, initializer=numbers.one_thread) as thread:
+        products, operand = Products(numbers, STRIP), numbers.operand(vectors)
+        floor = floors(numbers, np.full(STRIP, 3 * np.sqrt(dimension), np.float32), operand, 0.0, 0.0)
+
+        def measure() -> float:
+            products.reaching(floor, operand, operand)
+            started, count = time.perf_counter(), 0
+            while time.perf_counter() - started < 0.5:
+                products.reaching(floor, operand, operand)
+                count += 1
+            return count * STRIP * STRIP * dimension / (time.perf_counter() - started)
+
+        return thread.submit(measure).result()
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
 
 
 @app.command()
@@ -17,6 +17,7 @@ def plan(
         bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
     ] = True,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Say what a run would do: parts done and to do, time, disk, and what each kind of index would cost. Runs nothing.
@@ -31,6 +32,7 @@ def plan(
     from negpipe import console, planning
     from negpipe.config import load_config
 
+    console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     found = planning.plan(settings, probe_encoder=probe)
     if as_json:
@@ -54,4 +56,4 @@ def plan(
             sizes = (console.size(count) for count in (choice.disk, choice.memory))
             kinds.add_row(choice.kind, *times, *sizes, choice.note)
         console.out.print(kinds)
-    console.out.print(f"\nThis machine multiplies matrices at {found.gflops:,.0f} GFLOP/s; times are estimates.")
+    console.out.print(f"\nThis machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
