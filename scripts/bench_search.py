@@ -10,6 +10,9 @@ from theirs: a real vector, moved by half the difference of two others of its k-
 sentences lie, and as they spread; more anchors are made the same way from the real ones. Every kind runs in the same
 minutes, through `negpipe index` and `negpipe search`, in processes of its own; times are those of their tasks. Peak
 memory is that of the whole process.
+
+Exact search in float32, as on a processor without matrix units, is what the others are compared with, and they run in
+float32 too; `--kinds` with a + in front run as this processor does it best.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import yaml
 
 Floats = npt.NDArray[np.float32]
 SENTENCES, ASKED = 100_000, 10_000
+KINDS = "stream;IVF512,Flat;PQ192x4fs;PQ128x4fs;stream;+stream;+IVF512,Flat"
 
 
 def sentences() -> tuple[list[str], list[tuple[str, str]]]:
@@ -170,8 +174,20 @@ def prepare(options: argparse.Namespace) -> Path:
     return folder / "config.yaml"
 
 
+FLOAT32 = """
+from negpipe.ann import products
+
+products._matrix_units = lambda: False
+
+from negpipe.cli import main
+
+main()
+"""
+
+
 def measure(config: Path, kind: str) -> dict[str, Any]:
     """Seconds of building and of searching, recall, peak memory of the search."""
+    program = ["-m", "negpipe"] if kind.startswith("+") else ["-c", FLOAT32]
     run_dir = config.parent / "run"
     for stage in ("index", "search"):
         books = run_dir / ".negpipe" / stage
@@ -179,7 +195,8 @@ def measure(config: Path, kind: str) -> dict[str, Any]:
             path.unlink()
     peaks = {}
     for stage in ("ingest", "encode", "index", "search"):
-        command = [sys.executable, "-m", "negpipe", stage, str(config), "--set", f"index.kind={kind}"]
+        settings = [f"index.kind={kind.removeprefix('+')}", "executor.kind=inline"]
+        command = [sys.executable, *program, stage, str(config), *(f"--set={setting}" for setting in settings)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -199,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--anchors", type=int, default=10_000)
-    parser.add_argument("--kinds", default="stream;IVF512,Flat;PQ192x4fs;PQ128x4fs;stream", help="separated by ;")
+    parser.add_argument("--kinds", default=KINDS, help="separated by ; (%(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-search"))
     options = parser.parse_args()
     config = prepare(options)
@@ -214,13 +231,14 @@ def main() -> None:
         made = measure(config, kind)
         seconds, stats = made["seconds"], made["stats"]
         built = sum(seconds.get(name, 0.0) for name in ("trained", "shard", "tuned"))
-        if made["kind"] == "stream":
+        if kind == "stream":
             exact.append(seconds["search"])
         base = float(np.mean(exact)) if exact else float("nan")
         window = stats.get("recall_window", {}).get("recall", 1.0)
         effort = f"nprobe {stats['nprobe']}, proposed {stats['proposed']}" if "nprobe" in stats else "exact"
+        name = "+" * kind.startswith("+") + made["kind"]
         print(
-            f"{made['kind']:20} {seconds.get('trained', 0):7.1f} {seconds.get('shard', 0):7.1f}"
+            f"{name:20} {seconds.get('trained', 0):7.1f} {seconds.get('shard', 0):7.1f}"
             f" {seconds.get('tuned', 0):7.1f} {seconds['search']:8.2f} {base / seconds['search']:8.2f}x"
             f" {base / (built + seconds['search']):8.2f}x {stats.get('recall', 1.0):7.4f} {window:7.4f}  {effort}"
             f"  ({time.time() - started:.0f} s in all, load {os.getloadavg()[0]:.1f})",
