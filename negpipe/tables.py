@@ -19,6 +19,7 @@ from negpipe.errors import DamagedError
 from negpipe.manifest import Manifest, Part
 from negpipe.texts import hashes
 
+_PAGE = 1024  # rows
 EXTRA = "extra:"
 """Comes before the source's name of a column that `data.extra` keeps."""
 
@@ -57,6 +58,8 @@ class Rows:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._tables = [open_table(path) for path in paths]
         self.starts = np.cumsum([0, *(table.num_rows for table in self._tables)], dtype=np.int64)
+        pages = np.arange(0, max(1, len(self)), _PAGE)
+        self._part_of = np.searchsorted(self.starts, pages, side="right") - 1
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -121,8 +124,11 @@ class Rows:
         """For every part that holds some of `rows`: the positions of those rows."""
         if not rows.size:
             return []
-        parts = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(parts.astype(np.int32), kind="stable")
+        # The part in which a row's page begins, or one soon after it. Small integers are sorted by radix.
+        parts = self._part_of[rows // _PAGE]
+        while (later := rows >= self.starts[parts + 1]).any():
+            parts += later
+        order = np.argsort(parts.astype(np.min_scalar_type(len(self._tables))), kind="stable")
         bounds = np.searchsorted(parts[order], np.arange(len(self._tables) + 1))
         return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
 
