@@ -59,7 +59,7 @@ mine ingest: | $(QUICKSTART)
 endif
 
 test: check  ## everything that has to pass: check, then pytest
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist worksteal
 
 torture: $(READY)  ## kills, damage, rivals and random histories at full size, about 40 minutes; prints counts
 	$(BIN)/pytest --torture -m torture -n auto --dist worksteal

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from negpipe import pipeline
 from negpipe.config import load_config
+from negpipe.stages import STAGES as STAGES_OF_NEGPIPE
 from negpipe.state import State
 
 STAGES = ("ingest", "encode", "index", "search", "triplets")
@@ -141,6 +143,18 @@ class Run:
         """Take a stage back to where it has not begun."""
         for path in [self.folder / stage, self.folder / ".negpipe" / stage, *self.folder.glob(f".{stage}-*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def encoding_here() -> Iterator[None]:
+    """The real encode stage in this process: one of its own imports the model library anew, for ten seconds.
+
+    For tests that are not about processes; what a process of its own makes is in the run `golden`.
+    """
+    stage = replace(STAGES_OF_NEGPIPE["encode"], apart=lambda config: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STAGES_OF_NEGPIPE, "encode", stage)
+        yield
 
 
 def _heed_ctrl_c() -> None:

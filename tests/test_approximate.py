@@ -41,9 +41,19 @@ def write(folder: Path, documents: int = DOCUMENTS) -> dict[str, Any]:
     return settings
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every index is made from."""
+    settings = write(tmp_path_factory.mktemp("approximate"))
+    for stage in ("ingest", "encode"):
+        pipeline.mine(load_config(settings), only=stage)
+    return settings
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> dict[str, Any]:
-    return write(tmp_path)
+def source(encoded: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The data of all; a run directory of its own, in which the index is next."""
+    return {**encoded, "run_dir": str(shutil.copytree(encoded["run_dir"], tmp_path / "run"))}
 
 
 def mined(source: dict[str, Any], *overrides: str) -> pipeline.Result:
@@ -131,11 +141,17 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
     assert changed == {run_dir / tuned.path}
 
 
-def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -> None:
+    shutil.copytree(source["run_dir"], f"{source['run_dir']}-2")
     one = mined(source, "index.kind=IVF16,Flat")
     other = ["executor.kind=local", "executor.workers=2", "resources.cpus=1", "resources.memory_budget=160MiB"]
-    two = mined(source, "index.kind=IVF16,Flat", f"run_dir={source['run_dir']}-2", *other)
-    assert small.output(one.run_dir) == small.output(two.run_dir)
+    config = load_config(source, ["index.kind=IVF16,Flat", f"run_dir={source['run_dir']}-2", *other])
+    for stage in ("index", "search"):
+        pipeline.mine(config, only=stage)
+    ours, theirs = small.output(one.run_dir), small.output(config.run_dir)
+    assert {Path(name).parts[0] for name in theirs} == {"ingest", "encode", "index", "search"}
+    assert theirs.items() <= ours.items()
+    assert {name for name in ours if name.startswith(("index/", "search/"))} <= set(theirs)
 
 
 def test_an_append_leaves_full_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +174,6 @@ def test_an_append_leaves_full_shards_alone(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_documents_added_for_positives_stay_out(source: dict[str, Any]) -> None:
-    lines = Path(source["data"]["path"], "corpus.jsonl").read_text().splitlines(keepends=True)
-    Path(source["data"]["path"], "corpus.jsonl").write_text("".join(lines))
     result = mined(source, "index.kind=IVF16,Flat", "data.add_positives=false")
     assert stored(result.run_dir)[0].max() < DOCUMENTS
 
@@ -193,7 +207,8 @@ def test_bad_indexes_are_refused(
     assert not (Path(source["run_dir"]) / "search").exists()
 
 
-def test_a_budget_below_a_shard_is_refused(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_below_a_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path)
     monkeypatch.setattr("negpipe.stages.index._SHARD_BYTES", 2**40)
     np.save(Path(source["encoder"]["corpus_vectors"]), np.ones((3_000, 4_000), np.float32) + np.arange(3_000)[:, None])
     np.save(Path(source["encoder"]["anchor_vectors"]), np.ones((300, 4_000), np.float32) + np.arange(300)[:, None])
@@ -234,7 +249,8 @@ def test_an_index_file_that_does_not_fit_is_named(source: dict[str, Any], damage
         mined(source, "index.kind=IVF16,Flat", "search.depth=128")
 
 
-def test_plan_tells_without_running(source: dict[str, Any]) -> None:
+def test_plan_tells_without_running(tmp_path: Path) -> None:
+    source = write(tmp_path)
     config = Path(source["run_dir"]).parent / "plan.yaml"
     config.write_text(json.dumps(source))
     outcome = small.run("plan", config, "--json")

@@ -118,7 +118,7 @@ def test_a_worker_out_of_memory_is_tried_again(whole: Run, tmp_path: Path) -> No
     run = whole.copied(tmp_path / "run")
     forget(run, "search")
     what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
-    code, _, log = run.command("search", "executor.workers=2", environment=blow(**what, once=str(tmp_path / "struck")))
+    code, _, log = run.command("search", "executor.workers=1", environment=blow(**what, once=str(tmp_path / "struck")))
     assert code == 0, log
     assert (tmp_path / "struck").exists()
     run.mine()
@@ -129,7 +129,7 @@ def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path)
     run = whole.copied(tmp_path / "run")
     forget(run, "search")
     what = {"stage": "search", "what": "part", "boundary": "memory", "nth": 1}
-    code, _, log = run.command("search", "executor.workers=2", environment=blow(**what))
+    code, _, log = run.command("search", "executor.workers=1", environment=blow(**what))
     assert code == 1
     log = log.replace("\n", "")
     died = [part["key"] for part in whole.parts("search") if f"part {part['key']} (candidates" in log]

@@ -4,47 +4,67 @@ from __future__ import annotations
 
 import itertools
 import json
+import queue
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from datasets import Dataset
-from sentence_transformers.util import mine_hard_negatives as theirs
 from test_parity import FORMATS, Model, World, negatives
 from tiny_model import build_tiny_model
 
 import negpipe
 from negpipe.errors import InputError
 
+if TYPE_CHECKING:
+    # Ten seconds: every process of pytest imports this file, one of them runs it.
+    import torch
+    from datasets import Dataset
+
 pytestmark = pytest.mark.parity
 
-SCRIPT = """
+PAIRS = {"question": ["a", "b", "a", " a", "c"], "answer": ["x", "y", "z", "x ", ""]}
+ARGUMENTS: dict[str, Any] = {
+    "corpus": ["x", "y ", "w", "v", "v"],
+    "range_max": 9,
+    "num_negatives": 2,
+    "output_scores": True,
+    "verbose": False,
+}
+SCRIPT = f"""
 import json, sys
 import numpy as np
+import torch
 from datasets import Dataset
-from sentence_transformers.util import mine_hard_negatives as theirs
-from negpipe import mine_hard_negatives as ours
+from negpipe import mine_hard_negatives
 
 sys.path.insert(0, sys.argv[1])
 from test_parity import Model
 
-vectors = {text: np.array(row, np.float32) for text, row in json.load(open(sys.argv[2])).items()}
-pairs = {"question": ["a", "b", "a", " a", "c"], "answer": ["x", "y", "z", "x ", ""]}
-results = [
-    mine(Dataset.from_dict(pairs), Model(vectors), corpus=["x", "y ", "w", "v", "v"], range_max=9, num_negatives=2,
-         output_scores=True, verbose=False)
-    for mine in (ours, theirs)
-]
+vectors = {{text: np.array(row, np.float32) for text, row in json.load(open(sys.argv[2])).items()}}
+mined = mine_hard_negatives(Dataset.from_dict({PAIRS!r}), Model(vectors), **{ARGUMENTS!r})
 assert "faiss" not in sys.modules
-assert results[0].features == results[1].features, (results[0].features, results[1].features)
-print(json.dumps([result.to_dict() for result in results]))
+print(json.dumps([repr(mined.features), mined.to_dict()]))
 """
+
+
+def dataset_of(columns: dict[str, Any]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)
+
+
+def theirs(*given: Any, **named: Any) -> Dataset:
+    """Sentence-transformers' own."""
+    from sentence_transformers.util import mine_hard_negatives
+
+    mined: Dataset = mine_hard_negatives(*given, **named)
+    return mined
 
 
 class CrossEncoder:
@@ -54,6 +74,8 @@ class CrossEncoder:
         self.asked = 0
 
     def predict(self, pairs: list[tuple[str, str]], **_: Any) -> torch.Tensor:
+        import torch
+
         self.asked += len(pairs)
         return torch.tensor([float(np.sin(len(one) + sum(map(ord, other)) ** 1.3)) for one, other in pairs])
 
@@ -64,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def both(world: World, **arguments: Any) -> tuple[Dataset, Dataset]:
-    dataset = Dataset.from_dict({"query": [a for a, _ in world.pairs], "answer": [p for _, p in world.pairs]})
+    dataset = dataset_of({"query": [a for a, _ in world.pairs], "answer": [p for _, p in world.pairs]})
     given = {"dataset": dataset, "model": Model(world.vectors), "corpus": world.corpus, "verbose": False, **arguments}
     own = {name: given.pop(name) for name in ("run_dir", "seed") if name in given}
     return negpipe.mine_hard_negatives(**given, **own), theirs(**given)
@@ -135,12 +157,13 @@ def test_cross_encoder(world: World, run_dir: Path, cutoff: dict[str, float]) ->
             {"output_format": "triplets"},
             "output_format must be one of 'triplet', 'n-tuple', 'labeled-pair', 'labeled-list', got 'triplets'",
         ),
-        ({"dataset": Dataset.from_dict({"query": [], "answer": []})}, "the dataset is empty"),
-        ({"dataset": Dataset.from_dict({"query": ["a"]})}, "needs two columns, anchors and positives; it has query"),
+        ({"dataset": {"query": [], "answer": []}}, "the dataset is empty"),
+        ({"dataset": {"query": ["a"]}}, "needs two columns, anchors and positives; it has query"),
     ],
 )
 def test_what_it_refuses_we_refuse(world: World, wrong: dict[str, Any], message: str) -> None:
-    arguments = {"dataset": Dataset.from_dict({"query": ["a"], "answer": ["b"]}), "verbose": False, **wrong}
+    arguments = {"dataset": {"query": ["a"], "answer": ["b"]}, "verbose": False, **wrong}
+    arguments["dataset"] = dataset_of(arguments["dataset"])
     with pytest.raises(ValueError):
         theirs(model=Model(world.vectors), **arguments)
     with pytest.raises(ValueError, match=message):
@@ -154,14 +177,15 @@ def test_what_it_refuses_we_refuse(world: World, wrong: dict[str, Any], message:
         ({"seed": -1}, "seed: "),
         ({"relative_margin": float("nan")}, r"mining\.relative_margin: "),
         (
-            {"dataset": Dataset.from_dict({"q": ["a", "b"], "a": ["x", None]})},
+            {"dataset": {"q": ["a", "b"], "a": ["x", None]}},
             "'a', row 1: expected a text, found None",
         ),
         ({"corpus": ["x", 7]}, "'corpus', row 1: expected a text, found 7"),
     ],
 )
 def test_what_it_trips_over_we_refuse(wrong: dict[str, Any], message: str) -> None:
-    arguments = {"dataset": Dataset.from_dict({"query": ["a"], "answer": ["b"]}), "model": None, **wrong}
+    arguments = {"dataset": {"query": ["a"], "answer": ["b"]}, "model": None, **wrong}
+    arguments["dataset"] = dataset_of(arguments["dataset"])
     with pytest.raises(ValueError, match=message):
         negpipe.mine_hard_negatives(**arguments)
 
@@ -239,6 +263,7 @@ def prompted(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def cross_encoder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    import torch
     from sentence_transformers import CrossEncoder
 
     plain = tmp_path_factory.mktemp("cross") / "model"
@@ -276,11 +301,35 @@ def test_a_real_cross_encoder(
     assert plain.to_dict() != ours.to_dict()
 
 
+class Threads:
+    """A context of multiprocessing whose processes are threads: they need not import torch for ten seconds each."""
+
+    class Queue(queue.Queue[Any]):
+        def cancel_join_thread(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    class Process(threading.Thread):
+        def terminate(self) -> None:
+            pass
+
+        def join(self, timeout: float | None = None) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+
 @pytest.mark.slow
-def test_processes_of_its_own(world: World, prompted: Any, cross_encoder: Any) -> None:
+@pytest.mark.torture
+def test_processes_of_its_own(
+    request: pytest.FixtureRequest, world: World, prompted: Any, cross_encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`use_multi_process` starts the pools of both models; the rows are those of one process."""
     arguments = {"model": prompted, "cross_encoder": cross_encoder, "relative_margin": 0.02, "output_scores": True}
-    dataset = Dataset.from_dict({"query": [a for a, _ in world.pairs], "answer": [p for _, p in world.pairs]})
+    dataset = dataset_of({"query": [a for a, _ in world.pairs], "answer": [p for _, p in world.pairs]})
     started: list[Any] = []
 
     def watched(start: Any) -> Any:
@@ -290,10 +339,11 @@ def test_processes_of_its_own(world: World, prompted: Any, cross_encoder: Any) -
 
         return method
 
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in (type(prompted), type(cross_encoder)):
-            patch.setattr(kind, "start_multi_process_pool", watched(kind.start_multi_process_pool))
-        ours = negpipe.mine_hard_negatives(dataset, use_multi_process=["cpu"], verbose=False, **arguments)
+    for kind in (type(prompted), type(cross_encoder)):
+        monkeypatch.setattr(kind, "start_multi_process_pool", watched(kind.start_multi_process_pool))
+    if not request.config.getoption("--torture"):
+        monkeypatch.setattr("torch.multiprocessing.get_context", lambda method: Threads)
+    ours = negpipe.mine_hard_negatives(dataset, use_multi_process=["cpu"], verbose=False, **arguments)
     assert started == [["cpu"], ["cpu"]]
     assert len(ours)
     check(ours, theirs(dataset, verbose=False, **arguments))
@@ -304,6 +354,7 @@ def test_processes_of_its_own(world: World, prompted: Any, cross_encoder: Any) -
 
 def test_cached_vectors_belong_to_the_weights(tmp_path: Path) -> None:
     """Two models of one name: their vectors are kept apart, and used again."""
+    import torch
 
     class Weighted(Model):
         def __init__(self, seed: int) -> None:
@@ -324,7 +375,7 @@ def test_cached_vectors_belong_to_the_weights(tmp_path: Path) -> None:
             self.calls += 1
             return super().encode_document(texts, **options)
 
-    dataset = Dataset.from_dict({"query": ["a", "b", "c"], "answer": ["x", "y", "z"]})
+    dataset = dataset_of({"query": ["a", "b", "c"], "answer": ["x", "y", "z"]})
     models = [Weighted(0), Weighted(0), Weighted(5)]
     found = [
         negpipe.mine_hard_negatives(
@@ -345,7 +396,7 @@ def test_script_without_main_guard(tmp_path: Path) -> None:
     command = [sys.executable, str(tmp_path / "script.py"), *script_arguments(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    check_output(done.stdout)
+    check_output(tmp_path, done.stdout)
 
 
 def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +416,7 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     streams = [message["content"] for message in said if message["msg_type"] == "stream"]
-    check_output("".join(stream["text"] for stream in streams if stream["name"] == "stdout"))
+    check_output(tmp_path, "".join(stream["text"] for stream in streams if stream["name"] == "stdout"))
 
 
 def script_arguments(folder: Path) -> list[str]:
@@ -378,8 +429,13 @@ def script_arguments(folder: Path) -> list[str]:
     return [str(Path(__file__).parent), str(folder / "vectors.json")]
 
 
-def check_output(printed: str) -> None:
-    ours, other = json.loads(printed)
+def check_output(folder: Path, printed: str) -> None:
+    features, ours = json.loads(printed)
+    vectors = json.loads((folder / "vectors.json").read_text())
+    model = Model({text: np.array(row, np.float32) for text, row in vectors.items()})
+    mined = theirs(dataset_of(PAIRS), model, **ARGUMENTS)
+    other = mined.to_dict()
+    assert features == repr(mined.features)
     assert len(ours["question"]) > 5
     np.testing.assert_allclose(np.array(ours.pop("scores")), np.array(other.pop("scores")), atol=1e-5)
     assert ours == other

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import small_source as small
+from real_runs import encoding_here
 
 from negpipe import pipeline
 from negpipe.config import load_config
@@ -30,7 +31,8 @@ def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny
         """Names of all parts of the encode folder before and after, and the run's folder."""
         folder = Path(changes.get("run_dir", source["run_dir"]))
         before = {path.name for path in folder.glob("encode/*")}
-        pipeline.mine(load_config(source, [f"{name}={value}" for name, value in changes.items()]))
+        with encoding_here():
+            pipeline.mine(load_config(source, [f"{name}={value}" for name, value in changes.items()]))
         return before, {path.name for path in folder.glob("encode/*")}, folder
 
     _, first, _ = encoded()

@@ -33,6 +33,13 @@ FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 CASES = 252
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All draws with --torture and with -m parity; else every fifth, which has every format, loader and world."""
+    if "drawn" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--torture") or "parity" in metafunc.config.getoption("-m")
+        metafunc.parametrize("drawn", range(0, CASES, 1 if full else 5))
+
+
 @dataclass(frozen=True)
 class World:
     """Pairs of texts, a corpus, and a vector for each text."""
@@ -230,9 +237,9 @@ def as_theirs(row: dict[str, Any], scores: bool) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not (scores and name in ("label", "labels"))}
 
 
-@pytest.mark.parametrize("number", range(CASES))
-def test_sentence_transformers(worlds: list[World], number: int) -> None:
-    case, world = Case(number), worlds[number % 9]
+@pytest.mark.torture
+def test_sentence_transformers(worlds: list[World], drawn: int) -> None:
+    case, world = Case(drawn), worlds[drawn % 9]
     ours = world.mine({"compat": "sentence-transformers", **case.settings}, case.output, search={"depth": 192})
     try:
         theirs = peer_of(world, case)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from beir_data import numbered_folder, precomputed_config, write_folder, write_vectors
-from real_runs import Run
+from real_runs import Run, encoding_here
 from small_source import run as negpipe
 
 from negpipe import quality, reviews
@@ -42,7 +42,8 @@ def judged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             "resources": {"cpus": 2},
         }
     )
-    run.mine()
+    with encoding_here():
+        run.mine()
     return run
 
 

@@ -8,8 +8,10 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -53,13 +55,37 @@ def qrels(folder: Path, split: str) -> list[tuple[str, str]]:
     return [(query, document) for query, document, _ in body]
 
 
-def test_same_python_same_bytes_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    again = tmp_path / "new" / "again"
-    assert make(again, hash_seed="1").returncode == 0
-    assert [path.name for path in again.parent.iterdir()] == ["again"]
-    assert sorted(str(path.relative_to(again)) for path in again.rglob("*.*")) == sorted(FILES)
+OF_FEW_MODULES = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import make_quickstart
+
+functions = make_quickstart.choose(make_quickstart.stdlib_functions(Path(sys.argv[2])), 150)
+Path(sys.argv[3]).mkdir()
+make_quickstart.write_beir(functions, Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.torture
+def test_same_python_same_bytes_and_nothing_else(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> None:
+    """Of the whole library with --torture, of a few modules without."""
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == sorted(FILES)
+    if request.config.getoption("--torture"):
+        assert make(tmp_path / "again", hash_seed="1").returncode == 0
+        made = [folder, tmp_path / "again"]
+    else:
+        (tmp_path / "modules").mkdir()
+        for name in ("argparse", "inspect", "shutil", "statistics", "tarfile", "zipfile"):
+            shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", tmp_path / "modules")
+        made = [tmp_path / "0", tmp_path / "1"]
+        for out in made:
+            command = [sys.executable, "-c", OF_FEW_MODULES, str(SCRIPT.parent), str(tmp_path / "modules"), str(out)]
+            subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": out.name}, check=True)
     for name in FILES:
-        assert (again / name).read_bytes() == (folder / name).read_bytes()
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes() != b""
 
 
 def test_existing_folder_is_left_alone(tmp_path: Path) -> None:

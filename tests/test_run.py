@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from beir_data import write_vectors
-from real_runs import STAGES, Run, kill, wait
+from real_runs import STAGES, Run, encoding_here, kill, wait
 
 import negpipe
 
@@ -148,7 +148,8 @@ def test_quickstart_slice_with_the_embedded_model(tmp_path: Path) -> None:
     config["run_dir"], config["data"]["path"] = str(tmp_path / "run"), str(data)
     config["encoder"] |= {"passage_max_length": 64, "query_max_length": 32}
     run = Run(config)
-    run.mine()
+    with encoding_here():
+        run.mine()
 
     assert {state.state for state in run.states().values()} == {"current"}
     with (data / "qrels" / "train.tsv").open(encoding="utf-8") as file:
@@ -318,13 +319,13 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
 def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")
     inline.mine()
-    three = undisturbed.at(tmp_path / "three")
-    three.mine("executor.kind=local", "executor.workers=3")
+    two = undisturbed.at(tmp_path / "two")
+    two.mine("executor.kind=local", "executor.workers=2")
     assert inline.content() == undisturbed.content()
-    assert three.content() == undisturbed.content()
+    assert two.content() == undisturbed.content()
     for stage in ("encode", "index", "search", "triplets"):
-        assert len(three.parts(stage)) >= 6
-        assert len({part["provenance"]["pid"] for part in three.parts(stage)}) >= 2
+        assert len(two.parts(stage)) >= 6
+        assert len({part["provenance"]["pid"] for part in two.parts(stage)}) >= 2
         assert len({part["provenance"]["pid"] for part in undisturbed.parts(stage)}) == 1
 
 
