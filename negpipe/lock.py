@@ -60,5 +60,5 @@ def _describe(holder: Path) -> str:
     try:
         who = json.loads(holder.read_text(encoding="utf-8"))
         return f"process {who['pid']} on {who['host']}, running since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "another negpipe process"

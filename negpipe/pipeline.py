@@ -25,7 +25,7 @@ from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS, Books, Manifest, Part
 from negpipe.redaction import redacted
-from negpipe.repair import drop_damaged
+from negpipe.repair import check_headers, drop_damaged
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
 from negpipe.stages import STAGES
@@ -67,12 +67,13 @@ def mine(
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
+        DamagedError: what a stage is about to read is not what was written, as its size or header tells.
     """
     stages = [*STAGES.values()]
     if rescore:
         stages.insert(stages.index(STAGES["search"]) + 1, rescore)
     run_dir = config.run_dir
-    ran = []
+    ran: list[str] = []
     untrusted: set[str] = set()
     _make_run_dir(run_dir)
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
@@ -93,6 +94,7 @@ def mine(
             else:
                 for ahead in [stage] if only else stages[number:]:
                     ahead.check(context)
+                _check_inputs(stage, context, ran)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
@@ -107,6 +109,13 @@ def mine(
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _check_inputs(stage: Stage, context: Context, made: list[str]) -> None:
+    """What a stage is about to read is what was written, as far as headers tell; what was made just now is."""
+    for name in stage.inputs:
+        if name not in made:
+            check_headers(context.run_dir, context.manifest(name))
 
 
 def _make_run_dir(run_dir: Path) -> None:

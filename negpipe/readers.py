@@ -9,7 +9,8 @@ from negpipe.config import Config
 from negpipe.errors import MissingStageError
 from negpipe.exports.blocks import Slices
 from negpipe.fingerprint import DigestCache
-from negpipe.manifest import Books
+from negpipe.manifest import Books, Part
+from negpipe.repair import check_headers
 from negpipe.reporting import Reporter, Silent
 from negpipe.selection import PartFiles
 from negpipe.stage import Context
@@ -79,12 +80,14 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
 
     Raises:
         MissingStageError: one is not; the message says which command to run.
+        DamagedError: a file of the right size is of another kind, or has another number of rows.
     """
     context = Context(config, config.run_dir, digests)
     for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, wanted))
+        check_headers(context.run_dir, state.manifest)
         context = context.after(state.manifest)
     return context
 
@@ -107,6 +110,9 @@ def _parts(context: Context) -> tuple[list[PartFiles], bool]:
     context = replace(context, key=identity_of(stage, context).key)
     manifest = Books(context.run_dir, stage.name).manifest()
     complete = manifest is not None and look(stage, context).state == "current"
-    made = manifest.parts if manifest and complete else ()
+    made: tuple[Part, ...] = ()
+    if manifest and complete:
+        check_headers(context.run_dir, manifest)
+        made = manifest.parts
     deeper = {part.key: context.run_dir / file.path for part in made for file in part.files if is_deeper(file)}
     return [replace(part_files(context, task), deeper=deeper.get(task.key)) for task in stage.plan(context)], complete

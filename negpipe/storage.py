@@ -48,12 +48,13 @@ class Published:
 
 
 @contextmanager
-def explained(path: Path, needed: int | None = None) -> Iterator[None]:
+def explained(path: Path, needed: Callable[[], int] | None = None, *, least: bool = False) -> Iterator[None]:
     """Turn the file system's refusals to write into errors a person can act on.
 
     Args:
         path: the folder or file that is written.
-        needed: bytes that are written there, where known.
+        needed: tells, when it failed, the bytes that are written there.
+        least: these are only the bytes so far.
 
     Raises:
         StorageError: no space, quota used up, read-only, no permission, too large.
@@ -70,7 +71,8 @@ def explained(path: Path, needed: int | None = None) -> Iterator[None]:
             free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
         except OSError:
             free = ""
-        need = "" if needed is None else f"{needed:,} bytes are needed. "
+        count = needed() if needed else 0
+        need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
             "Nothing finished was lost: make room, or mend path or permission, then run the same command again"
@@ -138,7 +140,8 @@ def publish(
         VanishedError: somebody took the temporary file away.
     """
     temporary = folder / f".{uuid.uuid4().hex}-{owner()}{TEMPORARY}"
-    with explained(folder, needed):
+    size = 0
+    with explained(folder, lambda: size if needed is None else needed, least=needed is None):
         folder.mkdir(parents=True, exist_ok=True)
         if needed is not None and needed > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -148,8 +151,8 @@ def publish(
                 file.flush()
                 os.fsync(file.fileno())
             digest = file_digest(temporary)
-            size = temporary.stat().st_size
             final = name(digest)
+            written = bytes_in(temporary)
             os.replace(temporary, folder / final)
         except FileNotFoundError as error:
             if temporary.exists():
@@ -159,9 +162,19 @@ def publish(
                 " in it are being deleted. Stop that, then run the same command again"
             ) from error
         finally:
+            size = bytes_in(temporary)
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
-    return Published(final, size, digest)
+    return Published(final, written, digest)
+
+
+def bytes_in(path: Path) -> int:
+    """The size of a file, or of the files in a folder; 0 where there is none."""
+    try:
+        files = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import small_source as small
 from real_runs import STAGES
 
+from negpipe.errors import StorageError
+from negpipe.exports.files import published
 from negpipe.report import page
+from negpipe.storage import publish
 
 PRIVILEGED = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not PRIVILEGED, reason="runs in a namespace of its own: test_as_root_of_a_namespace")
@@ -164,6 +168,26 @@ def test_an_export_that_finds_no_room(copied: Path, tmp_path: Path) -> None:
         command = ["export", copied / "config.yaml", "--to", "flagembedding", "--out", out, *AS_JSON]
         refused(small.run(*command), out, None)
         assert [path.name for path in out.parent.iterdir()] == ["ballast"]
+
+
+@needs_root
+def test_what_is_compressed_tells_what_it_took_so_far(tmp_path: Path) -> None:
+    place = tmp_path / "full"
+
+    def write(file: BinaryIO) -> None:
+        for _ in range(9):
+            file.write(bytes(1024))
+            file.flush()
+
+    message = re.escape(
+        f"cannot write {place}: no space left on the device. More than 8,192 bytes are needed. 8,192 bytes"
+    )
+    with full(place, pages=2), pytest.raises(StorageError, match=message):
+        publish(place, lambda digest: digest, write)
+    message = message.replace("full:", "full/out:")
+    with full(place, pages=2), pytest.raises(StorageError, match=message):  # noqa: SIM117
+        with published(place / "out", single=True, force=False) as folder, (folder / "rows").open("wb") as file:
+            write(file)
 
 
 @needs_root

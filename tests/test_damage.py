@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config
@@ -15,6 +19,7 @@ from real_runs import STAGES, Run
 
 from negpipe import pipeline
 from negpipe.config import load_config
+from negpipe.errors import DamagedError
 
 KINDS = {
     "ingest": ["ingest", "ingest:anchors"],
@@ -194,6 +199,105 @@ def test_a_cut_file_is_seen_at_use_and_made_again(place: str, whole: Run, tmp_pa
     remade = {name for name, stamp in stamps(run).items() if before[name] != stamp}
     assert str(path.relative_to(run.folder)) in remade
     assert len(remade) <= 3  # the file, and in triplets what goes with it
+
+
+def another_header(path: Path) -> None:
+    """The size stays; what says where things are in the file does not."""
+    content = bytearray(path.read_bytes())
+    content[:6] = content[-6:] = bytes(6)
+    path.write_bytes(content)
+
+
+def another_number_of_rows(path: Path) -> None:
+    """A whole file of the same kind, schema and size, with some of the rows: what is missing is padded."""
+    size, sink = path.stat().st_size, pa.BufferOutputStream()
+    if path.suffix == ".npy":
+        vectors = np.load(path)
+        np.save(path, vectors[:-1])
+        os.truncate(path, size)
+        return
+    if path.suffix == ".arrow":
+        table = pa.ipc.open_file(path).read_all()
+        some = pa.Table.from_pylist(table.to_pylist()[: len(table) // 2], table.schema)
+        with pa.ipc.new_file(sink, some.schema) as writer:
+            writer.write_table(some)
+        tail = 10
+    else:
+        table = pq.read_table(path)
+        some = table[: len(table) // 2]
+        pq.write_table(some, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+        tail = 8
+    content = sink.getvalue().to_pybytes()
+    # The footer says where the rows are, and its length stands behind it: there may be anything before it.
+    footer = len(content) - tail - int.from_bytes(content[-tail : 4 - tail], "little")
+    path.write_bytes(content[:footer] + bytes(size - len(content)) + content[footer:])
+    again = pq.read_table(path) if tail == 8 else pa.ipc.open_file(path).read_all()
+    assert again.equals(some)
+
+
+TABLES = [place for place in PLACES if place != "index:flat"]
+
+
+@pytest.mark.parametrize("change", [another_header, another_number_of_rows])
+def test_wrong_content_of_the_same_size_is_seen_by_its_header_at_use(
+    change: Callable[[Path], None], whole: Run, tmp_path: Path
+) -> None:
+    run = whole.copied(tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(run.config), encoding="utf-8")
+    anchor = run.tables("anchors")["id"][0].as_py()
+    readers = [
+        ["audit", config],
+        ["report", config],
+        ["explain", config, "--anchor", anchor],
+        ["export", config, "--to", "flagembedding", "--out", tmp_path / "out.jsonl"],
+        ["quality", config],
+    ]
+    assert [small.run(*reader).code for reader in readers[2:4]] == [0, 0]
+    (tmp_path / "out.jsonl").unlink()
+    for number, place in enumerate(TABLES):
+        path = files_at(run, place)[0]
+        right, size = path.read_bytes(), path.stat().st_size
+        change(path)
+        assert path.stat().st_size == size and path.read_bytes() != right
+        assert {state.state for state in run.states().values()} == {"current"}
+        before = digests(run)
+        outcome = small.run(*readers[number % len(readers)])
+        assert (outcome.code, outcome.out) == (5, ""), (place, outcome)
+        assert f"{path.relative_to(run.folder)} has other content than was written (" in outcome.err, (place, outcome)
+        assert f"Run `negpipe mine {config} --repair`" in outcome.err
+        assert digests(run) == before
+        assert not (tmp_path / "out.jsonl").exists()
+        path.write_bytes(right)
+    for place in TABLES:
+        change(files_at(run, place)[0])
+    repaired(run)
+    assert run.content() == whole.content()
+
+
+@pytest.mark.parametrize("change", [another_header, another_number_of_rows])
+def test_a_run_sees_by_its_header_what_is_wrong_with_what_it_reads(
+    change: Callable[[Path], None], whole: Run, tmp_path: Path
+) -> None:
+    run = whole.copied(tmp_path / "run")
+    deeper, margin = "search.depth=12", "mining.relative_margin=0.2"
+    reading = {
+        "ingest": [margin],
+        "ingest:anchors": [margin],
+        "search": [margin],
+        "index:ids": [deeper],
+        **({"index:flat": [deeper]} if change is another_header else {}),
+        "encode": [deeper, "index.kind=stream"],
+        "encode:anchors": [deeper, "index.kind=stream"],
+    }
+    for path, settings in [(files_at(run, place)[0], settings) for place, settings in reading.items()]:
+        right = path.read_bytes()
+        change(path)
+        with pytest.raises(DamagedError, match=re.escape(str(path.relative_to(run.folder)))):
+            run.mine(*settings)
+        path.write_bytes(right)
+    run.mine()
+    assert run.content() == whole.content()
 
 
 def test_damaged_records_are_found_and_dropped(

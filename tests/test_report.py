@@ -302,6 +302,13 @@ def test_audit_and_calibration_of_other_rows_are_not_shown(folder: Path, monkeyp
     assert "Leak against hardness" not in text
 
 
+@pytest.mark.parametrize("stored", ["[" * 200_000, "[]"], ids=["deep", "list"])
+def test_an_audit_that_cannot_be_read_is_made_again(stored: str, folder: Path) -> None:
+    (folder / "run/audit.json").write_text(stored, encoding="utf-8")
+    assert negpipe("report", folder / "config.yaml").code == 0
+    assert "compared to the qrels" in page_of(folder / "run/report.html").text
+
+
 def test_secrets_of_a_config_are_not_shown(folder: Path) -> None:
     out = folder / "report.html"
     config = folder / "config.yaml"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,32 @@ def test_it_renders(opened: Any, scheme: str, width: int) -> None:
         assert page.evaluate(contrast, place) > 4.5, place
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark))) < 200) == (scheme == "dark")
+
+
+def test_figures_and_marks_are_seen_as_they_stand_in_the_file(opened: Any, folder: Path) -> None:
+    """Lengths of bars and colours of marks as the browser draws them; what they should be is in test_report_values."""
+    page = opened(viewport={"width": 1200, "height": 800})
+    counts = Counter(name for _, name in mined(folder))
+    wanted = [sum(low <= count < 2 * low for count in counts.values()) for low in (1, 2, 4, 8)]
+    wanted = wanted[: max(counts.values()).bit_length()]
+    hubs = page.locator("figure", has_text="Hubs").locator("svg")
+    texts = hubs.locator("text").all_text_contents()
+    assert texts[-len(wanted) :] == [str(count) for count in wanted]
+    bars = [bar.bounding_box() for bar in hubs.locator("path[style*='--orange']").all()]
+    highest = max(bar["height"] for bar in bars)
+    assert highest > 50
+    assert [bar["height"] for bar in bars] == pytest.approx([highest * n / max(wanted) for n in wanted], abs=1)
+    assert len({round(bar["y"] + bar["height"]) for bar in bars}) == 1, "they stand on one line"
+    colour = "one => getComputedStyle(one).backgroundColor"
+    marks = {kind: page.locator(f"article mark.{kind}") for kind in ("anchor", "positive")}
+    shown = page.locator("article.card").first.evaluate(colour)
+    assert marks["anchor"].count() > 20
+    legend = page.locator("#review ~ p mark")
+    colours = [legend.nth(at).evaluate(colour) for at in (0, 1)]
+    assert len({*colours, shown, page.locator("body").evaluate(colour)}) >= 3
+    for kind, its in zip(marks, colours, strict=True):
+        assert {mark.evaluate(colour) for mark in marks[kind].all()[:30]} <= {its}
+    assert marks["anchor"].first.is_visible()
 
 
 def test_what_the_data_hold_is_not_run(opened: Any) -> None:

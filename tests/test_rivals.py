@@ -20,8 +20,11 @@ from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
 from torture import alive, blow, forget_from
 
+from negpipe import pipeline
 from negpipe.cli.signals import Terminated, prompt_end
+from negpipe.config import load_config
 from negpipe.errors import LockedError
+from negpipe.lock import run_lock
 from negpipe.storage import TEMPORARY, owner, remove_temporaries
 
 
@@ -65,6 +68,33 @@ def test_one_process_at_a_time(whole: Run, tmp_path: Path) -> None:
     assert (run.folder / ".negpipe" / "holder.json").exists()
     run.mine()
     assert run.content() == whole.content()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[" * 200_000,
+        '{"pid":' * 200_000,
+        "",
+        "[]",
+        "null",
+        '"text"',
+        '{"pid": 1}',
+        "{",
+        b"\xff\xfe",
+        '{"pid": NaN, "host"',
+    ],
+    ids=["deep lists", "deep objects", "empty", "list", "null", "text", "too little", "cut", "no text", "cut too"],
+)
+def test_a_holder_that_says_nothing_readable_is_another_process(said: str | bytes, tmp_path: Path) -> None:
+    config, run_dir = small.build(tmp_path), tmp_path / "run"
+    with run_lock(run_dir):
+        holder = run_dir / ".negpipe" / "holder.json"
+        assert json.loads(holder.read_text(encoding="utf-8"))["pid"] == os.getpid()
+        holder.write_bytes(said.encode() if isinstance(said, str) else said)
+        with pytest.raises(LockedError, match=f"{run_dir} is in use by another negpipe process: wait for it"):
+            pipeline.mine(load_config(str(config)))
+    assert not holder.exists()
 
 
 @pytest.mark.torture

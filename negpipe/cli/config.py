@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, config_app
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, checked, config_app
 
 
 @config_app.command("check")
 def config_check(
     config: ConfigArgument,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Validate a config; every problem with its place.
@@ -22,6 +23,7 @@ def config_check(
     from negpipe import console
     from negpipe.config import find_config, load_config
 
+    console.set_up_logging(checked(log_format), debug=debug)
     load_config(config, overrides)
     console.out.print(f"{find_config(config)} is valid.", markup=False)
 
@@ -46,6 +48,7 @@ def config_show(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Numbers for what depends on other settings and on the data.")
     ] = False,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Print a config with every default filled in, those of mining.compat included.
@@ -54,11 +57,13 @@ def config_show(
     """
     import yaml
 
+    from negpipe import console
     from negpipe.config import load_config
 
+    console.set_up_logging(checked(log_format), debug=debug)
     shown = load_config(config, overrides)
     if resolved:
-        from negpipe import console, pipeline
+        from negpipe import pipeline
 
         shown, whole = pipeline.resolved(shown)
         if not whole:

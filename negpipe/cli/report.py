@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, SetOption, app, typed
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, typed
 
 
 @app.command()
@@ -18,6 +18,7 @@ def report(
         int, typer.Option(min=1, help="Anchors to look at, evenly spaced; time grows with them.")
     ] = 1000,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Write one HTML file that shows what was mined, with a sample of it to review. Runs no stage.
@@ -31,7 +32,7 @@ def report(
     from negpipe import report as reports
     from negpipe.config import load_config
 
-    console.set_up_logging("plain", debug=debug)
+    console.set_up_logging(checked(log_format), debug=debug)
     made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)
     console.out.print(f"Written: {made}", markup=False)
 
@@ -42,6 +43,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="What to compare to it.")],
     examples: Annotated[int, typer.Option(min=0, help="Anchors to show, those that changed most first.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Say what changed in the negatives from A to B, in numbers and examples.
@@ -56,7 +58,7 @@ def diff(
     from negpipe.cli import tables
     from negpipe.diff import compare, source_of
 
-    console.set_up_logging("plain", debug=debug)
+    console.set_up_logging(checked(log_format), debug=debug)
     found = compare(source_of(a), source_of(b), examples=examples)
     if as_json:
         typer.echo(json.dumps(found.document(), allow_nan=False))

@@ -54,6 +54,7 @@ def explain(
     limit: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Show an anchor's candidates in order: score, rank, and why each was taken or not.
@@ -66,6 +67,7 @@ def explain(
     from negpipe import console, readers
     from negpipe.config import load_config
 
+    console.set_up_logging(checked(log_format), debug=debug)
     found = readers.explain_anchor(load_config(config, overrides), anchor)
     if as_json:
         units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]

@@ -16,6 +16,7 @@ _SHOWN = 20
 def status(
     config: ConfigArgument,
     overrides: SetOption = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Say how every stage stands, and why what is not current is not.
@@ -25,6 +26,7 @@ def status(
     from negpipe import console, pipeline
     from negpipe.config import load_config
 
+    console.set_up_logging(checked(log_format), debug=debug)
     console.show_status(pipeline.status(load_config(config, overrides)))
 
 
@@ -68,6 +70,7 @@ def clean(
     config: ConfigArgument,
     overrides: SetOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Delete parts of settings that are no longer current. Asks first.
@@ -78,6 +81,7 @@ def clean(
     from negpipe.config import load_config
     from negpipe.errors import ConfigError
 
+    console.set_up_logging(checked(log_format), debug=debug)
     run_dir = load_config(config, overrides).run_dir
     listed = upkeep.superseded(run_dir)
     if not listed:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.errors import ConfigError
-from negpipe.storage import explained, sync_folder
+from negpipe.storage import bytes_in, explained, sync_folder
 
 _GROUP_BYTES = 32 * 2**20
 _GROUP_ROWS = 65536
@@ -34,7 +34,8 @@ def published(out: Path, *, single: bool, force: bool) -> Iterator[Path]:
     if out.exists() and not force:
         raise ConfigError(f"--out {out} is there already: name another place, or replace it with --force")
     growing, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
-    with explained(out):
+    size = 0
+    with explained(out, lambda: size, least=True):
         growing.mkdir(parents=True)
         try:
             yield growing
@@ -46,6 +47,7 @@ def published(out: Path, *, single: bool, force: bool) -> Iterator[Path]:
             os.rename(made, out)
             sync_folder(out.parent)
         finally:
+            size = bytes_in(growing)
             if old.exists() and not out.exists():
                 os.rename(old, out)
             for path in (growing, old):

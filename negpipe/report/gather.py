@@ -237,7 +237,7 @@ def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any]
         stored = json.loads((context.run_dir / reviews.AUDIT).read_text(encoding="utf-8"))
         if stored[reviews.MADE_OF] == made.key:
             return stored, ""
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     if made.stats["rows"] > _AUDITED:
         return (
