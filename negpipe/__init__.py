@@ -33,7 +33,7 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
         negpipe.errors.NegpipeError: with a message for people.
     """
     from negpipe import pipeline
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
 
     return pipeline.mine(load_config(config, list(overrides)))
 

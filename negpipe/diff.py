@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from negpipe.audit import load
 from negpipe.audit.columns import Layout, layout_of
-from negpipe.config import Config, find_config, load_config
+from negpipe.config import Config
+from negpipe.config_file import find_config, load_config
 from negpipe.errors import ConfigError, InputError, MissingStageError
 from negpipe.manifest import BOOKS, Books, Manifest
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from negpipe import compat, pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.encoders.given import identity
 from negpipe.pairs import Floats, Pairs, unwrapped, write_vectors
 from negpipe.stages.rescore import rescore

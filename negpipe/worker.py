@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any, TextIO
 
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.executors.local import OUT_OF_MEMORY
 from negpipe.pipeline import load_context

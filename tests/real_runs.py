@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.stages import STAGES as STAGES_OF_NEGPIPE
 from negpipe.state import State
 

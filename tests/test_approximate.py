@@ -13,7 +13,7 @@ import pytest
 import small_source as small
 
 from negpipe import candidates, kinds, pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
 

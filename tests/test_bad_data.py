@@ -16,7 +16,8 @@ import small_source as small
 from bad_data import DOCUMENTS, LONG, QUERIES, Fault, Source, faults, sources
 
 from negpipe import pipeline, upkeep
-from negpipe.config import Data, load_config
+from negpipe.config import Data
+from negpipe.config_file import load_config
 from negpipe.errors import DamagedError, InputError
 from negpipe.rejected import NAME
 from negpipe.sources import BadRow, Document

@@ -21,7 +21,8 @@ from small_source import run as negpipe
 from negpipe import calibrate, reviews
 from negpipe.calibrate import Calibration, Estimate, Setting
 from negpipe.calibrate.estimate import bootstrap
-from negpipe.config import Config, load_config
+from negpipe.config import Config
+from negpipe.config_file import load_config
 from negpipe.errors import InputError
 
 

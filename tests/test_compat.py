@@ -12,7 +12,8 @@ import yaml
 
 from negpipe import pipeline
 from negpipe.compat import PRESETS
-from negpipe.config import Config, Mining, load_config
+from negpipe.config import Config, Mining
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError
 
 LEAST: dict[str, Any] = {"run_dir": "run", "data": {"path": "set"}, "encoder": {"model": "some/model"}}

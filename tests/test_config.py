@@ -13,7 +13,7 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe.config import find_config, load_config, schema
+from negpipe.config_file import find_config, load_config, schema
 from negpipe.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

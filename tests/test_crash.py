@@ -218,7 +218,7 @@ def test_sigkill_while_a_model_encodes_then_more_documents_and_another_instructi
 DYING = """
 import os, signal, sys
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 import pyarrow.parquet, numpy
 
 config, folders = sys.argv[1], sys.argv[2:]

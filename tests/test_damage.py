@@ -18,7 +18,7 @@ from beir_data import numbered_folder, precomputed_config
 from real_runs import STAGES, Run
 
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import DamagedError
 
 KINDS = {

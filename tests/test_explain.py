@@ -17,7 +17,7 @@ from beir_data import tricky_folder, write_vectors
 from real_runs import Run
 
 from negpipe import readers
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import InputError, MissingStageError
 from negpipe.explain import Explanation, Unit
 

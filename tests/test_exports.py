@@ -20,7 +20,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from real_runs import Run
 
 from negpipe import exports, readers
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, InputError, MissingStageError
 
 LAYOUTS = list(exports.LAYOUTS)

@@ -14,7 +14,7 @@ import small_source as small
 import typer
 
 from negpipe import cli, errors, pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import NegpipeError
 from negpipe.lock import run_lock
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from real_runs import Run
 
 from negpipe import formats
-from negpipe.config import Config, load_config
+from negpipe.config import Config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, InputError
 from negpipe.selection import SOURCES, Units
 from negpipe.tables import EXTRA, Rows, to_bytes

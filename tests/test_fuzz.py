@@ -13,7 +13,8 @@ import small_source as small
 from hypothesis import HealthCheck, given, settings
 
 from negpipe import pipeline, sources, upkeep, verdicts
-from negpipe.config import Columns, Config, Data, load_config
+from negpipe.config import Columns, Config, Data
+from negpipe.config_file import load_config
 from negpipe.errors import NegpipeError
 from negpipe.fingerprint import DigestCache
 from negpipe.manifest import Books

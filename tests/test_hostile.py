@@ -25,7 +25,7 @@ from real_runs import encoding_here
 import negpipe
 from negpipe import pipeline, safe_yaml, upkeep
 from negpipe.ann import vectors as parts_of_vectors
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, InputError, NegpipeError, StorageError
 from negpipe.redaction import redact
 from negpipe.sources import identity

@@ -9,7 +9,7 @@ import small_source as small
 from real_runs import encoding_here
 
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 
 DOCUMENTS = 600
 

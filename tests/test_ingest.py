@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negpipe import joins, pipeline, spool
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError
 from negpipe.manifest import Books, Part
 from negpipe.stages import ingest

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.texts import text_id
 
 pytestmark = pytest.mark.parity

@@ -12,7 +12,7 @@ from real_runs import Run, encoding_here
 from small_source import run as negpipe
 
 from negpipe import quality, reviews
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import MissingStageError
 
 

@@ -17,7 +17,7 @@ import pytest
 import reviewed_run
 from small_source import run as negpipe
 
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.lock import run_lock
 from negpipe.report import words, write
 

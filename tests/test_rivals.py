@@ -22,7 +22,7 @@ from torture import alive, blow, forget_from
 
 from negpipe import pipeline
 from negpipe.cli.signals import Terminated, prompt_end
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import LockedError
 from negpipe.lock import run_lock
 from negpipe.storage import TEMPORARY, owner, remove_temporaries
@@ -236,8 +236,8 @@ def stuck(*_):
     print("stuck", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, without a look at signals
 
-import negpipe.config
-negpipe.config.load_config = stuck
+import negpipe.config_file
+negpipe.config_file.load_config = stuck
 signals.GRACE_SECONDS = 0.5
 sys.argv = ["negpipe", "status", "any"]
 cli.main()

@@ -18,7 +18,7 @@ from real_runs import Run
 from test_parity import World, ranked
 
 from negpipe import exports, pipeline, readers
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 
 Rows = list[dict[str, Any]]
 

@@ -17,7 +17,7 @@ from beir_data import tricky_folder, write_folder, write_vectors
 from real_runs import Run
 
 from negpipe import randoms
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import ConfigError
 from negpipe.texts import normalize
 

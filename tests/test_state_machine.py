@@ -27,7 +27,7 @@ from real_runs import STAGES
 from small_source import DIMENSION, write_qrels, write_rows
 
 from negpipe import pipeline, upkeep
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import DamagedError, MissingStageError
 
 SETTINGS: dict[str, list[Any]] = {

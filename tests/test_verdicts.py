@@ -9,7 +9,7 @@ import pytest
 import small_source as small
 
 from negpipe import pipeline
-from negpipe.config import load_config
+from negpipe.config_file import load_config
 from negpipe.errors import InputError
 
 

@@ -66,7 +66,7 @@ def audit(
     from negpipe import console, reviews
     from negpipe.audit import Options, policy
     from negpipe.cli import tables
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
     from negpipe.errors import NegpipeError
     from negpipe.storage import write_json
 

@@ -32,7 +32,7 @@ def quality(
 
     from negpipe import console, reviews
     from negpipe.cli import tables
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = reviews.measure_quality(load_config(config, overrides), reporter=console.reporter(log_format))
@@ -83,7 +83,7 @@ def calibrate(
     from negpipe import console, reviews
     from negpipe.calibrate import grid, recommend
     from negpipe.cli import tables
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
     from negpipe.errors import ConfigError
 
     console.set_up_logging(checked(log_format), debug=debug)

@@ -21,7 +21,7 @@ def config_check(
     Example: negpipe config check scifact.yaml
     """
     from negpipe import console
-    from negpipe.config import find_config, load_config
+    from negpipe.config_file import find_config, load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     load_config(config, overrides)
@@ -36,7 +36,7 @@ def config_schema() -> None:
     """
     import json
 
-    from negpipe.config import schema
+    from negpipe.config_file import schema
 
     typer.echo(json.dumps(schema(), indent=2))
 
@@ -58,7 +58,7 @@ def config_show(
     import yaml
 
     from negpipe import console
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     shown = load_config(config, overrides)

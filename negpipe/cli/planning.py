@@ -30,7 +30,7 @@ def plan(
     from rich.table import Table
 
     from negpipe import console, planning
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)

@@ -30,7 +30,7 @@ def report(
     """
     from negpipe import console
     from negpipe import report as reports
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)

@@ -37,7 +37,7 @@ def export(
     Example: negpipe export scifact.yaml --to flagembedding --out exports/scifact
     """
     from negpipe import console, readers
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
     from negpipe.exports import Options
 
     console.set_up_logging(checked(log_format), debug=debug)
@@ -64,8 +64,8 @@ def explain(
     import dataclasses
     import json
 
-    from negpipe import console, readers
-    from negpipe.config import load_config
+    from negpipe import console, readers, summary
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = readers.explain_anchor(load_config(config, overrides), anchor)
@@ -74,4 +74,4 @@ def explain(
         document = dataclasses.asdict(dataclasses.replace(found, units=units))
         typer.echo(json.dumps(document, allow_nan=False))
     else:
-        console.show_explanation(found, limit)
+        summary.show_explanation(found, limit)

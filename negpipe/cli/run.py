@@ -29,8 +29,8 @@ def _mine(
     only: str | None = None,
     repair: bool = False,
 ) -> None:
-    from negpipe import console, pipeline
-    from negpipe.config import load_config
+    from negpipe import console, pipeline, summary
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
@@ -42,7 +42,7 @@ def _mine(
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
-        console.show_result(result, typed())
+        summary.show_result(result, typed())
 
 
 @app.command()

@@ -23,11 +23,11 @@ def status(
 
     Example: negpipe status quickstart.yaml
     """
-    from negpipe import console, pipeline
-    from negpipe.config import load_config
+    from negpipe import console, pipeline, summary
+    from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
-    console.show_status(pipeline.status(load_config(config, overrides)))
+    summary.show_status(pipeline.status(load_config(config, overrides)))
 
 
 @app.command()
@@ -44,7 +44,7 @@ def verify(
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     from negpipe import console, upkeep
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
     from negpipe.errors import DamagedError
 
     console.set_up_logging(checked(log_format), debug=debug)
@@ -78,7 +78,7 @@ def clean(
     Example: negpipe clean quickstart.yaml
     """
     from negpipe import console, upkeep
-    from negpipe.config import load_config
+    from negpipe.config_file import load_config
     from negpipe.errors import ConfigError
 
     console.set_up_logging(checked(log_format), debug=debug)
