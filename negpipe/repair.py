@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from negpipe import publication
+from negpipe import ann, publication
 from negpipe.errors import DamagedError
 from negpipe.manifest import OTHER_CONTENT, Books, File, Manifest, Part
 from negpipe.stage import Context, Stage
@@ -25,8 +25,8 @@ from negpipe.state import identity_of
 from negpipe.tables import open_table
 
 logger = logging.getLogger(__name__)
-_TABLES = ("corpus", "added", "anchors", "ids", "candidates", "triplets")
-"""Kinds of parts whose rows their files hold; those of an index are looked at by FAISS."""
+_TABLES = ("corpus", "added", "anchors", "ids", "flat", "candidates", "triplets")
+"""Kinds of parts whose rows their files hold; those of an approximate index are looked at where it is opened."""
 _BESIDE = {"ledger": "units", "deeper": "searched_deeper"}
 """Folder of files that hold other rows than their part's: what the part calls their number."""
 
@@ -68,6 +68,8 @@ def _rows(path: Path) -> int:
     """The rows of a file, from its header or footer."""
     if path.suffix == ".npy":
         return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+    if path.suffix == ".faiss":
+        return ann.open_flat(path).rows
     if path.suffix == ".arrow":
         return int(open_table(path).num_rows)
     return int(pq.read_metadata(path).num_rows)

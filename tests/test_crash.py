@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--torture")
     if "boundary" in metafunc.fixturenames:
         every = list(boundaries())
-        metafunc.parametrize("boundary", every if full else every[13::15], ids=str)
+        metafunc.parametrize("boundary", every if full else every[::9], ids=str)
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(KILLS) if full else (3,))
 
@@ -75,6 +75,7 @@ def durations(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return seconds
 
 
+@pytest.mark.torture
 def test_enough_parts_to_lose(whole: Run) -> None:
     assert sum(len(whole.parts(stage)) for stage in STAGES) >= 40
 
@@ -135,7 +136,7 @@ def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path)
     died = [part["key"] for part in whole.parts("search") if f"part {part['key']} (candidates" in log]
     assert len(died) == 1
     assert "died 3 times, the last time by exit code 12 (out of memory?" in log
-    assert "MemoryError" in log
+    assert "MemoryError" in log and "Traceback" not in log and len(log) < 2_000
     run.mine()
     assert run.content() == whole.content()
 

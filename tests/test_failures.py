@@ -103,7 +103,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "unexpected": (unexpected, 1, ["unexpected ZeroDivisionError", "This is a bug", "--debug"]),
 }
 ELSEWHERE = {
-    "vanished": "test_crash.py: files that are taken away",
+    "vanished": "test_rivals.py::test_a_worker_refuses_manifests…",
 }
 
 

@@ -51,6 +51,7 @@ def fuzz(request: pytest.FixtureRequest, record_property: Record) -> Callable[[A
                 json.dumps({"message": str(error)})
 
         execute()
+        assert executions >= (FULL if full else SAMPLE)
         record_property("count: executions fuzzed", executions)
 
     return run

@@ -263,11 +263,18 @@ def test_the_figure_of_scores(mined: Mined, anchors: dict[str, Anchor]) -> None:
         "green": [score for anchor in anchors.values() for score, _ in anchor.positives.values()],
         "orange": [score for anchor in anchors.values() for score, *_ in anchor.negatives.values()],
         "grey": random.astype(np.float32).tolist(),
+        "blue": [
+            min(score for score, _ in anchor.positives.values()) - score
+            for anchor in anchors.values()
+            for score, *_ in anchor.negatives.values()
+        ],
     }
     figure = mined.figure("Similarity")
-    assert texts_of(figure)[-3:] == ["positives", "negatives", "random pairs"]
+    assert texts_of(figure)[-4:] == ["positives", "negatives", "random pairs", "positive minus negative"]
     means = [f"{np.mean(values):.3f}" for values in sides.values()]
-    assert "Mean scores: positives {}, negatives {}, random pairs {}.".format(*means) in figure
+    assert (
+        "Mean scores: positives {}, negatives {}, random pairs {}, positive minus negative {}.".format(*means) in figure
+    )
     lines = {}
     for colour, values in sides.items():
         outline = rf'<path d="([^"]+)" clip-path[^>]*style="fill: none; stroke: var\(--{colour}\)'
@@ -279,7 +286,7 @@ def test_the_figure_of_scores(mined: Mined, anchors: dict[str, Anchor]) -> None:
         counts, edges = np.histogram(values, bins=np.linspace(min(values), max(values), 21))
         assert len(heights) == 20
         lines[colour] = borders, heights, edges, counts / np.diff(edges) / len(values)
-    # One scale for all three: what it is, one of them tells.
+    # One scale for all: what it is, one of them tells.
     borders, heights, edges, density = lines["grey"]
     across, up = (borders[-1] - borders[0]) / (edges[-1] - edges[0]), max(heights) / max(density)
     left = borders[0] - across * edges[0]

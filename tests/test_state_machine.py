@@ -261,6 +261,7 @@ class Machine(RuleBasedStateMachine):
     def repair(self) -> None:
         pipeline.mine(self.config(), repair=True)
         self.unseen = False
+        assert {state.state for state in pipeline.status(self.config())} == {"current"}
         assert not upkeep.verify(self.root / "run", upkeep.inventory(self.root / "run"))
 
 

@@ -27,7 +27,7 @@ from negpipe.storage import explained
 RETRIES = 2
 OUT_OF_MEMORY = 12
 """Exit code of a worker whose task did not fit into memory: it is tried again like one that was killed."""
-_TAIL = 2000
+_TAIL = 200
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -145,10 +145,11 @@ def _obituary(stage: Stage, task: Task, worker: _Worker) -> str:
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code in (-signal.SIGKILL, OUT_OF_MEMORY):
         cause += " (out of memory? lower executor.workers, encoder.batch_size or resources.memory_budget)"
-    tail = worker.log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+    lines = worker.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip()[-_TAIL:] for line in reversed(lines) if line.strip()), "(nothing)")
     return (
         f"{stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows) died {RETRIES + 1} times,"
-        f" the last time by {cause}. Its log, {worker.log}, ends with:\n{tail or '(nothing)'}"
+        f" the last time by {cause}. Its log, {worker.log}, ends with: {last}"
     )
 
 

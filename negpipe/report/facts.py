@@ -59,6 +59,9 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
     )
 
 
+_COMMIT = 40  # characters; a model of the hub is told by its commit, another one by a digest of its files
+
+
 def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     """What made the vectors: model, revision, settings, libraries and device."""
     own = config.encoder
@@ -66,7 +69,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     if own.model:
         facts["model"] = own.model
     facts |= {
-        name.removeprefix("encoder.") + " (digest)": digest[:16]
+        name.removeprefix("encoder.") + (" (commit)" if len(digest) == _COMMIT else " (digest)"): digest[:16]
         for name, digest in manifest.inputs.items()
         if name.startswith("encoder.")
     }

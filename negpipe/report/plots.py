@@ -31,7 +31,12 @@ _COLOURS = {
     "#888888": "var(--grey)",
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
-SIDES = {"positive": ("positives", _GREEN), "negative": ("negatives", _ORANGE), "random": ("random pairs", _GREY)}
+SIDES = {
+    "positive": ("positives", _GREEN),
+    "negative": ("negatives", _ORANGE),
+    "random": ("random pairs", _GREY),
+    "positive - negative": ("positive minus negative", _BLUE),
+}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9,
