@@ -71,11 +71,12 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 400),
     anchors=st.integers(1, 20),
-    dimension=st.integers(1, 40),
+    dimension=st.integers(1, 40) | st.sampled_from([768, 1_024]),
     depth=st.integers(1, 450),
     part_rows=st.integers(1, 150),
     distinct=st.none() | st.integers(1, 5),
     scale=st.sampled_from([1.0, 1e-4, 100.0]),
+    mixed=st.booleans(),
     half=st.booleans(),
     flat=st.booleans(),
     threads=st.integers(1, 3),
@@ -89,6 +90,7 @@ def test_small_corpora_equal_brute_force(
     part_rows: int,
     distinct: int | None,
     scale: float,
+    mixed: bool,
     half: bool,
     flat: bool,
     threads: int,
@@ -96,6 +98,9 @@ def test_small_corpora_equal_brute_force(
     rng = np.random.default_rng(seed)
     vectors = (make(rng, rows, dimension, distinct) * np.float32(scale)).astype(np.float16 if half else np.float32)
     queries = make(rng, anchors, dimension)
+    if mixed:  # short ones, long ones, zeros
+        vectors = vectors * rng.choice([0, 1e-3, 1, 30], (rows, 1)).astype(vectors.dtype)
+        queries = queries * rng.choice([0, 1e-18, 1, 1e9], (anchors, 1)).astype(np.float32)
     with TemporaryDirectory() as name:
         stored = save_parts(Path(name), vectors, part_rows)
         if flat:
@@ -286,9 +291,9 @@ def test_file_cut_off_after_opening(tmp_path: Path) -> None:
         ann.search_exact(np.ones((1, 4), np.float32), vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
 def test_vectors_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
-    rows = np.ones((50, 4), np.float16)
+    rows = np.ones((50, 4), np.float32)
     rows[33, 2] = value
     vectors = save_parts(tmp_path, rows, 20)
     anchors = np.ones((3, 4), np.float32)
@@ -297,6 +302,29 @@ def test_vectors_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     anchors[1, 0] = value
     with pytest.raises(DamagedError, match="anchor 1"):
         ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+
+
+THREADS = """
+import numpy, torch
+from negpipe import ann
+from negpipe.ann import exact
+from negpipe.ann.products import BFloat16
+from negpipe.ann.vectors import Held
+
+exact.arithmetic = lambda multiplications: BFloat16()
+vectors = numpy.random.default_rng(0).standard_normal((500, 8), numpy.float32)
+nothing = numpy.empty(0, numpy.int64)
+ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), memory=2**30, threads=2)
+print(torch.get_num_threads())
+"""
+
+
+def test_a_search_leaves_torch_its_threads() -> None:
+    said = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for program in ("import torch; print(torch.get_num_threads())", THREADS)
+    ]
+    assert said[0] == said[1]
 
 
 def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path) -> None:

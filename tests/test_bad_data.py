@@ -620,3 +620,12 @@ def test_a_sidecar_that_names_a_file_elsewhere_is_none(tmp_path: Path) -> None:
             upkeep.clean(tmp_path / "run")
         assert pipeline.status(load_config(str(tmp_path / "config.yaml")))[0].state == "damaged"
     assert victim.read_text(encoding="utf-8") == "mine"
+
+
+def test_vectors_whose_products_overflow_are_refused(read: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: np.save(read / "corpus.npy", GOOD))
+    changed(6, 1e19)(read)
+    settings = [f"encoder.corpus_vectors={read}/corpus.npy", "encoder.normalize=false", "encoder.storage=float32"]
+    with pytest.raises(InputError, match=r"document 'd6' is too long, .*length 1") as caught:
+        pipeline.mine(load_config(str(read / "config.yaml"), settings), only="encode")
+    assert caught.value.row == 6

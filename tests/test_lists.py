@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import faiss
@@ -93,3 +94,19 @@ def test_probing_every_list_is_exact(tmp_path: Path) -> None:
     vectors = ann.open_parts([tmp_path / "part.npy"])
     exact = ann.search_exact(anchors, vectors, 100, positives=factory.NO_PAIRS, memory=ROOMY, threads=2)
     assert rows.tobytes() == exact.rows.tobytes() and scores.tobytes() == exact.scores.tobytes()
+
+
+def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:
+    """All pairs reach the cut: 400 anchors with 20,000 rows in one list would be 128 MB of keys."""
+    corpus, anchors = clustered(22_000, 1), clustered(400, 2).astype(np.float32)
+    corpus[:20_000] = corpus[0]
+    lists = listed.open_lists(build(tmp_path, corpus, "IVF20,Flat", 22_000), corpus[::100].astype(np.float32))
+    tracemalloc.start()
+    rows, _ = listed.search_lists(anchors, lists, 8, 20, memory=ROOMY, threads=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = ann.search_exact(
+        anchors, ann.open_parts([tmp_path / "part.npy"]), 8, positives=factory.NO_PAIRS, memory=ROOMY, threads=1
+    )
+    assert rows.tobytes() == found.rows.tobytes()
+    assert peak < 60e6

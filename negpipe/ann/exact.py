@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
@@ -31,6 +30,7 @@ from negpipe.storage import publish
 
 _BLOCK_ROWS = 131072  # at most, at a time
 _SAMPLE_ROWS = 8192  # of the first block, to guess from
+_TOO_LONG = "the vector is not finite, or too long for its products. Run `negpipe encode` again"
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def search_exact(
     anchors = np.ascontiguousarray(anchors, np.float32)
     if len(anchors) and anchors.shape[1] != vectors.dimension:
         raise DamagedError(f"anchors have dimension {anchors.shape[1]}, the corpus {vectors.dimension}")
-    if not np.isfinite(anchors).all():
-        row = int(np.flatnonzero(~np.isfinite(anchors).all(axis=1))[0])
-        raise DamagedError(f"anchor {row}: its vector is not finite. Run `negpipe encode` again")
+    usable = np.isfinite(np.einsum("ij,ij->i", anchors, anchors))
+    if not usable.all():
+        raise DamagedError(f"anchor {int(np.argmin(usable))}: {_TOO_LONG}")
     if vectors.rows >= 2**32 - 1:
         raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
@@ -123,7 +123,7 @@ def search_exact(
     if checkpoint and (state := checkpoint.load(len(anchors), depth, len(row_of))):
         searched, best, positive_scores = state
         for tile, kept in zip(tiles, np.array_split(best, count), strict=True):
-            tile.best = kept.copy()
+            tile.best.keys[:] = kept
         progress(searched)
     # No block straddles the border.
     starts = [*range(searched, last, block_rows), *range(max(searched, last), vectors.rows, block_rows)]
@@ -137,7 +137,7 @@ def search_exact(
         positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
     with (
-        threadpool_limits(1, "blas"),
+        numbers.limited(),
         ThreadPoolExecutor(1, initializer=numbers.one_thread) as reader,
         ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool,
     ):
@@ -152,7 +152,7 @@ def search_exact(
                 done.result()
             progress(len(block.vectors))
             if checkpoint and number + 1 < len(starts) and checkpoint.due():
-                checkpoint.save(ends[number], [tile.best for tile in tiles], positive_scores)
+                checkpoint.save(ends[number], [tile.best.keys for tile in tiles], positive_scores)
         rows = np.empty((len(anchors), depth), np.int64)
         scores = np.empty((len(anchors), depth), np.float32)
         first = 0
@@ -165,12 +165,7 @@ def search_exact(
 
 def _scratch(depth: int) -> int:
     """Bytes that searching a block takes for each anchor: products of a strip and of the sample, pairs, a merge."""
-    return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * _waiting(depth)
-
-
-def _waiting(depth: int) -> int:
-    """Pairs an anchor that wait for a merge, at most."""
-    return 2 * depth + 16
+    return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * waiting(depth)
 
 
 def _layout(anchors: int, vectors: Vectors | Held, depth: int, memory: int, threads: int) -> tuple[int, int]:
@@ -207,75 +202,53 @@ class _Block:
         operand = numbers.operand(vectors)
         if not np.isfinite(operand.lengths).all():
             place = source.place(first + int(np.flatnonzero(~np.isfinite(operand.lengths))[0]))
-            raise DamagedError(f"{place}: the vector is not finite. Run `negpipe encode` again")
+            raise DamagedError(f"{place}: {_TOO_LONG}")
         return cls(first, vectors, operand, operand.lengths.max(initial=0.0), operand.errors.max(initial=0.0))
 
 
-@dataclass
 class _Tile:
-    """Up to `STRIP` anchors and the keys of the best rows each has met so far."""
+    """Up to `STRIP` anchors and the best rows each has met so far."""
 
-    anchors: Floats
-    depth: int
-    numbers: Arithmetic
-    best: Keys = field(init=False)  # (w, depth); the worst key last, the others in any order
-
-    def __post_init__(self) -> None:
-        self.best = np.full((len(self.anchors), self.depth), NOTHING)
-        self.operand = self.numbers.operand(self.anchors)
+    def __init__(self, anchors: Floats, depth: int, numbers: Arithmetic) -> None:
+        self.anchors, self._depth, self._numbers = anchors, depth, numbers
+        self.best = Best(len(anchors), depth)
+        self._operand = numbers.operand(anchors)
 
     def search(self, block: _Block) -> None:
         """Let the rows of a block compete."""
-        products = Products(self.numbers, len(self.anchors))
-        everybody, cut = np.arange(len(self.anchors)), self._cut()
+        products = Products(self._numbers, len(self.anchors))
+        everybody, cut = np.arange(len(self.anchors)), self.best.cut()
         unknown = np.isneginf(cut)
         if not unknown.any():
             self._sweep(products, block, everybody, cut)
             return
-        before = self.best.copy()
+        before = self.best.keys.copy()
         sample = block.operand[:: max(4, -(-len(block.vectors) // _SAMPLE_ROWS))]
-        guess = np.where(unknown, products.guess(self.operand, sample, self.depth, len(block.vectors)), cut)
+        guess = np.where(unknown, products.guess(self._operand, sample, self._depth, len(block.vectors)), cut)
         self._sweep(products, block, everybody, guess)
         # Of those it proves, all rows that reach the cut reach the guess.
-        unproven = np.flatnonzero(self._cut() < guess)
+        unproven = np.flatnonzero(self.best.cut() < guess)
         if len(unproven):
-            cut = self._cut()[unproven]
-            self.best[unproven] = before[unproven]
+            cut = self.best.cut()[unproven]
+            self.best.keys[unproven] = before[unproven]
             self._sweep(products, block, unproven, cut)
 
     def result(self) -> tuple[Ints, Floats]:
         """Rows and scores, (w, depth) each, in order."""
-        self.best.sort(axis=1)
-        return rows_of(self.best), scores_of(self.best)
-
-    def _cut(self) -> Floats:
-        """(w,): the score a row has to reach to displace one of the best."""
-        return scores_of(self.best[:, -1])
+        self.best.keys.sort(axis=1)
+        return rows_of(self.best.keys), scores_of(self.best.keys)
 
     def _sweep(self, products: Products, block: _Block, chosen: Ints, cut: Floats) -> None:
         """Let the rows whose scores may reach `cut` compete for the chosen anchors."""
-        anchors, most = self.operand[chosen], len(chosen) * _waiting(self.depth)
-        floor = floors(self.numbers, cut, anchors, block.longest, block.error)
-        waiting: list[tuple[Ints, Keys]] = []
-        count = 0
-
-        def compete() -> None:
-            nonlocal floor, waiting, count
-            merge(self.best, waiting)
-            reached = np.maximum(cut, self._cut()[chosen])
-            floor = floors(self.numbers, reached, anchors, block.longest, block.error)
-            waiting, count = [], 0
-
+        anchors = self._operand[chosen]
+        floor = floors(self._numbers, cut, anchors, block.longest, block.error)
         for start in range(0, len(block.vectors), STRIP):
             strip = slice(start, start + STRIP)
-            pairs = products.reaching(floor, anchors, block.operand[strip])
-            for low in range(0, len(pairs[0]), most):
-                anchor_of, row_of = (each[low : low + most] for each in pairs)
-                anchor_of = chosen[anchor_of]
-                scores = pair_scores(self.anchors, anchor_of, block.vectors[strip], row_of)
-                waiting.append((anchor_of, keys_of(scores, block.first + start + row_of)))
-                count += len(row_of)
-                if count >= most:
-                    compete()
-        if waiting:
-            compete()
+            anchor_of, row_of = products.reaching(floor, anchors, block.operand[strip])
+            anchor_of = chosen[anchor_of]
+            for few in self.best.pieces(len(row_of)):
+                scores = pair_scores(self.anchors, anchor_of[few], block.vectors[strip], row_of[few])
+                if self.best.add(anchor_of[few], keys_of(scores, block.first + start + row_of[few])):
+                    reached = np.maximum(cut, self.best.cut()[chosen])
+                    floor = floors(self._numbers, reached, anchors, block.longest, block.error)
+        self.best.merge()

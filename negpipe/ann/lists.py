@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.library import faiss
-from negpipe.ann.pairs import NOTHING, Keys, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.pairs import NOTHING, Best, Keys, keys_of, merge, pair_scores, rows_of, scores_of
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import ConfigError, DamagedError
@@ -141,7 +140,10 @@ def search_lists(
     Raises:
         ConfigError: `memory` does not suffice.
     """
-    needed = anchors.nbytes + anchors.shape[0] * (depth * 56 + nprobe * 24) + threads * 2**24
+    longest = int(np.sum([shard.sizes for shard in lists.shards], axis=0).max(initial=0))
+    needed = 3 * anchors.nbytes + len(anchors) * (depth * 56 + nprobe * 24) + threads * (
+        2**26 + _AHEAD * 32 * depth * min(len(anchors), STRIP) + longest * (6 * anchors.shape[1] + 16)
+    )  # fmt: skip
     if needed > memory:
         raise ConfigError(
             f"searching {len(anchors)} anchors to depth {depth} needs {-(-needed // 2**20)} MiB,"
@@ -170,7 +172,7 @@ def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threa
         return Products(numbers, len(tile)).guess(numbers.operand(tile), sample, depth, lists.rows)
 
     tiles = np.array_split(anchors, max(1, -(-len(anchors) // _GUESSED)))
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
+    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         return np.concatenate([*pool.map(of, tiles)])
 
 
@@ -193,39 +195,42 @@ def _scan(
     of_list = order // probed.shape[1]
     local = threading.local()
 
-    def scan(number: int) -> tuple[Ints, Keys]:
+    def scan(number: int) -> list[tuple[Ints, Keys]]:
         members = of_list[bounds[number] : bounds[number + 1]]
         if not len(members):
-            return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+            return []
         if not hasattr(local, "products"):
             local.products = Products(numbers, STRIP)
         vectors, ids = lists.vectors(number), lists.ids(number)
         rows = numbers.operand(vectors)
         longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
-        at, keys = [members[:0]], [np.zeros(0, np.uint64)]
+        found: list[tuple[Ints, Keys]] = []
         for low in range(0, len(members), STRIP):
             here = members[low : low + STRIP]
-            some = operand[here]
-            floor = floors(numbers, cut[here], some, longest, error)
+            kept = Best(len(here), depth)
+            some, reached = operand[here], cut[here]
+            floor = floors(numbers, reached, some, longest, error)
             for start in range(0, len(vectors), STRIP):
                 strip = slice(start, start + STRIP)
                 anchor_of, row_of = local.products.reaching(floor, some, rows[strip])
-                anchor_of = here[anchor_of]
-                at.append(anchor_of)
-                keys.append(keys_of(pair_scores(anchors, anchor_of, vectors[strip], row_of), ids[start + row_of]))
-        return np.concatenate(at), np.concatenate(keys)
+                for few in kept.pieces(len(row_of)):
+                    scores = pair_scores(anchors, here[anchor_of[few]], vectors[strip], row_of[few])
+                    if kept.add(anchor_of[few], keys_of(scores, ids[start + row_of[few]])):
+                        floor = floors(numbers, np.maximum(reached, kept.cut()), some, longest, error)
+            found += [(here[anchor_of], keys) for anchor_of, keys in kept.pairs()]
+        return found
 
     waiting: list[tuple[Ints, Keys]] = []
     sizes = np.sum([shard.sizes for shard in lists.shards], axis=0)
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
-        ahead: deque[Future[tuple[Ints, Keys]]] = deque()
+    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
+        ahead: deque[Future[list[tuple[Ints, Keys]]]] = deque()
         for number in range(len(sizes) + _AHEAD * threads):
             if number < len(sizes):
                 ahead.append(pool.submit(scan, number))
             if number < _AHEAD * threads or not ahead:
                 continue
-            waiting.append(ahead.popleft().result())
-            if sum(len(keys) for _, keys in waiting) > best.size or not ahead:
+            waiting += ahead.popleft().result()
+            if waiting and (sum(len(keys) for _, keys in waiting) > best.size or not ahead):
                 merge(best, waiting, pool.map)
                 waiting = []
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)

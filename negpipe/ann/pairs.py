@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,53 @@ def rows_of(keys: Keys) -> Ints:
 def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     """The bits of float32 numbers, changed so that as unsigned integers they fall where the numbers rise; and back."""
     return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def waiting(depth: int) -> int:
+    """Pairs an anchor, on average, that wait for a merge."""
+    return 2 * depth + 16
+
+
+class Best:
+    """The best keys of some anchors; pairs wait until there are enough of them to be worth a merge."""
+
+    def __init__(self, anchors: int, depth: int) -> None:
+        self.keys = np.full((anchors, depth), NOTHING)  # the worst of an anchor last, the others in any order
+        self._most = anchors * waiting(depth)
+        self._waiting: list[tuple[Ints, Keys]] = []
+        self._count, self._merged = 0, False
+
+    def pieces(self, pairs: int) -> Iterator[slice]:
+        """As many pairs at a time as may wait."""
+        return (slice(low, low + self._most) for low in range(0, pairs, self._most))
+
+    def add(self, anchor_of: Ints, keys: Keys) -> bool:
+        """Let (p,) new pairs compete; whether that raised the cut."""
+        self._waiting.append((anchor_of, keys))
+        self._count += len(keys)
+        if self._count < self._most:
+            return False
+        self.merge()
+        return True
+
+    def merge(self) -> None:
+        """Let those that wait compete now."""
+        if self._count:
+            merge(self.keys, self._waiting)
+            self._merged = True
+        self._waiting, self._count = [], 0
+
+    def cut(self) -> Floats:
+        """(n,): the score a pair has to reach to displace one of the best."""
+        return scores_of(self.keys[:, -1])
+
+    def pairs(self) -> list[tuple[Ints, Keys]]:
+        """Anchors and keys of all pairs that may be among the best."""
+        if not self._merged:
+            return self._waiting
+        self.merge()
+        at, place = np.nonzero(self.keys != NOTHING)
+        return [(at, self.keys[at, place])]
 
 
 def merge(best: Keys, pairs: list[tuple[Ints, Keys]], each: Callable[..., Iterable[object]] = map) -> None:

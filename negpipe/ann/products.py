@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +48,11 @@ class Arithmetic(Protocol):
     dtype: type[Any]
     """Of its products."""
 
+    def limited(self) -> AbstractContextManager[object]:
+        """While a pool of threads multiplies, the pool is the only parallelism."""
+
     def one_thread(self) -> None:
-        """What each thread of a pool calls first: the pool is the only parallelism."""
+        """What each thread of that pool calls first."""
 
     def operand(self, vectors: Floats) -> Operand:
         """(n, d) vectors for `multiply`."""
@@ -69,6 +74,10 @@ class Float32:
     """By numpy: everywhere."""
 
     dtype = np.float32
+
+    def limited(self) -> AbstractContextManager[object]:
+        limits: AbstractContextManager[object] = threadpool_limits(1, "blas")
+        return limits
 
     def one_thread(self) -> None:
         one_thread()
@@ -93,6 +102,15 @@ class BFloat16:
     """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer."""
 
     dtype = np.int16
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        # A thread that sets its number sets that of all threads that have not begun to compute.
+        before = _torch().get_num_threads()
+        try:
+            yield
+        finally:
+            _torch().set_num_threads(before)
 
     def one_thread(self) -> None:
         one_thread()
@@ -137,7 +155,7 @@ def rate(multiplications: float, dimension: int) -> float:
     """Multiplications a second of one thread, in a search that needs so many. Measures for half a second."""
     numbers = arithmetic(multiplications)
     vectors = np.random.default_rng(0).standard_normal((STRIP, dimension), np.float32)
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(1, initializer=numbers.one_thread) as thread:
+    with numbers.limited(), ThreadPoolExecutor(1, initializer=numbers.one_thread) as thread:
         products, operand = Products(numbers, STRIP), numbers.operand(vectors)
         floor = floors(numbers, np.full(STRIP, 3 * np.sqrt(dimension), np.float32), operand, 0.0, 0.0)
 

@@ -162,7 +162,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     with np.errstate(all="ignore"):
         scaled = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
         stored = scaled.astype(config.storage)
-    bad = np.flatnonzero(~_usable(stored))
+    bad = np.flatnonzero(~(_usable(stored) & _short(stored)))
     if len(bad):
         first = slice(int(bad[0]), int(bad[0]) + 1)
         place = shared.place(task, table.slice(first.start, 1)) if isinstance(shared, _Brought) else {}
@@ -176,6 +176,13 @@ def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return usable
 
 
+def _short(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether products with such vectors fit float32."""
+    with np.errstate(over="ignore"):
+        short: npt.NDArray[np.bool_] = np.isfinite(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float32))
+    return short
+
+
 def _refused(
     task: Task, name: str, vector: npt.NDArray[np.float32], encoder: Encoder, place: dict[str, Any]
 ) -> InputError:
@@ -186,6 +193,8 @@ def _refused(
             length = np.linalg.norm(vector)
         if encoder.normalize and not (np.isfinite(length) and length > 0):
             return InputError(f"the numbers in {whose} are too small or too large to scale", remedy=remedy, **place)
+        if not encoder.normalize and not _short(vector).all():
+            return InputError(f"{whose} is too long, its products do not fit float32", remedy=remedy, **place)
         remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
         return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
     what = "not finite" if vector.any() else "zero"
