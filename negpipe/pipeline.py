@@ -104,7 +104,7 @@ def mine(
             assert manifest is not None
             context = context.after(manifest, instead_of="search" if stage is rescore else None)
             if stage.name == "encode" and config.index.kind == "auto":
-                logger.info("index.kind auto means %s", context.config.index.kind)
+                logger.info("index.kind auto means %s: %s", context.config.index.kind, context.why)
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}

@@ -49,6 +49,8 @@ class Context:
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     key: str = ""
     """Key of the stage that is being run."""
+    why: str = ""
+    """The reason for what `index.kind: auto` means here."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
@@ -75,7 +77,8 @@ class Context:
             rows, anchors = (
                 sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
             )
-            config, _ = config.indexed(rows, manifest.stats["dimension"], anchors)
+            config, why = config.indexed(rows, manifest.stats["dimension"], anchors)
+            return replace(self, config=config, why=why, manifests={**self.manifests, manifest.stage: manifest})
         return replace(self, config=config, manifests={**self.manifests, instead_of or manifest.stage: manifest})
 
     def file(self, part: Part) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import small_source as small
 
 from negpipe import candidates, kinds, pipeline
+from negpipe.ann import factory
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
@@ -78,7 +80,17 @@ def exact(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return rows, products
 
 
-KINDS = ("IVF16,Flat", "IVF16,SQ8", "PQ8x4fs", "HNSW16", "PCA8,IVF16,Flat", "SQ8", "IVF16,PQ8x4fs")
+KINDS = (
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "PQ8x4fs",
+    "HNSW16",
+    "PCA8,IVF16,Flat",
+    "SQ8",
+    "IVF16,PQ8x4fs",
+    "OPQ8,IVF16,PQ8x4fs",
+    "IVF16,RaBitQ",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +201,31 @@ def test_auto_is_decided_by_sizes(source: dict[str, Any]) -> None:
     assert mined(source, "index.kind=stream").ran == ()
 
 
+def test_auto_says_why_and_the_log_and_status_state_the_recall(source: dict[str, Any]) -> None:
+    config = Path(source["run_dir"]).parent / "said.yaml"
+    config.write_text(json.dumps(source | {"run_dir": str(Path(source["run_dir"]).parent / "said")}))
+    outcome = small.run("mine", config, "--set", "index.kind=auto")
+    assert "index.kind auto means stream: exact search costs little here" in outcome.err.replace("\n", " ")
+    settings = ("--set", "index.kind=IVF16,Flat", "--set", "index.recall_anchors=150")
+    logged = " ".join(small.run("index", config, *settings).err.split())
+    small.run("mine", config, *settings)
+    shown = " ".join(small.run("status", config, *settings).out.split())
+    for said in (logged, shown):
+        assert re.search(
+            r"IVF16,Flat \(nprobe \d+\) finds [\d.]+% \([\d.]+% to [\d.]+%\) of the true candidates of 150", said
+        )
+
+
+def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
+    size, held = factory.bytes_of("HNSW16", DIMENSION, DOCUMENTS)
+    assert held == size > DOCUMENTS * DIMENSION * 4
+    assert factory.bytes_of("IVF16,SQ8", DIMENSION, DOCUMENTS)[1] == 16 * DIMENSION * 4
+    mined(source, "index.kind=stream")
+    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
+    with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 2 MiB a worker, there are 0: raise"):
+        mined(source, "index.kind=HNSW64", *tight)
+
+
 BAD: list[tuple[list[str], type[Exception], str]] = [
     (["index.kind=IVF16,Flaat"], ConfigError, r"FAISS refuses it .*IVF1024,Flat"),
     (["index.kind=PQ7x4"], ConfigError, r"FAISS refuses it for vectors of dimension 16"),
@@ -221,7 +258,7 @@ def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: p
     mined(source, "index.kind=stream")
     usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
     monkeypatch.setattr("negpipe.stages.index.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=r"writes 192,000 bytes to .*, 191,999 are free there.*index.kind: stream"):
+    with pytest.raises(StorageError, match=r"writes [\d,]+ bytes to .*, 191,999 are free there.*index.kind: stream"):
         mined(source, f"index.kind={kind}")
     assert not [*(Path(source["run_dir"]) / "index").glob("*.faiss")]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pytest
 
 from negpipe import ann
-from negpipe.ann import factory
+from negpipe.ann import coded, factory
 from negpipe.ann import lists as listed
 from negpipe.ann.products import BFloat16, Float32
+from negpipe.errors import ConfigError, DamagedError
 
 ROOMY = 2**31
 DIMENSION = 24
@@ -110,3 +112,35 @@ def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:
     )
     assert rows.tobytes() == found.rows.tobytes()
     assert peak < 60e6
+
+
+def test_an_index_of_another_dimension_is_refused(tmp_path: Path) -> None:
+    ((path, _),) = build(tmp_path, clustered(1_000, 1), "IVF4,Flat", 1_000)
+    with pytest.raises(DamagedError, match=r"shard-0.faiss: holds dimension 24, the vectors have 8"):
+        factory.read(path, 8)
+
+
+@pytest.mark.parametrize("kind", ["IVF20,Flat", "PQ8x4fs"])
+def test_groups_of_anchors_change_nothing(tmp_path: Path, kind: str) -> None:
+    """In little memory as many anchors are searched at a time as fit; what is reported adds up."""
+    corpus, anchors = clustered(6_000, 1), clustered(3_000, 2).astype(np.float32)
+    shards = build(tmp_path, corpus, kind, 2_500)
+    vectors = ann.open_parts([tmp_path / "part.npy"])
+
+    def search(memory: int) -> tuple[bytes, bytes, int]:
+        seen: list[int] = []
+        about: dict[str, Any] = {"memory": memory, "threads": 1, "progress": seen.append}
+        if kind.startswith("IVF"):
+            lists = listed.open_lists(shards, corpus[::10].astype(np.float32))
+            rows, scores = listed.search_lists(anchors, lists, 40, 5, **about)
+        else:
+            opened = coded.open_shards(shards, DIMENSION)
+            rows, scores = coded.search_coded(
+                anchors, opened, vectors, 40, effort_value=None, proposed=200, **about
+            )  # fmt: skip
+        return rows.tobytes(), scores.tobytes(), sum(seen)
+
+    least = 40 * 2**20 if kind.startswith("IVF") else 6 * 2**20
+    assert search(ROOMY) == search(least)
+    with pytest.raises(ConfigError, match=r"needs \d+ MiB.*memory_budget"):
+        search(2**20)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from negpipe.ann.factory import read
+from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
 from negpipe.ann.vectors import Floats, Ints, Vectors
-from negpipe.errors import ConfigError
 
 _ANCHORS = 256
-_BLOCK_ROWS = 65536
+_BLOCK_ROWS, _LEAST_ROWS = 65536, 1024
 
 
 def open_shards(shards: Sequence[tuple[Path, int]], dimension: int) -> list[tuple[Any, int]]:
@@ -71,14 +71,21 @@ def search_coded(
         ConfigError: `memory` does not suffice.
     """
     row = 4 * vectors.dimension
-    needed = anchors.nbytes + len(anchors) * proposed * 24 + threads * _ANCHORS * proposed * 40 + 1024 * row
-    if needed > memory:
-        raise ConfigError(
-            f"searching {len(anchors)} anchors with {proposed} proposals each needs {-(-needed // 2**20)} MiB,"
-            f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
-        )
-    best = _proposals(anchors, shards, effort_value, proposed, threads, progress)
-    block_rows = min(_BLOCK_ROWS, max(1024, (memory - needed) // (2 * row)))
+    each, fixed = row + proposed * 24, threads * _ANCHORS * proposed * 40 + _LEAST_ROWS * 2 * row
+
+    def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
+        best = _proposals(group, shards, effort_value, proposed, threads, progress)
+        spare = memory - fixed - len(group) * each
+        return _rescored(group, vectors, best, depth, min(_BLOCK_ROWS, _LEAST_ROWS + spare // (2 * row)), threads)
+
+    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress)
+
+
+def _rescored(
+    anchors: Floats, vectors: Vectors, best: Keys, depth: int, block_rows: int, threads: int
+) -> tuple[Ints, Floats]:
+    """The `depth` best of the proposed rows, by exact scores; `best` is changed."""
+    proposed = best.shape[1]
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         for start, block in vectors.blocks(block_rows):
 

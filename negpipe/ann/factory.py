@@ -45,6 +45,21 @@ def lists_of(index: Any) -> int:
     return 0 if inverted is None else int(inverted.nlist)
 
 
+def bytes_of(kind: str, dimension: int, rows: int) -> tuple[int, int]:
+    """Bytes of an index of so many rows, and how many of them a search holds in memory: lists stay on disk."""
+    index = make(kind, dimension)
+    inner = index
+    while isinstance(inner, faiss().IndexPreTransform):
+        inner = faiss().downcast_index(inner.index)
+    if isinstance(inner, faiss().IndexHNSW):
+        codes = faiss().downcast_index(inner.storage).sa_code_size()
+        links = 4 * (inner.hnsw.nb_neighbors(0) + inner.hnsw.nb_neighbors(1)) + 16
+        return rows * (codes + links), rows * (codes + links)
+    if lists_of(index):
+        return rows * (inner.code_size + 8) + 4 * dimension * lists_of(index), 4 * dimension * lists_of(index)
+    return rows * inner.sa_code_size(), rows * inner.sa_code_size()
+
+
 def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     """How many of `rows` an index is trained on; 0 where it needs no training.
 

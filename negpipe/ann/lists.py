@@ -17,11 +17,12 @@ import numpy as np
 
 from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
+from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import NOTHING, Best, Keys, keys_of, merge, pair_scores, rows_of, scores_of
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
 from negpipe.ann.vectors import Floats, Held, Ints
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.errors import DamagedError
 
 _AHEAD = 4  # lists a thread that are being searched or wait for the merge
 _GUESSED = 256  # anchors at a time
@@ -140,15 +141,26 @@ def search_lists(
     Raises:
         ConfigError: `memory` does not suffice.
     """
+    row = 6 * anchors.shape[1] + 16
     longest = int(np.sum([shard.sizes for shard in lists.shards], axis=0).max(initial=0))
-    needed = 3 * anchors.nbytes + len(anchors) * (depth * 56 + nprobe * 24) + threads * (
-        2**26 + _AHEAD * 32 * depth * min(len(anchors), STRIP) + longest * (6 * anchors.shape[1] + 16)
-    )  # fmt: skip
-    if needed > memory:
-        raise ConfigError(
-            f"searching {len(anchors)} anchors to depth {depth} needs {-(-needed // 2**20)} MiB,"
-            f" there are {memory // 2**20}: raise resources.memory_budget, or lower search.depth"
-        )
+    waiting = _AHEAD * threads * 32 * depth * nprobe // len(lists.centroids)  # of the anchors that probe a list
+    each, fixed = 2 * row + depth * 56 + nprobe * 24 + waiting, threads * (2**25 + longest * row)
+
+    def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
+        return _search(group, lists, depth, nprobe, memory, threads, progress)
+
+    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress)
+
+
+def _search(
+    anchors: Floats,
+    lists: Lists,
+    depth: int,
+    nprobe: int,
+    memory: int,
+    threads: int,
+    progress: Callable[[int], None],
+) -> tuple[Ints, Floats]:
     probed = lists.nearest(anchors, nprobe, memory=memory, threads=threads)
     numbers = arithmetic(float(len(anchors)) * lists.rows * anchors.shape[1] * nprobe / len(lists.centroids))
     guess = _guess(anchors, lists, depth, numbers, threads)

@@ -54,25 +54,33 @@ def _check(context: Context) -> None:
         return
     encode, kind = context.manifest("encode"), context.config.index.kind
     rows = sum(part.rows for part in documents(encode))
-    vectors = rows * encode.stats["dimension"] * 4
-    whole = kind == "flat" or kind.endswith(",Flat")
+    dimension = encode.stats["dimension"]
+    vectors = rows * dimension * 4
+    size, held = 0, 0
+    if context.config.index.approximate:
+        size, held = ann.factory.bytes_of(kind, dimension, rows)
+    elif kind == "flat":
+        size = vectors
     there = sum(file.stat().st_size for file in (context.run_dir / "index").glob("*.faiss"))
     free = shutil.disk_usage(context.run_dir).free
-    if whole and vectors - there > free:
+    if size - there > free:
         raise StorageError(
-            f"index.kind {kind} writes {vectors:,} bytes to {context.run_dir}, {free:,} are free there: make room, or"
+            f"index.kind {kind} writes {size:,} bytes to {context.run_dir}, {free:,} are free there: make room, or"
             " set index.kind: stream, which needs none"
         )
     if context.config.index.approximate:
-        ann.factory.rows_wanted(kind, encode.stats["dimension"], rows)
-        least = 3 * min(_SHARD_BYTES, vectors)
+        trained = 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
         memory = context.config.resources.memory_budget // context.workers
-        if least > memory:
-            raise ConfigError(
-                f"index.kind {kind} builds shards that need {least // 2**20} MiB a worker, there"
-                f" are {memory // 2**20}: raise resources.memory_budget, lower executor.workers, or set index.kind:"
-                " stream"
-            )
+        for least, what in (
+            (3 * min(_SHARD_BYTES, vectors), "builds shards that need"),
+            (trained, "is trained on a sample that needs"),
+            (held, "is held in memory while it is searched, and takes"),
+        ):
+            if least > memory:
+                raise ConfigError(
+                    f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
+                    " resources.memory_budget, lower executor.workers, or set index.kind: stream"
+                )
 
 
 def _plan(context: Context) -> Iterator[Task]:

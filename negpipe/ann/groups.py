@@ -1,0 +1,49 @@
+"""Anchors in groups, where all at once would not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from negpipe.ann.vectors import Floats, Ints
+from negpipe.errors import ConfigError
+
+Progress = Callable[[int], None]
+Search = Callable[[Floats, int, Progress], tuple[Ints, Floats]]
+
+
+def in_groups(
+    anchors: Floats, search: Search, *, each: int, fixed: int, memory: int, progress: Progress
+) -> tuple[Ints, Floats]:
+    """Rows and scores of all anchors, as many of them searched at a time as fit.
+
+    Args:
+        anchors: (n, d).
+        search: of some anchors, in so many bytes; calls its progress with the rows of the corpus it has just searched.
+        each, fixed: bytes it needs for an anchor, and whatever their number.
+        memory: bytes there are.
+        progress: called with rows of the corpus, until all were searched for all anchors.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    if fixed + each > memory:
+        raise ConfigError(
+            f"this search needs {-(-(fixed + each) // 2**20)} MiB, there are {memory // 2**20}: raise"
+            " resources.memory_budget, lower executor.workers or search.depth, or set index.kind: stream"
+        )
+    size = max(1, min(len(anchors), (memory - fixed) // each))
+    searched = 0
+
+    def share(rows: int) -> None:
+        nonlocal searched
+        before, searched = searched // len(anchors), searched + rows * len(group)
+        progress(searched // len(anchors) - before)
+
+    found = []
+    for low in range(0, max(1, len(anchors)), size):
+        group = anchors[low : low + size]
+        found.append(search(group, memory, share))
+    rows, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    return rows, scores
