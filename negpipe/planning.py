@@ -78,9 +78,20 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             else:
                 waiting.append((stage, state.state, context))
         gflops = _gflops(context)
-        steps += [_step(*each, gflops, probe_encoder) for each in waiting]
         choices = _choices(context, gflops)
+        chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
+        steps += [_of_index(_step(*each, gflops, probe_encoder), context.config, chosen) for each in waiting]
     return Plan(gflops, tuple(steps), choices)
+
+
+def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
+    """A step with what the configured kind of index costs, where that can be said."""
+    if step.stage == "index" and step.todo != 0 and chosen:
+        return replace(step, seconds=chosen.build, disk=chosen.disk, note=chosen.note)
+    if step.stage == "search" and config.index.approximate:
+        note = f"no estimate for {config.index.kind}" if chosen is None else chosen.note
+        return replace(step, seconds=chosen.search if chosen else None, note=note)
+    return step
 
 
 def _gflops(context: Context) -> float:

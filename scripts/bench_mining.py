@@ -40,10 +40,10 @@ import numpy.typing as npt
 LIBRARIES = ("numpy", "faiss-cpu", "torch", "sentence-transformers", "pyarrow")
 STAGES = ("index", "search", "triplets")
 MAX_DIFFERING = 0.002
-MAX_TIME = 0.7  # of Sentence Transformers'
+MAX_TIME, MAX_TIME_LARGE = 0.7, 0.95  # of Sentence Transformers'; from a million documents on
 MAX_TIME_OF_HN_MINE = 0.13
-MAX_MEMORY = 2**30
-MIN_SPEED = 0.75  # of sgemm's
+MAX_MEMORY, MAX_MEMORY_LARGE = 2**30, 0.25  # bytes; of Sentence Transformers'
+MIN_SPEED, MIN_SPEED_LARGE = 0.75, 0.88  # of sgemm's
 BATCH = 16384
 
 Floats = npt.NDArray[np.float32]
@@ -441,16 +441,20 @@ def show_summary(rounds: list[Round], options: argparse.Namespace, rows: dict[st
     agree: bool = rows["differing"] <= MAX_DIFFERING
     print(f"\nmedian of {len(rounds)}" if len(rounds) > 1 else "")
     # What a stage costs to start decides small runs: the targets are for the default sizes.
-    small = options.small
-    _verdict(
-        "time of Sentence Transformers'", f"{time_ratio:.2f}", f"at most {MAX_TIME}", time_ratio <= MAX_TIME, small
-    )
+    small, large = options.small, options.documents >= 1_000_000
+    most, least = (MAX_TIME_LARGE, MIN_SPEED_LARGE) if large else (MAX_TIME, MIN_SPEED)
+    _verdict("time of Sentence Transformers'", f"{time_ratio:.2f}", f"at most {most}", time_ratio <= most, small)
     print(f"  {'  with Python’s start':<34} {clock_ratio:.2f}")
     print(f"  {'  in CPU seconds, with that too':<34} {cpu_ratio:.2f}")
-    _verdict("search of sgemm's median", f"{speed:.2f}", f"at least {MIN_SPEED}", speed >= MIN_SPEED, small)
+    _verdict("search of sgemm's median", f"{speed:.2f}", f"at least {least}", speed >= least, small)
     print(f"  {'  of its best':<34} {best:.2f}")
-    _verdict("peak memory", f"{_mib(peak)} MiB", f"at most {_mib(MAX_MEMORY)}", peak <= MAX_MEMORY, small)
-    print(f"  {'  Sentence Transformers':<34} {_mib(their_peak)} MiB")
+    if large:
+        share = peak / their_peak
+        met = share <= MAX_MEMORY_LARGE
+        _verdict("memory of Sentence Transformers'", f"{share:.2f}", f"at most {MAX_MEMORY_LARGE}", met)
+    else:
+        _verdict("peak memory", f"{_mib(peak)} MiB", f"at most {_mib(MAX_MEMORY)}", peak <= MAX_MEMORY, small)
+    print(f"  {'  negpipe, Sentence Transformers':<34} {_mib(peak)}, {_mib(their_peak)} MiB")
     _verdict("rows that differ", f"{rows['differing']:.4%}", f"at most {MAX_DIFFERING:.1%}", agree)
     ours, theirs = rows["rows"]
     print(f"  {'  rows':<34} {ours:,} and {theirs:,}")

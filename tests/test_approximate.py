@@ -299,6 +299,7 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
     found = json.loads(small.run("plan", config, "--json", "--set", "index.kind=IVF16,Flat").out)
     steps = {step["stage"]: step for step in found["steps"]}
     assert steps["encode"]["todo"] == 0 and steps["index"]["todo"] >= 1
+    assert (steps["search"]["seconds"], steps["search"]["note"]) == (None, "no estimate for IVF16,Flat")
     assert {choice["kind"] for choice in found["choices"]} >= {"stream", "flat"}
     assert next(one for one in found["choices"] if one["kind"] == "flat")["disk"] == DOCUMENTS * DIMENSION * 4
     assert small.made(Path(source["run_dir"])) == before

@@ -8,7 +8,7 @@ from typing import Any
 import small_source as small
 from real_runs import encoding_here
 
-from negpipe import pipeline
+from negpipe import pipeline, planning
 from negpipe.config_file import load_config
 
 DOCUMENTS = 600
@@ -43,8 +43,12 @@ def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny
     del rows[501:503]
     rows += [{"_id": f"new{i}", "title": "", "text": f"appended {i}"} for i in range(6)]
     write(tmp_path, rows)
+    config = load_config(source)
+    pipeline.mine(config, only="ingest")
+    (planned,) = [step for step in planning.plan(config).steps if step.stage == "encode"]
     before, after, folder = encoded()
     assert 4 <= len(after - before) <= 14
+    assert planned.todo == len(after - before)
 
     _, _, alone = encoded(run_dir=str(tmp_path / "alone"))
     fresh = small.output(alone)

@@ -319,13 +319,13 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
 def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")
     inline.mine()
-    two = undisturbed.at(tmp_path / "two")
-    two.mine("executor.kind=local", "executor.workers=2")
+    three = undisturbed.at(tmp_path / "three")
+    three.mine("executor.kind=local", "executor.workers=3")
     assert inline.content() == undisturbed.content()
-    assert two.content() == undisturbed.content()
+    assert three.content() == undisturbed.content()
     for stage in ("encode", "index", "search", "triplets"):
-        assert len(two.parts(stage)) >= 6
-        assert len({part["provenance"]["pid"] for part in two.parts(stage)}) >= 2
+        assert len(three.parts(stage)) >= 6
+        assert len({part["provenance"]["pid"] for part in three.parts(stage)}) >= 2
         assert len({part["provenance"]["pid"] for part in undisturbed.parts(stage)}) == 1
 
 
