@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from negpipe import ann, publication
 from negpipe.errors import DamagedError
 from negpipe.manifest import OTHER_CONTENT, Books, File, Manifest, Part
+from negpipe.npy import BROKEN
 from negpipe.stage import Context, Stage
 from negpipe.state import identity_of
 from negpipe.tables import open_table
@@ -53,7 +54,7 @@ def _misfit(run_dir: Path, part: Part) -> str | None:
     for file in part.files:
         try:
             rows = _rows(run_dir / file.path)
-        except (OSError, ValueError, EOFError, LookupError, DamagedError):
+        except (*BROKEN, LookupError, DamagedError):
             return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
         counts[file.path.partition("/")[0]] += rows
     for folder, rows in counts.items():

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe.errors import InputError
+from negpipe.npy import BROKEN
 from negpipe.texts import hashes
 
 Floats = npt.NDArray[np.float32]
@@ -142,7 +143,7 @@ class _Npy:
     def __init__(self, path: Path, setting: str) -> None:
         try:
             data = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except BROKEN as error:
             raise InputError(f"not a readable .npy file: {error}", file=str(path), field=setting) from None
         if data.ndim != 2 or data.dtype.kind != "f" or data.shape[1] == 0:
             raise InputError(
@@ -166,7 +167,7 @@ class _Parquet:
 
         try:
             self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise InputError(f"not a readable Parquet file: {error}", file=str(path), field=setting) from None
         schema = self._file.schema_arrow
         lists = [f.name for f in schema if _is_list(f.type) and pa.types.is_floating(f.type.value_type)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
+from negpipe.npy import BROKEN
 from negpipe.storage import publish
 
-_BLOCK_ROWS = 131072  # at most, at a time
+_BLOCK_ROWS = 65536  # at most, at a time
 _SAMPLE_ROWS = 8192  # of the first block, to guess from
 _TOO_LONG = "the vector is not finite, or too long for its products. Run `negpipe encode` again"
 
@@ -69,7 +71,7 @@ class Checkpoint:
         try:
             with np.load(self.path, allow_pickle=False) as kept:
                 rows, best, scores = int(kept["rows"]), kept["best"], kept["positive_scores"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (*BROKEN, KeyError, zipfile.BadZipFile, zlib.error):
             return None
         fits = best.shape == (anchors, depth) and scores.shape == (positives,)
         return (rows, best, scores) if fits else None

@@ -23,7 +23,7 @@ from negpipe.ann.library import one_thread
 from negpipe.ann.vectors import Floats, Ints
 
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
-_WORTH_TORCH = 3e11  # multiplications and additions that take float32 as long as importing torch takes
+_WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
 _SMALL = 1e-18  # the squares of smaller numbers underflow
 _TINY = float(
     np.finfo(np.float32).tiny

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
 from negpipe.errors import DamagedError
+from negpipe.npy import BROKEN
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -117,7 +118,7 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
     for path in paths:
         try:
             array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except BROKEN as error:
             raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
         dimension = dimension or array.shape[-1]
         shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous

@@ -62,7 +62,7 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
         parts.append(f"select {first} + file_row_number as row, {', '.join(columns)} from {table}")
         try:
             first += pq.ParquetFile(path).metadata.num_rows
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise InputError(f"cannot be read: {error}", file=str(path)) from None
     if not first:
         raise InputError("holds no row", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")

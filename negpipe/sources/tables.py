@@ -228,7 +228,7 @@ def _parquet(path: str, columns: Sequence[Column]) -> Rows:
             _check(columns, parquet.schema_arrow.names, path)
             names = _there(columns, parquet.schema_arrow.names)
             yield from _arrow(parquet.iter_batches(_BATCH_ROWS, columns=names), names, columns, path)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             problem = f"not a readable Parquet file ({error})"
             raise InputError(problem, file=path, remedy="Fetch or write it again") from None
 
