@@ -191,6 +191,23 @@ def test_a_file_that_is_cut_off(cut: int, tmp_path: Path) -> None:
             opened(path)
 
 
+@pytest.mark.parametrize("bit", [1, 64, 128])
+def test_any_flipped_bit_of_a_header_is_explained(bit: int, tmp_path: Path) -> None:
+    """numpy parses headers as Python, and raises whatever Python's parser does."""
+    path = npy(tmp_path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole) - MATRIX.nbytes):
+        content = bytearray(whole)
+        content[place] ^= bit
+        path.write_bytes(content)
+        try:
+            opened(path)
+        except InputError:
+            refused += 1
+    assert refused > 60
+
+
 def test_another_kind_of_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"vectors come as \.npy or \.parquet"):
         opened(tmp_path / "v.pt")
