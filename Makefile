@@ -61,7 +61,7 @@ endif
 test: check  ## everything that has to pass: check, then pytest
 	$(BIN)/pytest -n auto --dist worksteal
 
-torture: $(READY)  ## kills, damage, rivals and random histories at full size, about 40 minutes; prints counts
+torture: $(READY)  ## kills, damage, rivals and random histories at full size, 40 to 60 minutes; prints counts
 	$(BIN)/pytest --torture -m torture -n auto --dist worksteal
 
 check: $(READY)  ## ruff, mypy, import-linter

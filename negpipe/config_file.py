@@ -26,7 +26,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: there is no such file; the message names the places looked at.
     """
-    tried = [Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"]
+    tried = list(dict.fromkeys([Path(name), CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml")]))
     for path in tried:
         if path.is_file():
             return path

@@ -118,4 +118,5 @@ def blocked(state: State, wanted: str) -> str:
     return (
         f"{wanted} needs the output of {state.stage}, which is {state.state}{reason}."
         f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` for all of it"
+        + (", or repeat the --set that it was made with" if state.state == "stale" else "")
     )

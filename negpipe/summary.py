@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -122,15 +125,26 @@ def _show_drops(stats: dict[str, Any]) -> None:
 def _show_next(result: Result, typed: str) -> None:
     stats = result.stats["triplets"]
     too_strict = stats["drops"].get("relative_margin", 0) > stats["candidates"] / 2
-    margin = "null" if too_strict else "0.1"
+    other = "mining.range_min=10" if too_strict else "mining.relative_margin=0.1"
+    program = _program()
     lines = [
-        ("other negatives, in seconds", f"negpipe mine {typed} --set mining.relative_margin={margin}"),
-        ("how every stage stands", f"negpipe status {typed}"),
+        ("which settings leak least", f"{program} calibrate {typed}"),
+        ("how every stage stands", f"{program} status {typed}"),
         ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
     ]
+    if other.partition("=")[0] not in typed:
+        lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} --set {other}"))
     console.out.print("\nNext")
     for what, command in lines:
         console.out.print(f"  {what + ':':30} {command}", markup=False)
+
+
+def _program() -> str:
+    """How this program is called here."""
+    if shutil.which("negpipe"):
+        return "negpipe"
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "negpipe" else "python -m negpipe"
 
 
 def show_status(states: list[State]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from negpipe import __version__
 from negpipe.errors import ConfigError
 from negpipe.redaction import redact
 
@@ -21,6 +22,23 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 failed, 2 usage or config, 3 bad input, 4 run directory in use, 5 damaged output,"
     " 130 and 143 interrupted.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"negpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 config_app = typer.Typer(no_args_is_help=True, help="Check a config, print its schema or its values.")
 app.add_typer(config_app, name="config")
 

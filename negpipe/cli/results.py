@@ -59,7 +59,7 @@ def explain(
 ) -> None:
     """Show an anchor's candidates in order: score, rank, and why each was taken or not.
 
-    Example: negpipe explain quickstart.yaml --anchor json.dumps --limit 20
+    Example: negpipe explain quickstart.yaml --anchor q:json.dumps --limit 20
     """
     import dataclasses
     import json
