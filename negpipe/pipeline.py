@@ -94,7 +94,7 @@ def mine(
             else:
                 for ahead in [stage] if only else stages[number:]:
                     ahead.check(context)
-                _check_inputs(stage, context, ran)
+                _check_inputs(stage, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
@@ -111,11 +111,10 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
 
 
-def _check_inputs(stage: Stage, context: Context, made: list[str]) -> None:
-    """What a stage is about to read is what was written, as far as headers tell; what was made just now is."""
+def _check_inputs(stage: Stage, context: Context) -> None:
+    """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
     for name in stage.inputs:
-        if name not in made:
-            check_headers(context.run_dir, context.manifest(name))
+        check_headers(context.run_dir, context.manifest(name))
 
 
 def _make_run_dir(run_dir: Path) -> None:
