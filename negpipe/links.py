@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from negpipe.errors import StorageError
 
@@ -14,8 +15,8 @@ def stay_inside(folder: str | os.PathLike[str]) -> None:
         StorageError: there is such a link; nothing was written or deleted.
     """
     home = os.path.realpath(folder)
-    inside = os.path.join(home, "")  # noqa: PTH118
-    waiting = [home] if os.path.isdir(home) else []  # noqa: PTH112
+    inside = home.rstrip(os.sep) + os.sep
+    waiting = [home] if Path(home).is_dir() else []
     while waiting:
         with os.scandir(waiting.pop()) as entries:
             for entry in entries:

@@ -64,7 +64,7 @@ class Context:
 
     def after(self, manifest: Manifest, instead_of: str | None = None) -> Context:
         """The same, with one more stage complete. Settings that depend on the data are decided once they can be."""
-        config = self.config
+        config, why = self.config, self.why
         if manifest.stage == "ingest":
             most = manifest.stats.get("max_positives")
             if not isinstance(most, int):
@@ -78,8 +78,9 @@ class Context:
                 sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
             )
             config, why = config.indexed(rows, manifest.stats["dimension"], anchors)
-            return replace(self, config=config, why=why, manifests={**self.manifests, manifest.stage: manifest})
-        return replace(self, config=config, manifests={**self.manifests, instead_of or manifest.stage: manifest})
+        return replace(
+            self, config=config, why=why, manifests={**self.manifests, instead_of or manifest.stage: manifest}
+        )
 
     def file(self, part: Part) -> Path:
         return self.run_dir / part.path

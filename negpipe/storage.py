@@ -151,8 +151,8 @@ def publish(
                 file.flush()
                 os.fsync(file.fileno())
             digest = file_digest(temporary)
+            size = bytes_in(temporary)
             final = name(digest)
-            written = bytes_in(temporary)
             os.replace(temporary, folder / final)
         except FileNotFoundError as error:
             if temporary.exists():
@@ -162,10 +162,10 @@ def publish(
                 " in it are being deleted. Stop that, then run the same command again"
             ) from error
         finally:
-            size = bytes_in(temporary)
+            size = size or bytes_in(temporary)
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
-    return Published(final, written, digest)
+    return Published(final, size, digest)
 
 
 def bytes_in(path: Path) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_source as small
 from beir_data import numbered_folder, precomputed_config, tricky_folder
 from real_runs import Run
 from tiny_model import build_tiny_model
@@ -55,6 +56,15 @@ def nothing_has_to_survive_a_power_cut() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose run, of a small source and brought vectors, is complete."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = small.run("mine", small.build(folder))
+    assert outcome.code == 0, outcome.err
+    return folder
 
 
 @pytest.fixture(scope="session")

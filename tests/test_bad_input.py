@@ -21,15 +21,6 @@ from negpipe.stages import encode
 Break = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run is complete."""
-    folder = tmp_path_factory.mktemp("finished")
-    outcome = small.run("mine", small.build(folder))
-    assert outcome.code == 0, outcome.err
-    return folder
-
-
 @pytest.fixture
 def folder(finished: Path) -> Iterator[Path]:
     """The same, free to be broken: its source is put back afterwards."""

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import small_source as small
+from as_root import needs_a_namespace, needs_root, run_in_a_namespace
 from real_runs import STAGES
 
 from negpipe.errors import StorageError
@@ -22,26 +22,10 @@ from negpipe.exports.files import published
 from negpipe.report import page
 from negpipe.storage import publish
 
-PRIVILEGED = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not PRIVILEGED, reason="runs in a namespace of its own: test_as_root_of_a_namespace")
 
-
-@pytest.mark.skipif(PRIVILEGED or not shutil.which("unshare"), reason="the tests run as they are")
+@needs_a_namespace
 def test_as_root_of_a_namespace() -> None:
-    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "pytest", "-q", "-n", "0", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "unshare failed" in done.stderr:
-        pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run is complete."""
-    folder = tmp_path_factory.mktemp("finished")
-    outcome = small.run("mine", small.build(folder))
-    assert outcome.code == 0, outcome.err
-    return folder
+    run_in_a_namespace(__file__)
 
 
 @pytest.fixture

@@ -16,22 +16,12 @@ from typing import Any
 
 import pytest
 import small_source as small
+from as_root import PRIVILEGED, needs_a_namespace, needs_root, run_in_a_namespace
 from real_runs import STAGES
 
 from negpipe.storage import explained
 
 WRITTEN = {"ingest": "ingest", "encode": "encode", "index": "index", "search": "search", "triplets": "ledger"}
-PRIVILEGED = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not PRIVILEGED, reason="runs in a namespace of its own: test_as_root_of_a_namespace")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run is complete."""
-    folder = tmp_path_factory.mktemp("finished")
-    outcome = small.run("mine", small.build(folder))
-    assert outcome.code == 0, outcome.err
-    return folder
 
 
 @pytest.fixture
@@ -59,13 +49,9 @@ def mounted(folder: Path, *options: str) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.skipif(PRIVILEGED or not shutil.which("unshare"), reason="the tests run as they are")
+@needs_a_namespace
 def test_as_root_of_a_namespace() -> None:
-    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "pytest", "-q", "-n", "0", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "unshare failed" in done.stderr:
-        pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stdout
+    run_in_a_namespace(__file__)
 
 
 def check_refusal(outcome: small.Outcome, run_dir: Path) -> None:

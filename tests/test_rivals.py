@@ -227,6 +227,26 @@ def test_signals(
     record_property("count: signals survived", 1)
 
 
+@pytest.mark.torture
+def test_a_signal_while_a_model_encodes(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    if not request.config.getoption("--torture"):
+        pytest.skip("takes long: make torture")
+    run = Run(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "data": {"path": str(numbered_folder(tmp_path / "beir", 240, 96)), "part_rows": 16},
+            "encoder": {"model": str(request.getfixturevalue("tiny")), "batch_size": 1, "passage_max_length": 32},
+            "executor": {"kind": "local", "workers": 2},
+        }
+    )
+    process = interrupted(run, "encode", "executor.workers=2", parts=1, how=terminate_all)
+    assert process.returncode == 143
+    kept = {part["key"] for part in run.committed("encode")}
+    assert len(kept) >= 1
+    run.mine()
+    assert kept < {part["key"] for part in run.parts("encode")}
+
+
 STUCK = """
 import hashlib, sys
 from negpipe import cli

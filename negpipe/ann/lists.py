@@ -147,33 +147,20 @@ def search_lists(
     each, fixed = 2 * row + depth * 56 + nprobe * 24 + waiting, threads * (2**25 + longest * row)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
-        return _search(group, lists, depth, nprobe, memory, threads, progress)
+        probed = lists.nearest(group, nprobe, memory=memory, threads=threads)
+        numbers = arithmetic(float(len(group)) * lists.rows * group.shape[1] * nprobe / len(lists.centroids))
+        guess = _guess(group, lists, depth, numbers, threads)
+        best = _scan(group, lists, depth, probed, guess, numbers, threads, progress)
+        # A guess is no bound: where what it let pass does not prove it, every row competes.
+        unproven = np.flatnonzero(scores_of(best.max(axis=1)) < guess)
+        if len(unproven):
+            everything = np.full(len(unproven), -np.inf, np.float32)
+            again = group[unproven], lists, depth, probed[unproven], everything, numbers, threads
+            best[unproven] = _scan(*again, lambda _: None)
+        best.sort(axis=1)
+        return rows_of(best), scores_of(best)
 
     return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress)
-
-
-def _search(
-    anchors: Floats,
-    lists: Lists,
-    depth: int,
-    nprobe: int,
-    memory: int,
-    threads: int,
-    progress: Callable[[int], None],
-) -> tuple[Ints, Floats]:
-    probed = lists.nearest(anchors, nprobe, memory=memory, threads=threads)
-    numbers = arithmetic(float(len(anchors)) * lists.rows * anchors.shape[1] * nprobe / len(lists.centroids))
-    guess = _guess(anchors, lists, depth, numbers, threads)
-    best = _scan(anchors, lists, depth, probed, guess, numbers, threads, progress)
-    # A guess is no bound: where what it let pass does not prove it, every row competes.
-    unproven = np.flatnonzero(scores_of(best.max(axis=1)) < guess)
-    if len(unproven):
-        everything = np.full(len(unproven), -np.inf, np.float32)
-        best[unproven] = _scan(
-            anchors[unproven], lists, depth, probed[unproven], everything, numbers, threads, lambda _: None
-        )
-    best.sort(axis=1)
-    return rows_of(best), scores_of(best)
 
 
 def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threads: int) -> Floats:

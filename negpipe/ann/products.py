@@ -25,9 +25,7 @@ from negpipe.ann.vectors import Floats, Ints
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
 _SMALL = 1e-18  # the squares of smaller numbers underflow
-_TINY = float(
-    np.finfo(np.float32).tiny
-)  # more than what underflow adds to the rounding error of a product of two numbers
+_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the error of multiplying two numbers
 
 
 @dataclass(frozen=True)
