@@ -133,10 +133,9 @@ class Tuning:
 
     Attributes:
         effort: the least that reached the recall.
-        curve: efforts tried, each with the mean recall over the stored depth.
-        by_rank: share of the sampled anchors whose true row of each rank was found.
-        shift: for each rank, by how many ranks the row found there truly lies deeper, on average.
+        anchors: how many were sampled.
         recall, low, high: over the stored depth, with its 95 % interval.
+        curve: efforts tried, each with the mean recall over the stored depth.
     """
 
     effort: Effort
@@ -144,9 +143,6 @@ class Tuning:
     recall: float
     low: float
     high: float
-    by_rank: list[float]
-    shift: list[float]
-    window: dict[str, float]
     curve: list[dict[str, Any]]
 
     def write(self, file: BinaryIO) -> None:
@@ -162,23 +158,26 @@ class Tuning:
             "recall_anchors": self.anchors,
             "recall": round(self.recall, 4),
             "recall_interval": [round(self.low, 4), round(self.high, 4)],
-            "recall_window": {name: round(value, 4) for name, value in self.window.items()},
         }
 
 
-def describe(stats: Mapping[str, Any]) -> str | None:
-    """What an index's statistics say of its recall, in one sentence; None for an exact index."""
-    if "recall" not in stats:
+def describe(stage: str, stats: Mapping[str, Any]) -> str | None:
+    """What the statistics of `index` or `triplets` say of recall, in one sentence; None: nothing, search is exact."""
+    if stage == "triplets" and "recall_window" in stats:
+        window = stats["recall_window"]
+        first, last = window["first"], window["last"] - 1
+        return (
+            f"of the true candidates at ranks {first} to {last} {window['recall']:.2%} are found"
+            f" ({window['low']:.2%} to {window['high']:.2%}); what is ranked {first} truly lies"
+            f" {window['shift_first']:.1f} ranks deeper, what is ranked {last} {window['shift_last']:.1f}"
+        )
+    if stage != "index" or "recall" not in stats:
         return None
     effort = ", ".join(f"{name} {stats[name]:,}" for name in ("nprobe", "proposed") if stats[name])
     low, high = stats["recall_interval"]
-    window = stats["recall_window"]
-    first, last = int(window["first"]), int(window["last"])
     return (
         f"{stats['kind']} ({effort or 'as it is'}) finds {stats['recall']:.2%} ({low:.2%} to {high:.2%}) of the true"
-        f" candidates of {stats['recall_anchors']:,} anchors, {window['recall']:.2%} of ranks {first} to {last - 1};"
-        f" what it ranks {first} truly lies {window['shift_first']:.1f} ranks deeper, rank {last - 1}"
-        f" {window['shift_last']:.1f}"
+        f" candidates of {stats['recall_anchors']:,} anchors"
     )
 
 
@@ -188,8 +187,17 @@ def read_tuning(path: Path) -> Tuning:
     return Tuning(**{**found, "effort": Effort(**found["effort"])})
 
 
-def tune(opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: int, threads: int) -> Tuning:
-    """Find the least effort that reaches `index.min_recall`.
+def window(measured: recall.Recall, config: Config) -> dict[str, float]:
+    """Recall over the ranks that `mining.range_min` and `mining.range_max` choose from, as far as they are stored."""
+    depth = measured.hits.shape[1]
+    first = min(config.mining.range_min, depth - 1)
+    return measured.window(first, max(first + 1, min(config.mining.range_max or depth, depth)))
+
+
+def tune(
+    opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: int, threads: int
+) -> tuple[Tuning, recall.Recall]:
+    """Find the least effort that reaches `index.min_recall`, and what it finds.
 
     Raises:
         RecallError: none does; the message shows the curve.
@@ -207,14 +215,7 @@ def tune(opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: i
         mean, low, high = measured.over(0, depth)
         curve.append({**asdict(effort), "recall": round(mean, 4)})
         if low >= config.index.min_recall or mean == 1.0:
-            first = min(config.mining.range_min, depth - 1)
-            last = min(config.mining.range_max or depth, depth)
-            inside = measured.over(first, max(last, first + 1))
-            window = {"first": first, "last": last, "recall": inside[0], "low": inside[1], "high": inside[2]}
-            window |= {"shift_first": measured.shift(first), "shift_last": measured.shift(last - 1)}
-            shift = [round(measured.shift(rank), 3) for rank in range(depth)]
-            by_rank = [round(float(share), 4) for share in hits.mean(axis=0)]
-            return Tuning(effort, count, mean, low, high, by_rank, shift, window, curve)
+            return Tuning(effort, count, mean, low, high, curve), measured
     shown = "; ".join(_step(step) for step in [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]])
     fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
     raise RecallError(

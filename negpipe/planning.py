@@ -161,9 +161,9 @@ def _encoding(context: Context, probe: bool) -> tuple[float, str]:
     texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
     encoder = encoders.load(config.encoder, model.path, context.threads)
-    encoder.encode(texts[:8], "passage", lambda rows, tokens: None)
+    list(encoder.encode(texts[:8], "passage", lambda rows, tokens: None))
     started = time.perf_counter()
-    encoder.encode(texts, "passage", lambda rows, tokens: None)
+    list(encoder.encode(texts, "passage", lambda rows, tokens: None))
     return len(texts) / (time.perf_counter() - started) * context.workers, f"as {len(texts)} of them took just now"
 
 

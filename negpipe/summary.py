@@ -169,9 +169,8 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.reason:
             console.out.print(f"{state.stage}: {state.reason}", markup=False)
-        stats = state.manifest.stats if state.manifest and state.stage == "index" else {}
-        if recall := approximate.describe(stats):
-            console.out.print(f"index: {recall}", markup=False)
+        if state.manifest and (recall := approximate.describe(state.stage, state.manifest.stats)):
+            console.out.print(f"{state.stage}: {recall}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
             console.out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)
 

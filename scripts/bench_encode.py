@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -63,7 +65,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         batches: list[int] = []
 
         def encode(some: list[str]) -> Any:
-            return ours.encode(some, "passage", lambda count, _: batches.append(count))
+            return np.concatenate(list(ours.encode(some, "passage", lambda count, _: batches.append(count))))
     else:
         import torch
         from FlagEmbedding import FlagModel
@@ -130,11 +132,50 @@ def throughput(options: argparse.Namespace) -> None:
     print(f"largest difference of a vector's component: {difference:.1e}\n")
 
 
+def stage_memory(options: argparse.Namespace, texts: int) -> float:
+    """Peak resident memory of `negpipe encode` in MiB, of the process that runs the model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [{"anchor": "a query", "positive": text} for text in islice(pieces(), texts)]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "run_dir": name,
+            "data.format": "pairs",
+            "data.path": str(folder / "pairs.jsonl"),
+            "encoder.model": options.model,
+            "encoder.pooling": options.pooling,
+            "encoder.passage_max_length": options.memory_max_length,
+            "encoder.batch_size": options.batch_size,
+            "encoder.device": "cpu",
+            "resources.cpus": options.threads,
+            "executor.kind": "inline",
+        }
+        nested: dict[str, Any] = {}
+        for key, value in settings.items():
+            section, _, field = key.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[field] = value
+        (folder / "config.json").write_text(json.dumps(nested))  # JSON is YAML.
+        peak = 0.0
+        for stage in ("ingest", "encode"):
+            command = [sys.executable, "-m", "negpipe", stage, str(folder / "config.json")]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"{' '.join(command)} failed:\n{process.stderr.read() if process.stderr else ''}")
+            peak = usage.ru_maxrss / 1024
+        return peak
+
+
 def memory(options: argparse.Namespace) -> None:
-    print(f"peak memory, {options.memory_max_length} tokens at most")
+    print(f"peak memory, {options.memory_max_length} tokens at most; of negpipe that of its stage")
     print(f"{'':>14} {'2,000 texts':>12} {'20,000 texts':>13} {'ratio':>6}")
     for side in SIDES:
-        few, many = (child(side, options, texts=n, max_length=options.memory_max_length)["rss"] for n in (2000, 20000))
+        few, many = (
+            stage_memory(options, count)
+            if side == "negpipe"
+            else child(side, options, texts=count, max_length=options.memory_max_length)["rss"]
+            for count in (2000, 20000)
+        )
         print(f"{side:>14} {few:>8.0f} MiB {many:>9.0f} MiB {many / few:>6.3f}", flush=True)
 
 

@@ -189,12 +189,12 @@ def measure(config: Path, kind: str) -> dict[str, Any]:
     """Seconds of building and of searching, recall, peak memory of the search."""
     program = ["-m", "negpipe"] if kind.startswith("+") else ["-c", FLOAT32]
     run_dir = config.parent / "run"
-    for stage in ("index", "search"):
+    for stage in ("index", "search", "triplets"):
         books = run_dir / ".negpipe" / stage
         for path in [*books.glob("*.json"), *(run_dir / stage).glob("*")]:
             path.unlink()
     peaks = {}
-    for stage in ("ingest", "encode", "index", "search"):
+    for stage in ("ingest", "encode", "index", "search", "triplets"):
         settings = [f"index.kind={kind.removeprefix('+')}", "executor.kind=inline"]
         command = [sys.executable, *program, stage, str(config), *(f"--set={setting}" for setting in settings)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -202,13 +202,19 @@ def measure(config: Path, kind: str) -> dict[str, Any]:
         if status:
             raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read() if process.stderr else ''}")
         peaks[stage] = usage.ru_maxrss / 1024
-    index, search = (
-        json.loads((run_dir / ".negpipe" / stage / "manifest.json").read_text()) for stage in ("index", "search")
+    index, search, triplets = (
+        json.loads((run_dir / ".negpipe" / stage / "manifest.json").read_text())
+        for stage in ("index", "search", "triplets")
     )
     seconds = {"search": sum(part["provenance"]["seconds"] for part in search["parts"])}
     for part in index["parts"]:
         seconds[part["kind"]] = seconds.get(part["kind"], 0.0) + part["provenance"]["seconds"]
-    return {"kind": index["stats"]["kind"], "stats": index["stats"], "seconds": seconds, "peak": peaks["search"]}
+    return {
+        "kind": index["stats"]["kind"],
+        "stats": index["stats"] | triplets["stats"],
+        "seconds": seconds,
+        "peak": peaks["search"],
+    }
 
 
 def main() -> None:

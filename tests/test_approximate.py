@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -113,16 +114,24 @@ def test_the_stated_recall_is_true(source: dict[str, Any], kind: str) -> None:
 
 
 def test_recall_over_the_window_and_the_shift_at_its_edges(source: dict[str, Any]) -> None:
-    result = mined(
-        source, "index.kind=IVF16,Flat", "index.nprobe=6", "index.min_recall=0.3", "index.recall_anchors=300"
-    )
+    settings = ["index.kind=IVF16,Flat", "index.nprobe=6", "index.min_recall=0.3", "index.recall_anchors=300"]
+    result = mined(source, *settings)
     rows, _ = stored(result.run_dir)
     true, _ = exact(result.run_dir)
-    window = result.stats["index"]["recall_window"]
-    assert (window["first"], window["last"]) == (2, 10)
-    inside = np.mean([np.isin(true[i, 2:10], rows[i]).mean() for i in range(QUERIES)])
+    check = functools.partial(check_window, rows, true)
+    check(result.stats["triplets"]["recall_window"], 2, 10)
+    # Another window is chosen from the same candidates, and stated by itself.
+    again = mined(source, *settings, "mining.range_min=5", "mining.range_max=14")
+    assert again.ran == ("triplets",)
+    check(again.stats["triplets"]["recall_window"], 5, 14)
+
+
+def check_window(rows: Any, true: Any, window: dict[str, float], first: int, last: int) -> None:
+    assert (window["first"], window["last"]) == (first, last)
+    inside = np.mean([np.isin(true[i, first:last], rows[i]).mean() for i in range(QUERIES)])
     assert window["recall"] == pytest.approx(inside, abs=1e-4)
-    for edge, rank in (("shift_first", 2), ("shift_last", 9)):
+    assert window["low"] < inside < window["high"]
+    for edge, rank in (("shift_first", first), ("shift_last", last - 1)):
         shifts = [list(true[i]).index(rows[i, rank]) - rank for i in range(QUERIES) if rows[i, rank] in true[i]]
         assert window[edge] == pytest.approx(np.mean(shifts), abs=1e-3)
 
@@ -150,7 +159,7 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
     again = mined(source, "index.kind=IVF16,Flat")
     assert again.ran == ("index",)
     changed = {path for path in (run_dir / "index").iterdir() if first.get(path) != path.stat().st_mtime_ns}
-    assert changed == {run_dir / tuned.path}
+    assert changed == {run_dir / file.path for file in tuned.files}
 
 
 def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tiny_model import build_tiny_model
 
 from negpipe import config, encoders
 from negpipe.encoders.backends import class_and_pooling
+from negpipe.encoders.batched import Batched
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
 BACKENDS = ["flagembedding", "sentence-transformers"]
@@ -44,8 +47,18 @@ def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) ->
     return config.Encoder.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
 
 
-def loaded(encoder: config.Encoder) -> encoders.Encoder:
-    return encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1)
+class Whole:
+    """An encoder whose blocks are put together."""
+
+    def __init__(self, encoder: encoders.Encoder) -> None:
+        self.blocks = encoder.encode
+
+    def encode(self, texts: list[str], kind: encoders.Kind, on_batch: encoders.OnBatch) -> Any:
+        return np.concatenate(list(self.blocks(texts, kind, on_batch)))
+
+
+def loaded(encoder: config.Encoder) -> Whole:
+    return Whole(encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +145,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str, monkeypatch
     encoder = loaded(settings(tiny, backend, batch_size=1))
     whole = encoder.encode(TEXTS, "passage", ignore)
     assert encoder.encode(TEXTS, "passage", ignore).tobytes() == whole.tobytes()
-    monkeypatch.setattr("negpipe.encoders.encode.CALL_TEXTS", 36)
+    monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 36)
     seen: list[int] = []
     cut = encoder.encode(TEXTS, "passage", lambda texts, _: seen.append(texts))
     np.testing.assert_allclose(cut, whole, atol=1e-6)
@@ -143,7 +156,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str, monkeypatch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.encoders.encode.CALL_TEXTS", 1)
+    monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 1)
     seen: list[int] = []
     vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
         TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)
@@ -241,6 +254,62 @@ def test_nan_weights_and_zero_vectors_name_the_text(copy: Path, backend: str) ->
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="row 0: the vector of this text is zero"):
         loaded(settings(copy, backend)).encode(TEXTS, "passage", ignore)
+
+
+class Library:
+    """A model library of one-token texts, four a batch, as FlagEmbedding goes about it: the first batch on trial."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_pass: Callable[[int, int], None]) -> None:
+        monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 1)
+        self.tokenised = 0
+        self.passes: list[int] = []
+        self._at_pass = at_pass
+        self._local = threading.local()
+        self.encoder = Batched(config.Encoder(model="none", batch_size=4), self, self._call)
+
+    def forward(self, attention_mask: Any) -> Any:
+        self._at_pass(self._local.call, len(self.passes))
+        self.passes.append(self._local.call)
+        return np.ones((len(attention_mask), 3))
+
+    def _call(self, texts: list[str], kind: encoders.Kind) -> Any:
+        self._local.call = self.tokenised
+        self.tokenised += 1
+        masks = [np.ones((len(texts[low : low + 4]), 1)) for low in range(0, len(texts), 4)]
+        self.forward(attention_mask=masks[0])
+        return np.concatenate([self.forward(attention_mask=mask) for mask in masks])
+
+
+def test_a_call_is_tokenised_while_the_one_before_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_pass(call: int, passes: int) -> None:
+        # Were it not tokenised meanwhile, this would wait in vain.
+        give_up = time.monotonic() + 20
+        while call < 2 and library.tokenised < call + 2:
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
+
+    library = Library(monkeypatch, at_pass)
+    seen: list[int] = []
+    blocks = list(library.encoder.encode(["text"] * 300, "passage", lambda texts, _: seen.append(texts)))
+    assert [len(block) for block in blocks] == [128, 128, 44]
+    assert library.passes == [0] * 32 + [1] * 32 + [2] * 11 and seen == [4] * 75
+
+
+def test_calls_that_nobody_waits_for_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_pass(call: int, passes: int) -> None:
+        if passes == 40:
+            raise RuntimeError("out of memory")
+
+    failing = Library(monkeypatch, at_pass)
+    with pytest.raises(TaskFailedError, match="4 texts of 1 tokens: out of memory"):
+        list(failing.encoder.encode(["text"] * 600, "query", ignore))
+    assert len(failing.passes) == 40 and failing.tokenised <= 3
+
+    left = Library(monkeypatch, lambda call, passes: None)
+    blocks = left.encoder.encode(["text"] * 600, "query", ignore)
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert len(left.passes) == 32 and left.tokenised == 2
 
 
 def test_no_texts_are_refused(tiny: Path) -> None:

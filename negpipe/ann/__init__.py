@@ -4,11 +4,13 @@ from negpipe.ann import factory
 from negpipe.ann.exact import Checkpoint, Found, search_exact
 from negpipe.ann.pairs import pair_scores, score_pairs
 from negpipe.ann.products import rate
+from negpipe.ann.recall import Recall
 from negpipe.ann.vectors import Vectors, open_flat, open_parts, write_flat
 
 __all__ = [
     "Checkpoint",
     "Found",
+    "Recall",
     "Vectors",
     "factory",
     "open_flat",

@@ -242,7 +242,7 @@ class _Tile:
 
     def _sweep(self, products: Products, block: _Block, chosen: Ints, cut: Floats) -> None:
         """Let the rows whose scores may reach `cut` compete for the chosen anchors."""
-        anchors = self._operand[chosen]
+        anchors = self._numbers.take(self._operand, chosen)
         floor = floors(self._numbers, cut, anchors, block.longest, block.error)
         for start in range(0, len(block.vectors), STRIP):
             strip = slice(start, start + STRIP)

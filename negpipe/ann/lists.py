@@ -58,17 +58,22 @@ class Lists:
             pieces.append(shard.first + np.fromfile(shard.path, np.int64, size, offset=offset))
         return np.concatenate(pieces)
 
-    def vectors(self, number: int) -> Floats:
-        """(m, d): the vectors of a list."""
-        width = self.centroids.shape[1]
-        pieces = []
+    @property
+    def longest(self) -> int:
+        """Vectors of the longest list."""
+        return int(np.sum([shard.sizes for shard in self.shards], axis=0).max(initial=0))
+
+    def vectors(self, number: int, room: Floats) -> Floats:
+        """(m, d): the vectors of a list, read into `room`, which has `longest` rows."""
+        first = 0
         for shard in self.shards:
-            size = int(shard.sizes[number])
-            values = np.fromfile(shard.path, np.float32, size * width, offset=int(shard.offsets[number]))
-            if len(values) < size * width:
-                raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
-            pieces.append(values.reshape(size, width))
-        return np.concatenate(pieces)
+            values = room[first : first + int(shard.sizes[number])]
+            with shard.path.open("rb", buffering=0) as file:
+                file.seek(int(shard.offsets[number]))
+                if file.readinto(values.reshape(-1).view(np.uint8).data) < values.nbytes:
+                    raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
+            first += len(values)
+        return room[:first]
 
     def nearest(self, anchors: Floats, nprobe: int, *, memory: int, threads: int) -> Ints:
         """(n, nprobe): the lists an anchor probes, nearest first."""
@@ -142,9 +147,8 @@ def search_lists(
         ConfigError: `memory` does not suffice.
     """
     row = 6 * anchors.shape[1] + 16
-    longest = int(np.sum([shard.sizes for shard in lists.shards], axis=0).max(initial=0))
     waiting = _AHEAD * threads * 32 * depth * nprobe // len(lists.centroids)  # of the anchors that probe a list
-    each, fixed = 2 * row + depth * 56 + nprobe * 24 + waiting, threads * (2**25 + longest * row)
+    each, fixed = 2 * row + depth * 56 + nprobe * 24 + waiting, threads * (2**25 + lists.longest * row)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         probed = lists.nearest(group, nprobe, memory=memory, threads=threads)
@@ -200,14 +204,16 @@ def _scan(
             return []
         if not hasattr(local, "products"):
             local.products = Products(numbers, STRIP)
-        vectors, ids = lists.vectors(number), lists.ids(number)
-        rows = numbers.operand(vectors)
+            local.vectors = np.empty((lists.longest, anchors.shape[1]), np.float32)
+            local.values = numbers.room(*local.vectors.shape)
+        vectors, ids = lists.vectors(number, local.vectors), lists.ids(number)
+        rows = numbers.operand(vectors, local.values)
         longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
         found: list[tuple[Ints, Keys]] = []
         for low in range(0, len(members), STRIP):
             here = members[low : low + STRIP]
             kept = Best(len(here), depth)
-            some, reached = operand[here], cut[here]
+            some, reached = numbers.take(operand, here), cut[here]
             floor = floors(numbers, reached, some, longest, error)
             for start in range(0, len(vectors), STRIP):
                 strip = slice(start, start + STRIP)

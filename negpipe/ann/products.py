@@ -24,6 +24,7 @@ from negpipe.ann.vectors import Floats, Ints
 
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
+_GRAIN = 128
 _SMALL = 1e-18  # the squares of smaller numbers underflow
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the error of multiplying two numbers
 
@@ -32,11 +33,11 @@ _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the
 class Operand:
     """Vectors, as they are multiplied."""
 
-    values: Any  # (n, d), whatever the arithmetic takes
+    values: Any  # (n, d), whatever the arithmetic takes; rows beyond n mean nothing
     lengths: NDArray[np.float64]  # (n,) norms of the vectors
     errors: NDArray[np.float64]  # (n,) how far they lie from `values`, as vectors
 
-    def __getitem__(self, rows: slice | Ints) -> Operand:
+    def __getitem__(self, rows: slice) -> Operand:
         return Operand(self.values[rows], self.lengths[rows], self.errors[rows])
 
 
@@ -52,8 +53,14 @@ class Arithmetic(Protocol):
     def one_thread(self) -> None:
         """What each thread of that pool calls first."""
 
-    def operand(self, vectors: Floats) -> Operand:
-        """(n, d) vectors for `multiply`."""
+    def room(self, rows: int, dimension: int) -> Any:
+        """Memory for the values of an operand."""
+
+    def operand(self, vectors: Floats, room: Any = None) -> Operand:
+        """(n, d) vectors for `multiply`, in `room` if it is given."""
+
+    def take(self, operand: Operand, rows: Ints) -> Operand:
+        """Some rows of an operand."""
 
     def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
         """Fill `out` (n, m) with the products of two operands' values."""
@@ -80,8 +87,14 @@ class Float32:
     def one_thread(self) -> None:
         one_thread()
 
-    def operand(self, vectors: Floats) -> Operand:
+    def room(self, rows: int, dimension: int) -> None:
+        pass  # The vectors are multiplied where they are.
+
+    def operand(self, vectors: Floats, room: Any = None) -> Operand:
         return Operand(vectors, _lengths(vectors), np.zeros(len(vectors)))
+
+    def take(self, operand: Operand, rows: Ints) -> Operand:
+        return Operand(operand.values[rows], operand.lengths[rows], operand.errors[rows])
 
     def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
         np.matmul(anchors, rows.T, out=out)
@@ -97,7 +110,11 @@ class Float32:
 
 
 class BFloat16:
-    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer."""
+    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer.
+
+    Values come in multiples of `_GRAIN` rows: for every new shape of a product a program is made, which takes longer
+    than the product.
+    """
 
     dtype = np.int16
 
@@ -114,16 +131,26 @@ class BFloat16:
         one_thread()
         _torch().set_num_threads(1)
 
-    def operand(self, vectors: Floats) -> Operand:
+    def room(self, rows: int, dimension: int) -> Any:
+        return _torch().zeros((_grains(rows), dimension), dtype=_torch().bfloat16)
+
+    def operand(self, vectors: Floats, room: Any = None) -> Operand:
         torch = _torch()
-        values = torch.empty(vectors.shape, dtype=torch.bfloat16)
+        values = self.room(*vectors.shape) if room is None else room[: _grains(len(vectors))]
         errors = np.empty(len(vectors))
         for low in range(0, len(vectors), STRIP):
             here = slice(low, low + STRIP)
             exact = torch.from_numpy(vectors[here])
-            values[here] = exact
-            errors[here] = (exact - values[here].float()).norm(dim=1).numpy()
+            rounded = values[low : low + len(exact)]
+            rounded.copy_(exact)
+            errors[here] = (exact - rounded.float()).norm(dim=1).numpy()
         return Operand(values, _lengths(vectors), errors * 1.001 + _SMALL)
+
+    def take(self, operand: Operand, rows: Ints) -> Operand:
+        chosen = np.zeros(_grains(len(rows)), np.int64)
+        chosen[: len(rows)] = rows
+        values = operand.values.index_select(0, _torch().from_numpy(chosen))
+        return Operand(values, operand.lengths[rows], operand.errors[rows])
 
     def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
         torch = _torch()
@@ -190,7 +217,7 @@ class Products:
 
     def __init__(self, arithmetic: Arithmetic, anchors: int) -> None:
         self._arithmetic = arithmetic
-        self._products = np.empty(anchors * STRIP, arithmetic.dtype)
+        self._products = np.empty(_grains(anchors) * STRIP, arithmetic.dtype)
         self._reached = np.empty(anchors * STRIP, np.bool_)
 
     def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> tuple[Ints, Ints]:
@@ -227,10 +254,10 @@ class Products:
         return self._arithmetic.numbers(table[:, count - rank])
 
     def _multiply(self, anchors: Operand, rows: Operand) -> NDArray[Any]:
-        shape = len(anchors.lengths), len(rows.lengths)
+        shape = len(anchors.values), len(rows.values)
         products = self._products[: shape[0] * shape[1]].reshape(shape)
         self._arithmetic.multiply(anchors.values, rows.values, products)
-        return products
+        return products[: len(anchors.lengths), : len(rows.lengths)]
 
 
 def floors(arithmetic: Arithmetic, scores: Floats, anchors: Operand, longest: float, error: float) -> NDArray[Any]:
@@ -247,6 +274,10 @@ def floors(arithmetic: Arithmetic, scores: Floats, anchors: Operand, longest: fl
     apart = anchors.errors * longest + lengths * error + summing
     below: Floats = np.nextafter((scores - apart).astype(np.float32), np.float32(-np.inf))
     return arithmetic.ordered(below)
+
+
+def _grains(rows: int) -> int:
+    return -(-rows // _GRAIN) * _GRAIN
 
 
 def _lengths(vectors: Floats) -> NDArray[np.float64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +22,27 @@ class Recall:
 
     hits: NDArray[np.bool_]
 
+    def write(self, file: BinaryIO) -> None:
+        """As .npy."""
+        np.save(file, self.hits, allow_pickle=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Recall:
+        """What `write` wrote."""
+        return cls(np.load(path, allow_pickle=False))
+
     def over(self, first: int, last: int) -> tuple[float, float, float]:
         """Mean recall over the true ranks first … last - 1, and its 95 % interval (normal, over anchors)."""
         each = self.hits[:, first:last].mean(axis=1)
         mean, width = float(each.mean()), 1.96 * float(each.std(ddof=1 if len(each) > 1 else 0)) / np.sqrt(len(each))
         return mean, max(0.0, mean - width), min(1.0, mean + width)
+
+    def window(self, first: int, last: int) -> dict[str, float]:
+        """What is found of the true ranks first … last - 1, with its interval, and the shifts of the first and last."""
+        mean, low, high = self.over(first, last)
+        figures = {"recall": mean, "low": low, "high": high}
+        figures |= {"shift_first": self.shift(first), "shift_last": self.shift(last - 1)}
+        return {"first": first, "last": last} | {name: round(value, 4) for name, value in figures.items()}
 
     def shift(self, rank: int) -> float:
         """By how many ranks the row found at `rank` truly lies deeper, on average; rows not found push others up."""

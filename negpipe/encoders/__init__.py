@@ -4,7 +4,8 @@ Importing this package, and resolving a model, imports neither torch nor a model
 """
 
 from negpipe.encoders.backends import Kind
-from negpipe.encoders.encode import CALL_TEXTS, Encoder, OnBatch, load, provenance
+from negpipe.encoders.batched import CALL_TEXTS, OnBatch
+from negpipe.encoders.encode import Encoder, load, provenance
 from negpipe.encoders.models import Model, resolve_model
 
 __all__ = ["CALL_TEXTS", "Encoder", "Kind", "Model", "OnBatch", "load", "provenance", "resolve_model"]

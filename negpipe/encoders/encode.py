@@ -1,7 +1,7 @@
 """Texts in, float32 vectors out, through FlagEmbedding or Sentence Transformers.
 
 Guarantees: rows keep the order of the texts; the same texts, settings, library versions and device
-give the same bits; memory does not grow with the number of texts beyond the result; a batch runs
+give the same bits; memory does not grow with the number of texts; a batch runs
 at the configured size or the call fails, and a vector that is zero, NaN or infinite is an error,
 never a row. torch and the model libraries are imported by `load`, not by this module.
 """
@@ -10,23 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from negpipe import config
-from negpipe.encoders.backends import Call, Kind, flagembedding, sentence_transformers
-from negpipe.errors import ConfigError, InputError, TaskFailedError
-
-OnBatch = Callable[[int, int], None]
-Vectors = NDArray[np.float32]
-
-# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of a whole call are
-# held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
-CALL_TEXTS = 2048
+from negpipe.encoders.backends import Kind, flagembedding, sentence_transformers
+from negpipe.encoders.batched import Batched, OnBatch, Vectors
+from negpipe.errors import ConfigError, InputError
 
 _LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokenizers", "torch", "numpy")
 
@@ -34,8 +25,8 @@ _LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokeniz
 class Encoder(Protocol):
     """A loaded model."""
 
-    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Vectors:
-        """Vectors of texts, (n, d) float32, of length 1 where `encoder.normalize` is set.
+    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Iterator[Vectors]:
+        """Vectors of texts, of length 1 where `encoder.normalize` is set: (m, d) float32 of the first m, of the next …
 
         Args:
             texts: at least one; without instruction, it is put before them here.
@@ -76,7 +67,7 @@ def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
             file=path,
             remedy="Check encoder.model, encoder.model_class and encoder.trust_remote_code, or fetch the model again",
         ) from error
-    return _Batched(encoder, module, call)
+    return Batched(encoder, module, call)
 
 
 def provenance(encoder: config.Encoder) -> dict[str, str]:
@@ -110,89 +101,3 @@ def _device(encoder: config.Encoder) -> str:
         raise ConfigError(f"encoder.precision: '{encoder.precision}' needs a GPU: set it to float32 on a CPU")
     # FlagEmbedding compares with "cpu", letter for letter.
     return "cpu" if device.type == "cpu" else str(device)
-
-
-class _Batched:
-    """Cuts texts into calls, watches every forward pass, and checks and normalises what comes back.
-
-    It stands in for the module's forward. FlagEmbedding answers any RuntimeError with a smaller batch,
-    which would change bits silently or go on for ever: a failure leaves here as a TaskFailedError,
-    which it lets through. It also runs a call's first batch twice, once on trial: the second run gets
-    the first one's output.
-    """
-
-    def __init__(self, encoder: config.Encoder, module: Any, call: Call) -> None:
-        self._encoder, self._call = encoder, call
-        self._forward, module.forward = module.forward, self._pass
-        self._left, self._trial, self._kind = 0, False, "passage"
-        self._held: Any = None
-        self._on_batch: OnBatch = _ignore
-
-    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Vectors:
-        """See `Encoder.encode`."""
-        if not texts:
-            raise ValueError("encode needs at least one text")
-        self._on_batch, self._kind = on_batch, kind
-        result: Vectors | None = None
-        step = max(CALL_TEXTS, 32 * self._encoder.batch_size)
-        for start in range(0, len(texts), step):
-            some = list(texts[start : start + step])
-            self._left, self._held = len(some), None
-            self._trial = self._encoder.backend == "flagembedding"
-            vectors = self._checked(np.asarray(self._call(some, kind), dtype=np.float32), start)
-            if result is None:
-                result = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
-            result[start : start + len(some)] = vectors
-        assert result is not None
-        return result
-
-    def _checked(self, vectors: Vectors, start: int) -> Vectors:
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        bad = ~(np.isfinite(lengths) & (lengths > 0))
-        if bad.any():
-            offset = int(np.argmax(bad))
-            what = "zero" if lengths[offset, 0] == 0 else "not finite"
-            raise InputError(
-                f"the vector of this text is {what}",
-                row=start + offset,
-                remedy="Look at the text; if others fail too, the model's weights are damaged or"
-                f" encoder.precision ({self._encoder.precision}) is too low for them",
-            )
-        return vectors / lengths if self._encoder.normalize else vectors
-
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        expected = min(self._encoder.batch_size, self._left)
-        mask = _attention_mask(args, kwargs)
-        rows, width = (expected, 0) if mask is None else mask.shape
-        if rows != expected:
-            raise self._failed(expected, width, "it was retried with fewer")
-        if self._held is not None:
-            output, self._held = self._held, None
-        else:
-            try:
-                output = self._forward(*args, **kwargs)
-            except (RuntimeError, IndexError) as error:
-                raise self._failed(rows, width, str(error)) from error
-            if self._trial:
-                self._trial, self._held = False, output
-                return output
-        self._left -= rows
-        self._on_batch(rows, 0 if mask is None else int(mask.sum()))
-        return output
-
-    def _failed(self, rows: int, width: int, reason: str) -> TaskFailedError:
-        return TaskFailedError(
-            f"the model failed on a batch of {rows} texts of {width} tokens: {reason}."
-            f" If memory is short, lower encoder.batch_size ({self._encoder.batch_size});"
-            f" if the model takes fewer tokens, lower encoder.{self._kind}_max_length"
-        )
-
-
-def _ignore(texts: int, tokens: int) -> None:
-    pass
-
-
-def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """(texts, tokens), 1 for a token and 0 for padding; None for models without one, such as static embeddings."""
-    batch = kwargs if "attention_mask" in kwargs else args[0]
-    return batch.get("attention_mask")

@@ -83,16 +83,15 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     return facts | {name.replace("_", " "): str(ran[name]) for name in libraries if name in ran}
 
 
-def index(manifest: Manifest) -> dict[str, str]:
-    """Its kind, and where it is approximate what it finds."""
-    stats = manifest.stats
+def index(stats: Mapping[str, Any], triplets: Mapping[str, Any]) -> dict[str, str]:
+    """Its kind, and where it is approximate what it finds, by the statistics of both stages."""
     facts = {"kind": str(stats.get("kind", ""))}
     if "recall" not in stats:
         return facts | {"recall": "1 (exact)"}
     facts["recall"] = f"{stats['recall']:.4f}{_interval(stats['recall_interval'])} over the stored depth"
-    window: Mapping[str, Any] = stats["recall_window"]
+    window: Mapping[str, Any] = triplets["recall_window"]
     within = f"{window['recall']:.4f}{_interval([window['low'], window['high']])}"
-    return facts | {f"recall at ranks {window['first']:g} to {window['last']:g}": within}
+    return facts | {f"recall at ranks {window['first']} to {window['last'] - 1}": within}
 
 
 def _interval(ends: list[float]) -> str:

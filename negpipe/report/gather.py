@@ -118,7 +118,7 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
         numbers=_numbers(context, measured, negatives),
         stages=facts.stages(context.manifests),
         encoder=redacted(facts.encoder(context.config, context.manifest("encode"))),
-        index=facts.index(context.manifest("index")),
+        index=facts.index(context.manifest("index").stats, made.stats),
         metrics={name: f"{value:.4f}" for name, value in measured.metrics.items()},
         figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
         no_calibration=""

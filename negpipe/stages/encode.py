@@ -29,7 +29,10 @@ from negpipe.vectors import VectorFile
 
 logger = logging.getLogger(__name__)
 
+Floats = npt.NDArray[np.float32]
+
 VERSION = 1
+_BLOCK_ROWS = 2048
 _NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors"}
 _PRECOMPUTED = {"backend", "normalize", "storage"}
 
@@ -90,24 +93,24 @@ class _Model:
     encoder: encoders.Encoder
     provenance: dict[str, str]
 
-    def __call__(self, task: Task, table: Any, progress: Progress) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
+        """Vectors of the part's texts in order, some at a time; what is known of them all in `meta`."""
         texts: list[str] = table["text"].to_pylist()
-        started, seen, read = time.monotonic(), 0, 0
+        started, seen, meta["tokens"] = time.monotonic(), 0, 0
 
         def on_batch(rows: int, tokens: int) -> None:
-            nonlocal seen, read
-            seen, read = seen + rows, read + tokens
+            nonlocal seen
+            seen, meta["tokens"] = seen + rows, meta["tokens"] + tokens
             seconds = max(time.monotonic() - started, 1e-9)
-            progress(rows, f"{seen / seconds:,.0f} texts/s, {read / seconds:,.0f} tokens/s")
+            progress(rows, f"{seen / seconds:,.0f} texts/s, {meta['tokens'] / seconds:,.0f} tokens/s")
 
         try:
-            vectors = self.encoder.encode(texts, "query" if task.kind == "anchors" else "passage", on_batch)
+            yield from self.encoder.encode(texts, "query" if task.kind == "anchors" else "passage", on_batch)
         except InputError as error:
             if error.row is None:
                 raise
             name = table["id"][error.row].as_py()
             raise InputError(f"{task.kind}, id {name!r}: {error.problem}", remedy=error.remedy) from None
-        return vectors, {"tokens": read}
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,16 @@ class _Brought:
     anchors: VectorFile
     provenance: dict[str, str]
 
-    def __call__(self, task: Task, table: Any, progress: Progress) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        others = [[]] * task.rows if task.kind == "anchors" else table["other_ids"].to_pylist()
-        vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
-        progress(task.rows, "")
-        return vectors, {"differing_duplicates": differing}
+    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
+        """See `_Model.blocks`."""
+        meta["differing_duplicates"] = 0
+        for low in range(0, table.num_rows, _BLOCK_ROWS):
+            some = table.slice(low, _BLOCK_ROWS)
+            others = [[]] * some.num_rows if task.kind == "anchors" else some["other_ids"].to_pylist()
+            vectors, differing = self._file(task).of(some["id"].to_pylist(), others, some["source_rows"].to_pylist())
+            meta["differing_duplicates"] += differing
+            progress(some.num_rows, "")
+            yield vectors
 
     def place(self, task: Task, table: Any) -> dict[str, Any]:
         file = self._file(task)
@@ -158,15 +166,22 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
     config = context.config.encoder
     table = open_table(context.run_dir / task.payload["part"])
-    vectors, meta = shared(task, table, progress)
-    with np.errstate(all="ignore"):
-        scaled = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
-        stored = scaled.astype(config.storage)
-    bad = np.flatnonzero(~(_usable(stored) & _short(stored)))
-    if len(bad):
-        first = slice(int(bad[0]), int(bad[0]) + 1)
-        place = shared.place(task, table.slice(first.start, 1)) if isinstance(shared, _Brought) else {}
-        raise _refused(task, table["id"][first.start].as_py(), vectors[first], config, place)
+    meta: dict[str, Any] = {}
+    stored: npt.NDArray[Any] | None = None
+    first = 0
+    for vectors in shared.blocks(task, table, meta, progress):
+        if stored is None:
+            stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
+        here = stored[first : first + len(vectors)]
+        with np.errstate(all="ignore"):
+            here[:] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
+        bad = np.flatnonzero(~(_usable(here) & _short(here)))
+        if len(bad):
+            at = int(bad[0])
+            place = shared.place(task, table.slice(first + at, 1)) if isinstance(shared, _Brought) else {}
+            raise _refused(task, table["id"][first + at].as_py(), vectors[at : at + 1], config, place)
+        first += len(vectors)
+    assert stored is not None
     publish(".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
@@ -183,9 +198,7 @@ def _short(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return short
 
 
-def _refused(
-    task: Task, name: str, vector: npt.NDArray[np.float32], encoder: Encoder, place: dict[str, Any]
-) -> InputError:
+def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dict[str, Any]) -> InputError:
     whose = f"the vector of {'anchor' if task.kind == 'anchors' else 'document'} {name!r}"
     if _usable(vector).all():
         remedy = "Scale the vectors to about length 1"

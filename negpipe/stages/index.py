@@ -126,7 +126,7 @@ def _approximate(context: Context) -> Iterator[Task]:
     name = key(
         "index",
         VERSION,
-        "tuned",
+        "tuned with hits",
         _settings(config),
         [part.identity() for part in (*made, *anchors)],
         [part.identity() for part in parts],
@@ -163,6 +163,14 @@ def open_approximate(context: Context) -> approximate.Approximate:
     return opened.tuned(approximate.read_tuning(context.file(index.of_kind("tuned")[0])).effort)
 
 
+def recall_window(context: Context) -> dict[str, float] | None:
+    """What an approximate index finds of the configured window; None: search is exact."""
+    tuned = context.manifest("index").of_kind("tuned")
+    if not tuned:
+        return None
+    return approximate.window(ann.Recall.read(context.run_dir / tuned[0].files[1].path), context.config)
+
+
 def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
     if task.kind == "ids":
         publish(".parquet", lambda file: _write_ids(file, context, task))
@@ -186,8 +194,9 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         return Made(task.rows)
     opened = approximate.open_index(context.run_dir, task.payload["shards"], vectors)
     anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
-    tuning = approximate.tune(opened, anchors, config, memory=memory, threads=context.threads)
+    tuning, measured = approximate.tune(opened, anchors, config, memory=memory, threads=context.threads)
     publish(".json", tuning.write)
+    publish(".npy", measured.write)
     return Made(task.rows, tuning.summary)
 
 

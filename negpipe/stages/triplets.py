@@ -32,6 +32,7 @@ from negpipe.mining import Fate
 from negpipe.publication import staging
 from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.stages.index import recall_window
 from negpipe.tables import Rows, documents
 
 VERSION = 2
@@ -232,7 +233,7 @@ def _shortage_reasons(units: Units, counts: npt.NDArray[np.int64], config: Confi
     return [str(reason) if lacks else None for reason, lacks in zip(reasons, short, strict=True)]
 
 
-def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
+def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     fates: dict[str, int] = {}
     for part in parts:
         for name, count in part.meta["fates"].items():
@@ -243,7 +244,8 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
         sum(part.meta[name] for part in parts)
         for name in ("own_positives", "random", "searched_deeper", "texts_compared")
     )
-    return {
+    recall = recall_window(context)
+    return ({"recall_window": recall} if recall else {}) | {
         "rows": sum(part.rows for part in parts),
         "candidates": candidates_seen,
         "negatives": taken - own_positives,

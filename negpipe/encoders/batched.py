@@ -1,0 +1,149 @@
+"""Texts cut into calls of a model library: watched pass by pass, tokenised while the call before computes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe import config
+from negpipe.encoders.backends import Call, Kind
+from negpipe.errors import InputError, TaskFailedError
+
+OnBatch = Callable[[int, int], None]
+Vectors = NDArray[np.float32]
+
+# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of two calls are
+# held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
+CALL_TEXTS = 2048
+
+
+class Batched:
+    """Runs calls, and checks and normalises what comes back.
+
+    It stands in for the module's forward. FlagEmbedding answers any RuntimeError with a smaller batch,
+    which would change bits silently or go on for ever: a failure leaves here as a TaskFailedError,
+    which it lets through. It also runs a call's first batch twice, once on trial: the second run gets
+    the first one's output.
+    """
+
+    def __init__(self, encoder: config.Encoder, module: Any, call: Call) -> None:
+        self._encoder, self._call = encoder, call
+        self._forward, module.forward = module.forward, self._pass
+        # FlagEmbedding tokenises a whole call before its first pass, Sentence Transformers each batch before its own.
+        self._ahead = 1 if encoder.backend == "flagembedding" else 0  # calls
+        self._current = threading.local()
+
+    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Iterator[Vectors]:
+        """See `negpipe.encoders.Encoder.encode`."""
+        if not texts:
+            raise ValueError("encode needs at least one text")
+        step = max(CALL_TEXTS, 32 * self._encoder.batch_size)
+        turns: deque[_Turn] = deque()
+        with ThreadPoolExecutor(1 + self._ahead) as pool:
+            try:
+                for start in range(0, len(texts), step):
+                    after = turns[-1].tokenised if turns else None
+                    turns.append(_Turn(start, list(texts[start : start + step]), kind, on_batch, after))
+                    turns[-1].vectors = pool.submit(self._run, turns[-1])
+                    if len(turns) > self._ahead:
+                        yield self._result(turns[0])
+                        turns.popleft()
+                while turns:
+                    yield self._result(turns[0])
+                    turns.popleft()
+            finally:
+                for turn in turns:
+                    turn.drop()
+
+    def _run(self, turn: _Turn) -> Vectors:
+        """In a thread of its own: tokenise, wait for the turn, compute."""
+        self._current.turn = turn
+        # One at a time: a fast tokenizer refuses to be used by two threads.
+        if turn.after:
+            turn.after.wait()
+        try:
+            return np.asarray(self._call(turn.texts, turn.kind), dtype=np.float32)
+        finally:
+            turn.tokenised.set()
+
+    def _result(self, turn: _Turn) -> Vectors:
+        turn.begin.set()
+        vectors = turn.vectors.result()
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        bad = ~(np.isfinite(lengths) & (lengths > 0))
+        if bad.any():
+            offset = int(np.argmax(bad))
+            what = "zero" if lengths[offset, 0] == 0 else "not finite"
+            raise InputError(
+                f"the vector of this text is {what}",
+                row=turn.start + offset,
+                remedy="Look at the text; if others fail too, the model's weights are damaged or"
+                f" encoder.precision ({self._encoder.precision}) is too low for them",
+            )
+        return vectors / lengths if self._encoder.normalize else vectors
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        turn: _Turn = self._current.turn
+        turn.wait()
+        expected = min(self._encoder.batch_size, turn.left)
+        mask = _attention_mask(args, kwargs)
+        rows, width = (expected, 0) if mask is None else mask.shape
+        if rows != expected:
+            raise self._failed(turn, expected, width, "it was retried with fewer")
+        if turn.held is not None:
+            output, turn.held = turn.held, None
+        else:
+            try:
+                output = self._forward(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                raise self._failed(turn, rows, width, str(error)) from error
+            if self._encoder.backend == "flagembedding" and turn.left == len(turn.texts):
+                turn.held = output
+                return output
+        turn.left -= rows
+        turn.on_batch(rows, 0 if mask is None else int(mask.sum()))
+        return output
+
+    def _failed(self, turn: _Turn, rows: int, width: int, reason: str) -> TaskFailedError:
+        return TaskFailedError(
+            f"the model failed on a batch of {rows} texts of {width} tokens: {reason}."
+            f" If memory is short, lower encoder.batch_size ({self._encoder.batch_size});"
+            f" if the model takes fewer tokens, lower encoder.{turn.kind}_max_length"
+        )
+
+
+class _Turn:
+    """One call of the library."""
+
+    vectors: Future[Vectors]
+
+    def __init__(
+        self, start: int, texts: list[str], kind: Kind, on_batch: OnBatch, after: threading.Event | None
+    ) -> None:
+        self.start, self.texts, self.kind, self.on_batch, self.after = start, texts, kind, on_batch, after
+        self.left, self.held = len(texts), None  # texts without a vector; the output of the trial
+        self.tokenised, self.begin, self.dropped = threading.Event(), threading.Event(), False
+
+    def wait(self) -> None:
+        """Until the calls before this one are done."""
+        self.tokenised.set()
+        self.begin.wait()
+        if self.dropped:
+            raise TaskFailedError("nobody waits for these texts any more")
+
+    def drop(self) -> None:
+        """Nobody waits for its vectors: end before the next pass."""
+        self.dropped = True
+        self.begin.set()
+
+
+def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(texts, tokens), 1 for a token and 0 for padding; None for models without one, such as static embeddings."""
+    batch = kwargs if "attention_mask" in kwargs else args[0]
+    return batch.get("attention_mask")
