@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--pooling", default="mean", choices=["mean", "cls"], help="its pooling (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts of a forward pass (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="throughput rounds (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="throughput rounds, 0 for none (%(default)s)")
     parser.add_argument("--memory-max-length", type=int, default=32, help="tokens in the memory runs (%(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -195,7 +195,8 @@ def main() -> None:
     if options.side:
         print(json.dumps(measure(options.side, options)))
         return
-    throughput(options)
+    if options.rounds:
+        throughput(options)
     if not options.no_memory:
         memory(options)
 

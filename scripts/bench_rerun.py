@@ -27,7 +27,9 @@ import yaml
 DIMENSION = 16
 
 
-def write(folder: Path, documents: int, anchors: int, characters: int, part_rows: int) -> Path:
+def write(
+    folder: Path, documents: int, anchors: int, characters: int, part_rows: int, dimension: int = DIMENSION
+) -> Path:
     """A BEIR folder, vectors and a config."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "beir/qrels").mkdir(parents=True)
@@ -41,7 +43,7 @@ def write(folder: Path, documents: int, anchors: int, characters: int, part_rows
         file.write("query-id\tcorpus-id\tscore\n")
         file.writelines(f"q{i}\td{(7 * i) % documents}\t1\n" for i in range(anchors))
     for name, rows in (("corpus", documents), ("anchors", anchors)):
-        np.save(folder / f"{name}.npy", draw.standard_normal((rows, DIMENSION), np.float32))
+        np.save(folder / f"{name}.npy", draw.standard_normal((rows, dimension), np.float32))
     settings = {
         "run_dir": str(folder / "run"),
         "data": {"path": str(folder / "beir"), "text": "{text}", "part_rows": part_rows},

@@ -265,7 +265,7 @@ class Library:
         self.passes: list[int] = []
         self._at_pass = at_pass
         self._local = threading.local()
-        self.encoder = Batched(config.Encoder(model="none", batch_size=4), self, self._call)
+        self.encoder = Batched(config.Encoder(model="none", batch_size=4), self, self._call, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))

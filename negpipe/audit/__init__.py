@@ -19,6 +19,7 @@ from negpipe.audit import checks, load, near
 from negpipe.audit.checks import CHECKS, GROUPS, Finding
 from negpipe.audit.columns import Layout, layout_of
 from negpipe.audit.policy import Policy, policy
+from negpipe.errors import ConfigError
 
 __all__ = ["CHECKS", "GROUPS", "Audit", "Finding", "Layout", "Options", "Policy", "Qrels", "audit", "policy"]
 
@@ -98,7 +99,10 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
 
     Raises:
         InputError: the file cannot be read, lacks a column, holds no row, or names ids that the qrels do not know.
+        ConfigError: `options.memory` does not suffice.
     """
+    import duckdb
+
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder:
         database = load.connect(Path(folder), options.memory, options.threads)
         try:
@@ -112,6 +116,12 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
             limits = checks.Limits(options.negatives, options.hub_share, options.examples)
             findings = [checks.run(database, name, found, limits) for name in CHECKS]
             counts = load.counts(database)
+        except duckdb.OutOfMemoryException as error:
+            raise ConfigError(
+                f"the audit may use {options.memory // 2**20} MiB, half of resources.memory_budget, and needs more"
+                f" ({str(error).splitlines()[0]}): set it higher, for this command"
+                " --set resources.memory_budget=1GiB"
+            ) from None
         finally:
             database.close()
     return Audit(str(source), **counts, qrels=qrels is not None, findings=findings)

@@ -95,6 +95,8 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
             " from (select row, place, coalesce(positive, false) as positive, id, score, rank,"
             f" {_HASH.format('text')} as h from ({' union all '.join(documents)}))"
         )
+    except duckdb.OutOfMemoryException:
+        raise
     except duckdb.Error as error:
         raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=source) from None
 

@@ -1,11 +1,12 @@
-"""Texts cut into calls of a model library: watched pass by pass, tokenised while the call before computes."""
+"""Texts cut into calls of a model library, each watched pass by pass."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from negpipe.errors import InputError, TaskFailedError
 OnBatch = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
 
-# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of two calls are
-# held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
+# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of a call, or of
+# two, are held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
 CALL_TEXTS = 2048
 
 
@@ -30,13 +31,19 @@ class Batched:
     which would change bits silently or go on for ever: a failure leaves here as a TaskFailedError,
     which it lets through. It also runs a call's first batch twice, once on trial: the second run gets
     the first one's output.
+
+    Args:
+        encoder: the settings.
+        module: its forward runs one batch.
+        call: the library's function, see `negpipe.encoders.backends`.
+        ahead: tokenise a call while the one before computes. For a model on a GPU: on a CPU it gains nothing, and the
+            memory of a second thread is lost. FlagEmbedding alone tokenises a whole call before its first pass.
     """
 
-    def __init__(self, encoder: config.Encoder, module: Any, call: Call) -> None:
+    def __init__(self, encoder: config.Encoder, module: Any, call: Call, *, ahead: bool) -> None:
         self._encoder, self._call = encoder, call
         self._forward, module.forward = module.forward, self._pass
-        # FlagEmbedding tokenises a whole call before its first pass, Sentence Transformers each batch before its own.
-        self._ahead = 1 if encoder.backend == "flagembedding" else 0  # calls
+        self._ahead = 1 if ahead else 0  # calls
         self._current = threading.local()
 
     def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Iterator[Vectors]:
@@ -44,25 +51,26 @@ class Batched:
         if not texts:
             raise ValueError("encode needs at least one text")
         step = max(CALL_TEXTS, 32 * self._encoder.batch_size)
-        turns: deque[_Turn] = deque()
+        turns: deque[tuple[_Turn, Callable[[], Vectors]]] = deque()
         with ThreadPoolExecutor(1 + self._ahead) as pool:
             try:
                 for start in range(0, len(texts), step):
-                    after = turns[-1].tokenised if turns else None
-                    turns.append(_Turn(start, list(texts[start : start + step]), kind, on_batch, after))
-                    turns[-1].vectors = pool.submit(self._run, turns[-1])
+                    after = turns[-1][0].tokenised if turns else None
+                    turn = _Turn(start, list(texts[start : start + step]), kind, on_batch, after)
+                    run = partial(self._run, turn)
+                    turns.append((turn, pool.submit(run).result if self._ahead else run))
                     if len(turns) > self._ahead:
-                        yield self._result(turns[0])
+                        yield self._result(*turns[0])
                         turns.popleft()
                 while turns:
-                    yield self._result(turns[0])
+                    yield self._result(*turns[0])
                     turns.popleft()
             finally:
-                for turn in turns:
+                for turn, _ in turns:
                     turn.drop()
 
     def _run(self, turn: _Turn) -> Vectors:
-        """In a thread of its own: tokenise, wait for the turn, compute."""
+        """Tokenise, wait for the turn, compute."""
         self._current.turn = turn
         # One at a time: a fast tokenizer refuses to be used by two threads.
         if turn.after:
@@ -72,9 +80,9 @@ class Batched:
         finally:
             turn.tokenised.set()
 
-    def _result(self, turn: _Turn) -> Vectors:
+    def _result(self, turn: _Turn, run: Callable[[], Vectors]) -> Vectors:
         turn.begin.set()
-        vectors = turn.vectors.result()
+        vectors = run()
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         bad = ~(np.isfinite(lengths) & (lengths > 0))
         if bad.any():
@@ -120,8 +128,6 @@ class Batched:
 
 class _Turn:
     """One call of the library."""
-
-    vectors: Future[Vectors]
 
     def __init__(
         self, start: int, texts: list[str], kind: Kind, on_batch: OnBatch, after: threading.Event | None

@@ -67,7 +67,7 @@ def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
             file=path,
             remedy="Check encoder.model, encoder.model_class and encoder.trust_remote_code, or fetch the model again",
         ) from error
-    return Batched(encoder, module, call)
+    return Batched(encoder, module, call, ahead=device != "cpu" and encoder.backend == "flagembedding")
 
 
 def provenance(encoder: config.Encoder) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from negpipe import encoders
 from negpipe.config import Config, Encoder
-from negpipe.errors import InputError
+from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -171,6 +171,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     first = 0
     for vectors in shared.blocks(task, table, meta, progress):
         if stored is None:
+            _check_memory(table, vectors.shape[1], context)
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
         here = stored[first : first + len(vectors)]
         with np.errstate(all="ignore"):
@@ -184,6 +185,17 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     assert stored is not None
     publish(".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
+
+
+def _check_memory(table: Any, dimension: int, context: Context) -> None:
+    """A part's texts, and its vectors as they are stored, are held."""
+    needed = 2 * table.nbytes + table.num_rows * dimension * np.dtype(context.config.encoder.storage).itemsize
+    memory = context.config.resources.memory_budget // context.workers
+    if needed > memory:
+        raise ConfigError(
+            f"encoding a part of {table.num_rows:,} rows takes {-(-needed // 2**20)} MiB (texts, vectors), there are"
+            f" {memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise resources.memory_budget"
+        )
 
 
 def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from negpipe import adaptive, ann, candidates, formats, mining, moments, verdicts
 from negpipe.candidates import Deeper
 from negpipe.config import Config
-from negpipe.errors import InputError
+from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import File, Part
 from negpipe.mining import Fate
@@ -37,6 +37,7 @@ from negpipe.tables import Rows, documents
 
 VERSION = 2
 _DEEPER = "deeper"
+_CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -99,13 +100,32 @@ class Shared:
 
 
 def open_selection(context: Context) -> Shared:
-    """Open what ingest and encode left; also for those who read candidates without running the stage."""
+    """Open what ingest and encode left; also for those who read candidates without running the stage.
+
+    Raises:
+        ConfigError: `resources.memory_budget` does not suffice.
+    """
+    _check_memory(context)
     kinds = ("corpus", "added") if context.config.data.add_positives else ("corpus",)
     parts = [part for kind in kinds for part in context.manifest("encode").of_kind(kind)]
     corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
     passages, searchable = [context.file(part) for part in parts], sum(part.rows for part in parts)
     selector = Selector(context.config, corpus, searchable=searchable, passages=passages, threads=context.threads)
     return Shared(corpus, selector, passages, searchable)
+
+
+def _check_memory(context: Context) -> None:
+    """A slice of anchors with everything that is known of its candidates, and some row groups, are held."""
+    ingest = context.manifest("ingest")
+    largest = max((part.rows for part in ingest.of_kind("anchors")), default=0)
+    texts = sum(file.bytes for part in documents(ingest) for file in part.files)
+    needed = min(largest, candidates.ROW_GROUP) * context.config.depth * _CELL + 5 * min(formats.GROUP_BYTES, texts)
+    memory = context.config.resources.memory_budget // context.workers
+    if needed > memory:
+        raise ConfigError(
+            f"choosing from {context.config.depth} candidates an anchor takes {-(-needed // 2**20)} MiB, there are"
+            f" {memory // 2**20} a worker: raise resources.memory_budget, or lower executor.workers or search.depth"
+        )
 
 
 def part_files(context: Context, task: Task) -> PartFiles:

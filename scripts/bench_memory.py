@@ -1,0 +1,97 @@
+"""Working memory of every stage beside `resources.memory_budget`.
+
+    python scripts/bench_memory.py
+    python scripts/bench_memory.py --documents 2000000 --budgets 512MiB
+
+A run over documents of 300 characters with vectors that the user brings, each command in a process of its own. What
+counts is the anonymous memory of the process, looked at every few milliseconds, less that of the same command on a
+thousand documents: pages of mapped files are the kernel's to take back. "failed": the command said that the budget does
+not suffice; what it said is above the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from bench_rerun import write
+
+COMMANDS = {
+    "ingest": ["ingest"],
+    "encode": ["encode"],
+    "index": ["index"],
+    "search": ["search"],
+    "triplets": ["triplets"],
+    "export": ["export", "--to", "flagembedding", "--out", "OUT/flag.jsonl"],
+    "distillation": ["export", "--to", "distillation", "--out", "OUT/distillation"],
+    "audit": ["audit"],
+}
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Greatest anonymous memory of a process in MiB, and its seconds."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    most = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        most = max([most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.003)
+    # 1 is an audit that found something.
+    if process.wait() > 1:
+        print(" ".join(command), "failed:", process.stderr.read()[-2000:] if process.stderr else "", file=sys.stderr)
+        most = 0
+    return most / 1024, time.perf_counter() - started
+
+
+def measure(folder: Path, documents: int, anchors: int, dimension: int, budget: str) -> dict[str, tuple[float, float]]:
+    """Of every command: greatest anonymous memory in MiB, seconds."""
+    config = write(folder, documents, anchors, 300, 16384, dimension)
+    settings = yaml.safe_load(config.read_text())
+    settings |= {"resources": {"memory_budget": budget}, "executor": {"kind": "inline"}}
+    config.write_text(yaml.safe_dump(settings))
+    found = {}
+    for name, command in COMMANDS.items():
+        words = [word.replace("OUT", str(folder)) for word in command]
+        found[name] = run([sys.executable, "-m", "negpipe", words[0], str(config), *words[1:]])
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=500_000)
+    parser.add_argument("--anchors", type=int, default=50_000)
+    parser.add_argument("--dimension", type=int, default=128)
+    parser.add_argument("--budgets", default="256MiB,1GiB", help="separated by , (%(default)s)")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-memory"))
+    options = parser.parse_args()
+    least = measure(options.work_dir / "small", 1000, 100, options.dimension, "256MiB")
+    budgets = options.budgets.split(",")
+    found = {
+        budget: measure(options.work_dir / "large", options.documents, options.anchors, options.dimension, budget)
+        for budget in budgets
+    }
+    print(
+        f"{options.documents:,} documents of 300 characters, {options.dimension} numbers each, {options.anchors:,}"
+        f" anchors; MiB over what 1,000 documents take (seconds); load {os.getloadavg()[0]:.1f}"
+    )
+    print(f"{'memory_budget':14}" + "".join(f"{budget:>18}" for budget in budgets))
+    for name in COMMANDS:
+        cells = [
+            f"{peak - least[name][0]:8.0f} ({seconds:5.1f} s)" if peak else "failed"
+            for peak, seconds in (found[budget][name] for budget in budgets)
+        ]
+        print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
