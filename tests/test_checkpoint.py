@@ -1,0 +1,57 @@
+"""A long search that is cut short goes on from its checkpoint: in whole runs, whatever cuts it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_source as small
+
+from negpipe import ann, pipeline
+from negpipe.ann import exact
+from negpipe.config_file import load_config
+
+
+class Cut(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path))
+    pipeline.mine(config)
+    whole = small.output(tmp_path / "run")
+    assert len(list((tmp_path / "run/search").glob("*.parquet"))) > 1
+
+    again = load_config({**small.settings(tmp_path), "run_dir": str(tmp_path / "again")})
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr("negpipe.stages.search.ann.Checkpoint", partial(ann.Checkpoint, seconds=0))
+    save, saved = exact.Checkpoint.save, []
+
+    def cut(self: exact.Checkpoint, rows: int, *known: Any) -> None:
+        save(self, rows, *known)
+        saved.append(rows)
+        if rows == 21:
+            raise Cut
+
+    monkeypatch.setattr(exact.Checkpoint, "save", cut)
+    with pytest.raises(Cut):
+        pipeline.mine(again)
+    books = tmp_path / "again/.negpipe/search"
+    assert saved == [7, 14, 21] and len(list(books.glob("*.npz"))) == 1
+
+    monkeypatch.setattr(exact.Checkpoint, "save", save)
+    load, read = exact._Block.load, []
+
+    def reading(source: Any, first: int, *more: Any) -> Any:
+        read.append(first)
+        return load(source, first, *more)
+
+    monkeypatch.setattr(exact._Block, "load", reading)
+    pipeline.mine(again)
+    # The first part of anchors goes on at row 21, the next begins at 0.
+    assert read[: read.index(0)] == [21, 28, 35]
+    assert small.output(tmp_path / "again") == whole
+    assert not list(books.glob("*.npz"))
