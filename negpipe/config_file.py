@@ -63,8 +63,11 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError(f"{name}: " + "\n".join(lines)) from None
+        problems = error.errors(include_url=False)
+        changed = tuple(override.partition("=")[0].strip() + "." for override in overrides or [])
+        if any(".".join([*map(str, problem["loc"]), ""]).startswith(changed) for problem in problems):
+            name += " with --set"
+        raise ConfigError(f"{name}: " + "\n".join(map(_explain, problems))) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

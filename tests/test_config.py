@@ -78,6 +78,13 @@ def test_a_bad_value_is_named_by_its_path(override: str, fragments: list[str]) -
     assert [fragment for fragment in fragments if fragment not in message] == [], message
 
 
+def test_the_file_is_not_blamed_for_what_the_command_line_says() -> None:
+    assert problem(["mining.rank_over=both"]).startswith("config with --set: mining.rank_over: ")
+    wrong = {**LEAST, "seed": "none"}
+    with pytest.raises(ConfigError, match=r"^config: seed: "):
+        load_config(wrong, ["mining.num_negatives=2"])
+
+
 def test_all_problems_are_listed_at_once_and_the_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("data: {path: x}\nseed: -1\nminig: {}\nencoder: {model: m, batch_size: 0}\n", encoding="utf-8")
@@ -242,7 +249,7 @@ def test_the_commands_about_configs(tmp_path: Path) -> None:
     assert json.loads(small.run("config", "schema").out) == schema()
     wrong = small.run("config", "check", path, "--set", "sed=7")
     assert wrong.code == 2
-    assert wrong.err == f"negpipe: {path}: sed: unknown key. Did you mean 'seed'?\n"
+    assert wrong.err == f"negpipe: {path} with --set: sed: unknown key. Did you mean 'seed'?\n"
 
 
 @pytest.mark.parametrize("form", ["x", "{}", "{} {} {}", "{0}", "{instruction}{text}", "{"])
