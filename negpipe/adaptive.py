@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from negpipe import ann, candidates
-from negpipe.candidates import Candidates, Deeper
+from negpipe.candidates import ROW_GROUP, Candidates, Deeper
 from negpipe.config import Config
 from negpipe.selection import PartFiles, Selector
 from negpipe.tables import open_table
@@ -70,7 +70,10 @@ def deepen(
             some = waiting[low : low + step]
             deeper = _search(found.take(some), vectors[some], passages, depth, memory, threads)
             found = found.deepened(Deeper(some, deeper.rows, deeper.scores))
-        waiting = waiting[selector.short(table.take(anchors[waiting]), found.take(waiting))]
+        slices = [waiting[low : low + ROW_GROUP] for low in range(0, len(waiting), ROW_GROUP)]
+        waiting = np.concatenate(
+            [some[selector.short(table.take(anchors[some]), found.take(some))] for some in slices] or [waiting]
+        )
     return Deeper(anchors, found.rows, found.scores)
 
 

@@ -92,13 +92,23 @@ def train(config: Config, vectors: ann.Vectors) -> Any:
         wanted = factory.rows_wanted(kind, vectors.dimension, vectors.rows)
         return factory.train(kind, factory.sample(vectors, max(1, wanted), config.seed))
     index, fresh = factory.read(Path(given), vectors.dimension, to_fill=True), factory.make(kind, vectors.dimension)
-    if type(index) is not type(fresh) or factory.lists_of(index) != factory.lists_of(fresh) or not index.is_trained:
+    if _shape(index) != _shape(fresh) or not index.is_trained:
         raise ConfigError(
-            f"index.trained: {given} is {type(index).__name__} with {factory.lists_of(index)} lists, index.kind {kind}"
-            f" means {type(fresh).__name__} with {factory.lists_of(fresh)}: name an index of this kind"
+            f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: name an index"
+            " of this kind"
         )
     index.reset()
     return index
+
+
+def _shape(index: Any) -> tuple[Any, ...]:
+    inside = factory.inner(index)
+    return type(index), type(inside), factory.lists_of(index), inside.sa_code_size(), inside.metric_type
+
+
+def _described(index: Any) -> str:
+    inside = factory.inner(index)
+    return f"{type(inside).__name__} with {factory.lists_of(index)} lists and codes of {inside.sa_code_size()} bytes"
 
 
 def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
@@ -122,9 +132,9 @@ def open_index(run_dir: Path, shards: Sequence[Mapping[str, Any]], vectors: ann.
         )
     if not lists.is_lists(opened[0][0]):
         return Approximate(opened, vectors)
-    samples = np.concatenate([np.load(run_dir / shard["sample"], allow_pickle=False) for shard in shards])
-    stride = -(-len(samples) // _SAMPLE_ROWS)
-    return Approximate(lists.open_lists(places, samples[::stride].copy()), vectors)
+    samples = [np.load(run_dir / shard["sample"], mmap_mode="r", allow_pickle=False) for shard in shards]
+    stride = -(-sum(map(len, samples)) // _SAMPLE_ROWS)
+    return Approximate(lists.open_lists(places, np.concatenate([own[::stride] for own in samples])), vectors)
 
 
 @dataclass(frozen=True)
@@ -188,10 +198,21 @@ def read_tuning(path: Path) -> Tuning:
 
 
 def window(measured: recall.Recall, config: Config) -> dict[str, float]:
-    """Recall over the ranks that `mining.range_min` and `mining.range_max` choose from, as far as they are stored."""
-    depth = measured.hits.shape[1]
+    """Recall over the ranks that `mining.range_min` and `mining.range_max` choose from, as far as they are stored.
+
+    Raises:
+        RecallError: it is below `index.min_recall`: tuning looks at the whole depth, the window may lie at its end.
+    """
+    depth, wanted = measured.hits.shape[1], config.index.min_recall
     first = min(config.mining.range_min, depth - 1)
-    return measured.window(first, max(first + 1, min(config.mining.range_max or depth, depth)))
+    found = measured.window(first, max(first + 1, min(config.mining.range_max or depth, depth)))
+    if found["recall"] < wanted:
+        raise RecallError(
+            f"index.kind {config.index.kind} finds {found['recall']:.4f} of the true candidates at ranks {first} to"
+            f" {found['last'] - 1}, index.min_recall is {wanted}: set it higher, so that more is searched, or choose a"
+            " window of lower ranks"
+        )
+    return found
 
 
 def tune(

@@ -22,7 +22,7 @@ from negpipe.errors import DamagedError
 from negpipe.tables import members, ragged
 
 ROW_GROUP = 4096
-_CELLS = 2**22  # candidates of a slice that has deeper ones
+_CELLS = 2**20  # candidates of a slice that has deeper ones
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 

@@ -216,19 +216,24 @@ def test_auto_says_why_and_the_log_and_status_state_the_recall(source: dict[str,
     outcome = small.run("mine", config, "--set", "index.kind=auto")
     assert "index.kind auto means stream: exact search costs little here" in outcome.err.replace("\n", " ")
     settings = ("--set", "index.kind=IVF16,Flat", "--set", "index.recall_anchors=150")
-    logged = " ".join(small.run("index", config, *settings).err.split())
-    small.run("mine", config, *settings)
+    runs = [small.run(command, config, *settings) for command in ("index", "mine")]
+    logged = " ".join("".join(run.err for run in runs).split())
     shown = " ".join(small.run("status", config, *settings).out.split())
     for said in (logged, shown):
         assert re.search(
             r"IVF16,Flat \(nprobe \d+\) finds [\d.]+% \([\d.]+% to [\d.]+%\) of the true candidates of 150", said
         )
+        assert re.search(
+            r"triplets: of the true candidates at ranks 2 to 9 [\d.]+% are found \([\d.]+% to [\d.]+%\);"
+            r" what is ranked 2 truly lies [\d.]+ ranks deeper, what is ranked 9 [\d.]+",
+            said,
+        )
 
 
 def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
-    size, held = factory.bytes_of("HNSW16", DIMENSION, DOCUMENTS)
+    size, held = factory.bytes_of("HNSW16", DIMENSION, DOCUMENTS, 1)
     assert held == size > DOCUMENTS * DIMENSION * 4
-    assert factory.bytes_of("IVF16,SQ8", DIMENSION, DOCUMENTS)[1] == 16 * DIMENSION * 4
+    assert factory.bytes_of("IVF16,SQ8", DIMENSION, DOCUMENTS, 2)[1] == 2 * 16 * DIMENSION * 4
     mined(source, "index.kind=stream")
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
     with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 2 MiB a worker, there are 0: raise"):
@@ -237,6 +242,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
 
 BAD: list[tuple[list[str], type[Exception], str]] = [
     (["index.kind=IVF16,Flaat"], ConfigError, r"FAISS refuses it .*IVF1024,Flat"),
+    (["index.kind=IVF16,PQ8x4fs,RFlat"], ConfigError, r"leave out what refines or maps ids"),
     (["index.kind=PQ7x4"], ConfigError, r"FAISS refuses it for vectors of dimension 16"),
     (["index.kind=IVF512,Flat"], ConfigError, r"512 lists.*19,968 rows.*has 3,000: set at most 76 lists"),
     (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*no such file"),
@@ -251,6 +257,37 @@ def test_bad_indexes_are_refused(
     with pytest.raises(kind, match=message):
         mined(source, *overrides)
     assert not (Path(source["run_dir"]) / "search").exists()
+
+
+def test_a_bad_string_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    source = write(tmp_path)
+    with pytest.raises(ConfigError, match="FAISS refuses it"):
+        mined(source, "index.kind=IVF16,Flaat")
+    assert not (tmp_path / "run/ingest").exists()
+    with pytest.raises(ConfigError, match=r"512 lists.*the corpus has 3,000: set at most 76 lists"):
+        mined(source, "index.kind=IVF512,PQ8x4fs")
+    assert (tmp_path / "run/ingest").exists() and not (tmp_path / "run/encode").exists()
+
+
+def test_a_graph_behind_a_projection_is_searched_as_deep_as_needed(source: dict[str, Any]) -> None:
+    result = mined(source, "index.kind=PCA12,HNSW8", "index.min_recall=0.9", "index.recall_anchors=100")
+    assert result.stats["index"]["nprobe"] > 1 and result.stats["index"]["recall"] >= 0.9
+
+
+def test_a_window_of_which_too_little_is_found_is_an_error(source: dict[str, Any]) -> None:
+    settings = ["index.kind=IVF16,Flat", "index.nprobe=6", "index.recall_anchors=300", "search.depth=64"]
+    deep = ["mining.range_min=50", "mining.range_max=60"]
+    loose = mined(source, *settings, "index.min_recall=0.3", *deep)
+    window = loose.stats["triplets"]["recall_window"]["recall"]
+    wanted = loose.stats["index"]["recall_interval"][0] - 0.001
+    assert window < wanted
+    strict = [*settings, f"index.min_recall={wanted}"]
+    message = rf"finds {window:.4f} of the true candidates at ranks 50 to 59, .*higher"
+    with pytest.raises(RecallError, match=message):
+        mined(source, *strict, *deep)
+    assert mined(source, *strict).stats["triplets"]["recall_window"]["recall"] >= wanted
+    with pytest.raises(RecallError, match=message):
+        mined(source, *strict, *deep)
 
 
 def test_a_budget_below_a_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +312,10 @@ def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: p
 def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> None:
     run_dir = mined(source, "index.kind=IVF16,Flat").run_dir
     trained = next(part for part in Books(run_dir, "index").manifest().parts if part.kind == "trained")  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"IndexIVFFlat with 16 lists, index.kind IVF32,Flat means"):
+    with pytest.raises(ConfigError, match=r"IndexIVFFlat with 16 lists .*, index.kind IVF32,Flat means .*32 lists"):
         mined(source, "index.kind=IVF32,Flat", f"index.trained={run_dir / trained.path}")
+    with pytest.raises(ConfigError, match=r"16 lists and codes of 65 bytes, .*16 lists and codes of 17 bytes"):
+        mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.path}")
 
 
 @pytest.mark.parametrize("damage", ["version", "rows"])

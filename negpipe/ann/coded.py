@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from negpipe.ann.factory import read
+from negpipe.ann.factory import inner, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
@@ -37,7 +37,7 @@ def effort(index: Any) -> tuple[str, int] | None:
     inverted = faiss().try_extract_index_ivf(index)
     if inverted is not None:
         return "nprobe", inverted.nlist
-    return ("efSearch", 4096) if isinstance(index, faiss().IndexHNSW) else None
+    return ("efSearch", 4096) if isinstance(inner(index), faiss().IndexHNSW) else None
 
 
 def search_coded(

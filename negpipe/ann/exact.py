@@ -117,7 +117,7 @@ def search_exact(
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension)
-    count, block_rows = _layout(len(anchors), vectors, depth, memory, threads)
+    count, block_rows = layout(len(anchors), vectors.rows, vectors.dimension, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
     tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
@@ -170,21 +170,25 @@ def _scratch(depth: int) -> int:
     return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * waiting(depth)
 
 
-def _layout(anchors: int, vectors: Vectors | Held, depth: int, memory: int, threads: int) -> tuple[int, int]:
-    """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`."""
+def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int]:
+    """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`.
+
+    Raises:
+        ConfigError: they do not.
+    """
     scratch = threads * _scratch(depth)
     width = min(STRIP, max(1, memory // (4 * scratch)))
     # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
-    fixed = anchors * (depth * 20 + vectors.dimension * 6) + scratch * -(-anchors // max(1, tiles))
-    row = 2 * (6 * vectors.dimension + 16)
-    least = fixed + min(READ_ROWS, vectors.rows) * row
+    fixed = anchors * (depth * 20 + dimension * 6) + scratch * -(-anchors // max(1, tiles))
+    row = 2 * (6 * dimension + 16)
+    least = fixed + min(READ_ROWS, rows) * row
     if least > memory:
         raise ConfigError(
             f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
             f" there are {memory // 2**20}: raise resources.memory_budget, or lower resources.cpus or search.depth"
         )
-    return tiles, max(1, min(_BLOCK_ROWS, vectors.rows, (memory - fixed) // row))
+    return tiles, max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from negpipe.errors import ConfigError, DamagedError
 _FIXED_THREADS = 2  # not the machine's: sums in another order would make another index
 _ROWS_A_LIST = 39  # fewer, and FAISS warns that its k-means is badly trained
 _ROWS_ADDED = 16384
+_USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them
 NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
@@ -27,16 +28,43 @@ def make(kind: str, dimension: int) -> Any:
     """An empty index for inner products.
 
     Raises:
-        ConfigError: FAISS refuses the string.
+        ConfigError: FAISS refuses the string, or it asks FAISS to refine, which is done here.
     """
     try:
-        return faiss().index_factory(dimension, kind, faiss().METRIC_INNER_PRODUCT)
+        index = faiss().index_factory(dimension, kind, faiss().METRIC_INNER_PRODUCT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).rsplit(":", 1)[-1].strip()
         raise ConfigError(
             f"index.kind {kind!r}: FAISS refuses it for vectors of dimension {dimension} ({reason})."
             " Set flat, stream, auto, or a factory string such as IVF1024,Flat"
         ) from None
+    if isinstance(index, (faiss().IndexRefine, faiss().IndexIDMap)):
+        raise ConfigError(
+            f"index.kind {kind!r}: leave out what refines or maps ids: the stored vectors decide, and rows are numbers"
+        )
+    return index
+
+
+def check(kind: str) -> int:
+    """A dimension for which FAISS takes a string: what can be known before the vectors'.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for dimension in _USUAL:
+        try:
+            make(kind, dimension)
+            return dimension
+        except ConfigError as error:
+            problem = str(error).replace(f" for vectors of dimension {dimension}", "")
+    raise ConfigError(problem)
+
+
+def inner(index: Any) -> Any:
+    """The index behind what transforms vectors before it; it lives as long as `index`."""
+    while isinstance(index, faiss().IndexPreTransform):
+        index = faiss().downcast_index(index.index)
+    return index
 
 
 def lists_of(index: Any) -> int:
@@ -45,19 +73,20 @@ def lists_of(index: Any) -> int:
     return 0 if inverted is None else int(inverted.nlist)
 
 
-def bytes_of(kind: str, dimension: int, rows: int) -> tuple[int, int]:
-    """Bytes of an index of so many rows, and how many of them a search holds in memory: lists stay on disk."""
-    index = make(kind, dimension)
-    inner = index
-    while isinstance(inner, faiss().IndexPreTransform):
-        inner = faiss().downcast_index(inner.index)
-    if isinstance(inner, faiss().IndexHNSW):
-        codes = faiss().downcast_index(inner.storage).sa_code_size()
-        links = 4 * (inner.hnsw.nb_neighbors(0) + inner.hnsw.nb_neighbors(1)) + 16
+def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, int]:
+    """Bytes of an index of so many rows and files, and how many of them a search holds: plain lists stay on disk."""
+    whole = make(kind, dimension)
+    index = inner(whole)
+    if isinstance(index, faiss().IndexHNSW):
+        codes = faiss().downcast_index(index.storage).sa_code_size()
+        links = 4 * (index.hnsw.nb_neighbors(0) + index.hnsw.nb_neighbors(1)) + 16
         return rows * (codes + links), rows * (codes + links)
     if lists_of(index):
-        return rows * (inner.code_size + 8) + 4 * dimension * lists_of(index), 4 * dimension * lists_of(index)
-    return rows * inner.sa_code_size(), rows * inner.sa_code_size()
+        entries, centres = rows * (index.code_size + 8), shards * 4 * dimension * lists_of(index)
+        # FAISS maps plain lists, and reads those for fast scan whole.
+        held = entries if isinstance(index, faiss().IndexIVFFastScan) else 0
+        return entries + centres, held + centres
+    return rows * index.sa_code_size(), rows * index.sa_code_size()
 
 
 def rows_wanted(kind: str, dimension: int, rows: int) -> int:
@@ -115,15 +144,20 @@ def fill(
 ) -> None:
     """Add all vectors; their ids count from 0."""
     # FAISS's own way to a list depends, for a near tie, on the threads, and the graph of an HNSW on their order.
-    faiss().omp_set_num_threads(1 if isinstance(index, faiss().IndexHNSW) else _FIXED_THREADS)
-    for start, block in vectors.blocks(_ROWS_ADDED):
-        if type(index) is faiss().IndexIVFFlat:
-            held = Held(centroids_of(index))
-            lists = search_exact(block, held, 1, positives=NO_PAIRS, memory=memory, threads=threads).rows[:, 0].copy()
-            index.add_core(len(block), faiss().swig_ptr(block), None, faiss().swig_ptr(lists))
-        else:
-            index.add(block)
-        progress(len(block), f"{start + len(block):,} rows")
+    before = faiss().omp_get_max_threads()
+    faiss().omp_set_num_threads(1 if isinstance(inner(index), faiss().IndexHNSW) else _FIXED_THREADS)
+    try:
+        for start, block in vectors.blocks(_ROWS_ADDED):
+            if type(index) is faiss().IndexIVFFlat:
+                held = Held(centroids_of(index))
+                found = search_exact(block, held, 1, positives=NO_PAIRS, memory=memory, threads=threads)
+                lists = found.rows[:, 0].copy()
+                index.add_core(len(block), faiss().swig_ptr(block), None, faiss().swig_ptr(lists))
+            else:
+                index.add(block)
+            progress(len(block), f"{start + len(block):,} rows")
+    finally:
+        faiss().omp_set_num_threads(before)
 
 
 def centroids_of(index: Any) -> Floats:

@@ -55,7 +55,10 @@ class Lists:
         for shard in self.shards:
             size = int(shard.sizes[number])
             offset = int(shard.offsets[number]) + size * 4 * self.centroids.shape[1]
-            pieces.append(shard.first + np.fromfile(shard.path, np.int64, size, offset=offset))
+            ids = np.fromfile(shard.path, np.int64, size, offset=offset)
+            if len(ids) < size:
+                raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
+            pieces.append(shard.first + ids)
         return np.concatenate(pieces)
 
     @property

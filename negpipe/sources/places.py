@@ -30,7 +30,9 @@ def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
     if local.is_dir():
         return "folder"
     if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise InputError("there is no such file or folder", file=path, remedy=near(path) or "Check the config's data section")
+        raise InputError(
+            "there is no such file or folder", file=path, remedy=near(path) or "Check the config's data section"
+        )
     return "hub"
 
 

@@ -49,19 +49,26 @@ def _sources(context: Context) -> dict[str, str]:
 
 def _check(context: Context) -> None:
     """What can be known before hours are spent: FAISS takes the kind, its parts fit the disk and the memory."""
-    _sources(context)
+    given, kind = _sources(context), context.config.index.kind
     if "encode" not in context.manifests:
+        if context.config.index.approximate and kind != "auto":
+            usual = ann.factory.check(kind)
+            if "ingest" in context.manifests and not given:
+                rows = sum(part.rows for part in documents(context.manifest("ingest")))
+                ann.factory.rows_wanted(kind, usual, rows)
         return
-    encode, kind = context.manifest("encode"), context.config.index.kind
+    encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
     dimension = encode.stats["dimension"]
     vectors = rows * dimension * 4
     size, held = 0, 0
     if context.config.index.approximate:
-        size, held = ann.factory.bytes_of(kind, dimension, rows)
+        size, held = ann.factory.bytes_of(kind, dimension, rows, len(_groups(documents(encode), dimension)))
     elif kind == "flat":
         size = vectors
-    there = sum(file.stat().st_size for file in (context.run_dir / "index").glob("*.faiss"))
+    books = Books(context.run_dir, "index")
+    made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
+    there = sum(file.bytes for part in made if part for file in part.files)
     free = shutil.disk_usage(context.run_dir).free
     if size - there > free:
         raise StorageError(
@@ -69,7 +76,7 @@ def _check(context: Context) -> None:
             " set index.kind: stream, which needs none"
         )
     if context.config.index.approximate:
-        trained = 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
+        trained = 0 if given else 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
         memory = context.config.resources.memory_budget // context.workers
         for least, what in (
             (3 * min(_SHARD_BYTES, vectors), "builds shards that need"),
@@ -164,7 +171,11 @@ def open_approximate(context: Context) -> approximate.Approximate:
 
 
 def recall_window(context: Context) -> dict[str, float] | None:
-    """What an approximate index finds of the configured window; None: search is exact."""
+    """What an approximate index finds of the configured window; None: search is exact.
+
+    Raises:
+        RecallError: see `approximate.window`.
+    """
     tuned = context.manifest("index").of_kind("tuned")
     if not tuned:
         return None
@@ -195,6 +206,7 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
     opened = approximate.open_index(context.run_dir, task.payload["shards"], vectors)
     anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
     tuning, measured = approximate.tune(opened, anchors, config, memory=memory, threads=context.threads)
+    approximate.window(measured, config)
     publish(".json", tuning.write)
     publish(".npy", measured.write)
     return Made(task.rows, tuning.summary)

@@ -42,6 +42,18 @@ def _searchable(context: Context, stage: str) -> list[Part]:
     return parts if context.config.data.add_positives else [part for part in parts if part.kind == "corpus"]
 
 
+def _check(context: Context) -> None:
+    """The largest part fits into memory; of an approximate index its own search tells."""
+    if "encode" not in context.manifests or context.config.index.approximate:
+        return
+    encode = context.manifest("encode")
+    rows = sum(part.rows for part in documents(encode))
+    largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
+    memory = context.config.resources.memory_budget // context.workers
+    depth = min(context.config.depth, rows)
+    ann.exact.layout(largest, rows, encode.stats["dimension"], depth, memory, context.threads)
+
+
 def _plan(context: Context) -> Iterator[Task]:
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
     rows = sum(part.rows for part in _searchable(context, "encode"))
@@ -76,6 +88,8 @@ class _Opened:
 
     vectors: ann.Vectors
     index: Approximate | None
+    held: int
+    """Bytes of the index that are in memory."""
 
 
 @contextmanager
@@ -84,7 +98,10 @@ def _open(context: Context) -> Iterator[_Opened]:
     flat = context.manifest("index").of_kind("flat")
     approximate = context.config.index.approximate
     index = open_approximate(context) if approximate else None
-    yield _Opened(ann.open_flat(context.file(flat[0])) if flat else ann.open_parts(parts), index)
+    vectors = ann.open_flat(context.file(flat[0])) if flat else ann.open_parts(parts)
+    shards = len(context.manifest("index").of_kind("shard"))
+    held = ann.factory.bytes_of(context.config.index.kind, vectors.dimension, vectors.rows, shards)[1] if index else 0
+    yield _Opened(vectors, index, held)
 
 
 def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -92,7 +109,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, searchable = task.payload["depth"], task.payload["candidates"]
-    memory = context.config.resources.memory_budget // context.workers
+    memory = context.config.resources.memory_budget // context.workers - opened.held
     searched = reported = 0
 
     def on_block(rows: int) -> None:
@@ -132,6 +149,7 @@ STAGE = Stage(
     name="search",
     version=VERSION,
     inputs=("ingest", "encode", "index"),
+    check=_check,
     settings=_settings,
     serving=_serving,
     plan=_plan,

@@ -35,7 +35,7 @@ from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import recall_window
 from negpipe.tables import Rows, documents
 
-VERSION = 2
+VERSION = 3
 _DEEPER = "deeper"
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 
@@ -65,6 +65,8 @@ def _check(context: Context) -> None:
     _sources(context)
     if context.config.mining.exclude_file:
         verdicts.read(Path(context.config.mining.exclude_file))
+    if "index" in context.manifests:
+        recall_window(context)
     if "ingest" not in context.manifests:
         return
     read, first = context.manifest("ingest").stats, context.config.mining.range_min
