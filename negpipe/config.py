@@ -184,7 +184,8 @@ class Index(_Model):
         0.98,
         gt=0,
         le=1,
-        description="Least recall of an approximate index over the stored depth; an error where it is not reached.",
+        description="Least recall of an approximate index, over the stored depth and over the window; an error where it"
+        " is not reached.",
     )
     recall_anchors: int = Field(1000, ge=1, description="Sampled anchors that are searched exactly to measure recall.")
     nprobe: int | None = Field(
