@@ -71,9 +71,7 @@ def deepen(
             deeper = _search(found.take(some), vectors[some], passages, depth, memory, threads)
             found = found.deepened(Deeper(some, deeper.rows, deeper.scores))
         slices = [waiting[low : low + ROW_GROUP] for low in range(0, len(waiting), ROW_GROUP)]
-        waiting = np.concatenate(
-            [some[selector.short(table.take(anchors[some]), found.take(some))] for some in slices] or [waiting]
-        )
+        waiting = np.concatenate([some[selector.short(table.take(anchors[some]), found.take(some))] for some in slices])
     return Deeper(anchors, found.rows, found.scores)
 
 

@@ -171,9 +171,9 @@ class Tuning:
         }
 
 
-def describe(stage: str, stats: Mapping[str, Any]) -> str | None:
-    """What the statistics of `index` or `triplets` say of recall, in one sentence; None: nothing, search is exact."""
-    if stage == "triplets" and "recall_window" in stats:
+def describe(stats: Mapping[str, Any]) -> str | None:
+    """What the statistics of a stage say of recall, in one sentence; None: nothing."""
+    if "recall_window" in stats:
         window = stats["recall_window"]
         first, last = window["first"], window["last"] - 1
         return (
@@ -181,7 +181,7 @@ def describe(stage: str, stats: Mapping[str, Any]) -> str | None:
             f" ({window['low']:.2%} to {window['high']:.2%}); what is ranked {first} truly lies"
             f" {window['shift_first']:.1f} ranks deeper, what is ranked {last} {window['shift_last']:.1f}"
         )
-    if stage != "index" or "recall" not in stats:
+    if "recall_anchors" not in stats:
         return None
     effort = ", ".join(f"{name} {stats[name]:,}" for name in ("nprobe", "proposed") if stats[name])
     low, high = stats["recall_interval"]

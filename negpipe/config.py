@@ -147,6 +147,12 @@ class Encoder(_Model):
     query_max_length: int = Field(64, ge=4, description="Tokens of an anchor.")
     passage_max_length: int = Field(512, ge=4, description="Tokens of a document.")
     batch_size: int = Field(32, ge=1, description="Texts a forward pass; part of the identity, it changes bits.")
+    call_texts: int | None = Field(
+        None,
+        ge=1,
+        description="Texts handed to the model at a time, which share batches by length; part of the identity. null:"
+        " 2048, or 32 batches where that is more.",
+    )
     normalize: bool = Field(True, description="Scale every vector to length 1, so that scores are cosines.")
     storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
     precision: Literal["float32", "float16", "bfloat16"] = Field(
@@ -170,6 +176,16 @@ class Encoder(_Model):
         return self
 
 
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("BbIiKkMmGgTt")
+    try:
+        return int(float(number) * _UNITS[value.strip()[len(number) :].upper()])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
+
+
 class Index(_Model):
     """How the vectors are searched."""
 
@@ -190,6 +206,12 @@ class Index(_Model):
     recall_anchors: int = Field(1000, ge=1, description="Sampled anchors that are searched exactly to measure recall.")
     nprobe: int | None = Field(
         None, ge=1, description="Lists an anchor probes (efSearch of HNSW); null: as few as reach min_recall."
+    )
+    shard_size: Annotated[int, BeforeValidator(_size)] = Field(
+        256 * 2**20,
+        ge=1,
+        description="Vectors of a file of an approximate index, in bytes of float32; filling one takes three times as"
+        " much memory. Part of the identity.",
     )
     trained: str | None = Field(
         None,
@@ -368,33 +390,23 @@ class Executor(_Model):
     workers: int = Field(1, ge=1, description="Worker processes (local).")
 
 
-def _bytes(value: Any) -> Any:
-    if isinstance(value, str):
-        share = value.strip().removesuffix("%")
-        if share != value.strip():
-            try:
-                part = float(share) / 100
-            except ValueError:
-                part = 0.0
-            if not 0 < part <= 1:
-                raise ValueError(f"'{value}' is no share of this machine's memory: write for example 25%")
-            return int(part * machine.memory())
-        number = value.strip().rstrip("BbIiKkMmGgTt")
-        unit = value.strip()[len(number) :].upper()
-        if unit in _UNITS:
-            try:
-                return int(float(number) * _UNITS[unit])
-            except (ValueError, OverflowError):
-                pass
-        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB, 800MB or 25%")
-    return value
+def _share(value: Any) -> Any:
+    if not (isinstance(value, str) and value.strip().endswith("%")):
+        return _size(value)
+    try:
+        part = float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise ValueError(f"'{value}' is no share of this machine's memory: write for example 25%")
+    return int(part * machine.memory())
 
 
 class Resources(_Model):
     """What the machine gives. Never changes a result."""
 
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
-    memory_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
+    memory_budget: Annotated[int, BeforeValidator(_share)] = Field(
         2 * 2**30,
         ge=64 * 2**20,
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",

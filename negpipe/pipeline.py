@@ -99,7 +99,7 @@ def mine(
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
                 logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
-                if recall := approximate.describe(stage.name, manifest.stats):
+                if recall := approximate.describe(manifest.stats):
                     logger.info("%s: %s", stage.name, recall)
             assert manifest is not None
             context = context.after(manifest, instead_of="search" if stage is rescore else None)

@@ -169,7 +169,7 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.reason:
             console.out.print(f"{state.stage}: {state.reason}", markup=False)
-        if state.manifest and (recall := approximate.describe(state.stage, state.manifest.stats)):
+        if state.manifest and (recall := approximate.describe(state.manifest.stats)):
             console.out.print(f"{state.stage}: {recall}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
             console.out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)

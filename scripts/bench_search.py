@@ -230,7 +230,7 @@ def main() -> None:
         f"{options.documents:,} documents, {options.anchors:,} anchors, 211 candidates; load {os.getloadavg()[0]:.1f}"
     )
     print(f"{'kind':20} {'train':>7} {'fill':>7} {'tune':>7} {'search':>8} {'of exact':>9} {'built too':>9}"
-          f" {'recall':>7} {'window':>7}  effort")  # fmt: skip
+          f" {'recall':>7} {'window':>7} {'peak MiB':>8}  effort")  # fmt: skip
     exact: list[float] = []
     for kind in options.kinds.split(";"):
         started = time.time()
@@ -246,7 +246,7 @@ def main() -> None:
         print(
             f"{name:20} {seconds.get('trained', 0):7.1f} {seconds.get('shard', 0):7.1f}"
             f" {seconds.get('tuned', 0):7.1f} {seconds['search']:8.2f} {base / seconds['search']:8.2f}x"
-            f" {base / (built + seconds['search']):8.2f}x {stats.get('recall', 1.0):7.4f} {window:7.4f}  {effort}"
+            f" {base / (built + seconds['search']):8.2f}x {stats.get('recall', 1.0):7.4f} {window:7.4f} {made['peak']:8,.0f}  {effort}"
             f"  ({time.time() - started:.0f} s in all, load {os.getloadavg()[0]:.1f})",
             flush=True,
         )

@@ -175,13 +175,13 @@ def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -
     assert {name for name in ours if name.startswith(("index/", "search/"))} <= set(theirs)
 
 
-def test_an_append_leaves_full_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.stages.index._SHARD_BYTES", 900 * DIMENSION * 4)
+def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
+    size = f"index.shard_size={900 * DIMENSION * 4}"
     source = write(tmp_path, 2_600)
-    first = mined(source, "index.kind=IVF16,Flat")
+    first = mined(source, "index.kind=IVF16,Flat", size)
     trained = next(part for part in Books(first.run_dir, "index").manifest().parts if part.kind == "trained")  # type: ignore[union-attr]
     kept = str(first.run_dir / trained.path)
-    fixed = ["index.kind=IVF16,Flat", f"index.trained={kept}"]
+    fixed = ["index.kind=IVF16,Flat", f"index.trained={kept}", size]
     mined(source, *fixed)
     before = {path.name for path in (first.run_dir / "index").glob("*.faiss")}
     write(tmp_path)
@@ -290,13 +290,16 @@ def test_a_window_of_which_too_little_is_found_is_an_error(source: dict[str, Any
         mined(source, *strict, *deep)
 
 
-def test_a_budget_below_a_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_below_a_shard_is_refused_and_smaller_shards_fit(tmp_path: Path) -> None:
     source = write(tmp_path)
-    monkeypatch.setattr("negpipe.stages.index._SHARD_BYTES", 2**40)
-    np.save(Path(source["encoder"]["corpus_vectors"]), np.ones((3_000, 4_000), np.float32) + np.arange(3_000)[:, None])
-    np.save(Path(source["encoder"]["anchor_vectors"]), np.ones((300, 4_000), np.float32) + np.arange(300)[:, None])
-    with pytest.raises(ConfigError, match=r"shards that need \d+ MiB a worker, there are 64: raise resources.memory"):
-        mined(source, "index.kind=IVF16,Flat", "resources.memory_budget=64MiB")
+    draw = np.random.default_rng(3)
+    for name, rows in (("corpus_vectors", DOCUMENTS), ("anchor_vectors", QUERIES)):
+        np.save(Path(source["encoder"][name]), draw.standard_normal((rows, 2_000), np.float32))
+    tight = ["index.kind=IVF16,Flat", "data.part_rows=250", "resources.memory_budget=64MiB", "resources.cpus=1"]
+    message = r"shards that need 68 MiB a worker, there are 64: raise .*, index.shard_size or"
+    with pytest.raises(ConfigError, match=message):
+        mined(source, *tight)
+    mined(source, *tight, "index.shard_size=8MB")
 
 
 @pytest.mark.parametrize("kind", ["flat", "IVF16,Flat"])

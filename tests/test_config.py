@@ -40,7 +40,10 @@ def problem(overrides: list[str], tree: dict[str, Any] = LEAST) -> str:
         # A key in the wrong place.
         ("num_negatives=3", "num_negatives: unknown key. Did you mean 'mining.num_negatives'?"),
         ("data.range_min=3", "data.range_min: unknown key. Did you mean 'mining.range_min'?"),
-        ("index.zzz=3", "index.zzz: unknown key. Known here: kind, min_recall, nprobe, recall_anchors, trained."),
+        (
+            "index.zzz=3",
+            "index.zzz: unknown key. Known here: kind, min_recall, nprobe, recall_anchors, shard_size, trained.",
+        ),
     ],
 )
 def test_unknown_keys_get_the_nearest_known_name(override: str, message: str) -> None:

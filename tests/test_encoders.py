@@ -141,13 +141,13 @@ def test_a_models_default_prompt_is_not_put_before_texts(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_calls_keep_order_and_bits(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_calls_keep_order_and_bits(tiny: Path, backend: str) -> None:
     encoder = loaded(settings(tiny, backend, batch_size=1))
     whole = encoder.encode(TEXTS, "passage", ignore)
     assert encoder.encode(TEXTS, "passage", ignore).tobytes() == whole.tobytes()
-    monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 36)
     seen: list[int] = []
-    cut = encoder.encode(TEXTS, "passage", lambda texts, _: seen.append(texts))
+    short = loaded(settings(tiny, backend, batch_size=1, call_texts=36))
+    cut = short.encode(TEXTS, "passage", lambda texts, _: seen.append(texts))
     np.testing.assert_allclose(cut, whole, atol=1e-6)
     assert seen == [1] * len(TEXTS)
     parts = [encoder.encode(TEXTS[start : start + 36], "passage", ignore) for start in (0, 36)]
@@ -156,7 +156,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str, monkeypatch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 1)
+    monkeypatch.setattr("negpipe.encoders.batched._CALL_TEXTS", 1)
     seen: list[int] = []
     vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
         TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)
@@ -259,13 +259,12 @@ def test_nan_weights_and_zero_vectors_name_the_text(copy: Path, backend: str) ->
 class Library:
     """A model library of one-token texts, four a batch, as FlagEmbedding goes about it: the first batch on trial."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_pass: Callable[[int, int], None]) -> None:
-        monkeypatch.setattr("negpipe.encoders.batched.CALL_TEXTS", 1)
+    def __init__(self, at_pass: Callable[[int, int], None]) -> None:
         self.tokenised = 0
         self.passes: list[int] = []
         self._at_pass = at_pass
         self._local = threading.local()
-        self.encoder = Batched(config.Encoder(model="none", batch_size=4), self, self._call, ahead=True)
+        self.encoder = Batched(config.Encoder(model="none", batch_size=4, call_texts=128), self, self._call, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))
@@ -280,7 +279,7 @@ class Library:
         return np.concatenate([self.forward(attention_mask=mask) for mask in masks])
 
 
-def test_a_call_is_tokenised_while_the_one_before_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_tokenised_while_the_one_before_computes() -> None:
     def at_pass(call: int, passes: int) -> None:
         # Were it not tokenised meanwhile, this would wait in vain.
         give_up = time.monotonic() + 20
@@ -288,24 +287,24 @@ def test_a_call_is_tokenised_while_the_one_before_computes(monkeypatch: pytest.M
             assert time.monotonic() < give_up
             time.sleep(0.001)
 
-    library = Library(monkeypatch, at_pass)
+    library = Library(at_pass)
     seen: list[int] = []
     blocks = list(library.encoder.encode(["text"] * 300, "passage", lambda texts, _: seen.append(texts)))
     assert [len(block) for block in blocks] == [128, 128, 44]
     assert library.passes == [0] * 32 + [1] * 32 + [2] * 11 and seen == [4] * 75
 
 
-def test_calls_that_nobody_waits_for_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_nobody_waits_for_end() -> None:
     def at_pass(call: int, passes: int) -> None:
         if passes == 40:
             raise RuntimeError("out of memory")
 
-    failing = Library(monkeypatch, at_pass)
+    failing = Library(at_pass)
     with pytest.raises(TaskFailedError, match="4 texts of 1 tokens: out of memory"):
         list(failing.encoder.encode(["text"] * 600, "query", ignore))
     assert len(failing.passes) == 40 and failing.tokenised <= 3
 
-    left = Library(monkeypatch, lambda call, passes: None)
+    left = Library(lambda call, passes: None)
     blocks = left.encoder.encode(["text"] * 600, "query", ignore)
     next(blocks)
     blocks.close()  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
     for name, rows in (("corpus", small.DOCUMENTS), ("anchors", small.QUERIES)):
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (rows, 900_000))
     tight = ["data.part_rows=1000", "resources.memory_budget=64MiB"]
-    message = r"part of 40 rows takes 69 MiB.*there are 64 a worker: lower data\.part_rows"
+    message = r"part of 40 rows takes 344 MiB.*there are 64 a worker: lower data\.part_rows"
     with pytest.raises(ConfigError, match=message):
         pipeline.mine(load_config(small.settings(tmp_path), tight))
     assert not list((tmp_path / "run/encode").glob("*.npy"))

@@ -45,7 +45,7 @@ def make(kind: str, dimension: int) -> Any:
     return index
 
 
-def check(kind: str) -> int:
+def fitting_dimension(kind: str) -> int:
     """A dimension for which FAISS takes a string: what can be known before the vectors'.
 
     Raises:

@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
@@ -35,6 +38,13 @@ class _Shard:
     sizes: Ints  # (nlist,)
     offsets: Ints  # (nlist,) where a list's vectors begin in the file; its ids follow them
 
+    def read(self, number: int, offset: int, out: NDArray[Any]) -> None:
+        """Fill `out` from so many bytes behind the begin of a list."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(int(self.offsets[number]) + offset)
+            if file.readinto(out.reshape(-1).view(np.uint8).data) < out.nbytes:
+                raise DamagedError(f"{self.path}: ends within list {number}. Run `negpipe verify`")
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -45,36 +55,36 @@ class Lists:
     sample: Floats
     """Random rows of the corpus."""
 
+    @cached_property
+    def sizes(self) -> Ints:
+        """(nlist,): vectors of each list."""
+        sizes: Ints = np.sum([shard.sizes for shard in self.shards], axis=0)
+        return sizes
+
     @property
     def rows(self) -> int:
-        return int(sum(shard.sizes.sum() for shard in self.shards))
+        return int(self.sizes.sum())
+
+    @property
+    def longest(self) -> int:
+        """Vectors of the longest list."""
+        return int(self.sizes.max(initial=0))
 
     def ids(self, number: int) -> Ints:
         """Row numbers of a list."""
         pieces = []
         for shard in self.shards:
-            size = int(shard.sizes[number])
-            offset = int(shard.offsets[number]) + size * 4 * self.centroids.shape[1]
-            ids = np.fromfile(shard.path, np.int64, size, offset=offset)
-            if len(ids) < size:
-                raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
+            ids = np.empty(int(shard.sizes[number]), np.int64)
+            shard.read(number, len(ids) * 4 * self.centroids.shape[1], ids)
             pieces.append(shard.first + ids)
         return np.concatenate(pieces)
-
-    @property
-    def longest(self) -> int:
-        """Vectors of the longest list."""
-        return int(np.sum([shard.sizes for shard in self.shards], axis=0).max(initial=0))
 
     def vectors(self, number: int, room: Floats) -> Floats:
         """(m, d): the vectors of a list, read into `room`, which has `longest` rows."""
         first = 0
         for shard in self.shards:
             values = room[first : first + int(shard.sizes[number])]
-            with shard.path.open("rb", buffering=0) as file:
-                file.seek(int(shard.offsets[number]))
-                if file.readinto(values.reshape(-1).view(np.uint8).data) < values.nbytes:
-                    raise DamagedError(f"{shard.path}: ends within list {number}. Run `negpipe verify`")
+            shard.read(number, 0, values)
             first += len(values)
         return room[:first]
 
@@ -151,7 +161,7 @@ def search_lists(
     """
     row = 6 * anchors.shape[1] + 16
     waiting = _AHEAD * threads * 32 * depth * nprobe // len(lists.centroids)  # of the anchors that probe a list
-    each, fixed = 2 * row + depth * 56 + nprobe * 24 + waiting, threads * (2**25 + lists.longest * row)
+    each, fixed = 2 * row + depth * 56 + nprobe * 32 + waiting, threads * (2**25 + lists.longest * row)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         probed = lists.nearest(group, nprobe, memory=memory, threads=threads)
@@ -229,11 +239,10 @@ def _scan(
         return found
 
     waiting: list[tuple[Ints, Keys]] = []
-    sizes = np.sum([shard.sizes for shard in lists.shards], axis=0)
     with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         ahead: deque[Future[list[tuple[Ints, Keys]]]] = deque()
-        for number in range(len(sizes) + _AHEAD * threads):
-            if number < len(sizes):
+        for number in range(len(lists.sizes) + _AHEAD * threads):
+            if number < len(lists.sizes):
                 ahead.append(pool.submit(scan, number))
             if number < _AHEAD * threads or not ahead:
                 continue
@@ -242,5 +251,5 @@ def _scan(
                 merge(best, waiting, pool.map)
                 waiting = []
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
-            progress(int(sizes[number - _AHEAD * threads]))
+            progress(int(lists.sizes[number - _AHEAD * threads]))
     return best

@@ -19,9 +19,8 @@ from negpipe.errors import InputError, TaskFailedError
 OnBatch = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
 
-# Texts a library call sees, or 32 batches where that is more. It bounds memory (the tokens of a call, or of
-# two, are held, about 7 kB a text) and decides which texts share a batch: part of what a vector's last bits depend on.
-CALL_TEXTS = 2048
+# The tokens of a call, or of two, are held: about 7 kB a text.
+_CALL_TEXTS, _CALL_BATCHES = 2048, 32
 
 
 class Batched:
@@ -50,7 +49,7 @@ class Batched:
         """See `negpipe.encoders.Encoder.encode`."""
         if not texts:
             raise ValueError("encode needs at least one text")
-        step = max(CALL_TEXTS, 32 * self._encoder.batch_size)
+        step = self._encoder.call_texts or max(_CALL_TEXTS, _CALL_BATCHES * self._encoder.batch_size)
         turns: deque[tuple[_Turn, Callable[[], Vectors]]] = deque()
         with ThreadPoolExecutor(1 + self._ahead) as pool:
             try:

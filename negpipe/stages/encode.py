@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 VERSION = 1
-_BLOCK_ROWS = 2048
 _NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors"}
 _PRECOMPUTED = {"backend", "normalize", "storage"}
 
@@ -122,15 +121,12 @@ class _Brought:
     provenance: dict[str, str]
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
-        """See `_Model.blocks`."""
-        meta["differing_duplicates"] = 0
-        for low in range(0, table.num_rows, _BLOCK_ROWS):
-            some = table.slice(low, _BLOCK_ROWS)
-            others = [[]] * some.num_rows if task.kind == "anchors" else some["other_ids"].to_pylist()
-            vectors, differing = self._file(task).of(some["id"].to_pylist(), others, some["source_rows"].to_pylist())
-            meta["differing_duplicates"] += differing
-            progress(some.num_rows, "")
-            yield vectors
+        """The part's vectors at once: a row group of a Parquet file may hold rows from all over the part."""
+        others = [[]] * table.num_rows if task.kind == "anchors" else table["other_ids"].to_pylist()
+        vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
+        meta["differing_duplicates"] = differing
+        progress(table.num_rows, "")
+        yield vectors
 
     def place(self, task: Task, table: Any) -> dict[str, Any]:
         file = self._file(task)
@@ -169,9 +165,11 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     meta: dict[str, Any] = {}
     stored: npt.NDArray[Any] | None = None
     first = 0
+    if isinstance(shared, _Brought):
+        _check_memory(table, table.num_rows, shared.corpus.dimension, context)
     for vectors in shared.blocks(task, table, meta, progress):
         if stored is None:
-            _check_memory(table, vectors.shape[1], context)
+            _check_memory(table, len(vectors), vectors.shape[1], context)
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
         here = stored[first : first + len(vectors)]
         with np.errstate(all="ignore"):
@@ -187,9 +185,10 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 
-def _check_memory(table: Any, dimension: int, context: Context) -> None:
-    """A part's texts, and its vectors as they are stored, are held."""
-    needed = 2 * table.nbytes + table.num_rows * dimension * np.dtype(context.config.encoder.storage).itemsize
+def _check_memory(table: Any, block_rows: int, dimension: int, context: Context) -> None:
+    """A part's texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
+    stored = table.num_rows * dimension * np.dtype(context.config.encoder.storage).itemsize
+    needed = 2 * table.nbytes + stored + 2 * block_rows * dimension * 4
     memory = context.config.resources.memory_budget // context.workers
     if needed > memory:
         raise ConfigError(

@@ -25,7 +25,6 @@ from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import documents, open_table
 
 VERSION = 1
-_SHARD_BYTES = 256 * 2**20  # of float32 vectors; part of what an index is, so not a setting of the machine
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def _check(context: Context) -> None:
     given, kind = _sources(context), context.config.index.kind
     if "encode" not in context.manifests:
         if context.config.index.approximate and kind != "auto":
-            usual = ann.factory.check(kind)
+            usual = ann.factory.fitting_dimension(kind)
             if "ingest" in context.manifests and not given:
                 rows = sum(part.rows for part in documents(context.manifest("ingest")))
                 ann.factory.rows_wanted(kind, usual, rows)
@@ -60,12 +59,12 @@ def _check(context: Context) -> None:
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
     dimension = encode.stats["dimension"]
-    vectors = rows * dimension * 4
     size, held = 0, 0
+    groups = _groups(documents(encode), dimension, context.config.index.shard_size)
     if context.config.index.approximate:
-        size, held = ann.factory.bytes_of(kind, dimension, rows, len(_groups(documents(encode), dimension)))
+        size, held = ann.factory.bytes_of(kind, dimension, rows, len(groups))
     elif kind == "flat":
-        size = vectors
+        size = rows * dimension * 4
     books = Books(context.run_dir, "index")
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
@@ -78,15 +77,16 @@ def _check(context: Context) -> None:
     if context.config.index.approximate:
         trained = 0 if given else 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
         memory = context.config.resources.memory_budget // context.workers
-        for least, what in (
-            (3 * min(_SHARD_BYTES, vectors), "builds shards that need"),
-            (trained, "is trained on a sample that needs"),
-            (held, "is held in memory while it is searched, and takes"),
+        shard = 3 * max(sum(part.rows for part in group) for group in groups) * dimension * 4
+        for least, what, remedy in (
+            (shard, "builds shards that need", ", index.shard_size or data.part_rows"),
+            (trained, "is trained on a sample that needs", ""),
+            (held, "is held in memory while it is searched, and takes", ""),
         ):
             if least > memory:
                 raise ConfigError(
                     f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
-                    " resources.memory_budget, lower executor.workers, or set index.kind: stream"
+                    f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
                 )
 
 
@@ -119,7 +119,7 @@ def _approximate(context: Context) -> Iterator[Task]:
         return
     shards: list[Part | None] = []
     first = 0
-    for group in _groups(parts, encode.stats["dimension"]):
+    for group in _groups(parts, encode.stats["dimension"], config.index.shard_size):
         count = sum(part.rows for part in group)
         name = key("index", VERSION, "shard", trained.files[0].digest, [part.identity() for part in group])
         payload = {"trained": trained.path, "parts": [part.path for part in group]}
@@ -142,12 +142,12 @@ def _approximate(context: Context) -> Iterator[Task]:
     yield Task(name, "tuned", min(config.index.recall_anchors, sum(part.rows for part in anchors)), shown)
 
 
-def _groups(parts: list[Part], dimension: int) -> list[list[Part]]:
+def _groups(parts: list[Part], dimension: int, size: int) -> list[list[Part]]:
     """Consecutive parts of one kind, up to a shard's size; an append changes the last group alone."""
     groups: list[list[Part]] = []
     for part in parts:
         rows = sum(one.rows for one in groups[-1]) + part.rows if groups else 0
-        if not groups or groups[-1][0].kind != part.kind or rows * dimension * 4 > _SHARD_BYTES:
+        if not groups or groups[-1][0].kind != part.kind or rows * dimension * 4 > size:
             groups.append([])
         groups[-1].append(part)
     return groups
