@@ -6,15 +6,18 @@ limit is reached, or deeper candidates cannot help. The result does not depend o
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
 from negpipe import ann, candidates
-from negpipe.candidates import ROW_GROUP, Candidates, Deeper
+from negpipe.candidates import CELLS, Candidates, Deeper
 from negpipe.config import Config
 from negpipe.selection import PartFiles, Selector
 from negpipe.tables import open_table
+
+_CELL = 64  # bytes for each candidate of the anchors that are searched together
 
 
 def limit(config: Config, rows: int) -> int:
@@ -32,52 +35,80 @@ def limit(config: Config, rows: int) -> int:
 
 def deepen(
     selector: Selector, part: PartFiles, passages: ann.Vectors, deepest: int, *, memory: int, threads: int
-) -> Deeper | None:
-    """Deeper candidates for the anchors of a part that need them.
+) -> Iterator[Deeper]:
+    """Deeper candidates for the anchors of a part that need them, as `candidates.read` takes them.
 
     Args:
         selector: says who lacks negatives.
         part: where the anchors, their candidates and their vectors are.
         passages: the vectors of the documents that can be candidates.
         deepest: the limit.
-        memory: bytes for each search. Changes no result.
+        memory: bytes there are; as many anchors as fit are searched together. Changes no result.
         threads: threads that compute. Changes no result.
 
     Raises:
         ConfigError: `memory` does not suffice.
         DamagedError: a file is not whole.
     """
-    table = open_table(part.anchors)
-    numbers, pieces, start, depth = [np.empty(0, np.int64)], [], 0, deepest
+    size = max(1, CELLS // deepest)
+    together = max(size, memory // 2 // (_CELL * deepest))
+    table, start = open_table(part.anchors), 0
+    waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
+
+    def searched() -> Iterator[Deeper]:
+        found = candidates.joined([piece for _, piece in waiting])
+        anchors = np.concatenate([numbers for numbers, _ in waiting])
+        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32)
+        texts = table.take(pa.array(anchors))
+        found, depths = _deepened(selector, texts, vectors, found, passages, deepest, memory // 2, threads)
+        first = 0
+        for numbers, _ in waiting:
+            here = slice(first, first + len(numbers))
+            depth = int(depths[here].max())
+            yield Deeper(numbers, found.rows[here, :depth], found.scores[here, :depth])
+            first = here.stop
+
     for piece in candidates.read(part.candidates, depth=selector.depth):
-        depth = piece.rows.shape[1]
-        if depth >= deepest:
-            return None
+        if piece.rows.shape[1] >= deepest:
+            return
         short = selector.short(table.slice(start, len(piece.rows)), piece)
-        numbers.append(start + short)
-        pieces.append(piece.take(short))
+        # Groups depend on nothing but the anchors: what is made of them must not depend on memory.
+        for low in range(0, len(short), size):
+            group = short[low : low + size]
+            if sum(len(numbers) for numbers, _ in waiting) + len(group) > together:
+                yield from searched()
+                waiting = []
+            waiting.append((start + group, piece.take(group)))
         start += len(piece.rows)
-    anchors = np.concatenate(numbers)
-    if not len(anchors):
-        return None
-    found = candidates.joined(pieces)
-    vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32)
-    waiting = np.arange(len(anchors))
+    if waiting:
+        yield from searched()
+
+
+def _deepened(
+    selector: Selector,
+    anchors: pa.Table,
+    vectors: ann.vectors.Floats,
+    found: Candidates,
+    passages: ann.Vectors,
+    deepest: int,
+    memory: int,
+    threads: int,
+) -> tuple[Candidates, ann.vectors.Ints]:
+    """What is found of some anchors, padded to one width, and how deep each was searched."""
+    depth = found.rows.shape[1]
+    depths = np.full(len(vectors), depth)
+    waiting = np.arange(len(vectors))
+    step = max(1, CELLS // deepest)
+    none = np.empty(0, np.int64)
     while len(waiting) and depth < deepest:
         depth = min(2 * depth, deepest)
-        step = max(1, memory // (2 * (20 * depth + 4 * passages.dimension)))
-        for low in range(0, len(waiting), step):
-            some = waiting[low : low + step]
-            deeper = _search(found.take(some), vectors[some], passages, depth, memory, threads)
-            found = found.deepened(Deeper(some, deeper.rows, deeper.scores))
-        slices = [waiting[low : low + ROW_GROUP] for low in range(0, len(waiting), ROW_GROUP)]
-        waiting = np.concatenate([some[selector.short(table.take(anchors[some]), found.take(some))] for some in slices])
-    return Deeper(anchors, found.rows, found.scores)
-
-
-def _search(
-    found: Candidates, vectors: ann.vectors.Floats, passages: ann.Vectors, depth: int, memory: int, threads: int
-) -> Candidates:
-    none = np.empty(0, np.int64)
-    deeper = ann.search_exact(vectors, passages, depth, positives=(none, none), memory=memory, threads=threads)
-    return replace(found, rows=deeper.rows, scores=deeper.scores)
+        deeper = ann.search_exact(
+            vectors[waiting], passages, depth, positives=(none, none), memory=memory, threads=threads
+        )
+        found = found.deepened(Deeper(waiting, deeper.rows, deeper.scores))
+        depths[waiting] = depth
+        slices = [waiting[low : low + step] for low in range(0, len(waiting), step)]
+        waiting = np.concatenate(
+            [some[selector.short(anchors.take(pa.array(some)), found.take(some))] for some in slices]
+        )
+    return found, depths

@@ -41,6 +41,8 @@ class Approximate:
 
     index: lists.Lists | list[tuple[Any, int]]
     vectors: ann.Vectors
+    held: int
+    """Bytes of the index that are in memory."""
     effort: Effort = Effort(None, None)
 
     def tuned(self, effort: Effort) -> Approximate:
@@ -116,8 +118,8 @@ def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
     return factory.sample(vectors, -(-vectors.rows // _ONE_IN), seed)
 
 
-def open_index(run_dir: Path, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors) -> Approximate:
-    """Open an index's shards: `index` and `sample` are paths, `first` is the first row.
+def open_index(run_dir: Path, kind: str, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors) -> Approximate:
+    """Open the shards of an index of this kind: `index` and `sample` are paths, `first` is the first row.
 
     Raises:
         DamagedError: a file is damaged, or they hold another number of rows than the vectors.
@@ -130,11 +132,12 @@ def open_index(run_dir: Path, shards: Sequence[Mapping[str, Any]], vectors: ann.
             f"{places[0][0].parent}: the index holds {held:,} vectors, encode made {vectors.rows:,}."
             " Run `negpipe index` again"
         )
+    _, memory = factory.bytes_of(kind, vectors.dimension, vectors.rows, len(places))
     if not lists.is_lists(opened[0][0]):
-        return Approximate(opened, vectors)
+        return Approximate(opened, vectors, memory)
     samples = [np.load(run_dir / shard["sample"], mmap_mode="r", allow_pickle=False) for shard in shards]
     stride = -(-sum(map(len, samples)) // _SAMPLE_ROWS)
-    return Approximate(lists.open_lists(places, np.concatenate([own[::stride] for own in samples])), vectors)
+    return Approximate(lists.open_lists(places, np.concatenate([own[::stride] for own in samples])), vectors, memory)
 
 
 @dataclass(frozen=True)
@@ -275,8 +278,8 @@ def _efforts(
         # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
         most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, opened.vectors.rows)
-        rows = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, threads=threads)
-        place = recall.places(rows, exact)
+        found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, memory=memory, threads=threads)
+        place = np.concatenate([recall.places(rows, exact[here]) for here, rows in found])
         proposed = depth
         while proposed < most:
             yield Effort(nprobe, proposed), place < proposed

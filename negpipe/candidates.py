@@ -1,15 +1,14 @@
 """Candidate parts: what `search` stores and `triplets` reads, Parquet in slices of anchors.
 
-Anchors that need more than `search` stored have deeper candidates in a file of their own, one row group
-for each slice in which there are any, with a column that says which anchors of the part they are.
+Anchors that need more than `search` stored have deeper candidates in a file of their own, row groups of
+some anchors of one slice, with a column that says which anchors of the part they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,8 @@ from negpipe.errors import DamagedError
 from negpipe.tables import members, ragged
 
 ROW_GROUP = 4096
-_CELLS = 2**20  # candidates of a slice that has deeper ones
+CELLS = 2**20  # candidates of a slice that has deeper ones
+_DEEPER = pa.schema([("anchor", pa.int64()), ("rows", pa.list_(pa.int64())), ("scores", pa.list_(pa.float32()))])
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class Deeper:
     """Candidates that take the place of those of some anchors.
 
     Attributes:
-        anchors: (m,) int64, which anchors, ascending.
+        anchors: (m,) int64, which anchors, ascending, of one slice.
         rows: (m, k) int64 as in `Candidates`; scores alike.
     """
 
@@ -77,12 +77,10 @@ class Deeper:
     rows: Rows
     scores: Scores
 
-    def slices(self) -> Iterator[Deeper]:
-        """Those of each slice of a part that has any."""
-        ends = np.arange(0, int(self.anchors.max(initial=0)) + 1 + ROW_GROUP, ROW_GROUP)
-        for low, high in pairwise(np.searchsorted(self.anchors, ends)):
-            if high > low:
-                yield Deeper(self.anchors[low:high], self.rows[low:high], self.scores[low:high])
+    def between(self, low: int, high: int) -> Deeper:
+        """Those of the anchors from `low` to below `high`, numbered from `low` on."""
+        here = slice(*np.searchsorted(self.anchors, [low, high]))
+        return Deeper(self.anchors[here] - low, self.rows[here], self.scores[here])
 
 
 def write(file: BinaryIO, found: Candidates, *, approximate: str | None = None) -> None:
@@ -100,13 +98,16 @@ def write(file: BinaryIO, found: Candidates, *, approximate: str | None = None) 
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False)
 
 
-def write_deeper(file: BinaryIO, found: Deeper) -> None:
-    """Write the deeper candidates of a part, at least one."""
-    tables = (pa.table({"anchor": piece.anchors, **_columns(piece)}) for piece in found.slices())
-    first = next(tables)
-    with pq.ParquetWriter(file, first.schema, compression="lz4", use_dictionary=False) as writer:
-        for table in chain([first], tables):
-            writer.write_table(table)
+def write_deeper(file: BinaryIO, found: Iterable[Deeper]) -> int:
+    """Write the deeper candidates of a part, as `adaptive.deepen` yields them; the number of their anchors."""
+    anchors = 0
+    with pq.ParquetWriter(file, _DEEPER, compression="lz4", use_dictionary=False) as writer:
+        for piece in found:
+            ends = pa.array(np.arange(len(piece.rows) + 1, dtype=np.int32) * piece.rows.shape[1])
+            lists = (pa.ListArray.from_arrays(ends, pa.array(each.ravel())) for each in (piece.rows, piece.scores))
+            writer.write_table(pa.table([pa.array(piece.anchors), *lists], schema=_DEEPER))
+            anchors += len(piece.rows)
+    return anchors
 
 
 def joined(pieces: Sequence[Candidates]) -> Candidates:
@@ -121,18 +122,18 @@ def joined(pieces: Sequence[Candidates]) -> Candidates:
     )
 
 
-def read(path: Path, deeper: Path | Deeper | None = None, depth: int | None = None) -> Iterator[Candidates]:
+def read(path: Path, deeper: Path | Iterable[Deeper] | None = None, depth: int | None = None) -> Iterator[Candidates]:
     """Read one part a slice of anchors at a time.
 
     Args:
         path: the part.
-        deeper: its deeper candidates, or their file, if it has any.
+        deeper: its deeper candidates in order, or their file, if it has any.
         depth: how many of each anchor's stored ones are wanted; None: all.
 
     Raises:
         DamagedError: a file is not whole.
     """
-    below = iter(()) if deeper is None else _read_deeper(deeper) if isinstance(deeper, Path) else deeper.slices()
+    below = iter(_read_deeper(deeper) if isinstance(deeper, Path) else deeper or ())
     following = next(below, None)
     start = 0
     with _opened(path) as file:
@@ -141,13 +142,15 @@ def read(path: Path, deeper: Path | Deeper | None = None, depth: int | None = No
             positive_scores, _ = ragged(batch["positive_scores"])
             rows, scores = _matrices(batch)
             found = Candidates(rows[:, :depth], scores[:, :depth], positives, offsets, positive_scores)
-            step = len(rows)
-            if following is not None and following.anchors[0] < start + len(rows):
-                found = found.deepened(replace(following, anchors=following.anchors - start))
-                step = max(1, _CELLS // found.rows.shape[1])
-                following = next(below, None)
-            for low in range(0, len(rows), max(1, step)):
-                yield found.take(np.arange(low, min(low + step, len(rows)))) if step < len(rows) else found
+            done = 0
+            while following is not None and following.anchors[0] < start + len(rows):
+                end, step = int(following.anchors[-1]) + 1 - start, max(1, CELLS // following.rows.shape[1])
+                for low in range(done, end, step):
+                    high = min(low + step, end)
+                    yield found.take(np.arange(low, high)).deepened(following.between(start + low, start + high))
+                done, following = end, next(below, None)
+            if done < len(rows):
+                yield found.take(np.arange(done, len(rows))) if done else found
             start += len(rows)
 
 
@@ -167,7 +170,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then search again") from None
 
 
-def _columns(found: Candidates | Deeper) -> dict[str, pa.Array]:
+def _columns(found: Candidates) -> dict[str, pa.Array]:
     depth = found.rows.shape[1]
     return {
         "rows": pa.FixedSizeListArray.from_arrays(pa.array(found.rows.ravel()), depth),

@@ -7,7 +7,7 @@ them, and the fate of every candidate. The same config and the same parts give t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class PartFiles:
     anchors: Path
     candidates: Path
     vectors: Path
-    deeper: Path | Deeper | None = None
+    deeper: Path | Iterable[Deeper] | None = None
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,8 @@ def main() -> None:
         print(
             f"{name:20} {seconds.get('trained', 0):7.1f} {seconds.get('shard', 0):7.1f}"
             f" {seconds.get('tuned', 0):7.1f} {seconds['search']:8.2f} {base / seconds['search']:8.2f}x"
-            f" {base / (built + seconds['search']):8.2f}x {stats.get('recall', 1.0):7.4f} {window:7.4f} {made['peak']:8,.0f}  {effort}"
+            f" {base / (built + seconds['search']):8.2f}x {stats.get('recall', 1.0):7.4f} {window:7.4f}"
+            f" {made['peak']:8,.0f}  {effort}"
             f"  ({time.time() - started:.0f} s in all, load {os.getloadavg()[0]:.1f})",
             flush=True,
         )

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import candidates, kinds, pipeline
-from negpipe.ann import factory
+from negpipe import ann, candidates, kinds, pipeline
+from negpipe.ann import coded, factory
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
@@ -173,6 +173,23 @@ def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -
     assert {Path(name).parts[0] for name in theirs} == {"ingest", "encode", "index", "search"}
     assert theirs.items() <= ours.items()
     assert {name for name in ours if name.startswith(("index/", "search/"))} <= set(theirs)
+
+
+def test_proposals_do_not_depend_on_memory(tmp_path: Path) -> None:
+    draw = np.random.default_rng(4)
+    rows, anchors = (draw.standard_normal((count, DIMENSION), np.float32) for count in (2_000, 600))
+    np.save(tmp_path / "rows.npy", rows)
+    index = factory.train("SQ8", rows)
+    factory.fill(index, ann.open_parts([tmp_path / "rows.npy"]), memory=2**26, threads=1)
+    about: dict[str, Any] = {"effort_value": None, "proposed": 50, "threads": 2}
+    found = {
+        memory: list(coded.propose(anchors, [(index, 0)], memory=memory, **about)) for memory in (2 * 2**20, 2**26)
+    }
+    tight, ample = (np.concatenate([rows for _, rows in pieces]) for pieces in found.values())
+    assert [len(pieces) for pieces in found.values()] == [3, 1]
+    assert np.array_equal(tight, ample)
+    with pytest.raises(ConfigError, match=r"50 proposals an anchor needs 2 MiB, there are 1: raise resources"):
+        list(coded.propose(anchors, [(index, 0)], memory=2**20, **about))
 
 
 def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:

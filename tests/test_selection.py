@@ -16,7 +16,7 @@ import pytest
 from beir_data import tricky_folder, write_folder, write_vectors
 from real_runs import Run
 
-from negpipe import randoms
+from negpipe import adaptive, candidates, randoms
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError
 from negpipe.texts import normalize
@@ -149,6 +149,24 @@ def test_bytes_do_not_depend_on_workers(run: Run, tmp_path: Path) -> None:
     assert process.returncode == 0, other.log.read_text("utf-8")
     assert run.content("triplets") == other.content("triplets")
     assert any(path.startswith("deeper/") for path in run.content("triplets"))
+
+
+def test_groups_of_anchors_searched_together_change_no_byte(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run.copied(tmp_path / "other")
+    whole = run.copied(tmp_path / "whole")
+    whole.mine("mining.max_depth=300")
+    for module in (adaptive, candidates):
+        monkeypatch.setattr(module, "CELLS", 4 * DOCUMENTS)
+    run.mine("mining.max_depth=300")
+    monkeypatch.setattr(adaptive, "_CELL", 2**40)  # one group at a time
+    other.mine("mining.max_depth=300")
+    assert run.content("triplets") == other.content("triplets")
+    assert rows(run) == rows(whole)
+    assert ledger(run) == ledger(whole)
+    groups = [pq.ParquetFile(path).metadata.num_row_groups for path in run.folder.glob("deeper/*")]
+    assert max(groups) > 3
 
 
 # --- random negatives -----------------------------------------------------------------------------------

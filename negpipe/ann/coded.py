@@ -6,7 +6,7 @@ is always asked for the same few anchors by one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
 from negpipe.ann.vectors import Floats, Ints, Vectors
+from negpipe.errors import ConfigError
 
 _ANCHORS = 256
 _BLOCK_ROWS, _LEAST_ROWS = 65536, 1024
@@ -105,15 +106,33 @@ def _rescored(
 
 
 def propose(
-    anchors: Floats, shards: Sequence[tuple[Any, int]], *, effort_value: int | None, proposed: int, threads: int
-) -> Ints:
-    """(n, proposed): the rows the index finds, in its own order, -1 where there are no more.
+    anchors: Floats,
+    shards: Sequence[tuple[Any, int]],
+    *,
+    effort_value: int | None,
+    proposed: int,
+    memory: int,
+    threads: int,
+) -> Iterator[tuple[slice, Ints]]:
+    """The rows the index finds, in its own order, -1 where there are no more: of some anchors, (m, proposed).
 
     What `search_coded` returns are the best of the first of them: so one search tells what any number would find.
+
+    Raises:
+        ConfigError: `memory` does not suffice.
     """
-    best = _proposals(anchors, shards, effort_value, proposed, threads, lambda rows: None)
-    best.sort(axis=1)
-    return rows_of(best)
+    each, fixed = proposed * 64, threads * _ANCHORS * proposed * 40
+    if (least := fixed + _ANCHORS * each) > memory:
+        raise ConfigError(
+            f"tuning this index to {proposed} proposals an anchor needs {-(-least // 2**20)} MiB, there are"
+            f" {memory // 2**20}: raise resources.memory_budget, lower search.depth, or set index.kind: stream"
+        )
+    size = (memory - fixed) // (each * _ANCHORS) * _ANCHORS  # whole tiles, or FAISS would be asked for other ones
+    for low in range(0, len(anchors), size):
+        here = slice(low, low + size)
+        best = _proposals(anchors[here], shards, effort_value, proposed, threads, lambda rows: None)
+        best.sort(axis=1)
+        yield here, rows_of(best)
 
 
 def _tiles(anchors: Floats) -> list[slice]:

@@ -166,7 +166,9 @@ def open_approximate(context: Context) -> approximate.Approximate:
     """The approximate index of a complete stage, as it was tuned."""
     index, encode = context.manifest("index"), context.manifest("encode")
     vectors = ann.open_parts([context.file(part) for part in documents(encode)])
-    opened = approximate.open_index(context.run_dir, _places(index.of_kind("shard")), vectors)
+    opened = approximate.open_index(
+        context.run_dir, context.config.index.kind, _places(index.of_kind("shard")), vectors
+    )
     return opened.tuned(approximate.read_tuning(context.file(index.of_kind("tuned")[0])).effort)
 
 
@@ -203,9 +205,9 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         sample = approximate.sample_of(vectors, config.seed)
         publish(".npy", lambda file: np.save(file, sample, allow_pickle=False))
         return Made(task.rows)
-    opened = approximate.open_index(context.run_dir, task.payload["shards"], vectors)
+    opened = approximate.open_index(context.run_dir, config.index.kind, task.payload["shards"], vectors)
     anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
-    tuning, measured = approximate.tune(opened, anchors, config, memory=memory, threads=context.threads)
+    tuning, measured = approximate.tune(opened, anchors, config, memory=memory - opened.held, threads=context.threads)
     approximate.window(measured, config)
     publish(".json", tuning.write)
     publish(".npy", measured.write)

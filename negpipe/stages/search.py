@@ -88,8 +88,6 @@ class _Opened:
 
     vectors: ann.Vectors
     index: Approximate | None
-    held: int
-    """Bytes of the index that are in memory."""
 
 
 @contextmanager
@@ -99,9 +97,7 @@ def _open(context: Context) -> Iterator[_Opened]:
     approximate = context.config.index.approximate
     index = open_approximate(context) if approximate else None
     vectors = ann.open_flat(context.file(flat[0])) if flat else ann.open_parts(parts)
-    shards = len(context.manifest("index").of_kind("shard"))
-    held = ann.factory.bytes_of(context.config.index.kind, vectors.dimension, vectors.rows, shards)[1] if index else 0
-    yield _Opened(vectors, index, held)
+    yield _Opened(vectors, index)
 
 
 def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -109,7 +105,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, searchable = task.payload["depth"], task.payload["candidates"]
-    memory = context.config.resources.memory_budget // context.workers - opened.held
+    memory = context.config.resources.memory_budget // context.workers - (opened.index.held if opened.index else 0)
     searched = reported = 0
 
     def on_block(rows: int) -> None:

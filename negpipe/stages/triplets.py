@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,7 @@ from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import recall_window
 from negpipe.tables import Rows, documents
 
-VERSION = 3
+VERSION = 4
 _DEEPER = "deeper"
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 
@@ -118,15 +118,19 @@ def open_selection(context: Context) -> Shared:
 
 def _check_memory(context: Context) -> None:
     """A slice of anchors with everything that is known of its candidates, and some row groups, are held."""
-    ingest = context.manifest("ingest")
-    largest = max((part.rows for part in ingest.of_kind("anchors")), default=0)
-    texts = sum(file.bytes for part in documents(ingest) for file in part.files)
-    needed = min(largest, candidates.ROW_GROUP) * context.config.depth * _CELL + 5 * min(formats.GROUP_BYTES, texts)
+    read = context.manifest("ingest")
+    largest = max((part.rows for part in read.of_kind("anchors")), default=0)
+    texts = sum(file.bytes for part in documents(read) for file in part.files)
+    slices = min(largest, candidates.ROW_GROUP) * context.config.depth
+    if deepest := adaptive.limit(context.config, read.stats["rows"]):
+        slices = max(slices, min(largest * deepest, max(candidates.CELLS, deepest)))
+    needed = slices * _CELL + 5 * min(formats.GROUP_BYTES, texts)
     memory = context.config.resources.memory_budget // context.workers
     if needed > memory:
         raise ConfigError(
-            f"choosing from {context.config.depth} candidates an anchor takes {-(-needed // 2**20)} MiB, there are"
-            f" {memory // 2**20} a worker: raise resources.memory_budget, or lower executor.workers or search.depth"
+            f"choosing from {max(context.config.depth, deepest)} candidates an anchor takes {-(-needed // 2**20)} MiB,"
+            f" there are {memory // 2**20} a worker: raise resources.memory_budget, or lower executor.workers,"
+            " search.depth or mining.max_depth"
         )
 
 
@@ -149,11 +153,11 @@ def _open(context: Context) -> Iterator[Shared]:
     yield open_selection(context)
 
 
-def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Deeper | None:
+def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Iterator[Deeper]:
     """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
     deepest = adaptive.limit(context.config, shared.searchable)
     if not deepest:
-        return None
+        return iter(())
     memory = context.config.resources.memory_budget // context.workers
     passages = ann.open_parts(shared.passages)
     return adaptive.deepen(shared.selector, files, passages, deepest, memory=memory, threads=context.threads)
@@ -161,7 +165,15 @@ def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Deeper 
 
 def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
     files = part_files(context, task)
-    deeper = search_deeper(files, shared, context)
+    searched_deeper = 0
+    if first := next(deeper := search_deeper(files, shared, context), None):
+
+        def write_deeper(file: BinaryIO) -> None:
+            nonlocal searched_deeper
+            searched_deeper = candidates.write_deeper(file, chain([first], deeper))
+
+        publish(".parquet", write_deeper, folder=_DEEPER)
+        files = replace(files, deeper=context.run_dir / publish.files[0].path)
     compared = shared.selector.compared
     ledger: list[pa.Table] = []
     fates = np.zeros(len(Fate), np.int64)
@@ -170,7 +182,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
 
     def accounted() -> Iterator[Units]:
         nonlocal fates, own_positives
-        for found, units in shared.selector.slices(replace(files, deeper=deeper)):
+        for found, units in shared.selector.slices(files):
             counts = mining.counts(units.fates)
             ledger.append(_ledger(units, counts, context.config, shared.corpus))
             fates = fates + counts.sum(axis=0)
@@ -189,8 +201,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     )
     book = pa.concat_tables(ledger)
     publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
-    if deeper is not None:
-        publish(".parquet", lambda file: candidates.write_deeper(file, deeper), folder=_DEEPER)
+    publish.files.sort(key=is_deeper)  # A part's first file is what it is known by.
     pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
     return Made(
         rows,
@@ -200,7 +211,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
             "own_positives": own_positives,
             "random": int(np.sum(book["random"].to_numpy())),
-            "searched_deeper": 0 if deeper is None else len(deeper.anchors),
+            "searched_deeper": searched_deeper,
             "texts_compared": int(pairs),
             "scores": {side: moments.merge(pieces) for side, pieces in scores.items()},
         },
