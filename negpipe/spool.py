@@ -6,7 +6,7 @@ The spool and the database stand in a temporary folder of the run; memory holds 
 from __future__ import annotations
 
 import logging
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 8192
+_CHARACTERS = 2**23  # of a batch's texts: what is read, hashed and written at a time
 _WARNED = 10
 
 
@@ -57,10 +58,22 @@ def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnectio
     """)
     writer = _Writer(config, database, folder)
     with writer:
-        records = sources.read(config.data)
-        while batch := tuple(islice(records, BATCH)):
+        for batch in _batches(sources.read(config.data)):
             writer.add(batch)
     return database
+
+
+def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]:
+    batch: list[sources.Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += len(record.text) if isinstance(record, sources.Document) else 0
+        if len(batch) == BATCH or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class _Writer:
@@ -82,7 +95,7 @@ class _Writer:
         for spool in self._spools.values():
             spool.close()
 
-    def add(self, records: tuple[sources.Record, ...]) -> None:
+    def add(self, records: list[sources.Record]) -> None:
         documents: dict[bool, list[tuple[int, sources.Document]]] = {True: [], False: []}
         queries: list[tuple[int, sources.Query]] = []
         judgments: list[sources.Judgment] = []
@@ -221,21 +234,17 @@ class Spool:
 
     def __init__(self, folder: Path, *, corpus: bool) -> None:
         self._file = pq.ParquetFile(_path(folder, corpus))
-        self._batches = self._file.iter_batches(BATCH)
-        self._start = 0
-        self._rows: pa.RecordBatch | None = None
+        groups = range(self._file.num_row_groups)
+        self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
+        self._held: tuple[int, pa.Table] | None = None
 
-    def take(self, positions: npt.NDArray[np.int64]) -> pa.Table:
-        """The rows at `positions`, which ascend from call to call."""
-        pieces: list[pa.RecordBatch] = []
-        low = 0
-        while low < len(positions):
-            end = self._start + (self._rows.num_rows if self._rows is not None else 0)
-            high = int(np.searchsorted(positions, end))
-            if high > low and self._rows is not None:
-                pieces.append(self._rows.take(pa.array(positions[low:high] - self._start)))
-                low = high
-            if low < len(positions):
-                self._start = end
-                self._rows = next(self._batches)
-        return pa.Table.from_batches(pieces)
+    def take(self, positions: npt.NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
+        """The rows at `positions`, which ascend from call to call: of some of them, and of the next."""
+        groups = np.searchsorted(self._ends, positions, side="right")
+        for group in np.unique(groups):
+            if self._held is None or self._held[0] != group:
+                self._held = None
+                self._held = int(group), self._file.read_row_group(int(group))
+            here = slice(*np.searchsorted(groups, [group, group + 1]))
+            first = self._ends[group - 1] if group else 0
+            yield here, self._held[1].take(pa.array(positions[here] - first))

@@ -184,7 +184,7 @@ def write_json(path: Path, value: Any) -> None:
     publish(path.parent, lambda _: path.name, lambda file: write_all(file, data), len(data))
 
 
-def write_all(file: BinaryIO, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write bytes that are there already, for `publish`."""
     file.write(data)
 

@@ -29,15 +29,21 @@ def documents(manifest: Manifest) -> list[Part]:
     return manifest.of_kind("corpus") + manifest.of_kind("added")
 
 
-def to_bytes(table: pa.Table) -> bytes:
+def to_bytes(table: pa.Table) -> pa.Buffer:
     """A table as one Arrow IPC file with one record batch; equal tables give equal bytes."""
-    sink = pa.BufferOutputStream()
     # Concatenating copies the values and nothing else; a slice would take more of its parent's buffers along.
     columns = [pa.concat_arrays([*column.chunks, pa.array([], column.type)]) for column in table.columns]
     table = pa.table(columns, schema=table.schema)
+    counted = pa.MockOutputStream()
+    _write(table, counted)
+    content = pa.allocate_buffer(counted.size())
+    _write(table, pa.FixedSizeBufferWriter(content))
+    return content
+
+
+def _write(table: pa.Table, sink: Any) -> None:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def open_table(path: Path) -> pa.Table:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.errors import InputError
+from negpipe.errors import ConfigError, InputError
 from negpipe.npy import BROKEN
 from negpipe.texts import hashes
 
@@ -31,18 +31,20 @@ class VectorFile:
             be matched by id, a text or integer column; an id may come twice with the same vector.
         rows: rows of the source; without ids the file must have just as many.
         setting: the config key that names the file, for errors.
+        memory: bytes there are.
 
     Raises:
+        ConfigError: reading a row group of a Parquet file, or its ids, takes more.
         InputError: not such a file, another number of rows, or an id with two vectors.
     """
 
-    def __init__(self, path: Path, rows: int, setting: str) -> None:
+    def __init__(self, path: Path, rows: int, setting: str, memory: int) -> None:
         self.path, self._setting = path, setting
         self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
         if path.suffix == ".npy":
             self._matrix: _Matrix = _Npy(path, setting)
         elif path.suffix == ".parquet":
-            self._matrix = _Parquet(path, setting)
+            self._matrix = _Parquet(path, setting, memory)
             if self._matrix.label is not None:
                 hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
                 order = np.argsort(hashed, kind="stable").astype(np.int64)
@@ -155,13 +157,14 @@ class _Npy:
         self.shape: tuple[int, int] = data.shape
 
     def take(self, rows: npt.NDArray[np.int64]) -> Floats:
-        return np.asarray(self._data[rows], dtype=np.float32)
+        with np.errstate(over="ignore"):  # What does not fit is refused by name.
+            return np.asarray(self._data[rows], dtype=np.float32)
 
 
 class _Parquet:
     """Reads one row group at a time; the last one stays in memory."""
 
-    def __init__(self, path: Path, setting: str) -> None:
+    def __init__(self, path: Path, setting: str, memory: int) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -182,6 +185,18 @@ class _Parquet:
         self._path, self._setting, self._column = path, setting, lists[0]
         self.label: str | None = labels[0] if labels else None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        at, width = schema.names.index(self._column), schema.field(self._column).type.value_type.bit_width // 8
+        numbers = [self._file.metadata.row_group(i).column(at).num_values for i in range(len(groups))]
+        # Numbers as they are stored, in pieces and joined, and as float32; ids, with hashes and order of all of them.
+        needed = (2 * width + 4) * max(numbers, default=0) + (150 * max(groups, default=0) + 40 * sum(groups)) * len(
+            labels
+        )
+        if needed > memory:
+            raise ConfigError(
+                f"{path}: reading a row group takes {-(-needed // 2**20)} MiB, there are {memory // 2**20} a worker:"
+                " write the file with smaller row groups (pyarrow: write_table(…, row_group_size=10_000)), lower"
+                " executor.workers, or raise resources.memory_budget"
+            )
         self._starts = np.cumsum([0, *groups])  # An empty group holds no row, so nothing ever asks for it.
         self._held: tuple[int, Floats] | None = None
         self._dimension: int | None = None

@@ -30,6 +30,18 @@ def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "run/encode").glob("*.npy"))
 
 
+def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    rows = [{"_id": f"d{i}", "text": f"{i} " + "a long text " * 5_000} for i in range(200)]
+    small.write_rows(tmp_path / "data/corpus.jsonl", rows)
+    little = "resources.memory_budget=64MiB"
+    message = r"1\d\d rows of corpus, not yet a part, take \d\d MiB, there are 32 .*: lower data.part_rows"
+    with pytest.raises(ConfigError, match=message):
+        pipeline.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=1000"]), only="ingest")
+    pipeline.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=20"]), only="ingest")
+    pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=1000"]), only="ingest")
+
+
 def test_candidates_too_many_to_choose_from_are_refused(tmp_path: Path) -> None:
     small.build(tmp_path)
     settings = small.settings(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe.errors import InputError
+from negpipe.errors import ConfigError, InputError
 from negpipe.vectors import VectorFile
 
 ROWS, DIMENSION = 23, 4
@@ -31,8 +31,8 @@ def parquet(path: Path, columns: dict[str, Any], group: int = 5) -> Path:
     return path / "v.parquet"
 
 
-def opened(path: Path, rows: int = ROWS) -> VectorFile:
-    return VectorFile(path, rows, "encoder.corpus_vectors")
+def opened(path: Path, rows: int = ROWS, memory: int = 2**26) -> VectorFile:
+    return VectorFile(path, rows, "encoder.corpus_vectors", memory)
 
 
 def by_row(file: VectorFile, rows: list[list[int]]) -> tuple[npt.NDArray[np.float32], int]:
@@ -69,6 +69,19 @@ def test_every_kind_of_npy(kind: Any, tmp_path: Path) -> None:
     found, _ = by_row(opened(npy(tmp_path, MATRIX.astype(kind))), [[20], [3], [3]])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, MATRIX.astype(kind)[[20, 3, 3]].astype(np.float32))
+
+
+def test_row_groups_that_do_not_fit_into_memory_are_refused(tmp_path: Path) -> None:
+    matrix = np.zeros((4_000, 100))
+    for group, fits in ((4_000, False), (1_000, True)):
+        path = parquet(tmp_path, {"vector": list(matrix)}, group)
+        if fits:
+            assert opened(path, 4_000, 2**21).dimension == 100
+        else:
+            with pytest.raises(
+                ConfigError, match=r"reading a row group takes 8 MiB, there are 2 a worker: .*smaller row"
+            ):
+                opened(path, 4_000, 2**21)
 
 
 def test_fortran_order_is_read_right(tmp_path: Path) -> None:

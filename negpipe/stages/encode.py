@@ -143,9 +143,14 @@ class _Brought:
 def _open(context: Context) -> Iterator[_Model | _Brought]:
     config = context.config.encoder
     if config.backend == "precomputed":
-        counts = context.manifest("ingest").stats
-        corpus = VectorFile(Path(str(config.corpus_vectors)), counts["source_documents"], "encoder.corpus_vectors")
-        anchors = VectorFile(Path(str(config.anchor_vectors)), counts["source_queries"], "encoder.anchor_vectors")
+        counts, memory = context.manifest("ingest").stats, context.config.resources.memory_budget // context.workers
+        corpus, anchors = (
+            VectorFile(Path(str(path)), counts[rows], f"encoder.{name}", memory)
+            for path, rows, name in (
+                (config.corpus_vectors, "source_documents", "corpus_vectors"),
+                (config.anchor_vectors, "source_queries", "anchor_vectors"),
+            )
+        )
         if corpus.dimension != anchors.dimension:
             raise InputError(
                 f"{anchors.path} has vectors of {anchors.dimension} numbers, {corpus.path} of {corpus.dimension}",

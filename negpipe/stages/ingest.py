@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 2
+_COPIES = 4  # of a part: its rows, joined, as they are written, and those of the part before
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -81,11 +83,13 @@ def _plan(context: Context) -> Iterator[Task]:
             joins.join(config, database)
             for corpus in (True, False):
                 texts = Spool(Path(spool), corpus=corpus)
-                tables = (_documents(rows, texts) for rows in joins.documents(database, corpus=corpus))
-                yield from _tasks("corpus" if corpus else "added", tables, config.data.part_rows)
+                tables = chain.from_iterable(
+                    _documents(rows, texts) for rows in joins.documents(database, corpus=corpus)
+                )
+                yield from _tasks("corpus" if corpus else "added", tables, config)
             extra = extra_columns(config.data.extra.queries)
             anchors = (_anchors(rows, extra) for rows in joins.anchors(database))
-            yield from _tasks("anchors", anchors, config.data.part_rows)
+            yield from _tasks("anchors", anchors, config)
             yield _facts(context, database, Path(spool))
         finally:
             database.close()
@@ -122,23 +126,24 @@ def _within(budget: int) -> Iterator[None]:
         ) from error
 
 
-def _documents(rows: pa.Table, texts: Spool) -> pa.Table:
-    """The table of a corpus part, and what decides where it is cut."""
-    spooled = texts.take(rows["first"].to_numpy())
-    all_ids = [list(dict.fromkeys(ids)) for ids in rows["ids"].to_pylist()]
-    ids = [own[0] for own in all_ids]
-    return pa.table(
-        {
-            "id": pa.array(ids, pa.large_string()),
-            "text": spooled["text"],
-            "id_hash": hashes(ids),
-            "normalized": rows["normalized"],
-            "other_ids": pa.array([own[1:] for own in all_ids], pa.list_(pa.large_string())),
-            "source_rows": rows["source_rows"],
-            **{name: spooled[name] for name in spooled.column_names[1:]},
-            "cut": rows["cut"],
-        }
-    )
+def _documents(rows: pa.Table, texts: Spool) -> Iterator[pa.Table]:
+    """Rows of the table of a corpus part, and what decides where it is cut."""
+    for here, spooled in texts.take(rows["first"].to_numpy()):
+        own = rows.slice(here.start, here.stop - here.start)
+        all_ids = [list(dict.fromkeys(ids)) for ids in own["ids"].to_pylist()]
+        ids = [each[0] for each in all_ids]
+        yield pa.table(
+            {
+                "id": pa.array(ids, pa.large_string()),
+                "text": spooled["text"],
+                "id_hash": hashes(ids),
+                "normalized": own["normalized"],
+                "other_ids": pa.array([each[1:] for each in all_ids], pa.list_(pa.large_string())),
+                "source_rows": own["source_rows"],
+                **{name: spooled[name] for name in spooled.column_names[1:]},
+                "cut": own["cut"],
+            }
+        )
 
 
 def _anchors(rows: pa.Table, extra: list[str]) -> pa.Table:
@@ -176,16 +181,27 @@ def cut_points(cuts: npt.NDArray[np.uint64], since: int, part_rows: int) -> Iter
         start = end
 
 
-def _tasks(kind: str, tables: Iterator[pa.Table], part_rows: int) -> Iterator[Task]:
-    """Cut a stream of tables into parts."""
+def _tasks(kind: str, tables: Iterator[pa.Table], config: Config) -> Iterator[Task]:
+    """Cut a stream of tables into parts.
+
+    Raises:
+        ConfigError: a part does not fit into memory.
+    """
     pending: list[pa.Table] = []
     for table in tables:
         start = 0
-        for end in cut_points(table["cut"].to_numpy(), sum(part.num_rows for part in pending), part_rows):
+        for end in cut_points(table["cut"].to_numpy(), sum(part.num_rows for part in pending), config.data.part_rows):
             yield _task(kind, pa.concat_tables([*pending, table.slice(start, end - start)]).drop_columns("cut"))
             pending, start = [], end
         if start < table.num_rows:
             pending.append(table.slice(start))
+        needed, memory = _COPIES * sum(part.nbytes for part in pending), config.resources.memory_budget // 2
+        if needed > memory:
+            rows = sum(part.num_rows for part in pending)
+            raise ConfigError(
+                f"{rows:,} rows of {kind}, not yet a part, take {-(-needed // 2**20)} MiB, there are {memory // 2**20}"
+                " beside the database: lower data.part_rows, or raise resources.memory_budget"
+            )
     if pending:
         yield _task(kind, pa.concat_tables(pending).drop_columns("cut"))
 
@@ -196,20 +212,19 @@ def _task(kind: str, table: pa.Table) -> Task:
     if kind == "counts":
         meta = table.to_pylist()[0]
     else:
-        texts = table["text"].to_pylist()
         meta = {
             # What encode keys on: the texts in order, and for precomputed vectors where they stood.
-            "texts": hashlib.sha256(digests(texts).tobytes()).hexdigest(),
+            "texts": hashlib.sha256(digests(text.as_py() for text in table["text"]).tobytes()).hexdigest(),
             "source_rows": digest(table["id"].to_pylist(), table["source_rows"].to_pylist()),
-            "characters": sum(map(len, texts)),
+            "characters": pc.sum(pc.utf8_length(table["text"])).as_py(),
         }
     name = key("ingest", VERSION, kind, hashlib.sha256(content).hexdigest())
     return Task(name, kind, table.num_rows, {"content": content, "meta": meta})
 
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
-    content: bytes = task.payload["content"]
-    publish(".arrow", lambda file: write_all(file, content), needed=len(content))
+    content: pa.Buffer = task.payload["content"]
+    publish(".arrow", lambda file: write_all(file, memoryview(content)), needed=content.size)
     if listed := task.payload.get("rejected"):
         # Beside the counts and not a part itself: it says where rows stood, which no other stage depends on.
         with listed.open("rb") as source:
