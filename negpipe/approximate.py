@@ -83,7 +83,7 @@ class Approximate:
         )
 
 
-def train(config: Config, vectors: ann.Vectors) -> Any:
+def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
     """The trained, empty index of `index.kind`, or the one `index.trained` names.
 
     Raises:
@@ -92,7 +92,8 @@ def train(config: Config, vectors: ann.Vectors) -> Any:
     kind, given = config.index.kind, config.index.trained
     if not given:
         wanted = factory.rows_wanted(kind, vectors.dimension, vectors.rows)
-        return factory.train(kind, factory.sample(vectors, max(1, wanted), config.seed))
+        sample = factory.sample(vectors, max(1, wanted), config.seed)
+        return factory.train(kind, sample, seed=config.seed, threads=threads)
     index, fresh = factory.read(Path(given), vectors.dimension, to_fill=True), factory.make(kind, vectors.dimension)
     if _shape(index) != _shape(fresh) or not index.is_trained:
         raise ConfigError(

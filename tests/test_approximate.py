@@ -179,8 +179,8 @@ def test_proposals_do_not_depend_on_memory(tmp_path: Path) -> None:
     draw = np.random.default_rng(4)
     rows, anchors = (draw.standard_normal((count, DIMENSION), np.float32) for count in (2_000, 600))
     np.save(tmp_path / "rows.npy", rows)
-    index = factory.train("SQ8", rows)
-    factory.fill(index, ann.open_parts([tmp_path / "rows.npy"]), memory=2**26, threads=1)
+    index = factory.train("SQ8", rows, seed=1, threads=1)
+    factory.fill(index, ann.open_parts([tmp_path / "rows.npy"]), threads=1)
     about: dict[str, Any] = {"effort_value": None, "proposed": 50, "threads": 2}
     found = {
         memory: list(coded.propose(anchors, [(index, 0)], memory=memory, **about)) for memory in (2 * 2**20, 2**26)

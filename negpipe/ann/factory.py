@@ -6,18 +6,19 @@ FAISS index of consecutive rows whose ids start at 0: every shard is built withi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from negpipe.ann.exact import search_exact
+from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
-from negpipe.ann.vectors import Floats, Held, Vectors
+from negpipe.ann.vectors import Floats, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
-_FIXED_THREADS = 2  # not the machine's: sums in another order would make another index
 _ROWS_A_LIST = 39  # fewer, and FAISS warns that its k-means is badly trained
 _ROWS_ADDED = 16384
 _USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them
@@ -120,44 +121,58 @@ def sample(vectors: Vectors, count: int, seed: int) -> Floats:
     return out
 
 
-def train(kind: str, rows: Floats) -> Any:
-    """A trained, empty index."""
+def train(kind: str, rows: Floats, *, seed: int, threads: int) -> Any:
+    """A trained, empty index; `threads` changes no byte."""
     index = make(kind, rows.shape[1])
-    threads = faiss().omp_get_max_threads()
-    faiss().omp_set_num_threads(_FIXED_THREADS)
-    try:
-        index.train(rows)
-    except RuntimeError as error:
-        raise ConfigError(f"index.kind {kind!r} cannot be trained on {len(rows):,} rows: {error}") from None
-    finally:
-        faiss().omp_set_num_threads(threads)
+    count = len(rows)
+    with _one_thread():
+        try:
+            inside = index
+            while isinstance(inside, faiss().IndexPreTransform):
+                for number in range(inside.chain.size()):
+                    transform = faiss().downcast_VectorTransform(inside.chain.at(number))
+                    transform.train(rows)
+                    rows = transform.apply(rows)
+                inside.is_trained = True
+                inside = faiss().downcast_index(inside.index)
+            inverted = faiss().try_extract_index_ivf(inside)
+            # Lists by FAISS's k-means, unless they are found in a way of their own (IMI).
+            if inverted is not None and inverted.quantizer.is_trained and not inverted.quantizer_trains_alone:
+                inverted.quantizer.add(centres(rows, inverted.nlist, seed=seed, threads=threads))
+            inside.train(rows)
+        except RuntimeError as error:
+            raise ConfigError(f"index.kind {kind!r} cannot be trained on {count:,} rows: {error}") from None
     return index
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For what FAISS computes, and BLAS for it: other numbers of threads would make other indexes."""
+    before = faiss().omp_get_max_threads()
+    faiss().omp_set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        faiss().omp_set_num_threads(before)
 
 
 def fill(
     index: Any,
     vectors: Vectors,
     *,
-    memory: int,
     threads: int,
     progress: Callable[[int, str], None] = lambda rows, note: None,
 ) -> None:
-    """Add all vectors; their ids count from 0."""
-    # FAISS's own way to a list depends, for a near tie, on the threads, and the graph of an HNSW on their order.
-    before = faiss().omp_get_max_threads()
-    faiss().omp_set_num_threads(1 if isinstance(inner(index), faiss().IndexHNSW) else _FIXED_THREADS)
-    try:
+    """Add all vectors; their ids count from 0. `threads` changes no byte."""
+    with _one_thread():
         for start, block in vectors.blocks(_ROWS_ADDED):
             if type(index) is faiss().IndexIVFFlat:
-                held = Held(centroids_of(index))
-                found = search_exact(block, held, 1, positives=NO_PAIRS, memory=memory, threads=threads)
-                lists = found.rows[:, 0].copy()
+                lists = nearest(block, centroids_of(index), threads=threads)
                 index.add_core(len(block), faiss().swig_ptr(block), None, faiss().swig_ptr(lists))
             else:
                 index.add(block)
             progress(len(block), f"{start + len(block):,} rows")
-    finally:
-        faiss().omp_set_num_threads(before)
 
 
 def centroids_of(index: Any) -> Floats:

@@ -24,7 +24,7 @@ from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import documents, open_table
 
-VERSION = 1
+VERSION = 2
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -195,12 +195,12 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
     config = context.config
     memory = config.resources.memory_budget // context.workers
     if task.kind == "trained":
-        index = approximate.train(config, vectors)
+        index = approximate.train(config, vectors, threads=context.threads)
         publish(".faiss", lambda file: ann.factory.write(index, file))
         return Made(task.rows, {"dimension": vectors.dimension})
     if task.kind == "shard":
         index = ann.factory.read(context.run_dir / task.payload["trained"], vectors.dimension, to_fill=True)
-        ann.factory.fill(index, vectors, memory=memory, threads=context.threads, progress=progress)
+        ann.factory.fill(index, vectors, threads=context.threads, progress=progress)
         publish(".faiss", lambda file: ann.factory.write(index, file))
         sample = approximate.sample_of(vectors, config.seed)
         publish(".npy", lambda file: np.save(file, sample, allow_pickle=False))
