@@ -19,8 +19,12 @@ def options(rows: int, depth: int) -> list[tuple[str, int, int, float]]:
     lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
     if rows < _ROWS_A_LIST * lists:
         return []
-    share = min(1.0, _SHARE * (depth / rows / _AT) ** _FALLS)
-    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share)]
+    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share(rows, depth))]
+
+
+def share(rows: int, depth: int) -> float:
+    """Of the corpus that has to be probed: measured on sentence embeddings, see `options`."""
+    return float(min(1.0, _SHARE * (depth / rows / _AT) ** _FALLS))
 
 
 def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, str]:
@@ -31,9 +35,9 @@ def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, st
     """
     exact = 2.0 * rows * anchors * dimension
     best, ratio = "", 0.0
-    for name, lists, trained, share in options(rows, depth):
+    for name, lists, trained, probed in options(rows, depth):
         built = 2.0 * dimension * (10 * trained * lists + rows * lists + rows * min(anchors, 1000))
-        best, ratio = name, exact / (built + exact * (share + FIXED))
+        best, ratio = name, exact / (built + exact * (probed + FIXED))
     if ratio < 2:
         faster = f"{ratio:.1f} times as fast" if ratio > 1 else "no faster"
         why = f"{best} would be {faster}, building included" if best else "the corpus is too small for lists"

@@ -6,14 +6,20 @@ within a factor of two, not to the second.
 
 from __future__ import annotations
 
+import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
-from negpipe import ann, encoders, kinds
-from negpipe.config import Config
-from negpipe.manifest import Books, Part
+from negpipe import ann, encoders
+from negpipe.ann.probe import Job
+from negpipe.choices import SEARCH_SHARE, Choice, choices, sample_of
+from negpipe.config import Config, Encoder
+from negpipe.manifest import Books
 from negpipe.stage import Context, Stage
 from negpipe.stages import STAGES
 from negpipe.state import digests_of, look
@@ -21,7 +27,6 @@ from negpipe.tables import documents, open_table
 
 _PROBE_TEXTS = 64
 _DIMENSION = 384  # where it is not known yet
-_SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
 _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
 
 
@@ -39,24 +44,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One kind of index: bytes on disk, working memory it needs, seconds to build and to search."""
-
-    kind: str
-    disk: int
-    memory: int
-    build: float
-    search: float
-    note: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What a run would do; `choices` are empty until the source has been read."""
+    """What a run would do; `choices` are empty until the dimension of the vectors is known. `free` are bytes."""
 
     gflops: float
     steps: tuple[Step, ...]
     choices: tuple[Choice, ...]
+    free: int
 
 
 def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
@@ -77,11 +71,21 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
                 context = context.after(state.manifest)
             else:
                 waiting.append((stage, state.state, context))
-        gflops = _gflops(context)
-        choices = _choices(context, gflops)
+        read = "ingest" in context.manifests
+        encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Encoding()
+        job = _job(context, encoding.dimension) if read else Job(0, 0, 0, 0)
+        gflops = 2e-9 * ann.rate(float(job.rows) * job.anchors * job.dimension, job.dimension or _DIMENSION)
+        gflops *= context.threads * context.workers
+        choices = _choices(context, job, gflops)
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
-        steps += [_of_index(_step(*each, gflops, probe_encoder), context.config, chosen) for each in waiting]
-    return Plan(gflops, tuple(steps), choices)
+        steps += [_of_index(_step(*each, job, gflops, encoding), context.config, chosen) for each in waiting]
+    return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the one in which it would be made."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
@@ -94,19 +98,12 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
     return step
 
 
-def _gflops(context: Context) -> float:
-    """GFLOP/s at which this machine compares anchors with documents; a multiplication and an addition are two."""
-    rows, anchors, dimension = _sizes(context) if "ingest" in context.manifests else (0, 0, 0)
-    dimension = dimension or _DIMENSION
-    return 2e-9 * ann.rate(float(rows) * anchors * dimension, dimension) * context.threads * context.workers
-
-
-def _step(stage: Stage, state: str, context: Context, gflops: float, probe_encoder: bool) -> Step:
+def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Encoding) -> Step:
     if stage.name == "ingest":
         return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
     if "ingest" not in context.manifests:
         return Step(stage.name, state, note="waits for ingest")
-    rows, anchors, dimension = _sizes(context)
+    rows, anchors, dimension = job.rows, job.anchors, job.dimension
     if any(name not in context.manifests for name in stage.inputs):
         done, todo, left = None, None, rows + anchors
     else:
@@ -116,77 +113,76 @@ def _step(stage: Stage, state: str, context: Context, gflops: float, probe_encod
         done, todo, left = len(tasks) - len(missing), len(missing), sum(task.rows for task in missing)
     step = Step(stage.name, state, done, todo)
     if stage.name == "encode":
-        speed, source = _encoding(context, probe_encoder)
+        speed = encoding.speed
         seconds = left / speed if speed else None
-        note = f"{left:,} texts at {speed:,.0f} a second, {source}" if speed else f"{left:,} texts"
+        note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
         return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
     if stage.name == "search" and dimension:
         flops = 2.0 * rows * anchors * dimension
-        disk = anchors * min(context.config.depth, rows) * 12
-        return replace(step, seconds=flops / gflops / 1e9 / _SEARCH_SHARE, disk=disk, note="searched exactly")
+        disk = anchors * job.depth * 12
+        return replace(step, seconds=flops / gflops / 1e9 / SEARCH_SHARE, disk=disk, note="searched exactly")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
         return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most")
     return step
 
 
-def _sizes(context: Context) -> tuple[int, int, int]:
-    """Documents, anchors, and the dimension of their vectors, 0 where nothing tells it yet."""
+def _job(context: Context, dimension: int) -> Job:
+    """Sizes of the search; the dimension is 0 where nothing tells it yet."""
     ingest = context.manifest("ingest")
     rows = sum(part.rows for part in documents(ingest))
     anchors = sum(part.rows for part in ingest.of_kind("anchors"))
-    made = context.manifests.get("encode")
-    known = [made.stats["dimension"]] if made else [part.meta["dimension"] for part in _made(context, "encode")]
-    return rows, anchors, int(known[0]) if known else 0
-
-
-def _made(context: Context, stage: str) -> list[Part]:
-    return [part for part in Books(context.run_dir, stage).parts() if part.rows]
+    if "encode" in context.manifests:
+        dimension = context.manifest("encode").stats["dimension"]
+    return Job(rows, dimension, anchors, min(context.config.depth, rows))
 
 
 def _bytes(rows: int, dimension: int, config: Config) -> int | None:
     return rows * dimension * np.dtype(config.encoder.storage).itemsize if dimension else None
 
 
-def _encoding(context: Context, probe: bool) -> tuple[float, str]:
-    """Texts a second, and how that is known; 0 where it is not."""
+@dataclass(frozen=True)
+class _Encoding:
+    """Texts a second, how that is known, and the dimension of their vectors; 0 where it is not."""
+
+    speed: float = 0.0
+    source: str = ""
+    dimension: int = 0
+
+
+def _encoding(context: Context, probe: bool) -> _Encoding:
     config = context.config
-    made = _made(context, "encode")
+    made = [part for part in Books(context.run_dir, "encode").parts() if part.rows]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
-        return sum(part.rows for part in made) / seconds * context.workers, "as the parts that are there took"
+        speed = sum(part.rows for part in made) / seconds * context.workers
+        return _Encoding(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed" or not probe:
-        return 0.0, ""
+        return _Encoding()
     part = documents(context.manifest("ingest"))[0]
     texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    encoder = encoders.load(config.encoder, model.path, context.threads)
+    # The model in a process of its own: FAISS is in this one.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        took, dimension = process.submit(_encode, config.encoder, model.path, texts, context.threads).result()
+    return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
+
+
+def _encode(settings: Encoder, model: str, texts: list[str], threads: int) -> tuple[float, int]:
+    """Seconds it takes, and the dimension of the vectors."""
+    encoder = encoders.load(settings, model, threads)
     list(encoder.encode(texts[:8], "passage", lambda rows, tokens: None))
     started = time.perf_counter()
-    list(encoder.encode(texts, "passage", lambda rows, tokens: None))
-    return len(texts) / (time.perf_counter() - started) * context.workers, f"as {len(texts)} of them took just now"
+    vectors = list(encoder.encode(texts, "passage", lambda rows, tokens: None))
+    return time.perf_counter() - started, vectors[0].shape[1]
 
 
-def _choices(context: Context, gflops: float) -> tuple[Choice, ...]:
-    if "ingest" not in context.manifests:
+def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
+    if not job.dimension:
         return ()
-    rows, anchors, dimension = _sizes(context)
-    if not dimension:
-        return ()
-    depth = min(context.config.depth, rows)
-    memory = min(context.config.resources.memory_budget, anchors * depth * 20 + 2 * 131072 * 4 * dimension)
-    rate = gflops * 1e9 * _SEARCH_SHARE
-    exact = 2.0 * rows * anchors * dimension / rate
-    vectors = rows * dimension * 4
-    automatic, reason = kinds.choose(rows, dimension, anchors, depth)
-    choices = [
-        Choice("stream", 0, memory, 0.0, exact, "exact, no second copy"),
-        Choice("flat", vectors, memory, vectors / 5e8, exact, "exact, and a file for faiss.read_index"),
-    ]
-    for name, lists, trained, share in kinds.options(rows, depth):
-        flops = 2.0 * dimension * (trained * lists * 10 + rows * lists + rows * min(anchors, 1000))
-        search = exact * (share + kinds.FIXED)
-        disk = vectors + rows * 8
-        choices.append(Choice(name, disk, max(memory, 2**28 * 3), flops / rate, search, "recall is measured"))
-    chosen = f"; what auto chooses: {reason}"
-    return tuple(replace(one, note=one.note + chosen) if one.kind == automatic else one for one in choices)
+    largest = max(part.rows for part in context.manifest("ingest").of_kind("anchors"))
+    sample = None
+    if "encode" in context.manifests:
+        parts = documents(context.manifest("encode"))
+        sample = sample_of(ann.open_parts([context.file(part) for part in parts]), context.config.seed)
+    return tuple(choices(context.config, job, sample, largest, gflops * 5e8, context.threads * context.workers))

@@ -194,24 +194,26 @@ def measure(config: Path, kind: str) -> dict[str, Any]:
         for path in [*books.glob("*.json"), *(run_dir / stage).glob("*")]:
             path.unlink()
     peaks = {}
-    for stage in ("ingest", "encode", "index", "search", "triplets"):
+    exact = kind.removeprefix("+") == "stream"
+    for stage in ("ingest", "encode", "index", "search", *(() if exact else ("triplets",))):
         settings = [f"index.kind={kind.removeprefix('+')}", "executor.kind=inline"]
         command = [sys.executable, *program, stage, str(config), *(f"--set={setting}" for setting in settings)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read() if process.stderr else ''}")
         peaks[stage] = usage.ru_maxrss / 1024
-    index, search, triplets = (
-        json.loads((run_dir / ".negpipe" / stage / "manifest.json").read_text())
-        for stage in ("index", "search", "triplets")
-    )
+
+    def manifest(stage: str) -> Any:
+        return json.loads((run_dir / ".negpipe" / stage / "manifest.json").read_text())
+
+    index, search = manifest("index"), manifest("search")
     seconds = {"search": sum(part["provenance"]["seconds"] for part in search["parts"])}
     for part in index["parts"]:
         seconds[part["kind"]] = seconds.get(part["kind"], 0.0) + part["provenance"]["seconds"]
     return {
         "kind": index["stats"]["kind"],
-        "stats": index["stats"] | triplets["stats"],
+        "stats": index["stats"] | ({} if exact else manifest("triplets")["stats"]),
         "seconds": seconds,
         "peak": peaks["search"],
     }

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import ann, candidates, kinds, pipeline
+from negpipe import ann, candidates, kinds, pipeline, planning
 from negpipe.ann import coded, factory
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
@@ -367,9 +367,11 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
     found = json.loads(small.run("plan", config, "--json", "--set", "index.kind=IVF16,Flat").out)
     steps = {step["stage"]: step for step in found["steps"]}
     assert steps["encode"]["todo"] == 0 and steps["index"]["todo"] >= 1
-    assert (steps["search"]["seconds"], steps["search"]["note"]) == (None, "no estimate for IVF16,Flat")
-    assert {choice["kind"] for choice in found["choices"]} >= {"stream", "flat"}
-    assert next(one for one in found["choices"] if one["kind"] == "flat")["disk"] == DOCUMENTS * DIMENSION * 4
+    choices = {choice["kind"]: choice for choice in found["choices"]}
+    assert set(choices) >= {"stream", "flat", "IVF16,Flat"}
+    assert choices["flat"]["disk"] == DOCUMENTS * DIMENSION * 4
+    assert steps["search"]["seconds"] == choices["IVF16,Flat"]["search"] > 0
+    assert found["free"] > 0
     assert small.made(Path(source["run_dir"])) == before
     # An edit in the middle: ingest reads it, the plan says how much of encode it costs.
     rows = small.documents(DOCUMENTS)
@@ -390,3 +392,17 @@ def test_a_share_of_the_machine() -> None:
     for wrong in ("0%", "130%", "some%"):
         with pytest.raises(ConfigError, match="no share of this machine's memory"):
             load_config(source, [f"resources.memory_budget={wrong}"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "PQ8x4fsr", "IVF500,Flat"])
+def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path)
+    mined(source, "index.kind=stream")
+    before = small.made(Path(source["run_dir"]))
+    found = planning.plan(load_config(source, [f"index.kind={kind}"]), probe_encoder=False)
+    choice = next(one for one in found.choices if one.kind == kind)
+    assert small.made(Path(source["run_dir"])) == before
+    if kind not in KINDS:
+        assert choice.disk is None and choice.note.startswith("refused: index.kind")
+        return
+    assert choice.build and choice.search and choice.memory

@@ -41,6 +41,12 @@ def effort(index: Any) -> tuple[str, int] | None:
     return ("efSearch", 4096) if isinstance(inner(index), faiss().IndexHNSW) else None
 
 
+def needs(dimension: int, proposed: int, threads: int) -> tuple[int, int]:
+    """Bytes that a search takes for each anchor, and whatever their number."""
+    row = 4 * dimension
+    return row + proposed * 24, threads * _ANCHORS * proposed * 40 + _LEAST_ROWS * 2 * row
+
+
 def search_coded(
     anchors: Floats,
     shards: Sequence[tuple[Any, int]],
@@ -72,7 +78,7 @@ def search_coded(
         ConfigError: `memory` does not suffice.
     """
     row = 4 * vectors.dimension
-    each, fixed = row + proposed * 24, threads * _ANCHORS * proposed * 40 + _LEAST_ROWS * 2 * row
+    each, fixed = needs(vectors.dimension, proposed, threads)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         best = _proposals(group, shards, effort_value, proposed, threads, progress)

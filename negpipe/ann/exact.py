@@ -117,7 +117,7 @@ def search_exact(
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension)
-    count, block_rows = layout(len(anchors), vectors.rows, vectors.dimension, depth, memory, threads)
+    count, block_rows, _ = layout(len(anchors), vectors.rows, vectors.dimension, depth, memory, threads)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
     tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
@@ -170,8 +170,8 @@ def _scratch(depth: int) -> int:
     return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * waiting(depth)
 
 
-def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int]:
-    """Number of tiles and rows of a block, so that results, two blocks and every thread's scratch fit into `memory`.
+def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int, int]:
+    """Number of tiles, rows of a block, and bytes that results, two blocks and every thread's scratch then take.
 
     Raises:
         ConfigError: they do not.
@@ -188,7 +188,8 @@ def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, thr
             f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
             f" there are {memory // 2**20}: raise resources.memory_budget, or lower resources.cpus or search.depth"
         )
-    return tiles, max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
+    block_rows = max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
+    return tiles, block_rows, fixed + block_rows * row
 
 
 @dataclass(frozen=True)

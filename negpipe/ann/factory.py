@@ -125,7 +125,7 @@ def train(kind: str, rows: Floats, *, seed: int, threads: int) -> Any:
     """A trained, empty index; `threads` changes no byte."""
     index = make(kind, rows.shape[1])
     count = len(rows)
-    with _one_thread():
+    with single_thread():
         try:
             inside = index
             while isinstance(inside, faiss().IndexPreTransform):
@@ -146,7 +146,7 @@ def train(kind: str, rows: Floats, *, seed: int, threads: int) -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """For what FAISS computes, and BLAS for it: other numbers of threads would make other indexes."""
     before = faiss().omp_get_max_threads()
     faiss().omp_set_num_threads(1)
@@ -165,14 +165,19 @@ def fill(
     progress: Callable[[int, str], None] = lambda rows, note: None,
 ) -> None:
     """Add all vectors; their ids count from 0. `threads` changes no byte."""
-    with _one_thread():
-        for start, block in vectors.blocks(_ROWS_ADDED):
-            if type(index) is faiss().IndexIVFFlat:
-                lists = nearest(block, centroids_of(index), threads=threads)
-                index.add_core(len(block), faiss().swig_ptr(block), None, faiss().swig_ptr(lists))
-            else:
-                index.add(block)
-            progress(len(block), f"{start + len(block):,} rows")
+    for start, block in vectors.blocks(_ROWS_ADDED):
+        add(index, block, threads=threads)
+        progress(len(block), f"{start + len(block):,} rows")
+
+
+def add(index: Any, rows: Floats, *, threads: int) -> None:
+    """Add some vectors."""
+    with single_thread():
+        if type(index) is faiss().IndexIVFFlat:
+            lists = nearest(rows, centroids_of(index), threads=threads)
+            index.add_core(len(rows), faiss().swig_ptr(rows), None, faiss().swig_ptr(lists))
+        else:
+            index.add(rows)
 
 
 def centroids_of(index: Any) -> Floats:

@@ -134,6 +134,18 @@ def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: i
     return np.take_along_axis(place, list_of[rows], axis=1)
 
 
+def needs(dimension: int, depth: int, nprobe: int, share: float, longest: int, threads: int) -> tuple[int, int]:
+    """Bytes that a search takes for each anchor, and whatever their number.
+
+    Args:
+        share: of the lists that is probed.
+        longest: vectors of the longest list.
+    """
+    row = 6 * dimension + 16
+    waiting = int(_AHEAD * threads * 32 * depth * share)  # of the anchors that probe a list
+    return 2 * row + depth * 56 + nprobe * 32 + waiting, threads * (2**25 + longest * row)
+
+
 def search_lists(
     anchors: Floats,
     lists: Lists,
@@ -159,9 +171,8 @@ def search_lists(
     Raises:
         ConfigError: `memory` does not suffice.
     """
-    row = 6 * anchors.shape[1] + 16
-    waiting = _AHEAD * threads * 32 * depth * nprobe // len(lists.centroids)  # of the anchors that probe a list
-    each, fixed = 2 * row + depth * 56 + nprobe * 32 + waiting, threads * (2**25 + lists.longest * row)
+    share = nprobe / len(lists.centroids)
+    each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, threads)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         probed = lists.nearest(group, nprobe, memory=memory, threads=threads)

@@ -52,8 +52,11 @@ def plan(
         for column in ("index.kind", "build", "search", "disk", "memory", ""):
             kinds.add_column(column, justify="left" if column in ("index.kind", "") else "right")
         for choice in found.choices:
-            times = (console.duration(seconds) for seconds in (choice.build, choice.search))
-            sizes = (console.size(count) for count in (choice.disk, choice.memory))
+            times = ("" if took is None else console.duration(took) for took in (choice.build, choice.search))
+            sizes = ("" if count is None else console.size(count) for count in (choice.disk, choice.memory))
             kinds.add_row(choice.kind, *times, *sizes, choice.note)
         console.out.print(kinds)
-    console.out.print(f"\nThis machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
+    console.out.print(f"\nFree at {settings.run_dir}: {console.size(found.free)}.")
+    if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
+        console.out.print(f"[red]What is to be made takes {console.size(needed)}: make room, or set run_dir.[/red]")
+    console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")

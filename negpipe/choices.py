@@ -1,0 +1,104 @@
+"""What each kind of index would cost a job: disk, memory, time to build and to search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from negpipe import ann, kinds
+from negpipe.ann import coded, exact, factory, lists, probe
+from negpipe.ann.probe import Job
+from negpipe.ann.vectors import Floats
+from negpipe.config import Config
+from negpipe.errors import ConfigError
+
+SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
+_WRITTEN = 5e8  # bytes a second
+_UNEVEN = 4  # the longest list beside the average
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kind of index: bytes on disk and of memory, seconds to build and to search; None where it is refused."""
+
+    kind: str
+    disk: int | None
+    memory: int | None
+    build: float | None
+    search: float | None
+    note: str
+
+
+def choices(config: Config, job: Job, sample: Floats | None, largest: int, rate: float, threads: int) -> list[Choice]:
+    """Every kind that suits the job, and the configured one.
+
+    Args:
+        config: a resolved one; `index.kind` may be auto.
+        sample: `probe.SAMPLE` vectors of the corpus; None: there are none yet.
+        largest: anchors that are searched at a time.
+        rate: multiplications a second of all threads.
+        threads: of all workers.
+    """
+    memory, workers = config.resources.memory_budget, config.executor.workers
+    seconds = float(job.rows) * job.anchors * job.dimension / rate / SEARCH_SHARE
+    vectors = job.rows * job.dimension * 4
+    made = list(_exact(job, largest, memory // workers, threads // workers, seconds, vectors))
+    automatic, reason = kinds.choose(job.rows, job.dimension, job.anchors, job.depth)
+    suited = [name for name, *_ in kinds.options(job.rows, job.depth)]
+    configured = [config.index.kind] if config.index.kind not in ("auto", "stream", "flat", *suited) else []
+    for kind in [*suited, *configured]:
+        try:
+            made.append(_approximate(config, kind, job, sample, largest, rate, threads, seconds))
+        except ConfigError as error:
+            made.append(Choice(kind, None, None, None, None, f"refused: {error}"))
+    chosen = f"; what auto chooses: {reason}"
+    return [replace(one, note=one.note + chosen) if one.kind == automatic else one for one in made]
+
+
+def _exact(job: Job, largest: int, memory: int, threads: int, seconds: float, vectors: int) -> Iterator[Choice]:
+    try:
+        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, memory, threads)
+    except ConfigError as error:
+        yield Choice("stream", None, None, None, None, f"refused: {error}")
+        return
+    yield Choice("stream", 0, used, 0.0, seconds, "exact, no second copy")
+    yield Choice("flat", vectors, used, vectors / _WRITTEN, seconds, "exact, and a file for faiss.read_index")
+
+
+def _approximate(
+    config: Config, kind: str, job: Job, sample: Floats | None, largest: int, rate: float, threads: int, exact: float
+) -> Choice:
+    wanted = factory.rows_wanted(kind, job.dimension, job.rows)
+    budget, workers = config.resources.memory_budget, config.executor.workers
+    shard = min(config.index.shard_size, job.rows * job.dimension * 4)
+    disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-job.rows * job.dimension * 4 // shard))
+    share = kinds.share(job.rows, job.depth)
+    index = factory.make(kind, job.dimension)
+    number = factory.lists_of(index)
+    tuned = exact * min(1.0, config.index.recall_anchors / job.anchors)
+    if lists.is_lists(index):
+        longest, nprobe = _UNEVEN * job.rows // number, int(share * number)
+        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, threads // workers)
+        products = probe.ITERATIONS * wanted * number + job.rows * number
+        build, search = products * job.dimension / rate, exact * (share + kinds.FIXED)
+        note = f"recall is measured; reckoned with {nprobe:,} lists probed"
+    else:
+        each, fixed = coded.needs(job.dimension, 2 * job.depth, threads // workers)
+        rows = _like(job.dimension) if sample is None else sample
+        build, search = probe.seconds(kind, job, rows, share, rate, threads)
+        note = "recall is measured; tried with 2,048 vectors" + (", random ones" if sample is None else "")
+    searching = held + min(fixed + each * largest, max(fixed + each, budget // workers - held))
+    return Choice(kind, disk, max(3 * shard, 2 * wanted * job.dimension * 4, searching), build + tuned, search, note)
+
+
+def _like(dimension: int) -> Floats:
+    draw = np.random.default_rng(0).standard_normal((probe.SAMPLE, dimension), np.float32)
+    unit: Floats = draw / np.linalg.norm(draw, axis=1, keepdims=True)
+    return unit
+
+
+def sample_of(vectors: ann.Vectors, seed: int) -> Floats | None:
+    """What `choices` tries kinds with; None: there are too few vectors."""
+    return factory.sample(vectors, probe.SAMPLE, seed) if vectors.rows >= probe.SAMPLE else None
