@@ -74,9 +74,9 @@ def _approximate(
     budget, workers = config.resources.memory_budget, config.executor.workers
     shard = min(config.index.shard_size, job.rows * job.dimension * 4)
     disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-job.rows * job.dimension * 4 // shard))
-    share = kinds.share(job.rows, job.depth)
     index = factory.make(kind, job.dimension)
     number = factory.lists_of(index)
+    share = kinds.share(job.rows, job.depth, number) if number else 1.0
     tuned = exact * min(1.0, config.index.recall_anchors / job.anchors)
     if lists.is_lists(index):
         longest, nprobe = _UNEVEN * job.rows // number, int(share * number)

@@ -6,25 +6,26 @@ import math
 
 _ROWS_A_LIST = 39  # FAISS wants as many to train on
 # Of the corpus that has to be probed for a recall of 0.98: 0.43 where depth / rows is 211 / 100,000, 0.19 at a tenth.
-_SHARE, _AT, _FALLS = 0.43, 211 / 100_000, 0.355
+_SHARE, _AT, _FALLS = 0.39, 211 / 100_000, 0.31
+_FINER = 0.44  # a quarter less of it where there are twice as many lists as 2 * sqrt(rows)
 FIXED = 0.03  # of exact search: the cut, the merges
 
 
 def options(rows: int, depth: int) -> list[tuple[str, int, int, float]]:
-    """Approximate kinds that can be built: name, lists, rows to train on, share of exact search's work.
-
-    What share of the corpus has to be probed for a recall of 0.98 was measured on sentence embeddings
-    (scripts/bench_search.py); wide windows of small corpora need much of it.
-    """
+    """Approximate kinds that can be built: name, lists, rows to train on, share of exact search's work."""
     lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
     if rows < _ROWS_A_LIST * lists:
         return []
-    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share(rows, depth))]
+    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share(rows, depth, lists))]
 
 
-def share(rows: int, depth: int) -> float:
-    """Of the corpus that has to be probed: measured on sentence embeddings, see `options`."""
-    return float(min(1.0, _SHARE * (depth / rows / _AT) ** _FALLS))
+def share(rows: int, depth: int, lists: int) -> float:
+    """Of the corpus that has to be probed for a recall of 0.98; wide windows of small corpora need much of it.
+
+    Measured on sentence embeddings (scripts/bench_search.py).
+    """
+    finer = lists / 2 / math.sqrt(rows)
+    return float(min(1.0, _SHARE * (depth / rows / _AT) ** _FALLS * finer**-_FINER))
 
 
 def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, str]:

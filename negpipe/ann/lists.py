@@ -6,6 +6,7 @@ scored by `pair_scores`, the same bytes for any memory and any number of threads
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,11 +39,13 @@ class _Shard:
     sizes: Ints  # (nlist,)
     offsets: Ints  # (nlist,) where a list's vectors begin in the file; its ids follow them
 
-    def read(self, number: int, offset: int, out: NDArray[Any]) -> None:
-        """Fill `out` from so many bytes behind the begin of a list."""
+    def read(self, number: int, offset: int, *out: NDArray[Any]) -> None:
+        """Fill arrays one after the other from so many bytes behind the begin of a list."""
         with self.path.open("rb", buffering=0) as file:
-            file.seek(int(self.offsets[number]) + offset)
-            if file.readinto(out.reshape(-1).view(np.uint8).data) < out.nbytes:
+            count = os.preadv(
+                file.fileno(), [array.reshape(-1).data for array in out], int(self.offsets[number]) + offset
+            )
+            if count < sum(array.nbytes for array in out):
                 raise DamagedError(f"{self.path}: ends within list {number}. Run `negpipe verify`")
 
 
@@ -79,14 +82,16 @@ class Lists:
             pieces.append(shard.first + ids)
         return np.concatenate(pieces)
 
-    def vectors(self, number: int, room: Floats) -> Floats:
-        """(m, d): the vectors of a list, read into `room`, which has `longest` rows."""
+    def read(self, number: int, room: Floats) -> tuple[Floats, Ints]:
+        """(m, d) vectors of a list, read into `room`, which has `longest` rows, and their (m,) row numbers."""
+        ids = np.empty(int(self.sizes[number]), np.int64)
         first = 0
         for shard in self.shards:
-            values = room[first : first + int(shard.sizes[number])]
-            shard.read(number, 0, values)
-            first += len(values)
-        return room[:first]
+            here = slice(first, first + int(shard.sizes[number]))
+            shard.read(number, 0, room[here], ids[here])
+            ids[here] += shard.first
+            first = here.stop
+        return room[:first], ids
 
     def nearest(self, anchors: Floats, nprobe: int, *, memory: int, threads: int) -> Ints:
         """(n, nprobe): the lists an anchor probes, nearest first."""
@@ -221,6 +226,10 @@ def _scan(
     bounds = np.searchsorted(flat[order], np.arange(len(lists.centroids) + 1))
     of_list = order // probed.shape[1]
     local = threading.local()
+    # Floors for vectors about as long as those of the sample; lists with longer ones have floors of their own.
+    sample = numbers.operand(lists.sample)
+    usual, off = 1.01 * sample.lengths.max(initial=0.0), 1.01 * sample.errors.max(initial=0.0)
+    floor_of = floors(numbers, cut, operand, usual, off)
 
     def scan(number: int) -> list[tuple[Ints, Keys]]:
         members = of_list[bounds[number] : bounds[number + 1]]
@@ -230,15 +239,16 @@ def _scan(
             local.products = Products(numbers, STRIP)
             local.vectors = np.empty((lists.longest, anchors.shape[1]), np.float32)
             local.values = numbers.room(*local.vectors.shape)
-        vectors, ids = lists.vectors(number, local.vectors), lists.ids(number)
+        vectors, ids = lists.read(number, local.vectors)
         rows = numbers.operand(vectors, local.values)
         longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
+        common = floor_of if longest <= usual and error <= off else None
         found: list[tuple[Ints, Keys]] = []
         for low in range(0, len(members), STRIP):
             here = members[low : low + STRIP]
             kept = Best(len(here), depth)
             some, reached = numbers.take(operand, here), cut[here]
-            floor = floors(numbers, reached, some, longest, error)
+            floor = floors(numbers, reached, some, longest, error) if common is None else common[here]
             for start in range(0, len(vectors), STRIP):
                 strip = slice(start, start + STRIP)
                 anchor_of, row_of = local.products.reaching(floor, some, rows[strip])
@@ -262,5 +272,6 @@ def _scan(
                 merge(best, waiting, pool.map)
                 waiting = []
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
+                floor_of = floors(numbers, cut, operand, usual, off)
             progress(int(lists.sizes[number - _AHEAD * threads]))
     return best
