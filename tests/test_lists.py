@@ -92,7 +92,7 @@ def test_bytes_do_not_depend_on_threads_or_the_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize("longer", [1, 40])
 def test_probing_every_list_is_exact(tmp_path: Path, longer: int) -> None:
     """With vectors longer than all of the sample, whose products may be off by more."""
-    corpus, anchors = clustered(6_000, 1), clustered(100, 2).astype(np.float32)
+    corpus, anchors = clustered(3_000, 1), clustered(50, 2).astype(np.float32)
     corpus[500:] *= longer
     shards = build(tmp_path, corpus, "IVF20,Flat", 10_000)
     lists = listed.open_lists(shards, corpus[:500].astype(np.float32))
