@@ -31,65 +31,78 @@ class Choice:
     note: str
 
 
-def choices(config: Config, job: Job, sample: Floats | None, largest: int, rate: float, threads: int) -> list[Choice]:
+@dataclass(frozen=True)
+class Machine:
+    """What there is: multiplications a second of all threads, workers, and threads and bytes of each."""
+
+    rate: float
+    workers: int
+    threads: int
+    memory: int
+
+
+def choices(config: Config, job: Job, sample: Floats | None, largest: int, machine: Machine) -> list[Choice]:
     """Every kind that suits the job, and the configured one.
 
     Args:
         config: a resolved one; `index.kind` may be auto.
         sample: `probe.SAMPLE` vectors of the corpus; None: there are none yet.
         largest: anchors that are searched at a time.
-        rate: multiplications a second of all threads.
-        threads: of all workers.
     """
-    memory, workers = config.resources.memory_budget, config.executor.workers
-    seconds = float(job.rows) * job.anchors * job.dimension / rate / SEARCH_SHARE
-    vectors = job.rows * job.dimension * 4
-    made = list(_exact(job, largest, memory // workers, threads // workers, seconds, vectors))
+    made = list(_exact(job, largest, machine))
     automatic, reason = kinds.choose(job.rows, job.dimension, job.anchors, job.depth)
     suited = [name for name, *_ in kinds.options(job.rows, job.depth)]
     configured = [config.index.kind] if config.index.kind not in ("auto", "stream", "flat", *suited) else []
     for kind in [*suited, *configured]:
         try:
-            made.append(_approximate(config, kind, job, sample, largest, rate, threads, seconds))
+            made.append(_approximate(config, kind, job, sample, largest, machine))
         except ConfigError as error:
-            made.append(Choice(kind, None, None, None, None, f"refused: {error}"))
+            made.append(_refused(kind, error))
     chosen = f"; what auto chooses: {reason}"
     return [replace(one, note=one.note + chosen) if one.kind == automatic else one for one in made]
 
 
-def _exact(job: Job, largest: int, memory: int, threads: int, seconds: float, vectors: int) -> Iterator[Choice]:
+def _seconds(job: Job, machine: Machine) -> float:
+    """Of exact search."""
+    return float(job.rows) * job.anchors * job.dimension / machine.rate / SEARCH_SHARE
+
+
+def _refused(kind: str, error: ConfigError) -> Choice:
+    return Choice(kind, None, None, None, None, f"refused: {error}")
+
+
+def _exact(job: Job, largest: int, machine: Machine) -> Iterator[Choice]:
     try:
-        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, memory, threads)
+        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, machine.memory, machine.threads)
     except ConfigError as error:
-        yield Choice("stream", None, None, None, None, f"refused: {error}")
+        yield from (_refused(kind, error) for kind in ("stream", "flat"))
         return
+    vectors, seconds = job.rows * job.dimension * 4, _seconds(job, machine)
     yield Choice("stream", 0, used, 0.0, seconds, "exact, no second copy")
     yield Choice("flat", vectors, used, vectors / _WRITTEN, seconds, "exact, and a file for faiss.read_index")
 
 
-def _approximate(
-    config: Config, kind: str, job: Job, sample: Floats | None, largest: int, rate: float, threads: int, exact: float
-) -> Choice:
+def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, largest: int, machine: Machine) -> Choice:
     wanted = factory.rows_wanted(kind, job.dimension, job.rows)
-    budget, workers = config.resources.memory_budget, config.executor.workers
-    shard = min(config.index.shard_size, job.rows * job.dimension * 4)
-    disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-job.rows * job.dimension * 4 // shard))
+    vectors = job.rows * job.dimension * 4
+    shard = min(config.index.shard_size, vectors)
+    disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-vectors // shard))
     index = factory.make(kind, job.dimension)
     number = factory.lists_of(index)
     share = kinds.share(job.rows, job.depth, number) if number else 1.0
-    tuned = exact * min(1.0, config.index.recall_anchors / job.anchors)
     if lists.is_lists(index):
-        longest, nprobe = _UNEVEN * job.rows // number, int(share * number)
-        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, threads // workers)
-        products = probe.ITERATIONS * wanted * number + job.rows * number
-        build, search = products * job.dimension / rate, exact * (share + kinds.FIXED)
+        longest, nprobe = _UNEVEN * job.rows // number, max(1, int(share * number))
+        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, machine.threads)
+        products = float(probe.ITERATIONS * wanted + job.rows) * number
+        build, search = products * job.dimension / machine.rate, _seconds(job, machine) * (share + kinds.FIXED)
         note = f"recall is measured; reckoned with {nprobe:,} lists probed"
     else:
-        each, fixed = coded.needs(job.dimension, 2 * job.depth, threads // workers)
+        each, fixed = coded.needs(job.dimension, 2 * job.depth, machine.threads)
         rows = _like(job.dimension) if sample is None else sample
-        build, search = probe.seconds(kind, job, rows, share, rate, threads)
-        note = "recall is measured; tried with 2,048 vectors" + (", random ones" if sample is None else "")
-    searching = held + min(fixed + each * largest, max(fixed + each, budget // workers - held))
+        build, search = probe.seconds(kind, job, rows, share, machine.rate, machine.threads * machine.workers)
+        note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
+    searching = held + min(fixed + each * largest, max(fixed + each, machine.memory - held))
+    tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
     return Choice(kind, disk, max(3 * shard, 2 * wanted * job.dimension * 4, searching), build + tuned, search, note)
 
 
@@ -100,5 +113,7 @@ def _like(dimension: int) -> Floats:
 
 
 def sample_of(vectors: ann.Vectors, seed: int) -> Floats | None:
-    """What `choices` tries kinds with; None: there are too few vectors."""
-    return factory.sample(vectors, probe.SAMPLE, seed) if vectors.rows >= probe.SAMPLE else None
+    """What `choices` tries kinds with, reading no other rows; None: there are too few vectors."""
+    if vectors.rows < probe.SAMPLE:
+        return None
+    return vectors.take(np.sort(np.random.default_rng(seed).choice(vectors.rows, probe.SAMPLE, replace=False)))

@@ -17,7 +17,7 @@ import numpy as np
 
 from negpipe import ann, encoders
 from negpipe.ann.probe import Job
-from negpipe.choices import SEARCH_SHARE, Choice, choices, sample_of
+from negpipe.choices import SEARCH_SHARE, Choice, Machine, choices, sample_of
 from negpipe.config import Config, Encoder
 from negpipe.manifest import Books
 from negpipe.stage import Context, Stage
@@ -185,4 +185,6 @@ def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
     if "encode" in context.manifests:
         parts = documents(context.manifest("encode"))
         sample = sample_of(ann.open_parts([context.file(part) for part in parts]), context.config.seed)
-    return tuple(choices(context.config, job, sample, largest, gflops * 5e8, context.threads * context.workers))
+    memory = context.config.resources.memory_budget // context.workers
+    machine = Machine(gflops * 5e8, context.workers, context.threads, memory)
+    return tuple(choices(context.config, job, sample, largest, machine))
