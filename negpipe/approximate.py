@@ -19,12 +19,12 @@ from negpipe import ann
 from negpipe.ann import coded, factory, lists, recall
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config import Config
-from negpipe.errors import ConfigError, DamagedError, RecallError
+from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 
 _ONE_IN = 32  # rows of a shard that its sample holds
 _SAMPLE_ROWS = 8192  # of all samples that are looked at
 _SHOWN = 8  # efforts in an error
-_MOST_PROPOSED = 16  # times the depth
+MOST_PROPOSED = 16  # times the depth
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,20 @@ def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
     kind, given = config.index.kind, config.index.trained
     if not given:
         wanted = factory.rows_wanted(kind, vectors.dimension, vectors.rows)
-        sample = factory.sample(vectors, max(1, wanted), config.seed)
+        sample = (
+            factory.sample(vectors, wanted, config.seed) if wanted else np.zeros((1, vectors.dimension), np.float32)
+        )
         return factory.train(kind, sample, seed=config.seed, threads=threads)
-    index, fresh = factory.read(Path(given), vectors.dimension, to_fill=True), factory.make(kind, vectors.dimension)
+    try:
+        index = factory.read(Path(given), vectors.dimension, to_fill=True)
+    except DamagedError as error:
+        raise InputError(
+            f"it is no index for these vectors: {error}",
+            file=given,
+            field="index.trained",
+            remedy="Name an index that this FAISS trained on vectors of the same model, or set it to null",
+        ) from None
+    fresh = factory.make(kind, vectors.dimension)
     if _shape(index) != _shape(fresh) or not index.is_trained:
         raise ConfigError(
             f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: name an index"
@@ -126,19 +137,23 @@ def open_index(run_dir: Path, kind: str, shards: Sequence[Mapping[str, Any]], ve
         DamagedError: a file is damaged, or they hold another number of rows than the vectors.
     """
     places = [(run_dir / shard["index"], int(shard["first"])) for shard in shards]
-    opened = coded.open_shards(places, vectors.dimension)
-    held = sum(index.ntotal for index, _ in opened)
-    if held != vectors.rows:
-        raise DamagedError(
-            f"{places[0][0].parent}: the index holds {held:,} vectors, encode made {vectors.rows:,}."
-            " Run `negpipe index` again"
-        )
     _, memory = factory.bytes_of(kind, vectors.dimension, vectors.rows, len(places))
-    if not lists.is_lists(opened[0][0]):
+    if not lists.is_lists(factory.read(places[0][0], vectors.dimension)):
+        opened = coded.open_shards(places, vectors.dimension)
+        _check_rows(places[0][0], sum(index.ntotal for index, _ in opened), vectors)
         return Approximate(opened, vectors, memory)
     samples = [np.load(run_dir / shard["sample"], mmap_mode="r", allow_pickle=False) for shard in shards]
     stride = -(-sum(map(len, samples)) // _SAMPLE_ROWS)
-    return Approximate(lists.open_lists(places, np.concatenate([own[::stride] for own in samples])), vectors, memory)
+    listed = lists.open_lists(places, np.concatenate([own[::stride] for own in samples]))
+    _check_rows(places[0][0], listed.rows, vectors)
+    return Approximate(listed, vectors, memory)
+
+
+def _check_rows(path: Path, held: int, vectors: ann.Vectors) -> None:
+    if held != vectors.rows:
+        raise DamagedError(
+            f"{path.parent}: the index holds {held:,} vectors, encode made {vectors.rows:,}. Run `negpipe index` again"
+        )
 
 
 @dataclass(frozen=True)
@@ -278,7 +293,7 @@ def _efforts(
     while True:
         # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
-        most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, opened.vectors.rows)
+        most = min((MOST_PROPOSED if last else MOST_PROPOSED // 4) * depth, opened.vectors.rows)
         found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, memory=memory, threads=threads)
         place = np.concatenate([recall.places(rows, exact[here]) for here, rows in found])
         proposed = depth

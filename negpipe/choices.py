@@ -51,7 +51,7 @@ def choices(config: Config, job: Job, sample: Floats | None, largest: int, machi
     """
     made = list(_exact(job, largest, machine))
     automatic, reason = kinds.choose(job.rows, job.dimension, job.anchors, job.depth)
-    suited = [name for name, *_ in kinds.options(job.rows, job.depth)]
+    suited = [name for name, *_ in kinds.options(job.rows, job.dimension, job.depth)]
     configured = [config.index.kind] if config.index.kind not in ("auto", "stream", "flat", *suited) else []
     for kind in [*suited, *configured]:
         try:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 
-_ROWS_A_LIST = 39  # FAISS wants as many to train on
+ROWS_A_LIST = 39  # fewer to train on, and FAISS warns that its k-means is badly trained
+_BUDGET = 2 * 2**30  # bytes that training may take: resources.memory_budget where nobody sets it
 # Of the corpus that has to be probed for a recall of 0.98: 0.43 where depth / rows is 211 / 100,000, 0.19 at a tenth.
 _SHARE, _AT, _FALLS = 0.39, 211 / 100_000, 0.31
 _FINER = 0.44  # a quarter less of it where there are twice as many lists as 2 * sqrt(rows)
 FIXED = 0.03  # of exact search: the cut, the merges
 
 
-def options(rows: int, depth: int) -> list[tuple[str, int, int, float]]:
+def options(rows: int, dimension: int, depth: int) -> list[tuple[str, int, int, float]]:
     """Approximate kinds that can be built: name, lists, rows to train on, share of exact search's work."""
     lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
-    if rows < _ROWS_A_LIST * lists:
+    while lists > 1 and 2 * trained_on(lists, rows) * dimension * 4 > _BUDGET:
+        lists //= 2
+    if rows < ROWS_A_LIST * lists:
         return []
-    return [(f"IVF{lists},Flat", lists, min(rows, max(2 * _ROWS_A_LIST * lists, 65536)), share(rows, depth, lists))]
+    return [(f"IVF{lists},Flat", lists, trained_on(lists, rows), share(rows, depth, lists))]
+
+
+def trained_on(lists: int, rows: int) -> int:
+    """How many of the rows an index with so many lists is trained on."""
+    return min(rows, max(2 * ROWS_A_LIST * lists, 65536))
 
 
 def share(rows: int, depth: int, lists: int) -> float:
@@ -36,7 +44,7 @@ def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, st
     """
     exact = 2.0 * rows * anchors * dimension
     best, ratio = "", 0.0
-    for name, lists, trained, probed in options(rows, depth):
+    for name, lists, trained, probed in options(rows, dimension, depth):
         built = 2.0 * dimension * (10 * trained * lists + rows * lists + rows * min(anchors, 1000))
         best, ratio = name, exact / (built + exact * (probed + FIXED))
     if ratio < 2:

@@ -82,7 +82,9 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
         MissingStageError: one is not; the message says which command to run.
         DamagedError: a file of the right size is of another kind, or has another number of rows.
     """
-    context = Context(config, config.run_dir, digests)
+    # One process reads, whatever runs the stages: all memory and threads are its own.
+    alone = config.executor.model_copy(update={"kind": "inline"})
+    context = Context(config.model_copy(update={"executor": alone}), config.run_dir, digests)
     for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -221,6 +222,11 @@ def test_auto_is_decided_by_sizes(source: dict[str, Any]) -> None:
     assert kinds.choose(1_000_000, 384, 100, 320)[0] == "stream"
     kind, reason = kinds.choose(10_000_000, 384, 100_000, 320)
     assert kind.startswith("IVF") and kind.endswith(",Flat") and "times as fast" in reason
+    # Half as many lists where the sample of more of them is beyond the default budget.
+    assert kinds.choose(10_000_000, 768, 1_000_000, 320)[0] == "IVF4096,Flat"
+    for dimension in (384, 768, 4096):
+        ((_, lists, trained, _),) = kinds.options(50_000_000, dimension, 320)
+        assert 39 * lists <= trained and 2 * trained * dimension * 4 <= 2**31
     result = mined(source, "index.kind=auto")
     assert result.stats["index"]["kind"] == "stream"
     # What auto means is in the key: naming it changes nothing.
@@ -283,6 +289,8 @@ def test_a_bad_string_is_refused_before_anything_is_encoded(tmp_path: Path) -> N
     assert not (tmp_path / "run/ingest").exists()
     with pytest.raises(ConfigError, match=r"512 lists.*the corpus has 3,000: set at most 76 lists"):
         mined(source, "index.kind=IVF512,PQ8x4fs")
+    for kind in ("PQ25", "IVF64,PQ144", "OPQ11_121,PQ11"):
+        assert factory.make(kind, factory.fitting_dimension(kind))
     assert (tmp_path / "run/ingest").exists() and not (tmp_path / "run/encode").exists()
 
 
@@ -336,6 +344,11 @@ def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> N
         mined(source, "index.kind=IVF32,Flat", f"index.trained={run_dir / trained.path}")
     with pytest.raises(ConfigError, match=r"16 lists and codes of 65 bytes, .*16 lists and codes of 17 bytes"):
         mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.path}")
+    other = faiss.index_factory(8, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT)
+    faiss.write_index(other, str(run_dir / "other.faiss"))
+    with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Name an index") as caught:
+        mined(source, "index.kind=IVF16,Flat", f"index.trained={run_dir / 'other.faiss'}")
+    assert caught.value.field == "index.trained"
 
 
 @pytest.mark.parametrize("damage", ["version", "rows"])

@@ -42,13 +42,31 @@ def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> 
     pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=1000"]), only="ingest")
 
 
-def test_candidates_too_many_to_choose_from_are_refused(tmp_path: Path) -> None:
-    small.build(tmp_path)
+def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    corpus = [{"_id": f"d{i}", "text": f"text {i}"} for i in range(9_000)]
+    small.write_rows(tmp_path / "data/corpus.jsonl", corpus)
+    small.write_rows(tmp_path / "data/queries.jsonl", small.queries(90))
+    small.write_qrels(tmp_path / "data/qrels/train.tsv", [(f"q{i}", f"d{i + k}", 1) for i in range(90) for k in (0, 1)])
+    for name, rows in (("corpus", 9_000), ("anchors", 90)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32))
     settings = small.settings(tmp_path)
-    pipeline.mine(load_config(settings))
-    tight = ["search.depth=50000", "mining.range_max=9", "resources.memory_budget=64MiB"]
-    with pytest.raises(ConfigError, match=r"50000 candidates an anchor takes \d\d MiB, there are 64 a worker: raise"):
-        pipeline.mine(load_config(settings, tight))
+    deep, little = (
+        ["search.depth=50000", "mining.range_max=9", "data.part_rows=16384"],
+        "resources.memory_budget=130MiB",
+    )
+    message = r"choosing from 9000 candidates an anchor takes {} MiB, writing rows \d, there are {} a worker: raise"
+    for more, needed, there in (
+        ([little], None, None),
+        ([little, "mining.margin_reference=each"], 248, 130),
+        ([little, "executor.kind=local", "executor.workers=2"], 124, 65),
+    ):
+        config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])
+        if needed:
+            with pytest.raises(ConfigError, match=message.format(needed, there)):
+                pipeline.mine(config)
+            assert not (config.run_dir / "encode").exists()
+        else:
+            pipeline.mine(config)
 
 
 @pytest.mark.torture

@@ -26,7 +26,7 @@ def centres(sample: Floats, count: int, *, seed: int, threads: int) -> Floats:
     from faiss.contrib.clustering import kmeans
 
     with redirect_stdout(io.StringIO()):  # It prints, verbose or not.
-        found = kmeans(count, _Sample(sample, threads), niter=_ITERATIONS, seed=seed, verbose=False)
+        found = kmeans(count, _Sample(sample, threads), niter=_ITERATIONS, seed=seed % 2**32, verbose=False)
     return _unit(found)
 
 

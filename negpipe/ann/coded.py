@@ -85,7 +85,7 @@ def search_coded(
         spare = memory - fixed - len(group) * each
         return _rescored(group, vectors, best, depth, min(_BLOCK_ROWS, _LEAST_ROWS + spare // (2 * row)), threads)
 
-    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress)
+    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress, whole=_ANCHORS)
 
 
 def _rescored(
@@ -128,17 +128,28 @@ def propose(
         ConfigError: `memory` does not suffice.
     """
     each, fixed = proposed * 64, threads * _ANCHORS * proposed * 40
-    if (least := fixed + _ANCHORS * each) > memory:
-        raise ConfigError(
-            f"tuning this index to {proposed} proposals an anchor needs {-(-least // 2**20)} MiB, there are"
-            f" {memory // 2**20}: raise resources.memory_budget, lower search.depth, or set index.kind: stream"
-        )
+    check_tuning(proposed, memory, threads)
     size = (memory - fixed) // (each * _ANCHORS) * _ANCHORS  # whole tiles, or FAISS would be asked for other ones
     for low in range(0, len(anchors), size):
         here = slice(low, low + size)
         best = _proposals(anchors[here], shards, effort_value, proposed, threads, lambda rows: None)
         best.sort(axis=1)
         yield here, rows_of(best)
+
+
+def check_tuning(proposed: int, memory: int, threads: int) -> None:
+    """Whether so many proposals an anchor fit into memory.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    least = (threads * 40 + 64) * _ANCHORS * proposed
+    if least > memory:
+        raise ConfigError(
+            f"tuning this index to {proposed} proposals an anchor needs {-(-least // 2**20)} MiB, there are"
+            f" {memory // 2**20}: raise resources.memory_budget, lower executor.workers or search.depth, or set"
+            " index.kind: stream"
+        )
 
 
 def _tiles(anchors: Floats) -> list[slice]:

@@ -6,6 +6,7 @@ FAISS index of consecutive rows whose ids start at 0: every shard is built withi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
 from negpipe.ann.vectors import Floats, Vectors
 from negpipe.errors import ConfigError, DamagedError
+from negpipe.kinds import ROWS_A_LIST, trained_on
 
-_ROWS_A_LIST = 39  # fewer, and FAISS warns that its k-means is badly trained
 _ROWS_ADDED = 16384
 _USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them
 NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -52,7 +53,7 @@ def fitting_dimension(kind: str) -> int:
     Raises:
         ConfigError: there is none.
     """
-    for dimension in _USUAL:
+    for dimension in (*_USUAL, *(8 * int(number) for number in re.findall(r"\d+", kind))):
         try:
             make(kind, dimension)
             return dimension
@@ -83,10 +84,11 @@ def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, in
         links = 4 * (index.hnsw.nb_neighbors(0) + index.hnsw.nb_neighbors(1)) + 16
         return rows * (codes + links), rows * (codes + links)
     if lists_of(index):
-        entries, centres = rows * (index.code_size + 8), shards * 4 * dimension * lists_of(index)
-        # FAISS maps plain lists, and reads those for fast scan whole.
+        entries, centres = rows * (index.code_size + 8), 4 * dimension * lists_of(index)
+        # FAISS maps plain lists, and reads those for fast scan whole. Of whole vectors one copy of the centres is kept.
         held = entries if isinstance(index, faiss().IndexIVFFastScan) else 0
-        return entries + centres, held + centres
+        kept = 1 if type(whole) is faiss().IndexIVFFlat else shards
+        return entries + shards * centres, held + kept * centres + 16 * shards * lists_of(index)
     return rows * index.sa_code_size(), rows * index.sa_code_size()
 
 
@@ -100,13 +102,13 @@ def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     if index.is_trained:
         return 0
     lists = lists_of(index)
-    if rows < _ROWS_A_LIST * lists:
-        fitting = max(1, rows // _ROWS_A_LIST)
+    if rows < ROWS_A_LIST * lists:
+        fitting = max(1, rows // ROWS_A_LIST)
         raise ConfigError(
-            f"index.kind {kind!r} has {lists:,} lists, which want {_ROWS_A_LIST * lists:,} rows to train on, the corpus"
+            f"index.kind {kind!r} has {lists:,} lists, which want {ROWS_A_LIST * lists:,} rows to train on, the corpus"
             f" has {rows:,}: set at most {fitting:,} lists, or index.kind: stream"
         )
-    return min(rows, max(2 * _ROWS_A_LIST * lists, 65536))
+    return trained_on(lists, rows)
 
 
 def sample(vectors: Vectors, count: int, seed: int) -> Floats:

@@ -14,7 +14,7 @@ Search = Callable[[Floats, int, Progress], tuple[Ints, Floats]]
 
 
 def in_groups(
-    anchors: Floats, search: Search, *, each: int, fixed: int, memory: int, progress: Progress
+    anchors: Floats, search: Search, *, each: int, fixed: int, memory: int, progress: Progress, whole: int = 1
 ) -> tuple[Ints, Floats]:
     """Rows and scores of all anchors, as many of them searched at a time as fit.
 
@@ -23,17 +23,20 @@ def in_groups(
         search: of some anchors, in so many bytes; calls its progress with the rows of the corpus it has just searched.
         each, fixed: bytes it needs for an anchor, and whatever their number.
         memory: bytes there are.
+        whole: how many must be searched together, if there are as many.
         progress: called with rows of the corpus, until all were searched for all anchors.
 
     Raises:
-        ConfigError: not even one fits.
+        ConfigError: not even so many fit.
     """
-    if fixed + each > memory:
+    least = fixed + each * max(1, min(whole, len(anchors)))
+    if least > memory:
         raise ConfigError(
-            f"this search needs {-(-(fixed + each) // 2**20)} MiB, there are {memory // 2**20}: raise"
+            f"this search needs {-(-least // 2**20)} MiB, there are {memory // 2**20}: raise"
             " resources.memory_budget, lower executor.workers or search.depth, or set index.kind: stream"
         )
-    size = max(1, min(len(anchors), (memory - fixed) // each))
+    fitting = (memory - fixed) // each
+    size = max(1, min(len(anchors), fitting // whole * whole))
     searched = 0
 
     def share(rows: int) -> None:

@@ -69,6 +69,7 @@ def _check(context: Context) -> None:
         recall_window(context)
     if "ingest" not in context.manifests:
         return
+    _check_memory(context)
     read, first = context.manifest("ingest").stats, context.config.mining.range_min
     rows = read["rows"] - (0 if context.config.data.add_positives else read["added_positives"])
     if first >= rows:
@@ -102,12 +103,7 @@ class Shared:
 
 
 def open_selection(context: Context) -> Shared:
-    """Open what ingest and encode left; also for those who read candidates without running the stage.
-
-    Raises:
-        ConfigError: `resources.memory_budget` does not suffice.
-    """
-    _check_memory(context)
+    """Open what ingest and encode left; also for those who read candidates without running the stage."""
     kinds = ("corpus", "added") if context.config.data.add_positives else ("corpus",)
     parts = [part for kind in kinds for part in context.manifest("encode").of_kind(kind)]
     corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
@@ -121,16 +117,19 @@ def _check_memory(context: Context) -> None:
     read = context.manifest("ingest")
     largest = max((part.rows for part in read.of_kind("anchors")), default=0)
     texts = sum(file.bytes for part in documents(read) for file in part.files)
-    slices = min(largest, candidates.ROW_GROUP) * context.config.depth
+    depth = min(context.config.depth, read.stats["rows"])
+    slices = min(largest, candidates.ROW_GROUP) * depth
     if deepest := adaptive.limit(context.config, read.stats["rows"]):
         slices = max(slices, min(largest * deepest, max(candidates.CELLS, deepest)))
-    needed = slices * _CELL + 5 * min(formats.GROUP_BYTES, texts)
+    if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
+        slices = -(-slices * read.stats["positives"] // max(1, read.stats["anchors"]))
+    chosen, written = slices * _CELL, 5 * min(formats.GROUP_BYTES, texts)
     memory = context.config.resources.memory_budget // context.workers
-    if needed > memory:
+    if chosen + written > memory:
         raise ConfigError(
-            f"choosing from {max(context.config.depth, deepest)} candidates an anchor takes {-(-needed // 2**20)} MiB,"
-            f" there are {memory // 2**20} a worker: raise resources.memory_budget, or lower executor.workers,"
-            " search.depth or mining.max_depth"
+            f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
+            f" {-(-written // 2**20)}, there are {memory // 2**20} a worker: raise resources.memory_budget, or lower"
+            " executor.workers, search.depth or mining.max_depth"
         )
 
 
