@@ -123,6 +123,11 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
         kept = faiss().downcast_InvertedLists(index.invlists)
         places = [kept.lists.at(number) for number in range(index.nlist)]
         sizes, offsets = (np.array([getattr(at, name) for at in places], np.int64) for name in ("size", "offset"))
+        if index.ntotal != sizes.sum():
+            raise DamagedError(
+                f"{path}: its header says {index.ntotal:,} vectors, its lists hold {sizes.sum():,}. Run `negpipe index`"
+                " again"
+            )
         opened.append(_Shard(path, first, sizes, offsets))
     assert centroids is not None
     return Lists(centroids, tuple(opened), sample)
