@@ -77,9 +77,6 @@ def _check(context: Context) -> None:
     if context.config.index.approximate:
         trained = 0 if given else 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
         memory = context.config.resources.memory_budget // context.workers
-        if not ann.lists.is_lists(ann.factory.make(kind, dimension)):
-            proposed = min(approximate.MOST_PROPOSED * min(context.config.depth, rows), rows)
-            ann.coded.check_tuning(proposed, memory - held, context.threads)
         shard = 3 * max(sum(part.rows for part in group) for group in groups) * dimension * 4
         for least, what, remedy in (
             (shard, "builds shards that need", ", index.shard_size or data.part_rows"),
@@ -91,6 +88,9 @@ def _check(context: Context) -> None:
                     f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
                     f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
                 )
+        if not ann.lists.is_lists(ann.factory.make(kind, dimension)):
+            proposed = min(approximate.MOST_PROPOSED * min(context.config.depth, rows), rows)
+            ann.coded.check_tuning(proposed, memory - held, context.threads)
 
 
 def _plan(context: Context) -> Iterator[Task]:
