@@ -101,6 +101,7 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         rows = _like(job.dimension) if sample is None else sample
         build, search = probe.seconds(kind, job, rows, share, machine.rate, machine.threads * machine.workers)
         note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
+        note += ", training of the rotation not counted" if "OPQ" in kind else ""
     searching = held + min(fixed + each * largest, max(fixed + each, machine.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
     return Choice(kind, disk, max(3 * shard, 2 * wanted * job.dimension * 4, searching), build + tuned, search, note)

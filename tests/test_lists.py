@@ -160,6 +160,13 @@ def test_threads_change_no_byte_of_an_index(tmp_path: Path, kind: str) -> None:
     assert made[1] == made[3]
 
 
+def test_codes_are_not_trained_for_a_search_that_is_not_used() -> None:
+    """Polysemous training takes minutes, and FAISS does it for every PQ of a factory string."""
+    for kind in ("PQ8", "IVF4,PQ8", "OPQ8,IVF4,PQ8"):
+        index = factory.make(kind, DIMENSION)
+        assert factory.inner(index).do_polysemous_training is False
+
+
 def test_lists_are_as_good_as_those_of_faiss() -> None:
     rows = clustered(5_000, 6).astype(np.float32)
 

@@ -44,6 +44,8 @@ def make(kind: str, dimension: int) -> Any:
         raise ConfigError(
             f"index.kind {kind!r}: leave out what refines or maps ids: the stored vectors decide, and rows are numbers"
         )
+    if hasattr(inner(index), "do_polysemous_training"):  # takes minutes, for a kind of search that is not used here
+        inner(index).do_polysemous_training = False
     return index
 
 
@@ -126,25 +128,29 @@ def sample(vectors: Vectors, count: int, seed: int) -> Floats:
 def train(kind: str, rows: Floats, *, seed: int, threads: int) -> Any:
     """A trained, empty index; `threads` changes no byte."""
     index = make(kind, rows.shape[1])
-    count = len(rows)
-    with single_thread():
-        try:
-            inside = index
-            while isinstance(inside, faiss().IndexPreTransform):
-                for number in range(inside.chain.size()):
-                    transform = faiss().downcast_VectorTransform(inside.chain.at(number))
-                    transform.train(rows)
-                    rows = transform.apply(rows)
-                inside.is_trained = True
-                inside = faiss().downcast_index(inside.index)
-            inverted = faiss().try_extract_index_ivf(inside)
-            # Lists by FAISS's k-means, unless they are found in a way of their own (IMI).
-            if inverted is not None and inverted.quantizer.is_trained and not inverted.quantizer_trains_alone:
-                inverted.quantizer.add(centres(rows, inverted.nlist, seed=seed, threads=threads))
-            inside.train(rows)
-        except RuntimeError as error:
-            raise ConfigError(f"index.kind {kind!r} cannot be trained on {count:,} rows: {error}") from None
+    try:
+        fit(index, rows, seed=seed, threads=threads)
+    except RuntimeError as error:
+        raise ConfigError(f"index.kind {kind!r} cannot be trained on {len(rows):,} rows: {error}") from None
     return index
+
+
+def fit(index: Any, rows: Floats, *, seed: int, threads: int) -> None:
+    """Train an empty index."""
+    with single_thread():
+        inside = index
+        while isinstance(inside, faiss().IndexPreTransform):
+            for number in range(inside.chain.size()):
+                transform = faiss().downcast_VectorTransform(inside.chain.at(number))
+                transform.train(rows)
+                rows = transform.apply(rows)
+            inside.is_trained = True
+            inside = faiss().downcast_index(inside.index)
+        inverted = faiss().try_extract_index_ivf(inside)
+        # Lists by FAISS's k-means, unless they are found in a way of their own (IMI).
+        if inverted is not None and inverted.quantizer.is_trained and not inverted.quantizer_trains_alone:
+            inverted.quantizer.add(centres(rows, inverted.nlist, seed=seed, threads=threads))
+        inside.train(rows)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What an index of any kind costs on this machine, from one of two thousand vectors: right within a factor of two."""
+"""What an index of any kind costs on this machine, from a small one: right within a factor of two, mostly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from negpipe.ann.coded import effort
-from negpipe.ann.factory import add, inner, lists_of, make, rows_wanted, single_thread, train
+from negpipe.ann.factory import add, fit, inner, lists_of, make, rows_wanted, single_thread
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
 from negpipe.ann.vectors import Floats
 
-SAMPLE = 2048
+SAMPLE = 10_000  # fewer, and FAISS warns of too few to train 256 centroids on
+_GRAPH = 2048  # of them in a graph, which is slow to build
 _ANCHORS = 64
 ITERATIONS = 10  # of the k-means that makes lists
 
@@ -37,7 +38,7 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
 
     Args:
         kind: FAISS factory string.
-        sample: (SAMPLE, d) vectors of the corpus, or like them.
+        sample: (SAMPLE, d) vectors of the corpus, or like them. A learned rotation (OPQ) is not timed.
         share: of the corpus that is probed, where there are lists.
         rate: multiplications a second of all threads.
         threads: that search; an index is trained and filled by one.
@@ -46,33 +47,33 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
         ConfigError: FAISS refuses the string, or the corpus is too small for it.
     """
     wanted, lists = rows_wanted(kind, job.dimension, job.rows), lists_of(make(kind, job.dimension))
-    # What lists cost are products, which can be reckoned; the rest is tried with a few of them.
-    few = re.sub(r"IVF\d+", "IVF4", kind)
-    half = sample[: len(sample) // 2]
-    halved = _timed(lambda: train(few, half, seed=0, threads=1))[0]
-    took, index = _timed(lambda: train(few, sample, seed=0, threads=1))
-    row = max(0.0, took - halved) / len(half)
-    training = took + row * max(0, min(wanted, _most(index)) - len(sample)) if wanted else 0.0
+    # What lists cost are products, which can be reckoned. A rotation takes minutes to learn, any other is as good here.
+    few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+", "IVF4", kind))
+    few = re.sub(r"OPQ\d+", f"RR{job.dimension}", few)
+    index = make(few, job.dimension)
+    quantizer = getattr(faiss().try_extract_index_ivf(index) or inner(index), "pq", None)
+    most, rounds = math.inf, 1.0
+    if quantizer is not None:  # its k-means looks at no more than 256 rows a centroid, many times: two tell
+        most, rounds, quantizer.cp.niter = 256.0 * quantizer.ksub, quantizer.cp.niter / 2, 2
+    took = _timed(lambda: fit(index, sample, seed=0, threads=1))[0]
+    training = rounds * took * min(wanted, most) / min(len(sample), most) if wanted else 0.0
     training += ITERATIONS * wanted * lists * job.dimension / rate
-    graph = math.log(job.rows) / math.log(len(sample)) if isinstance(inner(index), faiss().IndexHNSW) else 0.0
-    filling = _timed(lambda: add(index, sample, threads=1))[0] / len(sample) * job.rows * max(1.0, graph)
+    graph = isinstance(inner(index), faiss().IndexHNSW)
+    added = sample[:_GRAPH] if graph else sample
+    deeper = math.log(job.rows) / math.log(len(added)) if graph else 1.0
+    filling = _timed(lambda: add(index, added, threads=1))[0] / len(added) * job.rows * deeper
     filling += job.rows * lists * job.dimension / rate
-    proposed = min(2 * job.depth, len(sample))
+    # As large a share of the rows as of all of them: it decides how often a better one is found.
+    proposed = 2 * job.depth if graph else max(1, round(2 * job.depth * len(added) / job.rows))
     if knob := effort(index):
-        faiss().ParameterSpace().set_index_parameter(index, knob[0], min(knob[1], proposed))
+        faiss().ParameterSpace().set_index_parameter(index, knob[0], min(knob[1], 2 * job.depth))
     anchors = sample[:_ANCHORS]
     with single_thread():
-        one = _timed(lambda: index.search(anchors, proposed))[0] / _ANCHORS
-    searching = one * (graph or job.rows / len(sample) * (share if lists else 1.0))
+        one = _timed(lambda: index.search(anchors, min(proposed, len(added))))[0] / _ANCHORS
+    searching = one * (deeper if graph else job.rows / len(added) * (share if lists else 1.0))
     pairs = np.repeat(np.arange(_ANCHORS), 256), np.tile(np.arange(256), _ANCHORS)
     scoring = _timed(lambda: pair_scores(anchors, pairs[0], sample, pairs[1]))[0] / len(pairs[0]) * 2 * job.depth
     return training + filling, job.anchors * (searching + scoring) / threads
-
-
-def _most(index: Any) -> float:
-    """Rows beyond which FAISS trains no longer: 256 for each of a product quantizer's centroids."""
-    quantizer = getattr(faiss().try_extract_index_ivf(index) or inner(index), "pq", None)
-    return math.inf if quantizer is None else 256 * int(quantizer.ksub)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
