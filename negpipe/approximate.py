@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from negpipe import ann
 from negpipe.ann import coded, factory, lists, recall
+from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config import Config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
@@ -24,7 +25,7 @@ from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 _ONE_IN = 32  # rows of a shard that its sample holds
 _SAMPLE_ROWS = 8192  # of all samples that are looked at
 _SHOWN = 8  # efforts in an error
-MOST_PROPOSED = 16  # times the depth
+_MOST_PROPOSED = 16  # times the depth
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,33 @@ class Approximate:
             threads=threads,
             progress=progress,
         )
+
+
+def check_memory(config: Config, job: Job, shard: int, held: int, *, memory: int, threads: int) -> None:
+    """Whether the configured kind can be trained, filled, tuned and searched.
+
+    Args:
+        shard: vectors of the largest file.
+        held: bytes of the index that a search holds.
+        memory, threads: of a worker.
+
+    Raises:
+        ConfigError: it cannot, and what is lacking.
+    """
+    kind = config.index.kind
+    wanted = 0 if config.index.trained else factory.rows_wanted(kind, job.dimension, job.rows)
+    for vectors, what, remedy in (
+        (3 * shard, "builds shards that need", ", index.shard_size or data.part_rows"),
+        (2 * wanted, "is trained on a sample that needs", ""),
+        (held / job.dimension / 4, "is held in memory while it is searched, and takes", ""),
+    ):
+        if (least := int(vectors * job.dimension * 4)) > memory:
+            raise ConfigError(
+                f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
+                f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
+            )
+    if not lists.is_lists(factory.make(kind, job.dimension)):
+        coded.check_tuning(min(_MOST_PROPOSED * job.depth, job.rows), memory - held, threads)
 
 
 def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
@@ -293,7 +321,7 @@ def _efforts(
     while True:
         # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
-        most = min((MOST_PROPOSED if last else MOST_PROPOSED // 4) * depth, opened.vectors.rows)
+        most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, opened.vectors.rows)
         found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, memory=memory, threads=threads)
         place = np.concatenate([recall.places(rows, exact[here]) for here, rows in found])
         proposed = depth

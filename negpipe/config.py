@@ -407,7 +407,7 @@ class Resources(_Model):
 
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
     memory_budget: Annotated[int, BeforeValidator(_share)] = Field(
-        2 * 2**30,
+        kinds.DEFAULT_BUDGET,
         ge=64 * 2**20,
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
     )

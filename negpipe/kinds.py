@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 ROWS_A_LIST = 39  # fewer to train on, and FAISS warns that its k-means is badly trained
-_BUDGET = 2 * 2**30  # bytes that training may take: resources.memory_budget where nobody sets it
+ITERATIONS = 10  # of the k-means that makes lists, FAISS's number
+DEFAULT_BUDGET = 2 * 2**30  # resources.memory_budget, where nobody sets it
 # Of the corpus that has to be probed for a recall of 0.98: 0.43 where depth / rows is 211 / 100,000, 0.19 at a tenth.
 _SHARE, _AT, _FALLS = 0.39, 211 / 100_000, 0.31
 _FINER = 0.44  # a quarter less of it where there are twice as many lists as 2 * sqrt(rows)
@@ -15,7 +16,7 @@ FIXED = 0.03  # of exact search: the cut, the merges
 def options(rows: int, dimension: int, depth: int) -> list[tuple[str, int, int, float]]:
     """Approximate kinds that can be built: name, lists, rows to train on, share of exact search's work."""
     lists = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(rows))))
-    while lists > 1 and 2 * trained_on(lists, rows) * dimension * 4 > _BUDGET:
+    while lists > 1 and 2 * trained_on(lists, rows) * dimension * 4 > DEFAULT_BUDGET:
         lists //= 2
     if rows < ROWS_A_LIST * lists:
         return []
@@ -25,6 +26,11 @@ def options(rows: int, dimension: int, depth: int) -> list[tuple[str, int, int, 
 def trained_on(lists: int, rows: int) -> int:
     """How many of the rows an index with so many lists is trained on."""
     return min(rows, max(2 * ROWS_A_LIST * lists, 65536))
+
+
+def built(rows: int, trained: int, lists: int) -> float:
+    """Products of two vectors that it takes to find lists, and which of them every row belongs to."""
+    return float(ITERATIONS * trained + rows) * lists
 
 
 def share(rows: int, depth: int, lists: int) -> float:
@@ -45,8 +51,8 @@ def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, st
     exact = 2.0 * rows * anchors * dimension
     best, ratio = "", 0.0
     for name, lists, trained, probed in options(rows, dimension, depth):
-        built = 2.0 * dimension * (10 * trained * lists + rows * lists + rows * min(anchors, 1000))
-        best, ratio = name, exact / (built + exact * (probed + FIXED))
+        building = 2.0 * dimension * (built(rows, trained, lists) + rows * min(anchors, 1000))
+        best, ratio = name, exact / (building + exact * (probed + FIXED))
     if ratio < 2:
         faster = f"{ratio:.1f} times as fast" if ratio > 1 else "no faster"
         why = f"{best} would be {faster}, building included" if best else "the corpus is too small for lists"

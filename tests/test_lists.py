@@ -13,6 +13,7 @@ import pytest
 from negpipe import ann
 from negpipe.ann import clusters, coded, factory
 from negpipe.ann import lists as listed
+from negpipe.ann.pairs import rows_of
 from negpipe.ann.products import BFloat16, Float32
 from negpipe.errors import ConfigError, DamagedError
 
@@ -21,9 +22,10 @@ DIMENSION = 24
 
 
 @pytest.fixture(params=[Float32, BFloat16], autouse=True)
-def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both, whatever this machine would choose."""
     monkeypatch.setattr(listed, "arithmetic", lambda multiplications: request.param())
+    return request.param
 
 
 def clustered(rows: int, seed: int) -> np.ndarray:
@@ -89,17 +91,29 @@ def test_bytes_do_not_depend_on_threads_or_the_sample(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("longer", [1, 40])
-def test_probing_every_list_is_exact(tmp_path: Path, longer: int) -> None:
-    """With vectors longer than all of the sample, whose products may be off by more."""
+def test_probing_every_list_is_exact(tmp_path: Path) -> None:
     corpus, anchors = clustered(3_000, 1), clustered(50, 2).astype(np.float32)
-    corpus[500:] *= longer
     shards = build(tmp_path, corpus, "IVF20,Flat", 10_000)
     lists = listed.open_lists(shards, corpus[:500].astype(np.float32))
-    rows, scores = listed.search_lists(anchors, lists, 10, 20, memory=ROOMY, threads=2)
+    rows, scores = listed.search_lists(anchors, lists, 100, 20, memory=ROOMY, threads=2)
     vectors = ann.open_parts([tmp_path / "part.npy"])
-    exact = ann.search_exact(anchors, vectors, 10, positives=factory.NO_PAIRS, memory=ROOMY, threads=2)
+    exact = ann.search_exact(anchors, vectors, 100, positives=factory.NO_PAIRS, memory=ROOMY, threads=2)
     assert rows.tobytes() == exact.rows.tobytes() and scores.tobytes() == exact.scores.tobytes()
+
+
+def test_lists_of_vectors_longer_than_the_sample_lose_nothing_that_reaches_the_cut(
+    tmp_path: Path, arithmetic: Any
+) -> None:
+    """Their products are off by more than those the common floors allow for."""
+    corpus, anchors = clustered(3_000, 1), clustered(150, 2).astype(np.float32)
+    short, depth = corpus[:500].astype(np.float32), 5
+    corpus *= 40
+    lists = listed.open_lists(build(tmp_path, corpus, "IVF20,Flat", 10_000), short)
+    vectors = ann.open_parts([tmp_path / "part.npy"])
+    exact = ann.search_exact(anchors, vectors, depth, positives=factory.NO_PAIRS, memory=ROOMY, threads=1)
+    everywhere, cut = np.tile(np.arange(20), (len(anchors), 1)), exact.scores[:, -1].copy()
+    best = listed._scan(anchors, lists, depth, everywhere, cut, arithmetic(), 1, lambda rows: None)
+    assert np.array_equal(rows_of(np.sort(best, axis=1)), exact.rows)
 
 
 def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from negpipe.ann.vectors import Floats, Ints
+from negpipe.kinds import ITERATIONS
 
-_ITERATIONS = 10  # FAISS's number for inverted files
 _TILE, _STRIP = 1024, 4096  # vectors and centres of one product
 
 
@@ -26,7 +26,7 @@ def centres(sample: Floats, count: int, *, seed: int, threads: int) -> Floats:
     from faiss.contrib.clustering import kmeans
 
     with redirect_stdout(io.StringIO()):  # It prints, verbose or not.
-        found = kmeans(count, _Sample(sample, threads), niter=_ITERATIONS, seed=seed % 2**32, verbose=False)
+        found = kmeans(count, _Sample(sample, threads), niter=ITERATIONS, seed=seed % 2**32, verbose=False)
     return _unit(found)
 
 

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,11 @@ from negpipe.ann.factory import add, fit, inner, lists_of, make, rows_wanted, si
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
 from negpipe.ann.vectors import Floats
+from negpipe.kinds import built
 
 SAMPLE = 10_000  # fewer, and FAISS warns of too few to train 256 centroids on
 _GRAPH = 2048  # of them in a graph, which is slow to build
 _ANCHORS = 64
-ITERATIONS = 10  # of the k-means that makes lists
 
 
 @dataclass(frozen=True)
@@ -55,28 +54,27 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
     most, rounds = math.inf, 1.0
     if quantizer is not None:  # its k-means looks at no more than 256 rows a centroid, many times: two tell
         most, rounds, quantizer.cp.niter = 256.0 * quantizer.ksub, quantizer.cp.niter / 2, 2
-    took = _timed(lambda: fit(index, sample, seed=0, threads=1))[0]
+    took = _timed(lambda: fit(index, sample, seed=0, threads=1))
     training = rounds * took * min(wanted, most) / min(len(sample), most) if wanted else 0.0
-    training += ITERATIONS * wanted * lists * job.dimension / rate
     graph = isinstance(inner(index), faiss().IndexHNSW)
     added = sample[:_GRAPH] if graph else sample
     deeper = math.log(job.rows) / math.log(len(added)) if graph else 1.0
-    filling = _timed(lambda: add(index, added, threads=1))[0] / len(added) * job.rows * deeper
-    filling += job.rows * lists * job.dimension / rate
+    filling = _timed(lambda: add(index, added, threads=1)) / len(added) * job.rows * deeper
+    listing = built(job.rows, wanted, lists) * job.dimension / rate
     # As large a share of the rows as of all of them: it decides how often a better one is found.
     proposed = 2 * job.depth if graph else max(1, round(2 * job.depth * len(added) / job.rows))
     if knob := effort(index):
         faiss().ParameterSpace().set_index_parameter(index, knob[0], min(knob[1], 2 * job.depth))
     anchors = sample[:_ANCHORS]
     with single_thread():
-        one = _timed(lambda: index.search(anchors, min(proposed, len(added))))[0] / _ANCHORS
+        one = _timed(lambda: index.search(anchors, min(proposed, len(added)))) / _ANCHORS
     searching = one * (deeper if graph else job.rows / len(added) * (share if lists else 1.0))
     pairs = np.repeat(np.arange(_ANCHORS), 256), np.tile(np.arange(256), _ANCHORS)
-    scoring = _timed(lambda: pair_scores(anchors, pairs[0], sample, pairs[1]))[0] / len(pairs[0]) * 2 * job.depth
-    return training + filling, job.anchors * (searching + scoring) / threads
+    scoring = _timed(lambda: pair_scores(anchors, pairs[0], sample, pairs[1])) / len(pairs[0]) * 2 * job.depth
+    return training + filling + listing, job.anchors * (searching + scoring) / threads
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
-    made = work()
-    return time.perf_counter() - started, made
+    work()
+    return time.perf_counter() - started

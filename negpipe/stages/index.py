@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import ann, approximate
+from negpipe.ann.probe import Job
 from negpipe.config import Config
-from negpipe.errors import ConfigError, InputError, StorageError
+from negpipe.errors import InputError, StorageError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -75,22 +76,11 @@ def _check(context: Context) -> None:
             " set index.kind: stream, which needs none"
         )
     if context.config.index.approximate:
-        trained = 0 if given else 2 * ann.factory.rows_wanted(kind, dimension, rows) * dimension * 4
+        anchors = sum(part.rows for part in encode.of_kind("anchors"))
+        job = Job(rows, dimension, anchors, min(context.config.depth, rows))
+        largest = max(sum(part.rows for part in group) for group in groups)
         memory = context.config.resources.memory_budget // context.workers
-        shard = 3 * max(sum(part.rows for part in group) for group in groups) * dimension * 4
-        for least, what, remedy in (
-            (shard, "builds shards that need", ", index.shard_size or data.part_rows"),
-            (trained, "is trained on a sample that needs", ""),
-            (held, "is held in memory while it is searched, and takes", ""),
-        ):
-            if least > memory:
-                raise ConfigError(
-                    f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
-                    f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
-                )
-        if not ann.lists.is_lists(ann.factory.make(kind, dimension)):
-            proposed = min(approximate.MOST_PROPOSED * min(context.config.depth, rows), rows)
-            ann.coded.check_tuning(proposed, memory - held, context.threads)
+        approximate.check_memory(context.config, job, largest, held, memory=memory, threads=context.threads)
 
 
 def _plan(context: Context) -> Iterator[Task]:
