@@ -421,3 +421,18 @@ def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: 
         assert choice.disk is None and choice.note.startswith("refused: index.kind")
         return
     assert choice.build and choice.search and choice.memory
+
+
+def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: Path, tmp_path: Path) -> None:
+    small.build(tmp_path)
+    settings = small.settings(tmp_path)
+    settings["encoder"] = {"model": str(tiny), "pooling": "mean"}
+    pipeline.mine(load_config(settings), only="ingest")
+    found = planning.plan(load_config(settings))
+    encode = next(step for step in found.steps if step.stage == "encode")
+    assert encode.seconds and encode.disk and "took just now" in encode.note
+    assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
+    assert not (tmp_path / "run/encode").exists()
+    # What goes wrong in the model's own process is said as here.
+    with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' is not there"):
+        planning.plan(load_config(settings, ["encoder.device=cuda:99"]))
