@@ -13,7 +13,7 @@ import pytest
 from negpipe import ann
 from negpipe.ann import clusters, coded, factory
 from negpipe.ann import lists as listed
-from negpipe.ann.pairs import rows_of
+from negpipe.ann.pairs import pair_scores, rows_of
 from negpipe.ann.products import BFloat16, Float32
 from negpipe.errors import ConfigError, DamagedError
 
@@ -24,7 +24,8 @@ DIMENSION = 24
 @pytest.fixture(params=[Float32, BFloat16], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both, whatever this machine would choose."""
-    monkeypatch.setattr(listed, "arithmetic", lambda multiplications: request.param())
+    for module in (listed, clusters, factory):
+        monkeypatch.setattr(module, "arithmetic", lambda multiplications: request.param())
     return request.param
 
 
@@ -196,4 +197,15 @@ def test_lists_are_as_good_as_those_of_faiss() -> None:
     ours = [clusters.centres(rows, 40, seed=seed, threads=2) for seed in range(8)]
     assert np.mean([*map(gained, ours)]) >= 0.99 * np.mean([gained(theirs(seed)) for seed in range(8)])
     assert np.linalg.norm(ours[0], axis=1) == pytest.approx(1, abs=1e-6)
-    assert np.array_equal(clusters.nearest(rows, ours[0], threads=2), (rows @ ours[0].T).argmax(axis=1))
+
+
+@pytest.mark.parametrize("count", [1, 40, 5_000])
+def test_a_vector_belongs_to_the_centre_of_greatest_score_the_first_of_equals(arithmetic: Any, count: int) -> None:
+    rows, centres = (clustered(size, 6).astype(np.float32) for size in (3_000, count))
+    centres[: count // 8] *= -1
+    centres[[count // 2, -1]] = rows[0]
+    everyone, everything = (each.ravel() for each in np.indices((len(rows), count)))
+    scores = pair_scores(rows, everyone, centres, everything).reshape(len(rows), count)
+    found = clusters.nearest(rows, centres, numbers=arithmetic(), threads=2)
+    assert np.array_equal(found, scores.argmax(axis=1))
+    assert found[0] == count // 2

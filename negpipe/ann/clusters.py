@@ -1,59 +1,62 @@
 """The lists of an inverted file: their centres, and which of them a vector belongs to.
 
-Guarantees: the same bytes for any number of threads. FAISS's own way depends on it, for a near tie; here the shape of
-every product depends on the vectors alone, and one thread makes it.
+Guarantees: the same bytes for any number of threads, and whatever multiplies: `pair_scores` decides.
 """
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from negpipe.ann.pairs import grouped, keys_of, pair_scores, rows_of
+from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.kinds import ITERATIONS
 
-_TILE, _STRIP = 1024, 4096  # vectors and centres of one product
+_CELLS = 2**21  # products of a tile of vectors with all centres
+_SUMMED = 64  # lists at a time
 
 
 def centres(sample: Floats, count: int, *, seed: int, threads: int) -> Floats:
     """(count, d) float32 of length 1, by spherical k-means on the sample (n, d)."""
     from faiss.contrib.clustering import kmeans
 
+    numbers = arithmetic(float(ITERATIONS) * sample.size * count)
     with redirect_stdout(io.StringIO()):  # It prints, verbose or not.
-        found = kmeans(count, _Sample(sample, threads), niter=ITERATIONS, seed=seed % 2**32, verbose=False)
+        found = kmeans(count, _Sample(sample, numbers, threads), niter=ITERATIONS, seed=seed % 2**32, verbose=False)
     return _unit(found)
 
 
-def nearest(vectors: Floats, centres: Floats, *, threads: int) -> Ints:
-    """(n,) int64: the centre with the greatest product with each vector."""
+def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: int) -> Ints:
+    """(n,) int64: the centre with the greatest score with each vector, the first of equals."""
+    held, local = numbers.operand(centres), threading.local()
+    height = max(1, min(STRIP, _CELLS // len(centres)))
 
     def of(low: int) -> Ints:
-        tile = vectors[low : low + _TILE]
-        best = np.full(len(tile), -np.inf, np.float32)
-        number = np.zeros(len(tile), np.int64)
-        for start in range(0, len(centres), _STRIP):
-            products = tile @ centres[start : start + _STRIP].T
-            at = products.argmax(axis=1)
-            product = np.take_along_axis(products, at[:, None], axis=1)[:, 0]
-            better = product > best
-            best[better], number[better] = product[better], start + at[better]
-        return number
+        if not hasattr(local, "products"):
+            local.products = Products(numbers, height, len(centres))
+        tile = vectors[low : low + height]
+        own = np.arange(len(tile))
+        pairs = local.products.greatest(numbers.operand(tile), held, lambda top: pair_scores(tile, own, centres, top))
+        vector_of, centre_of = pairs
+        keys = keys_of(pair_scores(tile, vector_of, centres, centre_of), centre_of)
+        return rows_of(np.minimum.reduceat(keys, np.searchsorted(vector_of, own)))
 
-    with _pool(threads) as pool:
-        return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), _TILE))])
+    with _pool(numbers, threads) as pool:
+        return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), height))])
 
 
 class _Sample:
     """What `faiss.contrib.clustering.kmeans` asks of its data."""
 
-    def __init__(self, vectors: Floats, threads: int) -> None:
-        self._vectors, self._threads = vectors, threads
+    def __init__(self, vectors: Floats, numbers: Arithmetic, threads: int) -> None:
+        self._vectors, self._numbers, self._threads = vectors, numbers, threads
 
     def count(self) -> int:
         return len(self._vectors)
@@ -66,14 +69,18 @@ class _Sample:
 
     def assign_to(self, centroids: Floats, weights: Any = None) -> tuple[Ints, Floats, Floats]:
         """The centroid of each vector, distances, which are not needed, and the sum of each centroid's vectors."""
-        number = nearest(self._vectors, _unit(centroids), threads=self._threads)
-        order = np.argsort(number, kind="stable")
-        bounds = np.searchsorted(number[order], np.arange(len(centroids) + 1))
-        with _pool(self._threads) as pool:
-            sums = pool.map(
-                lambda at: self._vectors[order[bounds[at] : bounds[at + 1]]].sum(axis=0), range(len(centroids))
-            )
-            return number, np.zeros(1, np.float32), np.stack([*sums])
+        count = len(centroids)
+        number = nearest(self._vectors, _unit(centroids), numbers=self._numbers, threads=self._threads)
+        order = grouped(number, count)
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
+
+        def sums(low: int) -> list[Floats]:
+            high = min(count, low + _SUMMED)
+            return [self._vectors[order[bounds[at] : bounds[at + 1]]].sum(axis=0) for at in range(low, high)]
+
+        with _pool(self._numbers, self._threads) as pool:
+            summed = [row for rows in pool.map(sums, range(0, count, _SUMMED)) for row in rows]
+        return number, np.zeros(1, np.float32), np.stack(summed)
 
 
 def _unit(vectors: Floats) -> Floats:
@@ -83,6 +90,6 @@ def _unit(vectors: Floats) -> Floats:
 
 
 @contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+def _pool(numbers: Arithmetic, threads: int) -> Iterator[ThreadPoolExecutor]:
+    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         yield pool

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
+from negpipe.ann.products import Arithmetic, arithmetic
 from negpipe.ann.vectors import Floats, Vectors
 from negpipe.errors import ConfigError, DamagedError
 from negpipe.kinds import ROWS_A_LIST, trained_on
@@ -173,16 +174,17 @@ def fill(
     progress: Callable[[int, str], None] = lambda rows, note: None,
 ) -> None:
     """Add all vectors; their ids count from 0. `threads` changes no byte."""
+    numbers = arithmetic(float(vectors.rows) * vectors.dimension * lists_of(index))
     for start, block in vectors.blocks(_ROWS_ADDED):
-        add(index, block, threads=threads)
+        add(index, block, numbers=numbers, threads=threads)
         progress(len(block), f"{start + len(block):,} rows")
 
 
-def add(index: Any, rows: Floats, *, threads: int) -> None:
+def add(index: Any, rows: Floats, *, numbers: Arithmetic, threads: int) -> None:
     """Add some vectors."""
     with single_thread():
         if type(index) is faiss().IndexIVFFlat:
-            lists = nearest(rows, centroids_of(index), threads=threads)
+            lists = nearest(rows, centroids_of(index), numbers=numbers, threads=threads)
             index.add_core(len(rows), faiss().swig_ptr(rows), None, faiss().swig_ptr(lists))
         else:
             index.add(rows)

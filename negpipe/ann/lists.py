@@ -23,7 +23,7 @@ from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
-from negpipe.ann.pairs import NOTHING, Best, Keys, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import DamagedError
@@ -226,10 +226,8 @@ def _scan(
     """(n, depth): the best keys in the probed lists of scores that reach the cut."""
     best = np.full((len(anchors), depth), NOTHING)
     operand, cut = numbers.operand(anchors), cut.copy()
-    flat = probed.ravel()
-    order = np.argsort(flat, kind="stable")
-    bounds = np.searchsorted(flat[order], np.arange(len(lists.centroids) + 1))
-    of_list = order // probed.shape[1]
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(probed.ravel(), minlength=len(lists.centroids)))])
+    of_list = grouped(probed.ravel(), len(lists.centroids)) // probed.shape[1]
     local = threading.local()
     # Floors for vectors about as long as those of the sample; lists with longer ones have floors of their own.
     sample = numbers.operand(lists.sample)
@@ -265,6 +263,7 @@ def _scan(
         return found
 
     waiting: list[tuple[Ints, Keys]] = []
+    pairs = 0
     with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         ahead: deque[Future[list[tuple[Ints, Keys]]]] = deque()
         for number in range(len(lists.sizes) + _AHEAD * threads):
@@ -272,10 +271,12 @@ def _scan(
                 ahead.append(pool.submit(scan, number))
             if number < _AHEAD * threads or not ahead:
                 continue
-            waiting += ahead.popleft().result()
-            if waiting and (sum(len(keys) for _, keys in waiting) > best.size or not ahead):
+            found = ahead.popleft().result()
+            waiting += found
+            pairs += sum(len(keys) for _, keys in found)
+            if waiting and (pairs > best.size or not ahead):
                 merge(best, waiting, pool.map)
-                waiting = []
+                waiting, pairs = [], 0
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
                 floor_of = floors(numbers, cut, operand, usual, off)
             progress(int(lists.sizes[number - _AHEAD * threads]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,12 @@ def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))
 
 
+def grouped(labels: Ints, count: int) -> Ints:
+    """The order that sorts labels below `count`; equal ones stay in order. Radix sort, where 16 bits hold them."""
+    order: Ints = np.argsort(labels.astype(np.min_scalar_type(count)), kind="stable")
+    return order
+
+
 def waiting(depth: int) -> int:
     """Pairs an anchor, on average, that wait for a merge."""
     return 2 * depth + 16
@@ -84,10 +91,15 @@ class Best:
     """The best keys of some anchors; pairs wait until there are enough of them to be worth a merge."""
 
     def __init__(self, anchors: int, depth: int) -> None:
-        self.keys = np.full((anchors, depth), NOTHING)  # the worst of an anchor last, the others in any order
+        self._shape = anchors, depth
         self._most = anchors * waiting(depth)
         self._waiting: list[tuple[Ints, Keys]] = []
         self._count, self._merged = 0, False
+
+    @cached_property
+    def keys(self) -> Keys:
+        """(anchors, depth): the worst of an anchor last, the others in any order. Made once it is needed."""
+        return np.full(self._shape, NOTHING)
 
     def pieces(self, pairs: int) -> Iterator[slice]:
         """As many pairs at a time as may wait."""
@@ -132,7 +144,7 @@ def merge(best: Keys, pairs: list[tuple[Ints, Keys]], each: Callable[..., Iterab
     """
     depth = best.shape[1]
     anchor_of, keys = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    keys = keys[np.argsort(anchor_of, kind="stable")]
+    keys = keys[grouped(anchor_of, len(best))]
     counts = np.bincount(anchor_of, minlength=len(best))
     ends = np.cumsum(counts)
     height = max(1, _CELLS // (depth + int(counts.max(initial=0))))

@@ -14,6 +14,7 @@ from negpipe.ann.coded import effort
 from negpipe.ann.factory import add, fit, inner, lists_of, make, rows_wanted, single_thread
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
+from negpipe.ann.products import Float32
 from negpipe.ann.vectors import Floats
 from negpipe.kinds import built
 
@@ -59,7 +60,7 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
     graph = isinstance(inner(index), faiss().IndexHNSW)
     added = sample[:_GRAPH] if graph else sample
     deeper = math.log(job.rows) / math.log(len(added)) if graph else 1.0
-    filling = _timed(lambda: add(index, added, threads=1)) / len(added) * job.rows * deeper
+    filling = _timed(lambda: add(index, added, numbers=Float32(), threads=1)) / len(added) * job.rows * deeper
     listing = built(job.rows, wanted, lists) * job.dimension / rate
     # As large a share of the rows as of all of them: it decides how often a better one is found.
     proposed = 2 * job.depth if graph else max(1, round(2 * job.depth * len(added) / job.rows))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -208,21 +208,33 @@ def _torch() -> Any:
 
 
 class Products:
-    """Products of up to `anchors` anchors with a strip of rows. Has memory of its own: for one thread."""
+    """Products of up to `anchors` anchors with up to `rows` rows. Has memory of its own: for one thread."""
 
-    def __init__(self, arithmetic: Arithmetic, anchors: int) -> None:
+    def __init__(self, arithmetic: Arithmetic, anchors: int, rows: int = STRIP) -> None:
         self._arithmetic = arithmetic
-        self._products = np.empty(_grains(anchors) * STRIP, arithmetic.dtype)
-        self._reached = np.empty(anchors * STRIP, np.bool_)
+        self._products = np.empty(_grains(anchors) * _grains(rows), arithmetic.dtype)
+        self._reached = np.empty(anchors * rows, np.bool_)
 
     def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> tuple[Ints, Ints]:
         """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row.
 
         Args:
             floor: (n,) see `floors`.
-            anchors: n, rows: at most `STRIP`.
+        """
+        return self._at_least(floor, self._multiply(anchors, rows))
+
+    def greatest(self, anchors: Operand, rows: Operand, score: Callable[[Ints], Floats]) -> tuple[Ints, Ints]:
+        """Anchor and row of a few pairs, by anchor and row, among them the greatest score of every anchor.
+
+        Args:
+            score: (n,) scores of the anchors with the (n,) rows it is given.
         """
         products = self._multiply(anchors, rows)
+        scores = score(products.argmax(axis=1))  # of bits that are not in order: of some row, where all are negative
+        longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
+        return self._at_least(floors(self._arithmetic, scores, anchors, longest, error), products)
+
+    def _at_least(self, floor: NDArray[Any], products: NDArray[Any]) -> tuple[Ints, Ints]:
         if floor.min(initial=1) <= 0:
             self._arithmetic.order(products)
         reached = self._reached[: products.size].reshape(products.shape)

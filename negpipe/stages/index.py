@@ -25,7 +25,7 @@ from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import documents, open_table
 
-VERSION = 2
+VERSION = 3
 
 
 def _settings(config: Config) -> dict[str, Any]:
