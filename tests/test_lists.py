@@ -197,6 +197,12 @@ def test_lists_are_as_good_as_those_of_faiss() -> None:
     ours = [clusters.centres(rows, 40, seed=seed, threads=2) for seed in range(8)]
     assert np.mean([*map(gained, ours)]) >= 0.99 * np.mean([gained(theirs(seed)) for seed in range(8)])
     assert np.linalg.norm(ours[0], axis=1) == pytest.approx(1, abs=1e-6)
+    for kind in ("IVF40,Flat", "IVF40,PQ4x4fs", "IVF40_HNSW8,Flat", "RR8,IVF40,SQ8"):
+        trained = factory.train(kind, rows, seed=5, threads=1)
+        index = faiss.extract_index_ivf(trained)
+        assert index.quantizer.ntotal == 40
+        if not kind.startswith("RR"):  # which trains on rotated rows
+            assert np.array_equal(index.quantizer.reconstruct_n(0, 40), ours[5])
 
 
 @pytest.mark.parametrize("count", [1, 40, 5_000])

@@ -148,8 +148,7 @@ def fit(index: Any, rows: Floats, *, seed: int, threads: int) -> None:
             inside.is_trained = True
             inside = faiss().downcast_index(inside.index)
         inverted = faiss().try_extract_index_ivf(inside)
-        # Lists by FAISS's k-means, unless they are found in a way of their own (IMI).
-        if inverted is not None and inverted.quantizer.is_trained and not inverted.quantizer_trains_alone:
+        if inverted is not None and inverted.quantizer.is_trained:  # else its centres are coded, which FAISS trains
             inverted.quantizer.add(centres(rows, inverted.nlist, seed=seed, threads=threads))
         inside.train(rows)
 
@@ -172,9 +171,17 @@ def fill(
     *,
     threads: int,
     progress: Callable[[int, str], None] = lambda rows, note: None,
+    planned: int = 0,
 ) -> None:
-    """Add all vectors; their ids count from 0. `threads` changes no byte."""
-    numbers = arithmetic(float(vectors.rows) * vectors.dimension * lists_of(index))
+    """Add all vectors; their ids count from 0.
+
+    Args:
+        index: empty.
+        threads: changes no byte.
+        progress: called with the number of vectors just added, and a note.
+        planned: vectors of all shards to be filled: what multiplies faster takes a while to begin. Changes no byte.
+    """
+    numbers = arithmetic(float(max(planned, vectors.rows)) * vectors.dimension * lists_of(index))
     for start, block in vectors.blocks(_ROWS_ADDED):
         add(index, block, numbers=numbers, threads=threads)
         progress(len(block), f"{start + len(block):,} rows")

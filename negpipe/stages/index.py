@@ -193,7 +193,8 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         return Made(task.rows, {"dimension": vectors.dimension})
     if task.kind == "shard":
         index = ann.factory.read(context.run_dir / task.payload["trained"], vectors.dimension, to_fill=True)
-        ann.factory.fill(index, vectors, threads=context.threads, progress=progress)
+        planned = sum(part.rows for part in documents(context.manifest("encode")))
+        ann.factory.fill(index, vectors, threads=context.threads, progress=progress, planned=planned)
         publish(".faiss", lambda file: ann.factory.write(index, file))
         sample = approximate.sample_of(vectors, config.seed)
         publish(".npy", lambda file: np.save(file, sample, allow_pickle=False))
