@@ -263,9 +263,12 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
 
 
 def tune(
-    opened: Approximate, anchors: ann.Vectors, config: Config, *, memory: int, threads: int
+    opened: Approximate, anchors: ann.Vectors, config: Config, *, candidates: int, memory: int, threads: int
 ) -> tuple[Tuning, recall.Recall]:
     """Find the least effort that reaches `index.min_recall`, and what it finds.
+
+    Args:
+        candidates: the rows before this one can be among the nearest.
 
     Raises:
         RecallError: none does; the message shows the curve.
@@ -273,12 +276,19 @@ def tune(
     count = min(config.index.recall_anchors, anchors.rows)
     chosen = np.sort(np.random.default_rng(config.seed).choice(anchors.rows, count, replace=False))
     sampled = anchors.take(chosen)
-    depth = min(config.depth, opened.vectors.rows)
+    depth = min(config.depth, candidates)
     exact = ann.search_exact(
-        sampled, opened.vectors, depth, positives=factory.NO_PAIRS, memory=memory, threads=threads
+        sampled,
+        opened.vectors,
+        depth,
+        candidates=candidates,
+        positives=factory.NO_PAIRS,
+        memory=memory,
+        threads=threads,
     ).rows
+    opened = opened.before(candidates)
     curve: list[dict[str, Any]] = []
-    for effort, hits in _efforts(opened, sampled, exact, config, memory, threads):
+    for effort, hits in _efforts(opened, sampled, exact, config, candidates, memory, threads):
         measured = recall.Recall(hits)
         mean, low, high = measured.over(0, depth)
         curve.append({**asdict(effort), "recall": round(mean, 4)})
@@ -299,7 +309,7 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _efforts(
-    opened: Approximate, anchors: Floats, exact: Ints, config: Config, memory: int, threads: int
+    opened: Approximate, anchors: Floats, exact: Ints, config: Config, candidates: int, memory: int, threads: int
 ) -> Iterator[tuple[Effort, NDArray[np.bool_]]]:
     """Efforts to try in order, each with what it finds of the exact rows; the caller stops at the first that does."""
     if isinstance(opened.index, lists.Lists):
@@ -321,7 +331,7 @@ def _efforts(
     while True:
         # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
-        most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, opened.vectors.rows)
+        most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, candidates)
         found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, memory=memory, threads=threads)
         place = np.concatenate([recall.places(rows, exact[here]) for here, rows in found])
         proposed = depth

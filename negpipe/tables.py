@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from negpipe.config import Config
 from negpipe.errors import DamagedError
 from negpipe.manifest import Manifest, Part
 from negpipe.texts import hashes
@@ -27,6 +28,11 @@ EXTRA = "extra:"
 def documents(manifest: Manifest) -> list[Part]:
     """The parts of ingest or encode that hold documents, in row order."""
     return manifest.of_kind("corpus") + manifest.of_kind("added")
+
+
+def searchable(manifest: Manifest, config: Config) -> list[Part]:
+    """The first of them: those whose documents can be candidates."""
+    return documents(manifest) if config.data.add_positives else manifest.of_kind("corpus")
 
 
 def to_bytes(table: pa.Table) -> pa.Buffer:

@@ -135,13 +135,25 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
 
 def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: int) -> Ints:
     """(n, depth): how many lists lie nearer to an anchor than the one that holds a row."""
-    list_of = np.empty(lists.rows, np.int32)
-    for number in range(len(lists.centroids)):
-        list_of[lists.ids(number)] = number
-    nearest = lists.nearest(anchors, len(lists.centroids), memory=memory, threads=threads)
-    place = np.empty_like(nearest)
-    np.put_along_axis(place, nearest, np.arange(nearest.shape[1])[None, :], axis=1)
-    return np.take_along_axis(place, list_of[rows], axis=1)
+    count = len(lists.centroids)
+    wanted, at = np.unique(rows, return_inverse=True)
+    list_of = np.empty(len(wanted), np.int64)
+    for number in range(count):
+        ids = lists.ids(number)
+        place = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
+        list_of[place[wanted[place] == ids]] = number
+    lists_of = list_of[at].reshape(rows.shape)
+
+    def of(group: Floats, held: Ints) -> Ints:
+        nearest = lists.nearest(group, count, memory=memory // 4 * 3, threads=threads)
+        place = np.empty_like(nearest)
+        np.put_along_axis(place, nearest, np.arange(count)[None, :], axis=1)
+        return np.take_along_axis(place, held, axis=1)
+
+    # Rows and scores that `nearest` finds, as they are made and as they are given, take most; then their order turned.
+    pieces = -(-len(anchors) * count * 64 // memory)
+    split = np.array_split(anchors, pieces), np.array_split(lists_of, pieces)
+    return np.concatenate([of(group, held) for group, held in zip(*split, strict=True)])
 
 
 def needs(dimension: int, depth: int, nprobe: int, share: float, longest: int, threads: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from negpipe.errors import InputError, StorageError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.tables import documents, open_table
+from negpipe.tables import documents, open_table, searchable
 
 VERSION = 3
 
@@ -34,6 +34,7 @@ def _settings(config: Config) -> dict[str, Any]:
     values = config.index.model_dump(mode="json", exclude={"trained"})
     return {f"index.{name}": value for name, value in values.items()} | {
         "search.depth": config.depth,
+        "data.add_positives": config.data.add_positives,
         "seed": config.seed,
     }
 
@@ -131,7 +132,12 @@ def _approximate(context: Context) -> Iterator[Task]:
         [part.identity() for part in (*made, *anchors)],
         [part.identity() for part in parts],
     )
-    shown = {"parts": paths, "anchors": [part.path for part in anchors], "shards": _places(made)}
+    shown = {
+        "parts": paths,
+        "anchors": [part.path for part in anchors],
+        "shards": _places(made),
+        "candidates": sum(part.rows for part in searchable(encode, config)),
+    }
     yield Task(name, "tuned", min(config.index.recall_anchors, sum(part.rows for part in anchors)), shown)
 
 
@@ -201,7 +207,8 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         return Made(task.rows)
     opened = approximate.open_index(context.run_dir, config.index.kind, task.payload["shards"], vectors)
     anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
-    tuning, measured = approximate.tune(opened, anchors, config, memory=memory - opened.held, threads=context.threads)
+    about = {"memory": memory - opened.held, "threads": context.threads}
+    tuning, measured = approximate.tune(opened, anchors, config, candidates=task.payload["candidates"], **about)
     approximate.window(measured, config)
     publish(".json", tuning.write)
     publish(".npy", measured.write)

@@ -22,7 +22,7 @@ from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import open_approximate
-from negpipe.tables import documents, open_table, ragged
+from negpipe.tables import documents, open_table, ragged, searchable
 
 VERSION = 1
 
@@ -34,12 +34,6 @@ def _settings(config: Config) -> dict[str, Any]:
 def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Readers look at the first `depth` candidates: deeper ones serve, so a narrower window searches nothing."""
     return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
-
-
-def _searchable(context: Context, stage: str) -> list[Part]:
-    """The parts whose documents can be candidates."""
-    parts = documents(context.manifest(stage))
-    return parts if context.config.data.add_positives else [part for part in parts if part.kind == "corpus"]
 
 
 def _check(context: Context) -> None:
@@ -56,7 +50,7 @@ def _check(context: Context) -> None:
 
 def _plan(context: Context) -> Iterator[Task]:
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
-    rows = sum(part.rows for part in _searchable(context, "encode"))
+    rows = sum(part.rows for part in searchable(encode, context.config))
     for texts, anchors in zip(ingest.of_kind("anchors"), encode.of_kind("anchors"), strict=True):
         name = key(
             "search",
