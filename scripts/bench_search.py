@@ -169,7 +169,8 @@ def prepare(options: argparse.Namespace) -> Path:
                 "corpus_vectors": str(folder / "corpus.npy"),
                 "anchor_vectors": str(folder / "anchors.npy"),
             },
-            "mining": {"range_min": 10, "range_max": 210, "num_negatives": 15},
+            # Positives are no neighbours here: with a margin, nearly all anchors would be searched again, deeper.
+            "mining": {"range_min": 10, "range_max": 210, "num_negatives": 15, "relative_margin": None},
             "search": {"depth": 211},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
