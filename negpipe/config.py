@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from negpipe import compat, kinds, machine
 from negpipe.errors import ConfigError
 
+_CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
 _OWN_NAMES = ("id", "score", "rank", "grade")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -162,6 +163,11 @@ class Encoder(_Model):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Dangerous.")
     corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
     anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
+
+    @property
+    def call_size(self) -> int:
+        """Texts handed to the model at a time."""
+        return self.call_texts or max(_CALL_TEXTS, 32 * self.batch_size)
 
     @model_validator(mode="after")
     def _needs(self) -> Encoder:

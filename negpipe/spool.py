@@ -68,7 +68,8 @@ def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]
     characters = 0
     for record in records:
         batch.append(record)
-        characters += len(record.text) if isinstance(record, sources.Document) else 0
+        if isinstance(record, sources.Document | sources.Query):
+            characters += len(record.text) + sum(len(value or "") for value in record.extra)
         if len(batch) == BATCH or characters >= _CHARACTERS:
             yield batch
             batch, characters = [], 0

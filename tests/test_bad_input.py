@@ -342,7 +342,11 @@ def test_a_text_the_model_gives_no_vector_for_is_named_by_its_id(fresh: Path) ->
 
     table = pa.table({"id": ["a", "b", "c", "d"], "text": ["1", "2", "3", "4"]})
     with pytest.raises(InputError, match=r"^corpus, id 'd': the vector of this text is zero\. Look"):
-        list(encode._Model(Failing(), {}).blocks(Task("key", "corpus", 4, {}), table, {}, lambda units, note: None))
+        list(
+            encode._Model(Failing(), {}, lambda dimension: None).blocks(
+                Task("key", "corpus", 4, {}), table, {}, lambda units, note: None
+            )
+        )
 
 
 def test_vectors_by_row_and_by_id_give_the_same_rows(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.encoders.batched._CALL_TEXTS", 1)
+    monkeypatch.setattr("negpipe.config._CALL_TEXTS", 1)
     seen: list[int] = []
     vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
         TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)

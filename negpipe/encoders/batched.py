@@ -19,9 +19,6 @@ from negpipe.errors import InputError, TaskFailedError
 OnBatch = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
 
-# The tokens of a call, or of two, are held: about 7 kB a text.
-_CALL_TEXTS, _CALL_BATCHES = 2048, 32
-
 
 class Batched:
     """Runs calls, and checks and normalises what comes back.
@@ -49,7 +46,7 @@ class Batched:
         """See `negpipe.encoders.Encoder.encode`."""
         if not texts:
             raise ValueError("encode needs at least one text")
-        step = self._encoder.call_texts or max(_CALL_TEXTS, _CALL_BATCHES * self._encoder.batch_size)
+        step = self._encoder.call_size
         turns: deque[tuple[_Turn, Callable[[], Vectors]]] = deque()
         with ThreadPoolExecutor(1 + self._ahead) as pool:
             try:

@@ -8,10 +8,12 @@ infinity, no zero vector, one dimension throughout.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ import numpy.typing as npt
 
 from negpipe import encoders
 from negpipe.config import Config, Encoder
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.fingerprint import key
-from negpipe.manifest import Part
+from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.tables import open_table
 from negpipe.vectors import VectorFile
@@ -91,6 +93,8 @@ class _Model:
 
     encoder: encoders.Encoder
     provenance: dict[str, str]
+    check: Callable[[int], None]
+    """Whether vectors of a dimension fit: known once there are some."""
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
         """Vectors of the part's texts in order, some at a time; what is known of them all in `meta`."""
@@ -119,6 +123,7 @@ class _Brought:
     corpus: VectorFile
     anchors: VectorFile
     provenance: dict[str, str]
+    check: Callable[[int], None]
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
         """The part's vectors at once: a row group of a Parquet file may hold rows from all over the part."""
@@ -157,11 +162,12 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
                 field="encoder.anchor_vectors",
                 remedy="Bring both from the same model",
             )
-        yield _Brought(corpus, anchors, {})
+        _check_room(context, None, corpus.dimension)
+        yield _Brought(corpus, anchors, {}, lambda dimension: None)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         encoder = encoders.load(config, model.path, context.threads)
-        yield _Model(encoder, encoders.provenance(config))
+        yield _Model(encoder, encoders.provenance(config), cache(partial(_check_room, context, config.call_size)))
 
 
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -170,11 +176,9 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     meta: dict[str, Any] = {}
     stored: npt.NDArray[Any] | None = None
     first = 0
-    if isinstance(shared, _Brought):
-        _check_memory(table, table.num_rows, shared.corpus.dimension, context)
     for vectors in shared.blocks(task, table, meta, progress):
         if stored is None:
-            _check_memory(table, len(vectors), vectors.shape[1], context)
+            shared.check(vectors.shape[1])
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
         here = stored[first : first + len(vectors)]
         with np.errstate(all="ignore"):
@@ -190,15 +194,33 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 
-def _check_memory(table: Any, block_rows: int, dimension: int, context: Context) -> None:
-    """A part's texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
-    stored = table.num_rows * dimension * np.dtype(context.config.encoder.storage).itemsize
-    needed = 2 * table.nbytes + stored + 2 * block_rows * dimension * 4
+def _check_room(context: Context, block: int | None, dimension: int) -> None:
+    """The largest part fits into memory, all that are to be made onto the disk.
+
+    Args:
+        block: rows that the model makes at a time; None: a whole part's.
+    """
+    parts = [part for part in context.manifest("ingest").parts if part.kind != "counts"]
+    row = dimension * np.dtype(context.config.encoder.storage).itemsize
+
+    def needs(part: Part) -> int:
+        """Its texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
+        return 2 * part.files[0].bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
+
+    largest = max(parts, key=needs)
     memory = context.config.resources.memory_budget // context.workers
-    if needed > memory:
+    if needs(largest) > memory:
         raise ConfigError(
-            f"encoding a part of {table.num_rows:,} rows takes {-(-needed // 2**20)} MiB (texts, vectors), there are"
-            f" {memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise resources.memory_budget"
+            f"encoding a part of {largest.rows:,} rows takes {-(-needs(largest) // 2**20)} MiB (texts, vectors), there"
+            f" are {memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
+            " resources.memory_budget"
+        )
+    made = sum(part.rows for part in Books(context.run_dir, "encode").parts())
+    left, free = row * (sum(part.rows for part in parts) - made), shutil.disk_usage(context.run_dir).free
+    if left > free:
+        raise StorageError(
+            f"encode is about to write {left:,} bytes to {context.run_dir}, {free:,} are free there: make room, or set"
+            " run_dir to a larger disk; what is made already is kept"
         )
 
 
