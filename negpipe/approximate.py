@@ -97,17 +97,22 @@ def check_memory(config: Config, job: Job, shard: int, held: int, *, memory: int
     """
     kind = config.index.kind
     wanted = 0 if config.index.trained else factory.rows_wanted(kind, job.dimension, job.rows)
-    for vectors, what, remedy in (
-        (3 * shard, "builds shards that need", ", index.shard_size or data.part_rows"),
-        (2 * wanted, "is trained on a sample that needs", ""),
-        (held / job.dimension / 4, "is held in memory while it is searched, and takes", ""),
+    empty, row = factory.make(kind, job.dimension), 4 * job.dimension
+    searching = 0
+    if listed := lists.is_lists(empty):  # in one list, as long as they are on average
+        searching = sum(lists.needs(job.dimension, job.depth, 1, 0.0, job.rows // factory.lists_of(empty), threads))
+    for least, what, remedy in (
+        (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
+        (2 * wanted * row, "is trained on a sample that needs", ""),
+        (held, "is held in memory while it is searched, and takes", ""),
+        (held + searching, "is searched in no less than", ", resources.cpus or search.depth"),
     ):
-        if (least := int(vectors * job.dimension * 4)) > memory:
+        if least > memory:
             raise ConfigError(
                 f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
                 f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
             )
-    if not lists.is_lists(factory.make(kind, job.dimension)):
+    if not listed:
         coded.check_tuning(min(_MOST_PROPOSED * job.depth, job.rows), memory - held, threads)
 
 

@@ -1,10 +1,13 @@
-"""What this machine has: its memory, which a container may cut."""
+"""What this machine has: its memory, which a container may cut, and how the C library keeps it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -15,3 +18,12 @@ def memory() -> int:
         return min(total, int(_CGROUP.read_text()))
     except (OSError, ValueError):  # no container, or "max"
         return total
+
+
+def share_freed_memory() -> None:
+    """Let what one thread frees serve the others: glibc keeps a heap for each of them, and none returns its memory.
+
+    A search by lists took a third more than it used. For processes of our own, before they begin threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

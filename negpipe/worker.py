@@ -17,6 +17,7 @@ import sys
 import threading
 from typing import Any, TextIO
 
+from negpipe import machine
 from negpipe.config_file import load_config
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.executors.local import OUT_OF_MEMORY
@@ -28,6 +29,7 @@ from negpipe.stages import STAGES
 
 def main() -> None:
     """Serve until the input closes."""
+    machine.share_freed_memory()
     # The parent decides what Ctrl-C means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

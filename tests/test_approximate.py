@@ -287,6 +287,10 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
     with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 2 MiB a worker, there are 0: raise"):
         mined(source, "index.kind=HNSW64", *tight)
+    message = r"IVF16,Flat is searched in no less than \d+ MiB a worker, there are \d+: raise .* resources.cpus or"
+    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4"]
+    with pytest.raises(ConfigError, match=message):
+        mined(source, "index.kind=IVF16,Flat", "index.shard_size=100kB", *tight)
 
 
 BAD: list[tuple[list[str], type[Exception], str]] = [

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small_source as small
 import yaml
 
-from negpipe import pipeline
+from negpipe import pipeline, spool
 from negpipe.config_file import load_config
-from negpipe.errors import ConfigError
-
-BUDGET = 256  # MiB
+from negpipe.errors import ConfigError, InputError, StorageError
+from negpipe.manifest import Books
+from negpipe.sources import Document, Place, Query
 
 
 def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
@@ -28,6 +31,39 @@ def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         pipeline.mine(load_config(small.settings(tmp_path), tight))
     assert not list((tmp_path / "run/encode").glob("*.npy"))
+    # One part of several is too large: known before any is encoded.
+    result = pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=12"]), only="ingest")
+    sizes = [part.rows for part in Books(result.run_dir, "ingest").manifest().parts if part.kind != "counts"]  # type: ignore[union-attr]
+    most, row = max(sizes), 900_000 * (2 + 2 * 4) / 2**20
+    fitting = ["data.part_rows=12", f"resources.memory_budget={int(most * row) + 8}MiB"]
+    tight = ["data.part_rows=12", f"resources.memory_budget={int(most * row) - 4}MiB"]
+    assert min(sizes) < most
+    with pytest.raises(ConfigError, match=rf"part of {most} rows takes"):
+        pipeline.mine(load_config(small.settings(tmp_path), tight), only="encode")
+    assert not list((tmp_path / "run/encode").glob("*.npy"))
+    with pytest.raises(InputError, match="is zero"):  # it was read
+        pipeline.mine(load_config(small.settings(tmp_path), fitting), only="encode")
+
+
+def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path))
+    pipeline.mine(config, only="ingest")
+    total = (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
+    usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
+    monkeypatch.setattr("negpipe.stages.encode.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match=rf"write {total:,} bytes to .*, {total - 1:,} are free .*larger disk"):
+        pipeline.mine(config, only="encode")
+    assert not list((tmp_path / "run/encode").glob("*.npy"))
+
+
+@pytest.mark.parametrize("record", [Document, Query])
+def test_batches_of_a_source_are_cut_by_their_texts_and_extra_columns(record: Any) -> None:
+    more = (True,) if record is Document else ()
+    records = [record(str(i), "x" * 90_000, Place("file", i), *more, ("y" * 90_000, None)) for i in range(200)]
+    batches = [*spool._batches(iter(records))]
+    assert sum(map(len, batches)) == 200
+    assert all(180_000 * (len(batch) - 1) < 2**23 for batch in batches)
 
 
 def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> None:
@@ -69,40 +105,66 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
             pipeline.mine(config)
 
 
+EVERY = (["ingest"], ["encode"], ["index"], ["search"], ["triplets"], ["export", "--to", "flagembedding"])
+
+
 @pytest.mark.torture
 def test_every_stage_keeps_its_budget(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """270 MB of texts and 180 MB of vectors: no stage could hold either."""
     if not request.config.getoption("--torture"):
         pytest.skip("takes long: make torture")
-    least, most = (peaks(tmp_path / name, rows) for name, rows in (("small", 500), ("large", 180_000)))
-    over = {stage: most[stage] - least[stage] for stage in most}
-    assert all(megabytes <= BUDGET for megabytes in over.values()), over
-
-
-def peaks(folder: Path, documents: int) -> dict[str, float]:
-    """Greatest anonymous memory of each command in MiB: mapped files are the kernel's to take back."""
     text = "a text as long as a passage of an encyclopaedia or a manual is " * 24
+    sizes = (("small", 500), ("large", 180_000))
+    least, most = (peaks(source(tmp_path / name, rows, 256, text), 256, EVERY) for name, rows in sizes)
+    over = {stage: most[stage] - least[stage] for stage in most}
+    assert all(megabytes <= 256 for megabytes in over.values()), over
+
+
+def test_an_index_keeps_its_budget(tmp_path: Path) -> None:
+    """58 MB of vectors, as much again in an index of lists: 64 MiB could not hold both, nor a copy of either."""
+    folders = [source(tmp_path / name, rows, 96, "a text") for name, rows in (("small", 6_000), ("large", 150_000))]
+    for folder in folders:
+        peaks(folder, 512, [["ingest"], ["encode"]])
+    for kind in ("IVF64,Flat", "IVF64,PQ16x4fs"):
+        index = ("kind=" + kind, "shard_size=8MiB", "min_recall=0.1")
+        wanted = [
+            *(f"--set=index.{setting}" for setting in index),
+            "--set=mining.range_max=32",
+            "--set=search.depth=32",
+        ]
+        least, most = (peaks(folder, 64, [["index", *wanted], ["search", *wanted]]) for folder in folders)
+        over = {stage: most[stage] - least[stage] for stage in most}
+        assert all(megabytes <= 64 for megabytes in over.values()), (kind, over)
+
+
+def source(folder: Path, documents: int, dimension: int, text: str) -> Path:
+    """Documents, a fiftieth as many anchors, vectors of them all and a config."""
     small.write_rows(folder / "data/corpus.jsonl", ({"_id": f"d{i}", "text": f"{i} {text}"} for i in range(documents)))
-    small.write_rows(folder / "data/queries.jsonl", small.queries(documents // 20))
-    small.write_qrels(folder / "data/qrels/train.tsv", [(f"q{i}", f"d{i}", 1) for i in range(documents // 20)])
-    for name, rows in (("corpus", documents), ("anchors", documents // 20)):
-        np.save(folder / f"{name}.npy", np.random.default_rng(rows).normal(size=(rows, 256)).astype(np.float32))
+    small.write_rows(folder / "data/queries.jsonl", small.queries(documents // 50))
+    small.write_qrels(folder / "data/qrels/train.tsv", [(f"q{i}", f"d{i}", 1) for i in range(documents // 50)])
+    for name, rows in (("corpus", documents), ("anchors", documents // 50)):
+        np.save(folder / f"{name}.npy", np.random.default_rng(rows).normal(size=(rows, dimension)).astype(np.float32))
     settings = small.settings(folder)
     settings["data"] |= {"part_rows": 4096, "text": "{text}"}
     settings["encoder"]["storage"] = "float32"
-    settings["resources"] = {"memory_budget": f"{BUDGET}MiB", "cpus": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def peaks(folder: Path, budget: int, commands: Sequence[list[str]]) -> dict[str, float]:
+    """Greatest anonymous memory of each command in MiB: mapped files are the kernel's to take back."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["resources"] = {"memory_budget": f"{budget}MiB", "cpus": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     found = {}
-    exported = ["export", "--to", "flagembedding", "--out", str(folder / "out.jsonl")]
-    for command in (["ingest"], ["encode"], ["index"], ["search"], ["triplets"], exported):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "negpipe", command[0], str(folder / "config.yaml"), *command[1:]]
-        )
+    for name, *options in commands:
+        out = ["--out", str(folder / "out.jsonl")] if name == "export" else []
+        process = subprocess.Popen([sys.executable, "-m", "negpipe", name, str(folder / "config.yaml"), *options, *out])
         most = 0
         while process.poll() is None:
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
-            time.sleep(0.002)
+            time.sleep(0.005)
         assert process.returncode == 0
-        found[command[0]] = most / 1024
+        found[name] = most / 1024
     return found

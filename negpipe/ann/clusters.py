@@ -43,10 +43,12 @@ def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: i
             local.products = Products(numbers, height, len(centres))
         tile = vectors[low : low + height]
         own = np.arange(len(tile))
-        pairs = local.products.greatest(numbers.operand(tile), held, lambda top: pair_scores(tile, own, centres, top))
-        vector_of, centre_of = pairs
-        keys = keys_of(pair_scores(tile, vector_of, centres, centre_of), centre_of)
-        return rows_of(np.minimum.reduceat(keys, np.searchsorted(vector_of, own)))
+        found = local.products.greatest(numbers.operand(tile), held, lambda top: pair_scores(tile, own, centres, top))
+        best = []
+        for vector_of, centre_of in found:
+            keys = keys_of(pair_scores(tile, vector_of, centres, centre_of), centre_of)
+            best.append(np.minimum.reduceat(keys, np.flatnonzero(np.diff(vector_of, prepend=-1))))
+        return rows_of(np.concatenate(best))
 
     with _pool(numbers, threads) as pool:
         return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), height))])

@@ -251,11 +251,11 @@ class _Tile:
         floor = floors(self._numbers, cut, anchors, block.longest, block.error)
         for start in range(0, len(block.vectors), STRIP):
             strip = slice(start, start + STRIP)
-            anchor_of, row_of = products.reaching(floor, anchors, block.operand[strip])
-            anchor_of = chosen[anchor_of]
-            for few in self.best.pieces(len(row_of)):
-                scores = pair_scores(self.anchors, anchor_of[few], block.vectors[strip], row_of[few])
-                if self.best.add(anchor_of[few], keys_of(scores, block.first + start + row_of[few])):
-                    reached = np.maximum(cut, self.best.cut()[chosen])
-                    floor = floors(self._numbers, reached, anchors, block.longest, block.error)
+            for anchor_of, row_of in products.reaching(floor, anchors, block.operand[strip]):
+                pairs = chosen[anchor_of]
+                for few in self.best.pieces(len(row_of)):
+                    scores = pair_scores(self.anchors, pairs[few], block.vectors[strip], row_of[few])
+                    if self.best.add(pairs[few], keys_of(scores, block.first + start + row_of[few])):
+                        reached = np.maximum(cut, self.best.cut()[chosen])
+                        floor = floors(self._numbers, reached, anchors, block.longest, block.error)
         self.best.merge()

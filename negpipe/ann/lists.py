@@ -23,7 +23,7 @@ from negpipe.ann.exact import search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
-from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of
+from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import DamagedError
@@ -164,8 +164,9 @@ def needs(dimension: int, depth: int, nprobe: int, share: float, longest: int, t
         longest: vectors of the longest list.
     """
     row = 6 * dimension + 16
-    waiting = int(_AHEAD * threads * 32 * depth * share)  # of the anchors that probe a list
-    return 2 * row + depth * 56 + nprobe * 32 + waiting, threads * (2**25 + longest * row)
+    found = int(_AHEAD * threads * 32 * depth * share)  # of the anchors that probe a list
+    scratch = 2**24 + 40 * STRIP * min(waiting(depth), longest)  # products and pieces of pairs, those that wait
+    return 2 * row + depth * 56 + nprobe * 32 + found, threads * (scratch + longest * row)
 
 
 def search_lists(
@@ -266,15 +267,15 @@ def _scan(
             floor = floors(numbers, reached, some, longest, error) if common is None else common[here]
             for start in range(0, len(vectors), STRIP):
                 strip = slice(start, start + STRIP)
-                anchor_of, row_of = local.products.reaching(floor, some, rows[strip])
-                for few in kept.pieces(len(row_of)):
-                    scores = pair_scores(anchors, here[anchor_of[few]], vectors[strip], row_of[few])
-                    if kept.add(anchor_of[few], keys_of(scores, ids[start + row_of[few]])):
-                        floor = floors(numbers, np.maximum(reached, kept.cut()), some, longest, error)
+                for anchor_of, row_of in local.products.reaching(floor, some, rows[strip]):
+                    for few in kept.pieces(len(row_of)):
+                        scores = pair_scores(anchors, here[anchor_of[few]], vectors[strip], row_of[few])
+                        if kept.add(anchor_of[few], keys_of(scores, ids[start + row_of[few]])):
+                            floor = floors(numbers, np.maximum(reached, kept.cut()), some, longest, error)
             found += [(here[anchor_of], keys) for anchor_of, keys in kept.pairs()]
         return found
 
-    waiting: list[tuple[Ints, Keys]] = []
+    unmerged: list[tuple[Ints, Keys]] = []
     pairs = 0
     with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
         ahead: deque[Future[list[tuple[Ints, Keys]]]] = deque()
@@ -284,11 +285,11 @@ def _scan(
             if number < _AHEAD * threads or not ahead:
                 continue
             found = ahead.popleft().result()
-            waiting += found
+            unmerged += found
             pairs += sum(len(keys) for _, keys in found)
-            if waiting and (pairs > best.size or not ahead):
-                merge(best, waiting, pool.map)
-                waiting, pairs = [], 0
+            if unmerged and (pairs > best.size or not ahead):
+                merge(best, unmerged, pool.map)
+                unmerged, pairs = [], 0
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
                 floor_of = floors(numbers, cut, operand, usual, off)
             progress(int(lists.sizes[number - _AHEAD * threads]))

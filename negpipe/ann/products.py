@@ -25,6 +25,7 @@ from negpipe.ann.vectors import Floats, Ints
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
 _GRAIN = 128
+_PAIRS = 2**17  # at a time; where they are many, each takes more memory than its product
 _SMALL = 1e-18  # the squares of smaller numbers underflow
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the error of multiplying two numbers
 
@@ -180,10 +181,10 @@ def rate(multiplications: float, dimension: int) -> float:
         floor = floors(numbers, np.full(STRIP, 3 * np.sqrt(dimension), np.float32), operand, 0.0, 0.0)
 
         def measure() -> float:
-            products.reaching(floor, operand, operand)
+            list(products.reaching(floor, operand, operand))
             started, count = time.perf_counter(), 0
             while time.perf_counter() - started < 0.5:
-                products.reaching(floor, operand, operand)
+                list(products.reaching(floor, operand, operand))
                 count += 1
             return count * STRIP * STRIP * dimension / (time.perf_counter() - started)
 
@@ -215,16 +216,18 @@ class Products:
         self._products = np.empty(_grains(anchors) * _grains(rows), arithmetic.dtype)
         self._reached = np.empty(anchors * rows, np.bool_)
 
-    def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> tuple[Ints, Ints]:
-        """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row.
+    def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> Iterator[tuple[Ints, Ints]]:
+        """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row, in pieces.
 
         Args:
             floor: (n,) see `floors`.
         """
         return self._at_least(floor, self._multiply(anchors, rows))
 
-    def greatest(self, anchors: Operand, rows: Operand, score: Callable[[Ints], Floats]) -> tuple[Ints, Ints]:
-        """Anchor and row of a few pairs, by anchor and row, among them the greatest score of every anchor.
+    def greatest(self, anchors: Operand, rows: Operand, score: Callable[[Ints], Floats]) -> Iterator[tuple[Ints, Ints]]:
+        """Anchor and row of a few pairs, by anchor and row, among them the greatest score of every anchor, in pieces.
+
+        No anchor is in two of them.
 
         Args:
             score: (n,) scores of the anchors with the (n,) rows it is given.
@@ -234,14 +237,16 @@ class Products:
         longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
         return self._at_least(floors(self._arithmetic, scores, anchors, longest, error), products)
 
-    def _at_least(self, floor: NDArray[Any], products: NDArray[Any]) -> tuple[Ints, Ints]:
+    def _at_least(self, floor: NDArray[Any], products: NDArray[Any]) -> Iterator[tuple[Ints, Ints]]:
         if floor.min(initial=1) <= 0:
             self._arithmetic.order(products)
         reached = self._reached[: products.size].reshape(products.shape)
         np.greater_equal(products, floor[:, None], out=reached)
-        at = np.flatnonzero(reached)
-        anchor_of = at // products.shape[1]
-        return anchor_of, at - anchor_of * products.shape[1]
+        height = max(1, len(reached) * _PAIRS // max(_PAIRS, int(np.count_nonzero(reached))))
+        for low in range(0, len(reached), height):
+            at = np.flatnonzero(reached[low : low + height])
+            anchor_of = at // products.shape[1]
+            yield low + anchor_of, at - anchor_of * products.shape[1]
 
     def guess(self, anchors: Operand, sample: Operand, depth: int, rows: int) -> Floats:
         """(n,): a number that, going by a random sample of `rows` rows, somewhat more than `depth` of them reach.
@@ -258,7 +263,7 @@ class Products:
             table[:, low : low + STRIP] = self._multiply(anchors, sample[low : low + STRIP])
         self._arithmetic.order(table)
         table.partition(count - rank, axis=1)
-        return self._arithmetic.numbers(table[:, count - rank])
+        return self._arithmetic.numbers(table[:, count - rank].copy())  # a view would keep the table
 
     def _multiply(self, anchors: Operand, rows: Operand) -> NDArray[Any]:
         shape = len(anchors.values), len(rows.values)

@@ -20,6 +20,7 @@ from negpipe.cli import calibrate  # isort: split
 
 from negpipe.cli import report  # isort: split
 
+from negpipe import machine
 from negpipe.cli import config, upkeep
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
@@ -31,6 +32,7 @@ __all__ = ["app", "audit", "calibrate", "config", "main", "planning", "report", 
 
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
+    machine.share_freed_memory()
     arguments = sys.argv[1:]
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
     debug = "--debug" in arguments
