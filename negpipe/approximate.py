@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe import ann
-from negpipe.ann import coded, factory, lists, recall
+from negpipe.ann import coded, factory, groups, lists, recall
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config import Config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 
 _ONE_IN = 32  # rows of a shard that its sample holds
-_SAMPLE_ROWS = 8192  # of all samples that are looked at
 _SHOWN = 8  # efforts in an error
 _MOST_PROPOSED = 16  # times the depth
 
@@ -84,11 +83,12 @@ class Approximate:
         )
 
 
-def check_memory(config: Config, job: Job, shard: int, held: int, *, memory: int, threads: int) -> None:
+def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, *, memory: int, threads: int) -> None:
     """Whether the configured kind can be trained, filled, tuned and searched.
 
     Args:
         shard: vectors of the largest file.
+        anchors: of the largest part.
         held: bytes of the index that a search holds.
         memory, threads: of a worker.
 
@@ -98,9 +98,10 @@ def check_memory(config: Config, job: Job, shard: int, held: int, *, memory: int
     kind = config.index.kind
     wanted = 0 if config.index.trained else factory.rows_wanted(kind, job.dimension, job.rows)
     empty, row = factory.make(kind, job.dimension), 4 * job.dimension
-    searching = 0
+    searching = groups.kept(anchors, job.depth)
     if listed := lists.is_lists(empty):  # in one list, as long as they are on average
-        searching = sum(lists.needs(job.dimension, job.depth, 1, 0.0, job.rows // factory.lists_of(empty), threads))
+        each = job.rows // factory.lists_of(empty)
+        searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, each, sampled(job.rows), threads))
     for least, what, remedy in (
         (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
         (2 * wanted * row, "is trained on a sample that needs", ""),
@@ -109,10 +110,14 @@ def check_memory(config: Config, job: Job, shard: int, held: int, *, memory: int
     ):
         if least > memory:
             raise ConfigError(
-                f"index.kind {kind} {what} {least // 2**20} MiB a worker, there are {memory // 2**20}: raise"
+                f"index.kind {kind} {what} {-(-least // 2**20)} MiB a worker, there are {memory // 2**20}: raise"
                 f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
             )
-    if not listed:
+    tuned = min(config.index.recall_anchors, job.anchors)
+    ann.exact.layout(tuned, job.rows, job.dimension, job.depth, memory - held, threads)
+    if listed:
+        lists.check_places(job.dimension, factory.lists_of(empty), memory - held, threads)
+    else:
         coded.check_tuning(min(_MOST_PROPOSED * job.depth, job.rows), memory - held, threads)
 
 
@@ -158,6 +163,11 @@ def _described(index: Any) -> str:
     return f"{type(inside).__name__} with {factory.lists_of(index)} lists and codes of {inside.sa_code_size()} bytes"
 
 
+def sampled(rows: int) -> int:
+    """How many of so many rows are looked at to guess."""
+    return min(lists.SAMPLE_ROWS, -(-rows // _ONE_IN))
+
+
 def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
     """Some of a shard's rows, at random."""
     return factory.sample(vectors, -(-vectors.rows // _ONE_IN), seed)
@@ -176,7 +186,7 @@ def open_index(run_dir: Path, kind: str, shards: Sequence[Mapping[str, Any]], ve
         _check_rows(places[0][0], sum(index.ntotal for index, _ in opened), vectors)
         return Approximate(opened, vectors, memory)
     samples = [np.load(run_dir / shard["sample"], mmap_mode="r", allow_pickle=False) for shard in shards]
-    stride = -(-sum(map(len, samples)) // _SAMPLE_ROWS)
+    stride = -(-sum(map(len, samples)) // lists.SAMPLE_ROWS)
     listed = lists.open_lists(places, np.concatenate([own[::stride] for own in samples]))
     _check_rows(places[0][0], listed.rows, vectors)
     return Approximate(listed, vectors, memory)

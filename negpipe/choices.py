@@ -11,7 +11,7 @@ from negpipe import ann, kinds
 from negpipe.ann import coded, exact, factory, lists, probe
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats
-from negpipe.approximate import check_memory
+from negpipe.approximate import check_memory, sampled
 from negpipe.config import Config
 from negpipe.errors import ConfigError
 
@@ -90,13 +90,13 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
     shard = min(config.index.shard_size, vectors)
     disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-vectors // shard))
     rows_held = shard // (job.dimension * 4)
-    check_memory(with_kind, job, rows_held, held, memory=machine.memory, threads=machine.threads)
+    check_memory(with_kind, job, rows_held, largest, held, memory=machine.memory, threads=machine.threads)
     index = factory.make(kind, job.dimension)
     number = factory.lists_of(index)
     share = kinds.share(job.rows, job.depth, number) if number else 1.0
     if lists.is_lists(index):
         longest, nprobe = _UNEVEN * job.rows // number, max(1, int(share * number))
-        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, machine.threads)
+        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, sampled(job.rows), machine.threads)
         products = kinds.built(job.rows, wanted, number)
         build, search = products * job.dimension / machine.rate, _seconds(job, machine) * (share + kinds.FIXED)
         note = f"recall is measured; reckoned with {nprobe:,} lists probed"

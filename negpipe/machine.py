@@ -23,7 +23,7 @@ def memory() -> int:
 def share_freed_memory() -> None:
     """Let what one thread frees serve the others: glibc keeps a heap for each of them, and none returns its memory.
 
-    A search by lists took a third more than it used. For processes of our own, before they begin threads.
+    A search by lists took a third more than it used. For processes of our own, before they compute.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

@@ -78,6 +78,7 @@ def mine(
     _make_run_dir(run_dir)
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
+        _check_share(context)
         for folder in (run_dir, run_dir / BOOKS):
             for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
                 remove_temporaries(inner)
@@ -271,6 +272,15 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
             "config": redacted(context.config.model_dump(mode="json")),
         },
     )
+
+
+def _check_share(context: Context) -> None:
+    if context.workers > context.cpus:
+        logger.warning(
+            "executor.workers: %d processes are more than resources.cpus, %d: they wait for each other",
+            context.workers,
+            context.cpus,
+        )
 
 
 def _executor(stage: Stage, config: Config) -> Executor:

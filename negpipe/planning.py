@@ -21,7 +21,7 @@ from negpipe.choices import SEARCH_SHARE, Choice, Machine, choices, sample_of
 from negpipe.config import Config, Encoder
 from negpipe.manifest import Books
 from negpipe.stage import Context, Stage
-from negpipe.stages import STAGES
+from negpipe.stages import STAGES, encode
 from negpipe.state import digests_of, look
 from negpipe.tables import documents, open_table
 
@@ -157,7 +157,9 @@ def _encoding(context: Context, probe: bool) -> _Encoding:
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers
         return _Encoding(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
-    if config.encoder.backend == "precomputed" or not probe:
+    if config.encoder.backend == "precomputed":
+        return _Encoding(dimension=encode.open_brought(context, "corpus_vectors", "source_documents").dimension)
+    if not probe:
         return _Encoding()
     part = documents(context.manifest("ingest"))[0]
     texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()

@@ -88,8 +88,12 @@ class Context:
     @property
     def threads(self) -> int:
         """Threads of one worker: `resources.cpus` shared out, at least one each."""
-        cpus = self.config.resources.cpus or len(os.sched_getaffinity(0))
-        return max(1, cpus // self.workers)
+        return max(1, self.cpus // self.workers)
+
+    @property
+    def cpus(self) -> int:
+        """Threads of all workers."""
+        return self.config.resources.cpus or len(os.sched_getaffinity(0))
 
     @property
     def workers(self) -> int:

@@ -29,7 +29,6 @@ from negpipe.stages import STAGES
 
 def main() -> None:
     """Serve until the input closes."""
-    machine.share_freed_memory()
     # The parent decides what Ctrl-C means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -48,8 +47,10 @@ def main() -> None:
     head = json.loads(lines.get())
     doing = head["stage"]
     try:
-        stage = STAGES[head["stage"]]
-        context = load_context(load_config(head["config"]), before=stage.name)
+        stage, config = STAGES[head["stage"]], load_config(head["config"])
+        if not stage.apart(config):  # A model's threads may be many, and one heap would make them wait.
+            machine.share_freed_memory()
+        context = load_context(config, before=stage.name)
         _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import ann, candidates, kinds, pipeline, planning
+from negpipe import ann, approximate, candidates, kinds, pipeline, planning
 from negpipe.ann import coded, factory
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
@@ -145,9 +145,10 @@ def test_too_few_lists_are_refused_with_the_curve(source: dict[str, Any]) -> Non
     with pytest.raises(RecallError, match=r"proposed 64: recall 0\.\d+; .*proposed 1024: recall"):
         mined(source, "index.kind=IVF16,PQ1x4fs", "index.nprobe=1")
     # Nothing is lost: with the effort left to it, the trained lists are there already.
-    before = set((Path(source["run_dir"]) / "index").glob("*.faiss"))
+    folder = Path(source["run_dir"]) / "index"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.faiss")}
     mined(source, "index.kind=IVF16,Flat")
-    assert before <= set((Path(source["run_dir"]) / "index").glob("*.faiss"))
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.faiss")} == before
 
 
 def test_each_task_is_done_once(source: dict[str, Any]) -> None:
@@ -212,6 +213,10 @@ def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
     assert sum(part.rows for part in shards) == DOCUMENTS
     rows, _ = stored(grown.run_dir)
     assert rows.max() >= 2_600
+    # The recall is that of the grown corpus.
+    true, _ = exact(grown.run_dir)
+    found = np.mean([np.isin(true[i], rows[i]).mean() for i in range(QUERIES)])
+    assert grown.stats["index"]["recall"] == pytest.approx(found, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["IVF16,Flat", "IVF16,SQ8"])
@@ -285,7 +290,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     assert factory.bytes_of("IVF16,Flat", DIMENSION, DOCUMENTS, 2)[1] == 16 * DIMENSION * 4 + places
     mined(source, "index.kind=stream")
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
-    with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 2 MiB a worker, there are 0: raise"):
+    with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 3 MiB a worker, there are 0: raise"):
         mined(source, "index.kind=HNSW64", *tight)
     message = r"IVF16,Flat is searched in no less than \d+ MiB a worker, there are \d+: raise .* resources.cpus or"
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4"]
@@ -351,7 +356,7 @@ def test_a_budget_below_a_shard_is_refused_and_smaller_shards_fit(tmp_path: Path
     for name, rows in (("corpus_vectors", DOCUMENTS), ("anchor_vectors", QUERIES)):
         np.save(Path(source["encoder"][name]), draw.standard_normal((rows, 2_000), np.float32))
     tight = ["index.kind=IVF16,Flat", "data.part_rows=250", "resources.memory_budget=64MiB", "resources.cpus=1"]
-    message = r"shards that need 68 MiB a worker, there are 64: raise .*, index.shard_size or"
+    message = r"shards that need 69 MiB a worker, there are 64: raise .*, index.shard_size or"
     with pytest.raises(ConfigError, match=message):
         mined(source, *tight)
     mined(source, *tight, "index.shard_size=8MB")
@@ -397,6 +402,24 @@ def test_an_index_file_that_does_not_fit_is_named(source: dict[str, Any], damage
         mined(source, "index.kind=IVF16,Flat", "search.depth=128")
 
 
+@pytest.mark.parametrize("kind", ["IVF16,Flat", "SQ8"])
+def test_an_index_with_other_vectors_than_were_encoded_is_refused(tmp_path: Path, kind: str) -> None:
+    rows = vectors(1_000, 1)
+    np.save(tmp_path / "rows.npy", rows)
+    made = ann.open_parts([tmp_path / "rows.npy"])
+    index = factory.train(kind, rows, seed=1, threads=1)
+    factory.fill(index, made, threads=1)
+    for name in ("a.faiss", "b.faiss"):
+        with (tmp_path / name).open("wb") as file:
+            factory.write(index, file)
+    shards = [
+        {"index": name, "sample": "rows.npy", "first": 1_000 * i} for i, name in enumerate(("a.faiss", "b.faiss"))
+    ]
+    assert approximate.open_index(tmp_path, kind, shards[:1], made).vectors.rows == 1_000
+    with pytest.raises(DamagedError, match=r"the index holds 2,000 vectors, encode made 1,000\. Run `negpipe index`"):
+        approximate.open_index(tmp_path, kind, shards, made)
+
+
 def test_plan_tells_without_running(tmp_path: Path) -> None:
     source = write(tmp_path)
     config = Path(source["run_dir"]).parent / "plan.yaml"
@@ -405,6 +428,12 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     steps = {step["stage"]: step for step in json.loads(outcome.out)["steps"]}
     assert steps["ingest"]["state"] == "missing" and not Path(source["run_dir"]).exists()
+    # Once the source is read, the vectors that are brought tell the dimension.
+    assert small.run("ingest", config).code == 0
+    found = json.loads(small.run("plan", config, "--json").out)
+    assert next(choice for choice in found["choices"] if choice["kind"] == "flat")["disk"] == DOCUMENTS * DIMENSION * 4
+    shown = small.run("plan", config).out
+    assert re.search(r"encode +missing .*3,300 texts", shown) and re.search(r"flat .* 192.0 kB", shown)
     mined(source)
     before = small.made(Path(source["run_dir"]))
     found = json.loads(small.run("plan", config, "--json", "--set", "index.kind=IVF16,Flat").out)

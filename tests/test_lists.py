@@ -13,6 +13,7 @@ import pytest
 from negpipe import ann
 from negpipe.ann import clusters, coded, factory
 from negpipe.ann import lists as listed
+from negpipe.ann.groups import in_groups
 from negpipe.ann.pairs import pair_scores, rows_of
 from negpipe.ann.products import BFloat16, Float32
 from negpipe.errors import ConfigError, DamagedError
@@ -131,6 +132,23 @@ def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:
     )
     assert rows.tobytes() == found.rows.tobytes()
     assert peak < 60e6
+
+
+def test_what_is_found_for_all_groups_counts_as_memory() -> None:
+    anchors, depth, each = np.zeros((20_000, 8), np.float32), 320, 20_000
+
+    def search(group: np.ndarray, memory: int, progress: Any) -> tuple[np.ndarray, np.ndarray]:
+        assert len(group) * each <= memory
+        return np.zeros((len(group), depth), np.int64), np.zeros((len(group), depth), np.float32)
+
+    about: dict[str, Any] = {"each": each, "fixed": 0, "progress": lambda rows: None}
+    tracemalloc.start()
+    in_groups(anchors, search, depth, memory=90 * 2**20, **about)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 90 * 2**20
+    with pytest.raises(ConfigError, match="this search needs 74 MiB, there are 70"):
+        in_groups(anchors, search, depth, memory=70 * 2**20, **about)
 
 
 def test_an_index_of_another_dimension_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from negpipe import ann
-from negpipe.ann import coded, factory, lists
+from negpipe.ann import clusters, coded, exact, factory, lists, products
 
 DIMENSION, MEMORY = 128, 2**29
 
@@ -56,7 +57,12 @@ def of_codes(folder: Path) -> Callable[[], object]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is all there is")
 @pytest.mark.parametrize("made", [of_exact, of_training, of_filling, of_lists, of_codes])
-def test_one_thread_is_one_thread(tmp_path: Path, made: Callable[[Path], Callable[[], object]]) -> None:
+@pytest.mark.parametrize("numbers", [products.Float32, products.BFloat16])
+def test_one_thread_is_one_thread(
+    tmp_path: Path, made: Callable[[Path], Callable[[], object]], numbers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exact, lists, clusters, factory):
+        monkeypatch.setattr(module, "arithmetic", lambda multiplications: numbers())
     np.save(tmp_path / "rows.npy", draw(30_000, 0))
     work = made(tmp_path)
     work()

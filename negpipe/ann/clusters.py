@@ -10,16 +10,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from negpipe.ann.pairs import grouped, keys_of, pair_scores, rows_of
-from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic
+from negpipe.ann.pairs import NOTHING, grouped, keys_of, pair_scores, rows_of
+from negpipe.ann.products import Arithmetic, Products, arithmetic
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.kinds import ITERATIONS
 
-_CELLS = 2**21  # products of a tile of vectors with all centres
+_TILE, _STRIP = 512, 2048  # vectors and centres of one product
 _SUMMED = 64  # lists at a time
 
 
@@ -36,22 +37,24 @@ def centres(sample: Floats, count: int, *, seed: int, threads: int) -> Floats:
 def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: int) -> Ints:
     """(n,) int64: the centre with the greatest score with each vector, the first of equals."""
     held, local = numbers.operand(centres), threading.local()
-    height = max(1, min(STRIP, _CELLS // len(centres)))
 
     def of(low: int) -> Ints:
         if not hasattr(local, "products"):
-            local.products = Products(numbers, height, len(centres))
-        tile = vectors[low : low + height]
-        own = np.arange(len(tile))
-        found = local.products.greatest(numbers.operand(tile), held, lambda top: pair_scores(tile, own, centres, top))
-        best = []
-        for vector_of, centre_of in found:
-            keys = keys_of(pair_scores(tile, vector_of, centres, centre_of), centre_of)
-            best.append(np.minimum.reduceat(keys, np.flatnonzero(np.diff(vector_of, prepend=-1))))
-        return rows_of(np.concatenate(best))
+            local.products = Products(numbers, _TILE, _STRIP)
+        tile = vectors[low : low + _TILE]
+        own, operand, best = np.arange(len(tile)), numbers.operand(tile), np.full(len(tile), NOTHING)
+        for start in range(0, len(centres), _STRIP):
+            some = centres[start : start + _STRIP]
+            score = partial(pair_scores, tile, own, some)
+            for vector_of, centre_of in local.products.greatest(operand, held[slice(start, start + _STRIP)], score):
+                keys = keys_of(pair_scores(tile, vector_of, some, centre_of), start + centre_of)
+                first = np.flatnonzero(np.diff(vector_of, prepend=-1))
+                here = vector_of[first]
+                best[here] = np.minimum(best[here], np.minimum.reduceat(keys, first))
+        return rows_of(best)
 
     with _pool(numbers, threads) as pool:
-        return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), height))])
+        return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), _TILE))])
 
 
 class _Sample:

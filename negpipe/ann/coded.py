@@ -85,7 +85,7 @@ def search_coded(
         spare = memory - fixed - len(group) * each
         return _rescored(group, vectors, best, depth, min(_BLOCK_ROWS, _LEAST_ROWS + spare // (2 * row)), threads)
 
-    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress, whole=_ANCHORS)
+    return in_groups(anchors, search, depth, each=each, fixed=fixed, memory=memory, progress=progress, whole=_ANCHORS)
 
 
 def _rescored(

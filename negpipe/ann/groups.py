@@ -14,13 +14,22 @@ Search = Callable[[Floats, int, Progress], tuple[Ints, Floats]]
 
 
 def in_groups(
-    anchors: Floats, search: Search, *, each: int, fixed: int, memory: int, progress: Progress, whole: int = 1
+    anchors: Floats,
+    search: Search,
+    depth: int,
+    *,
+    each: int,
+    fixed: int,
+    memory: int,
+    progress: Progress,
+    whole: int = 1,
 ) -> tuple[Ints, Floats]:
     """Rows and scores of all anchors, as many of them searched at a time as fit.
 
     Args:
         anchors: (n, d).
         search: of some anchors, in so many bytes; calls its progress with the rows of the corpus it has just searched.
+        depth: rows of an anchor.
         each, fixed: bytes it needs for an anchor, and whatever their number.
         memory: bytes there are.
         whole: how many must be searched together, if there are as many.
@@ -29,12 +38,14 @@ def in_groups(
     Raises:
         ConfigError: not even so many fit.
     """
-    least = fixed + each * max(1, min(whole, len(anchors)))
+    found = kept(len(anchors), depth)
+    least = found + fixed + each * max(1, min(whole, len(anchors)))
     if least > memory:
         raise ConfigError(
             f"this search needs {-(-least // 2**20)} MiB, there are {memory // 2**20}: raise"
             " resources.memory_budget, lower executor.workers or search.depth, or set index.kind: stream"
         )
+    memory -= found
     fitting = (memory - fixed) // each
     size = max(1, min(len(anchors), fitting // whole * whole))
     searched = 0
@@ -44,9 +55,14 @@ def in_groups(
         before, searched = searched // len(anchors), searched + rows * len(group)
         progress(searched // len(anchors) - before)
 
-    found = []
-    for low in range(0, max(1, len(anchors)), size):
-        group = anchors[low : low + size]
-        found.append(search(group, memory, share))
-    rows, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    rows, scores = np.empty((len(anchors), depth), np.int64), np.empty((len(anchors), depth), np.float32)
+    for low in range(0, len(anchors), size):
+        here = slice(low, low + size)
+        group = anchors[here]
+        rows[here], scores[here] = search(group, memory, share)
     return rows, scores
+
+
+def kept(anchors: int, depth: int) -> int:
+    """Bytes of what is found for all."""
+    return 12 * anchors * depth

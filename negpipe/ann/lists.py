@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.ann.exact import search_exact
+from negpipe.ann.exact import layout, search_exact
 from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
@@ -30,6 +30,7 @@ from negpipe.errors import DamagedError
 
 _AHEAD = 4  # lists a thread that are being searched or wait for the merge
 _GUESSED = 256  # anchors at a time
+SAMPLE_ROWS = 8192  # that are looked at to guess
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: i
     lists_of = list_of[at].reshape(rows.shape)
 
     def of(group: Floats, held: Ints) -> Ints:
-        nearest = lists.nearest(group, count, memory=memory // 4 * 3, threads=threads)
+        nearest = lists.nearest(group, count, memory=_ordered(memory), threads=threads)
         place = np.empty_like(nearest)
         np.put_along_axis(place, nearest, np.arange(count)[None, :], axis=1)
         return np.take_along_axis(place, held, axis=1)
@@ -156,17 +157,33 @@ def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: i
     return np.concatenate([of(group, held) for group, held in zip(*split, strict=True)])
 
 
-def needs(dimension: int, depth: int, nprobe: int, share: float, longest: int, threads: int) -> tuple[int, int]:
+def check_places(dimension: int, count: int, memory: int, threads: int) -> None:
+    """Whether the order of so many lists can be found for an anchor.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    layout(1, count, dimension, count, _ordered(memory), threads)
+
+
+def _ordered(memory: int) -> int:
+    return memory // 4 * 3
+
+
+def needs(
+    dimension: int, depth: int, nprobe: int, share: float, longest: int, sample: int, threads: int
+) -> tuple[int, int]:
     """Bytes that a search takes for each anchor, and whatever their number.
 
     Args:
         share: of the lists that is probed.
         longest: vectors of the longest list.
+        sample: rows of the sample.
     """
     row = 6 * dimension + 16
     found = int(_AHEAD * threads * 32 * depth * share)  # of the anchors that probe a list
     scratch = 2**24 + 40 * STRIP * min(waiting(depth), longest)  # products and pieces of pairs, those that wait
-    return 2 * row + depth * 56 + nprobe * 32 + found, threads * (scratch + longest * row)
+    return 2 * row + depth * 56 + nprobe * 32 + found, sample * row + threads * (scratch + longest * row)
 
 
 def search_lists(
@@ -195,7 +212,7 @@ def search_lists(
         ConfigError: `memory` does not suffice.
     """
     share = nprobe / len(lists.centroids)
-    each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, threads)
+    each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, len(lists.sample), threads)
 
     def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         probed = lists.nearest(group, nprobe, memory=memory, threads=threads)
@@ -211,7 +228,7 @@ def search_lists(
         best.sort(axis=1)
         return rows_of(best), scores_of(best)
 
-    return in_groups(anchors, search, each=each, fixed=fixed, memory=memory, progress=progress)
+    return in_groups(anchors, search, depth, each=each, fixed=fixed, memory=memory, progress=progress)
 
 
 def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threads: int) -> Floats:

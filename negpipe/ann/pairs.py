@@ -78,7 +78,7 @@ def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def grouped(labels: Ints, count: int) -> Ints:
     """The order that sorts labels below `count`; equal ones stay in order. Radix sort, where 16 bits hold them."""
-    order: Ints = np.argsort(labels.astype(np.min_scalar_type(count)), kind="stable")
+    order: Ints = np.argsort(labels.astype(np.min_scalar_type(max(0, count - 1))), kind="stable")
     return order
 
 

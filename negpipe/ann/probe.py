@@ -41,7 +41,7 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
         sample: (SAMPLE, d) vectors of the corpus, or like them. A learned rotation (OPQ) is not timed.
         share: of the corpus that is probed, where there are lists.
         rate: multiplications a second of all threads.
-        threads: that search; an index is trained and filled by one.
+        threads: that search, and find lists; codes and graphs are made by one.
 
     Raises:
         ConfigError: FAISS refuses the string, or the corpus is too small for it.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from negpipe.ann.vectors import Floats, Ints
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
 _GRAIN = 128
-_PAIRS = 2**17  # at a time; where they are many, each takes more memory than its product
+_PAIRS = 2**17  # at a time, and one anchor's more: each takes more memory than its product
 _SMALL = 1e-18  # the squares of smaller numbers underflow
 _TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the error of multiplying two numbers
 
@@ -242,9 +243,12 @@ class Products:
             self._arithmetic.order(products)
         reached = self._reached[: products.size].reshape(products.shape)
         np.greater_equal(products, floor[:, None], out=reached)
-        height = max(1, len(reached) * _PAIRS // max(_PAIRS, int(np.count_nonzero(reached))))
-        for low in range(0, len(reached), height):
-            at = np.flatnonzero(reached[low : low + height])
+        cuts = np.zeros(1, np.int64)
+        if np.count_nonzero(reached) > _PAIRS:
+            until = np.cumsum(np.count_nonzero(reached, axis=1))
+            cuts = np.flatnonzero(np.diff(until // _PAIRS, prepend=-1))
+        for low, high in pairwise([*cuts.tolist(), len(reached)]):
+            at = np.flatnonzero(reached[low:high])
             anchor_of = at // products.shape[1]
             yield low + anchor_of, at - anchor_of * products.shape[1]
 

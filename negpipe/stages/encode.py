@@ -144,17 +144,20 @@ class _Brought:
         return self.anchors if task.kind == "anchors" else self.corpus
 
 
+def open_brought(context: Context, setting: str, rows: str) -> VectorFile:
+    """The file of an `encoder` setting, whose rows ingest counted under the other name."""
+    memory = context.config.resources.memory_budget // context.workers
+    path = Path(str(getattr(context.config.encoder, setting)))
+    return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", memory)
+
+
 @contextmanager
 def _open(context: Context) -> Iterator[_Model | _Brought]:
     config = context.config.encoder
     if config.backend == "precomputed":
-        counts, memory = context.manifest("ingest").stats, context.config.resources.memory_budget // context.workers
         corpus, anchors = (
-            VectorFile(Path(str(path)), counts[rows], f"encoder.{name}", memory)
-            for path, rows, name in (
-                (config.corpus_vectors, "source_documents", "corpus_vectors"),
-                (config.anchor_vectors, "source_queries", "anchor_vectors"),
-            )
+            open_brought(context, name, rows)
+            for name, rows in (("corpus_vectors", "source_documents"), ("anchor_vectors", "source_queries"))
         )
         if corpus.dimension != anchors.dimension:
             raise InputError(
@@ -215,8 +218,8 @@ def _check_room(context: Context, block: int | None, dimension: int) -> None:
             f" are {memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
             " resources.memory_budget"
         )
-    made = sum(part.rows for part in Books(context.run_dir, "encode").parts())
-    left, free = row * (sum(part.rows for part in parts) - made), shutil.disk_usage(context.run_dir).free
+    books, free = Books(context.run_dir, "encode"), shutil.disk_usage(context.run_dir).free
+    left = row * sum(task.rows for task in _plan(context) if books.part(task.key) is None)
     if left > free:
         raise StorageError(
             f"encode is about to write {left:,} bytes to {context.run_dir}, {free:,} are free there: make room, or set"

@@ -81,7 +81,8 @@ def _check(context: Context) -> None:
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
         largest = max(sum(part.rows for part in group) for group in groups)
         memory = context.config.resources.memory_budget // context.workers
-        approximate.check_memory(context.config, job, largest, held, memory=memory, threads=context.threads)
+        part = max((part.rows for part in encode.of_kind("anchors")), default=0)
+        approximate.check_memory(context.config, job, largest, part, held, memory=memory, threads=context.threads)
 
 
 def _plan(context: Context) -> Iterator[Task]:

@@ -37,7 +37,7 @@ def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(context: Context) -> None:
-    """The largest part fits into memory; of an approximate index its own search tells."""
+    """The largest part fits into memory; of an approximate index, index looked."""
     if "encode" not in context.manifests or context.config.index.approximate:
         return
     encode = context.manifest("encode")
@@ -98,7 +98,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     anchors = np.load(context.run_dir / task.payload["anchors"], allow_pickle=False).astype(np.float32)
     positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
-    depth, searchable = task.payload["depth"], task.payload["candidates"]
+    depth, last = task.payload["depth"], task.payload["candidates"]
     memory = context.config.resources.memory_budget // context.workers - (opened.index.held if opened.index else 0)
     searched = reported = 0
 
@@ -114,10 +114,10 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     about: dict[str, Any] = {"memory": memory, "threads": context.threads, "progress": on_block}
     if opened.index is None:
         found = ann.search_exact(
-            anchors, opened.vectors, depth, candidates=searchable, positives=pairs, checkpoint=checkpoint, **about
+            anchors, opened.vectors, depth, candidates=last, positives=pairs, checkpoint=checkpoint, **about
         )
     else:
-        rows, scores = opened.index.before(searchable).search(anchors, depth, **about)
+        rows, scores = opened.index.before(last).search(anchors, depth, **about)
         found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
     kind = context.config.index.kind if opened.index else None

@@ -33,7 +33,7 @@ from negpipe.publication import staging
 from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import recall_window
-from negpipe.tables import Rows, documents
+from negpipe.tables import Rows, documents, searchable
 
 VERSION = 4
 _DEEPER = "deeper"
@@ -104,12 +104,11 @@ class Shared:
 
 def open_selection(context: Context) -> Shared:
     """Open what ingest and encode left; also for those who read candidates without running the stage."""
-    kinds = ("corpus", "added") if context.config.data.add_positives else ("corpus",)
-    parts = [part for kind in kinds for part in context.manifest("encode").of_kind(kind)]
+    parts = searchable(context.manifest("encode"), context.config)
     corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
-    passages, searchable = [context.file(part) for part in parts], sum(part.rows for part in parts)
-    selector = Selector(context.config, corpus, searchable=searchable, passages=passages, threads=context.threads)
-    return Shared(corpus, selector, passages, searchable)
+    passages, rows = [context.file(part) for part in parts], sum(part.rows for part in parts)
+    selector = Selector(context.config, corpus, searchable=rows, passages=passages, threads=context.threads)
+    return Shared(corpus, selector, passages, rows)
 
 
 def _check_memory(context: Context) -> None:
