@@ -1,7 +1,9 @@
-"""Working memory of every stage beside `resources.memory_budget`.
+r"""Working memory of every stage beside `resources.memory_budget`.
 
     python scripts/bench_memory.py
     python scripts/bench_memory.py --documents 2000000 --budgets 512MiB
+    python scripts/bench_memory.py --documents 100000 --anchors 1000000 --dimension 64 --budgets 512MiB \
+        --commands ingest,encode,index,search,triplets
 
 A run over documents of 300 characters with vectors that the user brings, each command in a process of its own. What
 counts is the anonymous memory of the process, looked at every few milliseconds, less that of the same command on a
@@ -54,15 +56,17 @@ def run(command: list[str]) -> tuple[float, float]:
     return most / 1024, time.perf_counter() - started
 
 
-def measure(folder: Path, documents: int, anchors: int, dimension: int, budget: str) -> dict[str, tuple[float, float]]:
+def measure(
+    folder: Path, documents: int, anchors: int, dimension: int, budget: str, commands: list[str]
+) -> dict[str, tuple[float, float]]:
     """Of every command: greatest anonymous memory in MiB, seconds."""
     config = write(folder, documents, anchors, 300, 16384, dimension)
     settings = yaml.safe_load(config.read_text())
     settings |= {"resources": {"memory_budget": budget}, "executor": {"kind": "inline"}}
     config.write_text(yaml.safe_dump(settings))
     found = {}
-    for name, command in COMMANDS.items():
-        words = [word.replace("OUT", str(folder)) for word in command]
+    for name in commands:
+        words = [word.replace("OUT", str(folder)) for word in COMMANDS[name]]
         found[name] = run([sys.executable, "-m", "negpipe", words[0], str(config), *words[1:]])
     return found
 
@@ -74,12 +78,15 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=50_000)
     parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--budgets", default="384MiB,1GiB", help="separated by , (%(default)s)")
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by , (%(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-memory"))
     options = parser.parse_args()
-    least = measure(options.work_dir / "small", 1000, 100, options.dimension, "256MiB")
-    budgets = options.budgets.split(",")
+    budgets, commands = options.budgets.split(","), options.commands.split(",")
+    least = measure(options.work_dir / "small", 1000, 100, options.dimension, "256MiB", commands)
     found = {
-        budget: measure(options.work_dir / "large", options.documents, options.anchors, options.dimension, budget)
+        budget: measure(
+            options.work_dir / "large", options.documents, options.anchors, options.dimension, budget, commands
+        )
         for budget in budgets
     }
     print(
@@ -87,7 +94,7 @@ def main() -> None:
         f" anchors; MiB over what 1,000 documents take (seconds); load {os.getloadavg()[0]:.1f}"
     )
     print(f"{'memory_budget':14}" + "".join(f"{budget:>18}" for budget in budgets))
-    for name in COMMANDS:
+    for name in commands:
         cells = [
             f"{peak - least[name][0]:8.0f} ({seconds:5.1f} s)" if peak else "failed"
             for peak, seconds in (found[budget][name] for budget in budgets)
