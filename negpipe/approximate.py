@@ -104,7 +104,7 @@ def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, 
         searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, each, sampled(job.rows), threads))
     for least, what, remedy in (
         (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
-        (2 * wanted * row, "is trained on a sample that needs", ""),
+        (factory.training_bytes(kind, job.dimension, wanted), "is trained on a sample that needs", ""),
         (held, "is held in memory while it is searched, and takes", ""),
         (held + searching, "is searched in no less than", ", resources.cpus or search.depth"),
     ):

@@ -108,7 +108,14 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         note += ", training of the rotation not counted" if "OPQ" in kind else ""
     searching = held + min(fixed + each * largest, max(fixed + each, machine.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
-    return Choice(kind, disk, max(3 * shard, 2 * wanted * job.dimension * 4, searching), build + tuned, search, note)
+    return Choice(
+        kind,
+        disk,
+        max(3 * shard, factory.training_bytes(kind, job.dimension, wanted), searching),
+        build + tuned,
+        search,
+        note,
+    )
 
 
 def _like(dimension: int) -> Floats:

@@ -18,6 +18,7 @@ import small_source as small
 
 from negpipe import ann, approximate, candidates, kinds, pipeline, planning
 from negpipe.ann import coded, factory
+from negpipe.ann.probe import Job
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
@@ -292,6 +293,13 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
     with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 3 MiB a worker, there are 0: raise"):
         mined(source, "index.kind=HNSW64", *tight)
+    # A rotation is learned in eleven times the memory of its sample.
+    job = Job(200_000, 384, 100, 64)
+    for kind, memory in (("PQ32x4fs", 512 * 2**20), ("OPQ32,PQ32x4fs", 1100 * 2**20)):
+        about = load_config(source, [f"index.kind={kind}"]), job, 1_000, 100, 0
+        approximate.check_memory(*about, memory=memory, threads=1)
+    with pytest.raises(ConfigError, match="is trained on a sample that needs 1056 MiB a worker, there are 512"):
+        approximate.check_memory(*about, memory=512 * 2**20, threads=1)
     message = r"IVF16,Flat is searched in no less than \d+ MiB a worker, there are \d+: raise .* resources.cpus or"
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4"]
     with pytest.raises(ConfigError, match=message):
