@@ -185,8 +185,9 @@ def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, thr
     least = fixed + min(READ_ROWS, rows) * row
     if least > memory:
         raise ConfigError(
-            f"searching {anchors} anchors to depth {depth} with {threads} threads needs {math.ceil(least / 2**20)} MiB,"
-            f" there are {memory // 2**20}: raise resources.memory_budget, or lower resources.cpus or search.depth"
+            f"searching {anchors} anchors to depth {depth} needs {math.ceil(least / 2**20)} MiB a worker, there are"
+            f" {memory // 2**20}: raise resources.memory_budget, or lower executor.workers, resources.cpus or"
+            " search.depth"
         )
     block_rows = max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
     return tiles, block_rows, fixed + block_rows * row
