@@ -99,9 +99,9 @@ def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, 
     wanted = 0 if config.index.trained else factory.rows_wanted(kind, job.dimension, job.rows)
     empty, row = factory.make(kind, job.dimension), 4 * job.dimension
     searching = groups.kept(anchors, job.depth)
-    if listed := lists.is_lists(empty):  # in one list, as long as they are on average
-        each = job.rows // factory.lists_of(empty)
-        searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, each, sampled(job.rows), threads))
+    if listed := lists.is_lists(empty):
+        average = job.rows // factory.lists_of(empty)  # of a list's length; the longest is not known yet
+        searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, average, sampled(job.rows), threads))
     for least, what, remedy in (
         (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
         (factory.training_bytes(kind, job.dimension, wanted), "is trained on a sample that needs", ""),

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from negpipe.ann.pairs import NOTHING, grouped, keys_of, pair_scores, rows_of
-from negpipe.ann.products import Arithmetic, Products, arithmetic
+from negpipe.ann.products import Arithmetic, Products, arithmetic, pool
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.kinds import ITERATIONS
 
@@ -46,15 +44,15 @@ def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: i
         for start in range(0, len(centres), _STRIP):
             some = centres[start : start + _STRIP]
             score = partial(pair_scores, tile, own, some)
-            for vector_of, centre_of in local.products.greatest(operand, held[slice(start, start + _STRIP)], score):
+            for vector_of, centre_of in local.products.greatest(operand, held[start : start + _STRIP], score):
                 keys = keys_of(pair_scores(tile, vector_of, some, centre_of), start + centre_of)
                 first = np.flatnonzero(np.diff(vector_of, prepend=-1))
                 here = vector_of[first]
                 best[here] = np.minimum(best[here], np.minimum.reduceat(keys, first))
         return rows_of(best)
 
-    with _pool(numbers, threads) as pool:
-        return np.concatenate([np.zeros(0, np.int64), *pool.map(of, range(0, len(vectors), _TILE))])
+    with pool(numbers, threads) as executor:
+        return np.concatenate([np.zeros(0, np.int64), *executor.map(of, range(0, len(vectors), _TILE))])
 
 
 class _Sample:
@@ -76,15 +74,14 @@ class _Sample:
         """The centroid of each vector, distances, which are not needed, and the sum of each centroid's vectors."""
         count = len(centroids)
         number = nearest(self._vectors, _unit(centroids), numbers=self._numbers, threads=self._threads)
-        order = grouped(number, count)
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
+        order, bounds = grouped(number, count)
 
         def sums(low: int) -> list[Floats]:
             high = min(count, low + _SUMMED)
             return [self._vectors[order[bounds[at] : bounds[at + 1]]].sum(axis=0) for at in range(low, high)]
 
-        with _pool(self._numbers, self._threads) as pool:
-            summed = [row for rows in pool.map(sums, range(0, count, _SUMMED)) for row in rows]
+        with pool(self._numbers, self._threads) as executor:
+            summed = [row for rows in executor.map(sums, range(0, count, _SUMMED)) for row in rows]
         return number, np.zeros(1, np.float32), np.stack(summed)
 
 
@@ -92,9 +89,3 @@ def _unit(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Floats = (vectors / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
     return unit
-
-
-@contextmanager
-def _pool(numbers: Arithmetic, threads: int) -> Iterator[ThreadPoolExecutor]:
-    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
-        yield pool

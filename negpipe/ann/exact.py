@@ -16,7 +16,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_of, waiting
-from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors
+from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.errors import ConfigError, DamagedError
 from negpipe.npy import BROKEN
@@ -138,18 +137,14 @@ def search_exact(
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
         positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
-    with (
-        numbers.limited(),
-        ThreadPoolExecutor(1, initializer=numbers.one_thread) as reader,
-        ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool,
-    ):
+    with pool(numbers, 1) as reader, pool(numbers, threads) as computing:
         ahead = reader.submit(load, 0) if starts else None
         for number in range(len(starts)):
             assert ahead is not None
             block = ahead.result()
             ahead = reader.submit(load, number + 1) if number + 1 < len(starts) else None
-            work = [pool.submit(tile.search, block) for tile in tiles if block.first < last]
-            work.append(pool.submit(score_positives, block))
+            work = [computing.submit(tile.search, block) for tile in tiles if block.first < last]
+            work.append(computing.submit(score_positives, block))
             for done in work:
                 done.result()
             progress(len(block.vectors))

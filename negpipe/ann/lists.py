@@ -10,7 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from negpipe.ann.factory import NO_PAIRS, centroids_of, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of, waiting
-from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors
+from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.errors import DamagedError
 
@@ -239,8 +239,8 @@ def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threa
         return Products(numbers, len(tile)).guess(numbers.operand(tile), sample, depth, lists.rows)
 
     tiles = np.array_split(anchors, max(1, -(-len(anchors) // _GUESSED)))
-    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
-        return np.concatenate([*pool.map(of, tiles)])
+    with pool(numbers, threads) as executor:
+        return np.concatenate([*executor.map(of, tiles)])
 
 
 def _scan(
@@ -256,8 +256,8 @@ def _scan(
     """(n, depth): the best keys in the probed lists of scores that reach the cut."""
     best = np.full((len(anchors), depth), NOTHING)
     operand, cut = numbers.operand(anchors), cut.copy()
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(probed.ravel(), minlength=len(lists.centroids)))])
-    of_list = grouped(probed.ravel(), len(lists.centroids)) // probed.shape[1]
+    order, bounds = grouped(probed.ravel(), len(lists.centroids))
+    of_list = order // probed.shape[1]
     local = threading.local()
     # Floors for vectors about as long as those of the sample; lists with longer ones have floors of their own.
     sample = numbers.operand(lists.sample)
@@ -294,18 +294,18 @@ def _scan(
 
     unmerged: list[tuple[Ints, Keys]] = []
     pairs = 0
-    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as pool:
+    with pool(numbers, threads) as executor:
         ahead: deque[Future[list[tuple[Ints, Keys]]]] = deque()
         for number in range(len(lists.sizes) + _AHEAD * threads):
             if number < len(lists.sizes):
-                ahead.append(pool.submit(scan, number))
+                ahead.append(executor.submit(scan, number))
             if number < _AHEAD * threads or not ahead:
                 continue
             found = ahead.popleft().result()
             unmerged += found
             pairs += sum(len(keys) for _, keys in found)
             if unmerged and (pairs > best.size or not ahead):
-                merge(best, unmerged, pool.map)
+                merge(best, unmerged, executor.map)
                 unmerged, pairs = [], 0
                 np.maximum(cut, scores_of(best.max(axis=1)), out=cut)
                 floor_of = floors(numbers, cut, operand, usual, off)

@@ -76,10 +76,13 @@ def _flip(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     return bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-def grouped(labels: Ints, count: int) -> Ints:
-    """The order that sorts labels below `count`; equal ones stay in order. Radix sort, where 16 bits hold them."""
+def grouped(labels: Ints, count: int) -> tuple[Ints, Ints]:
+    """The order that sorts labels below `count`, equal ones staying in order, and the (count + 1,) bounds of each.
+
+    By radix sort, where 16 bits hold the labels.
+    """
     order: Ints = np.argsort(labels.astype(np.min_scalar_type(max(0, count - 1))), kind="stable")
-    return order
+    return order, np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=count))])
 
 
 def waiting(depth: int) -> int:
@@ -144,19 +147,18 @@ def merge(best: Keys, pairs: list[tuple[Ints, Keys]], each: Callable[..., Iterab
     """
     depth = best.shape[1]
     anchor_of, keys = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    keys = keys[grouped(anchor_of, len(best))]
-    counts = np.bincount(anchor_of, minlength=len(best))
-    ends = np.cumsum(counts)
+    order, bounds = grouped(anchor_of, len(best))
+    keys, counts = keys[order], np.diff(bounds)
     height = max(1, _CELLS // (depth + int(counts.max(initial=0))))
 
     def compete(low: int) -> None:
         here = slice(low, low + height)
         many = counts[here]
-        first = ends[low] - counts[low]
-        place = np.arange(int(many.sum())) - np.repeat(ends[here] - many - first, many)
+        first, last = bounds[low], bounds[low + len(many)]
+        place = np.arange(first, last) - np.repeat(bounds[low : low + len(many)], many)
         table = np.full((len(many), depth + int(many.max())), NOTHING)
         table[:, :depth] = best[here]
-        table[np.repeat(np.arange(len(many)), many), depth + place] = keys[first : ends[here][-1]]
+        table[np.repeat(np.arange(len(many)), many), depth + place] = keys[first:last]
         table.partition(depth - 1, axis=1)
         best[here] = table[:, :depth]
 

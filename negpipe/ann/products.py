@@ -177,7 +177,7 @@ def rate(multiplications: float, dimension: int) -> float:
     """Multiplications a second of one thread, in a search that needs so many. Measures for half a second."""
     numbers = arithmetic(multiplications)
     vectors = np.random.default_rng(0).standard_normal((STRIP, dimension), np.float32)
-    with numbers.limited(), ThreadPoolExecutor(1, initializer=numbers.one_thread) as thread:
+    with pool(numbers, 1) as thread:
         products, operand = Products(numbers, STRIP), numbers.operand(vectors)
         floor = floors(numbers, np.full(STRIP, 3 * np.sqrt(dimension), np.float32), operand, 0.0, 0.0)
 
@@ -190,6 +190,13 @@ def rate(multiplications: float, dimension: int) -> float:
             return count * STRIP * STRIP * dimension / (time.perf_counter() - started)
 
         return thread.submit(measure).result()
+
+
+@contextmanager
+def pool(numbers: Arithmetic, threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that multiply, each by itself: the pool is the only parallelism."""
+    with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as executor:
+        yield executor
 
 
 @functools.cache
