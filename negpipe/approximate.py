@@ -245,10 +245,10 @@ def describe(stats: Mapping[str, Any]) -> str | None:
         )
     if "recall_anchors" not in stats:
         return None
-    effort = ", ".join(f"{name} {stats[name]:,}" for name in ("nprobe", "proposed") if stats[name])
+    effort = _effort(stats["kind"], stats)
     low, high = stats["recall_interval"]
     return (
-        f"{stats['kind']} ({effort or 'as it is'}) finds {stats['recall']:.2%} ({low:.2%} to {high:.2%}) of the true"
+        f"{stats['kind']} ({effort}) finds {stats['recall']:.2%} ({low:.2%} to {high:.2%}) of the true"
         f" candidates of {stats['recall_anchors']:,} anchors"
     )
 
@@ -309,18 +309,19 @@ def tune(
         curve.append({**asdict(effort), "recall": round(mean, 4)})
         if low >= config.index.min_recall or mean == 1.0:
             return Tuning(effort, count, mean, low, high, curve), measured
-    shown = "; ".join(_step(step) for step in [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]])
+    kind, some = config.index.kind, [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]]
+    shown = "; ".join(f"{_effort(kind, step)}: recall {step['recall']:.4f}" for step in some)
     fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
     raise RecallError(
-        f"index.kind {config.index.kind} does not surely reach index.min_recall {config.index.min_recall} over the"
+        f"index.kind {kind} does not surely reach index.min_recall {config.index.min_recall} over the"
         f" {depth} nearest documents of {count:,} anchors: {shown}. To go on,{fixed} lower index.min_recall, choose"
         " another kind, or search exactly with index.kind: stream"
     )
 
 
-def _step(step: dict[str, Any]) -> str:
-    effort = ", ".join(f"{name} {step[name]}" for name in ("nprobe", "proposed") if step[name] is not None)
-    return f"{effort or 'as it is'}: recall {step['recall']:.4f}"
+def _effort(kind: str, values: Mapping[str, Any]) -> str:
+    names = {"efSearch" if coded.is_graph(kind) else "nprobe": values["nprobe"], "proposed": values["proposed"]}
+    return ", ".join(f"{name} {value:,}" for name, value in names.items() if value) or "as it is"
 
 
 def _efforts(

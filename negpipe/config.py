@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from negpipe import compat, kinds, machine
 from negpipe.errors import ConfigError
 
+_LEAST_BUDGET = 64 * 2**20
 _CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
 _OWN_NAMES = ("id", "score", "rank", "grade")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -192,10 +193,16 @@ def _size(value: Any) -> Any:
         raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
 
 
+def _kind(value: Any) -> Any:
+    # FAISS's name of an exact index is Flat.
+    own = isinstance(value, str) and value.lower() in ("flat", "stream", "auto")
+    return value.lower() if own else value
+
+
 class Index(_Model):
     """How the vectors are searched."""
 
-    kind: str = Field(
+    kind: Annotated[str, BeforeValidator(_kind)] = Field(
         "flat",
         min_length=1,
         description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
@@ -408,13 +415,18 @@ def _share(value: Any) -> Any:
     return int(part * machine.memory())
 
 
+def _budget(value: int) -> int:
+    if value < _LEAST_BUDGET:
+        raise ValueError(f"{value:,} bytes are too few: set {_LEAST_BUDGET // 2**20}MiB or more, such as 2GiB")
+    return value
+
+
 class Resources(_Model):
     """What the machine gives. Never changes a result."""
 
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
-    memory_budget: Annotated[int, BeforeValidator(_share)] = Field(
+    memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
         kinds.DEFAULT_BUDGET,
-        ge=64 * 2**20,
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
     )
 

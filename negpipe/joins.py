@@ -129,13 +129,18 @@ def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[
         )
 
 
-def anchors(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """The anchors in order, each with the rows of its positives, of all it is known to have, and of its namesakes."""
+def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table]:
+    """The anchors in order, each with the rows of its positives, of all it is known to have, and of its namesakes.
+
+    Yields:
+        tables of up to `rows` anchors: they hold texts, of any length.
+    """
     heads = _batches(
         database,
         """
         select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, [a.source_row] as source_rows,
             a.d1 as cut from anchors a left join numbered n using (d1, d2) order by a.number""",
+        min(rows, BATCH),
     )
     positives, known, shared = (
         _Followers(_batches(database, query))
@@ -195,9 +200,9 @@ def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(row[0])
 
 
-def _batches(database: duckdb.DuckDBPyConnection, query: str) -> pa.RecordBatchReader:
+def _batches(database: duckdb.DuckDBPyConnection, query: str, rows: int = BATCH) -> pa.RecordBatchReader:
     """The result of a query, streamed; its own cursor, since other queries run in between."""
-    return database.cursor().sql(query).to_arrow_reader(BATCH)
+    return database.cursor().sql(query).to_arrow_reader(rows)
 
 
 def _whole_groups(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

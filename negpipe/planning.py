@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from negpipe import ann, encoders
+from negpipe import ann, candidates, encoders
 from negpipe.ann.probe import Job
 from negpipe.choices import SEARCH_SHARE, Choice, Machine, choices, sample_of
 from negpipe.config import Config, Encoder
+from negpipe.errors import NegpipeError
 from negpipe.manifest import Books
 from negpipe.stage import Context, Stage
 from negpipe.stages import STAGES, encode
@@ -78,7 +79,9 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         gflops *= context.threads * context.workers
         choices = _choices(context, job, gflops)
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
-        steps += [_of_index(_step(*each, job, gflops, encoding), context.config, chosen) for each in waiting]
+        for one in waiting:
+            step = _of_index(_step(*one, job, gflops, encoding), context.config, chosen)
+            steps.append(_checked(step, one[0], context))
     return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
 
 
@@ -86,6 +89,15 @@ def _existing(folder: Path) -> Path:
     """The folder, or the one in which it would be made."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _checked(step: Step, stage: Stage, context: Context) -> Step:
+    """A step with what would keep it from running, as far as that can be known."""
+    try:
+        stage.check(context)
+    except NegpipeError as error:
+        return replace(step, note=f"refused: {error}")
+    return step
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
@@ -119,7 +131,7 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
     if stage.name == "search" and dimension:
         flops = 2.0 * rows * anchors * dimension
-        disk = anchors * job.depth * 12
+        disk = anchors * job.depth * candidates.BYTES
         return replace(step, seconds=flops / gflops / 1e9 / SEARCH_SHARE, disk=disk, note="searched exactly")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
@@ -187,6 +199,5 @@ def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
     if "encode" in context.manifests:
         parts = documents(context.manifest("encode"))
         sample = sample_of(ann.open_parts([context.file(part) for part in parts]), context.config.seed)
-    memory = context.config.resources.memory_budget // context.workers
-    machine = Machine(gflops * 5e8, context.workers, context.threads, memory)
+    machine = Machine(gflops * 5e8, context.workers, context.threads, context.memory)
     return tuple(choices(context.config, job, sample, largest, machine))

@@ -91,6 +91,11 @@ class Context:
         return max(1, self.cpus // self.workers)
 
     @property
+    def memory(self) -> int:
+        """Bytes of one worker: `resources.memory_budget` shared out."""
+        return self.config.resources.memory_budget // self.workers
+
+    @property
     def cpus(self) -> int:
         """Threads of all workers."""
         return self.config.resources.cpus or len(os.sched_getaffinity(0))

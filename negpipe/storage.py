@@ -168,6 +168,17 @@ def publish(
     return Published(final, size, digest)
 
 
+def check_room(run_dir: Path, what: str, needed: int, remedy: str) -> None:
+    """Whether there is room for what a stage is about to write.
+
+    Raises:
+        StorageError: there is less.
+    """
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise StorageError(f"{what} {needed:,} bytes to {run_dir}, {free:,} are free there: make room, or {remedy}")
+
+
 def bytes_in(path: Path) -> int:
     """The size of a file, or of the files in a folder; 0 where there is none."""
     try:

@@ -14,7 +14,7 @@ from negpipe.npy import BROKEN
 from negpipe.texts import hashes
 
 Floats = npt.NDArray[np.float32]
-_REPEATS = 65536
+_COMPARED = 2**21  # numbers of repeated vectors at a time
 
 
 class _Matrix(Protocol):
@@ -91,8 +91,10 @@ class VectorFile:
         else:
             where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
             at, rows = np.array(where, dtype=np.int64).reshape(-1, 2).T
-        differs = (self._matrix.take(rows) != vectors[at]).any(axis=1)
-        return vectors, len(np.unique(at[differs]))
+        differing = [
+            at[here][(self._matrix.take(rows[here]) != vectors[at[here]]).any(axis=1)] for here in self._some(len(rows))
+        ]
+        return vectors, len(np.unique(np.concatenate([at[:0], *differing])))
 
     def rows(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
         """The rows of the file that hold the vectors of rows; see `of`."""
@@ -112,8 +114,8 @@ class VectorFile:
         assert self._by_id is not None
         known, order = self._by_id
         again = np.flatnonzero(known[1:] == known[:-1]) + 1
-        for low in range(0, len(again), _REPEATS):
-            some = again[low : low + _REPEATS]
+        for here in self._some(len(again)):
+            some = again[here]
             differs = (self._matrix.take(order[some - 1]) != self._matrix.take(order[some])).any(axis=1)
             if differs.any():
                 at = some[int(np.argmax(differs))]
@@ -124,6 +126,10 @@ class VectorFile:
                     field=label,
                     remedy="Bring one vector an id",
                 )
+
+    def _some(self, count: int) -> Iterator[slice]:
+        size = max(1, _COMPARED // self.dimension)
+        return (slice(low, low + size) for low in range(0, count, size))
 
     def _positions(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
         assert self._by_id is not None

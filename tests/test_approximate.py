@@ -15,37 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_source as small
+from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, vectors, write
 
-from negpipe import ann, approximate, candidates, kinds, pipeline, planning
+from negpipe import ann, approximate, candidates, kinds, pipeline
 from negpipe.ann import coded, factory
 from negpipe.ann.probe import Job
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 from negpipe.manifest import Books
 from negpipe.texts import text_id
-
-DOCUMENTS, QUERIES, DIMENSION = 3_000, 300, 16
-
-
-def vectors(rows: int, seed: int) -> np.ndarray[Any, Any]:
-    """Overlapping clusters: a list alone does not hold an anchor's neighbours."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).normal(size=(40, DIMENSION))
-    return (centres[rng.integers(0, 40, rows)] + 0.8 * rng.normal(size=(rows, DIMENSION))).astype(np.float32)
-
-
-def write(folder: Path, documents: int = DOCUMENTS) -> dict[str, Any]:
-    small.write_rows(folder / "data/corpus.jsonl", small.documents(documents))
-    small.write_rows(folder / "data/queries.jsonl", small.queries(QUERIES))
-    small.write_qrels(folder / "data/qrels/train.tsv", [(f"q{i}", f"d{3 * i}", 1) for i in range(QUERIES)])
-    np.save(folder / "corpus.npy", vectors(DOCUMENTS, 1)[:documents])
-    np.save(folder / "anchors.npy", vectors(QUERIES, 2))
-    settings = small.settings(folder)
-    settings["data"]["part_rows"] = 400
-    settings["search"] = {"depth": 64}
-    settings["resources"] = {"cpus": 2}
-    settings["mining"]["range_min"] = 2
-    return settings
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +39,6 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def source(encoded: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """The data of all; a run directory of its own, in which the index is next."""
     return {**encoded, "run_dir": str(shutil.copytree(encoded["run_dir"], tmp_path / "run"))}
-
-
-def mined(source: dict[str, Any], *overrides: str) -> pipeline.Result:
-    return pipeline.mine(load_config(source, list(overrides)), only=None)
 
 
 def stored(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -83,19 +57,6 @@ def exact(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     products = anchors.astype(np.float64) @ corpus.T
     rows = np.argsort(-products, axis=1, kind="stable")[:, :64]
     return rows, products
-
-
-KINDS = (
-    "IVF16,Flat",
-    "IVF16,SQ8",
-    "PQ8x4fs",
-    "HNSW16",
-    "PCA8,IVF16,Flat",
-    "SQ8",
-    "IVF16,PQ8x4fs",
-    "OPQ8,IVF16,PQ8x4fs",
-    "IVF16,RaBitQ",
-)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +104,7 @@ def check_window(rows: Any, true: Any, window: dict[str, float], first: int, las
 def test_too_few_lists_are_refused_with_the_curve(source: dict[str, Any]) -> None:
     with pytest.raises(RecallError, match=r"min_recall 0.98 .* nprobe 1: recall 0\.\d+.*index.nprobe higher or null"):
         mined(source, "index.kind=IVF16,Flat", "index.nprobe=1")
-    with pytest.raises(RecallError, match=r"proposed 64: recall 0\.\d+; .*proposed 1024: recall"):
+    with pytest.raises(RecallError, match=r"proposed 64: recall 0\.\d+; .*proposed 1,024: recall"):
         mined(source, "index.kind=IVF16,PQ1x4fs", "index.nprobe=1")
     # Nothing is lost: with the effort left to it, the trained lists are there already.
     folder = Path(source["run_dir"]) / "index"
@@ -340,6 +301,13 @@ def test_a_bad_string_is_refused_before_anything_is_encoded(tmp_path: Path) -> N
 def test_a_graph_behind_a_projection_is_searched_as_deep_as_needed(source: dict[str, Any]) -> None:
     result = mined(source, "index.kind=PCA12,HNSW8", "index.min_recall=0.9", "index.recall_anchors=100")
     assert result.stats["index"]["nprobe"] > 1 and result.stats["index"]["recall"] >= 0.9
+    assert "PCA12,HNSW8 (efSearch " in str(approximate.describe(result.stats["index"]))
+
+
+def test_a_change_of_kind_is_the_reason_and_not_the_settings_it_brings(source: dict[str, Any]) -> None:
+    mined(source, "index.kind=stream")
+    states = {state.stage: state for state in pipeline.status(load_config(source, ["index.kind=IVF16,Flat"]))}
+    assert states["index"].reason == "index.kind changed from 'stream' to 'IVF16,Flat'"
 
 
 def test_a_window_of_which_too_little_is_found_is_an_error(source: dict[str, Any]) -> None:
@@ -374,7 +342,7 @@ def test_a_budget_below_a_shard_is_refused_and_smaller_shards_fit(tmp_path: Path
 def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     mined(source, "index.kind=stream")
     usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
-    monkeypatch.setattr("negpipe.stages.index.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"writes [\d,]+ bytes to .*, 191,999 are free there.*index.kind: stream"):
         mined(source, f"index.kind={kind}")
     assert not [*(Path(source["run_dir"]) / "index").glob("*.faiss")]
@@ -426,78 +394,3 @@ def test_an_index_with_other_vectors_than_were_encoded_is_refused(tmp_path: Path
     assert approximate.open_index(tmp_path, kind, shards[:1], made).vectors.rows == 1_000
     with pytest.raises(DamagedError, match=r"the index holds 2,000 vectors, encode made 1,000\. Run `negpipe index`"):
         approximate.open_index(tmp_path, kind, shards, made)
-
-
-def test_plan_tells_without_running(tmp_path: Path) -> None:
-    source = write(tmp_path)
-    config = Path(source["run_dir"]).parent / "plan.yaml"
-    config.write_text(json.dumps(source))
-    outcome = small.run("plan", config, "--json")
-    assert outcome.code == 0, outcome.err
-    steps = {step["stage"]: step for step in json.loads(outcome.out)["steps"]}
-    assert steps["ingest"]["state"] == "missing" and not Path(source["run_dir"]).exists()
-    # Once the source is read, the vectors that are brought tell the dimension.
-    assert small.run("ingest", config).code == 0
-    found = json.loads(small.run("plan", config, "--json").out)
-    assert next(choice for choice in found["choices"] if choice["kind"] == "flat")["disk"] == DOCUMENTS * DIMENSION * 4
-    shown = small.run("plan", config).out
-    assert re.search(r"encode +missing .*3,300 texts", shown) and re.search(r"flat .* 192.0 kB", shown)
-    mined(source)
-    before = small.made(Path(source["run_dir"]))
-    found = json.loads(small.run("plan", config, "--json", "--set", "index.kind=IVF16,Flat").out)
-    steps = {step["stage"]: step for step in found["steps"]}
-    assert steps["encode"]["todo"] == 0 and steps["index"]["todo"] >= 1
-    choices = {choice["kind"]: choice for choice in found["choices"]}
-    assert set(choices) >= {"stream", "flat", "IVF16,Flat"}
-    assert choices["flat"]["disk"] == DOCUMENTS * DIMENSION * 4
-    assert steps["search"]["seconds"] == choices["IVF16,Flat"]["search"] > 0
-    assert found["free"] > 0
-    assert small.made(Path(source["run_dir"])) == before
-    # An edit in the middle: ingest reads it, the plan says how much of encode it costs.
-    rows = small.documents(DOCUMENTS)
-    rows[1500]["text"] = "edited"
-    small.write_rows(Path(source["data"]["path"]) / "corpus.jsonl", rows)
-    assert small.run("ingest", config).code == 0
-    steps = {step["stage"]: step for step in json.loads(small.run("plan", config, "--json").out)["steps"]}
-    assert steps["encode"]["state"] == "stale"
-
-
-def test_a_share_of_the_machine() -> None:
-    from negpipe import machine
-
-    source = {"run_dir": "x", "data": {"path": "y"}, "encoder": {"backend": "precomputed"}}
-    source["encoder"] |= {"corpus_vectors": "a.npy", "anchor_vectors": "b.npy"}  # type: ignore[operator]
-    config = load_config(source, ["resources.memory_budget=25%"])
-    assert config.resources.memory_budget == machine.memory() // 4
-    for wrong in ("0%", "130%", "some%"):
-        with pytest.raises(ConfigError, match="no share of this machine's memory"):
-            load_config(source, [f"resources.memory_budget={wrong}"])
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "PQ8x4fsr", "IVF500,Flat"])
-def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: str) -> None:
-    source = write(tmp_path)
-    mined(source, "index.kind=stream")
-    before = small.made(Path(source["run_dir"]))
-    found = planning.plan(load_config(source, [f"index.kind={kind}"]), probe_encoder=False)
-    choice = next(one for one in found.choices if one.kind == kind)
-    assert small.made(Path(source["run_dir"])) == before
-    if kind not in KINDS:
-        assert choice.disk is None and choice.note.startswith("refused: index.kind")
-        return
-    assert choice.build and choice.search and choice.memory
-
-
-def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: Path, tmp_path: Path) -> None:
-    small.build(tmp_path)
-    settings = small.settings(tmp_path)
-    settings["encoder"] = {"model": str(tiny), "pooling": "mean"}
-    pipeline.mine(load_config(settings), only="ingest")
-    found = planning.plan(load_config(settings))
-    encode = next(step for step in found.steps if step.stage == "encode")
-    assert encode.seconds and encode.disk and "took just now" in encode.note
-    assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
-    assert not (tmp_path / "run/encode").exists()
-    # What goes wrong in the model's own process is said as here.
-    with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' is not there"):
-        planning.plan(load_config(settings, ["encoder.device=cuda:99"]))

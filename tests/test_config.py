@@ -13,6 +13,7 @@ import pytest
 import small_source as small
 import yaml
 
+from negpipe import machine
 from negpipe.config_file import find_config, load_config, schema
 from negpipe.errors import ConfigError
 
@@ -69,7 +70,7 @@ def test_unknown_keys_get_the_nearest_known_name(override: str, message: str) ->
         ("data.corpus=5", ["data.corpus: expected settings, some of path, split, subset (got 5)"]),
         ("mining=5", ["mining: expected settings, some of ", "num_negatives", "(got 5)"]),
         ("executor.workers=0", ["executor.workers: ", "(got 0)"]),
-        ("resources.memory_budget=1MB", ["resources.memory_budget: ", "greater than or equal to 67108864"]),
+        ("resources.memory_budget=1MB", ["resources.memory_budget: 1,000,000 bytes are too few: set 64MiB or more"]),
         ("resources.memory_budget=3 parsecs", ["resources.memory_budget: '3 parsecs'", "write for example 2GiB"]),
         ("resources.memory_budget=infGiB", ["resources.memory_budget: 'infGiB'", "write for example 2GiB"]),
         ("resources.memory_budget=GiB", ["resources.memory_budget: 'GiB'", "write for example 2GiB"]),
@@ -172,6 +173,18 @@ def test_a_bad_override_is_quoted(override: str, fragment: str) -> None:
 )
 def test_memory_in_units(written: str, count: int) -> None:
     assert load_config(LEAST, [f"resources.memory_budget={written}"]).resources.memory_budget == count
+
+
+def test_a_share_of_the_machine() -> None:
+    assert load_config(LEAST, ["resources.memory_budget=25%"]).resources.memory_budget == machine.memory() // 4
+    for wrong in ("0%", "130%", "some%"):
+        with pytest.raises(ConfigError, match="no share of this machine's memory"):
+            load_config(LEAST, [f"resources.memory_budget={wrong}"])
+
+
+def test_a_kind_of_index_in_other_letters() -> None:
+    for written, kind in (("Flat", "flat"), ("AUTO", "auto"), ("Stream", "stream"), ("IVF16,Flat", "IVF16,Flat")):
+        assert load_config(LEAST, [f"index.kind={written}"]).index.kind == kind
 
 
 def test_a_plain_path_stands_for_a_table() -> None:

@@ -51,7 +51,7 @@ def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkey
     pipeline.mine(config, only="ingest")
     total = (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
-    monkeypatch.setattr("negpipe.stages.encode.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"write {total:,} bytes to .*, {total - 1:,} are free .*larger disk"):
         pipeline.mine(config, only="encode")
     assert not list((tmp_path / "run/encode").glob("*.npy"))
@@ -59,9 +59,34 @@ def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkey
     monkeypatch.undo()
     pipeline.mine(config, only="encode")
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * total - 1)
-    monkeypatch.setattr("negpipe.stages.encode.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"write {2 * total:,} bytes"):
         pipeline.mine(load_config(small.settings(tmp_path), ["encoder.storage=float32"]), only="encode")
+
+
+def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path), ["index.kind=stream"])
+    for stage in ("ingest", "encode"):
+        pipeline.mine(config, only=stage)
+    total = small.QUERIES * small.DOCUMENTS * 7
+    usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    message = rf"search writes about {total:,} bytes to .*, {total - 1:,} are free there.*lower search\.depth"
+    with pytest.raises(StorageError, match=message):
+        pipeline.mine(config)
+    assert not (tmp_path / "run/index").exists()
+    # What is there already needs no room.
+    monkeypatch.undo()
+    pipeline.mine(config, only="index")
+    parts = Books(pipeline.mine(config, only="search").run_dir, "search").manifest().parts  # type: ignore[union-attr]
+    Books(config.run_dir, "search").manifest_path.unlink()
+    (config.run_dir / parts[0].path).unlink()
+    missing = parts[0].rows * small.DOCUMENTS * 7
+    usage = shutil.disk_usage(tmp_path)._replace(free=missing - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match=rf"search writes about {missing:,} bytes"):
+        pipeline.mine(config, only="search")
 
 
 @pytest.mark.parametrize("record", [Document, Query])
@@ -97,15 +122,18 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
         ["search.depth=50000", "mining.range_max=9", "data.part_rows=16384"],
         "resources.memory_budget=130MiB",
     )
-    message = r"choosing from 9000 candidates an anchor takes {} MiB, writing rows \d, there are {} a worker: raise"
-    for more, needed, there in (
-        ([little], None, None),
-        ([little, "mining.margin_reference=each"], 248, 130),
-        ([little, "executor.kind=local", "executor.workers=2"], 124, 65),
+    message = (
+        r"choosing from 9000 candidates an anchor takes {} MiB, writing rows \d, there are {} a worker: raise"
+        r" resources\.memory_budget, {}or lower search\.depth"
+    )
+    for more, needed, there, fewer in (
+        ([little], None, None, ""),
+        ([little, "mining.margin_reference=each"], 248, 130, ""),
+        ([little, "executor.kind=local", "executor.workers=2"], 124, 65, r"lower executor\.workers, "),
     ):
         config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])
         if needed:
-            with pytest.raises(ConfigError, match=message.format(needed, there)):
+            with pytest.raises(ConfigError, match=message.format(needed, there, fewer)):
                 pipeline.mine(config)
             assert not (config.run_dir / "encode").exists()
         else:

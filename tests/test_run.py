@@ -315,6 +315,14 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
     assert list(run.content("search").values()) == flat
 
 
+def test_more_workers_than_cores_are_said(undisturbed: Run, caplog: pytest.LogCaptureFixture) -> None:
+    undisturbed.mine("executor.kind=local", "executor.workers=3", "resources.cpus=2")
+    assert "executor.workers: 3 processes are more than resources.cpus, 2" in caplog.text
+    caplog.clear()
+    undisturbed.mine("executor.kind=local", "executor.workers=2", "resources.cpus=2")
+    assert "processes are more" not in caplog.text
+
+
 @pytest.mark.slow
 def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")

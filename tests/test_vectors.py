@@ -122,6 +122,15 @@ def test_by_id_in_any_order(names: list[list[int]], order: list[int], tmp_path_f
     assert differing == sum(any((matrix[own[0]] != matrix[i]).any() for i in own[1:] if i < ROWS) for own in names)
 
 
+@pytest.mark.parametrize("compared", [1, 3 * DIMENSION, 10**6])
+def test_repeats_are_compared_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int) -> None:
+    monkeypatch.setattr("negpipe.vectors._COMPARED", compared)
+    matrix = MATRIX.copy()
+    matrix[10:] = matrix[0]
+    same, other, mixed = [0, *range(10, ROWS)], [1, 2], [3, *range(10, ROWS), 3]
+    assert by_row(opened(npy(tmp_path, matrix)), [same, other, [4], mixed])[1] == 2
+
+
 def test_rows_that_the_source_has_not_are_no_duplicates(tmp_path: Path) -> None:
     # A positive from outside the corpus with a corpus row's text: -1 stands for "no row in the source".
     found, differing = by_row(opened(npy(tmp_path)), [[2, -1]])

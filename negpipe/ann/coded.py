@@ -41,6 +41,11 @@ def effort(index: Any) -> tuple[str, int] | None:
     return ("efSearch", 4096) if isinstance(inner(index), faiss().IndexHNSW) else None
 
 
+def is_graph(kind: str) -> bool:
+    """Whether a factory string means a graph, whose effort FAISS calls efSearch."""
+    return "HNSW" in kind and "IVF" not in kind
+
+
 def needs(dimension: int, proposed: int, threads: int) -> tuple[int, int]:
     """Bytes that a search takes for each anchor, and whatever their number."""
     row = 4 * dimension

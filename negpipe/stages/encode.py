@@ -8,7 +8,6 @@ infinity, no zero vector, one dimension throughout.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,11 @@ import numpy.typing as npt
 
 from negpipe import encoders
 from negpipe.config import Config, Encoder
-from negpipe.errors import ConfigError, InputError, StorageError
+from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.storage import check_room
 from negpipe.tables import open_table
 from negpipe.vectors import VectorFile
 
@@ -146,9 +146,8 @@ class _Brought:
 
 def open_brought(context: Context, setting: str, rows: str) -> VectorFile:
     """The file of an `encoder` setting, whose rows ingest counted under the other name."""
-    memory = context.config.resources.memory_budget // context.workers
     path = Path(str(getattr(context.config.encoder, setting)))
-    return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", memory)
+    return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.memory)
 
 
 @contextmanager
@@ -211,20 +210,16 @@ def _check_room(context: Context, block: int | None, dimension: int) -> None:
         return 2 * part.files[0].bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
 
     largest = max(parts, key=needs)
-    memory = context.config.resources.memory_budget // context.workers
-    if needs(largest) > memory:
+    if needs(largest) > context.memory:
         raise ConfigError(
             f"encoding a part of {largest.rows:,} rows takes {-(-needs(largest) // 2**20)} MiB (texts, vectors), there"
-            f" are {memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
+            f" are {context.memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
             " resources.memory_budget"
         )
-    books, free = Books(context.run_dir, "encode"), shutil.disk_usage(context.run_dir).free
+    books = Books(context.run_dir, "encode")
     left = row * sum(task.rows for task in _plan(context) if books.part(task.key) is None)
-    if left > free:
-        raise StorageError(
-            f"encode is about to write {left:,} bytes to {context.run_dir}, {free:,} are free there: make room, or set"
-            " run_dir to a larger disk; what is made already is kept"
-        )
+    remedy = "set run_dir to a larger disk; what is made already is kept"
+    check_room(context.run_dir, "encode is about to write", left, remedy)
 
 
 def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -7,7 +7,6 @@ FAISS factory string is trained once, filled shard by shard, and tuned on sample
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +18,11 @@ import pyarrow.parquet as pq
 from negpipe import ann, approximate
 from negpipe.ann.probe import Job
 from negpipe.config import Config
-from negpipe.errors import InputError, StorageError
+from negpipe.errors import InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.storage import check_room
 from negpipe.tables import documents, open_table, searchable
 
 VERSION = 3
@@ -70,19 +70,15 @@ def _check(context: Context) -> None:
     books = Books(context.run_dir, "index")
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
-    free = shutil.disk_usage(context.run_dir).free
-    if size - there > free:
-        raise StorageError(
-            f"index.kind {kind} writes {size:,} bytes to {context.run_dir}, {free:,} are free there: make room, or"
-            " set index.kind: stream, which needs none"
-        )
+    remedy = "set index.kind: stream, which needs none"
+    check_room(context.run_dir, f"index.kind {kind} writes", size - there, remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
         largest = max(sum(part.rows for part in group) for group in groups)
-        memory = context.config.resources.memory_budget // context.workers
         part = max((part.rows for part in encode.of_kind("anchors")), default=0)
-        approximate.check_memory(context.config, job, largest, part, held, memory=memory, threads=context.threads)
+        about = {"memory": context.memory, "threads": context.threads}
+        approximate.check_memory(context.config, job, largest, part, held, **about)
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -193,7 +189,6 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         publish(".faiss", lambda file: ann.write_flat(file, vectors), needed=vectors.rows * vectors.dimension * 4)
         return Made(task.rows, {"dimension": vectors.dimension})
     config = context.config
-    memory = config.resources.memory_budget // context.workers
     if task.kind == "trained":
         index = approximate.train(config, vectors, threads=context.threads)
         publish(".faiss", lambda file: ann.factory.write(index, file))
@@ -208,7 +203,7 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         return Made(task.rows)
     opened = approximate.open_index(context.run_dir, config.index.kind, task.payload["shards"], vectors)
     anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
-    about = {"memory": memory - opened.held, "threads": context.threads}
+    about = {"memory": context.memory - opened.held, "threads": context.threads}
     tuning, measured = approximate.tune(opened, anchors, config, candidates=task.payload["candidates"], **about)
     approximate.window(measured, config)
     publish(".json", tuning.write)

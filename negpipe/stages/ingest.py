@@ -88,7 +88,7 @@ def _plan(context: Context) -> Iterator[Task]:
                 )
                 yield from _tasks("corpus" if corpus else "added", tables, config)
             extra = extra_columns(config.data.extra.queries)
-            anchors = (_anchors(rows, extra) for rows in joins.anchors(database))
+            anchors = (_anchors(rows, extra) for rows in joins.anchors(database, context.config.data.part_rows))
             yield from _tasks("anchors", anchors, config)
             yield _facts(context, database, Path(spool))
         finally:

@@ -22,6 +22,7 @@ from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import open_approximate
+from negpipe.storage import check_room
 from negpipe.tables import documents, open_table, ragged, searchable
 
 VERSION = 1
@@ -37,15 +38,23 @@ def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(context: Context) -> None:
-    """The largest part fits into memory; of an approximate index, index looked."""
-    if "encode" not in context.manifests or context.config.index.approximate:
+    """The largest part fits into memory (of an approximate index, index looked), what is found onto the disk."""
+    if "encode" not in context.manifests:
         return
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
+    if "index" in context.manifests:
+        books = Books(context.run_dir, "search")
+        left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
+    else:
+        left = sum(part.rows for part in encode.of_kind("anchors"))
+    needed = candidates.BYTES * left * min(context.config.depth, rows)
+    check_room(context.run_dir, "search writes about", needed, "lower search.depth")
+    if context.config.index.approximate:
+        return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
-    memory = context.config.resources.memory_budget // context.workers
     depth = min(context.config.depth, rows)
-    ann.exact.layout(largest, rows, encode.stats["dimension"], depth, memory, context.threads)
+    ann.exact.layout(largest, rows, encode.stats["dimension"], depth, context.memory, context.threads)
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -99,7 +108,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
-    memory = context.config.resources.memory_budget // context.workers - (opened.index.held if opened.index else 0)
+    memory = context.memory - (opened.index.held if opened.index else 0)
     searched = reported = 0
 
     def on_block(rows: int) -> None:

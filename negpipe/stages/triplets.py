@@ -117,18 +117,20 @@ def _check_memory(context: Context) -> None:
     largest = max((part.rows for part in read.of_kind("anchors")), default=0)
     texts = sum(file.bytes for part in documents(read) for file in part.files)
     depth = min(context.config.depth, read.stats["rows"])
-    slices = min(largest, candidates.ROW_GROUP) * depth
-    if deepest := adaptive.limit(context.config, read.stats["rows"]):
-        slices = max(slices, min(largest * deepest, max(candidates.CELLS, deepest)))
+    slices, remedy = min(largest, candidates.ROW_GROUP) * depth, "lower search.depth"
+    deepest = adaptive.limit(context.config, read.stats["rows"])
+    deeper = min(largest * deepest, max(candidates.CELLS, deepest))
+    if deeper > slices:
+        slices, remedy = deeper, "set mining.max_depth: 0"
     if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
         slices = -(-slices * read.stats["positives"] // max(1, read.stats["anchors"]))
     chosen, written = slices * _CELL, 5 * min(formats.GROUP_BYTES, texts)
-    memory = context.config.resources.memory_budget // context.workers
-    if chosen + written > memory:
+    if chosen + written > context.memory:
+        fewer = "lower executor.workers, " if context.workers > 1 else ""
         raise ConfigError(
             f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
-            f" {-(-written // 2**20)}, there are {memory // 2**20} a worker: raise resources.memory_budget, or lower"
-            " executor.workers, search.depth or mining.max_depth"
+            f" {-(-written // 2**20)}, there are {context.memory // 2**20} a worker: raise resources.memory_budget,"
+            f" {fewer}or {remedy}"
         )
 
 
@@ -156,9 +158,8 @@ def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Iterato
     deepest = adaptive.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
-    memory = context.config.resources.memory_budget // context.workers
     passages = ann.open_parts(shared.passages)
-    return adaptive.deepen(shared.selector, files, passages, deepest, memory=memory, threads=context.threads)
+    return adaptive.deepen(shared.selector, files, passages, deepest, memory=context.memory, threads=context.threads)
 
 
 def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progress: Progress) -> Made:

@@ -1,0 +1,103 @@
+"""What a run would do: said without running, with what would keep it from running."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import small_source as small
+from clustered import DIMENSION, DOCUMENTS, KINDS, mined, write
+
+from negpipe import pipeline, planning
+from negpipe.config_file import load_config
+from negpipe.errors import ConfigError, NegpipeError
+
+FOUR_OF_16 = ("resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4")
+
+
+def test_plan_tells_without_running(tmp_path: Path) -> None:
+    source = write(tmp_path)
+    config = Path(source["run_dir"]).parent / "plan.yaml"
+    config.write_text(json.dumps(source))
+    outcome = small.run("plan", config, "--json")
+    assert outcome.code == 0, outcome.err
+    steps = {step["stage"]: step for step in json.loads(outcome.out)["steps"]}
+    assert steps["ingest"]["state"] == "missing" and not Path(source["run_dir"]).exists()
+    # Once the source is read, the vectors that are brought tell the dimension.
+    assert small.run("ingest", config).code == 0
+    found = json.loads(small.run("plan", config, "--json").out)
+    assert next(choice for choice in found["choices"] if choice["kind"] == "flat")["disk"] == DOCUMENTS * DIMENSION * 4
+    shown = small.run("plan", config).out
+    assert re.search(r"encode +missing .*3,300 texts", shown) and re.search(r"flat .* 192.0 kB", shown)
+    mined(source)
+    before = small.made(Path(source["run_dir"]))
+    found = json.loads(small.run("plan", config, "--json", "--set", "index.kind=IVF16,Flat").out)
+    steps = {step["stage"]: step for step in found["steps"]}
+    assert steps["encode"]["todo"] == 0 and steps["index"]["todo"] >= 1
+    choices = {choice["kind"]: choice for choice in found["choices"]}
+    assert set(choices) >= {"stream", "flat", "IVF16,Flat"}
+    assert choices["flat"]["disk"] == DOCUMENTS * DIMENSION * 4
+    assert steps["search"]["seconds"] == choices["IVF16,Flat"]["search"] > 0
+    assert found["free"] > 0
+    assert small.made(Path(source["run_dir"])) == before
+    # An edit in the middle: ingest reads it, the plan says how much of encode it costs.
+    rows = small.documents(DOCUMENTS)
+    rows[1500]["text"] = "edited"
+    small.write_rows(Path(source["data"]["path"]) / "corpus.jsonl", rows)
+    assert small.run("ingest", config).code == 0
+    steps = {step["stage"]: step for step in json.loads(small.run("plan", config, "--json").out)["steps"]}
+    assert steps["encode"]["state"] == "stale"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "message"),
+    [
+        (["index.kind=IVF16,Nonsense"], "index", "index.kind 'IVF16,Nonsense': FAISS refuses it"),
+        (["search.depth=3000", *FOUR_OF_16], "search", "anchors to depth 3000 needs"),
+        (
+            ["mining.range_min=5000", "mining.range_max=6000", "search.depth=6000"],
+            "triplets",
+            "the window starts at rank 5000",
+        ),
+        (["mining.max_depth=4000", "search.depth=2500", "resources.memory_budget=64MiB"], "triplets", "choosing from"),
+    ],
+)
+def test_what_would_stop_a_run_is_said(tmp_path: Path, overrides: list[str], stage: str, message: str) -> None:
+    source = write(tmp_path)
+    mined(source, "index.kind=stream")
+    found = planning.plan(load_config(source, ["index.kind=stream", *overrides]), probe_encoder=False)
+    refused = {step.stage: step.note for step in found.steps if step.note.startswith("refused: ")}
+    assert message in refused[stage]
+    with pytest.raises(NegpipeError, match=re.escape(message)):
+        mined(source, "index.kind=stream", *overrides)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "PQ8x4fsr", "IVF500,Flat"])
+def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path)
+    mined(source, "index.kind=stream")
+    before = small.made(Path(source["run_dir"]))
+    found = planning.plan(load_config(source, [f"index.kind={kind}"]), probe_encoder=False)
+    choice = next(one for one in found.choices if one.kind == kind)
+    assert small.made(Path(source["run_dir"])) == before
+    if kind not in KINDS:
+        assert choice.disk is None and choice.note.startswith("refused: index.kind")
+        return
+    assert choice.build and choice.search and choice.memory
+
+
+def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: Path, tmp_path: Path) -> None:
+    small.build(tmp_path)
+    settings = small.settings(tmp_path)
+    settings["encoder"] = {"model": str(tiny), "pooling": "mean"}
+    pipeline.mine(load_config(settings), only="ingest")
+    found = planning.plan(load_config(settings))
+    encode = next(step for step in found.steps if step.stage == "encode")
+    assert encode.seconds and encode.disk and "took just now" in encode.note
+    assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
+    assert not (tmp_path / "run/encode").exists()
+    # What goes wrong in the model's own process is said as here.
+    with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' is not there"):
+        planning.plan(load_config(settings, ["encoder.device=cuda:99"]))
