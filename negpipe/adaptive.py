@@ -6,7 +6,9 @@ limit is reached, or deeper candidates cannot help. The result does not depend o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +36,15 @@ def limit(config: Config, rows: int) -> int:
 
 
 def deepen(
-    selector: Selector, part: PartFiles, passages: ann.Vectors, deepest: int, *, memory: int, threads: int
+    selector: Selector,
+    part: PartFiles,
+    passages: ann.Vectors,
+    deepest: int,
+    *,
+    memory: int,
+    threads: int,
+    progress: Callable[[str], None] = lambda note: None,
+    checkpoints: Callable[[str], Path] | None = None,
 ) -> Iterator[Deeper]:
     """Deeper candidates for the anchors of a part that need them, as `candidates.read` takes them.
 
@@ -45,6 +55,8 @@ def deepen(
         deepest: the limit.
         memory: bytes there are; as many anchors as fit are searched together. Changes no result.
         threads: threads that compute. Changes no result.
+        progress: called with a note on each search.
+        checkpoints: the path of what a search leaves to go on from, by its name; None: it leaves nothing.
 
     Raises:
         ConfigError: `memory` does not suffice.
@@ -54,13 +66,26 @@ def deepen(
     together = max(size, memory // 2 // (_CELL * deepest))
     table, start = open_table(part.anchors), 0
     waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
+    none = np.empty(0, np.int64)
+
+    def search(anchors: ann.vectors.Ints, depth: int) -> ann.Found:
+        progress(f"{len(anchors):,} anchors again, to depth {depth:,}")
+        who = hashlib.sha256(anchors.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
+        return ann.search_exact(
+            np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32),
+            passages,
+            depth,
+            positives=(none, none),
+            memory=memory // 2,
+            threads=threads,
+            checkpoint=ann.Checkpoint(checkpoints(f"{who}-{depth}")) if checkpoints else None,
+        )
 
     def searched() -> Iterator[Deeper]:
         found = candidates.joined([piece for _, piece in waiting])
         anchors = np.concatenate([numbers for numbers, _ in waiting])
-        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32)
         texts = table.take(pa.array(anchors))
-        found, depths = _deepened(selector, texts, vectors, found, passages, deepest, memory // 2, threads)
+        found, depths = _deepened(selector, texts, found, deepest, lambda at, depth: search(anchors[at], depth))
         first = 0
         for numbers, _ in waiting:
             here = slice(first, first + len(numbers))
@@ -87,24 +112,18 @@ def deepen(
 def _deepened(
     selector: Selector,
     anchors: pa.Table,
-    vectors: ann.vectors.Floats,
     found: Candidates,
-    passages: ann.Vectors,
     deepest: int,
-    memory: int,
-    threads: int,
+    search: Callable[[ann.vectors.Ints, int], ann.Found],
 ) -> tuple[Candidates, ann.vectors.Ints]:
     """What is found of some anchors, padded to one width, and how deep each was searched."""
-    depth = found.rows.shape[1]
-    depths = np.full(len(vectors), depth)
-    waiting = np.arange(len(vectors))
+    count, depth = found.rows.shape
+    depths = np.full(count, depth)
+    waiting = np.arange(count)
     step = max(1, CELLS // deepest)
-    none = np.empty(0, np.int64)
     while len(waiting) and depth < deepest:
         depth = min(2 * depth, deepest)
-        deeper = ann.search_exact(
-            vectors[waiting], passages, depth, positives=(none, none), memory=memory, threads=threads
-        )
+        deeper = search(waiting, depth)
         found = found.deepened(Deeper(waiting, deeper.rows, deeper.scores))
         depths[waiting] = depth
         slices = [waiting[low : low + step] for low in range(0, len(waiting), step)]

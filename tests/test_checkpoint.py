@@ -55,3 +55,51 @@ def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert read[: read.index(0)] == [21, 28, 35]
     assert small.output(tmp_path / "again") == whole
     assert not list(books.glob("*.npz"))
+
+
+def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path)
+    # No score reaches the margin, so every anchor is searched again: to depth 20, then to 40.
+    scarce = [
+        "mining.range_max=10",
+        "search.depth=10",
+        "mining.max_score=-9",
+        "mining.max_depth=40",
+        "data.part_rows=99",
+    ]
+    pipeline.mine(load_config(small.settings(tmp_path), scarce))
+    whole = small.output(tmp_path / "run")
+
+    again = load_config({**small.settings(tmp_path), "run_dir": str(tmp_path / "again")}, scarce)
+    pipeline.mine(again, only="ingest")
+    for stage in ("encode", "index", "search"):
+        pipeline.mine(again, only=stage)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr("negpipe.adaptive.ann.Checkpoint", partial(ann.Checkpoint, seconds=0))
+    save, saved = exact.Checkpoint.save, []
+
+    def cut(self: exact.Checkpoint, rows: int, *known: Any) -> None:
+        save(self, rows, *known)
+        saved.append((known[0][0].shape[1], rows))
+        if saved[-1] == (40, 14):
+            raise Cut
+
+    monkeypatch.setattr(exact.Checkpoint, "save", cut)
+    with pytest.raises(Cut):
+        pipeline.mine(again)
+    books = tmp_path / "again/.negpipe/triplets"
+    assert saved == [*((20, rows) for rows in (7, 14, 21, 28, 35, 40)), (40, 7), (40, 14)]
+    assert len(list(books.glob("*.npz"))) == 2
+
+    monkeypatch.setattr(exact.Checkpoint, "save", save)
+    load, read = exact._Block.load, []
+
+    def reading(source: Any, first: int, *more: Any) -> Any:
+        read.append(first)
+        return load(source, first, *more)
+
+    monkeypatch.setattr(exact._Block, "load", reading)
+    pipeline.mine(again)
+    assert read == [14, 21, 28, 35]
+    assert small.output(tmp_path / "again") == whole
+    assert not list(books.glob("*.npz"))

@@ -45,10 +45,14 @@ class Found:
 
 @dataclass
 class Checkpoint:
-    """A file that a search writes every `seconds` and goes on from; damaged or foreign, it is ignored."""
+    """A file that a search writes every `seconds` and at its end, if that comes later, and goes on from.
+
+    Damaged or foreign, it is ignored.
+    """
 
     path: Path
     seconds: float = 300.0
+    written: bool = False
     _last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
@@ -63,7 +67,7 @@ class Checkpoint:
             np.savez(file, rows=np.int64(rows), best=kept, positive_scores=positive_scores)
 
         publish(self.path.parent, lambda _: self.path.name, write, kept.nbytes + positive_scores.nbytes)
-        self._last = time.monotonic()
+        self._last, self.written = time.monotonic(), True
 
     def load(self, anchors: int, depth: int, positives: int) -> tuple[int, Keys, Floats] | None:
         """Rows searched, the best keys (anchors, depth), positives' scores; None: there is nothing to go on from."""
@@ -150,6 +154,8 @@ def search_exact(
             progress(len(block.vectors))
             if checkpoint and number + 1 < len(starts) and checkpoint.due():
                 checkpoint.save(ends[number], [tile.best.keys for tile in tiles], positive_scores)
+        if checkpoint and starts and (searched or checkpoint.written):
+            checkpoint.save(vectors.rows, [tile.best.keys for tile in tiles], positive_scores)
         rows = np.empty((len(anchors), depth), np.int64)
         scores = np.empty((len(anchors), depth), np.float32)
         first = 0

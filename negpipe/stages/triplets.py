@@ -27,7 +27,7 @@ from negpipe.candidates import Deeper
 from negpipe.config import Config
 from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
-from negpipe.manifest import File, Part
+from negpipe.manifest import Books, File, Part
 from negpipe.mining import Fate
 from negpipe.publication import staging
 from negpipe.selection import PartFiles, Selector, Units
@@ -153,19 +153,32 @@ def _open(context: Context) -> Iterator[Shared]:
     yield open_selection(context)
 
 
-def search_deeper(files: PartFiles, shared: Shared, context: Context) -> Iterator[Deeper]:
-    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
+def search_deeper(files: PartFiles, shared: Shared, context: Context, **more: Any) -> Iterator[Deeper]:
+    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them.
+
+    Args:
+        more: for `adaptive.deepen`.
+    """
     deepest = adaptive.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
     passages = ann.open_parts(shared.passages)
-    return adaptive.deepen(shared.selector, files, passages, deepest, memory=context.memory, threads=context.threads)
+    return adaptive.deepen(
+        shared.selector, files, passages, deepest, memory=context.memory, threads=context.threads, **more
+    )
 
 
 def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
     files = part_files(context, task)
-    searched_deeper = 0
-    if first := next(deeper := search_deeper(files, shared, context), None):
+    searched_deeper, books = 0, Books(context.run_dir, "triplets").folder
+    deeper = search_deeper(
+        files,
+        shared,
+        context,
+        progress=lambda note: progress(0, note),
+        checkpoints=lambda name: books / f"{task.key}-{name}.npz",
+    )
+    if first := next(deeper, None):
 
         def write_deeper(file: BinaryIO) -> None:
             nonlocal searched_deeper
@@ -201,6 +214,8 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     book = pa.concat_tables(ledger)
     publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
     publish.files.sort(key=is_deeper)  # A part's first file is what it is known by.
+    for checkpoint in books.glob(f"{task.key}-*.npz"):
+        checkpoint.unlink(missing_ok=True)
     pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
     return Made(
         rows,
