@@ -55,7 +55,7 @@ def deepen(
         deepest: the limit.
         memory: bytes there are; as many anchors as fit are searched together. Changes no result.
         threads: threads that compute. Changes no result.
-        progress: called with a note on each search.
+        progress: called with a note on how far a search is.
         checkpoints: the path of what a search leaves to go on from, by its name; None: it leaves nothing.
 
     Raises:
@@ -69,7 +69,13 @@ def deepen(
     none = np.empty(0, np.int64)
 
     def search(anchors: ann.vectors.Ints, depth: int) -> ann.Found:
-        progress(f"{len(anchors):,} anchors again, to depth {depth:,}")
+        seen = 0
+
+        def tell(rows: int) -> None:
+            nonlocal seen
+            seen += rows
+            progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
+
         who = hashlib.sha256(anchors.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
         return ann.search_exact(
             np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32),
@@ -78,6 +84,7 @@ def deepen(
             positives=(none, none),
             memory=memory // 2,
             threads=threads,
+            progress=tell,
             checkpoint=ann.Checkpoint(checkpoints(f"{who}-{depth}")) if checkpoints else None,
         )
 

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from negpipe import console
+from negpipe.ann import exact
 from negpipe.manifest import Books
 
 
@@ -48,3 +49,14 @@ def test_a_terminal_shows_a_bar_with_the_same(tiny: Path, tmp_path: Path, monkey
     assert encoded(tmp_path, tiny).code == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert re.search(r"encode .* \d+/52 \d:\d\d:\d\d [\d,]+ texts/s, [\d,]+ tokens/s", shown)
+
+
+def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 10)
+    scarce = ("search.depth=10", "mining.max_score=-9", "mining.max_depth=40", "data.part_rows=99")
+    overrides = [part for setting in scarce for part in ("--set", setting)]
+    outcome = small.run("mine", small.build(tmp_path), *overrides)
+    assert outcome.code == 0, outcome.err
+    said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
+    assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
