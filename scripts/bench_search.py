@@ -1,7 +1,7 @@
 """How fast each kind of index searches beside exact search, at what recall, on real sentence embeddings.
 
     python scripts/bench_search.py
-    python scripts/bench_search.py --documents 1000000 --kinds stream,auto,IVF2048,Flat
+    python scripts/bench_search.py --documents 1000000 --kinds "stream;auto;+IVF2048,Flat"
     python scripts/bench_search.py --anchors 100000 --documents 1000000
 
 The texts are sentences of the docstrings of the packages installed here, up to 100,000 of them, and 10,000 first
