@@ -22,7 +22,7 @@ _UNEVEN = 4  # the longest list beside the average
 
 @dataclass(frozen=True)
 class Choice:
-    """One kind of index: bytes on disk and of memory, seconds to build and to search; None where it is refused."""
+    """One kind of index: bytes on disk and of memory, seconds to build and to search; None where there is a refusal."""
 
     kind: str
     disk: int | None
@@ -30,6 +30,7 @@ class Choice:
     build: float | None
     search: float | None
     note: str
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ def choices(config: Config, job: Job, sample: Floats | None, largest: int, machi
             made.append(_approximate(config, kind, job, sample, largest, machine))
         except ConfigError as error:
             made.append(_refused(kind, error))
-    chosen = f"; what auto chooses: {reason}"
-    return [replace(one, note=one.note + chosen) if one.kind == automatic else one for one in made]
+    return [_chosen(one, reason) if one.kind == automatic else one for one in made]
+
+
+def _chosen(choice: Choice, reason: str) -> Choice:
+    """The kind that `index.kind: auto` means."""
+    return replace(choice, note="; ".join(filter(None, [choice.note, f"what auto chooses: {reason}"])))
 
 
 def _seconds(job: Job, machine: Machine) -> float:
@@ -69,7 +74,7 @@ def _seconds(job: Job, machine: Machine) -> float:
 
 
 def _refused(kind: str, error: ConfigError) -> Choice:
-    return Choice(kind, None, None, None, None, f"refused: {error}")
+    return Choice(kind, None, None, None, None, "", str(error))
 
 
 def _exact(job: Job, largest: int, machine: Machine) -> Iterator[Choice]:

@@ -33,7 +33,8 @@ _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is s
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: parts there and to make (None: not known yet), seconds to go, and what is to be said of it."""
+    """One stage: parts there and to make (None: not known yet), seconds to go, what is to be said of it, and what would
+    stop it."""
 
     stage: str
     state: str
@@ -42,6 +43,7 @@ class Step:
     seconds: float | None = None
     disk: int | None = None
     note: str = ""
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,19 @@ def _checked(step: Step, stage: Stage, context: Context) -> Step:
     try:
         stage.check(context)
     except NegpipeError as error:
-        return replace(step, note=f"refused: {error}")
+        return replace(step, refusal=str(error))
     return step
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
     """A step with what the configured kind of index costs, where that can be said."""
+    approximate = config.index.approximate
     if step.stage == "index" and step.todo != 0 and chosen:
-        return replace(step, seconds=chosen.build, disk=chosen.disk, note=chosen.note)
-    if step.stage == "search" and config.index.approximate:
+        refusal = chosen.refusal if approximate else ""
+        return replace(step, seconds=chosen.build, disk=chosen.disk, note=chosen.note, refusal=refusal)
+    if step.stage == "search" and chosen and not approximate:
+        return replace(step, refusal=chosen.refusal)
+    if step.stage == "search" and approximate:
         note = f"no estimate for {config.index.kind}" if chosen is None else chosen.note
         return replace(step, seconds=chosen.search if chosen else None, note=note)
     return step

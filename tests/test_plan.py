@@ -68,8 +68,13 @@ def test_what_would_stop_a_run_is_said(tmp_path: Path, overrides: list[str], sta
     source = write(tmp_path)
     mined(source, "index.kind=stream")
     found = planning.plan(load_config(source, ["index.kind=stream", *overrides]), probe_encoder=False)
-    refused = {step.stage: step.note for step in found.steps if step.note.startswith("refused: ")}
+    refused = {step.stage: step.refusal for step in found.steps if step.refusal}
     assert message in refused[stage]
+    arguments = [part for override in ("index.kind=stream", *overrides) for part in ("--set", override)]
+    (tmp_path / "plan.yaml").write_text(json.dumps(source))
+    shown = small.run("plan", tmp_path / "plan.yaml", "--no-probe", *arguments).out
+    assert re.search(rf"^{stage} .*refused, see below", shown, re.MULTILINE)
+    assert re.search(rf"^  [\w, ]*{stage}[\w, ]*: .*{re.escape(message)}", shown, re.MULTILINE)
     with pytest.raises(NegpipeError, match=re.escape(message)):
         mined(source, "index.kind=stream", *overrides)
 
@@ -83,7 +88,7 @@ def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: 
     choice = next(one for one in found.choices if one.kind == kind)
     assert small.made(Path(source["run_dir"])) == before
     if kind not in KINDS:
-        assert choice.disk is None and choice.note.startswith("refused: index.kind")
+        assert choice.disk is None and choice.refusal.startswith("index.kind")
         return
     assert choice.build and choice.search and choice.memory
 

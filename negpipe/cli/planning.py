@@ -8,6 +8,8 @@ import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
 
+_REFUSED = "refused, see below"
+
 
 @app.command()
 def plan(
@@ -44,7 +46,8 @@ def plan(
     for step in found.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
         seconds = "" if step.seconds is None else console.duration(step.seconds)
-        steps.add_row(step.stage, step.state, *counts, seconds, console.size(step.disk) if step.disk else "", step.note)
+        note = f"[red]{_REFUSED}[/red]" if step.refusal else step.note
+        steps.add_row(step.stage, step.state, *counts, seconds, console.size(step.disk) if step.disk else "", note)
     console.out.print(steps)
     if found.choices:
         console.out.print()
@@ -54,8 +57,17 @@ def plan(
         for choice in found.choices:
             times = ("" if took is None else console.duration(took) for took in (choice.build, choice.search))
             sizes = ("" if count is None else console.size(count) for count in (choice.disk, choice.memory))
-            kinds.add_row(choice.kind, *times, *sizes, choice.note)
+            note = f"{_REFUSED}; {choice.note}" if choice.refusal and choice.note else choice.note
+            kinds.add_row(choice.kind, *times, *sizes, note or _REFUSED)
         console.out.print(kinds)
+    refusals: dict[str, list[str]] = {}
+    for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
+        if refusal:
+            refusals.setdefault(refusal, []).append(name)
+    if refusals:
+        console.out.print("\nRefused")
+    for refusal, names in refusals.items():
+        console.out.print(console.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
     console.out.print(f"\nFree at {settings.run_dir}: {console.size(found.free)}.")
     if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
         console.out.print(f"[red]What is to be made takes {console.size(needed)}: make room, or set run_dir.[/red]")

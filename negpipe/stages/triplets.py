@@ -117,11 +117,11 @@ def _check_memory(context: Context) -> None:
     largest = max((part.rows for part in read.of_kind("anchors")), default=0)
     texts = sum(file.bytes for part in documents(read) for file in part.files)
     depth = min(context.config.depth, read.stats["rows"])
-    slices, remedy = min(largest, candidates.ROW_GROUP) * depth, "lower search.depth"
+    stored = min(largest, candidates.ROW_GROUP) * depth
     deepest = adaptive.limit(context.config, read.stats["rows"])
     deeper = min(largest * deepest, max(candidates.CELLS, deepest))
-    if deeper > slices:
-        slices, remedy = deeper, "set mining.max_depth: 0"
+    slices, helping = max(stored, deeper), {"lower search.depth": stored, "set mining.max_depth: 0": deeper}
+    remedy = " and ".join(text for text, cells in helping.items() if cells == slices)
     if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
         slices = -(-slices * read.stats["positives"] // max(1, read.stats["anchors"]))
     chosen, written = slices * _CELL, 5 * min(formats.GROUP_BYTES, texts)
