@@ -7,13 +7,16 @@ limit is reached, or deeper candidates cannot help. The result does not depend o
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from negpipe import ann, candidates
+from negpipe.ann import groups
 from negpipe.candidates import CELLS, Candidates, Deeper
 from negpipe.config import Config
 from negpipe.selection import PartFiles, Selector
@@ -33,6 +36,24 @@ def limit(config: Config, rows: int) -> int:
     if mining.rank_over == "raw" or mining.depth or not mining.num_negatives or config.depth >= rows:
         return 0
     return min(mining.max_depth or 0, rows)
+
+
+def check_memory(anchors: int, rows: int, dimension: int, deepest: int, *, memory: int, threads: int) -> None:
+    """Whether so many anchors of a part can be searched again.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    each, fixed = ann.exact.needs(rows, dimension, deepest, memory // 2, threads)
+    remedy = "lower executor.workers, or set mining.max_depth: 0"
+    together = min(anchors, _together(deepest, memory)[1])
+    groups.check(together, deepest, each=each, fixed=fixed, memory=memory // 2, remedy=remedy)
+
+
+def _together(deepest: int, memory: int) -> tuple[int, int]:
+    """Anchors of a group, and those that are searched together: as many groups as fit."""
+    size = max(1, CELLS // deepest)
+    return size, max(size, memory // 2 // (_CELL * deepest))
 
 
 def deepen(
@@ -62,13 +83,15 @@ def deepen(
         ConfigError: `memory` does not suffice.
         DamagedError: a file is not whole.
     """
-    size = max(1, CELLS // deepest)
-    together = max(size, memory // 2 // (_CELL * deepest))
+    size, together = _together(deepest, memory)
+    began = time.monotonic()
     table, start = open_table(part.anchors), 0
     waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
     none = np.empty(0, np.int64)
 
-    def search(anchors: ann.vectors.Ints, depth: int) -> ann.Found:
+    def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32)
+        each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, memory // 2, threads)
         seen = 0
 
         def tell(rows: int) -> None:
@@ -76,17 +99,16 @@ def deepen(
             seen += rows
             progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
 
-        who = hashlib.sha256(anchors.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
-        return ann.search_exact(
-            np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32),
-            passages,
-            depth,
-            positives=(none, none),
-            memory=memory // 2,
-            threads=threads,
-            progress=tell,
-            checkpoint=ann.Checkpoint(checkpoints(f"{who}-{depth}")) if checkpoints else None,
-        )
+        def search_some(
+            some: ann.vectors.Floats, memory: int, progress: Callable[[int], None]
+        ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+            who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
+            checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
+            about: dict[str, Any] = {"memory": memory, "threads": threads, "progress": progress}
+            found = ann.search_exact(some, passages, depth, positives=(none, none), checkpoint=checkpoint, **about)
+            return found.rows, found.scores
+
+        return groups.in_groups(vectors, search_some, depth, each=each, fixed=fixed, memory=memory // 2, progress=tell)
 
     def searched() -> Iterator[Deeper]:
         found = candidates.joined([piece for _, piece in waiting])
@@ -121,7 +143,7 @@ def _deepened(
     anchors: pa.Table,
     found: Candidates,
     deepest: int,
-    search: Callable[[ann.vectors.Ints, int], ann.Found],
+    search: Callable[[ann.vectors.Ints, int], tuple[ann.vectors.Ints, ann.vectors.Floats]],
 ) -> tuple[Candidates, ann.vectors.Ints]:
     """What is found of some anchors, padded to one width, and how deep each was searched."""
     count, depth = found.rows.shape
@@ -130,8 +152,7 @@ def _deepened(
     step = max(1, CELLS // deepest)
     while len(waiting) and depth < deepest:
         depth = min(2 * depth, deepest)
-        deeper = search(waiting, depth)
-        found = found.deepened(Deeper(waiting, deeper.rows, deeper.scores))
+        found = found.deepened(Deeper(waiting, *search(waiting, depth)))
         depths[waiting] = depth
         slices = [waiting[low : low + step] for low in range(0, len(waiting), step)]
         waiting = np.concatenate(

@@ -193,16 +193,15 @@ def _size(value: Any) -> Any:
         raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: str) -> str:
     # FAISS's name of an exact index is Flat.
-    own = isinstance(value, str) and value.lower() in ("flat", "stream", "auto")
-    return value.lower() if own else value
+    return value.lower() if value.lower() in ("flat", "stream", "auto") else value
 
 
 class Index(_Model):
     """How the vectors are searched."""
 
-    kind: Annotated[str, BeforeValidator(_kind)] = Field(
+    kind: Annotated[str, AfterValidator(_kind)] = Field(
         "flat",
         min_length=1,
         description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
@@ -427,6 +426,7 @@ class Resources(_Model):
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
     memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
         kinds.DEFAULT_BUDGET,
+        json_schema_extra={"minimum": _LEAST_BUDGET},
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
     )
 

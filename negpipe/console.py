@@ -109,9 +109,7 @@ class _Bars:
 
     def advance(self, units: int, note: str) -> None:
         if self._progress:
-            self._progress.update(self._task, advance=units)
-            if note:
-                self._progress.update(self._task, note=note)
+            self._progress.update(self._task, advance=units, note=note)
 
     def end(self) -> None:
         if self._progress:

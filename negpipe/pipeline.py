@@ -275,11 +275,10 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
 
 
 def _check_share(context: Context) -> None:
-    if context.workers > context.cpus:
+    settings = context.config.executor
+    if settings.kind == "local" and settings.workers > context.workers:
         logger.warning(
-            "executor.workers: %d processes are more than resources.cpus, %d: they wait for each other",
-            context.workers,
-            context.cpus,
+            "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
         )
 
 

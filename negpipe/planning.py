@@ -77,13 +77,17 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         read = "ingest" in context.manifests
         encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Encoding()
         job = _job(context, encoding.dimension) if read else Job(0, 0, 0, 0)
+        if job.dimension:
+            config, why = context.config.indexed(job.rows, job.dimension, job.anchors)
+            context = replace(context, config=config, why=why)
         gflops = 2e-9 * ann.rate(float(job.rows) * job.anchors * job.dimension, job.dimension or _DIMENSION)
         gflops *= context.threads * context.workers
         choices = _choices(context, job, gflops)
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
         for one in waiting:
             step = _of_index(_step(*one, job, gflops, encoding), context.config, chosen)
-            steps.append(_checked(step, one[0], context))
+            # Before that a check would fetch the model, or read whole files of vectors.
+            steps.append(_checked(step, one[0], context, job) if read else step)
     return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
 
 
@@ -93,10 +97,12 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
-def _checked(step: Step, stage: Stage, context: Context) -> Step:
+def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
     """A step with what would keep it from running, as far as that can be known."""
     try:
         stage.check(context)
+        if stage.name == "encode" and job.dimension:
+            encode.check_room(context, job.dimension)
     except NegpipeError as error:
         return replace(step, refusal=str(error))
     return step
@@ -137,8 +143,9 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
     if stage.name == "search" and dimension:
         flops = 2.0 * rows * anchors * dimension
-        disk = anchors * job.depth * candidates.BYTES
-        return replace(step, seconds=flops / gflops / 1e9 / SEARCH_SHARE, disk=disk, note="searched exactly")
+        share = 1.0 if todo is None else left / max(1, anchors)
+        seconds, disk = flops / gflops / 1e9 / SEARCH_SHARE, anchors * job.depth * candidates.BYTES
+        return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
         return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most")

@@ -87,8 +87,8 @@ class Context:
 
     @property
     def threads(self) -> int:
-        """Threads of one worker: `resources.cpus` shared out, at least one each."""
-        return max(1, self.cpus // self.workers)
+        """Threads of one worker: `resources.cpus` shared out."""
+        return self.cpus // self.workers
 
     @property
     def memory(self) -> int:
@@ -102,8 +102,8 @@ class Context:
 
     @property
     def workers(self) -> int:
-        """Processes that share the machine."""
-        return self.config.executor.workers if self.config.executor.kind == "local" else 1
+        """Processes that share the machine: no more than threads."""
+        return min(self.config.executor.workers, self.cpus) if self.config.executor.kind == "local" else 1
 
 
 class Publisher:

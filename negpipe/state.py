@@ -83,21 +83,21 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
     fresh = {**now.settings, **now.sources, **now.inputs}
     old = {**manifest.settings, **manifest.inputs}
     changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
-    lines, new = [], []
+    lines = []
     for name in changed:
         if name in STAGES:
             lines.append(f"the output of {name} changed")
             continue
         if name not in old:
-            new.append(f"{name} is new")
+            if "index.kind" not in changed:  # which brings settings of its own
+                lines.append(f"{name} is new")
             continue
         before, after = old[name], fresh[name]
         if name in now.sources:
             before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
         same = before == after
         lines.append(f"the content of {name} changed" if same else f"{name} changed from {before!r} to {after!r}")
-    # Another index.kind brings settings of its own: what changed says it.
-    return "; ".join(lines or new) or "its identity changed"
+    return "; ".join(lines) or "its identity changed"
 
 
 def _setting(tree: Any, name: str) -> Any:

@@ -14,7 +14,7 @@ from negpipe.npy import BROKEN
 from negpipe.texts import hashes
 
 Floats = npt.NDArray[np.float32]
-_COMPARED = 2**21  # numbers of repeated vectors at a time
+_COMPARED = 2**22  # numbers of repeated vectors at a time
 
 
 class _Matrix(Protocol):
@@ -91,6 +91,8 @@ class VectorFile:
         else:
             where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
             at, rows = np.array(where, dtype=np.int64).reshape(-1, 2).T
+        by_place = np.argsort(rows)  # a row group of a Parquet file is read at a time
+        at, rows = at[by_place], rows[by_place]
         differing = [
             at[here][(self._matrix.take(rows[here]) != vectors[at[here]]).any(axis=1)] for here in self._some(len(rows))
         ]
@@ -114,6 +116,7 @@ class VectorFile:
         assert self._by_id is not None
         known, order = self._by_id
         again = np.flatnonzero(known[1:] == known[:-1]) + 1
+        again = again[np.argsort(order[again])]  # a row group is read at a time
         for here in self._some(len(again)):
             some = again[here]
             differs = (self._matrix.take(order[some - 1]) != self._matrix.take(order[some])).any(axis=1)

@@ -35,8 +35,8 @@ def write(folder: Path, documents: int = DOCUMENTS) -> dict[str, Any]:
     return settings
 
 
-def mined(source: dict[str, Any], *overrides: str) -> pipeline.Result:
-    return pipeline.mine(load_config(source, list(overrides)), only=None)
+def mined(source: dict[str, Any], *overrides: str, only: str | None = None) -> pipeline.Result:
+    return pipeline.mine(load_config(source, list(overrides)), only=only)
 
 
 KINDS = (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import faiss
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from negpipe import ann
 from negpipe.ann.products import BFloat16, Float32
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.errors import ConfigError, DamagedError, StorageError
 
 NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64))
 ROOMY = 2**30
@@ -336,6 +338,33 @@ def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path)
 def test_importing_the_module_imports_no_faiss() -> None:
     code = "import sys, negpipe.ann; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_checkpoint_is_left_once_searches_have_taken_long(corpus: np.ndarray, tmp_path: Path) -> None:
+    queries, stored = make(np.random.default_rng(5), 4, 24), save_parts(tmp_path, corpus[:600], 300)
+    none = np.empty(0, np.int64), np.empty(0, np.int64)
+    for ago, left in ((0, False), (301, True)):
+        checkpoint = ann.Checkpoint(tmp_path / "books" / f"{ago}.npz", since=time.monotonic() - ago)
+        found = ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+        assert checkpoint.path.exists() is left
+    (tmp_path / "gone").mkdir()
+    stored = save_parts(tmp_path / "gone", corpus[:600] * np.nan, 300)  # nothing is read again
+    again = ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+    assert again.rows.tobytes() == found.rows.tobytes()
+
+
+def test_a_checkpoint_without_room_is_done_without(
+    corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise StorageError("cannot write: no space left on the device")
+
+    monkeypatch.setattr(ann.exact, "publish", full)
+    queries, stored = make(np.random.default_rng(5), 4, 24), save_parts(tmp_path, corpus[:600], 300)
+    none = np.empty(0, np.int64), np.empty(0, np.int64)
+    checkpoint = ann.Checkpoint(tmp_path / "key.npz", seconds=0)
+    ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+    assert "no checkpoint: cannot write: no space left on the device" in caplog.text
 
 
 def test_a_search_goes_on_from_its_checkpoint(

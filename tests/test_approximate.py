@@ -131,7 +131,7 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
 def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -> None:
     shutil.copytree(source["run_dir"], f"{source['run_dir']}-2")
     one = mined(source, "index.kind=IVF16,Flat")
-    other = ["executor.kind=local", "executor.workers=2", "resources.cpus=1", "resources.memory_budget=160MiB"]
+    other = ["executor.kind=local", "executor.workers=2", "resources.cpus=2", "resources.memory_budget=160MiB"]
     config = load_config(source, ["index.kind=IVF16,Flat", f"run_dir={source['run_dir']}-2", *other])
     for stage in ("index", "search"):
         pipeline.mine(config, only=stage)
@@ -224,6 +224,18 @@ def test_auto_is_decided_by_sizes(source: dict[str, Any]) -> None:
     assert mined(source, "index.kind=stream").ran == ()
 
 
+def test_auto_that_means_lists_is_those_lists(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "choose", lambda *sizes: ("IVF16,Flat", "told to"))
+    result = mined(source, "index.kind=auto")
+    stats = result.stats["index"]
+    assert stats["kind"] == "IVF16,Flat" and stats["recall"] >= 0.98
+    rows, _ = stored(result.run_dir)
+    true, _ = exact(result.run_dir)
+    found = np.mean([np.isin(true[i], rows[i]).mean() for i in range(QUERIES)])
+    assert stats["recall_interval"][0] - 1e-4 <= found <= stats["recall_interval"][1] + 1e-4
+    assert mined(source, "index.kind=IVF16,Flat").ran == ()
+
+
 def test_auto_says_why_and_the_log_and_status_state_the_recall(source: dict[str, Any]) -> None:
     config = Path(source["run_dir"]).parent / "said.yaml"
     config.write_text(json.dumps(source | {"run_dir": str(Path(source["run_dir"]).parent / "said")}))
@@ -251,7 +263,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     assert factory.bytes_of("IVF16,SQ8", DIMENSION, DOCUMENTS, 2)[1] == 2 * 16 * DIMENSION * 4 + places
     assert factory.bytes_of("IVF16,Flat", DIMENSION, DOCUMENTS, 2)[1] == 16 * DIMENSION * 4 + places
     mined(source, "index.kind=stream")
-    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110"]
+    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110", "resources.cpus=110"]
     with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 3 MiB a worker, there are 0: raise"):
         mined(source, "index.kind=HNSW64", *tight)
     # A rotation is learned in eleven times the memory of its sample.
@@ -262,7 +274,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is trained on a sample that needs 1056 MiB a worker, there are 512"):
         approximate.check_memory(*about, memory=512 * 2**20, threads=1)
     message = r"IVF16,Flat is searched in no less than \d+ MiB a worker, there are \d+: raise .* resources.cpus or"
-    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4"]
+    tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4", "resources.cpus=4"]
     with pytest.raises(ConfigError, match=message):
         mined(source, "index.kind=IVF16,Flat", "index.shard_size=100kB", *tight)
 
@@ -272,6 +284,8 @@ BAD: list[tuple[list[str], type[Exception], str]] = [
     (["index.kind=IVF16,PQ8x4fs,RFlat"], ConfigError, r"leave out what refines or maps ids"),
     (["index.kind=PQ7x4"], ConfigError, r"FAISS refuses it for vectors of dimension 16"),
     (["index.kind=IVF512,Flat"], ConfigError, r"512 lists.*19,968 rows.*has 3,000: set at most 76 lists"),
+    (["index.kind=PQ8x12"], ConfigError, r"codes of 4,096 words.*the corpus has 3,000: set fewer bits"),
+    (["index.kind=OPQ4,IVF2,PQ4x12"], ConfigError, r"codes of 4,096 words.*or index.kind: stream"),
     (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*no such file"),
     (["index.kind=flat", "index.trained=x.faiss"], ConfigError, r"index.trained needs index.kind"),
 ]
@@ -343,7 +357,7 @@ def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: p
     mined(source, "index.kind=stream")
     usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=r"writes [\d,]+ bytes to .*, 191,999 are free there.*index.kind: stream"):
+    with pytest.raises(StorageError, match=r"writes [\d,]+ bytes in .*, 191,999 are free there.*index.kind: stream"):
         mined(source, f"index.kind={kind}")
     assert not [*(Path(source["run_dir"]) / "index").glob("*.faiss")]
 

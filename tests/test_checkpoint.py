@@ -75,7 +75,13 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
     for stage in ("encode", "index", "search"):
         pipeline.mine(again, only=stage)
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr("negpipe.adaptive.ann.Checkpoint", partial(ann.Checkpoint, seconds=0))
+    clocks = set()
+
+    def checkpoint(path: Path, since: float) -> ann.Checkpoint:
+        clocks.add(since)
+        return exact.Checkpoint(path, seconds=0, since=since)
+
+    monkeypatch.setattr("negpipe.adaptive.ann.Checkpoint", checkpoint)
     save, saved = exact.Checkpoint.save, []
 
     def cut(self: exact.Checkpoint, rows: int, *known: Any) -> None:
@@ -88,6 +94,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
     with pytest.raises(Cut):
         pipeline.mine(again)
     books = tmp_path / "again/.negpipe/triplets"
+    assert len(clocks) == 1  # five minutes are those of all searches
     assert saved == [*((20, rows) for rows in (7, 14, 21, 28, 35, 40)), (40, 7), (40, 14)]
     assert len(list(books.glob("*.npz"))) == 2
 

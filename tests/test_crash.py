@@ -164,6 +164,21 @@ def test_a_dead_worker_is_replaced(whole: Run, tmp_path: Path) -> None:
     assert run.content() == whole.content()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trained", "shard"])
+def test_killed_between_the_rounds_of_an_approximate_index(whole: Run, tmp_path: Path, kind: str) -> None:
+    lists = ("index.kind=IVF2,Flat", "index.shard_size=4000", "index.recall_anchors=20")
+    run = whole.copied(tmp_path / "run")
+    run.mine(*lists)
+    content, kinds = run.content(), [part["kind"] for part in run.parts("index")]
+    assert kinds.count("shard") > 1
+    for stage in ("index", "search", "triplets"):
+        run.forget(stage)
+    interrupted(run, "index", *lists, parts=kinds.index(kind) + 1, how=kill)
+    run.mine(*lists)
+    assert run.content() == content
+
+
 def committed_inodes(run: Run, stage: str) -> dict[str, int]:
     """Inodes of the files of committed parts, by the path they have once their stage is complete."""
     files = [file["path"] for part in run.committed(stage) for file in part["files"]]

@@ -437,3 +437,48 @@ def test_a_cached_hub_model_needs_no_network_and_no_hashing(tiny: Path, tmp_path
     main, pinned, missing = done.stdout.splitlines()
     assert main == pinned == f"{commit} {commit} models--someone--tiny"
     assert "encoder.model" in missing and "'someone/other' is no folder here" in missing and "local folder" in missing
+
+
+def test_threads_are_those_asked_for(tiny: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            encoders.load(settings(tiny), str(tiny), threads)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_libraries_are_asked_for_on_a_gpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str, precision: str
+) -> None:
+    """There is none here: the real libraries load the model on the processor, what they were asked for is looked at."""
+    import FlagEmbedding
+    import sentence_transformers
+    import torch
+
+    asked: dict[str, Any] = {}
+    flag, sentence = FlagEmbedding.FlagAutoModel.from_finetuned, sentence_transformers.SentenceTransformer
+
+    def of_flag(path: str, **arguments: Any) -> Any:
+        asked.update(arguments)
+        return flag(path, **{**arguments, "devices": "cpu", "use_fp16": False, "use_bf16": False})
+
+    def of_sentence(path: str, **arguments: Any) -> Any:
+        asked.update(arguments)
+        return sentence(path, device="cpu")
+
+    monkeypatch.setattr(FlagEmbedding.FlagAutoModel, "from_finetuned", of_flag)
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", of_sentence)
+    monkeypatch.setattr("negpipe.encoders.encode._device", lambda encoder: "cuda:0")
+    encoder: Any = encoders.load(settings(tiny, backend, precision=precision), str(tiny), 1)
+    if backend == "flagembedding":
+        assert asked["devices"] == "cuda:0"
+        assert (asked["use_fp16"], asked["use_bf16"]) == (precision == "float16", precision == "bfloat16")
+    else:
+        assert asked["device"] == "cuda:0" and asked["model_kwargs"] == {"dtype": getattr(torch, precision)}
+    assert bool(encoder._ahead) is (backend == "flagembedding")  # the other tokenises batch by batch

@@ -60,6 +60,21 @@ def build(folder: Path, rows: np.ndarray, kind: str, shard_rows: int, threads: i
     return shards
 
 
+def test_each_list_is_read_once_for_all_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, anchors = clustered(6_000, 1), clustered(150, 2).astype(np.float32)
+    lists = listed.open_lists(build(tmp_path, corpus, "IVF20,Flat", 2_500), corpus[:64].astype(np.float32))
+    read, reads = listed._Shard.read, []
+
+    def counted(shard: Any, number: int, *more: Any) -> None:
+        reads.append((shard.path, number))
+        read(shard, number, *more)
+
+    monkeypatch.setattr(listed._Shard, "read", counted)
+    # So small a sample gives no guess that could fail, which would read lists again.
+    listed.search_lists(anchors, lists, 40, 20, memory=ROOMY, threads=2)
+    assert sorted(reads) == [(shard.path, number) for shard in lists.shards for number in range(20)]
+
+
 @pytest.mark.parametrize("nprobe", [1, 3, 20])
 @pytest.mark.parametrize("sampled", [64, 2_000])
 def test_the_true_top_of_the_lists_probed(tmp_path: Path, nprobe: int, sampled: int) -> None:

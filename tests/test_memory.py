@@ -15,7 +15,7 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe import pipeline, spool
+from negpipe import candidates, pipeline, spool
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.manifest import Books
@@ -49,40 +49,49 @@ def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkey
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))
     pipeline.mine(config, only="ingest")
+    # Vectors, candidates, and the index, which is flat.
     total = (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
+    found = small.QUERIES * small.DOCUMENTS * candidates.BYTES
+    total += found + small.DOCUMENTS * small.DIMENSION * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=rf"write {total:,} bytes to .*, {total - 1:,} are free .*larger disk"):
+    with pytest.raises(StorageError, match=rf"take about {total:,} bytes in .*, {total - 1:,} are free .*larger disk"):
         pipeline.mine(config, only="encode")
     assert not list((tmp_path / "run/encode").glob("*.npy"))
     # Vectors of another kind that are there do not count as made.
     monkeypatch.undo()
     pipeline.mine(config, only="encode")
-    usage = shutil.disk_usage(tmp_path)._replace(free=2 * total - 1)
+    total += (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
+    usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=rf"write {2 * total:,} bytes"):
+    with pytest.raises(StorageError, match=rf"take about {total:,} bytes"):
         pipeline.mine(load_config(small.settings(tmp_path), ["encoder.storage=float32"]), only="encode")
+    # Where anchors alone are new, the index stays.
+    monkeypatch.undo()
+    np.save(tmp_path / "anchors.npy", small.vectors(small.QUERIES, 3))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=4_991))
+    with pytest.raises(StorageError, match=rf"take about {small.QUERIES * small.DIMENSION * 2 + found:,} bytes"):
+        pipeline.mine(config, only="encode")
 
 
 def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path), ["index.kind=stream"])
-    for stage in ("ingest", "encode"):
+    for stage in ("ingest", "encode", "index"):
         pipeline.mine(config, only=stage)
-    total = small.QUERIES * small.DOCUMENTS * 7
+    total = small.QUERIES * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    message = rf"search writes about {total:,} bytes to .*, {total - 1:,} are free there.*lower search\.depth"
+    message = rf"search writes about {total:,} bytes in .*, {total - 1:,} are free there.*lower search\.depth"
     with pytest.raises(StorageError, match=message):
         pipeline.mine(config)
-    assert not (tmp_path / "run/index").exists()
+    assert not (tmp_path / "run/search").exists()
     # What is there already needs no room.
     monkeypatch.undo()
-    pipeline.mine(config, only="index")
     parts = Books(pipeline.mine(config, only="search").run_dir, "search").manifest().parts  # type: ignore[union-attr]
     Books(config.run_dir, "search").manifest_path.unlink()
     (config.run_dir / parts[0].path).unlink()
-    missing = parts[0].rows * small.DOCUMENTS * 7
+    missing = parts[0].rows * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=missing - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"search writes about {missing:,} bytes"):
@@ -110,6 +119,9 @@ def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> 
     pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=1000"]), only="ingest")
 
 
+TWO = ("executor.kind=local", "executor.workers=2", "resources.cpus=2")
+
+
 def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     corpus = [{"_id": f"d{i}", "text": f"text {i}"} for i in range(9_000)]
     small.write_rows(tmp_path / "data/corpus.jsonl", corpus)
@@ -129,7 +141,12 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
     for more, needed, there, fewer in (
         ([little], None, None, ""),
         ([little, "mining.margin_reference=each"], 248, 130, ""),
-        ([little, "executor.kind=local", "executor.workers=2"], 124, 65, r"lower executor\.workers, "),
+        (
+            [little, "executor.kind=local", "executor.workers=2", "resources.cpus=2"],
+            124,
+            65,
+            r"lower executor\.workers, ",
+        ),
     ):
         config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])
         if needed:

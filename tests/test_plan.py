@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,54 @@ from negpipe import pipeline, planning
 from negpipe.config_file import load_config
 from negpipe.errors import ConfigError, NegpipeError
 
-FOUR_OF_16 = ("resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4")
+
+def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path)
+    (tmp_path / "plan.yaml").write_text(json.dumps(source))
+    mined(source, "index.kind=stream", only="ingest")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
+    assert re.search(r"encode missing .* refused, see below", shown)
+    assert re.search(
+        r"encode: vectors and what is found with them take about [\d,]+ bytes in .*, 1,000 are free", shown
+    )
+    assert re.search(r"What is to be made takes [\d.]+ kB: make room, or set run_dir", shown)
+
+
+def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path)
+    mined(source, "index.kind=auto", only="ingest")
+    for kind in ("stream", "IVF16,Flat"):
+        monkeypatch.setattr("negpipe.kinds.choose", lambda *sizes, kind=kind: (kind, "told to"))
+        found = planning.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
+        steps = {step.stage: step for step in found.steps}
+        meant = next(choice for choice in found.choices if choice.kind == kind)
+        assert "what auto chooses: told to" in meant.note
+        assert steps["index"].seconds == meant.build and steps["index"].note == meant.note
+        assert steps["search"].seconds == pytest.approx(meant.search)
+
+
+def test_nothing_is_fetched_or_read_before_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*arguments: object) -> None:
+        raise AssertionError
+
+    source = write(tmp_path)
+    source["encoder"] = {"model": "some/model"}
+    monkeypatch.setattr("negpipe.encoders.resolve_model", fetch)
+    found = planning.plan(load_config(source), probe_encoder=False)
+    assert [step.note for step in found.steps[1:]] == ["waits for ingest"] * 4
+
+
+def test_brackets_in_a_refusal_are_shown(tmp_path: Path) -> None:
+    source = write(tmp_path)
+    (tmp_path / "plan.yaml").write_text(json.dumps(source))
+    mined(source, "index.kind=stream", only="ingest")
+    outcome = small.run("plan", tmp_path / "plan.yaml", "--set", "index.kind='IVF[/old]'")
+    assert outcome.code == 0 and "index.kind 'IVF[/old]': FAISS refuses it" in " ".join(outcome.out.split())
+
+
+FOUR_OF_16 = ("resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4", "resources.cpus=4")
 
 
 def test_plan_tells_without_running(tmp_path: Path) -> None:
@@ -75,8 +123,11 @@ def test_what_would_stop_a_run_is_said(tmp_path: Path, overrides: list[str], sta
     shown = small.run("plan", tmp_path / "plan.yaml", "--no-probe", *arguments).out
     assert re.search(rf"^{stage} .*refused, see below", shown, re.MULTILINE)
     assert re.search(rf"^  [\w, ]*{stage}[\w, ]*: .*{re.escape(message)}", shown, re.MULTILINE)
-    with pytest.raises(NegpipeError, match=re.escape(message)):
+    with pytest.raises(NegpipeError, match=re.escape(message)) as caught:
         mined(source, "index.kind=stream", *overrides)
+    if message == "choosing from":  # both remedies together help
+        assert "or lower search.depth and set mining.max_depth: 0" in str(caught.value)
+        mined(source, "index.kind=stream", *overrides, "search.depth=64", "mining.max_depth=0")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "PQ8x4fsr", "IVF500,Flat"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections import Counter
@@ -315,12 +316,27 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
     assert list(run.content("search").values()) == flat
 
 
-def test_more_workers_than_cores_are_said(undisturbed: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_more_workers_than_cores(undisturbed: Run, caplog: pytest.LogCaptureFixture) -> None:
     undisturbed.mine("executor.kind=local", "executor.workers=3", "resources.cpus=2")
-    assert "executor.workers: 3 processes are more than resources.cpus, 2" in caplog.text
+    assert "executor.workers: 3 are more than resources.cpus, so 2 run at a time" in caplog.text
     caplog.clear()
     undisturbed.mine("executor.kind=local", "executor.workers=2", "resources.cpus=2")
-    assert "processes are more" not in caplog.text
+    assert "run at a time" not in caplog.text
+
+
+def test_workers_share_the_cores(undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    start: Any = subprocess.Popen
+
+    def starting(*arguments: Any, env: dict[str, str], **more: Any) -> Any:
+        started.append(env)
+        return start(*arguments, env=env, **more)
+
+    monkeypatch.setattr("negpipe.executors.local.subprocess.Popen", starting)
+    run = undisturbed.copied(tmp_path / "run")
+    run.mine("executor.kind=local", "executor.workers=2", "resources.cpus=6", "index.kind=stream")
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    assert len(started) >= 2 and {env[name] for env in started for name in names} == {"3"}
 
 
 @pytest.mark.slow
@@ -328,7 +344,7 @@ def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")
     inline.mine()
     three = undisturbed.at(tmp_path / "three")
-    three.mine("executor.kind=local", "executor.workers=3")
+    three.mine("executor.kind=local", "executor.workers=3", "resources.cpus=3", "resources.memory_budget=192MiB")
     assert inline.content() == undisturbed.content()
     assert three.content() == undisturbed.content()
     for stage in ("encode", "index", "search", "triplets"):

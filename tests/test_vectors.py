@@ -129,6 +129,16 @@ def test_repeats_are_compared_some_at_a_time(tmp_path: Path, monkeypatch: pytest
     matrix[10:] = matrix[0]
     same, other, mixed = [0, *range(10, ROWS)], [1, 2], [3, *range(10, ROWS), 3]
     assert by_row(opened(npy(tmp_path, matrix)), [same, other, [4], mixed])[1] == 2
+    # By id: twice the same vectors, and of the last one another.
+    twice = np.concatenate([matrix, matrix])
+    columns: dict[str, Any] = {"id": [*IDS, *IDS], "vector": list(twice)}
+    ids = [IDS[0], IDS[1], IDS[4]]
+    others = [[IDS[row] for row in own[1:]] for own in (same, other, [4])]
+    assert opened(parquet(tmp_path, columns), rows=999).of(ids, others, [[-1]] * 3)[1] == 1
+    twice[-1] += 1
+    columns["vector"] = list(twice)
+    with pytest.raises(InputError, match="is here again with another vector"):
+        opened(parquet(tmp_path, columns), rows=999)
 
 
 def test_rows_that_the_source_has_not_are_no_duplicates(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ first block; an anchor of which too few rows reach the guess has that block sear
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import zipfile
@@ -25,9 +26,11 @@ import numpy as np
 from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.errors import ConfigError, DamagedError, StorageError
 from negpipe.npy import BROKEN
 from negpipe.storage import publish
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 65536  # at most, at a time
 _SAMPLE_ROWS = 8192  # of the first block, to guess from
@@ -45,19 +48,22 @@ class Found:
 
 @dataclass
 class Checkpoint:
-    """A file that a search writes every `seconds` and at its end, if that comes later, and goes on from.
+    """A file that a search writes every `seconds`, and at its end if that comes later, and goes on from.
 
-    Damaged or foreign, it is ignored.
+    Damaged or foreign, it is ignored; where there is no room for it, the search goes on without.
+
+    Attributes:
+        since: when the first of several searches began, if they share their seconds.
     """
 
     path: Path
     seconds: float = 300.0
+    since: float = field(default_factory=time.monotonic)
     written: bool = False
-    _last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
         """Whether it is time to write."""
-        return time.monotonic() - self._last >= self.seconds
+        return time.monotonic() - self.since >= self.seconds
 
     def save(self, rows: int, best: list[Keys], positive_scores: Floats) -> None:
         """Write what is known after the first `rows` rows of the corpus."""
@@ -66,18 +72,25 @@ class Checkpoint:
         def write(file: BinaryIO) -> None:
             np.savez(file, rows=np.int64(rows), best=kept, positive_scores=positive_scores)
 
-        publish(self.path.parent, lambda _: self.path.name, write, kept.nbytes + positive_scores.nbytes)
-        self._last, self.written = time.monotonic(), True
+        self.since, self.written = time.monotonic(), True
+        try:
+            publish(self.path.parent, lambda _: self.path.name, write, kept.nbytes + positive_scores.nbytes)
+        except StorageError as error:
+            logger.warning("no checkpoint: %s", error)
 
-    def load(self, anchors: int, depth: int, positives: int) -> tuple[int, Keys, Floats] | None:
-        """Rows searched, the best keys (anchors, depth), positives' scores; None: there is nothing to go on from."""
+    def load(self, best: list[Keys], positives: int) -> tuple[int, Floats] | None:
+        """Rows searched and positives' scores, the best keys being filled in; None: there is nothing to go on from."""
         try:
             with np.load(self.path, allow_pickle=False) as kept:
-                rows, best, scores = int(kept["rows"]), kept["best"], kept["positive_scores"]
+                rows, keys, scores = int(kept["rows"]), kept["best"], kept["positive_scores"]
         except (*BROKEN, KeyError, zipfile.BadZipFile, zlib.error):
             return None
-        fits = best.shape == (anchors, depth) and scores.shape == (positives,)
-        return (rows, best, scores) if fits else None
+        ends = np.cumsum([len(one) for one in best])
+        if scores.shape != (positives,) or not best or keys.shape != (ends[-1], best[0].shape[1]):
+            return None
+        for one, found in zip(best, np.split(keys, ends[:-1]), strict=True):
+            one[:] = found
+        return rows, scores
 
 
 def search_exact(
@@ -125,10 +138,8 @@ def search_exact(
     last = vectors.rows if candidates is None else candidates
     tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
     searched = 0
-    if checkpoint and (state := checkpoint.load(len(anchors), depth, len(row_of))):
-        searched, best, positive_scores = state
-        for tile, kept in zip(tiles, np.array_split(best, count), strict=True):
-            tile.best.keys[:] = kept
+    if checkpoint and (state := checkpoint.load([tile.best.keys for tile in tiles], len(row_of))):
+        searched, positive_scores = state
         progress(searched)
     # No block straddles the border.
     starts = [*range(searched, last, block_rows), *range(max(searched, last), vectors.rows, block_rows)]
@@ -154,7 +165,7 @@ def search_exact(
             progress(len(block.vectors))
             if checkpoint and number + 1 < len(starts) and checkpoint.due():
                 checkpoint.save(ends[number], [tile.best.keys for tile in tiles], positive_scores)
-        if checkpoint and starts and (searched or checkpoint.written):
+        if checkpoint and starts and (searched or checkpoint.written or checkpoint.due()):
             checkpoint.save(vectors.rows, [tile.best.keys for tile in tiles], positive_scores)
         rows = np.empty((len(anchors), depth), np.int64)
         scores = np.empty((len(anchors), depth), np.float32)
@@ -192,6 +203,18 @@ def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, thr
         )
     block_rows = max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
     return tiles, block_rows, fixed + block_rows * row
+
+
+def needs(rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int]:
+    """Bytes that a search takes for each anchor, and whatever their number.
+
+    `layout` takes scratch for as many anchors as a quarter of the memory has room for, and for no more than there are:
+    of these two bounds the one that lets more of them be searched at a time.
+    """
+    each, scratch = depth * 20 + dimension * 6, threads * _scratch(depth)
+    block = min(READ_ROWS, rows) * 2 * (6 * dimension + 16)
+    bounds = (each, block + max(scratch, memory // 4)), (each + scratch, block)
+    return max(bounds, key=lambda bound: (memory - bound[1]) // bound[0])
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,17 @@ def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     """How many of `rows` an index is trained on; 0 where it needs no training.
 
     Raises:
-        ConfigError: there are too few of them for the index's lists.
+        ConfigError: there are too few of them for the index's lists, or for the words of its codes.
     """
     index = make(kind, dimension)
     if index.is_trained:
         return 0
-    lists = lists_of(index)
+    lists, quantizer = lists_of(index), getattr(inner(index), "pq", None)
+    if quantizer is not None and rows < quantizer.ksub:
+        raise ConfigError(
+            f"index.kind {kind!r} has codes of {quantizer.ksub:,} words, which want as many rows to train on, the"
+            f" corpus has {rows:,}: set fewer bits (such as PQ8x4), SQ8, or index.kind: stream"
+        )
     if rows < ROWS_A_LIST * lists:
         fitting = max(1, rows // ROWS_A_LIST)
         raise ConfigError(

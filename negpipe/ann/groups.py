@@ -38,14 +38,8 @@ def in_groups(
     Raises:
         ConfigError: not even so many fit.
     """
-    found = kept(len(anchors), depth)
-    least = found + fixed + each * max(1, min(whole, len(anchors)))
-    if least > memory:
-        raise ConfigError(
-            f"this search needs {-(-least // 2**20)} MiB, there are {memory // 2**20}: raise"
-            " resources.memory_budget, lower executor.workers or search.depth, or set index.kind: stream"
-        )
-    memory -= found
+    check(len(anchors), depth, each=each, fixed=fixed, memory=memory, whole=whole)
+    memory -= kept(len(anchors), depth)
     fitting = (memory - fixed) // each
     size = max(1, min(len(anchors), fitting // whole * whole))
     searched = 0
@@ -61,6 +55,29 @@ def in_groups(
         group = anchors[here]
         rows[here], scores[here] = search(group, memory, share)
     return rows, scores
+
+
+def check(
+    anchors: int,
+    depth: int,
+    *,
+    each: int,
+    fixed: int,
+    memory: int,
+    whole: int = 1,
+    remedy: str = "lower executor.workers or search.depth, or set index.kind: stream",
+) -> None:
+    """Whether any group of so many anchors fits; see `in_groups`.
+
+    Raises:
+        ConfigError: none does.
+    """
+    least = kept(anchors, depth) + fixed + each * max(1, min(whole, anchors))
+    if least > memory:
+        raise ConfigError(
+            f"this search needs {-(-least // 2**20)} MiB, there are {memory // 2**20}: raise"
+            f" resources.memory_budget, {remedy}"
+        )
 
 
 def kept(anchors: int, depth: int) -> int:

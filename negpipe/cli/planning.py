@@ -29,6 +29,7 @@ def plan(
     import dataclasses
     import json
 
+    from rich.markup import escape
     from rich.table import Table
 
     from negpipe import console, planning
@@ -46,7 +47,7 @@ def plan(
     for step in found.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
         seconds = "" if step.seconds is None else console.duration(step.seconds)
-        note = f"[red]{_REFUSED}[/red]" if step.refusal else step.note
+        note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
         steps.add_row(step.stage, step.state, *counts, seconds, console.size(step.disk) if step.disk else "", note)
     console.out.print(steps)
     if found.choices:
@@ -57,8 +58,8 @@ def plan(
         for choice in found.choices:
             times = ("" if took is None else console.duration(took) for took in (choice.build, choice.search))
             sizes = ("" if count is None else console.size(count) for count in (choice.disk, choice.memory))
-            note = f"{_REFUSED}; {choice.note}" if choice.refusal and choice.note else choice.note
-            kinds.add_row(choice.kind, *times, *sizes, note or _REFUSED)
+            note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", choice.note]))
+            kinds.add_row(escape(console.visible(choice.kind)), *times, *sizes, escape(note))
         console.out.print(kinds)
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:

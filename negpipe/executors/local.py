@@ -77,7 +77,7 @@ def run(
         assign(worker, task)
 
     try:
-        for _ in range(context.config.executor.workers):
+        for _ in range(context.workers):
             task = following()
             if task is not None:
                 start(task)

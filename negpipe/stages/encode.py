@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import encoders
+from negpipe import candidates, encoders, storage
 from negpipe.config import Config, Encoder
 from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import check_room
 from negpipe.tables import open_table
 from negpipe.vectors import VectorFile
 
@@ -65,8 +64,14 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _check(context: Context) -> None:
-    """The model or the vectors are there: known before the source is read."""
+    """The model or the vectors are there: known before the source is read. They fit, once there are some."""
     _sources(context)
+    if "ingest" not in context.manifests:
+        return
+    if context.config.encoder.backend == "precomputed":
+        check_room(context, open_brought(context, "corpus_vectors", "source_documents").dimension)
+    elif made := [part for part in Books(context.run_dir, "encode").parts() if part.rows]:
+        check_room(context, int(made[0].meta["dimension"]))
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -164,12 +169,11 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
                 field="encoder.anchor_vectors",
                 remedy="Bring both from the same model",
             )
-        _check_room(context, None, corpus.dimension)
         yield _Brought(corpus, anchors, {}, lambda dimension: None)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         encoder = encoders.load(config, model.path, context.threads)
-        yield _Model(encoder, encoders.provenance(config), cache(partial(_check_room, context, config.call_size)))
+        yield _Model(encoder, encoders.provenance(config), cache(partial(check_room, context)))
 
 
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -196,14 +200,16 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 
-def _check_room(context: Context, block: int | None, dimension: int) -> None:
-    """The largest part fits into memory, all that are to be made onto the disk.
+def check_room(context: Context, dimension: int) -> None:
+    """The largest part fits into memory; what is to be made onto the disk, and what search will find with it.
 
-    Args:
-        block: rows that the model makes at a time; None: a whole part's.
+    Raises:
+        ConfigError, StorageError: they do not.
     """
+    config = context.config
+    block = None if config.encoder.backend == "precomputed" else config.encoder.call_size  # rows made at a time
     parts = [part for part in context.manifest("ingest").parts if part.kind != "counts"]
-    row = dimension * np.dtype(context.config.encoder.storage).itemsize
+    row = dimension * np.dtype(config.encoder.storage).itemsize
 
     def needs(part: Part) -> int:
         """Its texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
@@ -217,9 +223,19 @@ def _check_room(context: Context, block: int | None, dimension: int) -> None:
             " resources.memory_budget"
         )
     books = Books(context.run_dir, "encode")
-    left = row * sum(task.rows for task in _plan(context) if books.part(task.key) is None)
-    remedy = "set run_dir to a larger disk; what is made already is kept"
-    check_room(context.run_dir, "encode is about to write", left, remedy)
+    left = [task for task in _plan(context) if books.part(task.key) is None]
+    rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
+    same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays
+    searching = sum(task.rows for task in left) if same else anchors
+    size = row * sum(task.rows for task in left) + candidates.BYTES * searching * min(config.depth, rows)
+    if config.index.kind == "flat" and not same:
+        size += 4 * rows * dimension
+    storage.check_room(
+        context.run_dir,
+        "vectors and what is found with them take about",
+        size,
+        "set run_dir to a larger disk; what is made already is kept",
+    )
 
 
 def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -77,8 +77,9 @@ def _check(context: Context) -> None:
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
         largest = max(sum(part.rows for part in group) for group in groups)
         part = max((part.rows for part in encode.of_kind("anchors")), default=0)
-        about = {"memory": context.memory, "threads": context.threads}
-        approximate.check_memory(context.config, job, largest, part, held, **about)
+        approximate.check_memory(
+            context.config, job, largest, part, held, memory=context.memory, threads=context.threads
+        )
 
 
 def _plan(context: Context) -> Iterator[Task]:

@@ -43,13 +43,11 @@ def _check(context: Context) -> None:
         return
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
-    if "index" in context.manifests:
+    if "index" in context.manifests:  # else it is not known which are found already
         books = Books(context.run_dir, "search")
         left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
-    else:
-        left = sum(part.rows for part in encode.of_kind("anchors"))
-    needed = candidates.BYTES * left * min(context.config.depth, rows)
-    check_room(context.run_dir, "search writes about", needed, "lower search.depth")
+        needed = candidates.BYTES * left * min(context.config.depth, rows)
+        check_room(context.run_dir, "search writes about", needed, "lower search.depth")
     if context.config.index.approximate:
         return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)

@@ -9,7 +9,7 @@ Anchors are worked through in slices: memory does not grow with the part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -47,6 +47,8 @@ def _settings(config: Config) -> dict[str, Any]:
     del values["mining.exclude_file"], values["mining.compat"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
+    if not config.data.add_positives:  # deeper and random ones come from the others
+        values["data.add_positives"] = False
     output = config.output.model_dump(mode="json", exclude={"report"})
     return values | {f"output.{name}": value for name, value in output.items()}
 
@@ -120,18 +122,25 @@ def _check_memory(context: Context) -> None:
     stored = min(largest, candidates.ROW_GROUP) * depth
     deepest = adaptive.limit(context.config, read.stats["rows"])
     deeper = min(largest * deepest, max(candidates.CELLS, deepest))
-    slices, helping = max(stored, deeper), {"lower search.depth": stored, "set mining.max_depth: 0": deeper}
-    remedy = " and ".join(text for text, cells in helping.items() if cells == slices)
+    cell, written = float(_CELL), 5 * min(formats.GROUP_BYTES, texts)
     if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
-        slices = -(-slices * read.stats["positives"] // max(1, read.stats["anchors"]))
-    chosen, written = slices * _CELL, 5 * min(formats.GROUP_BYTES, texts)
+        cell *= read.stats["positives"] / max(1, read.stats["anchors"])
+    chosen = int(max(stored, deeper) * cell)
     if chosen + written > context.memory:
+        shallower = f"lower {'search.depth' if context.config.search.depth else 'mining.range_max'}"
+        helping = {shallower: stored, "set mining.max_depth: 0": deeper}
+        remedy = " and ".join(text for text, cells in helping.items() if cells * cell + written > context.memory)
         fewer = "lower executor.workers, " if context.workers > 1 else ""
         raise ConfigError(
             f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
             f" {-(-written // 2**20)}, there are {context.memory // 2**20} a worker: raise resources.memory_budget,"
             f" {fewer}or {remedy}"
         )
+    if deepest and "encode" in context.manifests:
+        encode = context.manifest("encode")
+        rows = sum(part.rows for part in searchable(encode, context.config))
+        dimension, deepest = encode.stats["dimension"], min(deepest, rows)
+        adaptive.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
 
 
 def part_files(context: Context, task: Task) -> PartFiles:
@@ -153,18 +162,28 @@ def _open(context: Context) -> Iterator[Shared]:
     yield open_selection(context)
 
 
-def search_deeper(files: PartFiles, shared: Shared, context: Context, **more: Any) -> Iterator[Deeper]:
-    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them.
-
-    Args:
-        more: for `adaptive.deepen`.
-    """
+def search_deeper(
+    files: PartFiles,
+    shared: Shared,
+    context: Context,
+    *,
+    progress: Callable[[str], None] = lambda note: None,
+    checkpoints: Callable[[str], Path] | None = None,
+) -> Iterator[Deeper]:
+    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
     deepest = adaptive.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
     passages = ann.open_parts(shared.passages)
     return adaptive.deepen(
-        shared.selector, files, passages, deepest, memory=context.memory, threads=context.threads, **more
+        shared.selector,
+        files,
+        passages,
+        deepest,
+        memory=context.memory,
+        threads=context.threads,
+        progress=progress,
+        checkpoints=checkpoints,
     )
 
 
