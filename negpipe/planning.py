@@ -1,7 +1,6 @@
 """What a run would do, before it does it: tasks done and to do, time, disk and memory. Runs no stage.
 
-Times are extrapolated from a probe of this machine and, where parts were made before, from what those took: right
-within a factor of two, not to the second.
+Times are extrapolated from a probe of this machine and, where parts were made before, from what those took: estimates.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ COMMANDS = {
     "index": ["index"],
     "search": ["search"],
     "triplets": ["triplets"],
+    # No candidate may be taken: every anchor is searched again, to depth 1,024.
+    "deeper": ["triplets", "--set", "mining.rank_over=survivors", "--set", "mining.max_score=-9"],
     "export": ["export", "--to", "flagembedding", "--out", "OUT/flag.jsonl"],
     "distillation": ["export", "--to", "distillation", "--out", "OUT/distillation"],
     "audit": ["audit"],
