@@ -402,6 +402,17 @@ def test_files_that_cannot_be_audited(text: str, mapping: dict[str, str], messag
         audit.audit(file, audit.Options(columns=mapping))
 
 
+def test_too_little_memory_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = (
+        {"query": f"anchor {i}", "pos": [f"right {i}"], "neg": [f"wrong {i + k}" for k in range(9)]}
+        for i in range(9000)
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(ConfigError, match=r"may use 2 MiB, half of resources.memory_budget, .*memory_budget=1GiB"):
+        audit.audit(file, audit.Options(columns={}, memory=2 * 2**20))
+
+
 def test_policy() -> None:
     chosen = audit.policy("positive,shortage=0.5,hub")
     assert set(chosen.allowed) == {*audit.GROUPS["positive"], "shortage", "hub"}

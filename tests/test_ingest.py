@@ -167,6 +167,21 @@ def test_the_same_bytes_whatever_is_read_at_a_time(tmp_path: Path, monkeypatch: 
     assert small.output(tmp_path / "again") == small.output(tmp_path / "run")
 
 
+def test_anchors_come_no_more_at_a_time_than_a_part_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their texts are in memory: of any length, so what a person lowers is data.part_rows."""
+    small.build(tmp_path)
+    batches, anchors = [], joins.anchors
+
+    def counted(*arguments: Any) -> Any:
+        for table in anchors(*arguments):
+            batches.append(table.num_rows)
+            yield table
+
+    monkeypatch.setattr(joins, "anchors", counted)
+    pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=5"]), only="ingest")
+    assert max(batches) <= 5 and sum(batches) == small.QUERIES
+
+
 def test_too_little_memory_names_the_setting(tmp_path: Path) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))

@@ -141,12 +141,7 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
     for more, needed, there, fewer in (
         ([little], None, None, ""),
         ([little, "mining.margin_reference=each"], 248, 130, ""),
-        (
-            [little, "executor.kind=local", "executor.workers=2", "resources.cpus=2"],
-            124,
-            65,
-            r"lower executor\.workers, ",
-        ),
+        ([little, *TWO], 124, 65, r"lower executor\.workers, "),
     ):
         config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])
         if needed:
@@ -155,6 +150,11 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
             assert not (config.run_dir / "encode").exists()
         else:
             pipeline.mine(config)
+            (tmp_path / "mined.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    # Exports choose by the same code, and say the same.
+    less = ("--set", "resources.memory_budget=64MiB")
+    outcome = small.run("export", tmp_path / "mined.yaml", "--to", "jsonl", "--out", tmp_path / "out", *less)
+    assert outcome.code == 2 and "choosing from 9000 candidates an anchor takes" in outcome.err
 
 
 EVERY = (["ingest"], ["encode"], ["index"], ["search"], ["triplets"], ["export", "--to", "flagembedding"])

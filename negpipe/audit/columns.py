@@ -101,6 +101,8 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
             table, files = _text_table(source), [scratch / "rows.parquet"]
             database.execute(f"copy (select * from {table}) to '{quoted_path(files[0])}' (compression lz4)")
         described = database.execute(f"describe select * from '{quoted_path(files[0])}'").fetchall()
+    except duckdb.OutOfMemoryException:
+        raise
     except duckdb.Error as error:
         raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=str(source)) from None
     types = {row[0]: row[1] for row in described}
