@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +89,7 @@ def deepen(
     none = np.empty(0, np.int64)
 
     def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
-        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)[anchors].astype(np.float32)
+        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
         each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, memory // 2, threads)
         seen = 0
 
@@ -100,15 +99,23 @@ def deepen(
             progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
 
         def search_some(
-            some: ann.vectors.Floats, memory: int, progress: Callable[[int], None]
+            some: ann.vectors.Ints, memory: int, progress: Callable[[int], None]
         ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
             who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
             checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
-            about: dict[str, Any] = {"memory": memory, "threads": threads, "progress": progress}
-            found = ann.search_exact(some, passages, depth, positives=(none, none), checkpoint=checkpoint, **about)
+            found = ann.search_exact(
+                vectors[some].astype(np.float32),
+                passages,
+                depth,
+                positives=(none, none),
+                memory=memory,
+                threads=threads,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
             return found.rows, found.scores
 
-        return groups.in_groups(vectors, search_some, depth, each=each, fixed=fixed, memory=memory // 2, progress=tell)
+        return groups.in_groups(anchors, search_some, depth, each=each, fixed=fixed, memory=memory // 2, progress=tell)
 
     def searched() -> Iterator[Deeper]:
         found = candidates.joined([piece for _, piece in waiting])

@@ -399,7 +399,7 @@ class Executor(_Model):
     """Where tasks run."""
 
     kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
-    workers: int = Field(1, ge=1, description="Worker processes (local).")
+    workers: int = Field(1, ge=1, description="Worker processes (local); no more run than resources.cpus.")
 
 
 def _share(value: Any) -> Any:

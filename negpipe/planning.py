@@ -176,7 +176,7 @@ class _Encoding:
 
 def _encoding(context: Context, probe: bool) -> _Encoding:
     config = context.config
-    made = [part for part in Books(context.run_dir, "encode").parts() if part.rows]
+    made = [*encode.made_of(context)]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers

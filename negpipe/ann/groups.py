@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,11 @@ from negpipe.ann.vectors import Floats, Ints
 from negpipe.errors import ConfigError
 
 Progress = Callable[[int], None]
-Search = Callable[[Floats, int, Progress], tuple[Ints, Floats]]
+Search = Callable[[Any, int, Progress], tuple[Ints, Floats]]
 
 
 def in_groups(
-    anchors: Floats,
+    anchors: Floats | Ints,
     search: Search,
     depth: int,
     *,
@@ -27,7 +28,7 @@ def in_groups(
     """Rows and scores of all anchors, as many of them searched at a time as fit.
 
     Args:
-        anchors: (n, d).
+        anchors: (n, d) vectors, or (n,) numbers by which the search finds theirs.
         search: of some anchors, in so many bytes; calls its progress with the rows of the corpus it has just searched.
         depth: rows of an anchor.
         each, fixed: bytes it needs for an anchor, and whatever their number.

@@ -70,14 +70,25 @@ def _check(context: Context) -> None:
         return
     if context.config.encoder.backend == "precomputed":
         check_room(context, open_brought(context, "corpus_vectors", "source_documents").dimension)
-    elif made := [part for part in Books(context.run_dir, "encode").parts() if part.rows]:
-        check_room(context, int(made[0].meta["dimension"]))
+        return
+    if made := next(made_of(context), None):
+        check_room(context, int(made.meta["dimension"]))
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    sources = _sources(context)
     if context.config.encoder.trust_remote_code:
         logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
+    yield from _tasks(context)
+
+
+def made_of(context: Context) -> Iterator[Part]:
+    """The parts with rows that are there already."""
+    books = Books(context.run_dir, "encode")
+    return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
+
+
+def _tasks(context: Context) -> Iterator[Task]:
+    sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
     for part in context.manifest("ingest").parts:
         if part.kind == "counts":
@@ -223,7 +234,7 @@ def check_room(context: Context, dimension: int) -> None:
             " resources.memory_budget"
         )
     books = Books(context.run_dir, "encode")
-    left = [task for task in _plan(context) if books.part(task.key) is None]
+    left = [task for task in _tasks(context) if books.part(task.key) is None]
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
     same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays
     searching = sum(task.rows for task in left) if same else anchors
