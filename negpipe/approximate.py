@@ -102,17 +102,17 @@ def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, 
     if listed := lists.is_lists(empty):
         average = job.rows // factory.lists_of(empty)  # of a list's length; the longest is not known yet
         searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, average, sampled(job.rows), threads))
-    for least, what, remedy in (
+    least, what, remedy = max(
         (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
         (factory.training_bytes(kind, job.dimension, wanted), "is trained on a sample that needs", ""),
         (held, "is held in memory while it is searched, and takes", ""),
         (held + searching, "is searched in no less than", ", resources.cpus or search.depth"),
-    ):
-        if least > memory:
-            raise ConfigError(
-                f"index.kind {kind} {what} {-(-least // 2**20)} MiB a worker, there are {memory // 2**20}: raise"
-                f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
-            )
+    )
+    if least > memory:
+        raise ConfigError(
+            f"index.kind {kind} {what} {-(-least // 2**20)} MiB a worker, there are {memory // 2**20}: raise"
+            f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
+        )
     tuned = min(config.index.recall_anchors, job.anchors)
     ann.exact.layout(tuned, job.rows, job.dimension, job.depth, memory - held, threads)
     if listed:

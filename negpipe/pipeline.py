@@ -99,9 +99,7 @@ def mine(
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
-                logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
-                if recall := approximate.describe(manifest.stats):
-                    logger.info("%s: %s", stage.name, recall)
+                _tell(manifest)
             assert manifest is not None
             context = context.after(manifest, instead_of="search" if stage is rescore else None)
             if stage.name == "encode" and config.index.kind == "auto":
@@ -110,6 +108,17 @@ def mine(
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _tell(manifest: Manifest) -> None:
+    """What became of a stage that ran."""
+    name, stats = manifest.stage, manifest.stats
+    logger.info("%s: done in %.1f s (%s)", name, manifest.provenance["seconds"], _counts(manifest))
+    if name == "triplets" and not stats["rows"]:
+        drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
+        logger.warning("triplets: not one row could be made, candidates were dropped: %s", drops or "there were none")
+    if recall := approximate.describe(stats):
+        logger.info("%s: %s", name, recall)
 
 
 def _check_inputs(stage: Stage, context: Context) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from negpipe import ann, candidates, encoders
+from negpipe import adaptive, ann, candidates, encoders
 from negpipe.ann.probe import Job
 from negpipe.choices import SEARCH_SHARE, Choice, Machine, choices, sample_of
 from negpipe.config import Config, Encoder
@@ -85,8 +85,8 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
         for one in waiting:
             step = _of_index(_step(*one, job, gflops, encoding), context.config, chosen)
-            # Before that a check would fetch the model, or read whole files of vectors.
-            steps.append(_checked(step, one[0], context, job) if read else step)
+            # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
+            steps.append(_checked(step, one[0], context, job) if read or step.stage != "encode" else step)
     return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
 
 
@@ -116,8 +116,8 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
     if step.stage == "search" and chosen and not approximate:
         return replace(step, refusal=chosen.refusal)
     if step.stage == "search" and approximate:
-        note = f"no estimate for {config.index.kind}" if chosen is None else chosen.note
-        return replace(step, seconds=chosen.search if chosen else None, note=note)
+        note = step.note if step.seconds is None else f"no estimate for {config.index.kind}"
+        return replace(step, seconds=chosen.search if chosen else None, note=chosen.note if chosen else note)
     return step
 
 
@@ -147,7 +147,9 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
-        return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most")
+        deepest = adaptive.limit(context.config, rows)
+        more = f"; anchors that lack them are searched again, to depth {deepest:,}, not counted" if deepest else ""
+        return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most{more}")
     return step
 
 

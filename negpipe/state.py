@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,8 +97,15 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         if name in now.sources:
             before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
         same = before == after
-        lines.append(f"the content of {name} changed" if same else f"{name} changed from {before!r} to {after!r}")
+        lines.append(
+            f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
+        )
     return "; ".join(lines) or "its identity changed"
+
+
+def _shown(value: Any) -> str:
+    """As a config has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _setting(tree: Any, name: str) -> Any:

@@ -176,7 +176,10 @@ def check_room(run_dir: Path, what: str, needed: int, remedy: str) -> None:
     """
     free = shutil.disk_usage(run_dir).free
     if needed > free:
-        raise StorageError(f"{what} {needed:,} bytes in {run_dir}, {free:,} are free there: make room, or {remedy}")
+        raise StorageError(
+            f"{what} {needed:,} bytes in {run_dir}, {free:,} bytes are free there. Nothing finished was lost: make"
+            f" room, or {remedy}, then run the same command again"
+        )
 
 
 def bytes_in(path: Path) -> int:

@@ -264,7 +264,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     assert factory.bytes_of("IVF16,Flat", DIMENSION, DOCUMENTS, 2)[1] == 16 * DIMENSION * 4 + places
     mined(source, "index.kind=stream")
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110", "resources.cpus=110"]
-    with pytest.raises(ConfigError, match=r"HNSW64 is held in memory .*, and takes 3 MiB a worker, there are 0: raise"):
+    with pytest.raises(ConfigError, match=r"HNSW64 is searched in no less than 3 MiB a worker, there are 0: raise"):
         mined(source, "index.kind=HNSW64", *tight)
     # A rotation is learned in eleven times the memory of its sample.
     job = Job(200_000, 384, 100, 64)
@@ -357,7 +357,7 @@ def test_a_disk_too_small_is_known_before(source: dict[str, Any], monkeypatch: p
     mined(source, "index.kind=stream")
     usage = shutil.disk_usage(source["run_dir"])._replace(free=DOCUMENTS * DIMENSION * 4 - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=r"writes [\d,]+ bytes in .*, 191,999 are free there.*index.kind: stream"):
+    with pytest.raises(StorageError, match=r"writes [\d,]+ bytes in .*, 191,999 bytes are free.*index.kind: stream"):
         mined(source, f"index.kind={kind}")
     assert not [*(Path(source["run_dir"]) / "index").glob("*.faiss")]
 

@@ -55,7 +55,7 @@ def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkey
     total += found + small.DOCUMENTS * small.DIMENSION * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=rf"take about {total:,} bytes in .*, {total - 1:,} are free .*larger disk"):
+    with pytest.raises(StorageError, match=rf"take about {total:,} bytes in .*, {total - 1:,} bytes are .*larger disk"):
         pipeline.mine(config, only="encode")
     assert not list((tmp_path / "run/encode").glob("*.npy"))
     # Vectors of another kind that are there do not count as made.
@@ -82,7 +82,7 @@ def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, mon
     total = small.QUERIES * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    message = rf"search writes about {total:,} bytes in .*, {total - 1:,} are free there.*lower search\.depth"
+    message = rf"search writes about {total:,} bytes in .*, {total - 1:,} bytes are free there.*lower search\.depth"
     with pytest.raises(StorageError, match=message):
         pipeline.mine(config)
     assert not (tmp_path / "run/search").exists()
@@ -136,7 +136,7 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
     )
     message = (
         r"choosing from 9000 candidates an anchor takes {} MiB, writing rows \d, there are {} a worker: raise"
-        r" resources\.memory_budget, {}or lower search\.depth"
+        r" resources\.memory_budget, {}or lower search\.depth \(50,000 now\)"
     )
     for more, needed, there, fewer in (
         ([little], None, None, ""),

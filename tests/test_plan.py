@@ -25,7 +25,7 @@ def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pyte
     shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
     assert re.search(r"encode missing .* refused, see below", shown)
     assert re.search(
-        r"encode: vectors and what is found with them take about [\d,]+ bytes in .*, 1,000 are free", shown
+        r"encode: vectors and what is found with them take about [\d,]+ bytes in .*, 1,000 bytes are free", shown
     )
     assert re.search(r"What is to be made takes [\d.]+ kB: make room, or set run_dir", shown)
 
@@ -126,7 +126,7 @@ def test_what_would_stop_a_run_is_said(tmp_path: Path, overrides: list[str], sta
     with pytest.raises(NegpipeError, match=re.escape(message)) as caught:
         mined(source, "index.kind=stream", *overrides)
     if message == "choosing from":  # both remedies together help
-        assert "or lower search.depth and set mining.max_depth: 0" in str(caught.value)
+        assert "or lower search.depth (2,500 now) and set mining.max_depth: 0" in str(caught.value)
         mined(source, "index.kind=stream", *overrides, "search.depth=64", "mining.max_depth=0")
 
 

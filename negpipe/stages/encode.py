@@ -245,7 +245,7 @@ def check_room(context: Context, dimension: int) -> None:
         context.run_dir,
         "vectors and what is found with them take about",
         size,
-        "set run_dir to a larger disk; what is made already is kept",
+        "set run_dir to a larger disk",
     )
 
 

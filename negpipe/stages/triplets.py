@@ -127,7 +127,7 @@ def _check_memory(context: Context) -> None:
         cell *= read.stats["positives"] / max(1, read.stats["anchors"])
     chosen = int(max(stored, deeper) * cell)
     if chosen + written > context.memory:
-        shallower = f"lower {'search.depth' if context.config.search.depth else 'mining.range_max'}"
+        shallower = f"lower search.depth ({context.config.depth:,} now)"
         helping = {shallower: stored, "set mining.max_depth: 0": deeper}
         remedy = " and ".join(text for text, cells in helping.items() if cells * cell + written > context.memory)
         fewer = "lower executor.workers, " if context.workers > 1 else ""
