@@ -83,10 +83,10 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         gflops *= context.threads * context.workers
         choices = _choices(context, job, gflops)
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
-        for one in waiting:
-            step = _of_index(_step(*one, job, gflops, encoding), context.config, chosen)
+        for ahead, stands, then in waiting:
+            step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
             # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
-            steps.append(_checked(step, one[0], context, job) if read or step.stage != "encode" else step)
+            steps.append(_checked(step, ahead, context, job) if read or ahead.name != "encode" else step)
     return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
 
 
@@ -101,7 +101,7 @@ def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
     try:
         stage.check(context)
         if stage.name == "encode" and job.dimension:
-            encode.check_room(context, job.dimension)
+            encode.check_fits(context, job.dimension)
     except NegpipeError as error:
         return replace(step, refusal=str(error))
     return step
@@ -184,7 +184,7 @@ def _encoding(context: Context, probe: bool) -> _Encoding:
         speed = sum(part.rows for part in made) / seconds * context.workers
         return _Encoding(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
-        return _Encoding(dimension=encode.open_brought(context, "corpus_vectors", "source_documents").dimension)
+        return _Encoding(dimension=encode.brought_dimension(context))
     if not probe:
         return _Encoding()
     part = documents(context.manifest("ingest"))[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,6 @@ from negpipe.texts import hashes
 
 Floats = npt.NDArray[np.float32]
 _COMPARED = 2**22  # numbers of repeated vectors at a time
-
-
-class _Matrix(Protocol):
-    shape: tuple[int, int]
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Floats: ...
 
 
 class VectorFile:
@@ -41,17 +35,12 @@ class VectorFile:
     def __init__(self, path: Path, rows: int, setting: str, memory: int) -> None:
         self.path, self._setting = path, setting
         self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
-        if path.suffix == ".npy":
-            self._matrix: _Matrix = _Npy(path, setting)
-        elif path.suffix == ".parquet":
-            self._matrix = _Parquet(path, setting, memory)
-            if self._matrix.label is not None:
-                hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
-                order = np.argsort(hashed, kind="stable").astype(np.int64)
-                self._by_id = hashed[order], order
-                self._check_repeats(self._matrix.label)
-        else:
-            raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
+        self._matrix = _opened(path, setting, memory)
+        if isinstance(self._matrix, _Parquet) and self._matrix.label is not None:
+            hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
+            order = np.argsort(hashed, kind="stable").astype(np.int64)
+            self._by_id = hashed[order], order
+            self._check_repeats(self._matrix.label)
         if self._by_id is None and self._matrix.shape[0] != rows:
             raise InputError(
                 f"there are {self._matrix.shape[0]:,} vectors for {rows:,} rows of the source",
@@ -148,6 +137,19 @@ class VectorFile:
                 remedy="Add the missing vectors",
             )
         return order[at]
+
+
+def dimension_of(path: Path, setting: str, memory: int) -> int:
+    """Numbers of a vector in a file, whose ids are not read; the arguments and errors are those of `VectorFile`."""
+    return _opened(path, setting, memory).shape[1]
+
+
+def _opened(path: Path, setting: str, memory: int) -> _Npy | _Parquet:
+    if path.suffix == ".npy":
+        return _Npy(path, setting)
+    if path.suffix == ".parquet":
+        return _Parquet(path, setting, memory)
+    raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
 
 
 class _Npy:

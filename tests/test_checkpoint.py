@@ -18,6 +18,18 @@ class Cut(BaseException):
     """Not an Exception: nothing may catch it."""
 
 
+def blocks_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first rows of all blocks that are read from now on."""
+    load, read = exact._Block.load, []
+
+    def reading(source: Any, first: int, *more: Any) -> Any:
+        read.append(first)
+        return load(source, first, *more)
+
+    monkeypatch.setattr(exact._Block, "load", reading)
+    return read
+
+
 def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))
@@ -43,13 +55,7 @@ def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert saved == [7, 14, 21] and len(list(books.glob("*.npz"))) == 1
 
     monkeypatch.setattr(exact.Checkpoint, "save", save)
-    load, read = exact._Block.load, []
-
-    def reading(source: Any, first: int, *more: Any) -> Any:
-        read.append(first)
-        return load(source, first, *more)
-
-    monkeypatch.setattr(exact._Block, "load", reading)
+    read = blocks_read(monkeypatch)
     pipeline.mine(again)
     # The first part of anchors goes on at row 21, the next begins at 0.
     assert read[: read.index(0)] == [21, 28, 35]
@@ -99,13 +105,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
     assert len(list(books.glob("*.npz"))) == 2
 
     monkeypatch.setattr(exact.Checkpoint, "save", save)
-    load, read = exact._Block.load, []
-
-    def reading(source: Any, first: int, *more: Any) -> Any:
-        read.append(first)
-        return load(source, first, *more)
-
-    monkeypatch.setattr(exact._Block, "load", reading)
+    read = blocks_read(monkeypatch)
     pipeline.mine(again)
     assert read == [14, 21, 28, 35]
     assert small.output(tmp_path / "again") == whole

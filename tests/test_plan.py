@@ -54,6 +54,19 @@ def test_nothing_is_fetched_or_read_before_the_source(tmp_path: Path, monkeypatc
     assert [step.note for step in found.steps[1:]] == ["waits for ingest"] * 4
 
 
+def test_ids_of_brought_vectors_are_read_by_encode_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a hundred million: what a plan and a check want to know is how long a vector is."""
+    source = write(tmp_path)
+    mined(source, "index.kind=stream", only="ingest")
+
+    def read(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("negpipe.stages.encode.VectorFile", read)
+    steps = {step.stage: step for step in planning.plan(load_config(source)).steps}
+    assert steps["encode"].disk and not steps["encode"].refusal
+
+
 def test_brackets_in_a_refusal_are_shown(tmp_path: Path) -> None:
     source = write(tmp_path)
     (tmp_path / "plan.yaml").write_text(json.dumps(source))

@@ -48,18 +48,19 @@ class Found:
 
 @dataclass
 class Checkpoint:
-    """A file that a search writes every `seconds`, and at its end if that comes later, and goes on from.
+    """A file that a search writes every `seconds`, once they are over at its end too, and goes on from.
 
     Damaged or foreign, it is ignored; where there is no room for it, the search goes on without.
 
     Attributes:
-        since: when the first of several searches began, if they share their seconds.
+        since: when the seconds begin; several searches may share them.
+        written: whether it was, in this process.
     """
 
     path: Path
     seconds: float = 300.0
     since: float = field(default_factory=time.monotonic)
-    written: bool = False
+    written: bool = field(default=False, init=False)
 
     def due(self) -> bool:
         """Whether it is time to write."""

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import candidates, encoders, storage
+from negpipe import candidates, encoders
 from negpipe.config import Config, Encoder
 from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.storage import check_room
 from negpipe.tables import open_table
-from negpipe.vectors import VectorFile
+from negpipe.vectors import VectorFile, dimension_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,9 @@ def _check(context: Context) -> None:
     if "ingest" not in context.manifests:
         return
     if context.config.encoder.backend == "precomputed":
-        check_room(context, open_brought(context, "corpus_vectors", "source_documents").dimension)
-        return
-    if made := next(made_of(context), None):
-        check_room(context, int(made.meta["dimension"]))
+        check_fits(context, brought_dimension(context))
+    elif made := next(made_of(context), None):
+        check_fits(context, int(made.meta["dimension"]))
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -160,7 +160,12 @@ class _Brought:
         return self.anchors if task.kind == "anchors" else self.corpus
 
 
-def open_brought(context: Context, setting: str, rows: str) -> VectorFile:
+def brought_dimension(context: Context) -> int:
+    """Numbers of the vectors that the user brings."""
+    return dimension_of(Path(str(context.config.encoder.corpus_vectors)), "encoder.corpus_vectors", context.memory)
+
+
+def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
     """The file of an `encoder` setting, whose rows ingest counted under the other name."""
     path = Path(str(getattr(context.config.encoder, setting)))
     return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.memory)
@@ -171,7 +176,7 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
     config = context.config.encoder
     if config.backend == "precomputed":
         corpus, anchors = (
-            open_brought(context, name, rows)
+            _open_brought(context, name, rows)
             for name, rows in (("corpus_vectors", "source_documents"), ("anchor_vectors", "source_queries"))
         )
         if corpus.dimension != anchors.dimension:
@@ -184,7 +189,7 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
     else:
         model = encoders.resolve_model(config, context.digest_file)
         encoder = encoders.load(config, model.path, context.threads)
-        yield _Model(encoder, encoders.provenance(config), cache(partial(check_room, context)))
+        yield _Model(encoder, encoders.provenance(config), cache(partial(check_fits, context)))
 
 
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -211,7 +216,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 
-def check_room(context: Context, dimension: int) -> None:
+def check_fits(context: Context, dimension: int) -> None:
     """The largest part fits into memory; what is to be made onto the disk, and what search will find with it.
 
     Raises:
@@ -241,7 +246,7 @@ def check_room(context: Context, dimension: int) -> None:
     size = row * sum(task.rows for task in left) + candidates.BYTES * searching * min(config.depth, rows)
     if config.index.kind == "flat" and not same:
         size += 4 * rows * dimension
-    storage.check_room(
+    check_room(
         context.run_dir,
         "vectors and what is found with them take about",
         size,
