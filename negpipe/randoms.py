@@ -1,7 +1,7 @@
 """Random negatives: rows of the corpus drawn by hash, independent of parts, slices and workers.
 
-Every unit has its own endless sequence of draws, which depends on the seed, its anchor and the size of
-the corpus; it gets the first that are not barred and did not come before.
+Every anchor has a sequence of draws of its own, which depends on the seed, the anchor and the size of the corpus
+alone; a unit gets the first that are not barred and did not come before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-_SPARE = 16  # draws beyond twice the wanted number before anybody is asked again
+_SPARE = 16  # draws beyond twice the wanted number that are looked at first
+_FEW = 18  # rows of a corpus of which so many draws would mostly repeat one another
 _CELLS = 2**20  # draws at a time
 _PAIRS = 16384  # whose vectors are in memory at a time
 
@@ -41,16 +42,18 @@ def draw(
     """
     drawn = [np.empty(0, np.int64)] * len(wanted)
     pending = np.flatnonzero(wanted > 0)
-    width = 2 * int(wanted.max(initial=0)) + _SPARE
+    width, longest = 2 * int(wanted.max(initial=0)) + _SPARE, _replaced(corpus) + corpus
     while len(pending):
+        width = min(width, longest)
         open_ends = []
-        step = max(1, _CELLS // min(width, corpus))
+        step = max(1, _CELLS // max(1, width))
         for start in range(0, len(pending), step):
             units = pending[start : start + step]
+            # How many draws are looked at changes nothing: more of them only continue the sequence.
             rows = _sequence(seed, anchors[units], width, corpus)
             good = ~barred(units, rows) & ~_repeated(rows)
             taken = good & (np.cumsum(good, axis=1) <= wanted[units, None])
-            done = (taken.sum(axis=1) == wanted[units]) | (width >= corpus)
+            done = (taken.sum(axis=1) == wanted[units]) | (width == longest)
             for unit, own, kept in zip(units[done], rows[done], taken[done], strict=True):
                 drawn[unit] = own[kept]
             open_ends.append(units[~done])
@@ -85,13 +88,21 @@ def scores(anchors: Floats, anchor_of: Ints, passages: Sequence[Path], rows: Int
     return out
 
 
+def _replaced(corpus: int) -> int:
+    """Draws with replacement at the beginning of every sequence."""
+    return 0 if corpus <= _FEW else corpus
+
+
 def _sequence(seed: int, anchors: Hashes, width: int, corpus: int) -> Ints:
-    """The first `width` draws of each anchor, with replacement; all rows in random order where that is fewer."""
-    numbers = np.arange(min(width, corpus), dtype=np.uint64)
-    uniform = mining.uniform(seed, anchors, np.broadcast_to(numbers, (len(anchors), len(numbers))))
-    if width >= corpus:
-        return np.argsort(uniform, axis=1, kind="stable").astype(np.int64)
-    return np.floor(uniform * corpus).astype(np.int64)
+    """The first `width` draws of each anchor: some with replacement, then every row once in random order."""
+    replaced = min(width, _replaced(corpus))
+    every = np.arange(corpus if width > replaced else replaced, dtype=np.uint64)
+    uniform = mining.uniform(seed, anchors, np.broadcast_to(every, (len(anchors), len(every))))
+    draws = np.floor(uniform[:, :replaced] * corpus).astype(np.int64)
+    if width == replaced:
+        return draws
+    order = np.argsort(uniform, axis=1, kind="stable")[:, : width - replaced]
+    return np.concatenate([draws, order], axis=1)
 
 
 def _repeated(rows: Ints) -> Mask:
