@@ -324,6 +324,29 @@ def test_a_change_of_kind_is_the_reason_and_not_the_settings_it_brings(source: d
     assert states["index"].reason == "index.kind changed from 'stream' to 'IVF16,Flat'"
 
 
+@pytest.mark.parametrize("kind", ["IVF64,Flat", "IVF16,SQ8", "PQ4x4fs"])
+def test_an_index_that_was_searched_deeper_makes_what_a_fresh_run_makes(
+    source: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    settings = [f"index.kind={kind}", "index.min_recall=0.9", "index.recall_anchors=150", "mining.range_max=20"]
+    fresh = mined({**source, "run_dir": str(tmp_path / "fresh")}, *settings)
+    deep = mined(source, *settings, "search.depth=1024")
+    assert deep.stats["index"] != fresh.stats["index"]
+    mined(source, *settings, "search.depth=64")
+    after = mined(source, *settings)
+    assert after.stats["index"] == fresh.stats["index"]
+    for stage in ("index", "search", "triplets"):
+        assert [part.identity() for part in Books(after.run_dir, stage).manifest().parts] == [  # type: ignore[union-attr]
+            part.identity()
+            for part in Books(fresh.run_dir, stage).manifest().parts  # type: ignore[union-attr]
+        ], stage
+    # Lists and shards are kept: only the tuning looks at the depth.
+    parts = Books(after.run_dir, "index")
+    assert len([part for part in parts.parts() if part.kind == "shard"]) == len(
+        [part for part in Books(fresh.run_dir, "index").parts() if part.kind == "shard"]
+    )
+
+
 def test_a_window_of_which_too_little_is_found_is_an_error(source: dict[str, Any]) -> None:
     settings = ["index.kind=IVF16,Flat", "index.nprobe=6", "index.recall_anchors=300", "search.depth=64"]
     deep = ["mining.range_min=50", "mining.range_max=60"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -30,7 +31,7 @@ def drawn(seed: int, anchors: list[int], wanted: list[int], corpus: int, lists: 
     rows, offsets = randoms.draw(
         seed, np.array(anchors, np.uint64), np.array(wanted, np.int64), corpus, barred_by(lists)
     )
-    return [rows[low:high].tolist() for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [rows[low:high].tolist() for low, high in pairwise(offsets)]
 
 
 def sequence(seed: int, anchor: int, corpus: int) -> list[int]:

@@ -115,6 +115,24 @@ def test_random_ones_fill_up_only_what_deeper_candidates_leave(run: Run) -> None
     assert {row["negative_rank"] is None for row in rows(run) if row["source"] == "random"} <= {True}
 
 
+def test_why_an_anchor_is_short_does_not_depend_on_its_neighbours(run: Run) -> None:
+    """One searched deeper widens the slice for all who stand in it; who cannot gain by that is not out of corpus."""
+    settings = ["mining.max_depth=200", "mining.min_score=0.21", "mining.num_negatives=40"]
+    together, reasons = Counter[str](), {}
+    for part_rows in (4, 500):
+        run.mine(*settings, f"data.part_rows={part_rows}")
+        reasons[part_rows] = {name: row["shortage_reason"] for name, row in ledger(run).items() if row["short"]}
+        together.update(reasons[part_rows].values())
+        assert len({row["candidates"] for row in ledger(run).values() if row["short"]}) > 1
+    assert reasons[4] == reasons[500]
+    assert set(together) == {"depth"}
+    run.mine("mining.max_depth=300", "mining.num_negatives=40", "mining.relative_margin=0.9")
+    assert {row["shortage_reason"] for row in ledger(run).values() if row["candidates"] == DOCUMENTS} <= {
+        "corpus",
+        None,
+    }
+
+
 def test_depth_has_a_limit_and_search_is_left_alone(run: Run) -> None:
     before = run.content("search")
     run.mine("mining.max_depth=100")

@@ -7,7 +7,7 @@ FAISS factory string is trained once, filled shard by shard, and tuned on sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -236,13 +236,6 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     return stats | {name: value for part in parts if part.kind == "tuned" for name, value in part.meta.items()}
 
 
-def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """An index tuned for deeper candidates serves a shallower window."""
-    if "search.depth" not in wanted:
-        return wanted
-    return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
-
-
 STAGE = Stage(
     name="index",
     version=VERSION,
@@ -250,7 +243,6 @@ STAGE = Stage(
     settings=_settings,
     sources=_sources,
     check=_check,
-    serving=_serving,
     plan=_plan,
     run=_run,
     stats=_stats,

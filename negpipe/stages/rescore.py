@@ -49,7 +49,8 @@ def rescore(score: Score, identity: str) -> Stage:
     def run(task: Task, corpus: Rows, context: Context, publish: Publisher, progress: Progress) -> Made:
         texts = open_table(context.run_dir / task.payload["texts"])["text"]
         pieces, start = [], 0
-        for found in candidates.read(context.run_dir / task.payload["candidates"]):
+        # Those of an earlier, deeper search would change which are looked at.
+        for found in candidates.read(context.run_dir / task.payload["candidates"], depth=context.config.depth):
             asked: list[str] = texts.slice(start, len(found.rows)).to_pylist()
             looked_at = found.narrowed(task.payload["depth"] or found.rows.shape[1])
             pieces.append(_rescored(score, asked, looked_at, corpus, progress))

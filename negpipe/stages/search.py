@@ -29,11 +29,17 @@ VERSION = 1
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+    settings = {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+    return settings | ({"index.kind": config.index.kind} if config.index.approximate else {})
 
 
 def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Readers look at the first `depth` candidates: deeper ones serve, so a narrower window searches nothing."""
+    """Readers look at the first `depth` candidates: deeper ones serve, so a narrower window searches nothing.
+
+    Not those of an approximate index: how thoroughly it is searched was tuned for a depth, and may find others.
+    """
+    if "index.kind" in wanted:
+        return wanted
     return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 

@@ -215,7 +215,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         nonlocal fates, own_positives
         for found, units in shared.selector.slices(files):
             counts = mining.counts(units.fates)
-            ledger.append(_ledger(units, counts, context.config, shared.corpus))
+            ledger.append(_ledger(units, counts, context.config, shared))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
@@ -266,11 +266,12 @@ def _publish(publish: Publisher, task: Task, config: Config, number: int, tables
     return rows
 
 
-def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, corpus: Rows) -> pa.Table:
+def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared: Shared) -> pa.Table:
     """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short."""
     width = units.fates.shape[1]
     each = config.mining.margin_reference == "each"
-    positive = corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
+    positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
+    candidates_seen = width - counts[:, Fate.PADDING]
     deepest = np.where(units.fates == Fate.TAKEN, np.arange(width)[None, :], -1).max(axis=1, initial=-1)
     reasons = {
         f"dropped_{fate.name.lower()}": counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)
@@ -279,22 +280,23 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, corpus:
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),
             "positive_id": positive.cast(pa.string()),
-            "candidates": width - counts[:, Fate.PADDING],
+            "candidates": candidates_seen,
             "taken": counts[:, Fate.TAKEN],
             **reasons,
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
             "random": units.counts - counts[:, Fate.TAKEN],
             "short": units.counts < config.mining.wanted,
-            "shortage_reason": pa.array(_shortage_reasons(units, counts, config), pa.string()),
+            "shortage_reason": pa.array(_shortage_reasons(units, counts, candidates_seen >= shared.searchable, config), pa.string()),
         }
     )
 
 
-def _shortage_reasons(units: Units, counts: npt.NDArray[np.int64], config: Config) -> list[str | None]:
-    """What a short unit ran out of: the corpus, the window, or the candidates that were looked at (depth)."""
-    corpus = counts[:, Fate.PADDING] > 0
+def _shortage_reasons(
+    units: Units, counts: npt.NDArray[np.int64], exhausted: npt.NDArray[np.bool_], config: Config
+) -> list[str | None]:
+    """What a short unit ran out of: the corpus (`exhausted`), the window, or the candidates looked at (depth)."""
     window = (counts[:, Fate.AFTER_WINDOW] > 0) | (config.mining.rank_over == "raw")
-    reasons = np.where(corpus, "corpus", np.where(window, "window", "depth"))
+    reasons = np.where(exhausted, "corpus", np.where(window, "window", "depth"))
     short = units.counts < config.mining.wanted
     return [str(reason) if lacks else None for reason, lacks in zip(reasons, short, strict=True)]
 
