@@ -1,6 +1,6 @@
 """Any sequence of runs, deaths, edits and damage: what a complete manifest lists is what a fresh run would make.
 
-Everything happens in this process, on a handful of rows with brought vectors. A death is an exception at one of the
+Everything happens in this process, on some rows with brought vectors. A death is an exception at one of the
 changes a run makes to the disk; from then on it changes nothing more, as a killed process would not.
 """
 
@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -34,10 +35,13 @@ SETTINGS: dict[str, list[Any]] = {
     "mining.num_negatives": [3, 2],
     "mining.relative_margin": [None, 0.2],
     "mining.range_max": [6, 10],
+    "mining.max_depth": [0, 60],
+    "mining.on_shortage": ["keep", "random"],
+    "search.depth": [10, 40],
     "output.format": ["triplet", "n-tuple"],
-    "index.kind": ["flat", "stream"],
+    "index.kind": ["flat", "stream", "IVF4,Flat", "IVF2,SQ4"],
     "encoder.storage": ["float16", "float32"],
-    "data.part_rows": [4, 6],
+    "data.part_rows": [16, 24],
 }
 _MEMORY = Path("/dev/shm")
 
@@ -92,8 +96,8 @@ class Machine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="negpipe-", dir=_MEMORY if _MEMORY.is_dir() else None))
         self.choice = dict.fromkeys(SETTINGS, 0)
         self.before: list[dict[str, int]] = []
-        self.documents = [f"document {i}" for i in range(18)]
-        self.queries = [f"query {i}" for i in range(9)]
+        self.documents = [f"document {i}" for i in range(160)]
+        self.queries = [f"query {i}" for i in range(30)]
         self.unseen = False  # damage that only reading everything finds
         self.write_source()
 
@@ -121,6 +125,7 @@ class Machine(RuleBasedStateMachine):
                     "corpus_vectors": str(self.root / "corpus.npy"),
                     "anchor_vectors": str(self.root / "queries.npy"),
                 },
+                "index": {"min_recall": 0.6, "recall_anchors": 20},
                 "executor": {"kind": "inline"},
                 "resources": {"cpus": 1},
             },
@@ -154,10 +159,11 @@ class Machine(RuleBasedStateMachine):
         type(self).steps += 1
         if self.unseen:
             return
-        current = [state.stage for state in pipeline.status(self.config()) if state.state == "current"]
+        config = self.config()
+        current = [state.stage for state in pipeline.status(config) if state.state == "current"]
         for stage in current:
-            # Candidates stored deeper than asked for serve as well: what is taken from them is compared.
-            if stage != "search" or SETTINGS["mining.range_max"][self.choice["mining.range_max"]] == 10:
+            # Exact candidates stored deeper than asked for serve as well: what is taken from them is compared.
+            if stage != "search" or config.index.approximate or config.depth == max(SETTINGS["search.depth"]):
                 assert self.content("run", stage) == self.wanted()[stage], stage
 
     @rule()
@@ -179,10 +185,10 @@ class Machine(RuleBasedStateMachine):
         with suppress(MissingStageError, *([DamagedError] if self.unseen else [])):
             pipeline.mine(self.config(), only=stage)
 
-    @rule(name=st.sampled_from(sorted(SETTINGS)))
-    def change_setting(self, name: str) -> None:
+    @rule(name=st.sampled_from(sorted(SETTINGS)), by=st.integers(1, 3))
+    def change_setting(self, name: str, by: int) -> None:
         self.before.append(dict(self.choice))
-        self.choice[name] = 1 - self.choice[name]
+        self.choice[name] = (self.choice[name] + by) % len(SETTINGS[name])
 
     @precondition(lambda self: self.before)
     @rule()
@@ -249,7 +255,9 @@ class Machine(RuleBasedStateMachine):
         elif how == "cut":
             os.truncate(path, path.stat().st_size // 2)
         else:
-            path.write_text(path.read_text().replace('"rows": 4', '"rows": 5'))
+            path.write_text(
+                re.sub(r'"rows": (\d)', lambda match: f'"rows": {int(match[1]) + 1}', path.read_text(), count=1)
+            )
 
     @precondition(lambda self: not self.unseen)
     @rule()
@@ -274,7 +282,7 @@ def test_what_is_complete_is_what_a_fresh_run_makes(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=150 if full else 4,
+            max_examples=100 if full else 4,
             stateful_step_count=30 if full else 10,
             deadline=None,
             derandomize=not full,

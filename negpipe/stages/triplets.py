@@ -286,7 +286,9 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
             "random": units.counts - counts[:, Fate.TAKEN],
             "short": units.counts < config.mining.wanted,
-            "shortage_reason": pa.array(_shortage_reasons(units, counts, candidates_seen >= shared.searchable, config), pa.string()),
+            "shortage_reason": pa.array(
+                _shortage_reasons(units, counts, candidates_seen >= shared.searchable, config), pa.string()
+            ),
         }
     )
 
