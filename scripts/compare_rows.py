@@ -46,6 +46,11 @@ EXACT: dict[str, list[str]] = {
     "random beside": ["mining.num_random=2", "seed=7"],
     "near duplicates": ["mining.near_duplicate=0.8"],
     "include positives": ["output.include_positives=true", "output.format=n-tuple", "output.grades=true"],
+    "exclude nothing": ["mining.exclude=[]"],
+    **{
+        f"exclude {name} alone": [f"mining.exclude=[{name}]"]
+        for name in ("shared_anchor", "positive_text", "anchor_text")
+    },
     "few columns": ["output.ids=false", "output.scores=false", "output.ranks=false", "output.rows_per_file=500"],
 }
 APPROXIMATE: dict[str, list[str]] = {
