@@ -133,6 +133,16 @@ def test_why_an_anchor_is_short_does_not_depend_on_its_neighbours(run: Run) -> N
     }
 
 
+def test_candidates_of_a_deeper_run_are_looked_at_no_deeper_than_those_of_a_fresh_one(run: Run, tmp_path: Path) -> None:
+    settings = ("mining.max_depth=0", "mining.num_negatives=9")
+    fresh = run.copied(tmp_path / "fresh")
+    fresh.mine(*settings)
+    run.mine(*settings, "search.depth=256")
+    assert rows(run) != rows(fresh)
+    assert run.mine(*settings).ran == ("triplets",)
+    assert (rows(run), ledger(run)) == (rows(fresh), ledger(fresh))
+
+
 def test_depth_has_a_limit_and_search_is_left_alone(run: Run) -> None:
     before = run.content("search")
     run.mine("mining.max_depth=100")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from real_runs import STAGES
 from small_source import DIMENSION, write_qrels, write_rows
@@ -285,6 +285,7 @@ def test_what_is_complete_is_what_a_fresh_run_makes(
             max_examples=100 if full else 4,
             stateful_step_count=30 if full else 10,
             deadline=None,
+            phases=[Phase.generate],
             derandomize=not full,
             database=None,
             suppress_health_check=list(HealthCheck),

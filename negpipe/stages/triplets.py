@@ -47,6 +47,7 @@ def _settings(config: Config) -> dict[str, Any]:
     del values["mining.exclude_file"], values["mining.compat"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
+    values["search.depth"] = config.depth  # of candidates that were stored deeper, no more are looked at
     if not config.data.add_positives:  # deeper and random ones come from the others
         values["data.add_positives"] = False
     output = config.output.model_dump(mode="json", exclude={"report"})
