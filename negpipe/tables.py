@@ -59,9 +59,24 @@ def open_table(path: Path) -> pa.Table:
         DamagedError: the file is not whole.
     """
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()
+        if not all(_ascending(chunk) for column in table.columns for chunk in column.chunks):
+            raise pa.ArrowInvalid("a value ends before it begins")
+    except (OSError, pa.ArrowException) as error:
         raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then the stage again") from None
+    return table
+
+
+def _ascending(array: pa.Array) -> bool:
+    """Whether texts and lists lie one behind the other: with a damaged offset, reading one would end the process."""
+    if pa.types.is_list(array.type):
+        lengths, inner = pc.list_value_length(array), _ascending(array.values)
+    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        lengths, inner = pc.binary_length(array), True
+    else:
+        return True
+    return inner and (pc.min(lengths).as_py() or 0) >= 0
 
 
 class Rows:

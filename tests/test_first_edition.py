@@ -1,6 +1,6 @@
 """A run directory of the first edition (commit 51acabb) is opened: its vectors are used, its rows are replaced.
 
-`first_edition.tar.gz` holds the folder: a source of `small_source`, a model of `tiny_model`, the run that the commit made
+`first_edition.tar.gz` holds a source of `small_source`, a model of `tiny_model`, the run that the commit made
 of them with the config below, and a file of the user's beside the rows.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,41 @@ def test_documents_are_the_corpus_and_then_what_was_added() -> None:
     parts = tuple(part(kind, number) for number, kind in enumerate(kinds))
     manifest = Manifest(stage="ingest", version=1, key="k", settings={}, inputs={}, parts=parts)
     assert [found.key for found in documents(manifest)] == ["0", "3", "1"]
+
+
+READ_ALL_FLIPPED = """
+import sys
+from pathlib import Path
+from negpipe.errors import DamagedError
+from negpipe.tables import open_table
+
+path, content, refused = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes(), 0
+for at in range(len(content)):
+    for flip in (0x01, 0x80, 0xFF):
+        changed = bytearray(content)
+        changed[at] ^= flip
+        path.write_bytes(changed)
+        try:
+            open_table(path).to_pylist()
+        except (DamagedError, UnicodeDecodeError):
+            refused += 1
+print(refused)
+"""
+
+
+def test_no_changed_byte_ends_the_process(tmp_path: Path) -> None:
+    """A damaged offset of a text or list led out of the file, and the worker died without a word."""
+    table = pa.table(
+        {
+            "text": pa.array(TEXTS, pa.large_string()),
+            "ids": pa.array([[text, "x"] if text else [] for text in TEXTS], pa.list_(pa.large_string())),
+            "rows": pa.array([[1, 2], [], [3], [4], [5], [6]], pa.list_(pa.int64())),
+        }
+    )
+    path = tmp_path / "part.arrow"
+    path.write_bytes(to_bytes(table))
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL_FLIPPED, str(path)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout) > 100
