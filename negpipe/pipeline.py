@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +19,14 @@ from typing import Any
 
 from negpipe import __version__, approximate, publication
 from negpipe.config import Config
-from negpipe.errors import MissingStageError, VanishedError
+from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.executors import inline, local
 from negpipe.fingerprint import DigestCache
 from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS, Books, Manifest, Part
 from negpipe.redaction import redacted
-from negpipe.repair import check_headers, drop_damaged
+from negpipe.repair import check_headers, damaged, drop_damaged
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
 from negpipe.stages import STAGES
@@ -167,8 +168,9 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
         publication.prepare(run_dir, stage.name, stage_key)
 
     keys: dict[str, None] = {}
-    while _run_planned(stage, context, keys, reporter) and stage.rounds:
-        pass
+    with _damage_named(stage, context):
+        while _run_planned(stage, context, keys, reporter) and stage.rounds:
+            pass
 
     parts = []
     for part_key in keys:
@@ -187,6 +189,28 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     books.write_manifest(manifest)
     context.digest_file.save()
     return manifest
+
+
+@contextmanager
+def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
+    """What nobody foresaw may come of bytes that changed under the same size: then what was read is read whole.
+
+    Raises:
+        DamagedError: a file that the stage reads is not as it was written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NegpipeError) and type(error) not in (NegpipeError, TaskFailedError):
+            raise
+        read = [part for name in stage.inputs for part in context.manifest(name).parts]
+        read += Books(context.run_dir, stage.name).parts() if stage.rounds else ()
+        if wrong := damaged(context.run_dir, (file for part in read for file in part.files)):
+            raise DamagedError(
+                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
+                " again what is damaged and what may come from it"
+            ) from error
+        raise
 
 
 def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter) -> bool:

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config
@@ -166,6 +167,24 @@ def test_what_was_made_from_a_flipped_bit_is_not_believed(whole: Run, tmp_path: 
     assert [path.read_bytes() for path in run.files("triplets")] == [
         path.read_bytes() for path in whole.files("triplets")
     ]
+
+
+@pytest.mark.parametrize("executor", ["inline", "local"])
+def test_what_fails_for_a_changed_byte_names_the_file(whole: Run, tmp_path: Path, executor: str) -> None:
+    """A row number that leads out of the corpus: only the row itself is wrong, every header is as it was."""
+    run = whole.copied(tmp_path / "run")
+    path = run.files("ingest", "anchors")[0]
+    whole_file = pa.memory_map(str(path)).read_buffer()
+    known = pa.ipc.open_file(whole_file).read_all()["known"].chunk(0).values
+    content = bytearray(path.read_bytes())
+    content[known.buffers()[1].address - whole_file.address + 5] ^= 0x10
+    path.write_bytes(content)
+    settings = ["mining.num_negatives=1", 'mining.exclude=["positive_normalized"]']
+    with pytest.raises(DamagedError) as told:
+        pipeline.mine(load_config(run.config, [f"executor.kind={executor}", *settings]))
+    assert str(path.relative_to(run.folder)) in str(told.value)
+    assert "--repair" in str(told.value)
+    pipeline.mine(load_config(run.config, ["executor.kind=inline", *settings]), repair=True)
 
 
 def test_swapped_files_are_found(whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
