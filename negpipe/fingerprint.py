@@ -10,9 +10,13 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from negpipe import unfinished
 
 KEY_LENGTH = 16
 
@@ -58,12 +62,15 @@ class DigestCache:
     """Content digests of files, remembered by path, inode, size and modification time.
 
     A file that changes with all four kept is the documented limit; `rehash` ignores what is remembered.
+    What took long to read is saved as soon as it is known, whatever becomes of the process.
     """
+
+    SECONDS = 30.0  # of work that a kill may cost
 
     def __init__(self, path: Path, *, rehash: bool = False) -> None:
         self._path = path
         self._known: dict[str, list[Any]] = {}
-        self._dirty = False
+        self._dirty, self._saved = False, time.monotonic()
         if not rehash:
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
@@ -81,16 +88,19 @@ class DigestCache:
         value = file_digest(Path(name))
         self._known[name] = [*signature, value]
         self._dirty = True
+        if time.monotonic() - self._saved >= self.SECONDS:
+            self.save()
         return value
 
     def save(self) -> None:
-        """Remember for the next run; best effort, a lost cache only costs time."""
+        """Remember for the next run, where the folder is there; best effort, a lost cache only costs time."""
         if not self._dirty:
             return
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        temporary = unfinished.temporary(self._path.parent)
         try:
             temporary.write_text(json.dumps(self._known), encoding="utf-8")
             os.replace(temporary, self._path)
         except OSError:
-            temporary.unlink(missing_ok=True)
-        self._dirty = False
+            with suppress(OSError):
+                temporary.unlink()
+        self._dirty, self._saved = False, time.monotonic()

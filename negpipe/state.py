@@ -12,7 +12,7 @@ from negpipe import publication
 from negpipe.config import Config
 from negpipe.errors import DamagedError
 from negpipe.fingerprint import DigestCache, key
-from negpipe.manifest import BOOKS, Books, Manifest
+from negpipe.manifest import Books, Manifest
 from negpipe.stage import Context, Stage, cache_path
 from negpipe.stages import STAGES
 
@@ -116,9 +116,11 @@ def _setting(tree: Any, name: str) -> Any:
 
 @contextmanager
 def digests_of(config: Config, *, rehash: bool = False) -> Iterator[DigestCache]:
+    """The digests of source and model files; what is read is remembered, however the work ends."""
     digests = DigestCache(cache_path(config.run_dir), rehash=rehash)
-    yield digests
-    if (config.run_dir / BOOKS).is_dir():
+    try:
+        yield digests
+    finally:
         digests.save()
 
 

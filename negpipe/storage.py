@@ -1,7 +1,6 @@
 """Publishing files: a final name never exists half-written, whatever is killed or fills up.
 
-Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder. Its name
-says who writes it, so that what a dead process left can be told from what a live one works on.
+Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder.
 """
 
 from __future__ import annotations
@@ -9,23 +8,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
-import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from negpipe import unfinished
 from negpipe.errors import NegpipeError, StorageError, VanishedError
 from negpipe.fingerprint import file_digest
 
-TEMPORARY = ".tmp"
-_OWNER = re.compile(r"-(\d+)@([\w.-]+?)(?:-\w{8}|\.tmp)$")
-_DAY = 86400
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -88,42 +81,6 @@ def _refusal(error: Exception, path: Path) -> int | None:
     return next((n for n in _REASONS if n not in _OF_PLACES and os.strerror(n) in str(error)), None)
 
 
-def owner() -> str:
-    """This process, for the name of what it has not finished yet."""
-    host = re.sub(r"[^\w.-]", "_", platform.node())
-    return f"{os.getpid()}@{host}"
-
-
-def abandoned(path: Path) -> bool:
-    """Whether nobody works any more on an unfinished file or folder, so that it may go.
-
-    A process of this machine is looked for. One of another machine can only be at work beside us where locks
-    fail: it counts as dead after a day without a write.
-    """
-    named = _OWNER.search(path.name)
-    if named is None or named[1] == str(os.getpid()):
-        return True
-    if named[2] != owner().partition("@")[2]:
-        newest = max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
-        return time.time() - newest > _DAY
-    return not _alive(int(named[1]))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        # In a container without an init process, the dead stay listed: state Z.
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state not in ("Z", "X")
-
-
 def publish(
     folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
 ) -> Published:
@@ -139,7 +96,7 @@ def publish(
         StorageError: the file system refused; no temporary file is left.
         VanishedError: somebody took the temporary file away.
     """
-    temporary = folder / f".{uuid.uuid4().hex}-{owner()}{TEMPORARY}"
+    temporary = unfinished.temporary(folder)
     size = 0
     with explained(folder, lambda: size if needed is None else needed, least=needed is None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +171,8 @@ def sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed writers left in a folder. Only under the run lock."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        if abandoned(path):
+    for path in unfinished.left_over(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)

@@ -12,13 +12,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negpipe import pipeline
+from negpipe.config_file import load_config
 from negpipe.errors import DamagedError, InputError, StorageError
 from negpipe.fingerprint import DigestCache, canonical, digest, file_digest, key
-from negpipe.manifest import Books, File, Manifest, Part
-from negpipe.storage import explained, publish, remove_temporaries, write_json
+from negpipe.manifest import BOOKS, Books, File, Manifest, Part
+from negpipe.state import digests_of
+from negpipe.storage import explained, publish, write_json
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -140,6 +144,47 @@ def test_a_cache_that_cannot_be_saved_is_no_error(file: Path, tmp_path: Path) ->
     cache.save()
 
 
+def test_what_took_long_to_read_is_remembered_at_once(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a process that is killed has lost no more than some seconds."""
+    monkeypatch.setattr(DigestCache, "SECONDS", 0.0)
+    DigestCache(tmp_path / "digests.json")(file)
+    change_secretly(file, b"behind")
+    assert DigestCache(tmp_path / "digests.json")(file) == hashlib.sha256(b"before").hexdigest()
+
+
+@pytest.mark.parametrize("error", [InputError("a bad row"), OSError("no disk"), KeyboardInterrupt()])
+def test_what_was_read_is_remembered_however_the_work_ends(error: BaseException, file: Path, tmp_path: Path) -> None:
+    config = load_config(small.settings(tmp_path))
+    (config.run_dir / BOOKS).mkdir(parents=True)
+    with pytest.raises(type(error)), digests_of(config) as digests:
+        digests(file)
+        raise error
+    change_secretly(file, b"behind")
+    with digests_of(config) as digests:
+        assert digests(file) == hashlib.sha256(b"before").hexdigest()
+
+
+def test_a_run_that_fails_in_ingest_has_read_its_sources_once(tmp_path: Path) -> None:
+    config = load_config(str(small.build(tmp_path)))
+    with (tmp_path / "data/corpus.jsonl").open("a", encoding="utf-8") as corpus:
+        corpus.write("no JSON\n")
+    with pytest.raises(InputError):
+        pipeline.mine(config)
+    known = json.loads((config.run_dir / BOOKS / "digests.json").read_text(encoding="utf-8"))
+    sources = [path for path in tmp_path.rglob("*") if path.is_file() and "run" not in path.parts]
+    sources.remove(tmp_path / "config.yaml")
+    assert {name: entry[-1] for name, entry in known.items()} == {str(path): file_digest(path) for path in sources}
+
+
+def test_looking_makes_no_run_directory(file: Path, tmp_path: Path) -> None:
+    config = load_config(small.settings(tmp_path))
+    with digests_of(config) as digests:
+        digests(file)
+    assert not config.run_dir.exists()
+
+
 # --- publishing ---------------------------------------------------------------------------------------
 
 
@@ -206,14 +251,6 @@ def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None
     with pytest.raises(type(error)) as caught, explained(tmp_path):
         raise error
     assert caught.value is error
-
-
-def test_only_temporaries_are_removed(tmp_path: Path) -> None:
-    names = {".0f.tmp", "part.npy", ".hidden", "x.tmp"}
-    for name in names:
-        (tmp_path / name).touch()
-    remove_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == names - {".0f.tmp"}
 
 
 # --- sidecars and manifests ---------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,53 @@ def test_each_list_is_read_once_for_all_anchors(tmp_path: Path, monkeypatch: pyt
     # So small a sample gives no guess that could fail, which would read lists again.
     listed.search_lists(anchors, lists, 40, 20, memory=ROOMY, threads=2)
     assert sorted(reads) == [(shard.path, number) for shard in lists.shards for number in range(20)]
+
+
+class Reluctant(io.FileIO):
+    """A file of a network file system, which may give fewer bytes than it is asked for."""
+
+    MOST = 1000
+
+    def readinto(self, room: Any) -> int:
+        return super().readinto(memoryview(room).cast("B")[: self.MOST]) or 0
+
+
+def test_a_list_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = clustered(3_000, 1)
+    lists = listed.open_lists(build(tmp_path, corpus, "IVF4,Flat", 2_000), corpus[:64].astype(np.float32))
+    room = np.empty((lists.longest, DIMENSION), np.float32)
+    whole = [[values.tobytes() for values in lists.read(number, room)] for number in range(4)]
+    assert max(len(vectors) for vectors, _ in whole) > 10 * Reluctant.MOST
+    preadv = os.preadv
+
+    def opened(path: Path, mode: str = "r", buffering: int = -1, *rest: Any) -> Any:
+        raw = Reluctant(path)
+        return raw if buffering == 0 else io.BufferedReader(raw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", opened)
+        patch.setattr(os, "preadv", lambda handle, room, at: preadv(handle, [room[0].cast("B")[: Reluctant.MOST]], at))
+        pieces = [[values.tobytes() for values in lists.read(number, room)] for number in range(4)]
+        numbers = [lists.ids(number).tobytes() for number in range(4)]
+    assert pieces == whole
+    assert numbers == [ids for _, ids in whole]
+
+
+@pytest.mark.slow
+def test_a_list_of_more_than_two_gibibytes_is_read_whole(tmp_path: Path) -> None:
+    """The system reads 2**31 - 4096 bytes at a time, whatever it is asked for."""
+    path, rows, first = tmp_path / "shard.faiss", 2**26 // DIMENSION * 8 + 100, 96
+    last = np.arange(DIMENSION, dtype=np.float32)
+    with path.open("wb") as file:  # all but the last vector and the id are a hole
+        file.seek(first + (rows - 1) * last.nbytes)
+        file.write(last.tobytes() + np.int64(7).tobytes())
+    shard = listed._Shard(path, 0, np.array([rows]), np.array([first]))
+    vectors, ids = np.empty((rows, DIMENSION), np.float32), np.empty(1, np.int64)
+    assert vectors.nbytes > 2**31
+    shard.read(0, 0, vectors, ids)
+    assert vectors[-1].tolist() == last.tolist()
+    assert not vectors[-1000:-1].any()
+    assert ids.tolist() == [7]
 
 
 @pytest.mark.parametrize("nprobe", [1, 3, 20])

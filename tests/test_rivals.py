@@ -25,7 +25,6 @@ from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.config_file import load_config
 from negpipe.errors import LockedError
 from negpipe.lock import run_lock
-from negpipe.storage import TEMPORARY, owner, remove_temporaries
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -152,23 +151,6 @@ def test_a_file_system_without_locks_is_warned_of(whole: Run, tmp_path: Path) ->
     code, _, log = run.command("mine", environment=blow(locks="not there"))
     assert code == 0
     assert f"{run.folder} cannot be locked (No locks available): start no second run on it" in log
-
-
-def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    host = owner().partition("@")[2]
-    dead, living, elsewhere, of_old = (
-        tmp_path / f".{name}{TEMPORARY}"
-        for name in (f"a-{process.pid}@{host}", f"b-{os.getppid()}@{host}", f"c-{process.pid}@other.host", "d")
-    )
-    for path in (dead, living, elsewhere, of_old):
-        path.touch()
-    remove_temporaries(tmp_path)
-    assert set(tmp_path.iterdir()) == {living, elsewhere}
-    os.utime(elsewhere, (time.time() - 2 * 86400,) * 2)
-    remove_temporaries(tmp_path)
-    assert set(tmp_path.iterdir()) == {living}
 
 
 def test_a_worker_refuses_manifests_its_tasks_were_not_planned_on(whole: Run) -> None:

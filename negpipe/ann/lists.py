@@ -6,7 +6,6 @@ scored by `pair_scores`, the same bytes for any memory and any number of threads
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,11 +41,10 @@ class _Shard:
 
     def read(self, number: int, offset: int, *out: NDArray[Any]) -> None:
         """Fill arrays one after the other from so many bytes behind the begin of a list."""
-        with self.path.open("rb", buffering=0) as file:
-            count = os.preadv(
-                file.fileno(), [array.reshape(-1).data for array in out], int(self.offsets[number]) + offset
-            )
-            if count < sum(array.nbytes for array in out):
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[number]) + offset)
+            # A buffered file asks on until the array is full: the system gives 2 GiB at most, and may give less.
+            if any(file.readinto(array.reshape(-1).data) < array.nbytes for array in out):
                 raise DamagedError(f"{self.path}: ends within list {number}. Run `negpipe verify`")
 
 

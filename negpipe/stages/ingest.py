@@ -31,14 +31,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from negpipe import joins, rejected, sources
+from negpipe import joins, rejected, sources, unfinished
 from negpipe.config import Config
 from negpipe.errors import ConfigError
 from negpipe.fingerprint import digest, file_digest, key
 from negpipe.manifest import BOOKS, Books, Part
 from negpipe.spool import Spool, extra_columns, load
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import abandoned, explained, owner, write_all
+from negpipe.storage import explained, write_all
 from negpipe.tables import to_bytes
 from negpipe.texts import digests, hashes
 
@@ -68,13 +68,13 @@ def _sources(context: Context) -> dict[str, str]:
 def _plan(context: Context) -> Iterator[Task]:
     folder = context.run_dir / BOOKS / "ingest"
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("spool-*"):
-        if abandoned(left_over):
-            shutil.rmtree(left_over, ignore_errors=True)
     with (
         explained(folder),
         _within(context.config.resources.memory_budget),
-        tempfile.TemporaryDirectory(prefix=f"spool-{owner()}-", dir=folder) as spool,
+        # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
+        tempfile.TemporaryDirectory(
+            prefix=f"spool-{unfinished.owner()}-", dir=folder, ignore_cleanup_errors=True
+        ) as spool,
     ):
         config = context.config
         database = load(config, context.threads, Path(spool))
