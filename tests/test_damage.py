@@ -13,7 +13,6 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyarrow as pa
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config
