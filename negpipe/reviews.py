@@ -31,7 +31,8 @@ Ints = npt.NDArray[np.int64]
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
 MADE_OF = "made_of"
 """Where both say which candidates, or which rows, they are of."""
-_ANCHORS = 4096  # whose positives are in memory at a time
+_ANCHORS = 4096  # looked at at a time
+_JUDGMENTS = 8192  # whose texts are in memory at a time
 _NEIGHBOURS = 16  # near anchors of an anchor, at most
 
 
@@ -113,6 +114,7 @@ def calibrate_settings(
             made = calibrate.calibrate(
                 context.config,
                 opened.corpus,
+                opened.namesakes,
                 trials,
                 settings(context.config),
                 method=method,
@@ -173,9 +175,12 @@ def _qrels(context: Context) -> audit.Qrels:
             for start in range(0, table.num_rows, _ANCHORS):
                 some = table.slice(start, _ANCHORS)
                 known, offsets = ragged(some["known"])
-                at = pa.array(np.repeat(np.arange(some.num_rows), np.diff(offsets)))
-                columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
-                yield pa.table({**columns, "document": known, "text": corpus.strings("text", known)})
+                owner = np.repeat(np.arange(some.num_rows), np.diff(offsets))
+                for low in range(0, len(known), _JUDGMENTS):
+                    here = slice(low, low + _JUDGMENTS)
+                    at, rows = pa.array(owner[here]), known[here]
+                    columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
+                    yield pa.table({**columns, "document": rows, "text": corpus.strings("text", rows)})
 
     def named() -> Iterator[pa.Table]:
         for start, path in zip(corpus.starts.tolist(), parts, strict=False):

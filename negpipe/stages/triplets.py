@@ -29,6 +29,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, File, Part
 from negpipe.mining import Fate
+from negpipe.namesakes import Namesakes
 from negpipe.publication import staging
 from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -97,6 +98,7 @@ class Shared:
     """What selection needs, for every part."""
 
     corpus: Rows
+    namesakes: Namesakes
     selector: Selector
     passages: list[Path]
     """Vectors of the documents that can be candidates, encode's parts."""
@@ -107,10 +109,12 @@ class Shared:
 def open_selection(context: Context) -> Shared:
     """Open what ingest and encode left; also for those who read candidates without running the stage."""
     parts = searchable(context.manifest("encode"), context.config)
-    corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
+    read = context.manifest("ingest")
+    corpus = Rows([context.file(part) for part in documents(read)])
+    namesakes = Namesakes([context.file(part) for part in read.of_kind("namesakes")])
     passages, rows = [context.file(part) for part in parts], sum(part.rows for part in parts)
-    selector = Selector(context.config, corpus, searchable=rows, passages=passages, threads=context.threads)
-    return Shared(corpus, selector, passages, rows)
+    about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.threads}
+    return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), passages, rows)
 
 
 def _check_memory(context: Context) -> None:
@@ -154,7 +158,8 @@ def is_deeper(file: File) -> bool:
 
 
 def _shared(context: Context) -> list[Part]:
-    return [part for stage in ("ingest", "encode") for part in documents(context.manifest(stage))]
+    read, encode = context.manifest("ingest"), context.manifest("encode")
+    return [*documents(read), *read.of_kind("namesakes"), *documents(encode)]
 
 
 @contextmanager
@@ -268,10 +273,10 @@ def _publish(publish: Publisher, task: Task, config: Config, number: int, tables
 
 def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, corpus: Rows) -> pa.Table:
     """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short."""
-    width = units.fates.shape[1]
+    width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
     each = config.mining.margin_reference == "each"
     positive = corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
-    deepest = np.where(units.fates == Fate.TAKEN, np.arange(width)[None, :], -1).max(axis=1, initial=-1)
+    deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
     reasons = {
         f"dropped_{fate.name.lower()}": counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)
     }
