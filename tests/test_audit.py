@@ -489,7 +489,7 @@ def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path)
     if shape == "one document":
         listed = {"document": [0], "id": ids[:1], "other_ids": [ids[1:]]}
     if shape == "one anchor":
-        listed = {name: [*values, extra] for (name, values), extra in zip(listed.items(), (MANY, "e", []), strict=True)}
+        listed = {"document": list(range(MANY + 1)), "id": [*ids, "e"], "other_ids": [[]] * (MANY + 1)}
     options = audit.Options(columns={}, memory=2**27)
     for qrels in (None, audit.Qrels("qrels", pieces, [pa.table(listed)])):
         found = {one.check: one.count for one in audit.audit(tmp_path / "rows.parquet", options, qrels).findings}

@@ -39,6 +39,7 @@ from negpipe.tables import Rows, documents, searchable
 VERSION = 4
 _DEEPER = "deeper"
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
+_FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -126,14 +127,19 @@ def _check_memory(context: Context) -> None:
     stored = min(largest, candidates.ROW_GROUP) * depth
     deepest = adaptive.limit(context.config, read.stats["rows"])
     deeper = min(largest * deepest, max(candidates.CELLS, deepest))
-    cell, written = float(_CELL), 5 * min(formats.GROUP_BYTES, texts)
-    if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
-        cell *= read.stats["positives"] / max(1, read.stats["anchors"])
-    chosen = int(max(stored, deeper) * cell)
+    written = 5 * min(formats.GROUP_BYTES, texts)
+
+    def takes(cells: int) -> int:
+        if context.config.mining.margin_reference != "each":
+            return cells * _CELL
+        # On average, an anchor is looked at for each of its positives; some at a time.
+        units = int(cells * read.stats["positives"] / max(1, read.stats["anchors"]))
+        return max(cells, min(units, candidates.CELLS)) * _CELL + units * _FATE
+
+    chosen = takes(max(stored, deeper))
     if chosen + written > context.memory:
-        shallower = f"lower search.depth ({context.config.depth:,} now)"
-        helping = {shallower: stored, "set mining.max_depth: 0": deeper}
-        remedy = " and ".join(text for text, cells in helping.items() if cells * cell + written > context.memory)
+        helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": deeper}
+        remedy = " and ".join(text for text, cells in helping.items() if takes(cells) + written > context.memory)
         fewer = "lower executor.workers, " if context.workers > 1 else ""
         raise ConfigError(
             f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
@@ -145,6 +151,17 @@ def _check_memory(context: Context) -> None:
         rows = sum(part.rows for part in searchable(encode, context.config))
         dimension, deepest = encode.stats["dimension"], min(deepest, rows)
         adaptive.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
+
+
+def _shallower(config: Config, max_positives: int) -> str:
+    """What makes search store fewer candidates."""
+    if config.search.depth:
+        return f"lower search.depth ({config.depth:,} now)"
+    named = {"mining.range_max": config.mining.range_max, "mining.depth": config.mining.depth}
+    shown = ", ".join(f"{name} ({value:,} now)" for name, value in named.items() if isinstance(value, int))
+    if config.mining.depth != (config.mining.range_max or 0) + max_positives:
+        return f"lower {shown}"
+    return f"set smaller numbers for {shown}, which make room for the {max_positives:,} positives of one anchor text"
 
 
 def part_files(context: Context, task: Task) -> PartFiles:
