@@ -113,14 +113,15 @@ def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[
     Yields:
         tables of first (position in the spool), normalized, cut, ids (every id once, the first one first), source_rows.
     """
-    own = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
-    heads = f"select row as number, first, normalized, d1 as cut from numbered n where n.corpus = {corpus} order by row"
+    heads = f"select row as number, first, normalized, d1 as cut from numbered where corpus = {corpus} order by row"
+    of_texts = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
+    place = f"d.position + if(d.corpus, 0, {2**62})"
     ids, source_rows = (
-        _Followers(_batches(database, query))
+        _Followers(_batches(database, _sorted(database, query)))
         for query in (
-            f"""select number, id from (select n.row as number, d.id, min((not d.corpus, d.position)) as place {own}
-                group by all) order by number, place""",
-            f"select n.row as number, d.source_row {own} order by n.row, not d.corpus, d.position",
+            f"""select number, id from (select n.row as number, d.id, min({place}) as place {of_texts} group by all)
+                order by number, place""",
+            f"select n.row as number, d.source_row {of_texts} order by number, {place}",
         )
     )
     for batch in _batches(database, heads):
@@ -138,19 +139,19 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
     Yields:
         tables of up to `rows` anchors: they hold texts, of any length.
     """
+    positives, known = (
+        _Followers(_batches(database, _sorted(database, query)))
+        for query in (
+            "select number, row, grade from positives join anchors on query = id order by number, n",
+            "select number, row, by_id from known order by number, row",
+        )
+    )
     heads = _batches(
         database,
         """
         select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, [a.source_row] as source_rows,
             a.d1 as cut from anchors a left join numbered n using (d1, d2) order by a.number""",
         min(rows, BATCH),
-    )
-    positives, known = (
-        _Followers(_batches(database, query))
-        for query in (
-            "select number, row, grade from positives join anchors on query = id order by number, n",
-            "select number, row, by_id from known order by number, row",
-        )
     )
     low = 0
     for batch in heads:
@@ -213,6 +214,13 @@ def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
     row = database.execute(query).fetchone()
     assert row is not None
     return int(row[0])
+
+
+def _sorted(database: duckdb.DuckDBPyConnection, query: str) -> str:
+    """A query of the same rows that sorts nothing while other queries run: what sorts takes memory until it ends."""
+    name = f"sorted_{_count(database, 'select count(*) from duckdb_tables()')}"
+    database.execute(f"create table {name} as {query}")
+    return f"select * from {name}"
 
 
 def _batches(database: duckdb.DuckDBPyConnection, query: str, rows: int = BATCH) -> pa.RecordBatchReader:

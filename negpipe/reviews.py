@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -34,6 +35,7 @@ MADE_OF = "made_of"
 _ANCHORS = 4096  # looked at at a time
 _JUDGMENTS = 8192  # whose texts are in memory at a time
 _NEIGHBOURS = 16  # near anchors of an anchor, at most
+_SUSPECTS = 2**20  # positives of theirs that are in memory at a time
 
 
 def measure_quality(config: Config, *, reporter: Reporter | None = None) -> quality.Quality:
@@ -255,9 +257,16 @@ def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Tr
             threads=context.threads,
         )
         anchor, column = np.nonzero((near.scores >= least) & (near.rows >= 0) & (near.rows != rows[:, None]))
-        positions, ends = members(offsets, near.rows[anchor, column])
+        # One of them may have very many positives: as many anchors at a time as have a bounded number.
         per_anchor = np.concatenate([[0], np.cumsum(np.bincount(anchor, minlength=len(rows)))])
-        yield calibrate.near_anchors(anchors, found, opened.corpus, known[positions], ends[per_anchor])
+        listed = np.concatenate([[0], np.cumsum(np.diff(offsets)[near.rows[anchor, column]])])
+        cuts = np.flatnonzero(np.diff(listed[per_anchor[1:]] // _SUSPECTS)) + 1
+        for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
+            pairs, some = slice(per_anchor[low], per_anchor[high]), np.arange(low, high)
+            positions, ends = members(offsets, near.rows[anchor[pairs], column[pairs]])
+            ends = ends[per_anchor[low : high + 1] - per_anchor[low]]
+            piece = anchors.slice(low, high - low), found.take(some)
+            yield calibrate.near_anchors(*piece, opened.corpus, known[positions], ends)
         start += len(rows)
 
 
