@@ -7,6 +7,7 @@ anchor; many identical documents. With --torture there are 100,000 of whatever i
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -192,7 +193,11 @@ def test_calibration_hides_the_positives_of_one_anchor_from_each_other(tmp_path:
     config = config_of(folder, "mining.num_negatives=2", "mining.range_max=20", "search.depth=64")
     for stage in ("ingest", "encode", "index", "search"):
         pipeline.mine(config, only=stage)
+    tracemalloc.start()
     made = reviews.calibrate_settings(config, lambda _: [Setting(0, 20, "top", None, None, None)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 128 * 2**20  # a list of all for each of them is half a gigabyte
     assert (made.anchors, made.trials) == (1, MANY - 19)
 
 
