@@ -114,8 +114,10 @@ def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
 
 def _named(owner: str, positives: str, column: str) -> str:
     """Whether x is a positive by its own id, or as the document that the qrels know under any of its ids."""
+    # Nulls among what is looked up would be compared row by row.
     return " or ".join(
-        f"(x.{name} is not null and ({owner}, x.{name}) in (select {column}, {name} from {positives}))"
+        f"(x.{name} is not null and ({owner}, x.{name}) in"
+        f" (select {column}, {name} from {positives} where {name} is not null))"
         for name in ("id", "document")
     )
 

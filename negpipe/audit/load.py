@@ -160,11 +160,12 @@ def texts(database: duckdb.DuckDBPyConnection, *, with_qrels: bool) -> None:
     document, ids = ("document", "left join known_ids using (id)") if with_qrels else ("null::bigint as document", "")
     asked = "union select a, n from known join normal on known.anchor = normal.h" if with_qrels else ""
     database.execute(f"""
-        create table anchors as select distinct a, n from entries join normal using (h) {asked};
+        create table anchors as select distinct a, n from entries join normal using (h) where a is not null {asked};
         create table negatives as select doc, row, a, u, id, {document}, d.h, n, score
             from documents d join entries using (row) left join normal on d.h = normal.h {ids} where not positive;
         create table positives as select distinct a, id, null::bigint as document, d.h, n
-            from documents d join entries using (row) join normal on d.h = normal.h where positive {known};
+            from documents d join entries using (row) join normal on d.h = normal.h
+            where positive and a is not null {known};
     """)
 
 
