@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 _PAIRS = 16384  # whose texts are in memory at a time
+_ASKED = 2**20  # pairs that are asked for at a time
 
 
 @dataclass
@@ -53,17 +55,20 @@ class Finder:
             (p,) bool.
         """
         started = time.monotonic()
-        positions, ends = members(offsets, owner)
-        pair = np.repeat(np.arange(len(rows)), np.diff(ends))
-        positive = positives[positions]
         found = np.zeros(len(rows), np.bool_)
-        # Pairs that several owners ask for are compared once.
-        unique, inverse = np.unique(rows[pair] * len(self.corpus) + positive, return_inverse=True)
-        chunks = (unique[at : at + _PAIRS] for at in range(0, len(unique), _PAIRS))
-        pieces = [self._alike(*divmod(chunk, len(self.corpus))) for chunk in chunks]
-        alike = np.concatenate([np.empty(0, np.bool_), *pieces])
-        found[pair[alike[inverse]]] = True
-        self.pairs += len(unique)
+        # A positive may be one of many: as many candidates at a time as have a bounded number of pairs.
+        cuts = np.flatnonzero(np.diff(np.cumsum(np.diff(offsets)[owner]) // _ASKED)) + 1
+        for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
+            here = slice(low, high)
+            positions, ends = members(offsets, owner[here])
+            pair = np.repeat(np.arange(low, high), np.diff(ends))
+            # Pairs that several owners ask for are compared once.
+            unique, inverse = np.unique(rows[pair] * len(self.corpus) + positives[positions], return_inverse=True)
+            chunks = (unique[at : at + _PAIRS] for at in range(0, len(unique), _PAIRS))
+            pieces = [self._alike(*divmod(chunk, len(self.corpus))) for chunk in chunks]
+            alike = np.concatenate([np.empty(0, np.bool_), *pieces])
+            found[pair[alike[inverse]]] = True
+            self.pairs += len(unique)
         self.seconds += time.monotonic() - started
         return found
 

@@ -185,13 +185,19 @@ def _arranged(units: Units, config: Config) -> _Rows:
 
 
 def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int | None) -> list[int]:
-    """Where row groups begin and end: between units, so that texts stay within bounds, and where a file is full."""
+    """Where row groups begin and end, so that texts stay within bounds, and where a file is full.
+
+    Between units; a unit with more texts than a group holds is cut between its documents.
+    """
     sizes = np.concatenate([[0], np.cumsum(corpus.sizes("text", np.concatenate([units.positives, units.negatives])))])
     split = len(units.positives)
     size = np.diff(sizes[units.positive_offsets]) + np.diff(sizes[split + units.negative_offsets])
     group = (np.cumsum(size) // GROUP_BYTES)[rows.unit]
     count = len(rows.unit)
-    ends = {int(end) + 1 for end in np.flatnonzero(np.diff(group))}
+    document = rows.documents[rows.offsets[:-1]]
+    first = np.where(document < split, units.positive_offsets[rows.unit], split + units.negative_offsets[rows.unit])
+    inside = (sizes[document] - sizes[first]) // GROUP_BYTES
+    ends = {int(end) + 1 for end in np.flatnonzero(np.diff(group) | np.diff(inside))}
     if limit:
         ends |= set(range(-written % limit, count, limit)) - {0}
     return [0, *sorted(ends), count]

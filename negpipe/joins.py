@@ -1,15 +1,15 @@
 """What ingest must join: duplicates, ids, judgments. Through DuckDB, which spills; results are streamed.
 
-Nothing here grows with the corpus beyond DuckDB's memory limit: groups of rows become lists as they pass by.
+Nothing here grows with the corpus beyond DuckDB's memory limit: groups of rows become lists as they pass by. No join
+multiplies: one side of each has a key at most once, so time grows with the rows however often an id or a text repeats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config import Config
@@ -19,17 +19,19 @@ from negpipe.rejected import too_many
 if TYPE_CHECKING:
     import duckdb
 
-Ints = npt.NDArray[np.int64]
-
 BATCH = 8192
 
 
 def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
     """Refuse what cannot be mended later: an id with two texts, nothing to mine."""
     for table, what in (("documents", "document"), ("queries", "query")):
+        # The first row that differs from an earlier one of its id differs from the id's first row.
         clash = database.execute(f"""
-            select b.id, b.file, b.line, a.file, a.line from {table} a join {table} b
-            on a.id = b.id and (a.d1, a.d2) != (b.d1, b.d2) and a.rowid < b.rowid order by b.rowid, a.rowid limit 1
+            with clashing as (select id, min(rowid) as first from {table} group by id
+                having min(d1) != max(d1) or min(d2) != max(d2))
+            select b.id, b.file, b.line, a.file, a.line from clashing
+            join {table} a on a.rowid = first join {table} b on b.id = clashing.id and (a.d1, a.d2) != (b.d1, b.d2)
+            order by b.rowid limit 1
         """).fetchone()
         if clash:
             raise InputError(
@@ -109,32 +111,41 @@ def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[
     """Rows of the corpus or of the positives that it lacks, in order.
 
     Yields:
-        tables of first (position in the spool), ids (every id, the first one first), source_rows, normalized, cut.
+        tables of first (position in the spool), normalized, cut, ids (every id once, the first one first), source_rows.
     """
-    query = f"""
-        select n.row as number, n.first, n.normalized, n.d1 as cut, d.id, d.source_row
-        from numbered n join documents d using (d1, d2) where n.corpus = {corpus}
-        order by n.row, not d.corpus, d.position"""
-    for table in _whole_groups(_batches(database, query)):
-        starts, offsets = _groups(table)
-        heads = table.take(pa.array(starts))
-        yield pa.table(
-            {
-                "first": heads["first"],
-                "ids": _lists(offsets, table["id"]),
-                "source_rows": _lists(offsets, table["source_row"]),
-                "normalized": heads["normalized"],
-                "cut": heads["cut"],
-            }
+    heads = f"select row as number, first, normalized, d1 as cut from numbered where corpus = {corpus} order by row"
+    of_texts = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
+    place = f"d.position + if(d.corpus, 0, {2**62})"
+    ids, source_rows = (
+        _Followers(_batches(database, _sorted(database, query)))
+        for query in (
+            f"""select number, id from (select n.row as number, d.id, min({place}) as place {of_texts} group by all)
+                order by number, place""",
+            f"select n.row as number, d.source_row {of_texts} order by number, {place}",
         )
+    )
+    for batch in _batches(database, heads):
+        table = pa.Table.from_batches([batch])
+        if batch.num_rows:
+            first = table["number"][0].as_py()
+            high = first + batch.num_rows
+            lists = ids.take(first, high, {"ids": "id"}) | source_rows.take(first, high, {"source_rows": "source_row"})
+            yield _with(table.drop_columns("number"), lists)
 
 
 def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table]:
-    """The anchors in order, each with the rows of its positives, of all it is known to have, and of its namesakes.
+    """The anchors in order, each with the rows of its positives and of all it is known to have.
 
     Yields:
         tables of up to `rows` anchors: they hold texts, of any length.
     """
+    positives, known = (
+        _Followers(_batches(database, _sorted(database, query)))
+        for query in (
+            "select number, row, grade from positives join anchors on query = id order by number, n",
+            "select number, row, by_id from known order by number, row",
+        )
+    )
     heads = _batches(
         database,
         """
@@ -142,29 +153,34 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
             a.d1 as cut from anchors a left join numbered n using (d1, d2) order by a.number""",
         min(rows, BATCH),
     )
-    positives, known, shared = (
-        _Followers(_batches(database, query))
-        for query in (
-            "select number, row, grade from positives join anchors on query = id order by number, n",
-            "select number, row, by_id from known order by number, row",
-            """select distinct a.number, g.row from anchors a
-            join askers b on a.normalized = b.normalized and a.id != b.id join good g on g.query = b.id
-            anti join known k on k.number = a.number and k.row = g.row order by 1, 2""",
-        )
-    )
     low = 0
     for batch in heads:
         high = low + batch.num_rows
-        table = pa.Table.from_batches([batch])
-        lists = (
-            positives.take(low, high, {"positives": "row", "grades": "grade"})
-            | known.take(low, high, {"known": "row", "known_by_id": "by_id"})
-            | shared.take(low, high, {"shared": "row"})
+        lists = positives.take(low, high, {"positives": "row", "grades": "grade"}) | known.take(
+            low, high, {"known": "row", "known_by_id": "by_id"}
         )
-        for name, column in lists.items():
-            table = table.append_column(name, column)
-        yield table
+        yield _with(pa.Table.from_batches([batch]), lists)
         low = high
+
+
+def namesakes(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    """What several queries of one normalised text are known to have, once a text however many they are.
+
+    Yields:
+        tables of normalized and row, ascending, for every text that an anchor and another query with positives ask;
+        cut.
+    """
+    query = """
+        with said as (select q.normalized, q.id, g.row from good g join askers q on g.query = q.id
+            where q.normalized in (select normalized from anchors))
+        select distinct normalized, row from said where normalized in (
+            select normalized from said group by normalized having min(id) != max(id)
+        ) order by normalized, row"""
+    for batch in _batches(database, query):
+        table = pa.Table.from_batches([batch])
+        # Of both, so that parts end within the rows of one text too.
+        cut = table["normalized"].to_numpy() ^ table["row"].to_numpy().astype(np.uint64)
+        yield table.append_column("cut", pa.array(cut))
 
 
 def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int]:
@@ -200,35 +216,22 @@ def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(row[0])
 
 
+def _sorted(database: duckdb.DuckDBPyConnection, query: str) -> str:
+    """A query of the same rows that sorts nothing while other queries run: what sorts takes memory until it ends."""
+    name = f"sorted_{_count(database, 'select count(*) from duckdb_tables()')}"
+    database.execute(f"create table {name} as {query}")
+    return f"select * from {name}"
+
+
 def _batches(database: duckdb.DuckDBPyConnection, query: str, rows: int = BATCH) -> pa.RecordBatchReader:
     """The result of a query, streamed; its own cursor, since other queries run in between."""
     return database.cursor().sql(query).to_arrow_reader(rows)
 
 
-def _whole_groups(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The rows of all batches, cut so that rows of one `number` stay together."""
-    pending: pa.Table | None = None
-    for batch in batches:
-        table = pa.Table.from_batches([batch])
-        if pending is not None:
-            table = pa.concat_tables([pending, table])
-        last = int(_groups(table)[0][-1])
-        if last:
-            yield table.slice(0, last)
-        pending = table.slice(last)
-    if pending is not None:
-        yield pending
-
-
-def _groups(table: pa.Table) -> tuple[Ints, Ints]:
-    """Where each run of equal `number` begins, and the same with the end."""
-    numbers = table["number"].to_numpy()
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    return starts, np.append(starts, len(numbers))
-
-
-def _lists(offsets: Ints, column: pa.ChunkedArray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column.combine_chunks())
+def _with(table: pa.Table, lists: dict[str, pa.ListArray]) -> pa.Table:
+    for name, column in lists.items():
+        table = table.append_column(name, column)
+    return table
 
 
 class _Followers:
@@ -251,4 +254,7 @@ class _Followers:
         table = pa.concat_tables(pieces)
         sizes = np.bincount(table["number"].to_numpy() - low, minlength=high - low)
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        return {name: _lists(offsets, table[column]) for name, column in columns.items()}
+        return {
+            name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), table[column].combine_chunks())
+            for name, column in columns.items()
+        }

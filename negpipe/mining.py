@@ -29,6 +29,7 @@ Fates = NDArray[np.uint8]
 _Key = TypeVar("_Key", np.int64, np.uint64)
 
 _CELLS = 2**18  # comparisons at a time in `contains`: what fits the cache
+LONG = 128  # values of a list in which looking up is quicker than comparing
 
 
 class Fate(IntEnum):
@@ -93,25 +94,42 @@ class Rules:
     on_shortage: Literal["keep", "drop", "fail"] = "keep"
 
 
-def contains(candidates: NDArray[_Key], values: NDArray[_Key], offsets: Rows) -> Mask:
+def contains(
+    candidates: NDArray[_Key], values: NDArray[_Key], offsets: Rows, lists: NDArray[np.int64] | None = None
+) -> Mask:
     """Whether each candidate is in its unit's ragged list.
 
     Args:
         candidates: (n, k) rows or hashes.
         values: rows or hashes of all lists, at least 0.
-        offsets: (n + 1,) int64.
+        offsets: (m + 1,) int64.
+        lists: (n,) int64, which list is each unit's; None: its own.
 
     Returns:
-        (n, k) bool. Time grows with the number of values times k, memory does not.
+        (n, k) bool. Short lists are compared value by value. A long one is sorted, once for all units that share it,
+        and looked up in: neither time nor memory grows with its length times the units or the candidates.
     """
-    units = np.repeat(np.arange(len(candidates)), np.diff(offsets))
-    owned = values[offsets[0] : offsets[-1]]
-    found = np.zeros(candidates.shape, np.bool_)
-    step = max(1, _CELLS // max(1, candidates.shape[1]))
-    for start in range(0, len(owned), step):
-        unit = units[start : start + step]
-        value, column = np.nonzero(candidates[unit] == owned[start : start + step, None])
+    n, k = candidates.shape
+    lists = np.arange(n) if lists is None else lists
+    found = np.zeros((n, k), np.bool_)
+    lengths = np.diff(offsets)[lists]
+    short = np.where(lengths > LONG, 0, lengths)
+    ends = np.cumsum(short)
+    step = max(1, _CELLS // max(1, k))
+    for start in range(0, int(ends[-1]) if n else 0, step):
+        at = np.arange(start, min(start + step, int(ends[-1])))
+        unit = np.searchsorted(ends, at, side="right")
+        owned = values[offsets[lists[unit]] + at - (ends[unit] - short[unit])]
+        value, column = np.nonzero(candidates[unit] == owned[:, None])
         found[unit[value], column] = True
+    long = np.flatnonzero(lengths > LONG)
+    long = long[np.argsort(lists[long], kind="stable")]
+    for sharing in np.split(long, np.flatnonzero(np.diff(lists[long])) + 1) if len(long) else ():
+        ordered = np.sort(values[slice(*offsets[lists[sharing[0]] :][:2])])
+        for start in range(0, len(sharing), step):
+            units = sharing[start : start + step]
+            place = np.minimum(np.searchsorted(ordered, candidates[units]), len(ordered) - 1)
+            found[units] = ordered[place] == candidates[units]
     return found
 
 
@@ -232,9 +250,15 @@ def counts(fates: Fates) -> NDArray[np.int64]:
     Returns:
         (n, len(Fate)) int64, columns in the order of `Fate`; a row adds up to k.
     """
-    n = len(fates)
-    cells = np.arange(n)[:, None] * len(Fate) + fates
-    return np.bincount(cells.ravel(), minlength=n * len(Fate)).reshape(n, len(Fate))
+    counted = np.zeros((len(fates), len(Fate)), np.int64)
+    step = max(1, _CELLS // max(1, fates.shape[1]))
+    for start in range(0, len(fates), step):
+        some = fates[start : start + step]
+        cells = np.arange(len(some))[:, None] * len(Fate) + some
+        counted[start : start + step] = np.bincount(cells.ravel(), minlength=len(some) * len(Fate)).reshape(
+            len(some), len(Fate)
+        )
+    return counted
 
 
 def _drop(fates: Fates, dropped: Mask, reason: Fate) -> None:

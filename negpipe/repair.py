@@ -26,7 +26,7 @@ from negpipe.state import identity_of
 from negpipe.tables import open_table
 
 logger = logging.getLogger(__name__)
-_TABLES = ("corpus", "added", "anchors", "ids", "flat", "candidates", "triplets")
+_TABLES = ("corpus", "added", "anchors", "namesakes", "ids", "flat", "candidates", "triplets")
 """Kinds of parts whose rows their files hold; those of an approximate index are looked at where it is opened."""
 _BESIDE = {"ledger": "units", "deeper": "searched_deeper"}
 """Folder of files that hold other rows than their part's: what the part calls their number."""

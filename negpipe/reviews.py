@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -31,8 +32,10 @@ Ints = npt.NDArray[np.int64]
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
 MADE_OF = "made_of"
 """Where both say which candidates, or which rows, they are of."""
-_ANCHORS = 4096  # whose positives are in memory at a time
+_ANCHORS = 4096  # looked at at a time
+_JUDGMENTS = 8192  # whose texts are in memory at a time
 _NEIGHBOURS = 16  # near anchors of an anchor, at most
+_SUSPECTS = 2**20  # positives of theirs that are in memory at a time
 
 
 def measure_quality(config: Config, *, reporter: Reporter | None = None) -> quality.Quality:
@@ -113,6 +116,7 @@ def calibrate_settings(
             made = calibrate.calibrate(
                 context.config,
                 opened.corpus,
+                opened.namesakes,
                 trials,
                 settings(context.config),
                 method=method,
@@ -173,9 +177,12 @@ def _qrels(context: Context) -> audit.Qrels:
             for start in range(0, table.num_rows, _ANCHORS):
                 some = table.slice(start, _ANCHORS)
                 known, offsets = ragged(some["known"])
-                at = pa.array(np.repeat(np.arange(some.num_rows), np.diff(offsets)))
-                columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
-                yield pa.table({**columns, "document": known, "text": corpus.strings("text", known)})
+                owner = np.repeat(np.arange(some.num_rows), np.diff(offsets))
+                for low in range(0, len(known), _JUDGMENTS):
+                    here = slice(low, low + _JUDGMENTS)
+                    at, rows = pa.array(owner[here]), known[here]
+                    columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
+                    yield pa.table({**columns, "document": rows, "text": corpus.strings("text", rows)})
 
     def named() -> Iterator[pa.Table]:
         for start, path in zip(corpus.starts.tolist(), parts, strict=False):
@@ -250,9 +257,16 @@ def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Tr
             threads=context.threads,
         )
         anchor, column = np.nonzero((near.scores >= least) & (near.rows >= 0) & (near.rows != rows[:, None]))
-        positions, ends = members(offsets, near.rows[anchor, column])
+        # One of them may have very many positives: as many anchors at a time as have a bounded number.
         per_anchor = np.concatenate([[0], np.cumsum(np.bincount(anchor, minlength=len(rows)))])
-        yield calibrate.near_anchors(anchors, found, opened.corpus, known[positions], ends[per_anchor])
+        listed = np.concatenate([[0], np.cumsum(np.diff(offsets)[near.rows[anchor, column]])])
+        cuts = np.flatnonzero(np.diff(listed[per_anchor[1:]] // _SUSPECTS)) + 1
+        for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
+            pairs, some = slice(per_anchor[low], per_anchor[high]), np.arange(low, high)
+            positions, ends = members(offsets, near.rows[anchor[pairs], column[pairs]])
+            ends = ends[per_anchor[low : high + 1] - per_anchor[low]]
+            piece = anchors.slice(low, high - low), found.take(some)
+            yield calibrate.near_anchors(*piece, opened.corpus, known[positions], ends)
         start += len(rows)
 
 

@@ -21,7 +21,8 @@ from negpipe.candidates import Candidates, Deeper
 from negpipe.config import Config
 from negpipe.errors import InputError
 from negpipe.mining import Fate
-from negpipe.tables import Rows, members, open_table, ragged
+from negpipe.namesakes import Namesakes
+from negpipe.tables import Rows, open_table, ragged
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -102,7 +103,8 @@ class Choice:
         anchor: (u,) as in `Units`.
         offsets: (u + 1,) where each unit's positives begin.
         reference: (u,) as `Units.references`.
-        rows: (u, k) its candidates; scores and fates alike.
+        rows: (n, k) the candidates of each anchor; scores alike.
+        fates: (u, k) what became of them for each unit.
     """
 
     anchor: Ints
@@ -124,15 +126,24 @@ class Selector:
     Args:
         config: a resolved one.
         corpus: ingest's documents.
-        searchable: how many of them, from the first on, can be negatives.
+        namesakes: what other anchors of the same text have.
+        searchable: how many documents, from the first on, can be negatives.
         passages: their vectors, encode's parts; needed where random negatives are asked for.
         threads: threads that compare texts. Changes no result.
     """
 
     def __init__(
-        self, config: Config, corpus: Rows, *, searchable: int, passages: Sequence[Path] = (), threads: int = 1
+        self,
+        config: Config,
+        corpus: Rows,
+        namesakes: Namesakes,
+        *,
+        searchable: int,
+        passages: Sequence[Path] = (),
+        threads: int = 1,
     ) -> None:
-        self._config, self._corpus, self._searchable, self._passages = config, corpus, searchable, passages
+        self._config, self._corpus, self._namesakes = config, corpus, namesakes
+        self._searchable, self._passages = searchable, passages
         names = {field.name for field in fields(mining.Rules)}
         settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
         if config.output.format == "n-tuple" and config.mining.on_shortage == "keep":
@@ -210,7 +221,8 @@ class Selector:
         """Choose mined negatives for a slice of anchors."""
         grades, _ = ragged(anchors["grades"])
         chosen = self.choose(anchors, found)
-        cell = np.flatnonzero(chosen.fates == Fate.TAKEN)
+        unit, column = np.nonzero(chosen.fates == Fate.TAKEN)
+        taken = chosen.anchor[unit], column
         return Units(
             anchors=anchors,
             anchor=chosen.anchor,
@@ -219,11 +231,11 @@ class Selector:
             positive_scores=found.positive_scores,
             positive_ranks=_ranks(found),
             grades=grades.astype(np.float32),
-            negatives=chosen.rows.ravel()[cell],
+            negatives=chosen.rows[taken],
             negative_offsets=np.concatenate([[0], np.cumsum(chosen.taken)]),
-            negative_scores=chosen.scores.ravel()[cell],
-            negative_ranks=cell % max(1, chosen.rows.shape[1]),
-            negative_sources=np.zeros(len(cell), np.uint8),
+            negative_scores=chosen.scores[taken],
+            negative_ranks=column,
+            negative_sources=np.zeros(len(column), np.uint8),
             fates=chosen.fates,
             references=chosen.reference,
         )
@@ -253,32 +265,35 @@ class Selector:
         uniform = self._uniform(anchors, rows)
         if self._config.output.include_positives:
             # Positives of other splits, and copies of a positive, would still be false negatives.
-            excluded[mining.contains(rows, found.positives, found.offsets)] = Fate.TAKEN
+            own = mining.contains(rows, found.positives, found.offsets)
+            excluded[own] = Fate.TAKEN
         if each:
-            rows, scores, excluded = rows[anchor], scores[anchor], excluded[anchor]
-            uniform = None if uniform is None else uniform[anchor]
+            excluded = excluded[anchor]
+        fates = np.empty(excluded.shape, np.uint8)
 
-        def selected(units: Ints | slice) -> npt.NDArray[np.uint8]:
-            numbers = None if uniform is None else uniform[units]
-            return mining.select(rows[units], scores[units], excluded[units], reference[units], numbers, self.rules)
+        def select(units: Ints) -> None:
+            step = max(1, candidates.CELLS // max(1, rows.shape[1]))
+            for some in (units[low : low + step] for low in range(0, len(units), step)):
+                at = anchor[some]
+                numbers = None if uniform is None else uniform[at]
+                fates[some] = mining.select(rows[at], scores[at], excluded[some], reference[some], numbers, self.rules)
 
-        fates = selected(slice(None))
+        select(np.arange(len(anchor)))
         if self.duplicates is not None:
             known, known_offsets = ragged(anchors["known"])
             matters = [Fate.TAKEN, Fate.BEFORE_WINDOW]
             if self.rules.sampling_strategy != "top":
                 matters.append(Fate.NOT_SAMPLED)
-            waiting = np.ones(rows.shape, np.bool_)
+            waiting = np.ones(fates.shape, np.bool_)
             if self._config.output.include_positives:
-                waiting &= ~mining.contains(found.rows[:, :depth], found.positives, found.offsets)[anchor]
+                waiting &= ~own[anchor]
             # Who comes in for a duplicate may be one too; the others are never compared.
             while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):
                 unit, column = np.divmod(cell, rows.shape[1])
                 waiting[unit, column] = False
-                alike = self.duplicates.find(rows[unit, column], anchor[unit], known, known_offsets)
+                alike = self.duplicates.find(rows[anchor[unit], column], anchor[unit], known, known_offsets)
                 excluded[unit[alike], column[alike]] = Fate.NEAR_DUPLICATE
-                again = np.unique(unit[alike])
-                fates[again] = selected(again)
+                select(np.unique(unit[alike]))
         return Choice(anchor, offsets, reference, rows, scores, fates)
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
@@ -294,11 +309,9 @@ class Selector:
 
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
-            out = self.excluded(units.anchors.take(pa.array(anchor)), rows) > 0
-            positions, ends = members(known_offsets, anchor)
-            out |= mining.contains(rows, known[positions], ends)
-            positions, ends = members(units.negative_offsets, some)
-            out |= mining.contains(rows, units.negatives[positions], ends)
+            out = self.excluded(units.anchors, rows, anchor) > 0
+            out |= mining.contains(rows, known, known_offsets, anchor)
+            out |= mining.contains(rows, units.negatives, units.negative_offsets, some)
             out |= rows == itself[anchor, None]
             if self.duplicates is not None:
                 unit, column = np.nonzero(~out)
@@ -335,32 +348,56 @@ class Selector:
             remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
 
-    def excluded(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.uint8]:
-        """Why each of (n, k) rows can be no negative of its anchor, whatever its score; near duplicates aside."""
+    def excluded(
+        self, anchors: pa.Table, rows: Ints, anchor: Ints | None = None, spared: Mask | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Why rows can be no negative of their anchor, whatever the score; near duplicates aside.
+
+        Args:
+            anchors: a slice of ingest's anchors.
+            rows: (n, k) of the corpus.
+            anchor: (n,) whose each line of them is, a row of `anchors`; None: every anchor has one.
+            spared: (n, k) which of them are no positive of a namesake, whatever is known; None: none.
+
+        Returns:
+            (n, k) uint8, see `mining.exclusions`.
+        """
         wanted = set(self._config.mining.exclude)
         found: dict[Fate, Mask] = {}
+        anchor = np.arange(len(rows)) if anchor is None else anchor
         known, offsets = ragged(anchors["known"])
         by_id, _ = ragged(anchors["known_by_id"])
-        shared, shared_offsets = ragged(anchors["shared"])
+        texts = anchors["normalized"].to_numpy()[anchor]
         # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
         if wanted & {"positive_id", "positive_text"}:
-            found[Fate.POSITIVE_ID] = mining.contains(rows, *_where(known, offsets, by_id))
-            found[Fate.POSITIVE_TEXT] = mining.contains(rows, *_where(known, offsets, ~by_id))
-        if "shared_anchor" in wanted:
-            found[Fate.SHARED_ANCHOR] = mining.contains(rows, shared, shared_offsets)
+            found[Fate.POSITIVE_ID] = mining.contains(rows, *_where(known, offsets, by_id), anchor)
+            found[Fate.POSITIVE_TEXT] = mining.contains(rows, *_where(known, offsets, ~by_id), anchor)
+        normalized = own = np.empty(0, np.uint64)
         if wanted & {"positive_normalized", "anchor_text"}:
             normalized = self._corpus.numbers("normalized", np.maximum(rows, 0))
-            if "positive_normalized" in wanted:
-                own = self._corpus.numbers("normalized", known)
-                found[Fate.POSITIVE_NORMALIZED] = mining.contains(normalized, own, offsets)
-                if "shared_anchor" in wanted:
-                    others = self._corpus.numbers("normalized", shared)
-                    found[Fate.SHARED_ANCHOR] |= mining.contains(normalized, others, shared_offsets)
-            if "anchor_text" in wanted:
-                found[Fate.ANCHOR_TEXT] = normalized == anchors["normalized"].to_numpy()[:, None]
+        if "positive_normalized" in wanted:
+            own = self._corpus.numbers("normalized", known)
+            found[Fate.POSITIVE_NORMALIZED] = mining.contains(normalized, own, offsets, anchor)
+        if "shared_anchor" in wanted:
+            shared = self._shared(texts, rows, normalized if "positive_normalized" in wanted else None)
+            if shared.any():
+                # Its own positives are among what its text has, and barred by other reasons or not at all.
+                shared &= ~mining.contains(rows, known, offsets, anchor)
+            found[Fate.SHARED_ANCHOR] = shared if spared is None else shared & ~spared
+        if "anchor_text" in wanted:
+            found[Fate.ANCHOR_TEXT] = normalized == texts[:, None]
         if self._verdicts:
-            found[Fate.EXCLUDED_FILE] = mining.contains(rows, *self._verdicts_of(anchors))
+            found[Fate.EXCLUDED_FILE] = mining.contains(rows, *self._verdicts_of(anchors), anchor)
         return mining.exclusions(rows.shape, found)
+
+    def _shared(self, texts: npt.NDArray[np.uint64], rows: Ints, normalized: npt.NDArray[np.uint64] | None) -> Mask:
+        """Whether each of (n, k) rows, or its normalised text, is known of any query of the (n,) anchors' texts."""
+        texts, lists = np.unique(texts, return_inverse=True)
+        shared, offsets = self._namesakes.of(texts)
+        found = mining.contains(rows, shared, offsets, lists)
+        if normalized is not None:
+            found |= mining.contains(normalized, self._corpus.numbers("normalized", shared), offsets, lists)
+        return found
 
     def _verdicts_of(self, anchors: pa.Table) -> tuple[Ints, Ints]:
         lists = [self._verdicts.get(identity, []) for identity in anchors["id"].to_pylist()]
@@ -382,12 +419,19 @@ def _rows_of(table: pa.Table, rows: Ints) -> pa.Table:
 
 def _ranks(found: Candidates) -> Ints:
     """Raw rank of every positive, -1 beyond the depth."""
-    anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
-    ranks = np.full(len(anchor), -1, np.int64)
-    for start in range(0, len(anchor), 4096):
-        here = slice(start, start + 4096)
+    ranks = np.full(len(found.positives), -1, np.int64)
+    counts, depth = np.diff(found.offsets), max(1, found.rows.shape[1])
+    anchor = np.repeat(np.arange(len(counts)), counts)
+    few = np.flatnonzero(counts[anchor] <= mining.LONG)
+    step = max(1, candidates.CELLS // depth)
+    for here in (few[low : low + step] for low in range(0, len(few), step)):
         hit = found.rows[anchor[here]] == found.positives[here, None]
         ranks[here] = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
+    for at in np.flatnonzero(counts > mining.LONG):
+        own, rows = slice(*found.offsets[at : at + 2]), found.rows[at]
+        order = np.argsort(rows)
+        place = order[np.minimum(np.searchsorted(rows, found.positives[own], sorter=order), len(rows) - 1)]
+        ranks[own] = np.where(rows[place] == found.positives[own], place, -1)
     return ranks
 
 

@@ -176,17 +176,21 @@ def show_status(states: list[State]) -> None:
 
 
 def show_explanation(found: Explanation, limit: int) -> None:
-    """An anchor, its positives, and its first `limit` candidates with their fates, a table a unit."""
+    """An anchor, its first `limit` positives, and as many candidates with their fates, a table a unit."""
     console.out.print(
         Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300))
     )
     over = "ranks that count survivors only" if found.rank_over == "survivors" else "raw ranks"
     for unit in found.units:
         console.out.print()
-        for positive in unit.positives:
+        for positive in unit.positives[:limit]:
             rank = "beyond the depth" if positive.rank is None else f"rank {positive.rank}"
             about = f"{_score(positive.score)} {rank} {clean_text(positive.id)}  "
             console.out.print(Text.assemble(("positive ", "green"), (about, "dim"), clean_text(positive.text, 120)))
+        if len(unit.positives) > limit:
+            console.out.print(
+                f"{len(unit.positives) - limit:,} more positives: --limit {len(unit.positives)} shows all"
+            )
         console.out.print(
             f"margins refer to {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}"
         )

@@ -30,6 +30,11 @@ def documents(manifest: Manifest) -> list[Part]:
     return manifest.of_kind("corpus") + manifest.of_kind("added")
 
 
+def texts(manifest: Manifest) -> list[Part]:
+    """The parts of ingest or encode that hold texts or their vectors, in order: documents, then anchors."""
+    return documents(manifest) + manifest.of_kind("anchors")
+
+
 def searchable(manifest: Manifest, config: Config) -> list[Part]:
     """The first of them: those whose documents can be candidates."""
     return documents(manifest) if config.data.add_positives else manifest.of_kind("corpus")

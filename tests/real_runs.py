@@ -109,6 +109,14 @@ class Run:
         paths = [path for name in kinds for path in self.files("ingest", name)]
         return pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths])
 
+    def namesakes(self) -> dict[int, list[int]]:
+        """Rows that the queries of a normalised text are known to have, by its hash, where there are several."""
+        found: dict[int, list[int]] = {}
+        for path in self.files("ingest", "namesakes"):
+            for pair in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist():
+                found.setdefault(pair["normalized"], []).append(pair["row"])
+        return found
+
     def content(self, *stages: str) -> dict[str, bytes]:
         """Every file of the current output, by path."""
         paths = [file["path"] for stage in stages or STAGES for part in self.parts(stage) for file in part["files"]]

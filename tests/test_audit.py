@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -450,3 +451,55 @@ def test_texts_never_steer_the_terminal(tmp_path: Path) -> None:
     assert "[bold]b" in done.out
     assert "\x1b" not in done.out
     assert "\x07" not in done.out
+
+
+# --- texts and ids that repeat ----------------------------------------------------------------------------
+
+
+MANY = 20_000  # squared, too many for the memory there is
+
+
+@pytest.mark.parametrize("shape", ["one anchor text", "one anchor", "one document", "no ids"])
+def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path) -> None:
+    """One text under many ids; one anchor with many positives; one document, under many ids, of many anchors."""
+    number = list(map(str, range(MANY)))
+    texts = [f"{'the' if i % 2 else 'an'} answer {i}" for i in range(MANY)]
+    columns = {
+        "anchor_id": ["q"] * MANY if shape == "one anchor" else [f"q{i}" for i in number],
+        "anchor": [f"question {i}" for i in number] if shape == "one document" else ["Sports"] * MANY,
+        "positive_id": [f"d{i}" for i in number],
+        "positive": ["Yes."] * MANY if shape == "one document" else texts,
+        "negative_id": [f"d{(i + 1) % MANY}" for i in range(MANY)],
+        "negative": ["Yes."] * MANY if shape == "one document" else [texts[(i + 1) % MANY] for i in range(MANY)],
+    }
+    if shape == "one anchor":  # no positive, but as near to half of them in length
+        columns["negative_id"], columns["negative"] = ["e"] * MANY, ["some words about something else"] * MANY
+    if shape == "no ids":
+        missing: list[Any] = [None] * MANY
+        columns |= {"anchor_id": missing, "positive_id": missing, "negative_id": missing}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    pieces = [
+        pa.table(
+            {
+                "anchor_id": columns["anchor_id"],
+                "anchor": columns["anchor"],
+                "document": [0] * MANY if shape == "one document" else list(range(MANY)),
+                "text": columns["positive"],
+            }
+        )
+    ]
+    ids = [f"d{i}" for i in number]
+    listed = {"document": list(range(MANY)), "id": ids, "other_ids": [[]] * MANY}
+    if shape == "one document":
+        listed = {"document": [0], "id": ids[:1], "other_ids": [ids[1:]]}
+    if shape == "one anchor":
+        listed = {"document": list(range(MANY + 1)), "id": [*ids, "e"], "other_ids": [[]] * (MANY + 1)}
+    options = audit.Options(columns={}, memory=2**27)
+    started = time.monotonic()
+    for qrels in (None, audit.Qrels("qrels", pieces, [pa.table(listed)])):
+        found = {one.check: one.count for one in audit.audit(tmp_path / "rows.parquet", options, qrels).findings}
+        expected = {"one anchor text": "shared_anchor", "one document": "positive_id" if qrels else "positive_text"}
+        why = expected.get(shape, "repeated_negative")
+        reasons = ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "near_duplicate")
+        assert {reason: found[reason] for reason in reasons} == {r: MANY if r == why else 0 for r in reasons}
+    assert time.monotonic() - started < 60

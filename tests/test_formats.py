@@ -256,6 +256,22 @@ def pair(anchor: int, score: float, *negatives: Doc) -> Unit:
     return Unit(anchor, (Doc(anchor, score, 0, grade=1.0),), negatives)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_unit_with_many_positives_is_cut_between_them(
+    name: str, corpus: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No group holds the texts of more than fit, but those of the unit's negatives beside them."""
+    monkeypatch.setattr(formats, "GROUP_BYTES", 100)
+    near = tuple(Doc(20 + at, 0.5, 3 + at, source="mined") for at in range(2))
+    many = Unit(0, tuple(Doc(at % 20, 0.75, 0, grade=1.0) for at in range(60)), near)
+    config = config_of(name, negatives=2)
+    held = []
+    for _, table in formats.tables(iter([units_of([many])]), corpus, config):
+        texts = [value[0] if isinstance(value, list) else value for value in table["positive"].to_pylist()]
+        held.append(sum(map(len, set(texts))))
+    assert len(held) > 5 and max(held) <= 100 + max(len(text(row)) for row in range(22))
+
+
 def test_by_hand(corpus: Rows) -> None:
     """One anchor with two positives, one short of negatives, then the same as units of pairs."""
     near, far = Doc(20, 0.5, 3, source="mined"), Doc(21, 0.25, 7, source="mined")

@@ -144,8 +144,24 @@ def test_anchors_that_read_the_same_share_their_positives(tmp_path: Path) -> Non
     train = [("q0", "d0", 1), ("q1", "d1", 1), ("q1", "d0", 1), ("q2", "d2", 1), ("q4", "d4", 1)]
     beir(tmp_path, list("abcde"), asked, train=train, test=[("q3", "d3", 1)])
     made = run(tmp_path)
-    shared = {name: row["shared"] for name, row in made.anchors.items()}
-    assert shared == {"q0": [1, 3, 4], "q1": [3, 4], "q2": [], "q4": [0, 1, 3]}
+    # Once for all of them, and nothing of it in the part of the anchors; q2 alone asks its text.
+    pairs = [(pair["normalized"], pair["row"]) for pair in made.rows("namesakes")]
+    assert pairs == [(hashes(["same question"])[0], row) for row in (0, 1, 3, 4)]
+    assert {row["normalized"] for row in made.anchors.values()} == {pairs[0][0], hashes(["other"])[0]}
+
+
+def test_a_query_that_joins_others_changes_no_part_of_theirs(tmp_path: Path) -> None:
+    asked = [f"question {i % 200}" for i in range(1000)]
+    train = [(f"q{i}", f"d{i}", 1) for i in range(1000)]
+    beir(tmp_path, [f"text {i}" for i in range(1000)], asked, train=train)
+    before = run(tmp_path, "a", part_rows=16)
+    beir(tmp_path, [f"text {i}" for i in range(1000)], [*asked, "Question 7"], train=[*train, ("q1000", "d0", 1)])
+    after = run(tmp_path, "b", part_rows=16)
+    kinds = {kind: [part.identity() for part in before.parts if part.kind == kind] for kind in ("anchors", "namesakes")}
+    later = {kind: [part.identity() for part in after.parts if part.kind == kind] for kind in kinds}
+    assert len(kinds["anchors"]) > 30 and len(kinds["namesakes"]) > 30
+    assert later["anchors"][: len(kinds["anchors"]) - 1] == kinds["anchors"][:-1]
+    assert sum(part not in kinds["namesakes"] for part in later["namesakes"]) <= 8
 
 
 def test_an_anchor_knows_the_document_it_equals(tmp_path: Path) -> None:

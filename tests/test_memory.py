@@ -140,7 +140,7 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
     )
     for more, needed, there, fewer in (
         ([little], None, None, ""),
-        ([little, "mining.margin_reference=each"], 248, 130, ""),
+        ([little, "mining.margin_reference=each"], 173, 130, ""),
         ([little, *TWO], 124, 65, r"lower executor\.workers, "),
     ):
         config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_membership(dtype: Any, top: int, data: st.DataObject) -> None:
     candidates = np.array(table, dtype).reshape(n, k)
     assert mining.contains(candidates, values, offsets).tolist() == expected
 
+    shared = [data.draw(st.integers(0, n - 1)) for _ in range(n)]  # several units may have one list
+    found = [[oracle.member(cell, lists[at]) for cell in line] for line, at in zip(table, shared, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mining, "LONG", data.draw(st.integers(0, 4)))
+        patch.setattr(mining, "_CELLS", data.draw(st.integers(1, 9)))
+        assert mining.contains(candidates, values, offsets, np.array(shared, np.int64)).tolist() == found
+        assert mining.contains(candidates, values, offsets).tolist() == expected
+
     cut = data.draw(st.integers(0, n))  # a block of units goes with the whole of the values
     assert mining.contains(candidates[cut:], values, offsets[cut:]).tolist() == expected[cut:]
     assert mining.contains(candidates[:cut], values, offsets[: cut + 1]).tolist() == expected[:cut]
@@ -198,6 +207,18 @@ def test_membership_beyond_one_chunk() -> None:
     for unit in range(4):
         assert found[unit].tolist() == np.isin(candidates[unit], values[offsets[unit] : offsets[unit + 1]]).tolist()
     assert not found[candidates == -1].any()
+
+
+def test_a_list_that_many_share_is_read_once() -> None:
+    """100,000 values and 4,096 units of 256 candidates: 10^11 comparisons of pairs, 800 MB of repeated lists."""
+    values = np.random.default_rng(1).permutation(200_000)[:100_000]
+    candidates = np.random.default_rng(2).integers(-1, 200_000, (4096, 256))
+    tracemalloc.start()
+    found = mining.contains(candidates, values, np.array([0, len(values)]), np.zeros(4096, np.int64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found == np.isin(candidates, values)).all()
+    assert peak < 32 * 2**20
 
 
 @settings(deadline=None)

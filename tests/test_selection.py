@@ -206,10 +206,11 @@ def check_random(run: Run, chosen: list[dict[str, Any]]) -> None:
     place = {name: row for row, name in enumerate(documents["id"].to_pylist())}
     texts = [normalize(text) for text in documents["text"].to_pylist()]
     vectors = [np.concatenate([np.load(path) for path in run.files("encode", kind)]) for kind in ("corpus", "anchors")]
-    order = {name: number for number, name in enumerate(anchors)}
+    order, namesakes = {name: number for number, name in enumerate(anchors)}, run.namesakes()
     for row in chosen:
         anchor, negative = anchors[row["anchor_id"]], place[row["negative_id"]]
-        barred = {texts[known] for known in [*anchor["known"], *anchor["shared"]]} | {normalize(anchor["text"])}
+        shared = namesakes.get(anchor["normalized"], [])
+        barred = {texts[known] for known in [*anchor["known"], *shared]} | {normalize(anchor["text"])}
         assert texts[negative] not in barred
         assert row["negative_rank"] is None
         one, other = vectors[0][negative].astype(np.float64), vectors[1][order[row["anchor_id"]]].astype(np.float64)

@@ -84,18 +84,21 @@ class Finding:
 
 def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
     """Judge every negative and every row, once for all checks."""
-    by_id = "x.id is not null and (x.a, x.id) in (select a, id from positives)" if _ids(layout) else "false"
-    shared_id = "x.id is not null and (x.a, x.id) in (select a, id from shared)" if _ids(layout) else "false"
+    by_id = _named("x.a", "positives", "a") if _ids(layout) else "false"
+    shared_id = _named("x.text", "shared", "text") if _ids(layout) else "false"
     database.execute(f"""
-        create table shared as
-        select distinct x.a, p.id, p.n from anchors x join anchors y on x.n = y.n and x.a != y.a
-        join positives p on p.a = y.a;
+        create table askers as select a, n as text from anchors where n in (
+            select n from anchors group by n having min(a) != max(a));
+        create table shared as select distinct text, id, document, n from askers join positives using (a);
+        create table asked as select doc, text, id, document, n from negatives join askers using (a);
+        create table of_namesakes as select doc from asked x
+            where {shared_id} or (x.text, x.n) in (select text, n from shared);
         create table false_negatives as
         select x.doc, x.row, case
             when {by_id} then 'positive_id'
             when (x.a, x.h) in (select a, h from positives) then 'positive_text'
             when (x.a, x.n) in (select a, n from positives) then 'positive_normalized'
-            when {shared_id} or (x.a, x.n) in (select a, n from shared) then 'shared_anchor'
+            when x.doc in (select doc from of_namesakes) then 'shared_anchor'
             when (x.a, x.n) in (select a, n from anchors) then 'anchor_text'
             when (x.a, x.h) in (select a, h from near) then 'near_duplicate'
             end as reason
@@ -107,6 +110,16 @@ def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
         select e.u, any_value(e.a) as a, min(e.row) as row, count(x.doc) as size from entries e
         left join negatives x using (row) anti join repeats r on r.row = e.row group by e.u;
         """)
+
+
+def _named(owner: str, positives: str, column: str) -> str:
+    """Whether x is a positive by its own id, or as the document that the qrels know under any of its ids."""
+    # Nulls among what is looked up would be compared row by row.
+    return " or ".join(
+        f"(x.{name} is not null and ({owner}, x.{name}) in"
+        f" (select {column}, {name} from {positives} where {name} is not null))"
+        for name in ("id", "document")
+    )
 
 
 def run(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> Finding:

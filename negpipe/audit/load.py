@@ -3,8 +3,11 @@
 entries    row, a (anchor), u (unit: what is to have all its negatives), n (anchor's normalised text), signature
 documents  doc, row, positive, h (text), id, score, rank
 texts      h, text, n, normalized
-positives  a, id, h, n: of an anchor, in the rows and in the qrels
+negatives  doc, row, a, u, id, document (the qrels' number of the id), h, n, score
+positives  a, id, document, h, n: of an anchor, in the rows (id) and in the qrels (document)
 anchors    a, n: of the rows and of the qrels
+
+A document of the qrels may have many ids and many anchors: they are never listed together.
 """
 
 from __future__ import annotations
@@ -131,8 +134,8 @@ def qrels(
         _check_known(database, "select id, row from documents", "select id from known_ids", source, name, "document")
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     database.execute(
-        f"create table known as select hash({anchor}) as a, anchor_id, hash(anchor) as anchor, id,"
-        " hash(text) as h from judged join known_ids using (document)"
+        f"create table known as select hash({anchor}) as a, anchor_id, hash(anchor) as anchor, document,"
+        " hash(text) as h from judged"
     )
 
 
@@ -153,14 +156,16 @@ def texts(database: duckdb.DuckDBPyConnection, *, with_qrels: bool) -> None:
         piece = pa.table({"h": batch["h"], "n": hashes(normalized), "normalized": pa.array(normalized, pa.string())})
         database.register("piece", piece)
         database.execute("insert into normal select h, n, normalized from piece")
-    known = "union select a, id, h, n from known join normal using (h)" if with_qrels else ""
+    known = "union select a, null, document, h, n from known join normal using (h)" if with_qrels else ""
+    document, ids = ("document", "left join known_ids using (id)") if with_qrels else ("null::bigint as document", "")
     asked = "union select a, n from known join normal on known.anchor = normal.h" if with_qrels else ""
     database.execute(f"""
-        create table anchors as select distinct a, n from entries join normal using (h) {asked};
-        create table negatives as select doc, row, a, u, id, d.h, n, score
-            from documents d join entries using (row) left join normal on d.h = normal.h where not positive;
-        create table positives as select distinct a, id, d.h, n
-            from documents d join entries using (row) join normal on d.h = normal.h where positive {known};
+        create table anchors as select distinct a, n from entries join normal using (h) where a is not null {asked};
+        create table negatives as select doc, row, a, u, id, {document}, d.h, n, score
+            from documents d join entries using (row) left join normal on d.h = normal.h {ids} where not positive;
+        create table positives as select distinct a, id, null::bigint as document, d.h, n
+            from documents d join entries using (row) join normal on d.h = normal.h
+            where positive and a is not null {known};
     """)
 
 

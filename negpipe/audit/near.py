@@ -23,7 +23,8 @@ def compare(database: duckdb.DuckDBPyConnection, threshold: float, threads: int)
         database.cursor()
         .sql(f"""
         select l.h as left_h, r.h as right_h, l.normalized as left_text, r.normalized as right_text
-        from (select distinct x.h as lh, p.h as rh from negatives x join positives p using (a) where x.n != p.n) pairs
+        from (select distinct x.h as lh, p.h as rh from (select distinct a, h, n from negatives) x
+            join (select distinct a, h, n from positives) p using (a) where x.n != p.n) pairs
         join normal l on l.h = lh join normal r on r.h = rh
         where 2 * least(len(l.normalized), len(r.normalized))
             >= {threshold} * (len(l.normalized) + len(r.normalized))""")
@@ -40,6 +41,6 @@ def compare(database: duckdb.DuckDBPyConnection, threshold: float, threads: int)
             database.execute("insert into alike select left_h, right_h, similarity from piece")
     database.execute("""
         create table near as select x.a, x.h, max(similarity) as similarity
-        from (select distinct a, h from negatives) x join positives p using (a)
+        from (select distinct a, h from negatives) x join (select distinct a, h from positives) p using (a)
         join alike on left_h = x.h and right_h = p.h group by x.a, x.h
     """)

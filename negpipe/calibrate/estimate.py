@@ -20,9 +20,10 @@ import pyarrow as pa
 
 from negpipe import mining
 from negpipe.calibrate.grid import Setting
-from negpipe.calibrate.trials import Trials
+from negpipe.calibrate.trials import Piece, Trials
 from negpipe.config import Config
 from negpipe.mining import Fate
+from negpipe.namesakes import Namesakes
 from negpipe.selection import Choice, Selector
 from negpipe.tables import Rows
 
@@ -83,6 +84,7 @@ class Calibration:
 def calibrate(
     config: Config,
     corpus: Rows,
+    namesakes: Namesakes,
     slices: Iterable[Trials],
     settings: Sequence[Setting],
     *,
@@ -95,7 +97,7 @@ def calibrate(
 
     Args:
         config: a resolved one; what a setting does not name is taken from it.
-        corpus: ingest's documents.
+        corpus, namesakes: ingest's documents, and what anchors of one text have.
         slices: trials of a slice of anchors each.
         settings: what to try.
         method: how the trials were made.
@@ -103,7 +105,7 @@ def calibrate(
         threads: settings that are tried at a time. Changes no result.
         progress: called with trials that are done.
     """
-    selectors = [_selectors(config, setting, corpus) for setting in settings]
+    selectors = [_selectors(config, setting, corpus, namesakes) for setting in settings]
     sums = np.zeros((len(settings), len(_SUMS)))
     pieces: list[npt.NDArray[np.float32]] = []
     done, wanted = 0, config.mining.num_negatives
@@ -114,15 +116,15 @@ def calibrate(
             table = np.zeros((len(settings), 3, len(anchors)))
             first = 0
             for piece in trials.pieces():
-                owners = owner[first : first + len(piece.anchor)]
+                owners = owner[first : first + len(piece.lists)]
                 judged = _judge(piece, corpus, selectors[0][0])
                 tried = pool.map(partial(_tried, piece, judged, wanted=wanted), selectors, settings)
                 for number, (totals, *of_trials) in enumerate(tried):
                     sums[number] += totals
                     for row, values in enumerate(of_trials):
                         table[number, row] += np.bincount(owners, values, minlength=len(anchors))
-                first += len(piece.anchor)
-                progress(len(piece.anchor))
+                first += len(piece.lists)
+                progress(len(piece.lists))
             pieces.append(table.astype(np.float32))
             done += first
     by_anchor = np.concatenate([np.zeros((len(settings), 3, 0), np.float32), *pieces], axis=2)
@@ -190,7 +192,7 @@ _SUMS = ("score", "rank", "distance", "referred")
 """Sums over the negatives taken; the last counts those with a positive's score to be distant from."""
 
 
-def _selectors(config: Config, setting: Setting, corpus: Rows) -> list[Selector]:
+def _selectors(config: Config, setting: Setting, corpus: Rows, namesakes: Namesakes) -> list[Selector]:
     """The selection of one setting, once for each draw; for `random` it takes the whole pool."""
     applied = setting.applied(config)
     draws = 1
@@ -202,7 +204,7 @@ def _selectors(config: Config, setting: Setting, corpus: Rows) -> list[Selector]
         draws = DRAWS
     seeded = (applied.model_copy(update={"seed": applied.seed + draw}) for draw in range(draws))
     # Random negatives are left out, so nothing needs the number of documents that can be candidates.
-    return [Selector(one, corpus, searchable=len(corpus)) for one in seeded]
+    return [Selector(one, corpus, namesakes, searchable=len(corpus)) for one in seeded]
 
 
 @dataclass(frozen=True)
@@ -213,27 +215,30 @@ class _Judged:
     suspects: Mask
 
 
-def _judge(trials: Trials, corpus: Rows, selector: Selector) -> _Judged:
+def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
     rows = trials.found.rows
     texts = corpus.numbers("normalized", np.maximum(rows, 0))
-    suspects = mining.contains(texts, trials.suspects, trials.offsets) & (rows >= 0)
-    return _Judged(selector.excluded(trials.anchors, rows), suspects)
+    suspects = mining.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
+    if trials.shown is None:
+        return _Judged(selector.excluded(trials.anchors, rows), suspects)
+    suspects &= texts != trials.shown[:, None]
+    return _Judged(selector.excluded(trials.anchors, rows, spared=suspects), suspects)
 
 
 def _tried(
-    trials: Trials, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
+    trials: Piece, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
     """The sums over all negatives; and of each trial: suspects taken, negatives taken, whether it lacks some."""
-    suspects, taken, short = (np.zeros(len(trials.anchor)) for _ in range(3))
+    suspects, taken, short = (np.zeros(len(trials.lists)) for _ in range(3))
     sums = np.zeros(len(_SUMS))
     whole = trials.found.rows.shape[1]
     for selector in selectors:
-        waiting = np.arange(len(trials.anchor))
+        waiting = np.arange(len(trials.lists))
         # Most find the first ones among few candidates: only the others are looked at whole.
         narrow = 2 * (setting.range_min + wanted) + 16
         for width in (narrow, whole) if setting.sampling_strategy == "top" and narrow < whole else (whole,):
             found = trials.found.narrowed(width)
-            everyone = len(waiting) == len(trials.anchor)
+            everyone = len(waiting) == len(trials.lists)
             anchors = trials.anchors if everyone else trials.anchors.take(pa.array(waiting))
             choice = selector.choose(
                 anchors, found if everyone else found.take(waiting), judged.excluded[waiting, :width]
@@ -261,7 +266,7 @@ def _tried(
 
 def _sums(choice: Choice, chosen: Mask, pool: Ints, weight: Doubles) -> Doubles:
     """Sums over the chosen, each unit by its weight, in the order of `_SUMS`."""
-    scores = np.where(chosen, choice.scores, 0).sum(axis=1, dtype=np.float64)
+    scores = np.where(chosen, choice.scores[choice.anchor], 0).sum(axis=1, dtype=np.float64)
     ranks = chosen @ np.arange(chosen.shape[1], dtype=np.float64)
     referred = np.isfinite(choice.reference)
     distances = np.where(referred, pool * np.where(referred, choice.reference, 0) - scores, 0.0)

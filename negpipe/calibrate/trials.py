@@ -11,7 +11,7 @@ splits are hidden like those of the split, but never shown: they have no stored 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from negpipe.candidates import Candidates
 from negpipe.tables import Rows, members, ragged
 
 Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
 METHODS = {
@@ -35,69 +36,74 @@ _UNITS = 4096  # tried at a time
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some trials.
+
+    Attributes:
+        anchors: (t rows) ingest's anchors as selection is to see them.
+        found: their candidates.
+        suspects: normalised texts (hashes) that would be false negatives, ragged by `offsets`.
+        lists: (t,) which list of them is each trial's.
+        shown: (t,) the one of them that is shown, hence no suspect; all others are hidden, also from what is known of
+            anchors with the same text. None: nothing is hidden.
+    """
+
+    anchors: pa.Table
+    found: Candidates
+    suspects: Hashes
+    offsets: Ints
+    lists: Ints
+    shown: Hashes | None = None
+
+
+@dataclass(frozen=True)
 class Trials:
-    """t trials.
+    """t trials: memory holds some of them at a time, an anchor may have as many as it has positives.
 
     Attributes:
         anchor: (t,) place of each trial's anchor among all anchors that were handed in together.
-        anchors: (t rows) ingest's anchors as selection is to see them.
-        found: their candidates.
-        suspects: normalised texts (hashes) that would be false negatives, ragged by `offsets` (t + 1,).
+        take: makes some of the trials, ascending.
     """
 
     anchor: Ints
-    anchors: pa.Table
-    found: Candidates
-    suspects: npt.NDArray[np.uint64]
-    offsets: Ints
+    take: Callable[[Ints], Piece]
 
-    def pieces(self) -> Iterator[Trials]:
-        """The same, some at a time."""
+    def pieces(self) -> Iterator[Piece]:
+        """All of them."""
         for low in range(0, len(self.anchor), _UNITS):
             yield self.take(np.arange(low, min(low + _UNITS, len(self.anchor))))
-
-    def take(self, wanted: Ints) -> Trials:
-        """Some of the trials, ascending."""
-        positions, offsets = members(self.offsets, wanted)
-        return Trials(
-            self.anchor[wanted],
-            self.anchors.take(pa.array(wanted)),
-            self.found.take(wanted),
-            self.suspects[positions],
-            offsets,
-        )
 
 
 def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
     """A trial for every positive of an anchor that has others beside it."""
-    owner = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
-    known, known_offsets = ragged(anchors["known"])
+    known, offsets = ragged(anchors["known"])
     by_id, _ = ragged(anchors["known_by_id"])
-    positions, offsets = members(known_offsets, owner)
-    trial = np.repeat(np.arange(len(owner)), np.diff(offsets))
-    normalized = corpus.numbers("normalized", known[positions])
-    shown = normalized == corpus.numbers("normalized", found.positives)[trial]
-    kept = np.flatnonzero(np.bincount(trial[~shown], minlength=len(owner)))
+    # What each anchor is known to have, by normalised text: copies of what is shown stand together.
+    texts, code = np.unique(corpus.numbers("normalized", known), return_inverse=True)
+    whose = np.repeat(np.arange(len(found.rows)), np.diff(offsets)) * len(texts) + code
+    order = np.argsort(whose, kind="stable")
+    known, by_id = known[order], by_id[order]
+    groups, first = np.unique(whose[order], return_index=True)
+    copies = np.append(first, len(known))
+    suspects, ends = texts[groups % len(texts)], np.searchsorted(groups, np.arange(len(found.rows) + 1) * len(texts))
 
-    table = anchors.take(pa.array(owner))
-    table = _with_list(table, "known", known[positions], offsets, shown)
-    table = _with_list(table, "known_by_id", by_id[positions], offsets, shown)
-    suspects, suspect_offsets = normalized[~shown], _filtered(offsets, ~shown)
-    shared, shared_offsets = ragged(table["shared"])
-    namesake = corpus.numbers("normalized", shared)
-    # Who shares the anchor's text may know what is hidden.
-    table = _with_list(
-        table, "shared", shared, shared_offsets, ~_owned(namesake, shared_offsets, suspects, suspect_offsets)
-    )
-    alone = Candidates(
-        found.rows[owner[kept]],
-        found.scores[owner[kept]],
-        found.positives[kept],
-        np.arange(len(kept) + 1),
-        found.positive_scores[kept],
-    )
-    positions, ends = members(suspect_offsets, kept)
-    return Trials(owner[kept], table.take(pa.array(kept)), alone, suspects[positions], ends)
+    owner = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
+    kept = np.flatnonzero(np.diff(ends)[owner] > 1)
+    owner = owner[kept]
+
+    def take(some: Ints) -> Piece:
+        at, positives = owner[some], found.positives[kept[some]]
+        shown = corpus.numbers("normalized", positives)
+        same, lists = members(copies, np.searchsorted(groups, at * len(texts) + np.searchsorted(texts, shown)))
+        table = anchors.drop_columns(["known", "known_by_id"]).take(pa.array(at))
+        for name, values in (("known", known), ("known_by_id", by_id)):
+            column = pa.ListArray.from_arrays(pa.array(lists.astype(np.int32)), pa.array(values[same]))
+            table = table.append_column(name, column)
+        scores = found.positive_scores[kept[some]]
+        alone = Candidates(found.rows[at], found.scores[at], positives, np.arange(len(some) + 1), scores)
+        return Piece(table, alone, suspects, ends, at, shown)
+
+    return Trials(owner, take)
 
 
 def near_anchors(anchors: pa.Table, found: Candidates, corpus: Rows, positives: Ints, offsets: Ints) -> Trials:
@@ -127,9 +133,14 @@ def _suspecting(
     suspects = corpus.numbers("normalized", rows)
     known, known_offsets = ragged(anchors["known"])
     new = ~_owned(suspects, offsets, corpus.numbers("normalized", known), known_offsets)
-    ends = _filtered(offsets, new)
-    wanted = np.flatnonzero(np.diff(ends)) if wanted is None else wanted
-    return Trials(np.arange(len(found.rows)), anchors, found, suspects[new], ends).take(wanted)
+    suspects, ends = suspects[new], np.concatenate([[0], np.cumsum(new)])[offsets]
+    tried = np.flatnonzero(np.diff(ends)) if wanted is None else wanted
+
+    def take(some: Ints) -> Piece:
+        at = tried[some]
+        return Piece(anchors.take(pa.array(at)), found.take(at), suspects, ends, at)
+
+    return Trials(tried, take)
 
 
 def _owned(values: npt.NDArray[np.uint64], offsets: Ints, lists: npt.NDArray[np.uint64], list_offsets: Ints) -> Mask:
@@ -139,14 +150,3 @@ def _owned(values: npt.NDArray[np.uint64], offsets: Ints, lists: npt.NDArray[np.
     owners = (np.repeat(np.arange(len(ends) - 1), np.diff(ends)) * stride for ends in (offsets, list_offsets))
     own, other = (owner + part for owner, part in zip(owners, np.split(codes, [len(values)]), strict=True))
     return np.isin(own, other)
-
-
-def _filtered(offsets: Ints, keep: Mask) -> Ints:
-    """The offsets of ragged lists of which only some values are kept."""
-    return np.concatenate([[0], np.cumsum(keep)])[offsets]
-
-
-def _with_list(table: pa.Table, name: str, values: npt.NDArray[np.generic], offsets: Ints, keep: Mask) -> pa.Table:
-    """A table with the kept values of ragged lists as a column."""
-    lists = pa.ListArray.from_arrays(pa.array(_filtered(offsets, keep).astype(np.int32)), pa.array(values[keep]))
-    return table.set_column(table.schema.get_field_index(name), name, lists)

@@ -51,7 +51,7 @@ def export(
 def explain(
     config: ConfigArgument,
     anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
-    limit: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Candidates, and positives, to show.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",

@@ -21,6 +21,7 @@ from negpipe.tables import Rows
 ANCHORS = 50
 _RANDOM = 20
 _COMPARED = 5000  # negatives whose words are looked at
+_WORDS = 100  # positives, and negatives, of a unit whose words are
 _POSITIVES, _NEGATIVES, _LETTERS = 4, 10, 3000  # that are shown of an anchor, and of a text
 Floats = npt.NDArray[np.float64]
 
@@ -100,7 +101,7 @@ def _likeness(places: Sequence[tuple[Units, int]], corpus: Rows) -> tuple[Floats
     """The most words that each unit's negative shares with a positive, -1 where nobody looked; and usual words."""
     total = sum(int(units.counts[at]) for units, at in places)
     looked_at = range(0, len(places), -(-total // _COMPARED))
-    rows = [_rows(*places[at], side) for at in looked_at for side in ("positive", "negative")]
+    rows = [_rows(*places[at], side)[:_WORDS] for at in looked_at for side in ("positive", "negative")]
     every = np.unique(np.concatenate(rows))
     texts = corpus.strings("text", every).to_pylist()
     found = dict(zip(every.tolist(), (words.words(text[:_LETTERS]) for text in texts), strict=True))
@@ -116,8 +117,8 @@ def _likeness(places: Sequence[tuple[Units, int]], corpus: Rows) -> tuple[Floats
 def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) -> Card:
     at = int(units.anchor[number])
     anchor = units.anchors["text"][at].as_py()
-    every_positive, every = (_documents(units, number, corpus, side) for side in ("positive", "negative"))
-    positives, negatives = every_positive[:_POSITIVES], every[:_NEGATIVES]
+    positives = _documents(units, number, corpus, "positive", _POSITIVES)
+    negatives = _documents(units, number, corpus, "negative", _NEGATIVES)
     own = words.words(anchor) - usual
     theirs = {word for text, _ in positives for word in words.words(text)} - usual
     shared = {word for text, _ in negatives for word in words.words(text)}
@@ -127,26 +128,25 @@ def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) ->
         anchor=words.marked(anchor, own & (shared | theirs), set()),
         positives=[replace(one, pieces=words.marked(text, own, theirs & shared)) for text, one in positives],
         negatives=[replace(one, pieces=words.marked(text, own, theirs)) for text, one in negatives],
-        left_out=len(every) - len(negatives),
+        left_out=int(units.counts[number]) - len(negatives),
     )
 
 
-def _documents(units: Units, number: int, corpus: Rows, side: str) -> list[tuple[str, Document]]:
-    """Texts, cut where they are long, and what stands beside them, the best score first."""
-    rows = _rows(units, number, side)
-    ids, texts = (corpus.strings(name, rows).to_pylist() for name in ("id", "text"))
-    scores, ranks = (_of(units, side, number, column).tolist() for column in ("scores", "ranks"))
-    random = [False] * len(rows)
+def _documents(units: Units, number: int, corpus: Rows, side: str, most: int) -> list[tuple[str, Document]]:
+    """Those with the best scores: texts, cut where they are long, and what stands beside them."""
+    best = np.argsort(-_of(units, side, number), kind="stable")[:most]
+    ids, texts = (corpus.strings(name, _rows(units, number, side)[best]).to_pylist() for name in ("id", "text"))
+    scores, ranks = (_of(units, side, number, column)[best].tolist() for column in ("scores", "ranks"))
+    random = [False] * len(best)
     if side == "negative":
-        random = (_of(units, side, number, "sources") == SOURCES.index("random")).tolist()
-    found = [
+        random = (_of(units, side, number, "sources")[best] == SOURCES.index("random")).tolist()
+    return [
         (
             text if len(text) <= _LETTERS else text[:_LETTERS] + " …",
             Document(name, [], score, rank if rank >= 0 else None, drawn),
         )
         for name, text, score, rank, drawn in zip(ids, texts, scores, ranks, random, strict=True)
     ]
-    return sorted(found, key=lambda one: -one[1].score)
 
 
 def _rows(units: Units, number: int, side: str) -> npt.NDArray[np.int64]:

@@ -26,7 +26,7 @@ from negpipe.fingerprint import key
 from negpipe.manifest import Books, Part
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.storage import check_room
-from negpipe.tables import open_table
+from negpipe.tables import open_table, texts
 from negpipe.vectors import VectorFile, dimension_of
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,7 @@ def made_of(context: Context) -> Iterator[Part]:
 def _tasks(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
-    for part in context.manifest("ingest").parts:
-        if part.kind == "counts":
-            continue
+    for part in texts(context.manifest("ingest")):
         if precomputed:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]
@@ -114,7 +112,7 @@ class _Model:
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
         """Vectors of the part's texts in order, some at a time; what is known of them all in `meta`."""
-        texts: list[str] = table["text"].to_pylist()
+        asked: list[str] = table["text"].to_pylist()
         started, seen, meta["tokens"] = time.monotonic(), 0, 0
 
         def on_batch(rows: int, tokens: int) -> None:
@@ -124,7 +122,7 @@ class _Model:
             progress(rows, f"{seen / seconds:,.0f} texts/s, {meta['tokens'] / seconds:,.0f} tokens/s")
 
         try:
-            yield from self.encoder.encode(texts, "query" if task.kind == "anchors" else "passage", on_batch)
+            yield from self.encoder.encode(asked, "query" if task.kind == "anchors" else "passage", on_batch)
         except InputError as error:
             if error.row is None:
                 raise
@@ -224,7 +222,7 @@ def check_fits(context: Context, dimension: int) -> None:
     """
     config = context.config
     block = None if config.encoder.backend == "precomputed" else config.encoder.call_size  # rows made at a time
-    parts = [part for part in context.manifest("ingest").parts if part.kind != "counts"]
+    parts = texts(context.manifest("ingest"))
     row = dimension * np.dtype(config.encoder.storage).itemsize
 
     def needs(part: Part) -> int:
@@ -286,8 +284,7 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
     dimensions = {part.meta["dimension"] for part in parts}
     if len(dimensions) > 1:
         raise InputError(f"vectors have different dimensions: {sorted(dimensions)}", remedy="Use one model for all")
-    texts = sum(part.rows for part in parts)
-    stats: dict[str, Any] = {"texts": texts, "dimension": dimensions.pop()}
+    stats: dict[str, Any] = {"texts": sum(part.rows for part in parts), "dimension": dimensions.pop()}
     for name in ("tokens", "differing_duplicates"):
         if any(name in part.meta for part in parts):
             stats[name] = sum(part.meta.get(name, 0) for part in parts)

@@ -5,11 +5,13 @@ positives the corpus lacked; every problem of the input is found before anything
 through a spool on disk and everything that must be joined through DuckDB, which spills: memory holds
 one part, whatever the corpus.
 
-Parts are Arrow IPC files of three kinds. `corpus` and `added` (positives from elsewhere): id, text,
+Parts are Arrow IPC files of four kinds. `corpus` and `added` (positives from elsewhere): id, text,
 hashes of id and normalised text, the other ids of the row, its rows in the source. `anchors`: id, text,
-hashes, rows and grades of its positives, rows of all its known positives, rows shared from anchors with
-the same normalised text, the row that equals its own text (-1: none), its row in the source. Columns that
-`data.extra` keeps stand in all of them as `extra:NAME`, with the values of the first row that has the text or id.
+hashes, rows and grades of its positives, rows of all its known positives, the row that equals its own text
+(-1: none), its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all
+their known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on
+who else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the
+first row that has the text or id.
 Rows that were left out are listed in `rejected.jsonl`.
 """
 
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 _COPIES = 4  # of a part: its rows, joined, as they are written, and those of the part before
 
 
@@ -90,6 +92,7 @@ def _plan(context: Context) -> Iterator[Task]:
             extra = extra_columns(config.data.extra.queries)
             anchors = (_anchors(rows, extra) for rows in joins.anchors(database, context.config.data.part_rows))
             yield from _tasks("anchors", anchors, config)
+            yield from _tasks("namesakes", joins.namesakes(database), config)
             yield _facts(context, database, Path(spool))
         finally:
             database.close()
@@ -130,7 +133,7 @@ def _documents(rows: pa.Table, texts: Spool) -> Iterator[pa.Table]:
     """Rows of the table of a corpus part, and what decides where it is cut."""
     for here, spooled in texts.take(rows["first"].to_numpy()):
         own = rows.slice(here.start, here.stop - here.start)
-        all_ids = [list(dict.fromkeys(ids)) for ids in own["ids"].to_pylist()]
+        all_ids = own["ids"].to_pylist()
         ids = [each[0] for each in all_ids]
         yield pa.table(
             {
@@ -211,6 +214,8 @@ def _task(kind: str, table: pa.Table) -> Task:
     meta: dict[str, Any]
     if kind == "counts":
         meta = table.to_pylist()[0]
+    elif kind == "namesakes":
+        meta = {}
     else:
         meta = {
             # What encode keys on: the texts in order, and for precomputed vectors where they stood.

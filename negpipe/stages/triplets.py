@@ -29,6 +29,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.fingerprint import key
 from negpipe.manifest import Books, File, Part
 from negpipe.mining import Fate
+from negpipe.namesakes import Namesakes
 from negpipe.publication import staging
 from negpipe.selection import PartFiles, Selector, Units
 from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -38,6 +39,7 @@ from negpipe.tables import Rows, documents, searchable
 VERSION = 4
 _DEEPER = "deeper"
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
+_FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -98,6 +100,7 @@ class Shared:
     """What selection needs, for every part."""
 
     corpus: Rows
+    namesakes: Namesakes
     selector: Selector
     passages: list[Path]
     """Vectors of the documents that can be candidates, encode's parts."""
@@ -108,10 +111,12 @@ class Shared:
 def open_selection(context: Context) -> Shared:
     """Open what ingest and encode left; also for those who read candidates without running the stage."""
     parts = searchable(context.manifest("encode"), context.config)
-    corpus = Rows([context.file(part) for part in documents(context.manifest("ingest"))])
+    read = context.manifest("ingest")
+    corpus = Rows([context.file(part) for part in documents(read)])
+    namesakes = Namesakes([context.file(part) for part in read.of_kind("namesakes")])
     passages, rows = [context.file(part) for part in parts], sum(part.rows for part in parts)
-    selector = Selector(context.config, corpus, searchable=rows, passages=passages, threads=context.threads)
-    return Shared(corpus, selector, passages, rows)
+    about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.threads}
+    return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), passages, rows)
 
 
 def _check_memory(context: Context) -> None:
@@ -123,14 +128,19 @@ def _check_memory(context: Context) -> None:
     stored = min(largest, candidates.ROW_GROUP) * depth
     deepest = adaptive.limit(context.config, read.stats["rows"])
     deeper = min(largest * deepest, max(candidates.CELLS, deepest))
-    cell, written = float(_CELL), 5 * min(formats.GROUP_BYTES, texts)
-    if context.config.mining.margin_reference == "each":  # on average, an anchor is looked at for each of its positives
-        cell *= read.stats["positives"] / max(1, read.stats["anchors"])
-    chosen = int(max(stored, deeper) * cell)
+    written = 5 * min(formats.GROUP_BYTES, texts)
+
+    def takes(cells: int) -> int:
+        if context.config.mining.margin_reference != "each":
+            return cells * _CELL
+        # On average, an anchor is looked at for each of its positives; some at a time.
+        units = int(cells * read.stats["positives"] / max(1, read.stats["anchors"]))
+        return max(cells, min(units, candidates.CELLS)) * _CELL + units * _FATE
+
+    chosen = takes(max(stored, deeper))
     if chosen + written > context.memory:
-        shallower = f"lower search.depth ({context.config.depth:,} now)"
-        helping = {shallower: stored, "set mining.max_depth: 0": deeper}
-        remedy = " and ".join(text for text, cells in helping.items() if cells * cell + written > context.memory)
+        helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": deeper}
+        remedy = " and ".join(text for text, cells in helping.items() if takes(cells) + written > context.memory)
         fewer = "lower executor.workers, " if context.workers > 1 else ""
         raise ConfigError(
             f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
@@ -144,6 +154,17 @@ def _check_memory(context: Context) -> None:
         adaptive.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
 
 
+def _shallower(config: Config, max_positives: int) -> str:
+    """What makes search store fewer candidates."""
+    if config.search.depth:
+        return f"lower search.depth ({config.depth:,} now)"
+    named = {"mining.range_max": config.mining.range_max, "mining.depth": config.mining.depth}
+    shown = ", ".join(f"{name} ({value:,} now)" for name, value in named.items() if isinstance(value, int))
+    if config.mining.depth != (config.mining.range_max or 0) + max_positives:
+        return f"lower {shown}"
+    return f"set smaller numbers for {shown}, which make room for the {max_positives:,} positives of one anchor text"
+
+
 def part_files(context: Context, task: Task) -> PartFiles:
     """The files of one of the stage's tasks, without deeper candidates."""
     return PartFiles(**{name: context.run_dir / path for name, path in task.payload["files"].items()})
@@ -155,7 +176,8 @@ def is_deeper(file: File) -> bool:
 
 
 def _shared(context: Context) -> list[Part]:
-    return [part for stage in ("ingest", "encode") for part in documents(context.manifest(stage))]
+    read, encode = context.manifest("ingest"), context.manifest("encode")
+    return [*documents(read), *read.of_kind("namesakes"), *documents(encode)]
 
 
 @contextmanager
@@ -269,11 +291,11 @@ def _publish(publish: Publisher, task: Task, config: Config, number: int, tables
 
 def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared: Shared) -> pa.Table:
     """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short."""
-    width = units.fates.shape[1]
+    width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
     each = config.mining.margin_reference == "each"
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     candidates_seen = width - counts[:, Fate.PADDING]
-    deepest = np.where(units.fates == Fate.TAKEN, np.arange(width)[None, :], -1).max(axis=1, initial=-1)
+    deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
     reasons = {
         f"dropped_{fate.name.lower()}": counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)
     }

@@ -1,0 +1,71 @@
+"""How long ingest takes where ids and texts repeat, and its memory: time is to grow with the rows, whatever they say.
+
+    python scripts/bench_ingest.py
+    python scripts/bench_ingest.py --rows 1000000 --budget 256MiB
+
+Pair rows of anchor and positive, in three shapes: `hub`, half of them with one positive text; `label`, all of them with
+one anchor text under ids of their own; `class`, one anchor for half of them. For each number of rows: seconds by the
+clock, rows a second, and the greatest anonymous memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from bench_memory import run
+
+SHAPES = ("hub", "label", "class")
+
+
+def write(folder: Path, shape: str, rows: int, budget: str) -> Path:
+    """Pair rows, and a config that reads them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    half = [i % 2 == 0 for i in range(rows)]
+    anchors = [f"what is asked in row {i} of this file?" for i in range(rows)]
+    positives = [f"the answer to question {i}, as long as a sentence" for i in range(rows)]
+    if shape == "hub":
+        positives = ["Yes." if repeated else text for repeated, text in zip(half, positives, strict=True)]
+    if shape == "label":
+        anchors = ["sports"] * rows
+    if shape == "class":
+        anchors = ["sports" if repeated else text for repeated, text in zip(half, anchors, strict=True)]
+    names = [f"a{i}" if shape == "label" else f"a-{text}" for i, text in enumerate(anchors)]
+    pq.write_table(pa.table({"anchor": anchors, "positive": positives, "aid": names}), folder / "pairs.parquet")
+    settings = {
+        "run_dir": str(folder / "run"),
+        "data": {"format": "pairs", "path": str(folder / "pairs.parquet"), "columns": {"anchor_id": "aid"}},
+        "encoder": {"backend": "precomputed", "corpus_vectors": "none.npy", "anchor_vectors": "none.npy"},
+        "executor": {"kind": "inline"},
+        "resources": {"memory_budget": budget},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="10000,100000,1000000", help="separated by , (%(default)s)")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="separated by , (%(default)s)")
+    parser.add_argument("--budget", default="2GiB", help="resources.memory_budget (%(default)s)")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-ingest"))
+    options = parser.parse_args()
+    print(f"memory_budget {options.budget}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{'shape':8}{'rows':>12}{'seconds':>10}{'rows/s':>10}{'MiB':>8}")
+    for shape in options.shapes.split(","):
+        for rows in map(int, options.rows.split(",")):
+            config = write(options.work_dir, shape, rows, options.budget)
+            peak, seconds = run([sys.executable, "-m", "negpipe", "ingest", str(config)])
+            print(f"{shape:8}{rows:12,}{seconds:10.1f}{rows / seconds:10,.0f}{peak:8,.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
