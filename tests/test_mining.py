@@ -116,8 +116,8 @@ def test_first_reason_counts_and_the_sum_is_whole() -> None:
     scores = np.array([[0.99, 0.97, 0.9, 0.7, 0.6, 0.5, -3.4e38]], np.float32)
     own = mining.contains(rows, np.array([1]), np.array([0, 1]))
     excluded = mining.exclusions(rows.shape, {Fate.POSITIVE_TEXT: own, Fate.POSITIVE_ID: own})
-    rules = Rules(range_min=0, range_max=4, num_negatives=1, rank_over="raw", max_score=0.95, relative_margin=0.1)
-    fates = mining.select(rows, scores, excluded, np.array([0.97], np.float32), None, rules)
+    applied = Rules(range_min=0, range_max=4, num_negatives=1, rank_over="raw", max_score=0.95, relative_margin=0.1)
+    fates = mining.select(rows, scores, excluded, np.array([0.97], np.float32), None, applied)
     assert [Fate(code).name for code in fates[0]] == [
         "MAX_SCORE", "POSITIVE_ID", "RELATIVE_MARGIN", "TAKEN", "AFTER_WINDOW", "AFTER_WINDOW", "PADDING",
     ]  # fmt: skip
@@ -126,9 +126,9 @@ def test_first_reason_counts_and_the_sum_is_whole() -> None:
 def test_relative_margin_is_safe_for_negative_positives() -> None:
     """0.95 * p would be above a negative p, and let the positive's equals through."""
     scores = np.array([[-0.4, -0.5, -0.52, -0.6]], np.float32)
-    rules = Rules(range_min=0, range_max=4, num_negatives=4, relative_margin=0.05)
+    applied = Rules(range_min=0, range_max=4, num_negatives=4, relative_margin=0.05)
     fates = mining.select(
-        np.arange(4)[None], scores, np.zeros((1, 4), np.uint8), np.array([-0.5], np.float32), None, rules
+        np.arange(4)[None], scores, np.zeros((1, 4), np.uint8), np.array([-0.5], np.float32), None, applied
     )
     dropped = Fate.RELATIVE_MARGIN
     assert fates.tolist() == [[dropped, dropped, dropped, Fate.TAKEN]]
@@ -149,14 +149,14 @@ def test_equality_is_equality_in_float32() -> None:
     ]
     for scores, reference, dropped, cutoff in cases:
         for strict, fate in ((False, Fate.TAKEN), (True, dropped)):
-            rules = Rules(range_min=0, range_max=1, num_negatives=1, strict=strict, **cutoff)
+            applied = Rules(range_min=0, range_max=1, num_negatives=1, strict=strict, **cutoff)
             rows, excluded = np.zeros((500, 1), np.int64), np.zeros((500, 1), np.uint8)
-            fates = mining.select(rows, scores[:, None], excluded, reference, None, rules)
+            fates = mining.select(rows, scores[:, None], excluded, reference, None, applied)
             assert (fates == fate).all()
 
 
 def test_a_draw_without_numbers_is_refused() -> None:
-    rules = Rules(range_min=0, range_max=1, num_negatives=1, sampling_strategy="random")
+    applied = Rules(range_min=0, range_max=1, num_negatives=1, sampling_strategy="random")
     with pytest.raises(ValueError, match="random"):
         mining.select(
             np.zeros((1, 1), np.int64),
@@ -164,7 +164,7 @@ def test_a_draw_without_numbers_is_refused() -> None:
             np.zeros((1, 1), np.uint8),
             np.zeros(1, np.float32),
             None,
-            rules,
+            applied,
         )
 
 
@@ -283,7 +283,7 @@ def test_uniform_is_uniform(kind: str) -> None:
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 4 / np.sqrt(n * k)
 
 
-def frequencies(scores: list[float], p: float, seed: int, **rules: Any) -> Any:
+def frequencies(scores: list[float], p: float, seed: int, **applied: Any) -> Any:
     """How often each of the candidates, the same for 40,000 units, is taken."""
     n, k = 40_000, len(scores)
     rng = np.random.default_rng(seed)
@@ -293,9 +293,9 @@ def frequencies(scores: list[float], p: float, seed: int, **rules: Any) -> Any:
         np.zeros((n, k), np.uint8),
         np.full(n, p, np.float32),
         mining.uniform(seed, hashes(rng, n), hashes(rng, n, k)),
-        Rules(range_min=0, range_max=k, **rules),
+        Rules(range_min=0, range_max=k, **applied),
     )
-    assert ((fates == Fate.TAKEN).sum(axis=1) == rules["num_negatives"]).all()
+    assert ((fates == Fate.TAKEN).sum(axis=1) == applied["num_negatives"]).all()
     return (fates == Fate.TAKEN).mean(axis=0)
 
 
@@ -318,30 +318,30 @@ def test_random_takes_each_equally_often() -> None:
 def test_weighted_takes_by_softmax() -> None:
     scores = [0.9, 0.8, 0.75, 0.6, 0.2]
     first, two = inclusion(np.exp(np.array(scores) / 0.2))
-    rules: dict[str, Any] = {"sampling_strategy": "weighted", "temperature": 0.2}
-    assert close(frequencies(scores, 1.0, 4, num_negatives=1, **rules), first)
-    assert close(frequencies(scores, 1.0, 5, num_negatives=2, **rules), two)
+    applied: dict[str, Any] = {"sampling_strategy": "weighted", "temperature": 0.2}
+    assert close(frequencies(scores, 1.0, 4, num_negatives=1, **applied), first)
+    assert close(frequencies(scores, 1.0, 5, num_negatives=2, **applied), two)
 
 
 @pytest.mark.parametrize("b", [-0.25, 0.0, 0.25])
 def test_simans_peaks_at_the_positive_plus_b(b: float) -> None:
     scores, p = [0.9, 0.75, 0.5, 0.25, 0.1], 0.5
     first, two = inclusion(np.exp(-8.0 * (np.array(scores) - p - b) ** 2))
-    rules: dict[str, Any] = {"sampling_strategy": "simans", "simans_a": 8.0, "simans_b": b}
-    assert close(frequencies(scores, p, 6, num_negatives=1, **rules), first)
-    assert close(frequencies(scores, p, 7, num_negatives=2, **rules), two)
+    applied: dict[str, Any] = {"sampling_strategy": "simans", "simans_a": 8.0, "simans_b": b}
+    assert close(frequencies(scores, p, 6, num_negatives=1, **applied), first)
+    assert close(frequencies(scores, p, 7, num_negatives=2, **applied), two)
     assert scores[int(np.argmax(first))] == p + b
 
 
 def test_another_seed_draws_others() -> None:
     rng = np.random.default_rng(8)
     anchors, documents = hashes(rng, 200), hashes(rng, 200, 50)
-    rules = Rules(range_min=0, range_max=50, num_negatives=5, sampling_strategy="random")
+    applied = Rules(range_min=0, range_max=50, num_negatives=5, sampling_strategy="random")
 
     def draw(seed: int) -> Any:
         rows, scores = np.tile(np.arange(50), (200, 1)), np.zeros((200, 50), np.float32)
         numbers = mining.uniform(seed, anchors, documents)
-        return mining.select(rows, scores, np.zeros((200, 50), np.uint8), np.ones(200, np.float32), numbers, rules)
+        return mining.select(rows, scores, np.zeros((200, 50), np.uint8), np.ones(200, np.float32), numbers, applied)
 
     one, other = draw(1) == Fate.TAKEN, draw(2) == Fate.TAKEN
     assert np.array_equal(one, draw(1) == Fate.TAKEN)

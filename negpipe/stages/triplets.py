@@ -127,7 +127,7 @@ def _check_memory(context: Context) -> None:
     depth = min(context.config.depth, read.stats["rows"])
     stored = min(largest, candidates.ROW_GROUP) * depth
     deepest = adaptive.limit(context.config, read.stats["rows"])
-    deeper = min(largest * deepest, max(candidates.CELLS, deepest))
+    again = min(largest * deepest, max(candidates.CELLS, deepest))
     written = 5 * min(formats.GROUP_BYTES, texts)
 
     def takes(cells: int) -> int:
@@ -137,9 +137,9 @@ def _check_memory(context: Context) -> None:
         units = int(cells * read.stats["positives"] / max(1, read.stats["anchors"]))
         return max(cells, min(units, candidates.CELLS)) * _CELL + units * _FATE
 
-    chosen = takes(max(stored, deeper))
+    chosen = takes(max(stored, again))
     if chosen + written > context.memory:
-        helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": deeper}
+        helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": again}
         remedy = " and ".join(text for text, cells in helping.items() if takes(cells) + written > context.memory)
         fewer = "lower executor.workers, " if context.workers > 1 else ""
         raise ConfigError(
