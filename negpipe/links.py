@@ -1,29 +1,45 @@
-"""Nothing that a run writes or deletes lies outside of its directory."""
+"""Nothing that a run writes or deletes lies outside of its directory, but for folders that the user links to a disk."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from negpipe.errors import StorageError
 
 
-def stay_inside(folder: str | os.PathLike[str]) -> None:
-    """Refuse a run directory in which a link leads out of it. The directory itself may be one.
+def stay_inside(folder: str | os.PathLike[str], fixed: Collection[str]) -> None:
+    """Refuse a run directory in which a link leads out of it.
+
+    The directory itself may be a link, and so may a folder in it: `encode` on a scratch disk. In that folder no link
+    may lead elsewhere.
+
+    Args:
+        folder: the run directory.
+        fixed: folders in it that must not be links, since they are renamed.
 
     Raises:
         StorageError: there is such a link; nothing was written or deleted.
     """
     home = os.path.realpath(folder)
-    inside = home.rstrip(os.sep) + os.sep
-    waiting = [home] if Path(home).is_dir() else []
+    waiting = [(home, home)] if Path(home).is_dir() else []
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        place, inside = waiting.pop()
+        with os.scandir(place) as entries:
             for entry in entries:
-                if entry.is_symlink() and not os.path.realpath(entry.path).startswith(inside):
+                if entry.is_symlink():
+                    target = os.path.realpath(entry.path)
+                    if target.startswith(inside.rstrip(os.sep) + os.sep):
+                        continue
+                    if place == home and entry.is_dir() and entry.name not in fixed and not entry.name.startswith("."):
+                        waiting.append((target, target))
+                        continue
                     raise StorageError(
                         f"{entry.path} is a link that leads out of the run directory, and nothing is written or deleted"
-                        " there. Put a folder or file in its place, or keep the whole run_dir where it leads"
+                        " there. Put a folder or file in its place; only a folder of a stage directly in the run"
+                        f" directory may be a link, but for {', '.join(sorted(fixed))}"
                     )
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
+                # A linked folder may hold other things: what a run makes lies in it and no deeper.
+                if entry.is_dir(follow_symlinks=False) and inside == home:
+                    waiting.append((entry.path, home))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from negpipe.fingerprint import digest, file_digest
 from negpipe.storage import write_json
 
 BOOKS = ".negpipe"
+_RECORD = re.compile(r"[0-9a-f]{16}\.json")
+_CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12}-\d+)?\.npz")
 OTHER_CONTENT = "has other content than was written"
 Book = TypeVar("Book", bound=BaseModel)
 
@@ -129,7 +132,11 @@ class Books:
 
     def sidecars(self) -> list[Path]:
         """The files of all parts' records, current or superseded, readable or not."""
-        return [path for path in sorted(self.folder.glob("*.json")) if path != self.manifest_path]
+        return [path for path in sorted(self.folder.glob("*.json")) if _RECORD.fullmatch(path.name)]
+
+    def checkpoints(self) -> list[Path]:
+        """What long searches of any part have left to go on from."""
+        return [path for path in sorted(self.folder.glob("*.npz")) if _CHECKPOINT.fullmatch(path.name)]
 
     def parts(self) -> Iterable[Part]:
         """Every part with a readable sidecar, current or superseded."""

@@ -29,7 +29,7 @@ from negpipe.redaction import redacted
 from negpipe.repair import check_headers, damaged, drop_damaged
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
-from negpipe.stages import STAGES
+from negpipe.stages import STAGES, SWAPPED
 from negpipe.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.storage import explained, remove_temporaries
 
@@ -134,7 +134,7 @@ def _make_run_dir(run_dir: Path) -> None:
         if not run_dir.exists():
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(mode=0o700, exist_ok=True)
-        stay_inside(run_dir)
+        stay_inside(run_dir, SWAPPED)
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:

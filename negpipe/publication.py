@@ -24,7 +24,8 @@ from negpipe.storage import explained, sync_folder, write_json
 
 _ATTEMPTS = 20
 _RACES = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
-_PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
+PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
+"""What the files of a folder that is swapped are called."""
 
 
 def staging(stage: str, key: str) -> str:
@@ -112,7 +113,7 @@ def _clear(run_dir: Path, stage: str, final: Path) -> None:
                         path.unlink()
             # Rows of an older setting must not stand among the new ones, whoever made them: they stay where they are.
             # A file that somebody on NFS still reads has a name of the system's and goes by itself.
-            elif not _PART.fullmatch(path.name) and not path.name.startswith(".nfs"):
+            elif not PART.fullmatch(path.name) and not path.name.startswith(".nfs"):
                 with suppress(OSError):
                     os.rename(path, _free(final / path.name))
         if folder in old:

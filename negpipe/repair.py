@@ -118,7 +118,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
         books.manifest_path.unlink(missing_ok=True)
         if stage.swapped and (shown := publication.published(run_dir, stage.name)):
             publication.prepare(run_dir, stage.name, shown)  # back to where the parts' records say they are
-    for path in books.folder.glob("*.npz"):
+    for path in books.checkpoints():
         path.unlink()  # what a search has found so far, with nothing to prove it
     suspects, gone = 0, []
     for path in books.sidecars():

@@ -125,16 +125,16 @@ def publish(
     return Published(final, size, digest)
 
 
-def check_room(run_dir: Path, what: str, needed: int, remedy: str) -> None:
-    """Whether there is room for what a stage is about to write.
+def check_room(folder: Path, what: str, needed: int, remedy: str) -> None:
+    """Whether there is room for what a stage is about to write to its folder, which may be a link to another disk.
 
     Raises:
         StorageError: there is less.
     """
-    free = shutil.disk_usage(run_dir).free
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
     if needed > free:
         raise StorageError(
-            f"{what} {needed:,} bytes in {run_dir}, {free:,} bytes are free there. Nothing finished was lost: make"
+            f"{what} {needed:,} bytes in {folder}, {free:,} bytes are free there. Nothing finished was lost: make"
             f" room, or {remedy}, then run the same command again"
         )
 

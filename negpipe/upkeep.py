@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from negpipe import publication, unfinished
 from negpipe.errors import DamagedError, MissingStageError
+from negpipe.fingerprint import file_digest
 from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import Books, File
 from negpipe.repair import damaged
-from negpipe.stages import STAGES
+from negpipe.stages import STAGES, SWAPPED
+
+_PUBLISHED = re.compile(r"[0-9a-f]{16}-([0-9a-f]{12})\.[a-z]+")
+_STAGING = re.compile(r"\.[a-z]+-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,10 @@ def verify(run_dir: Path, found: Inventory, progress: Callable[[int], None] = la
 def superseded(run_dir: Path) -> list[tuple[Path, int]]:
     """Files that no current manifest names, with their bytes: what `clean` frees.
 
-    A stage without a manifest keeps its parts, they are what it resumes from.
+    Only what is known to be ours: files that records name, the records, and what a killed run could not record any
+    more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from.
     """
-    stay_inside(run_dir)
+    stay_inside(run_dir, SWAPPED)
     found: set[Path] = set()
     for name, stage in STAGES.items():
         books = Books(run_dir, name)
@@ -85,26 +92,42 @@ def superseded(run_dir: Path) -> list[tuple[Path, int]]:
         if manifest is None:
             continue
         keep = {run_dir / file.path for part in manifest.parts for file in part.files}
-        keep |= {books.folder / f"{part.key}.json" for part in manifest.parts} | {books.manifest_path}
+        keep |= {books.folder / f"{part.key}.json" for part in manifest.parts}
         parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
-        folders = {run_dir / name, books.folder}
-        folders |= {(run_dir / file.path).parent for part in parts for file in part.files} - {run_dir}
-        found |= {
-            p for folder in folders for p in folder.glob("*") if p.is_file() and p not in keep and p.suffix != ".note"
-        }
+        ours = {run_dir / file.path for part in parts for file in part.files}
+        folders = {run_dir / name} | {path.parent for path in ours} - {run_dir}
+        ours |= {*books.sidecars(), *books.checkpoints(), *unfinished.left_over(books.folder)}
+        for folder in folders:
+            ours |= {
+                *unfinished.left_over(folder),
+                *(path for path in _files(folder) - keep - ours if _carries_digest(path)),
+            }
         if stage.swapped:
-            found |= {p for folder in run_dir.glob(f".{name}-*") for p in folder.rglob("*") if p.is_file()}
+            # Nobody but a run writes parts into folders of this name.
+            growing = [folder for folder in run_dir.glob(f".{name}-*") if _STAGING.fullmatch(folder.name)]
+            ours |= {path for folder in growing for path in _files(folder) if publication.PART.fullmatch(path.name)}
+        found |= {path for path in ours - keep if path.is_file()}
     return [(path, path.stat().st_size) for path in sorted(found)]
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+
+
+def _carries_digest(path: Path) -> bool:
+    """Whether a file is called as `Publisher` calls it, by the digest of what it holds."""
+    named = _PUBLISHED.fullmatch(path.name)
+    return named is not None and file_digest(path).startswith(named[1])
 
 
 def clean(run_dir: Path) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
-    stay_inside(run_dir)
+    stay_inside(run_dir, SWAPPED)  # before the lock is written
     with run_lock(run_dir):
         listed = superseded(run_dir)
         for path, _ in listed:
             path.unlink(missing_ok=True)
         for folder in run_dir.glob(".*-*"):
-            if folder.is_dir() and not any(folder.iterdir()):
+            if _STAGING.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     return sum(size for _, size in listed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import logging
 import os
@@ -440,7 +441,9 @@ def test_a_worker_writes_no_secret_into_its_log(tmp_path: Path) -> None:
 # --- links and rights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["encode", "triplets", ".negpipe", ".negpipe/logs", ".negpipe/ingest", "ledger"])
+@pytest.mark.parametrize(
+    "place", ["triplets", ".negpipe", ".negpipe/logs", ".negpipe/ingest", ".triplets-old", "encode/deep"]
+)
 def test_a_folder_that_leads_out_of_the_run_directory_is_refused(place: str, tmp_path: Path) -> None:
     config = small.build(tmp_path)
     outside = tmp_path / "outside"
@@ -480,7 +483,7 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     outside.mkdir()
     victim = outside / "victim.npy"
     victim.write_text("mine", encoding="utf-8")
-    for place in ("encode/link.npy", "stray"):
+    for place in ("encode/link.npy", "encode/folder", "file.npy"):
         link = tmp_path / "run" / place
         link.symlink_to(victim if place.endswith("npy") else outside)
         with pytest.raises(StorageError):
@@ -496,6 +499,61 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "run").rename(outside / "run")
     (tmp_path / "run").symlink_to(outside / "run")
     assert pipeline.mine(config).ran == ()
+
+
+@pytest.mark.parametrize("place", ["ingest", "encode", "index", "search", "ledger"])
+def test_a_folder_of_a_stage_may_lie_on_another_disk(place: str, tmp_path: Path) -> None:
+    config, scratch = small.build(tmp_path), tmp_path / "scratch"
+    (scratch / "other").mkdir(parents=True)
+    (scratch / "mine.npy").write_text("mine", encoding="utf-8")
+    link = tmp_path / "run" / place
+    link.parent.mkdir()
+    link.symlink_to(scratch)
+    for settings in ([], ["mining.num_negatives=2", "encoder.storage=float16", "search.depth=20", "data.part_rows=5"]):
+        pipeline.mine(load_config(str(config), settings))
+        assert link.is_symlink()
+    assert len([*scratch.iterdir()]) > 2
+    pipeline.mine(load_config(str(config)))
+    pipeline.mine(load_config(str(config)), repair=True)
+    assert not upkeep.verify(tmp_path / "run", upkeep.inventory(tmp_path / "run"))
+    assert upkeep.clean(tmp_path / "run") > 0
+    kept = {path.name for path in scratch.iterdir()}
+    recorded = {Path(file.path).name for file in upkeep.inventory(tmp_path / "run").files}
+    assert {"other", "mine.npy"} <= kept <= recorded | {"other", "mine.npy"}
+    assert {state.state for state in pipeline.status(load_config(str(config)))} == {"current"}
+    # Beyond the folder nothing is followed.
+    (scratch / "leads.npy").symlink_to(tmp_path / "corpus.npy")
+    with pytest.raises(StorageError):
+        upkeep.clean(tmp_path / "run")
+
+
+def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    run_dir = tmp_path / "run"
+    for settings in (["mining.num_negatives=2", "encoder.storage=float16"], []):
+        pipeline.mine(load_config(str(config), settings))
+    key, digest = "0" * 16, "1" * 12
+    theirs = [
+        *(f"{folder}/{name}" for folder in ("triplets", "encode", "ledger") for name in ("NOTES.md", "a.parquet")),
+        f"encode/{key}-{digest}.npy",  # called like a part, with another content
+        "encode/.note.tmp",
+        ".negpipe/encode/notes.json",
+        ".negpipe/search/mine.npz",
+        ".triplets-backup/part-00000.parquet",
+    ]
+    content = b"a part that a killed run could not record any more"
+    orphan = run_dir / "encode" / f"{key}-{hashlib.sha256(content).hexdigest()[:12]}.npy"
+    orphan.write_bytes(content)
+    for name in theirs:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("mine", encoding="utf-8")
+    listed = {path for path, _ in upkeep.superseded(run_dir)}
+    before = {path for path in run_dir.rglob("*") if path.is_file()}
+    assert upkeep.clean(run_dir) > 0
+    assert before - {path for path in run_dir.rglob("*") if path.is_file()} == listed
+    assert orphan in listed
+    assert all((run_dir / name).read_text(encoding="utf-8") == "mine" for name in theirs)
+    assert {state.state for state in pipeline.status(load_config(str(config)))} == {"current"}
 
 
 def test_a_new_run_directory_is_for_the_user_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ import small_source as small
 from as_root import needs_root
 from real_runs import Run
 
-from negpipe import pipeline, publication
+from negpipe import pipeline
 from negpipe.config_file import load_config
 from negpipe.errors import StorageError
 
@@ -81,7 +82,7 @@ def test_somebody_who_puts_the_folder_back_again_and_again_ends_in_an_error(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where locks do not work, another process may be faster every time."""
-    rename = publication.os.rename
+    rename = os.rename
 
     def raced(source: Path, target: Path) -> None:
         if Path(target).name == "triplets":
@@ -89,7 +90,7 @@ def test_somebody_who_puts_the_folder_back_again_and_again_ends_in_an_error(
             (run.folder / "triplets/somebody").touch()
         rename(source, target)
 
-    monkeypatch.setattr(publication.os, "rename", raced)
+    monkeypatch.setattr(os, "rename", raced)
     with pytest.raises(StorageError):
         run.mine("mining.num_negatives=2")
     monkeypatch.undo()
@@ -124,7 +125,7 @@ def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkey
     left = 0
 
     def dying(name: str) -> Any:
-        real = getattr(publication.os, name)
+        real = getattr(os, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal left
@@ -142,7 +143,7 @@ def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkey
         left = kills
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "unlink", "rmdir"):
-                patch.setattr(publication.os, name, dying(name))
+                patch.setattr(os, name, dying(name))
             with suppress(Killed):
                 pipeline.mine(config)
         deaths += left < 0

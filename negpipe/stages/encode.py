@@ -245,7 +245,7 @@ def check_fits(context: Context, dimension: int) -> None:
     if config.index.kind == "flat" and not same:
         size += 4 * rows * dimension
     check_room(
-        context.run_dir,
+        context.run_dir / "encode",
         "vectors and what is found with them take about",
         size,
         "set run_dir to a larger disk",
