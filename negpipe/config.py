@@ -17,6 +17,7 @@ from negpipe.errors import ConfigError
 _LEAST_BUDGET = 64 * 2**20
 _CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
 _OWN_NAMES = ("id", "score", "rank", "grade")
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
@@ -395,11 +396,28 @@ class Output(_Model):
         return self
 
 
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("minsh")
+    try:
+        return float(number) * _SECONDS[value.strip()[len(number) :]]
+    except (KeyError, ValueError):
+        raise ValueError(f"'{value}' is not a duration: write for example 90, 90s, 30min or 2h") from None
+
+
 class Executor(_Model):
     """Where tasks run."""
 
     kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
     workers: int = Field(1, ge=1, description="Worker processes (local); no more run than resources.cpus.")
+    task_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        None,
+        gt=0,
+        description="Seconds, or such as 30min or 2h: a worker that says nothing of progress for so long is killed, and"
+        " its task tried again (local). Loading a model and training an index are silent: allow for them. null: never,"
+        " silence is only warned about.",
+    )
 
 
 def _share(value: Any) -> Any:

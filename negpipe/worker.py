@@ -2,25 +2,26 @@
 
 The first line names the stage and the config; each further line is a task. Answers are JSON lines on
 the standard output it was started with; anything a library prints goes to the log. It ends when its
-input closes, in the middle of a task if need be: an unpublished part leaves nothing behind.
+input closes or holds what is not a message, in the middle of a task if need be: an unpublished part
+leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import faulthandler
 import logging
 import os
 import queue
 import signal
 import sys
 import threading
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from negpipe import machine
 from negpipe.config_file import load_config
 from negpipe.errors import NegpipeError, VanishedError, message_of
-from negpipe.executors.local import OUT_OF_MEMORY
+from negpipe.executors import local
 from negpipe.pipeline import load_context
 from negpipe.redaction import Redacting
 from negpipe.stage import Context, Task, run_task
@@ -31,21 +32,23 @@ def main() -> None:
     """Serve until the input closes."""
     # The parent decides what Ctrl-C means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    faulthandler.register(local.STACK_SIGNAL)
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     log = logging.StreamHandler()
     log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
     logging.captureWarnings(True)
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sys.stdin, lines), daemon=True).start()
+    messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, messages), daemon=True).start()
 
     def answer(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
+        answers.write(local.line_of(message))
         answers.flush()
 
-    head = json.loads(lines.get())
-    doing = head["stage"]
+    answer(listening=True)
+    head = messages.get()
+    doing = str(head.get("stage"))
     try:
         stage, config = STAGES[head["stage"]], load_config(head["config"])
         if not stage.apart(config):  # A model's threads may be many, and one heap would make them wait.
@@ -54,7 +57,7 @@ def main() -> None:
         _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:
-                task = Task(**json.loads(lines.get()))
+                task = Task(**messages.get())
                 doing = f"{stage.name}, part {task.key} ({task.kind}, {task.rows} rows)"
                 run_task(stage, task, shared, context, lambda units, note: answer(units=units, note=note))
                 answer(done=task.key)
@@ -64,7 +67,7 @@ def main() -> None:
     except Exception as error:
         _log_trace()
         if _out_of_memory(error):
-            os._exit(OUT_OF_MEMORY)
+            os._exit(local.OUT_OF_MEMORY)
         answer(error="failed", text=f"{doing}: {type(error).__name__}: {error}")
 
 
@@ -90,11 +93,17 @@ def _log_trace() -> None:
         sys.stderr.flush()
 
 
-def _listen(stream: TextIO, lines: queue.SimpleQueue[str]) -> None:
+def _listen(stream: BinaryIO, messages: queue.SimpleQueue[dict[str, Any]]) -> None:
+    code = 0
     for line in stream:
-        lines.put(line)
+        message = local.message_of(line)
+        if message is None:
+            logging.error("this is not a message: %r", line[:200])
+            code = local.NOT_A_MESSAGE
+            break
+        messages.put(message)
     logging.shutdown()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 BLOW: dict[str, Any] = json.loads(os.environ.get("BLOW", "{}"))
-_fsync, _replace = os.fsync, os.replace
+_fsync, _replace, _dup = os.fsync, os.replace, os.dup
 _seen = 0
+_answers = -1  # where a worker answers
 
 
 def _place(path: Path) -> tuple[str, str]:
@@ -51,14 +53,49 @@ def _struck_fsync(handle: int) -> None:
     _fsync(handle)
 
 
-def _use_up_memory() -> None:
-    """Once a file is named: for the first that asks. Without one: for everybody."""
+def _spared() -> bool:
+    """Once a file is named, all but the first are. Without one: nobody."""
     if once := BLOW.get("once"):
         try:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            return
-    bytearray(1 << 60)
+            return True
+    return False
+
+
+def _use_up_memory() -> None:
+    if not _spared():
+        bytearray(1 << 60)
+
+
+def _watched_dup(handle: int) -> int:
+    global _answers  # noqa: PLW0603
+    made = _dup(handle)
+    if handle == 1:
+        _answers = made
+    return made
+
+
+def _waits_for_a_disk_that_is_gone() -> None:
+    time.sleep(3600)
+
+
+def _thinks() -> None:
+    time.sleep(4)
+
+
+def _misspeaking_replace(source: Any, target: Any, **rest: Any) -> None:
+    _replace(source, target, **rest)
+    if _answers >= 0 and _due(Path(target)) and not _spared():
+        os.write(_answers, str(BLOW.get("says", "")).encode("latin-1"))
+        if BLOW["then"] == "ends":
+            os._exit(0)
+        elif BLOW["then"] == "is stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif BLOW["then"] == "hangs":
+            _waits_for_a_disk_that_is_gone()
+        elif BLOW["then"] == "thinks":
+            _thinks()
 
 
 def _struck_replace(source: Any, target: Any, **rest: Any) -> None:
@@ -74,6 +111,8 @@ if BLOW.get("boundary") in ("before write", "mid-write", "memory"):
     os.fsync = _struck_fsync  # type: ignore[assignment]
 elif BLOW.get("boundary") in ("before rename", "after rename"):
     os.replace = _struck_replace  # type: ignore[assignment]
+elif "then" in BLOW:
+    os.dup, os.replace = _watched_dup, _misspeaking_replace  # type: ignore[assignment]
 if BLOW.get("locks") == "given to everybody":
     fcntl.flock = lambda handle, how: None
 elif BLOW.get("locks") == "not there":
