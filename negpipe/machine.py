@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -18,6 +19,22 @@ def memory() -> int:
         return min(total, int(_CGROUP.read_text()))
     except (OSError, ValueError):  # no container, or "max"
         return total
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # not on Linux
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most. Its parent's peak, which getrusage passes on, is not among them."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not on Linux: bytes, and nothing of the parent's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def share_freed_memory() -> None:

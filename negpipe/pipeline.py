@@ -26,7 +26,7 @@ from negpipe.links import stay_inside
 from negpipe.lock import run_lock
 from negpipe.manifest import BOOKS, Books, Manifest, Part
 from negpipe.redaction import redacted
-from negpipe.repair import check_headers, damaged, drop_damaged
+from negpipe.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
 from negpipe.reporting import Reporter, Silent
 from negpipe.stage import Context, Executor, Stage, Task, cache_path
 from negpipe.stages import STAGES, SWAPPED
@@ -54,6 +54,7 @@ def mine(
     reporter: Reporter | None = None,
     rehash: bool = False,
     repair: bool = False,
+    rebuild: bool = False,
     rescore: Stage | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
@@ -64,6 +65,7 @@ def mine(
         reporter: where progress goes.
         rehash: read every source file again instead of trusting its modification time.
         repair: read every file made so far, and make again what is not as it was written or was made from such.
+        rebuild: make again what other versions of libraries made than are installed.
         rescore: a stage after search whose candidates take the place of search's.
 
     Raises:
@@ -87,7 +89,9 @@ def mine(
             publication.finish_swap(run_dir, stage.name)
             if repair:
                 untrusted |= drop_damaged(stage, context, untrusted)
-            state = look(stage, context)
+            if rebuild and only in (None, stage.name):
+                drop_of_other_versions(stage, context)
+            state = _looked(stage, context)
             manifest = state.manifest
             if state.state == "current":
                 logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
@@ -109,6 +113,14 @@ def mine(
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _looked(stage: Stage, context: Context) -> State:
+    """How a stage stands; what is of other versions of libraries is warned of."""
+    state = look(stage, context)
+    if state.versions:
+        logger.warning("%s: %s", stage.name, state.versions)
+    return state
 
 
 def _tell(manifest: Manifest) -> None:

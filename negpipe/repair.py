@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from negpipe import ann, publication
+from negpipe import ann, publication, versions
 from negpipe.errors import DamagedError
 from negpipe.manifest import OTHER_CONTENT, Books, File, Manifest, Part
 from negpipe.npy import BROKEN
@@ -115,9 +115,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     if wrong or not all(map(sound, kept)):
         kept = set()
     if not kept:
-        books.manifest_path.unlink(missing_ok=True)
-        if stage.swapped and (shown := publication.published(run_dir, stage.name)):
-            publication.prepare(run_dir, stage.name, shown)  # back to where the parts' records say they are
+        _forget_output(stage, books)
     for path in books.checkpoints():
         path.unlink()  # what a search has found so far, with nothing to prove it
     suspects, gone = 0, []
@@ -141,6 +139,29 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     if suspects:
         logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
     return _changed(wrong)
+
+
+def drop_of_other_versions(stage: Stage, context: Context) -> None:
+    """Forget the parts that other versions of libraries made than are installed, so that they are made again.
+
+    Their files stay until the new ones are there, or `clean` takes them.
+    """
+    books, now = Books(context.run_dir, stage.name), versions.installed(stage.libraries(context.config))
+    recorded = (part for path in books.sidecars() if (part := books.record(path.stem)))
+    outdated = [part.key for part in recorded if versions.is_of_others(part, now)]
+    if not outdated:
+        return
+    logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
+    _forget_output(stage, books)
+    for key in outdated:
+        (books.folder / f"{key}.json").unlink(missing_ok=True)
+
+
+def _forget_output(stage: Stage, books: Books) -> None:
+    """Make a stage one that never completed; its parts stay."""
+    books.manifest_path.unlink(missing_ok=True)
+    if stage.swapped and (shown := publication.published(books.run_dir, stage.name)):
+        publication.prepare(books.run_dir, stage.name, shown)  # back to where the parts' records say they are
 
 
 def _changed(wrong: list[tuple[File, str]]) -> set[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
+from negpipe import machine, versions
 from negpipe.config import Config
 from negpipe.errors import DamagedError, MissingStageError
 from negpipe.fingerprint import DigestCache
@@ -98,7 +99,7 @@ class Context:
     @property
     def cpus(self) -> int:
         """Threads of all workers."""
-        return self.config.resources.cpus or len(os.sched_getaffinity(0))
+        return self.config.resources.cpus or machine.cores()
 
     @property
     def workers(self) -> int:
@@ -161,6 +162,10 @@ def _as_asked(_: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
 
+def _no_libraries(_: Config) -> tuple[str, ...]:
+    return ()
+
+
 def _never(_: Config) -> bool:
     return False
 
@@ -193,6 +198,7 @@ class Stage:
         light: a single worker would take longer to start than to work: runs in the calling process instead.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
+        libraries: distributions whose versions may change its bytes; recorded, in no key.
     """
 
     name: str
@@ -212,6 +218,7 @@ class Stage:
     light: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False
+    libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
 
 
 class Executor(Protocol):
@@ -238,18 +245,13 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
             "pid": os.getpid(),
             "host": platform.node(),
             "seconds": round(time.monotonic() - started, 3),
-            "peak_memory": peak_memory(),
+            "peak_memory": machine.peak_memory(),
+            "libraries": versions.installed(stage.libraries(context.config)),
             **made.provenance,
         },
     )
     Books(context.run_dir, stage.name).write_part(part)
     return part
-
-
-def peak_memory() -> int:
-    """Bytes that this process has held at most. Its parent's peak, which getrusage passes on, is not among them."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def cache_path(run_dir: Path) -> Path:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from negpipe import publication
+from negpipe import publication, versions
 from negpipe.config import Config
 from negpipe.errors import DamagedError
 from negpipe.fingerprint import DigestCache, key
@@ -19,7 +19,8 @@ from negpipe.stages import STAGES
 
 @dataclass(frozen=True)
 class State:
-    """How a stage stands. `reason` says why it is not current; `done` and `total` count parts where known."""
+    """How a stage stands. `reason` says why it is not current; `done` and `total` count parts where known; `versions`
+    what was made with other versions of libraries than are installed."""
 
     stage: str
     state: Literal["current", "stale", "partial", "missing", "blocked", "damaged"]
@@ -27,10 +28,17 @@ class State:
     manifest: Manifest | None = None
     done: int = 0
     total: int = 0
+    versions: str | None = None
 
 
 def look(stage: Stage, context: Context) -> State:
     """How a stage stands against the config, from its manifest and the files' sizes."""
+    state = _look(stage, context)
+    parts = state.manifest.parts if state.manifest else Books(context.run_dir, stage.name).parts() if state.done else ()
+    return replace(state, versions=versions.describe(parts, versions.installed(stage.libraries(context.config))))
+
+
+def _look(stage: Stage, context: Context) -> State:
     absent = [name for name in stage.inputs if name not in context.manifests]
     try:
         manifest = Books(context.run_dir, stage.name).manifest()

@@ -169,6 +169,8 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.reason:
             console.out.print(f"{state.stage}: {state.reason}", markup=False)
+        if state.versions:
+            console.out.print(f"{state.stage}: {state.versions}", markup=False)
         if state.manifest and (recall := approximate.describe(state.manifest.stats)):
             console.out.print(f"{state.stage}: {recall}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):

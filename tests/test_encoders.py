@@ -345,10 +345,9 @@ def test_packaged_model_is_the_real_one() -> None:
     assert near > far + 0.2
 
 
-def test_provenance_names_libraries_device_and_precision(tiny: Path) -> None:
+def test_provenance_names_device_and_precision(tiny: Path) -> None:
     found = encoders.provenance(settings(tiny, device="cpu:0"))
     assert found["device"] == "cpu" and found["precision"] == "float32" and found["device_kind"]
-    assert {"FlagEmbedding", "torch", "transformers", "sentence-transformers"} <= set(found)
     assert all(isinstance(value, str) for value in found.values())
 
 

@@ -92,6 +92,14 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an
 RehashOption = Annotated[
     bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")
 ]
+RebuildOption = Annotated[
+    bool,
+    typer.Option(
+        "--rebuild",
+        help="Make again what other versions of libraries made than are installed; parts that do not say by which"
+        " they were made stay.",
+    ),
+]
 
 
 def checked(log_format: str) -> str:

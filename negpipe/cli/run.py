@@ -11,6 +11,7 @@ from negpipe.cli.app import (
     ConfigArgument,
     DebugOption,
     LogOption,
+    RebuildOption,
     RehashOption,
     SetOption,
     app,
@@ -28,13 +29,21 @@ def _mine(
     rehash: bool,
     only: str | None = None,
     repair: bool = False,
+    rebuild: bool = False,
 ) -> None:
     from negpipe import console, pipeline, summary
     from negpipe.config_file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
-    result = pipeline.mine(settings, only=only, reporter=console.reporter(log_format), rehash=rehash, repair=repair)
+    result = pipeline.mine(
+        settings,
+        only=only,
+        reporter=console.reporter(log_format),
+        rehash=rehash,
+        repair=repair,
+        rebuild=rebuild,
+    )
     if result.ran and only is None and settings.output.report:
         from negpipe import report
 
@@ -53,8 +62,9 @@ def mine(
     rehash: RehashOption = False,
     max_bad_rows: BadRowsOption = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Read every file made so far again, and make anew what is damaged.")
+        bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
     ] = False,
+    rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run every stage that is not up to date.
@@ -62,7 +72,7 @@ def mine(
     Example: negpipe mine scifact.yaml --set data.path=my/folder --max-bad-rows 10
     """
     overrides = with_option(overrides, "data.max_bad_rows", max_bad_rows)
-    _mine(config, overrides, log_format, debug, rehash, repair=repair)
+    _mine(config, overrides, log_format, debug, rehash, repair=repair, rebuild=rebuild)
 
 
 @app.command()
@@ -72,13 +82,22 @@ def ingest(
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
     max_bad_rows: BadRowsOption = None,
+    rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Read the source into corpus, anchor and positive tables.
 
     Example: negpipe ingest quickstart.yaml --max-bad-rows 10
     """
-    _mine(config, with_option(overrides, "data.max_bad_rows", max_bad_rows), log_format, debug, rehash, "ingest")
+    _mine(
+        config,
+        with_option(overrides, "data.max_bad_rows", max_bad_rows),
+        log_format,
+        debug,
+        rehash,
+        "ingest",
+        rebuild=rebuild,
+    )
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -88,9 +107,10 @@ def _stage_command(name: str, help_text: str) -> None:
         overrides: SetOption = None,
         log_format: LogOption = "plain",
         rehash: RehashOption = False,
+        rebuild: RebuildOption = False,
         debug: DebugOption = False,
     ) -> None:
-        _mine(config, overrides, log_format, debug, rehash, name)
+        _mine(config, overrides, log_format, debug, rehash, name, rebuild=rebuild)
 
 
 _stage_command("encode", "Turn texts into vectors.")

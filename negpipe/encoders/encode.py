@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Protocol
 
 from negpipe import config
@@ -19,7 +18,8 @@ from negpipe.encoders.backends import Kind, flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.errors import ConfigError, InputError
 
-_LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokenizers", "torch", "numpy")
+LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokenizers", "torch", "numpy")
+"""What may change the bits of a vector."""
 
 
 class Encoder(Protocol):
@@ -71,7 +71,7 @@ def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
 
 
 def provenance(encoder: config.Encoder) -> dict[str, str]:
-    """What vectors depend on beside their key: library versions, device and kind of CPU, precision."""
+    """What vectors depend on beside their key and the versions of libraries: device and kind of CPU, precision."""
     import torch
 
     device = _device(encoder)
@@ -79,8 +79,7 @@ def provenance(encoder: config.Encoder) -> dict[str, str]:
         kind = torch.cuda.get_device_name(device)
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    versions = {name: version(name) for name in _LIBRARIES}
-    return versions | {"device": device, "device_kind": kind, "precision": encoder.precision}
+    return {"device": device, "device_kind": kind, "precision": encoder.precision}
 
 
 def _device(encoder: config.Encoder) -> str:

@@ -79,6 +79,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     }
     facts["vectors"] = f"{manifest.stats['dimension']} numbers, {own.storage}"
     ran = manifest.parts[0].provenance if manifest.parts else {}
+    ran = {**ran, **ran.get("libraries", {})}
     libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")
     return facts | {name.replace("_", " "): str(ran[name]) for name in libraries if name in ran}
 

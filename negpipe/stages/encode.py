@@ -291,6 +291,10 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
     return stats
 
 
+def _libraries(config: Config) -> tuple[str, ...]:
+    return ("numpy",) if config.encoder.backend == "precomputed" else encoders.LIBRARIES
+
+
 STAGE = Stage(
     name="encode",
     version=VERSION,
@@ -300,6 +304,7 @@ STAGE = Stage(
     plan=_plan,
     open=_open,
     run=_run,
+    libraries=_libraries,
     stats=_stats,
     check=_check,
     apart=lambda config: config.encoder.backend != "precomputed",

@@ -245,6 +245,7 @@ STAGE = Stage(
     check=_check,
     plan=_plan,
     run=_run,
+    libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
     light=lambda config: config.index.kind == "stream",
     rounds=True,

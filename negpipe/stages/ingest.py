@@ -259,6 +259,7 @@ STAGE = Stage(
     sources=_sources,
     plan=_plan,
     run=_run,
+    libraries=lambda _: ("duckdb", "pyarrow"),
     stats=_stats,
     here=True,
 )

@@ -159,5 +159,6 @@ STAGE = Stage(
     shared=_shared,
     open=_open,
     run=_run,
+    libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
 )

@@ -367,6 +367,7 @@ STAGE = Stage(
     shared=_shared,
     open=_open,
     run=_run,
+    libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
     light=lambda _: True,
     swapped=True,
