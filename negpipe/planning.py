@@ -6,10 +6,7 @@ Times are extrapolated from a probe of this machine and, where parts were made b
 from __future__ import annotations
 
 import shutil
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,8 @@ import numpy as np
 from negpipe import adaptive, ann, candidates, encoders
 from negpipe.ann.probe import Job
 from negpipe.choices import SEARCH_SHARE, Choice, Machine, choices, sample_of
-from negpipe.config import Config, Encoder
+from negpipe.config import Config
+from negpipe.encoders.timing import time_model
 from negpipe.errors import NegpipeError
 from negpipe.manifest import Books
 from negpipe.stage import Context, Stage
@@ -190,19 +188,8 @@ def _encoding(context: Context, probe: bool) -> _Encoding:
     part = documents(context.manifest("ingest"))[0]
     texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    # The model in a process of its own: FAISS is in this one.
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        took, dimension = process.submit(_encode, config.encoder, model.path, texts, context.threads).result()
+    took, dimension = time_model(config.encoder, model.path, texts, context.threads)
     return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
-
-
-def _encode(settings: Encoder, model: str, texts: list[str], threads: int) -> tuple[float, int]:
-    """Seconds it takes, and the dimension of the vectors."""
-    encoder = encoders.load(settings, model, threads)
-    list(encoder.encode(texts[:8], "passage", lambda rows, tokens: None))
-    started = time.perf_counter()
-    vectors = list(encoder.encode(texts, "passage", lambda rows, tokens: None))
-    return time.perf_counter() - started, vectors[0].shape[1]
 
 
 def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from clustered import DIMENSION, DOCUMENTS, KINDS, mined, write
 
 from negpipe import pipeline, planning
 from negpipe.config_file import load_config
-from negpipe.errors import ConfigError, NegpipeError
+from negpipe.errors import ConfigError, InputError, NegpipeError
 
 
 def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,40 @@ def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: 
         assert choice.disk is None and choice.refusal.startswith("index.kind")
         return
     assert choice.build and choice.search and choice.memory
+
+
+def test_a_script_without_a_main_guard_runs_once(tiny: Path, tmp_path: Path) -> None:
+    """multiprocessing's spawn runs the caller's script again, to the end, before it times anything."""
+    config = small.build(tmp_path)
+    settings = small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}
+    config.write_text(json.dumps(settings))
+    pipeline.mine(load_config(settings), only="ingest")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+with open({str(tmp_path / "runs")!r}, "a") as file:
+    file.write("x")
+from {planning.__name__} import plan
+from negpipe.config_file import load_config
+found = plan(load_config({str(config)!r}))
+print(next(step.seconds for step in found.steps if step.stage == "encode"))
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_a_model_that_cannot_be_timed_is_named(tiny: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    settings = small.settings(tmp_path) | {"encoder": {"model": str(broken), "pooling": "mean"}}
+    small.build(tmp_path)
+    pipeline.mine(load_config(settings), only="ingest")
+    with pytest.raises(InputError) as refused:
+        planning.plan(load_config(settings))
+    assert "encoder.model" in str(refused.value)
 
 
 def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ __all__ = ["app", "audit", "calibrate", "config", "main", "planning", "report", 
 
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
+    if sys.platform == "win32":
+        sys.exit("negpipe: Windows is not supported: use Linux, WSL's will do")
     machine.share_freed_memory()
     arguments = sys.argv[1:]
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"

@@ -1,0 +1,67 @@
+"""How fast a model is here, measured in a process of its own: FAISS is in the caller's.
+
+`python -m negpipe.encoders.timing` reads the job as JSON and answers with JSON, like a worker. It is no
+`multiprocessing`, whose processes run the caller's script a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from negpipe import config
+from negpipe.encoders.encode import load
+from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
+
+_WARM_UP = 8  # texts
+_TAIL = 300
+
+
+def time_model(encoder: config.Encoder, path: str, texts: list[str], threads: int) -> tuple[float, int]:
+    """Seconds that the texts take, and the dimension of their vectors.
+
+    Raises:
+        NegpipeError: what loading or encoding raised; TaskFailedError for a process that died.
+    """
+    job = {"encoder": encoder.model_dump(mode="json"), "path": path, "texts": texts, "threads": threads}
+    command = [sys.executable, "-m", "negpipe.encoders.timing"]
+    done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        said = done.stderr.decode(errors="replace").strip()[-_TAIL:]
+        raise TaskFailedError(
+            f"the model could not be timed, its process ended with {done.returncode}: {said}"
+        ) from None
+    if "error" in answer:
+        raise error_of(answer)
+    return float(answer["seconds"]), int(answer["dimension"])
+
+
+def _timed(job: dict[str, Any]) -> dict[str, Any]:
+    encoder = load(config.Encoder(**job["encoder"]), job["path"], job["threads"])
+    list(encoder.encode(job["texts"][:_WARM_UP], "passage", lambda rows, tokens: None))
+    started = time.perf_counter()
+    vectors = list(encoder.encode(job["texts"], "passage", lambda rows, tokens: None))
+    return {"seconds": time.perf_counter() - started, "dimension": vectors[0].shape[1]}
+
+
+def main() -> None:
+    """Serve one job; what a library prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.buffer.read())
+    try:
+        answer = _timed(job)
+    except NegpipeError as error:
+        answer = dict(message_of(error))
+    answers.write(json.dumps(answer))
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()
