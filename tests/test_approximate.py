@@ -17,13 +17,16 @@ import pytest
 import small_source as small
 from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, vectors, write
 
-from negpipe import ann, approximate, candidates, kinds, pipeline
-from negpipe.ann import coded, factory
+from negpipe import ann
+from negpipe.ann import approximate, coded, factory
 from negpipe.ann.probe import Job
-from negpipe.config_file import load_config
+from negpipe.config import auto
+from negpipe.config.file import load_config
+from negpipe.data import candidates
+from negpipe.data.texts import text_id
+from negpipe.engine import pipeline
+from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
-from negpipe.manifest import Books
-from negpipe.texts import text_id
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_the_stated_recall_is_true(source: dict[str, Any], kind: str) -> None:
     marked = [part.meta["approximate"] for part in Books(result.run_dir, "search").manifest().parts]  # type: ignore[union-attr]
     assert set(marked) == {kind}
     path = result.run_dir / Books(result.run_dir, "search").manifest().parts[0].path  # type: ignore[union-attr]
-    assert pq.read_schema(path).metadata[b"negpipe.approximate"] == kind.encode()
+    assert pq.read_schema(path).metadata[b"negpipe.ann.approximate"] == kind.encode()
 
 
 def test_recall_over_the_window_and_the_shift_at_its_edges(source: dict[str, Any]) -> None:
@@ -209,14 +212,14 @@ def test_documents_added_for_positives_stay_out_of_the_candidates_and_of_the_rec
 
 
 def test_auto_is_decided_by_sizes(source: dict[str, Any]) -> None:
-    assert kinds.choose(10_000, 384, 10_000, 320)[0] == "stream"
-    assert kinds.choose(1_000_000, 384, 100, 320)[0] == "stream"
-    kind, reason = kinds.choose(10_000_000, 384, 100_000, 320)
+    assert auto.choose(10_000, 384, 10_000, 320)[0] == "stream"
+    assert auto.choose(1_000_000, 384, 100, 320)[0] == "stream"
+    kind, reason = auto.choose(10_000_000, 384, 100_000, 320)
     assert kind.startswith("IVF") and kind.endswith(",Flat") and "times as fast" in reason
     # Half as many lists where the sample of more of them is beyond the default budget.
-    assert kinds.choose(10_000_000, 768, 1_000_000, 320)[0] == "IVF4096,Flat"
+    assert auto.choose(10_000_000, 768, 1_000_000, 320)[0] == "IVF4096,Flat"
     for dimension in (384, 768, 4096):
-        ((_, lists, trained, _),) = kinds.options(50_000_000, dimension, 320)
+        ((_, lists, trained, _),) = auto.options(50_000_000, dimension, 320)
         assert 39 * lists <= trained and 2 * trained * dimension * 4 <= 2**31
     result = mined(source, "index.kind=auto")
     assert result.stats["index"]["kind"] == "stream"
@@ -225,7 +228,7 @@ def test_auto_is_decided_by_sizes(source: dict[str, Any]) -> None:
 
 
 def test_auto_that_means_lists_is_those_lists(source: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "choose", lambda *sizes: ("IVF16,Flat", "told to"))
+    monkeypatch.setattr(auto, "choose", lambda *sizes: ("IVF16,Flat", "told to"))
     result = mined(source, "index.kind=auto")
     stats = result.stats["index"]
     assert stats["kind"] == "IVF16,Flat" and stats["recall"] >= 0.98

@@ -21,8 +21,8 @@ from beir_data import precomputed_config, tricky_folder, write_vectors
 from real_runs import Run
 from small_source import run as negpipe
 
-from negpipe import audit
 from negpipe.errors import ConfigError, InputError
+from negpipe.review import audit
 
 WANTED = 3
 

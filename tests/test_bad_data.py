@@ -15,11 +15,11 @@ import pytest
 import small_source as small
 from bad_data import DOCUMENTS, LONG, QUERIES, Fault, Source, faults, sources
 
-from negpipe import pipeline, upkeep
-from negpipe.config import Data
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.config.schema import Data
+from negpipe.engine import pipeline, upkeep
 from negpipe.errors import DamagedError, InputError
-from negpipe.rejected import NAME
+from negpipe.ingest.rejected import NAME
 from negpipe.sources import BadRow, Document
 from negpipe.sources import read as read_source
 

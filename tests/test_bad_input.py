@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import mine, upkeep
+from negpipe import mine
+from negpipe.engine import upkeep
+from negpipe.engine.stage import Task
 from negpipe.errors import InputError
-from negpipe.stage import Task
 from negpipe.stages import encode
 
 Break = Callable[[Path], object]

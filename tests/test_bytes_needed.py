@@ -18,9 +18,9 @@ from as_root import needs_a_namespace, needs_root, run_in_a_namespace
 from real_runs import STAGES
 
 from negpipe.errors import StorageError
-from negpipe.exports.files import published
-from negpipe.report import page
-from negpipe.storage import publish
+from negpipe.review.report import page
+from negpipe.rows.exports.files import published
+from negpipe.store.files import publish
 
 
 @needs_a_namespace

@@ -18,12 +18,12 @@ from beir_data import numbered_folder, precomputed_config, tricky_folder, write_
 from real_runs import Run
 from small_source import run as negpipe
 
-from negpipe import calibrate, reviews
-from negpipe.calibrate import Calibration, Estimate, Setting
-from negpipe.calibrate.estimate import bootstrap
-from negpipe.config import Config
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
 from negpipe.errors import InputError
+from negpipe.review import calibrate, measures
+from negpipe.review.calibrate import Calibration, Estimate, Setting
+from negpipe.review.calibrate.estimate import bootstrap
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ SETTINGS = [
 
 
 def test_agrees_with_a_plain_program(searched: Run) -> None:
-    found = reviews.calibrate_settings(load_config(searched.config), lambda _: SETTINGS)
+    found = measures.calibrate_settings(load_config(searched.config), lambda _: SETTINGS)
     assert found.method == "hidden"
     for setting, estimate in zip(SETTINGS, found.estimates, strict=True):
         own = plain(searched, setting, wanted=3)
@@ -161,7 +161,7 @@ def test_agrees_with_a_plain_program(searched: Run) -> None:
 def test_random_is_the_mean_of_the_products_own_draws(searched: Run) -> None:
     """simans with a = 0 draws every candidate alike, by the seeds of the product."""
     settings = [Setting(0, 12, "random"), Setting(0, 12, "simans")]
-    found = reviews.calibrate_settings(load_config(searched.config, ["mining.simans_a=0"]), lambda _: settings)
+    found = measures.calibrate_settings(load_config(searched.config, ["mining.simans_a=0"]), lambda _: settings)
     exact, drawn = (estimate.leak for estimate in found.estimates)
     assert exact is not None and drawn is not None
     # 16 draws of some 250 negatives: the standard error is below a hundredth.
@@ -171,7 +171,7 @@ def test_random_is_the_mean_of_the_products_own_draws(searched: Run) -> None:
 
 def test_margin_reference_and_threads_change_nothing(searched: Run) -> None:
     def estimates(*changes: str) -> list[Any]:
-        found = reviews.calibrate_settings(load_config(searched.config, list(changes)), lambda _: SETTINGS)
+        found = measures.calibrate_settings(load_config(searched.config, list(changes)), lambda _: SETTINGS)
         return [astuple(estimate) for estimate in found.estimates]
 
     one = estimates("resources.cpus=1")
@@ -214,19 +214,19 @@ def test_positives_of_near_anchors(tmp_path: Path) -> None:
         run.mine(only=stage)
     config = load_config(run.config, ["mining.num_negatives=2"])
     with pytest.raises(InputError, match=r"none of 20 anchors has two different positives.*--near-anchors.*--second"):
-        reviews.calibrate_settings(config)
-    found = reviews.calibrate_settings(config, lambda _: [Setting(0, 40, "top"), Setting(2, 40, "top")], near=0.99)
+        measures.calibrate_settings(config)
+    found = measures.calibrate_settings(config, lambda _: [Setting(0, 40, "top"), Setting(2, 40, "top")], near=0.99)
     assert (found.method, found.anchors) == ("near_anchors", 20)
     # The other's positive is among the first two of each anchor, and behind none of them.
     assert [estimate.leak for estimate in found.estimates] == [0.5, 0.0]
     with pytest.raises(InputError, match=r"within a cosine of 1\.1"):
-        reviews.calibrate_settings(config, near=1.1)
+        measures.calibrate_settings(config, near=1.1)
 
 
 def test_second_opinion(searched: Run, tmp_path: Path) -> None:
     other = made(tmp_path, seed=9)
     setting = Setting(0, 40, "top")
-    found = reviews.calibrate_settings(
+    found = measures.calibrate_settings(
         load_config(searched.config), lambda _: [setting], second=load_config(other.config)
     )
     mine, theirs = (
@@ -261,7 +261,7 @@ def test_second_run_of_other_data(searched: Run, tmp_path: Path) -> None:
     other = Run(precomputed_config(tmp_path / "run", numbered_folder(tmp_path / "beir", 20, 4)))
     other.mine()
     with pytest.raises(InputError, match="made from other data"):
-        reviews.calibrate_settings(load_config(searched.config), second=load_config(other.config))
+        measures.calibrate_settings(load_config(searched.config), second=load_config(other.config))
 
 
 # --- what is recommended -----------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import small_source as small
 
-from negpipe import ann, pipeline
+from negpipe import ann
 from negpipe.ann import exact
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 
 
 class Cut(BaseException):
@@ -87,7 +88,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
         clocks.add(since)
         return exact.Checkpoint(path, seconds=0, since=since)
 
-    monkeypatch.setattr("negpipe.adaptive.ann.Checkpoint", checkpoint)
+    monkeypatch.setattr("negpipe.select.deeper.ann.Checkpoint", checkpoint)
     save, saved = exact.Checkpoint.save, []
 
     def cut(self: exact.Checkpoint, rows: int, *known: Any) -> None:

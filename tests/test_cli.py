@@ -16,8 +16,9 @@ import pytest
 import small_source as small
 from rich.console import Console
 
-from negpipe import console, pipeline
-from negpipe.lock import run_lock
+from negpipe.cli import console
+from negpipe.engine import pipeline
+from negpipe.store.lock import run_lock
 
 HELP = """
 import contextlib, io, sys

@@ -10,10 +10,10 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe import pipeline
-from negpipe.compat import PRESETS
-from negpipe.config import Config, Mining
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.config.presets import PRESETS
+from negpipe.config.schema import Config, Mining
+from negpipe.engine import pipeline
 from negpipe.errors import ConfigError
 
 LEAST: dict[str, Any] = {"run_dir": "run", "data": {"path": "set"}, "encoder": {"model": "some/model"}}

@@ -13,8 +13,8 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe import machine
-from negpipe.config_file import find_config, load_config, schema
+from negpipe.config import machine
+from negpipe.config.file import find_config, load_config, schema
 from negpipe.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,8 @@ import small_source as small
 from beir_data import numbered_folder, precomputed_config
 from real_runs import STAGES, Run
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import DamagedError
 
 KINDS = {

@@ -15,8 +15,8 @@ import pytest
 import reviewed_run
 from small_source import run as negpipe
 
-from negpipe.diff import compare, source_of
 from negpipe.errors import InputError
+from negpipe.review.diff import compare, source_of
 
 Negatives = dict[str, dict[str, tuple[float, int]]]
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from tiny_model import build_tiny_model
 
-from negpipe import config, encoders
+from negpipe import encoders
+from negpipe.config import schema
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
 from negpipe.errors import ConfigError, InputError, TaskFailedError
@@ -43,8 +44,8 @@ def recorder(texts_seen: list[int], tokens_seen: list[int]) -> encoders.OnBatch:
     return record
 
 
-def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) -> config.Encoder:
-    return config.Encoder.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
+def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) -> schema.Encoder:
+    return schema.Encoder.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
 
 
 class Whole:
@@ -57,7 +58,7 @@ class Whole:
         return np.concatenate(list(self.blocks(texts, kind, on_batch)))
 
 
-def loaded(encoder: config.Encoder) -> Whole:
+def loaded(encoder: schema.Encoder) -> Whole:
     return Whole(encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1))
 
 
@@ -156,7 +157,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.config._CALL_TEXTS", 1)
+    monkeypatch.setattr("negpipe.config.schema._CALL_TEXTS", 1)
     seen: list[int] = []
     vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
         TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)
@@ -264,7 +265,7 @@ class Library:
         self.passes: list[int] = []
         self._at_pass = at_pass
         self._local = threading.local()
-        self.encoder = Batched(config.Encoder(model="none", batch_size=4, call_texts=128), self, self._call, ahead=True)
+        self.encoder = Batched(schema.Encoder(model="none", batch_size=4, call_texts=128), self, self._call, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))

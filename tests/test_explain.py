@@ -16,10 +16,10 @@ import pytest
 from beir_data import tricky_folder, write_vectors
 from real_runs import Run
 
-from negpipe import readers
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
 from negpipe.errors import InputError, MissingStageError
-from negpipe.explain import Explanation, Unit
+from negpipe.review import finished
+from negpipe.review.explain import Explanation, Unit
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NOT_FATES = {"anchor_id", "positive_id", "candidates", "deepest_rank", "random", "short", "shortage_reason"}
@@ -55,7 +55,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def explained(run: Run, anchor: str, *overrides: str) -> Explanation:
-    return readers.explain_anchor(load_config(run.config, list(overrides)), anchor)
+    return finished.explain_anchor(load_config(run.config, list(overrides)), anchor)
 
 
 def ledger(run: Run) -> list[dict[str, Any]]:

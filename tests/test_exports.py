@@ -19,9 +19,10 @@ from beir_data import tricky_folder, write_vectors
 from datasets import Dataset, disable_progress_bars, load_dataset
 from real_runs import Run
 
-from negpipe import exports, readers
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError, MissingStageError
+from negpipe.review import finished
+from negpipe.rows import exports
 
 LAYOUTS = list(exports.LAYOUTS)
 # anchor id, positive id, negative id, their scores
@@ -61,7 +62,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 def export(mined: Run, to: str, out: Path, *overrides: str, **options: Any) -> exports.Exported:
-    return readers.export(load_config(mined.config, list(overrides)), exports.Options(to=to, out=out, **options))
+    return finished.export(load_config(mined.config, list(overrides)), exports.Options(to=to, out=out, **options))
 
 
 def opened(*args: Any, **options: Any) -> Dataset:
@@ -366,8 +367,8 @@ def test_json_is_strict_and_negatives_are_never_empty(mined: Run, tmp_path: Path
 
 
 def test_a_score_that_is_no_number_is_null() -> None:
-    from negpipe.exports.blocks import Documents
-    from negpipe.tables import Rows
+    from negpipe.data.tables import Rows
+    from negpipe.rows.exports.blocks import Documents
 
     scores = np.array([0.5, np.nan, -np.inf], np.float32)
     documents = Documents(Rows([]), np.arange(3), np.array([0, 1, 3]), scores)
@@ -417,7 +418,7 @@ def test_the_same_run_gives_the_same_bytes(mined: Run, tmp_path: Path, to: str) 
 
 def test_blocks_cut_between_units_and_lose_none(mined: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(mined, "flagembedding", tmp_path / "large")
-    monkeypatch.setattr("negpipe.exports.blocks._DOCUMENTS", 5)
+    monkeypatch.setattr("negpipe.rows.exports.blocks._DOCUMENTS", 5)
     export(mined, "flagembedding", tmp_path / "small")
     small, large = ((tmp_path / name / "train.jsonl").read_bytes() for name in ("small", "large"))
     assert small == large
@@ -540,7 +541,7 @@ def test_a_failure_leaves_what_was_there(mined: Run, tmp_path: Path, monkeypatch
         if count > 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("negpipe.reporting.Silent.advance", failing)
+    monkeypatch.setattr("negpipe.engine.progress.Silent.advance", failing)
     with pytest.raises(KeyboardInterrupt):
         export(mined, "jsonl", out, force=True)
     assert (out / "train.jsonl").read_bytes() == before

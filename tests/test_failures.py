@@ -13,10 +13,11 @@ import pytest
 import small_source as small
 import typer
 
-from negpipe import cli, errors, pipeline
-from negpipe.config_file import load_config
+from negpipe import cli, errors
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import NegpipeError
-from negpipe.lock import run_lock
+from negpipe.store.lock import run_lock
 
 Arguments = list[str]
 Provoke = Callable[[Path], Iterator[Arguments]]
@@ -84,7 +85,7 @@ def usage(folder: Path) -> Iterator[Arguments]:
 
 def unexpected(folder: Path) -> Iterator[Arguments]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("negpipe.pipeline.run_lock", lambda _: 1 / 0)
+        patch.setattr("negpipe.engine.pipeline.run_lock", lambda _: 1 / 0)
         yield ["mine"]
 
 

@@ -16,13 +16,13 @@ import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.engine.fingerprint import DigestCache, canonical, digest, key
+from negpipe.engine.manifest import Books, File, Manifest, Part
+from negpipe.engine.state import digests_of
 from negpipe.errors import DamagedError, InputError, StorageError
-from negpipe.fingerprint import DigestCache, canonical, digest, file_digest, key
-from negpipe.manifest import BOOKS, Books, File, Manifest, Part
-from negpipe.state import digests_of
-from negpipe.storage import explained, publish, write_json
+from negpipe.store.files import BOOKS, explained, file_digest, publish, write_json
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_runs import Run
 
-from negpipe import formats
-from negpipe.config import Config
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+from negpipe.data.tables import EXTRA, Rows, to_bytes
 from negpipe.errors import ConfigError, InputError
-from negpipe.selection import SOURCES, Units
-from negpipe.tables import EXTRA, Rows, to_bytes
+from negpipe.rows import formats
+from negpipe.select.selector import SOURCES, Units
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 DOCUMENTS, ANCHORS = 30, 6

@@ -24,9 +24,10 @@ import small_source as small
 from real_runs import encoding_here
 
 import negpipe
-from negpipe import pipeline, safe_yaml, upkeep
 from negpipe.ann import vectors as parts_of_vectors
-from negpipe.config_file import load_config
+from negpipe.config import safe_yaml
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline, upkeep
 from negpipe.errors import ConfigError, InputError, NegpipeError, StorageError
 from negpipe.redaction import redact
 from negpipe.sources import identity
@@ -113,7 +114,7 @@ def test_what_a_terminal_gets_is_filtered_too(hostile: Path, monkeypatch: pytest
 
     from rich.console import Console
 
-    from negpipe import console
+    from negpipe.cli import console
 
     screen = Console(file=io.StringIO(), force_terminal=True, width=200, highlight=False)
     screen.push_render_hook(console._Visible())
@@ -418,7 +419,7 @@ def test_a_new_token_is_no_new_source(monkeypatch: pytest.MonkeyPatch) -> None:
         return "ETag=1"
 
     monkeypatch.setattr(identity, "_version", version)
-    from negpipe.config import Data
+    from negpipe.config.schema import Data
 
     urls = [f"https://host.invalid/p.jsonl?sig={n}" for n in (1, 2)]
     assert len({identity.revision(Data(format="pairs", path=url)) for url in urls}) == 1

@@ -8,8 +8,9 @@ from typing import Any
 import small_source as small
 from real_runs import encoding_here
 
-from negpipe import pipeline, planning
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.plan import estimate
 
 DOCUMENTS = 600
 
@@ -45,7 +46,7 @@ def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny
     write(tmp_path, rows)
     config = load_config(source)
     pipeline.mine(config, only="ingest")
-    (planned,) = [step for step in planning.plan(config).steps if step.stage == "encode"]
+    (planned,) = [step for step in estimate.plan(config).steps if step.stage == "encode"]
     before, after, folder = encoded()
     assert 4 <= len(after - before) <= 14
     assert planned.todo == len(after - before)

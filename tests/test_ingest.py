@@ -15,12 +15,13 @@ import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe import joins, pipeline, spool
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.data.texts import digests, hashes, normalize, text_id
+from negpipe.engine import pipeline
+from negpipe.engine.manifest import Books, Part
 from negpipe.errors import ConfigError
-from negpipe.manifest import Books, Part
+from negpipe.ingest import joins, spool
 from negpipe.stages import ingest
-from negpipe.texts import digests, hashes, normalize, text_id
 
 Row = dict[str, Any]
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe import mining
-from negpipe.mining import Fate, Rules
+from negpipe.select import rules
+from negpipe.select.rules import Fate, Rules
 
 EIGHTHS = st.integers(-8, 8).map(lambda i: i / 8)
 SCORES = st.one_of(EIGHTHS, st.floats(-1, 1, width=32), st.sampled_from([np.nan, np.inf, -np.inf, -0.0]))
@@ -76,10 +76,10 @@ def check(block: dict[str, Any]) -> None:
             block["rows"], block["scores"], block["reasons"], block["reference"], block["uniform"], strict=True
         )
     ]
-    fates = mining.select(
+    fates = rules.select(
         np.array(block["rows"], np.int64).reshape(shape),
         np.array(block["scores"], np.float32).reshape(shape),
-        mining.exclusions(shape, found),
+        rules.exclusions(shape, found),
         np.array(block["reference"], np.float32),
         None if rules["sampling_strategy"] == "top" else np.array(block["uniform"], np.float64).reshape(shape),
         Rules(**rules),
@@ -88,7 +88,7 @@ def check(block: dict[str, Any]) -> None:
     assert fates.dtype == np.uint8
     assert [[Fate(code).name for code in line] for line in fates.tolist()] == expected
 
-    counts = mining.counts(fates)
+    counts = rules.counts(fates)
     assert counts.tolist() == [[line.count(fate.name) for fate in Fate] for line in expected]
     assert (counts.sum(axis=1) == shape[1]).all()
     assert (counts[:, Fate.TAKEN] <= rules["num_negatives"]).all()
@@ -114,10 +114,10 @@ def test_codes_are_the_columns_of_the_counts() -> None:
 def test_first_reason_counts_and_the_sum_is_whole() -> None:
     rows = np.array([[0, 1, 2, 3, 4, 5, -1]])
     scores = np.array([[0.99, 0.97, 0.9, 0.7, 0.6, 0.5, -3.4e38]], np.float32)
-    own = mining.contains(rows, np.array([1]), np.array([0, 1]))
-    excluded = mining.exclusions(rows.shape, {Fate.POSITIVE_TEXT: own, Fate.POSITIVE_ID: own})
+    own = rules.contains(rows, np.array([1]), np.array([0, 1]))
+    excluded = rules.exclusions(rows.shape, {Fate.POSITIVE_TEXT: own, Fate.POSITIVE_ID: own})
     applied = Rules(range_min=0, range_max=4, num_negatives=1, rank_over="raw", max_score=0.95, relative_margin=0.1)
-    fates = mining.select(rows, scores, excluded, np.array([0.97], np.float32), None, applied)
+    fates = rules.select(rows, scores, excluded, np.array([0.97], np.float32), None, applied)
     assert [Fate(code).name for code in fates[0]] == [
         "MAX_SCORE", "POSITIVE_ID", "RELATIVE_MARGIN", "TAKEN", "AFTER_WINDOW", "AFTER_WINDOW", "PADDING",
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def test_relative_margin_is_safe_for_negative_positives() -> None:
     """0.95 * p would be above a negative p, and let the positive's equals through."""
     scores = np.array([[-0.4, -0.5, -0.52, -0.6]], np.float32)
     applied = Rules(range_min=0, range_max=4, num_negatives=4, relative_margin=0.05)
-    fates = mining.select(
+    fates = rules.select(
         np.arange(4)[None], scores, np.zeros((1, 4), np.uint8), np.array([-0.5], np.float32), None, applied
     )
     dropped = Fate.RELATIVE_MARGIN
@@ -151,14 +151,14 @@ def test_equality_is_equality_in_float32() -> None:
         for strict, fate in ((False, Fate.TAKEN), (True, dropped)):
             applied = Rules(range_min=0, range_max=1, num_negatives=1, strict=strict, **cutoff)
             rows, excluded = np.zeros((500, 1), np.int64), np.zeros((500, 1), np.uint8)
-            fates = mining.select(rows, scores[:, None], excluded, reference, None, applied)
+            fates = rules.select(rows, scores[:, None], excluded, reference, None, applied)
             assert (fates == fate).all()
 
 
 def test_a_draw_without_numbers_is_refused() -> None:
     applied = Rules(range_min=0, range_max=1, num_negatives=1, sampling_strategy="random")
     with pytest.raises(ValueError, match="random"):
-        mining.select(
+        rules.select(
             np.zeros((1, 1), np.int64),
             np.zeros((1, 1), np.float32),
             np.zeros((1, 1), np.uint8),
@@ -182,19 +182,19 @@ def test_membership(dtype: Any, top: int, data: st.DataObject) -> None:
     values, offsets = ragged(lists, dtype)
     expected = [[oracle.member(cell, owned) for cell in line] for line, owned in zip(table, lists, strict=True)]
     candidates = np.array(table, dtype).reshape(n, k)
-    assert mining.contains(candidates, values, offsets).tolist() == expected
+    assert rules.contains(candidates, values, offsets).tolist() == expected
 
     shared = [data.draw(st.integers(0, n - 1)) for _ in range(n)]  # several units may have one list
     found = [[oracle.member(cell, lists[at]) for cell in line] for line, at in zip(table, shared, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mining, "LONG", data.draw(st.integers(0, 4)))
-        patch.setattr(mining, "_CELLS", data.draw(st.integers(1, 9)))
-        assert mining.contains(candidates, values, offsets, np.array(shared, np.int64)).tolist() == found
-        assert mining.contains(candidates, values, offsets).tolist() == expected
+        patch.setattr(rules, "LONG", data.draw(st.integers(0, 4)))
+        patch.setattr(rules, "_CELLS", data.draw(st.integers(1, 9)))
+        assert rules.contains(candidates, values, offsets, np.array(shared, np.int64)).tolist() == found
+        assert rules.contains(candidates, values, offsets).tolist() == expected
 
     cut = data.draw(st.integers(0, n))  # a block of units goes with the whole of the values
-    assert mining.contains(candidates[cut:], values, offsets[cut:]).tolist() == expected[cut:]
-    assert mining.contains(candidates[:cut], values, offsets[: cut + 1]).tolist() == expected[:cut]
+    assert rules.contains(candidates[cut:], values, offsets[cut:]).tolist() == expected[cut:]
+    assert rules.contains(candidates[:cut], values, offsets[: cut + 1]).tolist() == expected[:cut]
 
 
 def test_membership_beyond_one_chunk() -> None:
@@ -203,7 +203,7 @@ def test_membership_beyond_one_chunk() -> None:
     offsets = np.r_[0, np.cumsum(lengths)]
     values = rng.integers(0, 4000, offsets[-1])
     candidates = np.where(rng.random((4, 500)) < 0.1, -1, rng.integers(0, 4000, (4, 500)))
-    found = mining.contains(candidates, values, offsets)
+    found = rules.contains(candidates, values, offsets)
     for unit in range(4):
         assert found[unit].tolist() == np.isin(candidates[unit], values[offsets[unit] : offsets[unit + 1]]).tolist()
     assert not found[candidates == -1].any()
@@ -214,7 +214,7 @@ def test_a_list_that_many_share_is_read_once() -> None:
     values = np.random.default_rng(1).permutation(200_000)[:100_000]
     candidates = np.random.default_rng(2).integers(-1, 200_000, (4096, 256))
     tracemalloc.start()
-    found = mining.contains(candidates, values, np.array([0, len(values)]), np.zeros(4096, np.int64))
+    found = rules.contains(candidates, values, np.array([0, len(values)]), np.zeros(4096, np.int64))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (found == np.isin(candidates, values)).all()
@@ -229,9 +229,9 @@ def test_reference_is_min_or_max_and_nan_without_positives(lists: list[list[floa
     modes: list[tuple[Any, Any]] = [("min", min), ("max", max)]
     for which, pick in modes:
         expected = np.array([pick(own) if own else np.nan for own in lists], np.float32)
-        np.testing.assert_array_equal(mining.reference_scores(scores, offsets, which), expected)
-        np.testing.assert_array_equal(mining.reference_scores(scores, offsets[cut:], which), expected[cut:])
-        np.testing.assert_array_equal(mining.reference_scores(scores, offsets[: cut + 1], which), expected[:cut])
+        np.testing.assert_array_equal(rules.reference_scores(scores, offsets, which), expected)
+        np.testing.assert_array_equal(rules.reference_scores(scores, offsets[cut:], which), expected[cut:])
+        np.testing.assert_array_equal(rules.reference_scores(scores, offsets[: cut + 1], which), expected[:cut])
 
 
 # Chance
@@ -245,14 +245,14 @@ def test_the_mixer_is_splitmix64() -> None:
     """The first outputs of the reference generator from state 1234567."""
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     states = np.array([(1234567 + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(5)], np.uint64)
-    assert mining._mix(states).tolist() == known
+    assert rules._mix(states).tolist() == known
     assert [oracle.splitmix64(state) for state in states.tolist()] == known
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_uniform_agrees_with_exact_integers(seed: int, anchor: int, document: int) -> None:
-    number = mining.uniform(seed, np.array([anchor], np.uint64), np.array([[document]], np.uint64))
+    number = rules.uniform(seed, np.array([anchor], np.uint64), np.array([[document]], np.uint64))
     assert number.tolist() == [[oracle.uniform(seed, anchor, document)]]
     assert 0 < number < 1
 
@@ -260,13 +260,13 @@ def test_uniform_agrees_with_exact_integers(seed: int, anchor: int, document: in
 def test_uniform_depends_on_nothing_but_its_arguments() -> None:
     rng = np.random.default_rng(1)
     anchors, documents = hashes(rng, 40), hashes(rng, 40, 30)
-    whole = mining.uniform(7, anchors, documents)
-    pieces = [mining.uniform(7, anchors[i : i + 9], documents[i : i + 9]) for i in range(0, 40, 9)]
+    whole = rules.uniform(7, anchors, documents)
+    pieces = [rules.uniform(7, anchors[i : i + 9], documents[i : i + 9]) for i in range(0, 40, 9)]
     assert np.array_equal(np.concatenate(pieces), whole)
     units, columns = rng.permutation(40), rng.permutation(30)
-    assert np.array_equal(mining.uniform(7, anchors[units], documents[units][:, columns]), whole[units][:, columns])
-    assert not np.isin(mining.uniform(8, anchors, documents), whole).any()
-    assert not np.isin(mining.uniform(7, anchors[::-1], documents), whole).any()
+    assert np.array_equal(rules.uniform(7, anchors[units], documents[units][:, columns]), whole[units][:, columns])
+    assert not np.isin(rules.uniform(8, anchors, documents), whole).any()
+    assert not np.isin(rules.uniform(7, anchors[::-1], documents), whole).any()
 
 
 @pytest.mark.parametrize("kind", ["digests", "small numbers"])
@@ -275,7 +275,7 @@ def test_uniform_is_uniform(kind: str) -> None:
     n, k = 400, 250
     anchors = hashes(rng, n) if kind == "digests" else np.arange(n, dtype=np.uint64)
     documents = hashes(rng, n, k) if kind == "digests" else np.tile(np.arange(k, dtype=np.uint64), (n, 1))
-    numbers = mining.uniform(42, anchors, documents)
+    numbers = rules.uniform(42, anchors, documents)
     steps = np.arange(1, n * k + 1) / (n * k)
     assert np.abs(np.sort(numbers.ravel()) - steps).max() < 1.95 / np.sqrt(n * k)  # Kolmogorov-Smirnov at 0.1 %
     assert abs(numbers.mean() - 0.5) < 4 * np.sqrt(1 / 12 / (n * k))
@@ -287,12 +287,12 @@ def frequencies(scores: list[float], p: float, seed: int, **applied: Any) -> Any
     """How often each of the candidates, the same for 40,000 units, is taken."""
     n, k = 40_000, len(scores)
     rng = np.random.default_rng(seed)
-    fates = mining.select(
+    fates = rules.select(
         np.tile(np.arange(k), (n, 1)),
         np.tile(np.array(scores, np.float32), (n, 1)),
         np.zeros((n, k), np.uint8),
         np.full(n, p, np.float32),
-        mining.uniform(seed, hashes(rng, n), hashes(rng, n, k)),
+        rules.uniform(seed, hashes(rng, n), hashes(rng, n, k)),
         Rules(range_min=0, range_max=k, **applied),
     )
     assert ((fates == Fate.TAKEN).sum(axis=1) == applied["num_negatives"]).all()
@@ -340,8 +340,8 @@ def test_another_seed_draws_others() -> None:
 
     def draw(seed: int) -> Any:
         rows, scores = np.tile(np.arange(50), (200, 1)), np.zeros((200, 50), np.float32)
-        numbers = mining.uniform(seed, anchors, documents)
-        return mining.select(rows, scores, np.zeros((200, 50), np.uint8), np.ones(200, np.float32), numbers, applied)
+        numbers = rules.uniform(seed, anchors, documents)
+        return rules.select(rows, scores, np.zeros((200, 50), np.uint8), np.ones(200, np.float32), numbers, applied)
 
     one, other = draw(1) == Fate.TAKEN, draw(2) == Fate.TAKEN
     assert np.array_equal(one, draw(1) == Fate.TAKEN)
@@ -412,9 +412,9 @@ def ours(case: SimpleNamespace, on_shortage: Any) -> list[tuple[str, str, list[s
     scores = np.take_along_axis(case.scores, rows, axis=1)
     values, offsets = ragged(case.positives, np.int64)
     positive_scores = case.scores[np.repeat(np.arange(len(rows)), np.diff(offsets)), values]
-    excluded = mining.exclusions(rows.shape, {Fate.POSITIVE_ID: mining.contains(rows, values, offsets)})
-    reference = mining.reference_scores(positive_scores, offsets, "min")
-    fates = mining.select(rows, scores, excluded, reference, None, Rules(**case.rules, on_shortage=on_shortage))
+    excluded = rules.exclusions(rows.shape, {Fate.POSITIVE_ID: rules.contains(rows, values, offsets)})
+    reference = rules.reference_scores(positive_scores, offsets, "min")
+    fates = rules.select(rows, scores, excluded, reference, None, Rules(**case.rules, on_shortage=on_shortage))
     result = []
     for anchor, own in enumerate(case.positives):
         taken = fates[anchor] == Fate.TAKEN

@@ -20,7 +20,7 @@ import small_source as small
 from as_root import PRIVILEGED, needs_a_namespace, needs_root, run_in_a_namespace
 from real_runs import STAGES
 
-from negpipe.storage import explained
+from negpipe.store.files import explained
 
 WRITTEN = {"ingest": "ingest", "encode": "encode", "index": "index", "search": "search", "triplets": "ledger"}
 

@@ -13,9 +13,10 @@ import pytest
 import small_source as small
 from clustered import DIMENSION, DOCUMENTS, KINDS, mined, write
 
-from negpipe import pipeline, planning
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import ConfigError, InputError, NegpipeError
+from negpipe.plan import estimate
 
 
 def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,8 +37,8 @@ def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.
     source = write(tmp_path)
     mined(source, "index.kind=auto", only="ingest")
     for kind in ("stream", "IVF16,Flat"):
-        monkeypatch.setattr("negpipe.kinds.choose", lambda *sizes, kind=kind: (kind, "told to"))
-        found = planning.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
+        monkeypatch.setattr("negpipe.config.auto.choose", lambda *sizes, kind=kind: (kind, "told to"))
+        found = estimate.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
         steps = {step.stage: step for step in found.steps}
         meant = next(choice for choice in found.choices if choice.kind == kind)
         assert "what auto chooses: told to" in meant.note
@@ -52,7 +53,7 @@ def test_nothing_is_fetched_or_read_before_the_source(tmp_path: Path, monkeypatc
     source = write(tmp_path)
     source["encoder"] = {"model": "some/model"}
     monkeypatch.setattr("negpipe.encoders.resolve_model", fetch)
-    found = planning.plan(load_config(source), probe_encoder=False)
+    found = estimate.plan(load_config(source), probe_encoder=False)
     assert [step.note for step in found.steps[1:]] == ["waits for ingest"] * 4
 
 
@@ -65,7 +66,7 @@ def test_ids_of_brought_vectors_are_read_by_encode_alone(tmp_path: Path, monkeyp
         raise AssertionError
 
     monkeypatch.setattr("negpipe.stages.encode.VectorFile", read)
-    steps = {step.stage: step for step in planning.plan(load_config(source)).steps}
+    steps = {step.stage: step for step in estimate.plan(load_config(source)).steps}
     assert steps["encode"].disk and not steps["encode"].refusal
 
 
@@ -130,7 +131,7 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
 def test_what_would_stop_a_run_is_said(tmp_path: Path, overrides: list[str], stage: str, message: str) -> None:
     source = write(tmp_path)
     mined(source, "index.kind=stream")
-    found = planning.plan(load_config(source, ["index.kind=stream", *overrides]), probe_encoder=False)
+    found = estimate.plan(load_config(source, ["index.kind=stream", *overrides]), probe_encoder=False)
     refused = {step.stage: step.refusal for step in found.steps if step.refusal}
     assert message in refused[stage]
     arguments = [part for override in ("index.kind=stream", *overrides) for part in ("--set", override)]
@@ -150,7 +151,7 @@ def test_plan_estimates_any_kind_and_says_what_is_refused(tmp_path: Path, kind: 
     source = write(tmp_path)
     mined(source, "index.kind=stream")
     before = small.made(Path(source["run_dir"]))
-    found = planning.plan(load_config(source, [f"index.kind={kind}"]), probe_encoder=False)
+    found = estimate.plan(load_config(source, [f"index.kind={kind}"]), probe_encoder=False)
     choice = next(one for one in found.choices if one.kind == kind)
     assert small.made(Path(source["run_dir"])) == before
     if kind not in KINDS:
@@ -170,7 +171,7 @@ def test_a_script_without_a_main_guard_runs_once(tiny: Path, tmp_path: Path) -> 
         f"""
 with open({str(tmp_path / "runs")!r}, "a") as file:
     file.write("x")
-from {planning.__name__} import plan
+from {estimate.__name__} import plan
 from negpipe.config_file import load_config
 found = plan(load_config({str(config)!r}))
 print(next(step.seconds for step in found.steps if step.stage == "encode"))
@@ -189,7 +190,7 @@ def test_a_model_that_cannot_be_timed_is_named(tiny: Path, tmp_path: Path) -> No
     small.build(tmp_path)
     pipeline.mine(load_config(settings), only="ingest")
     with pytest.raises(InputError) as refused:
-        planning.plan(load_config(settings))
+        estimate.plan(load_config(settings))
     assert "encoder.model" in str(refused.value)
 
 
@@ -198,11 +199,11 @@ def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: P
     settings = small.settings(tmp_path)
     settings["encoder"] = {"model": str(tiny), "pooling": "mean"}
     pipeline.mine(load_config(settings), only="ingest")
-    found = planning.plan(load_config(settings))
+    found = estimate.plan(load_config(settings))
     encode = next(step for step in found.steps if step.stage == "encode")
     assert encode.seconds and encode.disk and "took just now" in encode.note
     assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
     assert not (tmp_path / "run/encode").exists()
     # What goes wrong in the model's own process is said as here.
     with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' is not there"):
-        planning.plan(load_config(settings, ["encoder.device=cuda:99"]))
+        estimate.plan(load_config(settings, ["encoder.device=cuda:99"]))

@@ -11,9 +11,9 @@ import small_source as small
 import yaml
 from rich.console import Console
 
-from negpipe import console
 from negpipe.ann import exact
-from negpipe.manifest import Books
+from negpipe.cli import console
+from negpipe.engine.manifest import Books
 
 
 def encoded(folder: Path, tiny: Path) -> small.Outcome:

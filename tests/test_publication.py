@@ -15,8 +15,8 @@ import small_source as small
 from as_root import needs_root
 from real_runs import Run
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import StorageError
 
 

@@ -11,9 +11,9 @@ from beir_data import numbered_folder, precomputed_config, write_folder, write_v
 from real_runs import Run, encoding_here
 from small_source import run as negpipe
 
-from negpipe import quality, reviews
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
 from negpipe.errors import MissingStageError
+from negpipe.review import measures, quality
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_agrees_with_sentence_transformers(judged: Run, tiny: Path) -> None:
     for line in (data / "qrels/train.tsv").read_text("utf-8").splitlines()[1:]:
         query, document, _ = line.split("\t")
         relevant.setdefault(query, set()).add(document)
-    found = reviews.measure_quality(load_config(judged.config))
+    found = measures.measure_quality(load_config(judged.config))
     depth = found.depth
     evaluator = InformationRetrievalEvaluator(
         queries,
@@ -113,7 +113,7 @@ def test_ranks_gains_and_scores_of_a_plain_program(graded: Run) -> None:
         best = sum(gain / np.log2(place + 2) for place, gain in enumerate(range(len(own), 0, -1)))
         return float(gained / best)
 
-    found = reviews.measure_quality(load_config(graded.config))
+    found = measures.measure_quality(load_config(graded.config))
     assert found.depth == 100
     assert found.metrics["nDCG@10"] == pytest.approx(np.mean([ndcg(own) for own in ranks]), abs=1e-9)
     assert found.metrics["MRR@10"] == pytest.approx(
@@ -139,7 +139,7 @@ def test_negatives_are_those_of_the_rows(graded: Run) -> None:
     for row in rows:
         lowest[row["anchor_id"]] = min(row["positive_score"], lowest.get(row["anchor_id"], 9.0))
     pairs = {(row["anchor_id"], row["negative_id"]): row["negative_score"] for row in rows}
-    found = reviews.measure_quality(load_config(graded.config))
+    found = measures.measure_quality(load_config(graded.config))
     assert found.scores["negative"].count == len(pairs)
     assert found.scores["negative"].mean == pytest.approx(np.mean(list(pairs.values())), abs=1e-6)
     gaps = [lowest[anchor] - score for (anchor, _), score in pairs.items()]
@@ -166,4 +166,4 @@ def test_command(graded: Run, tmp_path: Path) -> None:
 def test_without_candidates(tmp_path: Path) -> None:
     run = Run(precomputed_config(tmp_path / "run", numbered_folder(tmp_path / "beir", 20, 4)))
     with pytest.raises(MissingStageError, match="negpipe ingest"):
-        reviews.measure_quality(load_config(run.config))
+        measures.measure_quality(load_config(run.config))

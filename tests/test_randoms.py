@@ -15,8 +15,9 @@ import small_source
 from hypothesis import given, settings
 from real_runs import Run
 
-from negpipe import mining, randoms, readers
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.review import finished
+from negpipe.select import randoms, rules
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,7 +37,7 @@ def drawn(seed: int, anchors: list[int], wanted: list[int], corpus: int, lists: 
 
 def sequence(seed: int, anchor: int, corpus: int) -> list[int]:
     """The oracle: draws with replacement, as many as there are rows, then every row in the order of its number."""
-    numbers = mining.uniform(seed, np.array([anchor], np.uint64), np.arange(corpus, dtype=np.uint64)[None])[0].tolist()
+    numbers = rules.uniform(seed, np.array([anchor], np.uint64), np.arange(corpus, dtype=np.uint64)[None])[0].tolist()
     order = sorted(range(corpus), key=lambda row: numbers[row])
     return order if corpus <= 18 else [*(int(number * corpus) for number in numbers), *order]
 
@@ -69,6 +70,6 @@ def test_what_explain_shows_is_what_the_rows_hold(tmp_path: Path, documents: int
     random = {row["anchor_id"]: [r["negative_id"] for r in rows if r["anchor_id"] == row["anchor_id"]] for row in rows}
     assert len({sum(r["source"] == "random" for r in rows if r["anchor_id"] == name) for name in random}) > 1
     for name, negatives in random.items():
-        explained = readers.explain_anchor(load_config(tree), name)
+        explained = finished.explain_anchor(load_config(tree), name)
         taken = [candidate.id for unit in explained.units for candidate in unit.candidates if candidate.fate == "taken"]
         assert taken == negatives

@@ -17,9 +17,9 @@ import pytest
 import reviewed_run
 from small_source import run as negpipe
 
-from negpipe.config_file import load_config
-from negpipe.lock import run_lock
-from negpipe.report import words, write
+from negpipe.config.file import load_config
+from negpipe.review.report import words, write
+from negpipe.store.lock import run_lock
 
 VOID = {"meta", "link", "input", "br", "img", "path", "use"}
 
@@ -293,7 +293,7 @@ def test_audit_and_calibration_of_other_rows_are_not_shown(folder: Path, monkeyp
     assert negpipe("calibrate", config, *options).code == 0
     assert negpipe("report", config).code == 0
     assert "Leak against hardness" in page_of(folder / "run/report.html").text
-    monkeypatch.setattr("negpipe.report.gather._AUDITED", 0)
+    monkeypatch.setattr("negpipe.review.report.gather._AUDITED", 0)
     assert negpipe("report", config).code == 0, "audited before"
     assert "compared to the qrels" in page_of(folder / "run/report.html").text
     assert negpipe("mine", config, "--set", "mining.num_negatives=2", "--set", "encoder.storage=float32").code == 0

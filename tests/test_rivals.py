@@ -20,11 +20,11 @@ from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
 from torture import alive, blow, forget_from
 
-from negpipe import pipeline
 from negpipe.cli.signals import Terminated, prompt_end
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import LockedError
-from negpipe.lock import run_lock
+from negpipe.store.lock import run_lock
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -239,7 +239,7 @@ def stuck(*_):
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, without a look at signals
 
 import negpipe.config_file
-negpipe.config_file.load_config = stuck
+negpipe.config.file.load_config = stuck
 signals.GRACE_SECONDS = 0.5
 sys.argv = ["negpipe", "status", "any"]
 cli.main()

@@ -17,8 +17,10 @@ from beir_data import numbered_folder, precomputed_config, write_folder
 from real_runs import Run
 from test_parity import World, ranked
 
-from negpipe import exports, pipeline, readers
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.review import finished
+from negpipe.rows import exports
 
 Rows = list[dict[str, Any]]
 
@@ -246,7 +248,7 @@ def test_positives_in_a_ranking_are_not_counted_as_negatives(tmp_path: Path, ref
 
     # Layouts of positives and negatives, unlike a ranking, have each on its side.
     export = exports.Options(to="flagembedding", out=tmp_path / "train.jsonl")
-    readers.export(load_config(config, list(settings)), export)
+    finished.export(load_config(config, list(settings)), export)
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(len(line["neg"]) for line in lines) == len(scores)
     assert not any(set(line["pos"]) & set(line["neg"]) for line in lines)

@@ -332,7 +332,7 @@ def test_workers_share_the_cores(undisturbed: Run, tmp_path: Path, monkeypatch: 
         started.append(env)
         return start(*arguments, env=env, **more)
 
-    monkeypatch.setattr("negpipe.executors.local.subprocess.Popen", starting)
+    monkeypatch.setattr("negpipe.engine.executors.local.subprocess.Popen", starting)
     run = undisturbed.copied(tmp_path / "run")
     run.mine("executor.kind=local", "executor.workers=2", "resources.cpus=6", "index.kind=stream")
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")

@@ -16,10 +16,11 @@ import pytest
 from beir_data import tricky_folder, write_folder, write_vectors
 from real_runs import Run
 
-from negpipe import adaptive, candidates, randoms
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.data import candidates
+from negpipe.data.texts import normalize
 from negpipe.errors import ConfigError
-from negpipe.texts import normalize
+from negpipe.select import deeper, randoms
 
 DOCUMENTS = 278  # rows of the folder full of traps; 15 of its 293 documents are copies
 LEVELS = (64, 128, 256, DOCUMENTS)
@@ -185,10 +186,10 @@ def test_groups_of_anchors_searched_together_change_no_byte(
     other = run.copied(tmp_path / "other")
     whole = run.copied(tmp_path / "whole")
     whole.mine("mining.max_depth=300")
-    for module in (adaptive, candidates):
+    for module in (deeper, candidates):
         monkeypatch.setattr(module, "CELLS", 4 * DOCUMENTS)
     run.mine("mining.max_depth=300")
-    monkeypatch.setattr(adaptive, "_CELL", 2**40)  # one group at a time
+    monkeypatch.setattr(deeper, "_CELL", 2**40)  # one group at a time
     other.mine("mining.max_depth=300")
     assert run.content("triplets") == other.content("triplets")
     assert rows(run) == rows(whole)

@@ -14,10 +14,10 @@ import small_source as small
 from real_runs import Run
 from torture import blow
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.engine.executors import local
 from negpipe.errors import ConfigError, TaskFailedError
-from negpipe.executors import local
 
 
 @pytest.fixture

@@ -22,14 +22,16 @@ import small_source as small
 import yaml
 from test_memory import peaks
 
-from negpipe import joins, pipeline, quality, reviews
-from negpipe.calibrate import Setting
-from negpipe.config import Config
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+from negpipe.data.namesakes import Namesakes
+from negpipe.data.tables import to_bytes
+from negpipe.engine import pipeline
+from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, InputError
-from negpipe.manifest import Books
-from negpipe.namesakes import Namesakes
-from negpipe.tables import to_bytes
+from negpipe.ingest import joins
+from negpipe.review import measures, quality
+from negpipe.review.calibrate import Setting
 
 MANY, MOST, POOL = 8_000, 100_000, 300
 SHAPES = ("text", "anchor", "document", "copies")
@@ -166,7 +168,7 @@ def test_whatever_reads_candidates_reads_these(mined: tuple[str, Config]) -> Non
     shape, config = mined
     if shape == "text":
         return  # every reader's work, at the size of any other run
-    measured = reviews.measure_quality(config)
+    measured = measures.measure_quality(config)
     assert isinstance(measured, quality.Quality) and measured.positives >= 20
     changed = config_of(config.run_dir.parent, "mining.num_random=2", "mining.near_duplicate=0.99")
     pipeline.mine(changed)
@@ -194,7 +196,7 @@ def test_calibration_hides_the_positives_of_one_anchor_from_each_other(tmp_path:
     for stage in ("ingest", "encode", "index", "search"):
         pipeline.mine(config, only=stage)
     tracemalloc.start()
-    made = reviews.calibrate_settings(config, lambda _: [Setting(0, 20, "top", None, None, None)])
+    made = measures.calibrate_settings(config, lambda _: [Setting(0, 20, "top", None, None, None)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 * 2**20  # a list of all for each of them is half a gigabyte

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from negpipe import config, sources
+from negpipe import sources
+from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
 from negpipe.sources import BadRow, Document, Judgment, Query
 
@@ -38,8 +39,8 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def data(**settings: Any) -> config.Data:
-    return config.Data.model_validate(settings)
+def data(**settings: Any) -> schema.Data:
+    return schema.Data.model_validate(settings)
 
 
 def write(path: str, content: str | bytes | list[Any]) -> str:

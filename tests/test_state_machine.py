@@ -27,8 +27,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from real_runs import STAGES
 from small_source import DIMENSION, write_qrels, write_rows
 
-from negpipe import pipeline, upkeep
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline, upkeep
 from negpipe.errors import DamagedError, MissingStageError
 
 SETTINGS: dict[str, list[Any]] = {

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negpipe.data.tables import Rows, documents, open_table, ragged, to_bytes
+from negpipe.engine.manifest import File, Manifest, Part
 from negpipe.errors import DamagedError
-from negpipe.manifest import File, Manifest, Part
-from negpipe.tables import Rows, documents, open_table, ragged, to_bytes
 
 TEXTS = ["", "a", "zwei Wörter", "字" * 40, "\x1b[31m", "a"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from negpipe.storage import publish, remove_temporaries
-from negpipe.unfinished import is_unfinished, owner, temporary
+from negpipe.store.files import publish, remove_temporaries
+from negpipe.store.unfinished import is_unfinished, owner, temporary
 
 DAY = 86400
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negpipe.encoders.precomputed import VectorFile
 from negpipe.errors import ConfigError, InputError
-from negpipe.vectors import VectorFile
 
 ROWS, DIMENSION = 23, 4
 MATRIX = np.random.default_rng(0).normal(size=(ROWS, DIMENSION)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_by_id_in_any_order(names: list[list[int]], order: list[int], tmp_path_f
 
 @pytest.mark.parametrize("compared", [1, 3 * DIMENSION, 10**6])
 def test_repeats_are_compared_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int) -> None:
-    monkeypatch.setattr("negpipe.vectors._COMPARED", compared)
+    monkeypatch.setattr("negpipe.encoders.precomputed._COMPARED", compared)
     matrix = MATRIX.copy()
     matrix[10:] = matrix[0]
     same, other, mixed = [0, *range(10, ROWS)], [1, 2], [3, *range(10, ROWS), 3]

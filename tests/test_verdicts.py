@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 from negpipe.errors import InputError
 
 

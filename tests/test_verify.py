@@ -15,7 +15,8 @@ import pytest
 import small_source as small
 from rich.console import Console
 
-from negpipe import console, upkeep
+from negpipe.cli import console
+from negpipe.engine import upkeep
 
 AT_ONCE = 2
 

@@ -11,9 +11,9 @@ import small_source as small
 from real_runs import STAGES, Run
 from torture import blow
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
-from negpipe.manifest import Books
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.engine.manifest import Books
 
 OLDER = "0.0.1"
 
