@@ -183,7 +183,7 @@ def test_no_permission_in_any_stage(finished: Path, tmp_path: Path) -> None:
         (tmp_path / stage).mkdir()
     configs = {stage: small.build(tmp_path / stage) for stage in STAGES}
     written = json.dumps([WRITTEN[stage] for stage in STAGES])
-    command = [sys.executable, "-c", UNPRIVILEGED, str(Path(__file__).parent), written, *map(str, configs.values())]
+    command = [sys.executable, "-c", UNPRIVILEGED, str(Path(__file__).parents[1]), written, *map(str, configs.values())]
     if PRIVILEGED:  # root without the right to pass by permissions
         if not shutil.which("setpriv"):
             pytest.skip("root passes by permissions")

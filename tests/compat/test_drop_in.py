@@ -426,7 +426,7 @@ def script_arguments(folder: Path) -> list[str]:
     rows = draw.standard_normal((len(texts), 8))
     vectors = dict(zip(texts, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).tolist(), strict=True))
     (folder / "vectors.json").write_text(json.dumps(vectors))
-    return [str(Path(__file__).parent), str(folder / "vectors.json")]
+    return [str(Path(__file__).parents[1]), str(folder / "vectors.json")]
 
 
 def check_output(folder: Path, printed: str) -> None:

@@ -17,7 +17,7 @@ from negpipe.config import machine
 from negpipe.config.file import find_config, load_config, schema
 from negpipe.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 LEAST: dict[str, Any] = {"run_dir": "run", "data": {"path": "set"}, "encoder": {"model": "some/model"}}
 
@@ -283,7 +283,7 @@ def test_numbers_are_finite(value: str) -> None:
 
 
 def test_the_readme_lists_every_key() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     sys.path.insert(0, str(root / "scripts"))
     from config_table import insert
 

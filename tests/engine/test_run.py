@@ -24,7 +24,7 @@ from real_runs import STAGES, Run, encoding_here, kill, wait
 
 import negpipe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import make_quickstart
 
 TEXTS = ("anchor_id", "positive_id", "negative_id", "anchor", "positive", "negative")
@@ -145,7 +145,7 @@ def test_quickstart_slice_with_the_embedded_model(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     make_quickstart.write_beir(functions, data)
-    config = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     config["run_dir"], config["data"]["path"] = str(tmp_path / "run"), str(data)
     config["encoder"] |= {"passage_max_length": 64, "query_max_length": 32}
     run = Run(config)
