@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from negpipe.drop_in import mine_hard_negatives
-    from negpipe.pipeline import Result
+    from negpipe.compat.sentence_transformers import mine_hard_negatives
+    from negpipe.engine.pipeline import Result
 
 __all__ = ["mine", "mine_hard_negatives"]
 __version__ = "0.1.0"
@@ -32,15 +32,15 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     Raises:
         negpipe.errors.NegpipeError: with a message for people.
     """
-    from negpipe import pipeline
-    from negpipe.config_file import load_config
+    from negpipe.config.file import load_config
+    from negpipe.engine import pipeline
 
     return pipeline.mine(load_config(config, list(overrides)))
 
 
 def __getattr__(name: str) -> Any:
     if name == "mine_hard_negatives":
-        from negpipe.drop_in import mine_hard_negatives
+        from negpipe.compat.sentence_transformers import mine_hard_negatives
 
         return mine_hard_negatives
     raise AttributeError(f"module 'negpipe' has no attribute '{name}'")

@@ -18,13 +18,13 @@ import sys
 import threading
 from typing import Any, BinaryIO
 
-from negpipe import machine
-from negpipe.config_file import load_config
+from negpipe.config import machine
+from negpipe.config.file import load_config
+from negpipe.engine.executors import local
+from negpipe.engine.pipeline import load_context
+from negpipe.engine.stage import Context, Task, run_task
 from negpipe.errors import NegpipeError, VanishedError, message_of
-from negpipe.executors import local
-from negpipe.pipeline import load_context
 from negpipe.redaction import Redacting
-from negpipe.stage import Context, Task, run_task
 from negpipe.stages import STAGES
 
 

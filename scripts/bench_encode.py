@@ -47,10 +47,11 @@ def pieces(seed: int = 0) -> Iterator[str]:
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
-    from negpipe import config, encoders
+    from negpipe import encoders
+    from negpipe.config import schema
 
     texts = list(islice(pieces(), options.texts))
-    encoder = config.Encoder.model_validate(
+    encoder = schema.Encoder.model_validate(
         {
             "model": options.model,
             "pooling": options.pooling,

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from bench_formats import slices, write_corpus
 
-from negpipe import exports
-from negpipe.candidates import Candidates
-from negpipe.config import Config
-from negpipe.selection import Units
-from negpipe.tables import Rows
+from negpipe.config.schema import Config
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import Rows
+from negpipe.rows import exports
+from negpipe.select.selector import Units
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:

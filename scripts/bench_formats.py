@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from negpipe import formats
-from negpipe.config import Config
-from negpipe.selection import Units
-from negpipe.tables import Rows, to_bytes
+from negpipe.config.schema import Config
+from negpipe.data.tables import Rows, to_bytes
+from negpipe.rows import formats
+from negpipe.select.selector import Units
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 SLICE = 4096

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from negpipe.config import Config
+from negpipe.config.schema import Config
 
 BEGIN, END = "<!-- config: made by scripts/config_table.py -->\n", "<!-- /config -->"
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import small_source as small
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 
 DOCUMENTS, QUERIES, DIMENSION = 3_000, 300, 16
 

@@ -1,6 +1,6 @@
 """What selection should do, in slow plain Python written from its description.
 
-Shares no code with `negpipe.mining`: fates are names, one candidate is judged at a time, and draws use
+Shares no code with `negpipe.select.rules`: fates are names, one candidate is judged at a time, and draws use
 -ln(u) / w itself, in decimals wide enough that no weight underflows.
 """
 

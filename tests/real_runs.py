@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.engine.state import State
 from negpipe.stages import STAGES as STAGES_OF_NEGPIPE
-from negpipe.state import State
 
 STAGES = ("ingest", "encode", "index", "search", "triplets")
 PATIENCE = 120

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import yaml
 
 from negpipe import cli
-from negpipe.fingerprint import file_digest
+from negpipe.store.files import file_digest
 
 DOCUMENTS, QUERIES, DIMENSION = 40, 12, 8
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
-from negpipe.fingerprint import file_digest
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
+from negpipe.store.files import file_digest
 
 
 def unpacked(folder: Path) -> dict[str, Any]:

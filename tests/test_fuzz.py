@@ -12,12 +12,14 @@ import pytest
 import small_source as small
 from hypothesis import HealthCheck, given, settings
 
-from negpipe import pipeline, sources, upkeep, verdicts
-from negpipe.config import Columns, Config, Data
-from negpipe.config_file import load_config
+from negpipe import sources
+from negpipe.config.file import load_config
+from negpipe.config.schema import Columns, Config, Data
+from negpipe.engine import pipeline, upkeep
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.manifest import Books
 from negpipe.errors import NegpipeError
-from negpipe.fingerprint import DigestCache
-from negpipe.manifest import Books
+from negpipe.select import verdicts
 
 pytestmark = pytest.mark.torture
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from beir_data import tricky_folder
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.engine import pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from compare_rows import EXACT, content

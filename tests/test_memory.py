@@ -15,10 +15,12 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe import candidates, pipeline, spool
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
+from negpipe.data import candidates
+from negpipe.engine import pipeline
+from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, InputError, StorageError
-from negpipe.manifest import Books
+from negpipe.ingest import spool
 from negpipe.sources import Document, Place, Query
 
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from negpipe import pipeline
-from negpipe.config_file import load_config
-from negpipe.texts import text_id
+from negpipe.config.file import load_config
+from negpipe.data.texts import text_id
+from negpipe.engine import pipeline
 
 pytestmark = pytest.mark.parity
 

@@ -26,9 +26,9 @@ import numpy as np
 from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
+from negpipe.data.npy import BROKEN
 from negpipe.errors import ConfigError, DamagedError, StorageError
-from negpipe.npy import BROKEN
-from negpipe.storage import publish
+from negpipe.store.files import publish
 
 logger = logging.getLogger(__name__)
 

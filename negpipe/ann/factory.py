@@ -19,8 +19,8 @@ from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
 from negpipe.ann.products import Arithmetic, arithmetic
 from negpipe.ann.vectors import Floats, Vectors
+from negpipe.config.auto import ROWS_A_LIST, trained_on
 from negpipe.errors import ConfigError, DamagedError
-from negpipe.kinds import ROWS_A_LIST, trained_on
 
 _ROWS_ADDED = 16384
 _USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them

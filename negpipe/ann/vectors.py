@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
+from negpipe.data.npy import BROKEN
 from negpipe.errors import DamagedError
-from negpipe.npy import BROKEN
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

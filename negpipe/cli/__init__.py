@@ -20,10 +20,10 @@ from negpipe.cli import calibrate  # isort: split
 
 from negpipe.cli import report  # isort: split
 
-from negpipe import machine
 from negpipe.cli import config, upkeep
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
+from negpipe.config import machine
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
@@ -60,7 +60,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:
-    from negpipe import console
+    from negpipe.cli import console
+    from negpipe.review import wording
 
     message, shown = redact(message), redact(traceback.format_exc()) if trace else ""
     if log_format == "json":
@@ -68,13 +69,13 @@ def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bo
         fields = {"error": code, "exit_code": exit_code} | ({"trace": shown} if shown else {})
         console.logger.error("%s", message, extra={"fields": fields})
     else:
-        console.err.print(console.visible(shown), end="", markup=False, soft_wrap=True)
-        console.err.print(console.visible(f"negpipe: {message}"), style="red", markup=False, soft_wrap=True)
+        console.err.print(wording.visible(shown), end="", markup=False, soft_wrap=True)
+        console.err.print(wording.visible(f"negpipe: {message}"), style="red", markup=False, soft_wrap=True)
     return exit_code
 
 
 def _interrupted(what: str, code: int) -> int:
-    from negpipe import console
+    from negpipe.cli import console
 
     console.err.print(f"{what}. Finished parts are kept: run the same command to go on.", style="yellow")
     return code

@@ -63,18 +63,18 @@ def audit(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    from negpipe import console, reviews
-    from negpipe.audit import Options, policy
-    from negpipe.cli import tables
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, tables
+    from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
-    from negpipe.storage import write_json
+    from negpipe.review import measures
+    from negpipe.review.audit import Options, policy
+    from negpipe.store.files import write_json
 
     console.set_up_logging(checked(log_format), debug=debug)
     chosen = policy(fail_on)
     options = Options(columns=_columns(columns), near=near, negatives=negatives, hub_share=hub_share, examples=examples)
     settings = load_config(config, overrides) if config else None
-    found = reviews.audit_rows(settings, options, file)
+    found = measures.audit_rows(settings, options, file)
     if json_file is not None:
         write_json(json_file, found.document())
     failed = chosen.failed(found.findings)

@@ -30,12 +30,12 @@ def quality(
     import dataclasses
     import json
 
-    from negpipe import console, reviews
-    from negpipe.cli import tables
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, tables
+    from negpipe.config.file import load_config
+    from negpipe.review import measures
 
     console.set_up_logging(checked(log_format), debug=debug)
-    found = reviews.measure_quality(load_config(config, overrides), reporter=console.reporter(log_format))
+    found = measures.measure_quality(load_config(config, overrides), reporter=console.reporter(log_format))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
     else:
@@ -80,11 +80,11 @@ def calibrate(
     import dataclasses
     import json
 
-    from negpipe import console, reviews
-    from negpipe.calibrate import grid, recommend
-    from negpipe.cli import tables
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, tables
+    from negpipe.config.file import load_config
     from negpipe.errors import ConfigError
+    from negpipe.review import measures
+    from negpipe.review.calibrate import grid, recommend
 
     console.set_up_logging(checked(log_format), debug=debug)
     if near_anchors is not None and second is not None:
@@ -100,7 +100,7 @@ def calibrate(
     }
     tried: dict[str, Any] = {name: values for name, values in given.items() if values is not None}
     settings = load_config(config, overrides)
-    made = reviews.calibrate_settings(
+    made = measures.calibrate_settings(
         settings,
         lambda resolved: grid(resolved, **tried),
         near=near_anchors,
@@ -109,7 +109,7 @@ def calibrate(
     )
     advice = recommend(made, coverage=coverage, max_leak=max_leak)
     if plot is not None:
-        reviews.plot_leak(plot, made, advice)
+        measures.plot_leak(plot, made, advice)
     if as_json:
         typer.echo(
             json.dumps(
@@ -118,7 +118,7 @@ def calibrate(
         )
     else:
         tables.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
-        where = [settings.run_dir / reviews.CALIBRATION, *([plot] if plot else [])]
+        where = [settings.run_dir / measures.CALIBRATION, *([plot] if plot else [])]
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
 
 

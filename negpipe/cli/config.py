@@ -20,8 +20,8 @@ def config_check(
 
     Example: negpipe config check scifact.yaml
     """
-    from negpipe import console
-    from negpipe.config_file import find_config, load_config
+    from negpipe.cli import console
+    from negpipe.config.file import find_config, load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     load_config(config, overrides)
@@ -36,7 +36,7 @@ def config_schema() -> None:
     """
     import json
 
-    from negpipe.config_file import schema
+    from negpipe.config.file import schema
 
     typer.echo(json.dumps(schema(), indent=2))
 
@@ -57,13 +57,13 @@ def config_show(
     """
     import yaml
 
-    from negpipe import console
-    from negpipe.config_file import load_config
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
     shown = load_config(config, overrides)
     if resolved:
-        from negpipe import pipeline
+        from negpipe.engine import pipeline
 
         shown, whole = pipeline.resolved(shown)
         if not whole:

@@ -32,12 +32,14 @@ def plan(
     from rich.markup import escape
     from rich.table import Table
 
-    from negpipe import console, planning
-    from negpipe.config_file import load_config
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.plan import estimate
+    from negpipe.review import wording
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
-    found = planning.plan(settings, probe_encoder=probe)
+    found = estimate.plan(settings, probe_encoder=probe)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
         return
@@ -46,9 +48,9 @@ def plan(
         steps.add_column(column, justify="right" if column in ("parts done", "to do", "about", "disk") else "left")
     for step in found.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
-        seconds = "" if step.seconds is None else console.duration(step.seconds)
+        seconds = "" if step.seconds is None else wording.duration(step.seconds)
         note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
-        steps.add_row(step.stage, step.state, *counts, seconds, console.size(step.disk) if step.disk else "", note)
+        steps.add_row(step.stage, step.state, *counts, seconds, wording.size(step.disk) if step.disk else "", note)
     console.out.print(steps)
     if found.choices:
         console.out.print()
@@ -56,10 +58,10 @@ def plan(
         for column in ("index.kind", "build", "search", "disk", "memory", ""):
             kinds.add_column(column, justify="left" if column in ("index.kind", "") else "right")
         for choice in found.choices:
-            times = ("" if took is None else console.duration(took) for took in (choice.build, choice.search))
-            sizes = ("" if count is None else console.size(count) for count in (choice.disk, choice.memory))
+            times = ("" if took is None else wording.duration(took) for took in (choice.build, choice.search))
+            sizes = ("" if count is None else wording.size(count) for count in (choice.disk, choice.memory))
             note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", choice.note]))
-            kinds.add_row(escape(console.visible(choice.kind)), *times, *sizes, escape(note))
+            kinds.add_row(escape(wording.visible(choice.kind)), *times, *sizes, escape(note))
         console.out.print(kinds)
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
@@ -68,8 +70,8 @@ def plan(
     if refusals:
         console.out.print("\nRefused")
     for refusal, names in refusals.items():
-        console.out.print(console.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
-    console.out.print(f"\nFree at {settings.run_dir}: {console.size(found.free)}.")
+        console.out.print(wording.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
+    console.out.print(f"\nFree at {settings.run_dir}: {wording.size(found.free)}.")
     if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
-        console.out.print(f"[red]What is to be made takes {console.size(needed)}: make room, or set run_dir.[/red]")
+        console.out.print(f"[red]What is to be made takes {wording.size(needed)}: make room, or set run_dir.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")

@@ -28,9 +28,9 @@ def report(
 
     Example: negpipe report quickstart.yaml --out report.html
     """
-    from negpipe import console
-    from negpipe import report as reports
-    from negpipe.config_file import load_config
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.review import report as reports
 
     console.set_up_logging(checked(log_format), debug=debug)
     made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)
@@ -54,9 +54,8 @@ def diff(
     """
     import json
 
-    from negpipe import console
-    from negpipe.cli import tables
-    from negpipe.diff import compare, source_of
+    from negpipe.cli import console, tables
+    from negpipe.review.diff import compare, source_of
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = compare(source_of(a), source_of(b), examples=examples)

@@ -36,15 +36,16 @@ def export(
 
     Example: negpipe export scifact.yaml --to flagembedding --out exports/scifact
     """
-    from negpipe import console, readers
-    from negpipe.config_file import load_config
-    from negpipe.exports import Options
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.review import finished
+    from negpipe.rows.exports import Options
 
     console.set_up_logging(checked(log_format), debug=debug)
     options = Options(
         to=to, out=out, shard_rows=shard_rows, compress=compress, run=run, force=force, push_to_hub=push_to_hub
     )
-    readers.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
+    finished.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
 
 
 @app.command()
@@ -64,11 +65,12 @@ def explain(
     import dataclasses
     import json
 
-    from negpipe import console, readers, summary
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, summary
+    from negpipe.config.file import load_config
+    from negpipe.review import finished
 
     console.set_up_logging(checked(log_format), debug=debug)
-    found = readers.explain_anchor(load_config(config, overrides), anchor)
+    found = finished.explain_anchor(load_config(config, overrides), anchor)
     if as_json:
         units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
         document = dataclasses.asdict(dataclasses.replace(found, units=units))

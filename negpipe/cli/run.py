@@ -31,8 +31,9 @@ def _mine(
     repair: bool = False,
     rebuild: bool = False,
 ) -> None:
-    from negpipe import console, pipeline, summary
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, summary
+    from negpipe.config.file import load_config
+    from negpipe.engine import pipeline
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
@@ -45,7 +46,7 @@ def _mine(
         rebuild=rebuild,
     )
     if result.ran and only is None and settings.output.report:
-        from negpipe import report
+        from negpipe.review import report
 
         report.after_mining(settings, typed())
     if log_format == "json":

@@ -6,12 +6,13 @@ from typing import Any
 
 from rich.table import Table
 
-from negpipe.audit import Audit
-from negpipe.calibrate import METHODS, Calibration, Estimate, Recommendation
-from negpipe.calibrate.recommend import percent
-from negpipe.console import clean_text, out
-from negpipe.diff import Change, Difference
-from negpipe.quality import Distribution, Quality
+from negpipe.cli.console import out
+from negpipe.review.audit import Audit
+from negpipe.review.calibrate import METHODS, Calibration, Estimate, Recommendation
+from negpipe.review.calibrate.recommend import percent
+from negpipe.review.diff import Change, Difference
+from negpipe.review.quality import Distribution, Quality
+from negpipe.review.wording import clean_text
 
 
 def table(title: str, *columns: str) -> Table:

@@ -23,8 +23,9 @@ def status(
 
     Example: negpipe status quickstart.yaml
     """
-    from negpipe import console, pipeline, summary
-    from negpipe.config_file import load_config
+    from negpipe.cli import console, summary
+    from negpipe.config.file import load_config
+    from negpipe.engine import pipeline
 
     console.set_up_logging(checked(log_format), debug=debug)
     summary.show_status(pipeline.status(load_config(config, overrides)))
@@ -43,8 +44,9 @@ def verify(
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from negpipe import console, upkeep
-    from negpipe.config_file import load_config
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.engine import upkeep
     from negpipe.errors import DamagedError
 
     console.set_up_logging(checked(log_format), debug=debug)
@@ -77,9 +79,11 @@ def clean(
 
     Example: negpipe clean quickstart.yaml
     """
-    from negpipe import console, upkeep
-    from negpipe.config_file import load_config
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.engine import upkeep
     from negpipe.errors import ConfigError
+    from negpipe.review import wording
 
     console.set_up_logging(checked(log_format), debug=debug)
     run_dir = load_config(config, overrides).run_dir
@@ -93,9 +97,9 @@ def clean(
         files, total = folders.get(folder, (0, 0))
         folders[folder] = files + 1, total + size
     for folder, (files, total) in sorted(folders.items()):
-        console.out.print(f"{folder:30} {files:6} files {console.size(total):>10}", markup=False)
+        console.out.print(f"{folder:30} {files:6} files {wording.size(total):>10}", markup=False)
     try:
-        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {console.visible(str(run_dir))}?")
+        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {wording.visible(str(run_dir))}?")
     except typer.Abort:
         if sys.stdin.isatty():
             raise
@@ -103,4 +107,4 @@ def clean(
     if not agreed:
         console.out.print("Nothing was deleted.")
         return
-    console.out.print(f"Freed {console.size(upkeep.clean(run_dir))}.")
+    console.out.print(f"Freed {wording.size(upkeep.clean(run_dir))}.")

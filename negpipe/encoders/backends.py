@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.errors import ConfigError
 
 Kind = Literal["passage", "query"]
 Call = Callable[[list[str], Kind], Any]
 
 
-def flagembedding(encoder: config.Encoder, path: str, device: str) -> tuple[Any, Call]:
+def flagembedding(encoder: schema.Encoder, path: str, device: str) -> tuple[Any, Call]:
     """FlagEmbedding's own model classes, chosen by config, by the model's files or by its name.
 
     Raises:
@@ -55,7 +55,7 @@ def flagembedding(encoder: config.Encoder, path: str, device: str) -> tuple[Any,
     return model.model, call
 
 
-def class_and_pooling(encoder: config.Encoder, path: str) -> tuple[str, str]:
+def class_and_pooling(encoder: schema.Encoder, path: str) -> tuple[str, str]:
     """What the config says, else what the model's own files say, else what FlagEmbedding knows of its name."""
     from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING, EMBEDDER_CLASS_MAPPING
 
@@ -111,7 +111,7 @@ def _silence(model: Any) -> None:
             vars(sys.modules[base.__module__]).update(tqdm=plain, trange=lambda *span, **_: range(*span))
 
 
-def sentence_transformers(encoder: config.Encoder, path: str, device: str) -> tuple[Any, Call]:
+def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> tuple[Any, Call]:
     """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -140,7 +140,7 @@ def sentence_transformers(encoder: config.Encoder, path: str, device: str) -> tu
     return model, call
 
 
-def _instructed(encoder: config.Encoder, texts: list[str], kind: Kind) -> tuple[str, list[str]]:
+def _instructed(encoder: schema.Encoder, texts: list[str], kind: Kind) -> tuple[str, list[str]]:
     """The prompt before each text, and the texts; an empty prompt also keeps the model's own default away."""
     query = kind == "query"
     instruction = encoder.query_instruction if query else encoder.passage_instruction

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.encoders.backends import Call, Kind
 from negpipe.errors import InputError, TaskFailedError
 
@@ -36,7 +36,7 @@ class Batched:
             memory of a second thread is lost. FlagEmbedding alone tokenises a whole call before its first pass.
     """
 
-    def __init__(self, encoder: config.Encoder, module: Any, call: Call, *, ahead: bool) -> None:
+    def __init__(self, encoder: schema.Encoder, module: Any, call: Call, *, ahead: bool) -> None:
         self._encoder, self._call = encoder, call
         self._forward, module.forward = module.forward, self._pass
         self._ahead = 1 if ahead else 0  # calls

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.encoders.backends import Kind, flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.errors import ConfigError, InputError
@@ -40,7 +40,7 @@ class Encoder(Protocol):
         """
 
 
-def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
+def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
     """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads.
 
     Raises:
@@ -70,7 +70,7 @@ def load(encoder: config.Encoder, path: str, threads: int) -> Encoder:
     return Batched(encoder, module, call, ahead=device != "cpu" and encoder.backend == "flagembedding")
 
 
-def provenance(encoder: config.Encoder) -> dict[str, str]:
+def provenance(encoder: schema.Encoder) -> dict[str, str]:
     """What vectors depend on beside their key and the versions of libraries: device and kind of CPU, precision."""
     import torch
 
@@ -82,7 +82,7 @@ def provenance(encoder: config.Encoder) -> dict[str, str]:
     return {"device": device, "device_kind": kind, "precision": encoder.precision}
 
 
-def _device(encoder: config.Encoder) -> str:
+def _device(encoder: schema.Encoder) -> str:
     """The one device of this process, in the spelling both libraries take."""
     import torch
 

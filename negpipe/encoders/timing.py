@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.encoders.encode import load
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 
@@ -21,7 +21,7 @@ _WARM_UP = 8  # texts
 _TAIL = 300
 
 
-def time_model(encoder: config.Encoder, path: str, texts: list[str], threads: int) -> tuple[float, int]:
+def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: int) -> tuple[float, int]:
     """Seconds that the texts take, and the dimension of their vectors.
 
     Raises:
@@ -43,7 +43,7 @@ def time_model(encoder: config.Encoder, path: str, texts: list[str], threads: in
 
 
 def _timed(job: dict[str, Any]) -> dict[str, Any]:
-    encoder = load(config.Encoder(**job["encoder"]), job["path"], job["threads"])
+    encoder = load(schema.Encoder(**job["encoder"]), job["path"], job["threads"])
     list(encoder.encode(job["texts"][:_WARM_UP], "passage", lambda rows, tokens: None))
     started = time.perf_counter()
     vectors = list(encoder.encode(job["texts"], "passage", lambda rows, tokens: None))

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from negpipe.engine.fingerprint import key
 from negpipe.errors import InputError
-from negpipe.fingerprint import key
 from negpipe.sources.places import near
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.errors import InputError
 from negpipe.redaction import redact
 from negpipe.sources import hub
@@ -20,7 +20,7 @@ _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "md5", "checksum", "LastModified
 _WEAK_KEYS = ("mtime", "created", "size")
 
 
-def files(data: config.Data) -> list[str] | None:
+def files(data: schema.Data) -> list[str] | None:
     """The local files the source reads, absolute and sorted; of a dataset folder every file but hidden ones.
 
     None where nothing is local. Raises InputError: a local path that does not exist.
@@ -37,7 +37,7 @@ def files(data: config.Data) -> list[str] | None:
     return sorted(found) or None
 
 
-def revision(data: config.Data) -> str:
+def revision(data: schema.Data) -> str:
     """The identity of everything that is not local: hub commits and the versions of remote files; "" if all is.
 
     Raises:

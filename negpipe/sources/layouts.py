@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from negpipe import config
+from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
 from negpipe.sources.fields import Template, extra_of, grade_of, id_of, text_of
 from negpipe.sources.places import Table, locate, near
@@ -19,11 +19,11 @@ from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Re
 from negpipe.sources.tables import Column, Rows, all_splits, rows
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
-_FIRST_SPLIT = config.Table.model_fields["split"].default
-_DEFAULT_ID = config.Columns.model_fields["corpus_id"].default
+_FIRST_SPLIT = schema.Table.model_fields["split"].default
+_DEFAULT_ID = schema.Columns.model_fields["corpus_id"].default
 
 
-def tables(data: config.Data) -> list[Table]:
+def tables(data: schema.Data) -> list[Table]:
     """Every table of the config in reading order; a BEIR folder's qrels carry their split.
 
     Raises:
@@ -38,7 +38,7 @@ def tables(data: config.Data) -> list[Table]:
     return [*extra, Table(str(data.path), data.subset, data.split, data.revision)]
 
 
-def read(data: config.Data) -> Iterator[Record]:
+def read(data: schema.Data) -> Iterator[Record]:
     """All records of a source, in one pass, streamed.
 
     Every table is opened before the first record comes, so that a missing file, split or column is known at once.
@@ -57,7 +57,7 @@ def read(data: config.Data) -> Iterator[Record]:
     return chain.from_iterable([_started(part) for part in parts])
 
 
-def _beir(data: config.Data) -> list[Table]:
+def _beir(data: schema.Data) -> list[Table]:
     path = str(data.path)
     kind = locate(path)
     folder = Path(path)
@@ -95,14 +95,14 @@ def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
     return InputError(f"there are no judgments for the split '{split}'", file=file, field="split", remedy=remedy)
 
 
-def _table(data: config.Data, table: config.Table) -> Table:
+def _table(data: schema.Data, table: schema.Table) -> Table:
     # A revision belongs to one repository: data.path, or the corpus's where there is no data.path.
     home = data.path or (data.corpus.path if data.corpus else None)
     split = None if table.split == _FIRST_SPLIT else table.split
     return Table(table.path, table.subset, split, data.revision if table.path == home else None)
 
 
-def _judged(data: config.Data, template: Template) -> list[Iterator[Record]]:
+def _judged(data: schema.Data, template: Template) -> list[Iterator[Record]]:
     corpus, queries, *judged = tables(data)
     if data.columns.corpus_id is None:
         raise ConfigError("data.columns.corpus_id: null works with pairs only: qrels name documents by their id")
@@ -127,7 +127,7 @@ def _judged(data: config.Data, template: Template) -> list[Iterator[Record]]:
     ]
 
 
-def _documents(table: Table, data: config.Data, template: Template, *, pool: bool) -> Iterator[Record]:
+def _documents(table: Table, data: schema.Data, template: Template, *, pool: bool) -> Iterator[Record]:
     name = data.columns.corpus_id
     # The default id column may be absent from an extra corpus: FlagEmbedding's pools have only `text`.
     needed = not (pool and name == _DEFAULT_ID)
@@ -155,7 +155,7 @@ def _extra(names: Sequence[str], key: str, *, required: bool = True) -> list[Col
     return [Column(name, key, required) for name in names]
 
 
-def _queries(table: Table, data: config.Data) -> Iterator[Record]:
+def _queries(table: Table, data: schema.Data) -> Iterator[Record]:
     names, extra = data.columns, data.extra.queries
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
@@ -166,7 +166,7 @@ def _queries(table: Table, data: config.Data) -> Iterator[Record]:
     return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
 
 
-def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[Record]:
+def _judgments(judgments: Rows, split: str, names: schema.Columns) -> Iterator[Record]:
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query = id_of(values[0], place, names.qrels_query_id)
         document = id_of(values[1], place, names.qrels_corpus_id)
@@ -175,7 +175,7 @@ def _judgments(judgments: Rows, split: str, names: config.Columns) -> Iterator[R
     return _records(judgments, build)
 
 
-def _pairs(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
+def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> Iterator[Record]:
     names, extra = data.columns, data.extra
     wanted = [Column(names.anchor, "data.columns.anchor"), Column(names.positive, "data.columns.positive")]
     if names.anchor_id:
@@ -199,7 +199,7 @@ def _pairs(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]
     return _records(rows(table, wanted), build, of_query=True, in_corpus=in_corpus)
 
 
-def _flagembedding(table: Table, data: config.Data, in_corpus: bool) -> Iterator[Record]:
+def _flagembedding(table: Table, data: schema.Data, in_corpus: bool) -> Iterator[Record]:
     extra = data.extra.queries
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from negpipe.stage import Stage
+from negpipe.engine.stage import Stage
 from negpipe.stages import encode, index, ingest, search, triplets
 
 STAGES: dict[str, Stage] = {

@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import candidates, encoders
-from negpipe.config import Config, Encoder
+from negpipe import encoders
+from negpipe.config.schema import Config, Encoder
+from negpipe.data import candidates
+from negpipe.data.tables import open_table, texts
+from negpipe.encoders.precomputed import VectorFile, dimension_of
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Books, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError, InputError
-from negpipe.fingerprint import key
-from negpipe.manifest import Books, Part
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import check_room
-from negpipe.tables import open_table, texts
-from negpipe.vectors import VectorFile, dimension_of
+from negpipe.store.files import check_room
 
 logger = logging.getLogger(__name__)
 

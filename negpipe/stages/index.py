@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import ann, approximate
+from negpipe import ann
+from negpipe.ann import approximate
 from negpipe.ann.probe import Job
-from negpipe.config import Config
+from negpipe.config.schema import Config
+from negpipe.data.tables import documents, open_table, searchable
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Books, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import InputError
-from negpipe.fingerprint import key
-from negpipe.manifest import Books, Part
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import check_room
-from negpipe.tables import documents, open_table, searchable
+from negpipe.store.files import check_room
 
 VERSION = 3
 

@@ -33,16 +33,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from negpipe import joins, rejected, sources, unfinished
-from negpipe.config import Config
+from negpipe import sources
+from negpipe.config.schema import Config
+from negpipe.data.tables import to_bytes
+from negpipe.data.texts import digests, hashes
+from negpipe.engine.fingerprint import digest, key
+from negpipe.engine.manifest import Books, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError
-from negpipe.fingerprint import digest, file_digest, key
-from negpipe.manifest import BOOKS, Books, Part
-from negpipe.spool import Spool, extra_columns, load
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.storage import explained, write_all
-from negpipe.tables import to_bytes
-from negpipe.texts import digests, hashes
+from negpipe.ingest import joins, rejected
+from negpipe.ingest.spool import Spool, extra_columns, load
+from negpipe.store import unfinished
+from negpipe.store.files import BOOKS, explained, file_digest, write_all
 
 if TYPE_CHECKING:
     import duckdb

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import candidates
-from negpipe.candidates import Candidates
-from negpipe.fingerprint import key
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.tables import Rows, documents, open_table
+from negpipe.data import candidates
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import Rows, documents, open_table
+from negpipe.engine.fingerprint import key
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 
 VERSION = 1
 Floats = npt.NDArray[np.float32]

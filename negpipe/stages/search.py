@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from negpipe import ann, candidates
-from negpipe.approximate import Approximate
-from negpipe.candidates import Candidates
-from negpipe.config import Config
-from negpipe.fingerprint import key
-from negpipe.manifest import Books, Part
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe import ann
+from negpipe.ann.approximate import Approximate
+from negpipe.config.schema import Config
+from negpipe.data import candidates
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import documents, open_table, ragged, searchable
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Books, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import open_approximate
-from negpipe.storage import check_room
-from negpipe.tables import documents, open_table, ragged, searchable
+from negpipe.store.files import check_room
 
 VERSION = 1
 

@@ -22,19 +22,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import adaptive, ann, candidates, formats, mining, moments, verdicts
-from negpipe.candidates import Deeper
-from negpipe.config import Config
+from negpipe import ann
+from negpipe.config.schema import Config
+from negpipe.data import candidates, moments
+from negpipe.data.candidates import Deeper
+from negpipe.data.namesakes import Namesakes
+from negpipe.data.tables import Rows, documents, searchable
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Books, File, Part
+from negpipe.engine.publication import staging
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError, InputError
-from negpipe.fingerprint import key
-from negpipe.manifest import Books, File, Part
-from negpipe.mining import Fate
-from negpipe.namesakes import Namesakes
-from negpipe.publication import staging
-from negpipe.selection import PartFiles, Selector, Units
-from negpipe.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.rows import formats
+from negpipe.select import deeper, rules, verdicts
+from negpipe.select.rules import Fate
+from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages.index import recall_window
-from negpipe.tables import Rows, documents, searchable
 
 VERSION = 4
 _DEEPER = "deeper"
@@ -126,7 +129,7 @@ def _check_memory(context: Context) -> None:
     texts = sum(file.bytes for part in documents(read) for file in part.files)
     depth = min(context.config.depth, read.stats["rows"])
     stored = min(largest, candidates.ROW_GROUP) * depth
-    deepest = adaptive.limit(context.config, read.stats["rows"])
+    deepest = deeper.limit(context.config, read.stats["rows"])
     again = min(largest * deepest, max(candidates.CELLS, deepest))
     written = 5 * min(formats.GROUP_BYTES, texts)
 
@@ -151,7 +154,7 @@ def _check_memory(context: Context) -> None:
         encode = context.manifest("encode")
         rows = sum(part.rows for part in searchable(encode, context.config))
         dimension, deepest = encode.stats["dimension"], min(deepest, rows)
-        adaptive.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
+        deeper.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
 
 
 def _shallower(config: Config, max_positives: int) -> str:
@@ -194,11 +197,11 @@ def search_deeper(
     checkpoints: Callable[[str], Path] | None = None,
 ) -> Iterator[Deeper]:
     """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
-    deepest = adaptive.limit(context.config, shared.searchable)
+    deepest = deeper.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
     passages = ann.open_parts(shared.passages)
-    return adaptive.deepen(
+    return deeper.deepen(
         shared.selector,
         files,
         passages,
@@ -237,7 +240,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     def accounted() -> Iterator[Units]:
         nonlocal fates, own_positives
         for found, units in shared.selector.slices(files):
-            counts = mining.counts(units.fates)
+            counts = rules.counts(units.fates)
             ledger.append(_ledger(units, counts, context.config, shared))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))

@@ -1,0 +1,138 @@
+"""What people see: streams, log lines, progress, sizes and durations. Texts never reach a terminal raw.
+
+Logs and progress go to standard error, results to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from negpipe.engine.progress import Reporter
+from negpipe.redaction import Redacting, redact
+from negpipe.review.wording import duration, visible
+
+LOG_SECONDS = 30
+
+
+class _Visible(RenderHook):
+    """Whatever a console prints, `visible` has passed it: what a file holds never steers the terminal."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(renderable) for renderable in renderables]
+
+
+class _Shown:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False)
+for _console in (out, err):
+    _console.push_render_hook(_Visible())
+logger = logging.getLogger("negpipe")
+
+
+class _Plain(Redacting):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line, for schedulers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": redact(record.getMessage()),
+            **getattr(record, "fields", {}),
+        }
+        return json.dumps(entry, ensure_ascii=True)
+
+
+def set_up_logging(log_format: str, *, debug: bool) -> None:
+    """Log to standard error as plain lines or as JSON lines."""
+    handler: logging.Handler
+    if log_format == "json":
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Json())
+    elif err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(_Plain("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain("%(asctime)s %(message)s", "%H:%M:%S"))
+    # A warning of a library is a log line too, or it would break JSON lines.
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def reporter(log_format: str) -> Reporter:
+    """Bars on a terminal, a log line every half minute elsewhere."""
+    return _Bars() if err.is_terminal and log_format != "json" else _Lines()
+
+
+class _Bars:
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def begin(self, stage: str, total: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(stage, total=total or None, completed=done, note="")
+
+    def advance(self, units: int, note: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, advance=units, note=note)
+
+    def end(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+class _Lines:
+    def begin(self, stage: str, total: int, done: int) -> None:
+        self._stage, self._total, self._done, self._before = stage, total, done, done
+        self._started = self._last = time.monotonic()
+
+    def advance(self, units: int, note: str) -> None:
+        self._done += units
+        now = time.monotonic()
+        if now - self._last < LOG_SECONDS:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done > self._before:
+            seconds = (self._total - self._done) * (now - self._started) / (self._done - self._before)
+            left = f", about {duration(seconds)} left"
+        of = f" of {self._total:,}" if self._total else ""
+        logger.info("%s: %s%s rows%s%s", self._stage, f"{self._done:,}", of, left, f" ({note})" if note else "")
+
+    def end(self) -> None: ...

@@ -1,0 +1,225 @@
+"""What a command tells at its end: samples, scores, drops, states, fates. To standard output."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from negpipe.ann import approximate
+from negpipe.cli import console
+from negpipe.engine.pipeline import Result
+from negpipe.engine.state import State
+from negpipe.ingest.rejected import NAME as REJECTED
+from negpipe.review import wording
+from negpipe.review.explain import Explanation, Unit
+from negpipe.review.wording import clean_text
+
+_SAMPLE_TEXTS = 5
+_STYLE = {
+    "current": "green",
+    "missing": "dim",
+    "blocked": "dim",
+    "partial": "yellow",
+    "stale": "yellow",
+    "damaged": "red",
+}
+
+
+def show_result(result: Result, typed: str) -> None:
+    """Where the rows are, samples, scores, drops and what to try next; `typed`: the config with its overrides."""
+    stats = result.stats["triplets"]
+    if not result.ran:
+        console.out.print("Nothing to do: every stage is up to date.")
+    files = sorted(result.triplets.glob("*.parquet"))
+    console.out.print(
+        f"\n{stats['rows']:,} rows in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
+        markup=False,
+    )
+    if count := result.stats["ingest"]["rejected_rows"]:
+        console.out.print(f"{count:,} rows of the source were left out: {result.run_dir / REJECTED}", markup=False)
+    if result.ran:
+        _show_samples(result)
+    _show_scores(stats["scores"])
+    _show_drops(stats)
+    _show_next(result, typed)
+
+
+def _show_samples(result: Result) -> None:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    for path in sorted(result.triplets.glob("*.parquet")):
+        batch = next(pq.ParquetFile(path).iter_batches(4096), None)
+        if batch is None or not batch.num_rows:
+            continue
+        at = sorted({0, batch.num_rows // 2, batch.num_rows - 1})
+        console.out.print("\nSamples")
+        for row in batch.take(at).to_pylist():
+            # A ranking with positives (n-tuple) has them among its negatives, also those that other rows are of.
+            own = batch.filter(pc.equal(batch["anchor"], row["anchor"]))["positive"].to_pylist()
+            for name, text, score, rank in _documents(row, own)[:_SAMPLE_TEXTS]:
+                line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
+                about = "" if score is None else f" {score:.3f}"
+                line.append(f"{about}{'' if rank is None else f' rank {rank}'} ", style="dim")
+                line.append(clean_text(text, 120), style="default")
+                console.out.print(line)
+            console.out.print()
+        return
+
+
+def _documents(row: dict[str, Any], positives: list[Any]) -> list[tuple[str, str, float | None, int | None]]:
+    """What a row of any format holds: whose text, the text, its score and its rank, where the row has them."""
+    if "labels" in row:
+        texts, labels = row["positive"], row["labels"]
+        scores, ranks = row.get("scores"), row.get("ranks")
+    elif "label" in row:
+        texts, labels = [row["positive"]], [row["label"]]
+        scores, ranks = [row.get("score")], [row.get("rank")]
+    elif "negative" in row:
+        texts, labels = [row["positive"], row["negative"]], [1, 0]
+        scores, ranks = [row.get("positive_score"), row.get("negative_score")], [None, row.get("negative_rank")]
+    else:
+        negatives = [name for name in row if re.fullmatch(r"negative_\d+", name)]
+        texts = [row["positive"], *(row[name] for name in negatives)]
+        labels = [int(text in positives) for text in texts]
+        scores, ranks = row.get("scores"), row.get("ranks")
+    nothing = [None] * len(texts)
+    sides = ["positive" if label else "negative" for label in labels]
+    documents = zip(sides, texts, scores or nothing, ranks or nothing, strict=True)
+    return [("anchor", row["anchor"], None, None), *documents]
+
+
+def _show_scores(scores: dict[str, Any]) -> None:
+    table = Table(title="Scores", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "count", "mean", "std", "min", "max"):
+        table.add_column(column, justify="right" if column else "left")
+    for side, summary in scores.items():
+        values = [f"{summary[name]:.3f}" for name in ("mean", "std", "min", "max")] if summary["count"] else []
+        table.add_row(f"{side}s", f"{summary['count']:,}", *values)
+    console.out.print(table)
+
+
+def _show_drops(stats: dict[str, Any]) -> None:
+    table = Table(title="\nCandidates", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    rows = {"seen": stats["candidates"], "taken": stats["negatives"]}
+    if stats["own_positives"]:
+        rows["ranked: own positives"] = stats["own_positives"]
+    rows |= {f"dropped: {name.replace('_', ' ')}": count for name, count in stats["drops"].items()}
+    for label, count in rows.items():
+        table.add_row(label, f"{count:,}", f"{count / max(1, stats['candidates']):.1%}")
+    console.out.print(table)
+    if stats["texts_compared"]:
+        seconds = f"{stats['seconds_comparing']:,.1f} s"
+        console.out.print(f"{stats['texts_compared']:,} pairs of texts compared for near duplicates, in {seconds}.")
+    if stats["short_anchors"]:
+        console.out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
+
+
+def _show_next(result: Result, typed: str) -> None:
+    stats = result.stats["triplets"]
+    too_strict = stats["drops"].get("relative_margin", 0) > stats["candidates"] / 2
+    other = "mining.range_min=10" if too_strict else "mining.relative_margin=0.1"
+    program = _program()
+    lines = [
+        ("which settings leak least", f"{program} calibrate {typed}"),
+        ("how every stage stands", f"{program} status {typed}"),
+        ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
+    ]
+    if other.partition("=")[0] not in typed:
+        lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} --set {other}"))
+    console.out.print("\nNext")
+    for what, command in lines:
+        console.out.print(f"  {what + ':':30} {command}", markup=False)
+
+
+def _program() -> str:
+    """How this program is called here."""
+    if shutil.which("negpipe"):
+        return "negpipe"
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "negpipe" else "python -m negpipe"
+
+
+def show_status(states: list[State]) -> None:
+    """One line a stage."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "parts", "rows", "size", "seconds", "finished"):
+        table.add_column(column, justify="right" if column in ("parts", "rows", "size", "seconds") else "left")
+    for state in states:
+        manifest = state.manifest
+        cells: list[str | Text] = [str(state.done) if state.done else "", "", "", "", ""]
+        if manifest:
+            seconds = manifest.provenance.get("seconds")
+            cells = [
+                str(len(manifest.parts)),
+                f"{sum(part.rows for part in manifest.parts):,}",
+                wording.size(sum(file.bytes for part in manifest.parts for file in part.files)),
+                f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
+                Text(str(manifest.provenance.get("finished", ""))),
+            ]
+        table.add_row(state.stage, Text(state.state, style=_STYLE[state.state]), *cells)
+    console.out.print(table)
+    for state in states:
+        if state.reason:
+            console.out.print(f"{state.stage}: {state.reason}", markup=False)
+        if state.versions:
+            console.out.print(f"{state.stage}: {state.versions}", markup=False)
+        if state.manifest and (recall := approximate.describe(state.manifest.stats)):
+            console.out.print(f"{state.stage}: {recall}", markup=False)
+        if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
+            console.out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)
+
+
+def show_explanation(found: Explanation, limit: int) -> None:
+    """An anchor, its first `limit` positives, and as many candidates with their fates, a table a unit."""
+    console.out.print(
+        Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300))
+    )
+    over = "ranks that count survivors only" if found.rank_over == "survivors" else "raw ranks"
+    for unit in found.units:
+        console.out.print()
+        for positive in unit.positives[:limit]:
+            rank = "beyond the depth" if positive.rank is None else f"rank {positive.rank}"
+            about = f"{_score(positive.score)} {rank} {clean_text(positive.id)}  "
+            console.out.print(Text.assemble(("positive ", "green"), (about, "dim"), clean_text(positive.text, 120)))
+        if len(unit.positives) > limit:
+            console.out.print(
+                f"{len(unit.positives) - limit:,} more positives: --limit {len(unit.positives)} shows all"
+            )
+        console.out.print(
+            f"margins refer to {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}"
+        )
+        counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in unit.counts.items())
+        console.out.print(f"candidates {sum(unit.counts.values()):,}: {counts}", markup=False)
+        console.out.print(_candidates(unit, limit))
+        if len(unit.candidates) > limit:
+            console.out.print(f"{len(unit.candidates) - limit:,} more: --limit {len(unit.candidates)} shows all")
+
+
+def _candidates(unit: Unit, limit: int) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("rank", "score", "document", "fate", "rule", "text"):
+        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
+    for candidate in unit.candidates[:limit]:
+        table.add_row(
+            "" if candidate.rank is None else str(candidate.rank),
+            _score(candidate.score),
+            Text(clean_text(candidate.id)),
+            Text(candidate.fate.replace("_", " "), style="green" if candidate.fate == "taken" else ""),
+            Text(clean_text(candidate.rule)),
+            Text(clean_text(candidate.text, 60), style="dim"),
+        )
+    return table
+
+
+def _score(score: float | None) -> str:
+    return "no score" if score is None else f"{score:.3f}"

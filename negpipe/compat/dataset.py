@@ -1,0 +1,184 @@
+"""A caller's (anchor, positive) texts: the source of a run, and its rows with the caller's own texts.
+
+Texts are told apart as sentence-transformers does, letter for letter; an id is a text's place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe.errors import InputError
+from negpipe.store.files import publish
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a dataset, and the documents that are searched.
+
+    Attributes:
+        columns: the names of the anchor column and of the positive column.
+        rows: (anchor, positive), one a row of the dataset.
+        corpus: further documents.
+    """
+
+    columns: tuple[str, str]
+    rows: list[tuple[str, str]]
+    corpus: list[str]
+
+    @classmethod
+    def of(cls, dataset: Dataset, anchor: str | None, positive: str | None, corpus: list[str] | None) -> Pairs:
+        """Read a dataset; a name that it does not have stands for its first, or its second column.
+
+        Raises:
+            ValueError: no rows, too few columns, or something that is no text.
+        """
+        names = dataset.column_names
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty: it needs rows of an anchor and a positive")
+        if positive not in names and len(names) < 2:
+            raise ValueError(f"the dataset needs two columns, anchors and positives; it has {', '.join(names)}")
+        columns = (
+            anchor if anchor is not None and anchor in names else names[0],
+            positive if positive is not None and positive in names else names[1],
+        )
+        anchors, positives = (list(dataset[name]) for name in columns)
+        for where, texts in ((columns[0], anchors), (columns[1], positives), ("corpus", corpus or [])):
+            for at, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise ValueError(f"'{where}', row {at}: expected a text, found {text!r}")
+        return cls(columns, list(zip(anchors, positives, strict=True)), corpus or [])
+
+    @cached_property
+    def anchors(self) -> list[str]:
+        return list(dict.fromkeys(anchor for anchor, _ in self.rows))
+
+    @cached_property
+    def documents(self) -> list[str]:
+        return list(dict.fromkeys([*self.corpus, *(positive for _, positive in self.rows)]))
+
+    @property
+    def max_positives(self) -> int:
+        """The most rows of an anchor, repeated ones counted."""
+        return max(Counter(anchor for anchor, _ in self.rows).values())
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """Settings of a run in `folder` that reads what `write` puts there."""
+        source = folder / "source"
+        tables = {name: str(source / f"{name}.parquet") for name in ("corpus", "queries", "qrels")}
+        return {
+            "run_dir": str(folder),
+            "data": {"format": "columns", **tables},
+            "encoder": {
+                "backend": "precomputed",
+                "corpus_vectors": str(source / "documents.npy"),
+                "anchor_vectors": str(source / "anchors.npy"),
+                "normalize": False,
+                "storage": "float32",
+            },
+            "index": {"kind": "stream"},
+        }
+
+    def write(self, folder: Path, documents: Floats, anchors: Floats) -> None:
+        """Write texts and vectors, (d, n) float32 of `documents` and `anchors`, as the source of a run.
+
+        Raises:
+            InputError: a vector is not finite.
+        """
+        import pyarrow as pa
+
+        numbers = {text: number for number, text in enumerate(self.documents)}
+        places = {text: number for number, text in enumerate(self.anchors)}
+        tables: dict[str, dict[str, Any]] = {
+            "corpus": {"_id": range(len(numbers)), "text": list(map(_wrapped, self.documents))},
+            "queries": {"_id": range(len(places)), "text": list(map(_wrapped, self.anchors))},
+            "qrels": {
+                "query-id": [places[anchor] for anchor, _ in self.rows],
+                "corpus-id": [numbers[positive] for _, positive in self.rows],
+            },
+        }
+        for name, columns in tables.items():
+            table = pa.table({column: pa.array(values) for column, values in columns.items()})
+            _write_table(folder / "source" / f"{name}.parquet", table)
+        _check_finite(self.documents, documents)
+        _check_finite(self.anchors, anchors)
+        for name, vectors in zip(("documents", "anchors"), _never_zero(documents, anchors), strict=True):
+            write_vectors(folder / "source" / f"{name}.npy", vectors)
+
+    def dataset(self, triplets: Path, output_format: str, scores: bool) -> Dataset:
+        """The rows with the caller's own texts, in the columns of sentence-transformers."""
+        import pyarrow.dataset as ds
+        from datasets import Dataset
+
+        table = ds.dataset(sorted(map(str, triplets.glob("*.parquet")))).to_table()
+        anchor, positive = self.columns
+        columns: dict[str, list[Any]] = {anchor: [self.anchors[int(at)] for at in table["anchor_id"].to_pylist()]}
+        for name in table.column_names:
+            if name.endswith("_id") and name != "anchor_id":
+                text = name.removesuffix("_id")
+                columns[positive if text == "positive" else text] = self._texts(table[name].to_pylist())
+        if scores and output_format == "triplet":
+            both = (table[f"{name}_score"].to_pylist() for name in ("positive", "negative"))
+            columns["scores"] = [[one, other] for one, other in zip(*both, strict=True)]
+        elif scores or output_format.startswith("labeled"):
+            name = "score" if scores else "label"
+            name += "" if output_format == "labeled-pair" else "s"
+            columns[name] = table[name].to_pylist()
+        return Dataset.from_dict(columns)
+
+    def _texts(self, ids: list[Any]) -> list[Any]:
+        return [self._texts(entry) if isinstance(entry, list) else self.documents[int(entry)] for entry in ids]
+
+
+def _wrapped(text: str) -> str:
+    """Ingest strips texts and refuses empty ones; sentence-transformers tells them apart."""
+    return text if text and text == text.strip() and text[0] != "\2" else f"\2{text}\3"
+
+
+def unwrapped(text: str) -> str:
+    """The caller's text behind one of the run's."""
+    return text[1:-1] if text[0] == "\2" else text
+
+
+def _check_finite(texts: Sequence[str], vectors: Floats) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"the model's vector of the text {texts[int(bad[0])][:80]!r} is not finite ({len(bad):,} such vectors)",
+            remedy="Look at the text; if others fail too, the model's weights are damaged or its precision is too low",
+        )
+
+
+def _never_zero(documents: Floats, anchors: Floats) -> Iterator[Floats]:
+    """Vectors with the same inner products, none of them zero: a zero vector's cosine is 0 with all others.
+
+    The stages refuse a zero vector, which tells of a damaged file where vectors come from one.
+    """
+    zero = [~vectors.any(axis=1) for vectors in (documents, anchors)]
+    for place, (vectors, here) in enumerate(zip((documents, anchors), zero, strict=True)):
+        apart = np.zeros((len(vectors), 2), np.float32)
+        apart[here, place] = 1
+        yield np.concatenate([vectors, apart], axis=1) if any(map(np.any, zero)) else vectors
+
+
+def write_vectors(path: Path, vectors: Floats) -> None:
+    """Publish vectors as an .npy file."""
+    publish(path.parent, lambda _: path.name, lambda file: np.save(file, vectors, allow_pickle=False))
+
+
+def _write_table(path: Path, table: Any) -> None:
+    import pyarrow.parquet as pq
+
+    publish(path.parent, lambda _: path.name, lambda file: pq.write_table(table, file))

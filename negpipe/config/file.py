@@ -1,0 +1,141 @@
+"""Reading a config: from a file or a mapping, with overrides, every error with its place in the file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import reprlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from negpipe.config import safe_yaml
+from negpipe.config.schema import Config
+from negpipe.errors import ConfigError
+
+CONFIG_FOLDER = Path("configs")
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
+
+def find_config(name: str) -> Path:
+    """The file of a config named by path or by its name in configs/.
+
+    Raises:
+        ConfigError: there is no such file; the message names the places looked at.
+    """
+    tried = list(dict.fromkeys([Path(name), CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml")]))
+    for path in tried:
+        if path.is_file():
+            return path
+    known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
+    hint = f" Configs here: {', '.join(known)}." if known else ""
+    raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a config.
+
+    Args:
+        source: path, name in configs/, or the mapping itself.
+        overrides: `key.path=value` strings; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: with one line a problem, each with its place in the file.
+    """
+    if isinstance(source, dict):
+        name, tree = "config", json.loads(json.dumps(source, default=str))
+    else:
+        path = find_config(str(source))
+        name = str(path)
+        try:
+            tree = safe_yaml.load(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must be a mapping of settings, see `negpipe config schema`")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        changed = tuple(override.partition("=")[0].strip() + "." for override in overrides or [])
+        if any(".".join([*map(str, problem["loc"]), ""]).startswith(changed) for problem in problems):
+            name += " with --set"
+        raise ConfigError(f"{name}: " + "\n".join(map(_explain, problems))) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected key=value, for example --set mining.num_negatives=5")
+    node = tree
+    *folders, leaf = key.strip().split(".")
+    for folder in folders:
+        child = node.get(folder)
+        if child is None:
+            child = node[folder] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{folder}' holds a value, not settings")
+        node = child
+    try:
+        node[leaf] = safe_yaml.load(value)
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(step) for step in problem["loc"])
+    before = f"{place}: " if place else ""
+    if problem["type"] == "extra_forbidden":
+        *folders, leaf = problem["loc"]
+        return f"{before}unknown key. {_hint(folders, str(leaf))}"
+    if problem["type"] == "missing":
+        return f"{before}this key is required"
+    shown = problem["input"]
+    got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
+    if problem["type"] == "model_type":
+        return f"{before}expected settings, some of {', '.join(_names(problem['loc']))}{got}"
+    return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _hint(folders: list[Any], leaf: str) -> str:
+    elsewhere = [path for path in _paths(Config) if path.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"Did you mean '{' or '.join(elsewhere)}'?"
+    known = _names(folders)
+    nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+    return f"Did you mean '{nearest[0]}'?" if nearest else f"Known here: {', '.join(known)}."
+
+
+def _names(folders: Iterable[Any]) -> list[str]:
+    """The keys known at a place of the config."""
+    model: type[BaseModel] | None = Config
+    for folder in folders:
+        model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
+    return sorted(model.model_fields) if model else []
+
+
+def _paths(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield before + name
+        inner = _model(field.annotation)
+        if inner:
+            yield from _paths(inner, f"{before}{name}.")
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation, also where it is optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model, get_args(annotation))), None)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the config, for editors."""
+    return Config.model_json_schema()

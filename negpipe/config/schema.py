@@ -1,0 +1,528 @@
+"""The config: one YAML file, every key typed, unknown keys refused by name.
+
+Key names are fixed by the README's table. Whether a key is part of a stage's identity (a change
+re-runs the stage) is decided by the stages, not here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from negpipe.config import auto, machine, presets
+from negpipe.errors import ConfigError
+
+_LEAST_BUDGET = 64 * 2**20
+_CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
+_OWN_NAMES = ("id", "score", "rank", "grade")
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Table(_Model):
+    """Where one table is: a file, a URL or a hub dataset."""
+
+    path: str = Field(description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz), URL or hub dataset name.")
+    subset: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Hub dataset split.")
+
+
+def _table(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+_Table = Annotated[Table, BeforeValidator(_table)]
+
+
+class Columns(_Model):
+    """Names of the columns that are read. The defaults are BEIR's."""
+
+    corpus_id: str | None = Field("_id", description="Document id; null: ids are digests of the text.")
+    query_id: str = Field("_id", description="Query id.")
+    query_text: str = Field("text", description="Query text.")
+    qrels_query_id: str = Field("query-id", description="Query id in the qrels.")
+    qrels_corpus_id: str = Field("corpus-id", description="Document id in the qrels.")
+    grade: str = Field("score", description="Relevance grade in the qrels; a missing column counts as 1.")
+    anchor: str = Field("anchor", description="Anchor text of a pair row.")
+    positive: str = Field("positive", description="Positive text of a pair row.")
+    anchor_id: str | None = Field(None, description="Anchor id of a pair row; null: a digest of the text.")
+    positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
+
+
+class Extra(_Model):
+    """Further columns of the source."""
+
+    corpus: tuple[str, ...] = Field((), description="Columns of the corpus, or of pair rows, for example [title, url].")
+    queries: tuple[str, ...] = Field((), description="Columns of the queries, or of pair rows, for example [lang].")
+
+    @model_validator(mode="after")
+    def _names(self) -> Extra:
+        for side, names in self:
+            for name in names:
+                if name in _OWN_NAMES:
+                    raise ValueError(f"'{name}' is what a column of negpipe's own is called: rename it in the source")
+                if names.count(name) > 1:
+                    raise ValueError(f"{side} names '{name}' twice")
+        return self
+
+
+class Data(_Model):
+    """Corpus, anchors and known positives."""
+
+    format: Literal["beir", "pairs", "columns", "flagembedding"] = Field(
+        "beir",
+        description="beir: folder or hub dataset with corpus, queries, qrels. pairs: rows of anchor and positive"
+        " text. columns: three tables, by column names. flagembedding: JSONL of query, pos, neg.",
+    )
+    path: str | None = Field(None, description="Local folder or file, URL, or hub dataset name.")
+    subset: str | None = Field(None, description="Hub dataset configuration (pairs).")
+    revision: str | None = Field(None, description="Hub dataset revision; null: the newest.")
+    corpus: _Table | None = Field(
+        None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding)."
+    )
+    queries: _Table | None = Field(None, description="Query table (columns).")
+    qrels: _Table | None = Field(None, description="Relevance table (columns).")
+    columns: Columns = Columns()
+    split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")
+    text: str = Field("{title} {text}", description="How a document's columns make its text.")
+    extra: Extra = Field(Extra(), description="Columns to carry along: rows have them as positive_title, anchor_lang.")
+    part_rows: int = Field(16384, ge=1, description="About how many rows a part holds (half to twice as many).")
+    min_grade: float = Field(1, description="Least grade that makes a document a positive.")
+    add_positives: bool = Field(True, description="Positives missing from the corpus can be candidates.")
+    on_empty: Literal["error", "skip"] = Field("error", description="What to do with an empty or null text.")
+    on_unknown_id: Literal["error", "skip"] = Field("error", description="What to do with qrels that name unknown ids.")
+    max_bad_rows: int = Field(
+        0,
+        ge=0,
+        description="Rows that may be bad (broken, of a wrong type, empty, naming unknown ids): they are left out and"
+        " listed in rejected.jsonl; one more is an error.",
+    )
+
+    @model_validator(mode="after")
+    def _paths(self) -> Data:
+        if self.format == "columns":
+            missing = [name for name in ("corpus", "queries", "qrels") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
+        elif self.path is None:
+            raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+        if self.format == "flagembedding" and self.extra.corpus and self.corpus is None:
+            raise ValueError("data.extra.corpus needs data.corpus: texts in lists of pos and neg have no columns")
+        return self
+
+
+def _joins_two(form: str) -> bool:
+    try:
+        joined = form.format("<instruction>", "<text>")
+    except (IndexError, KeyError, ValueError):
+        return False
+    return "<instruction>" in joined and "<text>" in joined
+
+
+class Encoder(_Model):
+    """The model that turns texts into vectors, or the vectors themselves."""
+
+    backend: Literal["flagembedding", "sentence-transformers", "precomputed"] = Field(
+        "flagembedding", description="Library that runs the model; precomputed: you bring the vectors."
+    )
+    model: str | None = Field(None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER.")
+    revision: str | None = Field(None, description="Hub revision of the model; null: the newest.")
+    model_class: str | None = Field(
+        None,
+        description="FlagEmbedding class (encoder-only-base, encoder-only-m3, decoder-only-base, decoder-only-icl);"
+        " null: by the model's name, else encoder-only-base.",
+    )
+    pooling: Literal["cls", "mean", "last_token"] | None = Field(
+        None, description="Pooling (flagembedding); null: what the model is known to use, else cls."
+    )
+    query_instruction: str | None = Field(None, description="Put before every anchor.")
+    query_instruction_format: str = Field("{}{}", description="How instruction and anchor are joined.")
+    passage_instruction: str | None = Field(None, description="Put before every document.")
+    passage_instruction_format: str = Field("{}{}", description="How instruction and document are joined.")
+    query_max_length: int = Field(64, ge=4, description="Tokens of an anchor.")
+    passage_max_length: int = Field(512, ge=4, description="Tokens of a document.")
+    batch_size: int = Field(32, ge=1, description="Texts a forward pass; part of the identity, it changes bits.")
+    call_texts: int | None = Field(
+        None,
+        ge=1,
+        description="Texts handed to the model at a time, which share batches by length; part of the identity. null:"
+        " 2048, or 32 batches where that is more.",
+    )
+    normalize: bool = Field(True, description="Scale every vector to length 1, so that scores are cosines.")
+    storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
+    precision: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="What the model computes in; float16 and bfloat16 are for GPUs."
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:1 …; null: a GPU where there is one.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Dangerous.")
+    corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
+    anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
+
+    @property
+    def call_size(self) -> int:
+        """Texts handed to the model at a time."""
+        return self.call_texts or max(_CALL_TEXTS, 32 * self.batch_size)
+
+    @model_validator(mode="after")
+    def _needs(self) -> Encoder:
+        for name in ("query_instruction_format", "passage_instruction_format"):
+            if not _joins_two(getattr(self, name)):
+                raise ValueError(f"{name} must hold two {{}}: the first is the instruction, the second the text")
+        if self.backend == "precomputed":
+            if not (self.corpus_vectors and self.anchor_vectors):
+                raise ValueError("backend 'precomputed' needs encoder.corpus_vectors and encoder.anchor_vectors")
+        elif not self.model:
+            raise ValueError(f"backend '{self.backend}' needs encoder.model")
+        return self
+
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("BbIiKkMmGgTt")
+    try:
+        return int(float(number) * _UNITS[value.strip()[len(number) :].upper()])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
+
+
+def _kind(value: str) -> str:
+    # FAISS's name of an exact index is Flat.
+    return value.lower() if value.lower() in ("flat", "stream", "auto") else value
+
+
+class Index(_Model):
+    """How the vectors are searched."""
+
+    kind: Annotated[str, AfterValidator(_kind)] = Field(
+        "flat",
+        min_length=1,
+        description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
+        " embedding parts, no second copy. auto: chooses by the sizes of the job, and logs why. Else a FAISS factory"
+        " string, such as IVF1024,Flat: approximate, with its recall measured.",
+    )
+    min_recall: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Least recall of an approximate index, over the stored depth and over the window; an error where it"
+        " is not reached.",
+    )
+    recall_anchors: int = Field(1000, ge=1, description="Sampled anchors that are searched exactly to measure recall.")
+    nprobe: int | None = Field(
+        None, ge=1, description="Lists an anchor probes (efSearch of HNSW); null: as few as reach min_recall."
+    )
+    shard_size: Annotated[int, BeforeValidator(_size)] = Field(
+        256 * 2**20,
+        ge=1,
+        description="Vectors of a file of an approximate index, in bytes of float32; filling one takes three times as"
+        " much memory. Part of the identity.",
+    )
+    trained: str | None = Field(
+        None,
+        description="A trained FAISS index of this kind to keep, such as index/KEY.faiss of another run; null: one is"
+        " trained on a sample of the corpus.",
+    )
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the kind, once resolved, may miss candidates."""
+        return self.kind not in ("flat", "stream")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Index:
+        if self.trained and self.kind in ("flat", "stream", "auto"):
+            raise ValueError("index.trained needs index.kind to be the factory string it was made with")
+        return self
+
+
+class Search(_Model):
+    """How deep candidates are stored."""
+
+    depth: int | None = Field(
+        None, ge=1, description="Candidates an anchor; null: the least multiple of 64 from mining.range_max + 64 on."
+    )
+
+
+class Mining(_Model):
+    """Which candidates become negatives."""
+
+    compat: Literal["sentence-transformers", "flagembedding", "nemo", "nv-retriever"] | None = Field(
+        None, description="Take the settings that are not given here from another miner; null: from this table."
+    )
+    range_min: int = Field(0, ge=0, description="First rank of the window, 0-based.")
+    range_max: int | None = Field(
+        192,
+        ge=1,
+        description="Rank after the last of the window; null: range_min + num_negatives + the most positives of an"
+        " anchor, num_negatives counted 10 times if a margin or max_score is set.",
+    )
+    rank_over: Literal["raw", "survivors"] = Field(
+        "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
+    )
+    num_negatives: int = Field(3, ge=0, description="Mined negatives an anchor; 0 with num_random alone.")
+    num_random: int = Field(
+        0, ge=0, description="Random negatives an anchor beside them, by seed; the same exclusions, no cutoffs."
+    )
+    depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
+        None,
+        description="Candidates an anchor that are looked at; range_max+max_positives: room for the most positives of"
+        " an anchor; null: all stored.",
+    )
+    max_depth: int | None = Field(
+        1024,
+        ge=0,
+        description="How deep anchors that lack negatives are searched again, doubling what is stored; null or 0: not."
+        " Needs rank_over survivors and depth null.",
+    )
+    sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
+        "top",
+        description="Which of the window are taken. top: the first. random: any. simans: likeliest at positive +"
+        " simans_b. weighted: by softmax(score / temperature). All but top draw without replacement, by seed.",
+    )
+    simans_a: float = Field(1.0, ge=0, description="simans: weight = exp(-a * (score - positive - b)^2).")
+    simans_b: float = Field(0.0, description="simans: above 0 prefers scores above the positive's.")
+    temperature: float = Field(1.0, gt=0, description="weighted: lower is closer to top.")
+    margin_reference: Literal["min", "max", "each"] = Field(
+        "min",
+        description="Which positive score margins refer to: the anchor's lowest, its highest, or each positive's own,"
+        " with negatives of its own.",
+    )
+    strict: bool = Field(False, description="Drop what equals a cutoff too.")
+    absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
+    relative_margin: float | None = Field(
+        0.05, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
+    )
+    max_score: float | None = Field(None, description="Drop scores above it.")
+    min_score: float | None = Field(None, description="Drop scores below it.")
+    exclude: tuple[Exclusion, ...] = Field(
+        ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
+        description="What is never a negative.",
+    )
+    exclude_file: str | None = Field(
+        None,
+        description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
+    )
+    near_duplicate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Drop candidates whose normalised text is as similar as this to that of a known positive: 1 -"
+        " (characters to insert or delete) / (length of both).",
+    )
+    on_shortage: Literal["keep", "drop", "fail", "random"] = Field(
+        "keep",
+        description="Anchors with fewer negatives: keep what there is, drop the anchor, fail, or fill up with random"
+        " ones.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, settings: Any) -> Any:
+        return presets.with_preset(settings)
+
+    @model_validator(mode="after")
+    def _window(self) -> Mining:
+        if not self.wanted:
+            raise ValueError("mining.num_negatives and mining.num_random are both 0: ask for one of them")
+        if self.range_max is None:  # as wide as it must be
+            return self
+        width = self.range_max - self.range_min
+        if width < 1:
+            raise ValueError(f"mining.range_max ({self.range_max}) must be above mining.range_min ({self.range_min})")
+        if width < self.num_negatives:
+            raise ValueError(
+                f"the window of {width} ranks (mining.range_min {self.range_min} to mining.range_max {self.range_max})"
+                f" is smaller than mining.num_negatives ({self.num_negatives}): widen the window or ask for fewer"
+            )
+        return self
+
+    @property
+    def wanted(self) -> int:
+        """Negatives of an anchor that lacks none."""
+        return self.num_negatives + self.num_random
+
+    @property
+    def draws(self) -> bool:
+        """Whether random negatives may be among them."""
+        return self.num_random > 0 or self.on_shortage == "random"
+
+    def resolved(self, max_positives: int) -> Mining:
+        """The settings with `range_max` and `depth` as numbers, see `Config.resolved`."""
+        range_max = self.range_max
+        if range_max is None:
+            filtered = not (self.absolute_margin is self.relative_margin is self.max_score is None)
+            range_max = presets.derived_range_max(self.range_min, self.num_negatives, max_positives, filtered=filtered)
+        depth = range_max + max_positives if self.depth == presets.DERIVED_DEPTH else self.depth
+        return self.model_copy(update={"range_max": range_max, "depth": depth})
+
+
+class Output(_Model):
+    """What the triplets stage writes."""
+
+    format: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = Field(
+        "triplet",
+        description="triplet: a row for each positive and negative. n-tuple: a row for each positive with all its"
+        " negatives in columns, none if one is missing. labeled-pair: a row for each document, label 1 or 0."
+        " labeled-list: a row for each positive, with lists of documents and labels.",
+    )
+    ids: bool = Field(True, description="Ids beside the texts.")
+    scores: bool = Field(True, description="Scores of positives and negatives.")
+    ranks: bool = Field(True, description="Raw ranks, null beyond the stored depth.")
+    grades: bool = Field(False, description="Relevance grades of the positives.")
+    include_positives: bool = Field(
+        False,
+        description="An anchor's own positives are candidates too: n-tuple then holds the ranking as it was found, to"
+        " evaluate rerankers. mining.relative_margin is then null unless it is given.",
+    )
+    extra_columns: tuple[str, ...] | None = Field(None, description="Which of data.extra rows have; null: all of them.")
+    rows_per_file: int | None = Field(
+        None, ge=1, description="Rows a Parquet file, the last of a part may have fewer; null: one file a part."
+    )
+    report: bool = Field(True, description="Make RUN_DIR/report.html at the end of `mine`; changes no row.")
+
+    @model_validator(mode="after")
+    def _ranking(self) -> Output:
+        if self.include_positives and self.format != "n-tuple":
+            raise ValueError("include_positives keeps a ranking, which output.format: n-tuple alone can hold")
+        return self
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("minsh")
+    try:
+        return float(number) * _SECONDS[value.strip()[len(number) :]]
+    except (KeyError, ValueError):
+        raise ValueError(f"'{value}' is not a duration: write for example 90, 90s, 30min or 2h") from None
+
+
+class Executor(_Model):
+    """Where tasks run."""
+
+    kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
+    workers: int = Field(1, ge=1, description="Worker processes (local); no more run than resources.cpus.")
+    task_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        None,
+        gt=0,
+        description="Seconds, or such as 30min or 2h: a worker that says nothing of progress for so long is killed, and"
+        " its task tried again (local). Loading a model and training an index are silent: allow for them. null: never,"
+        " silence is only warned about.",
+    )
+
+
+def _share(value: Any) -> Any:
+    if not (isinstance(value, str) and value.strip().endswith("%")):
+        return _size(value)
+    try:
+        part = float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise ValueError(f"'{value}' is no share of this machine's memory: write for example 25%")
+    return int(part * machine.memory())
+
+
+def _budget(value: int) -> int:
+    if value < _LEAST_BUDGET:
+        raise ValueError(f"{value:,} bytes are too few: set {_LEAST_BUDGET // 2**20}MiB or more, such as 2GiB")
+    return value
+
+
+class Resources(_Model):
+    """What the machine gives. Never changes a result."""
+
+    cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
+    memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
+        auto.DEFAULT_BUDGET,
+        json_schema_extra={"minimum": _LEAST_BUDGET},
+        description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
+    )
+
+
+class Config(_Model):
+    """A whole negpipe config."""
+
+    run_dir: Path = Field(description="Folder that holds everything a run makes.")
+    seed: int = Field(42, ge=0, description="Seed of every random choice.")
+    data: Data
+    encoder: Encoder
+    index: Index = Index()
+    search: Search = Search()
+    mining: Mining = Mining()
+    output: Output = Output()
+    executor: Executor = Executor()
+    resources: Resources = Resources()
+
+    @property
+    def depth(self) -> int:
+        """Candidates an anchor that search stores, before it is clamped to the corpus; of a resolved config."""
+        range_max, looked_at = self.mining.range_max, self.mining.depth or 0
+        assert range_max is not None and isinstance(looked_at, int), "the config is not resolved"
+        return self.search.depth or -(-max(range_max + 64, looked_at) // 64) * 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_ranking(cls, tree: Any) -> Any:
+        # The default margin would drop the very positives that include_positives asks for.
+        match tree:
+            case {"mining": {"relative_margin": _} | {"compat": str()}}:
+                return tree
+            case {"output": {"include_positives": True}}:
+                return {**tree, "mining": {**(tree.get("mining") or {}), "relative_margin": None}}
+        return tree
+
+    @model_validator(mode="after")
+    def _extra(self) -> Config:
+        kept = {*self.data.extra.corpus, *self.data.extra.queries}
+        for name in self.output.extra_columns or ():
+            if name not in kept:
+                raise ValueError(f"output.extra_columns: '{name}' is not kept: add it to data.extra.corpus or .queries")
+        return self
+
+    def resolved(self, max_positives: int) -> Config:
+        """The config with the settings that depend on the data as numbers, once they are known.
+
+        Args:
+            max_positives: rows of the anchor with the most positives, as ingest counts them.
+
+        Raises:
+            ConfigError: `search.depth` does not reach as far as they do.
+        """
+        config = self.model_copy(update={"mining": self.mining.resolved(max_positives)})
+        if problem := config._shallow():
+            raise ConfigError(problem)
+        return config
+
+    def indexed(self, rows: int, dimension: int, anchors: int) -> tuple[Config, str]:
+        """The config with `index.kind: auto` decided, and why; of a resolved config, once the sizes are known."""
+        if self.index.kind != "auto":
+            return self, ""
+        kind, reason = auto.choose(rows, dimension, anchors, min(self.depth, rows))
+        return self.model_copy(update={"index": self.index.model_copy(update={"kind": kind})}), reason
+
+    @model_validator(mode="after")
+    def _depth(self) -> Config:
+        if problem := self._shallow():
+            raise ValueError(problem)
+        return self
+
+    def _shallow(self) -> str | None:
+        """What lies beyond `search.depth`, or None."""
+        for name in ("range_max", "depth"):
+            needed = getattr(self.mining, name)
+            if self.search.depth and isinstance(needed, int) and needed > self.search.depth:
+                return (
+                    f"search.depth ({self.search.depth}) is below mining.{name} ({needed}):"
+                    " raise search.depth or leave it null"
+                )
+        return None

@@ -1,0 +1,55 @@
+"""What all queries of one normalised text are known to have, stored once a text and found by its hash.
+
+The parts of ingest's kind `namesakes` are one long table of (normalized, row), ascending; the rows of one text may lie
+in several parts. They are mapped: memory holds the rows of the texts that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe.data.tables import members
+from negpipe.data.tables import open_table
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+
+
+class Namesakes:
+    """The parts as one.
+
+    Args:
+        paths: the parts, in order.
+
+    Raises:
+        DamagedError: a file is not whole.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        tables = [open_table(path) for path in paths]
+        self._parts = [(table["normalized"].to_numpy(), table["row"].to_numpy()) for table in tables]
+        self._ends = np.array([hashes[[0, -1]] for hashes, _ in self._parts], np.uint64).reshape(-1, 2)
+
+    def of(self, texts: Hashes) -> tuple[Ints, Ints]:
+        """The rows of some texts, none for a text that one query alone asks.
+
+        Args:
+            texts: (m,) hashes of normalised texts, ascending, each once.
+
+        Returns:
+            rows of the corpus, ascending within a text, ragged by offsets (m + 1,).
+        """
+        low, high = np.searchsorted(texts, self._ends[:, 0]), np.searchsorted(texts, self._ends[:, 1], side="right")
+        rows, counts = [np.empty(0, np.int64)], np.zeros(len(texts), np.int64)
+        for part in np.flatnonzero(low < high).tolist():
+            here = slice(low[part], high[part])
+            hashes, values = self._parts[part]
+            first, last = np.searchsorted(hashes, texts[here]), np.searchsorted(hashes, texts[here], side="right")
+            positions, _ = members(np.stack([first, last], axis=1).ravel(), 2 * np.arange(len(first)))
+            rows.append(values[positions])
+            counts[here] += last - first
+        return np.concatenate(rows), np.concatenate([[0], np.cumsum(counts)])

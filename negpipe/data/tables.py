@@ -1,0 +1,199 @@
+"""Arrow IPC parts: written as bytes, memory-mapped for reading, gathered by row across parts.
+
+Nothing here holds a whole corpus: a gather touches the rows it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from negpipe.config.schema import Config
+from negpipe.errors import DamagedError
+from negpipe.engine.manifest import Manifest
+from negpipe.engine.manifest import Part
+from negpipe.data.texts import hashes
+
+_PAGE = 1024  # rows
+EXTRA = "extra:"
+"""Comes before the source's name of a column that `data.extra` keeps."""
+
+
+def documents(manifest: Manifest) -> list[Part]:
+    """The parts of ingest or encode that hold documents, in row order."""
+    return manifest.of_kind("corpus") + manifest.of_kind("added")
+
+
+def texts(manifest: Manifest) -> list[Part]:
+    """The parts of ingest or encode that hold texts or their vectors, in order: documents, then anchors."""
+    return documents(manifest) + manifest.of_kind("anchors")
+
+
+def searchable(manifest: Manifest, config: Config) -> list[Part]:
+    """The first of them: those whose documents can be candidates."""
+    return documents(manifest) if config.data.add_positives else manifest.of_kind("corpus")
+
+
+def to_bytes(table: pa.Table) -> pa.Buffer:
+    """A table as one Arrow IPC file with one record batch; equal tables give equal bytes."""
+    # Concatenating copies the values and nothing else; a slice would take more of its parent's buffers along.
+    columns = [pa.concat_arrays([*column.chunks, pa.array([], column.type)]) for column in table.columns]
+    table = pa.table(columns, schema=table.schema)
+    counted = pa.MockOutputStream()
+    _write(table, counted)
+    content = pa.allocate_buffer(counted.size())
+    _write(table, pa.FixedSizeBufferWriter(content))
+    return content
+
+
+def _write(table: pa.Table, sink: Any) -> None:
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def open_table(path: Path) -> pa.Table:
+    """Memory-map an Arrow IPC file.
+
+    Raises:
+        DamagedError: the file is not whole.
+    """
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()
+        if not all(_ascending(chunk) for column in table.columns for chunk in column.chunks):
+            raise pa.ArrowInvalid("a value ends before it begins")
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then the stage again") from None
+    return table
+
+
+def _ascending(array: pa.Array) -> bool:
+    """Whether texts and lists lie one behind the other: with a damaged offset, reading one would end the process."""
+    if pa.types.is_list(array.type):
+        lengths, inner = pc.list_value_length(array), _ascending(array.values)
+    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        lengths, inner = pc.binary_length(array), True
+    else:
+        return True
+    return inner and (pc.min(lengths).as_py() or 0) >= 0
+
+
+class Rows:
+    """The rows of several parts as one table, in order, without loading it."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._tables = [open_table(path) for path in paths]
+        self.starts = np.cumsum([0, *(table.num_rows for table in self._tables)], dtype=np.int64)
+        pages = np.arange(0, max(1, len(self)), _PAGE)
+        self._part_of = np.searchsorted(self.starts, pages, side="right") - 1
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, ids: set[str]) -> dict[str, int]:
+        """Rows of ids, any id of a row's; ids that no row has are left out."""
+        names = sorted(ids)
+        name_of = dict(zip(hashes(names).tolist(), names, strict=True))
+        wanted = np.fromiter(name_of, np.uint64, len(name_of))
+        found: dict[str, int] = {}
+        for start, table in zip(self.starts, self._tables, strict=False):
+            for row in np.flatnonzero(np.isin(table["id_hash"].to_numpy(), wanted)):
+                found[name_of[int(table["id_hash"][int(row)].as_py())]] = int(start + row)
+            others = table["other_ids"]
+            for row in np.flatnonzero(pc.list_value_length(others).to_numpy() > 0):
+                found |= {name: int(start + row) for name in others[int(row)].as_py() if name in ids}
+        return found
+
+    def numbers(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """A numeric column at `rows` (any shape, every row valid), in that shape."""
+        flat = rows.ravel()
+        columns = [table[column] for table in self._tables]
+        out = np.empty(flat.shape, dtype=columns[0].type.to_pandas_dtype() if columns else np.int64)
+        for part, where in self._by_part(flat):
+            out[where] = columns[part].to_numpy()[flat[where] - self.starts[part]]
+        return out.reshape(rows.shape)
+
+    def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
+        """A text column at `rows` (1-D, any order, repeats welcome; each text is read once)."""
+        return self.encoded([column], rows)[0].dictionary_decode()
+
+    def encoded(self, columns: Sequence[str], rows: npt.NDArray[np.int64]) -> list[pa.DictionaryArray]:
+        """Text columns at `rows` (1-D, any order, repeats welcome), each text read and held once."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        codes = pa.array(inverse.astype(np.int32))
+        where = [
+            (part, pa.array(unique[low:high] - self.starts[part]))
+            for part, (low, high) in enumerate(pairwise(np.searchsorted(unique, self.starts)))
+            if high > low
+        ]
+        found = []
+        for column in columns:
+            pieces = [self._tables[part][column].take(at) for part, at in where]
+            chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
+            values = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+            # A row's id and text are no other row's.
+            found.append(dictionary(values, codes, distinct=column in ("id", "text")))
+        return found
+
+    def sizes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bytes of a text column at `rows` (1-D), without reading a text."""
+        out = np.empty(rows.shape, np.int64)
+        for part, where in self._by_part(rows):
+            # A part is one record batch, so a column is one chunk.
+            texts = self._tables[part][column].chunk(0)
+            offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :]
+            at = rows[where] - self.starts[part]
+            out[where] = offsets[at + 1] - offsets[at]
+        return out
+
+    def _by_part(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """For every part that holds some of `rows`: the positions of those rows."""
+        if not rows.size:
+            return []
+        # The part in which a row's page begins, or one soon after it. Small integers are sorted by radix.
+        parts = self._part_of[rows // _PAGE]
+        while (later := rows >= self.starts[parts + 1]).any():
+            parts += later
+        order = np.argsort(parts.astype(np.min_scalar_type(len(self._tables))), kind="stable")
+        bounds = np.searchsorted(parts[order], np.arange(len(self._tables) + 1))
+        return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
+
+
+def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: bool) -> pa.DictionaryArray:
+    """`values` taken at `codes`. Equal values share an entry, as Parquet wants it; `distinct`: there are none."""
+    if distinct:
+        return pa.DictionaryArray.from_arrays(codes, values)
+    encoded = values.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.take(codes), encoded.dictionary)
+
+
+def within(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Places in ragged lists one after the other: 0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def members(
+    offsets: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Some of the lists that are ragged by `offsets`, in any order, repeats welcome.
+
+    Returns:
+        positions of their values, and the offsets of the lists among those.
+    """
+    lengths = offsets[wanted + 1] - offsets[wanted]
+    return np.repeat(offsets[wanted], lengths) + within(lengths), np.concatenate([[0], np.cumsum(lengths)])
+
+
+def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """A list column as (values, offsets): row i is `values[offsets[i]:offsets[i + 1]]`."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return array.flatten().to_numpy(zero_copy_only=False), offsets

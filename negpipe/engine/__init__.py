@@ -1,0 +1,1 @@
+"""Stages as values and what runs them: keys, records, state, executors, repair."""

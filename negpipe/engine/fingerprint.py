@@ -1,0 +1,101 @@
+"""Identity: canonical JSON to sha256, and content digests of files with a cache.
+
+Equal values give equal digests on every machine; a value of an unknown type raises, it is never
+turned into a string, so that nothing enters or leaves an identity by accident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from negpipe.store import unfinished
+from negpipe.store.files import file_digest
+
+KEY_LENGTH = 16
+
+
+def canonical(value: Any) -> Any:
+    """`value` in plain JSON types.
+
+    Raises:
+        TypeError: a type without one obvious JSON form (a path, a set, a number that is not finite).
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        # 1 and 1.0 are the same setting.
+        return int(value) if value.is_integer() else value
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("an identity has string keys only")
+        return {key: canonical(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [canonical(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no place in an identity: {value!r}")
+
+
+def digest(*values: Any) -> str:
+    """sha256 (64 hex digits) of values in canonical JSON."""
+    text = json.dumps(canonical(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key(*values: Any) -> str:
+    """The short digest that names parts."""
+    return digest(*values)[:KEY_LENGTH]
+
+
+class DigestCache:
+    """Content digests of files, remembered by path, inode, size and modification time.
+
+    A file that changes with all four kept is the documented limit; `rehash` ignores what is remembered.
+    What took long to read is saved as soon as it is known, whatever becomes of the process.
+    """
+
+    SECONDS = 30.0  # of work that a kill may cost
+
+    def __init__(self, path: Path, *, rehash: bool = False) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        self._dirty, self._saved = False, time.monotonic()
+        if not rehash:
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError):
+                known = {}
+            self._known = known if isinstance(known, dict) else {}
+
+    def __call__(self, path: Path) -> str:
+        name = os.path.realpath(path)
+        stat = os.stat(name)
+        signature = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+        entry = self._known.get(name)
+        if isinstance(entry, list) and entry[:-1] == signature:
+            return str(entry[-1])
+        value = file_digest(Path(name))
+        self._known[name] = [*signature, value]
+        self._dirty = True
+        if time.monotonic() - self._saved >= self.SECONDS:
+            self.save()
+        return value
+
+    def save(self) -> None:
+        """Remember for the next run, where the folder is there; best effort, a lost cache only costs time."""
+        if not self._dirty:
+            return
+        temporary = unfinished.temporary(self._path.parent)
+        try:
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            os.replace(temporary, self._path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+        self._dirty, self._saved = False, time.monotonic()

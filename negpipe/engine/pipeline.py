@@ -1,0 +1,351 @@
+"""The order of stages: what must run and why, running it, and what is on disk.
+
+Nothing runs whose output is already there: a stage whose manifest carries today's key is left alone,
+and within a stage every part whose key is on disk is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from negpipe import __version__
+from negpipe.ann import approximate
+from negpipe.config.schema import Config
+from negpipe.engine import publication
+from negpipe.engine.executors import inline, local
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.manifest import Books, Manifest, Part
+from negpipe.engine.progress import Reporter, Silent
+from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
+from negpipe.engine.stage import Context, Executor, Stage, Task, cache_path
+from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
+from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
+from negpipe.redaction import redacted
+from negpipe.stages import STAGES, SWAPPED
+from negpipe.store.boundary import stay_inside
+from negpipe.store.files import BOOKS, explained, remove_temporaries
+from negpipe.store.lock import run_lock
+
+logger = logging.getLogger(__name__)
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made: the folder of the triplets, and each stage's counts."""
+
+    run_dir: Path
+    triplets: Path
+    stats: dict[str, dict[str, Any]]
+    ran: tuple[str, ...]
+
+
+def mine(
+    config: Config,
+    *,
+    only: str | None = None,
+    reporter: Reporter | None = None,
+    rehash: bool = False,
+    repair: bool = False,
+    rebuild: bool = False,
+    rescore: Stage | None = None,
+) -> Result:
+    """Bring the stages up to date, or one of them.
+
+    Args:
+        config: what to make.
+        only: the name of the one stage to run; its inputs must be there.
+        reporter: where progress goes.
+        rehash: read every source file again instead of trusting its modification time.
+        repair: read every file made so far, and make again what is not as it was written or was made from such.
+        rebuild: make again what other versions of libraries made than are installed.
+        rescore: a stage after search whose candidates take the place of search's.
+
+    Raises:
+        NegpipeError: with a message for people and an exit code for schedulers.
+        DamagedError: what a stage is about to read is not what was written, as its size or header tells.
+    """
+    stages = [*STAGES.values()]
+    if rescore:
+        stages.insert(stages.index(STAGES["search"]) + 1, rescore)
+    run_dir = config.run_dir
+    ran: list[str] = []
+    untrusted: set[str] = set()
+    _make_run_dir(run_dir)
+    with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
+        context = Context(config, run_dir, digests)
+        _check_share(context)
+        for folder in (run_dir, run_dir / BOOKS):
+            for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_temporaries(inner)
+        for number, stage in enumerate(stages):
+            publication.finish_swap(run_dir, stage.name)
+            if repair:
+                untrusted |= drop_damaged(stage, context, untrusted)
+            if rebuild and only in (None, stage.name):
+                drop_of_other_versions(stage, context)
+            state = _looked(stage, context)
+            manifest = state.manifest
+            if state.state == "current":
+                logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
+            elif only and stage.name != only:
+                raise MissingStageError(blocked(state, only))
+            else:
+                for ahead in [stage] if only else stages[number:]:
+                    ahead.check(context)
+                _check_inputs(stage, context)
+                logger.info("%s: runs, %s", stage.name, state.reason)
+                manifest = _completed(stage, context, reporter or Silent())
+                ran.append(stage.name)
+                _tell(manifest)
+            assert manifest is not None
+            context = context.after(manifest, instead_of="search" if stage is rescore else None)
+            if stage.name == "encode" and config.index.kind == "auto":
+                logger.info("index.kind auto means %s: %s", context.config.index.kind, context.why)
+            if stage.name == only:
+                break
+    stats = {name: manifest.stats for name, manifest in context.manifests.items()}
+    return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+
+
+def _looked(stage: Stage, context: Context) -> State:
+    """How a stage stands; what is of other versions of libraries is warned of."""
+    state = look(stage, context)
+    if state.versions:
+        logger.warning("%s: %s", stage.name, state.versions)
+    return state
+
+
+def _tell(manifest: Manifest) -> None:
+    """What became of a stage that ran."""
+    name, stats = manifest.stage, manifest.stats
+    logger.info("%s: done in %.1f s (%s)", name, manifest.provenance["seconds"], _counts(manifest))
+    if name == "triplets" and not stats["rows"]:
+        drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
+        logger.warning("triplets: not one row could be made, candidates were dropped: %s", drops or "there were none")
+    if recall := approximate.describe(stats):
+        logger.info("%s: %s", name, recall)
+
+
+def _check_inputs(stage: Stage, context: Context) -> None:
+    """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
+    for name in stage.inputs:
+        check_headers(context.run_dir, context.manifest(name))
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    """Texts come to lie in it, so a new one is for the user alone; one that exists keeps its rights."""
+    with explained(run_dir):
+        if not run_dir.exists():
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(mode=0o700, exist_ok=True)
+        stay_inside(run_dir, SWAPPED)
+
+
+def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
+    """`run_stage`, begun again where a second process, let in by a lock that does not work, got in between."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return run_stage(stage, context, reporter)
+        except VanishedError as error:
+            state = look(stage, context)
+            if state.state == "current" and state.manifest:
+                return state.manifest
+            if attempt == _ATTEMPTS - 1:
+                raise
+            logger.warning("%s: begins again: %s", stage.name, error)
+    raise AssertionError
+
+
+def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
+    """Make what is missing of a stage, then its manifest.
+
+    Raises:
+        NegpipeError: a task failed; finished parts stay.
+    """
+    started = time.monotonic()
+    run_dir = context.run_dir
+    books = Books(run_dir, stage.name)
+    identity = identity_of(stage, context)
+    stage_key = identity.key
+    context = replace(context, key=stage_key)
+    if stage.swapped:
+        publication.prepare(run_dir, stage.name, stage_key)
+
+    keys: dict[str, None] = {}
+    with _damage_named(stage, context):
+        while _run_planned(stage, context, keys, reporter) and stage.rounds:
+            pass
+
+    parts = []
+    for part_key in keys:
+        part = books.part(part_key)
+        if part is None:
+            raise VanishedError(
+                f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
+            )
+        parts.append(part)
+    if stage.swapped:
+        # The names under the final folder are about to mean something else.
+        books.manifest_path.unlink(missing_ok=True)
+        publication.swap(run_dir, stage.name, stage_key)
+        parts = [_moved(part, publication.staging(stage.name, stage_key), stage.name) for part in parts]
+    manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
+    books.write_manifest(manifest)
+    context.digest_file.save()
+    return manifest
+
+
+@contextmanager
+def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
+    """What nobody foresaw may come of bytes that changed under the same size: then what was read is read whole.
+
+    Raises:
+        DamagedError: a file that the stage reads is not as it was written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NegpipeError) and type(error) not in (NegpipeError, TaskFailedError):
+            raise
+        read = [part for name in stage.inputs for part in context.manifest(name).parts]
+        read += Books(context.run_dir, stage.name).parts() if stage.rounds else ()
+        if wrong := damaged(context.run_dir, (file for part in read for file in part.files)):
+            raise DamagedError(
+                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
+                " again what is damaged and what may come from it"
+            ) from error
+        raise
+
+
+def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter) -> bool:
+    """Make what is missing of the tasks that can be planned now; returns whether there were new ones among them."""
+    books, before = Books(context.run_dir, stage.name), len(keys)
+    plan = stage.plan(context)
+    total, done = 0, 0
+    if not stage.here:
+        plan = [task for task in plan if task.key not in keys]
+        present = {task.key for task in plan if books.part(task.key)}
+        total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
+        if present:
+            logger.info("%s: %d of %d parts are there already", stage.name, len(present), len(plan))
+
+    def missing() -> Iterator[Task]:
+        for task in plan:
+            keys[task.key] = None
+            if books.part(task.key) is None:
+                yield task
+
+    counted: dict[str, int] = {}
+
+    def progress(task: Task, units: int, note: str, finished: bool) -> None:
+        # A part counts its rows exactly once, whatever its stage reported on the way.
+        before = counted.get(task.key, 0)
+        counted[task.key] = task.rows if finished else min(task.rows, before + units)
+        reporter.advance(counted[task.key] - before, note)
+
+    reporter.begin(stage.name, total, done)
+    try:
+        _executor(stage, context.config)(stage, missing(), context, progress)
+    finally:
+        reporter.end()
+    return len(keys) > before
+
+
+def status(config: Config) -> list[State]:
+    """How every stage stands. Reads only."""
+    states = []
+    with digests_of(config) as digests:
+        context = Context(config, config.run_dir, digests)
+        for stage in STAGES.values():
+            state = look(stage, context)
+            states.append(state)
+            if state.state == "current" and state.manifest:
+                context = context.after(state.manifest)
+    return states
+
+
+def resolved(config: Config) -> tuple[Config, bool]:
+    """The config as the stages see it.
+
+    Returns:
+        the config, and whether it is whole: what depends on the data is known once ingest is current.
+    """
+    mining, positives = config.mining, 0
+    if mining.range_max is None or isinstance(mining.depth, str):
+        with digests_of(config) as digests:
+            state = look(STAGES["ingest"], Context(config, config.run_dir, digests))
+        if state.state != "current" or state.manifest is None:
+            return config, False
+        positives = state.manifest.stats["max_positives"]
+    config = config.resolved(positives)
+    return config.model_copy(update={"search": config.search.model_copy(update={"depth": config.depth})}), True
+
+
+def load_context(config: Config, before: str) -> Context:
+    """What a worker of stage `before` sees: the manifests of the stages ahead of it."""
+    names = list(STAGES)[: list(STAGES).index(before)]
+    context = Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)))
+    for name in names:
+        if manifest := Books(config.run_dir, name).manifest():
+            context = context.after(manifest)
+    return context
+
+
+def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Part], seconds: float) -> Manifest:
+    return Manifest(
+        stage=stage.name,
+        version=stage.version,
+        key=context.key,
+        settings=identity.settings,
+        inputs={**identity.sources, **identity.inputs},
+        parts=tuple(parts),
+        stats=stage.stats(context, parts),
+        provenance={
+            "negpipe": __version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            "config": redacted(context.config.model_dump(mode="json")),
+        },
+    )
+
+
+def _check_share(context: Context) -> None:
+    settings = context.config.executor
+    if settings.kind == "local" and settings.workers > context.workers:
+        logger.warning(
+            "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
+        )
+
+
+def _executor(stage: Stage, config: Config) -> Executor:
+    inside = config.executor.kind == "inline" and not stage.apart(config)
+    # A caller of the Python API may have torch loaded, which must not meet FAISS.
+    light = stage.light(config) and config.executor.workers == 1 and "torch" not in sys.modules
+    return inline.run if stage.here or inside or light else local.run
+
+
+def _moved(part: Part, old: str, new: str) -> Part:
+    files = tuple(
+        file.model_copy(update={"path": new + file.path.removeprefix(old)}) if file.path.startswith(f"{old}/") else file
+        for file in part.files
+    )
+    return part.model_copy(update={"files": files})
+
+
+def _counts(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return ""
+    shown = {name: value for name, value in manifest.stats.items() if isinstance(value, int) and value}
+    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in shown.items())

@@ -1,0 +1,197 @@
+"""Finding what is not as it was written, and dropping it and what was made from it, so that it is made again.
+
+Readers compare sizes and headers only, so a byte that changed under the same size may have been read before
+anybody finds it. Whatever may have read it goes with it; what cannot have is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from negpipe import ann
+from negpipe.data.npy import BROKEN
+from negpipe.data.tables import open_table
+from negpipe.engine import publication, versions
+from negpipe.engine.manifest import OTHER_CONTENT, Books, File, Manifest, Part
+from negpipe.engine.stage import Context, Stage
+from negpipe.engine.state import identity_of
+from negpipe.errors import DamagedError
+
+logger = logging.getLogger(__name__)
+_TABLES = ("corpus", "added", "anchors", "namesakes", "ids", "flat", "candidates", "triplets")
+"""Kinds of parts whose rows their files hold; those of an approximate index are looked at where it is opened."""
+_BESIDE = {"ledger": "units", "deeper": "searched_deeper"}
+"""Folder of files that hold other rows than their part's: what the part calls their number."""
+
+
+def check_headers(run_dir: Path, manifest: Manifest) -> None:
+    """Look at what costs next to nothing: that files of the right size are what they were, with as many rows.
+
+    Raises:
+        DamagedError: one is not.
+    """
+    problems = [problem for part in manifest.parts if (problem := _misfit(run_dir, part))]
+    if problems:
+        raise DamagedError(
+            f"{manifest.stage}: {problems[0]} ({len(problems)} of {len(manifest.parts)} parts)."
+            " Run `negpipe mine CONFIG --repair`, it makes again what is damaged and what may come from it"
+        )
+
+
+def _misfit(run_dir: Path, part: Part) -> str | None:
+    """What the headers of a part's files say that its record does not."""
+    if part.kind not in _TABLES:
+        return None
+    counts: Counter[str] = Counter()
+    for file in part.files:
+        try:
+            rows = _rows(run_dir / file.path)
+        except (*BROKEN, LookupError, DamagedError):
+            return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
+        counts[file.path.partition("/")[0]] += rows
+    for folder, rows in counts.items():
+        written = part.meta.get(_BESIDE.get(folder, ""), part.rows)
+        if rows != written:
+            path = next(file.path for file in part.files if file.path.startswith(f"{folder}/"))
+            return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
+    return None
+
+
+def _rows(path: Path) -> int:
+    """The rows of a file, from its header or footer."""
+    if path.suffix == ".npy":
+        return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+    if path.suffix == ".faiss":
+        return ann.open_flat(path).rows
+    if path.suffix == ".arrow":
+        return int(open_table(path).num_rows)
+    return int(pq.read_metadata(path).num_rows)
+
+
+def damaged(
+    run_dir: Path, files: Iterable[File], progress: Callable[[int], None] = lambda _: None
+) -> list[tuple[File, str]]:
+    """The files that are not as they were written, and what is wrong; each is read whole, several at a time.
+
+    `progress` gets the bytes of every file that was read.
+    """
+
+    def check(file: File) -> tuple[File, str | None]:
+        problem = file.problem(run_dir, full=True)
+        progress(file.bytes)
+        return file, problem
+
+    with ThreadPoolExecutor() as pool:
+        return [(file, problem) for file, problem in pool.map(check, files) if problem]
+
+
+def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str]:
+    """Drop a stage's parts that are damaged or may come from untrusted files, those of superseded settings too.
+
+    Args:
+        stage: one whose inputs are complete.
+        context: with the manifests of the stages before it.
+        untrusted: files that held other content than was written, relative to the run directory.
+
+    Returns:
+        such files of this stage.
+    """
+    run_dir, books = context.run_dir, Books(context.run_dir, stage.name)
+    manifest = _readable(books)
+    listed = manifest.parts if manifest else ()
+    # Where a stage goes in rounds, its own parts may come from one another.
+    read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
+    wrong = damaged(run_dir, read.values())
+    sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
+    kept = {part.key for part in listed}
+    if wrong or not all(map(sound, kept)):
+        kept = set()
+    if not kept:
+        _forget_output(stage, books)
+    for path in books.checkpoints():
+        path.unlink()  # what a search has found so far, with nothing to prove it
+    suspects, gone = 0, []
+    for path in books.sidecars():
+        part = books.record(path.stem)
+        if part is None:
+            logger.warning("%s: %s cannot be read: dropped", stage.name, path)
+            path.unlink()
+        elif part.key not in kept:
+            found = damaged(run_dir, part.files)
+            if found or not sound(part.key):
+                suspects += not found
+                path.unlink()
+                gone += [run_dir / file.path for file in part.files]
+            known = {file.digest for file, _ in wrong}
+            wrong += [each for each in found if each[0].digest not in known and (run_dir / each[0].path).exists()]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    for _, problem in wrong:
+        logger.warning("%s: %s: made again", stage.name, problem)
+    if suspects:
+        logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
+    return _changed(wrong)
+
+
+def drop_of_other_versions(stage: Stage, context: Context) -> None:
+    """Forget the parts that other versions of libraries made than are installed, so that they are made again.
+
+    Their files stay until the new ones are there, or `clean` takes them.
+    """
+    books, now = Books(context.run_dir, stage.name), versions.installed(stage.libraries(context.config))
+    recorded = (part for path in books.sidecars() if (part := books.record(path.stem)))
+    outdated = [part.key for part in recorded if versions.is_of_others(part, now)]
+    if not outdated:
+        return
+    logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
+    _forget_output(stage, books)
+    for key in outdated:
+        (books.folder / f"{key}.json").unlink(missing_ok=True)
+
+
+def _forget_output(stage: Stage, books: Books) -> None:
+    """Make a stage one that never completed; its parts stay."""
+    books.manifest_path.unlink(missing_ok=True)
+    if stage.swapped and (shown := publication.published(books.run_dir, stage.name)):
+        publication.prepare(books.run_dir, stage.name, shown)  # back to where the parts' records say they are
+
+
+def _changed(wrong: list[tuple[File, str]]) -> set[str]:
+    """Files of the right size, which may have been read as they are."""
+    return {file.path for file, problem in wrong if problem.endswith(OTHER_CONTENT)}
+
+
+def _readable(books: Books) -> Manifest | None:
+    try:
+        return books.manifest()
+    except DamagedError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _sound(stage: Stage, context: Context, untrusted: set[str]) -> Callable[[str], bool]:
+    """Whether the part of a key cannot come from an untrusted file."""
+    if not untrusted or not stage.inputs:
+        return lambda _: True
+    context = replace(context, key=identity_of(stage, context).key)
+    read_by_all = {file.path for part in stage.shared(context) for file in part.files}
+    keys = {task.key for task in stage.plan(context) if untrusted.isdisjoint(_paths(task.payload))}
+    return lambda key: key in keys and untrusted.isdisjoint(read_by_all)
+
+
+def _paths(payload: Any) -> Iterator[str]:
+    """Every text in a task's payload: what it reads is among them."""
+    if isinstance(payload, str):
+        yield payload
+    elif isinstance(payload, dict | list):
+        for value in payload.values() if isinstance(payload, dict) else payload:
+            yield from _paths(value)

@@ -1,0 +1,260 @@
+"""The one contract: a stage is a frozen value that plans tasks and turns each task into one part.
+
+A task's key covers everything that can change its part's bytes. What is already on disk under that key
+is done; nothing else is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol
+
+from negpipe.config import machine
+from negpipe.config.schema import Config
+from negpipe.engine import versions
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.manifest import Books, File, Manifest, Part
+from negpipe.errors import DamagedError, MissingStageError
+from negpipe.store.files import BOOKS, publish
+
+Progress = Callable[[int, str], None]
+"""Called with units finished since the last call, and a note for people ("58 texts/s")."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part to make.
+
+    `rows` sizes the progress bar. `payload` is what `run` needs: plain JSON for stages that run in
+    workers, anything for a stage that runs here.
+    """
+
+    key: str
+    kind: str
+    rows: int
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What plan, open and run may look at: the config, the run directory and the stages before."""
+
+    config: Config
+    run_dir: Path
+    digest_file: DigestCache
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    key: str = ""
+    """Key of the stage that is being run."""
+    why: str = ""
+    """The reason for what `index.kind: auto` means here."""
+
+    def manifest(self, stage: str) -> Manifest:
+        """The manifest of an earlier stage.
+
+        Raises:
+            MissingStageError: it is not there; the message says which command makes it.
+        """
+        if stage not in self.manifests:
+            raise MissingStageError(f"there is no output of {stage} in {self.run_dir}: run `negpipe {stage}` first")
+        return self.manifests[stage]
+
+    def after(self, manifest: Manifest, instead_of: str | None = None) -> Context:
+        """The same, with one more stage complete. Settings that depend on the data are decided once they can be."""
+        config, why = self.config, self.why
+        if manifest.stage == "ingest":
+            most = manifest.stats.get("max_positives")
+            if not isinstance(most, int):
+                raise DamagedError(
+                    f"the manifest of ingest in {self.run_dir} is not what was written, it lacks max_positives:"
+                    " run `negpipe mine CONFIG --repair`"
+                )
+            config = config.resolved(most)
+        if manifest.stage == "encode":
+            rows, anchors = (
+                sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
+            )
+            config, why = config.indexed(rows, manifest.stats["dimension"], anchors)
+        return replace(
+            self, config=config, why=why, manifests={**self.manifests, instead_of or manifest.stage: manifest}
+        )
+
+    def file(self, part: Part) -> Path:
+        return self.run_dir / part.path
+
+    @property
+    def threads(self) -> int:
+        """Threads of one worker: `resources.cpus` shared out."""
+        return self.cpus // self.workers
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one worker: `resources.memory_budget` shared out."""
+        return self.config.resources.memory_budget // self.workers
+
+    @property
+    def cpus(self) -> int:
+        """Threads of all workers."""
+        return self.config.resources.cpus or machine.cores()
+
+    @property
+    def workers(self) -> int:
+        """Processes that share the machine: no more than threads."""
+        return min(self.config.executor.workers, self.cpus) if self.config.executor.kind == "local" else 1
+
+
+class Publisher:
+    """Publishes the files of one task under their final names."""
+
+    def __init__(self, run_dir: Path, stage: str, key: str) -> None:
+        self._run_dir, self._stage, self._key = run_dir, stage, key
+        self.files: list[File] = []
+
+    def __call__(
+        self,
+        suffix: str,
+        write: Callable[[BinaryIO], None],
+        *,
+        folder: str | None = None,
+        name: str | None = None,
+        needed: int | None = None,
+    ) -> None:
+        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, or as `FOLDER/NAME` where a name is fixed.
+
+        `needed` are its bytes, where known before they are written.
+        """
+        folder = folder or self._stage
+        made = publish(
+            self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write, needed
+        )
+        self.files.append(File(path=PurePosixPath(folder, made.name).as_posix(), bytes=made.bytes, digest=made.digest))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `run` says of the part it published: rows, and facts about its content."""
+
+    rows: int
+    meta: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def _nothing(_: Context) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _no_identity(_: Context) -> dict[str, str]:
+    return {}
+
+
+def _no_parts(_: Context) -> list[Part]:
+    return []
+
+
+def _no_check(_: Context) -> None: ...
+
+
+def _as_asked(_: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    return wanted
+
+
+def _no_libraries(_: Config) -> tuple[str, ...]:
+    return ()
+
+
+def _never(_: Config) -> bool:
+    return False
+
+
+def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
+    return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as a value.
+
+    Attributes:
+        name: also its folder in the run directory.
+        version: raised when the same settings give other bytes.
+        inputs: the stages whose content it reads, all of them before it.
+        settings: the slice of the config that can change its bytes, plain JSON.
+        sources: digests of what it reads from outside the run directory, by name.
+        plan: its tasks in order; may be lazy.
+        open: a context manager with what all tasks of a process share (a model, opened files).
+        run: (task, shared, context, publish, progress) → what was made.
+        stats: facts of the finished stage for manifest, log and people.
+        check: raises InputError for what is wrong and can be known before the stages ahead of it have run; called
+            before every stage that is about to run, with the manifests there are by then.
+        serving: (settings of an output, settings asked for) → settings whose output serves as well as what was asked
+            for; candidates stored deeper serve a shallower window.
+        shared: parts of other stages that `run` may read for any task, beside those its payload names.
+        apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
+        rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
+        light: a single worker would take longer to start than to work: runs in the calling process instead.
+        here: runs in the calling process, whatever the executor; its payloads need not be JSON.
+        swapped: its folder shows one setting's output at a time, published whole.
+        libraries: distributions whose versions may change its bytes; recorded, in no key.
+    """
+
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    plan: Callable[[Context], Iterable[Task]]
+    run: Callable[[Task, Any, Context, Publisher, Progress], Made]
+    sources: Callable[[Context], dict[str, str]] = _no_identity
+    open: Callable[[Context], AbstractContextManager[Any]] = _nothing
+    stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
+    check: Callable[[Context], None] = _no_check
+    serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
+    shared: Callable[[Context], list[Part]] = _no_parts
+    apart: Callable[[Config], bool] = _never
+    rounds: bool = False
+    light: Callable[[Config], bool] = _never
+    here: bool = False
+    swapped: bool = False
+    libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
+
+
+class Executor(Protocol):
+    """Runs tasks somewhere. Its word is advice: the pipeline looks at the disk afterwards."""
+
+    def __call__(
+        self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
+    ) -> None:
+        """Run tasks until none is left; `progress` gets (task, units since last time, note, finished)."""
+
+
+def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: Progress) -> Part:
+    """Make one part: its files first, then the sidecar."""
+    started = time.monotonic()
+    publisher = Publisher(context.run_dir, stage.name, task.key)
+    made = stage.run(task, shared, context, publisher, progress)
+    part = Part(
+        key=task.key,
+        kind=task.kind,
+        rows=made.rows,
+        files=tuple(publisher.files),
+        meta=made.meta,
+        provenance={
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_memory": machine.peak_memory(),
+            "libraries": versions.installed(stage.libraries(context.config)),
+            **made.provenance,
+        },
+    )
+    Books(context.run_dir, stage.name).write_part(part)
+    return part
+
+
+def cache_path(run_dir: Path) -> Path:
+    """Where content digests of sources are remembered."""
+    return run_dir / BOOKS / "digests.json"

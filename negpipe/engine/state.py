@@ -1,0 +1,141 @@
+"""How a stage stands: what is on disk against what the config asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from negpipe.config.schema import Config
+from negpipe.engine import publication, versions
+from negpipe.engine.fingerprint import DigestCache, key
+from negpipe.engine.manifest import Books, Manifest
+from negpipe.engine.stage import Context, Stage, cache_path
+from negpipe.errors import DamagedError
+from negpipe.stages import STAGES
+
+
+@dataclass(frozen=True)
+class State:
+    """How a stage stands. `reason` says why it is not current; `done` and `total` count parts where known; `versions`
+    what was made with other versions of libraries than are installed."""
+
+    stage: str
+    state: Literal["current", "stale", "partial", "missing", "blocked", "damaged"]
+    reason: str = ""
+    manifest: Manifest | None = None
+    done: int = 0
+    total: int = 0
+    versions: str | None = None
+
+
+def look(stage: Stage, context: Context) -> State:
+    """How a stage stands against the config, from its manifest and the files' sizes."""
+    state = _look(stage, context)
+    parts = state.manifest.parts if state.manifest else Books(context.run_dir, stage.name).parts() if state.done else ()
+    return replace(state, versions=versions.describe(parts, versions.installed(stage.libraries(context.config))))
+
+
+def _look(stage: Stage, context: Context) -> State:
+    absent = [name for name in stage.inputs if name not in context.manifests]
+    try:
+        manifest = Books(context.run_dir, stage.name).manifest()
+    except DamagedError as error:
+        return State(stage.name, "damaged", str(error))
+    if absent:
+        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest)
+    if manifest is None:
+        done = sum(1 for _ in Books(context.run_dir, stage.name).parts())
+        if stage.swapped and publication.published(context.run_dir, stage.name):
+            return State(stage.name, "partial", "it was interrupted while its output was published", done=done)
+        if not done:
+            return State(stage.name, "missing", "it has not run yet")
+        return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done)
+    identity = identity_of(stage, context)
+    serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
+    if manifest.key not in (identity.key, serving.key):
+        return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
+    if stage.swapped and publication.published(context.run_dir, stage.name) != manifest.key:
+        return State(stage.name, "damaged", f"{stage.name}/ is missing, or shows another setting's output", manifest)
+    problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.run_dir))]
+    if problems:
+        return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
+    return State(stage.name, "current", "", manifest)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that can change a stage's output."""
+
+    stage: str
+    version: int
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    inputs: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        return key(self.stage, self.version, self.settings, self.sources, self.inputs)
+
+
+def identity_of(stage: Stage, context: Context) -> Identity:
+    inputs = {name: context.manifest(name).digest for name in stage.inputs}
+    return Identity(stage.name, stage.version, stage.settings(context.config), stage.sources(context), inputs)
+
+
+def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
+    """Why a manifest is stale, in the words of the config."""
+    if manifest.version != now.version:
+        return f"its output was made by version {manifest.version} of the stage, this is version {now.version}"
+    fresh = {**now.settings, **now.sources, **now.inputs}
+    old = {**manifest.settings, **manifest.inputs}
+    changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
+    lines = []
+    for name in changed:
+        if name in STAGES:
+            lines.append(f"the output of {name} changed")
+            continue
+        if name not in old:
+            if "index.kind" not in changed:  # which brings settings of its own
+                lines.append(f"{name} is new")
+            continue
+        before, after = old[name], fresh[name]
+        if name in now.sources:
+            before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
+        same = before == after
+        lines.append(
+            f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
+        )
+    return "; ".join(lines) or "its identity changed"
+
+
+def _shown(value: Any) -> str:
+    """As a config has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _setting(tree: Any, name: str) -> Any:
+    for step in name.split("."):
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
+
+
+@contextmanager
+def digests_of(config: Config, *, rehash: bool = False) -> Iterator[DigestCache]:
+    """The digests of source and model files; what is read is remembered, however the work ends."""
+    digests = DigestCache(cache_path(config.run_dir), rehash=rehash)
+    try:
+        yield digests
+    finally:
+        digests.save()
+
+
+def blocked(state: State, wanted: str) -> str:
+    reason = f": {state.reason}" if state.reason else ""
+    return (
+        f"{wanted} needs the output of {state.stage}, which is {state.state}{reason}."
+        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` for all of it"
+        + (", or repeat the --set that it was made with" if state.state == "stale" else "")
+    )

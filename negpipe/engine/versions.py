@@ -1,0 +1,50 @@
+"""Which versions of libraries made a part, and whether they are those that are installed.
+
+Versions are circumstance: they are in no key, since an upgrade must not throw vectors away. But bytes may differ
+between them, so what would mix parts of two versions says so, and `--rebuild` makes the older ones again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from negpipe.engine.manifest import Part
+
+
+def installed(libraries: Iterable[str]) -> dict[str, str]:
+    """The installed versions by name; libraries that are not there are left out."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def is_of_others(part: Part, now: dict[str, str]) -> bool:
+    """Whether a part was made with other versions than these. One that does not say is believed."""
+    return bool(_differing(part, now))
+
+
+def describe(parts: Iterable[Part], now: dict[str, str]) -> str | None:
+    """How many parts were made with other versions than these, in one sentence; None: none."""
+    count, total, older = 0, 0, Counter[tuple[str, str]]()
+    for part in parts:
+        differing = _differing(part, now)
+        count, total = count + bool(differing), total + 1
+        older.update(differing)
+    if not count:
+        return None
+    known = ", ".join(f"{name} {then} ({now[name]} is installed)" for name, then in sorted(older))
+    return (
+        f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from new ones,"
+        " --rebuild makes them again"
+    )
+
+
+def _differing(part: Part, now: dict[str, str]) -> list[tuple[str, str]]:
+    made = part.provenance.get("libraries", part.provenance)  # encode's parts of the first edition hold them directly
+    return [(name, made[name]) for name in now if name in made and made[name] != now[name]]

@@ -1,0 +1,260 @@
+"""What ingest must join: duplicates, ids, judgments. Through DuckDB, which spills; results are streamed.
+
+Nothing here grows with the corpus beyond DuckDB's memory limit: groups of rows become lists as they pass by. No join
+multiplies: one side of each has a key at most once, so time grows with the rows however often an id or a text repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from negpipe.config.schema import Config
+from negpipe.errors import InputError
+from negpipe.ingest.rejected import too_many
+
+if TYPE_CHECKING:
+    import duckdb
+
+BATCH = 8192
+
+
+def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
+    """Refuse what cannot be mended later: an id with two texts, nothing to mine."""
+    for table, what in (("documents", "document"), ("queries", "query")):
+        # The first row that differs from an earlier one of its id differs from the id's first row.
+        clash = database.execute(f"""
+            with clashing as (select id, min(rowid) as first from {table} group by id
+                having min(d1) != max(d1) or min(d2) != max(d2))
+            select b.id, b.file, b.line, a.file, a.line from clashing
+            join {table} a on a.rowid = first join {table} b on b.id = clashing.id and (a.d1, a.d2) != (b.d1, b.d2)
+            order by b.rowid limit 1
+        """).fetchone()
+        if clash:
+            raise InputError(
+                f"{what} id {clash[0]!r} appears again with another text (first in {clash[3]}, row {clash[4]})",
+                file=clash[1],
+                row=clash[2],
+                remedy="Give every text its own id, or remove the older row",
+            )
+    documents, queries, judgments = (
+        _count(database, f"select count(*) from {table}") for table in ("documents", "queries", "judgments")
+    )
+    name = config.data.path or "the source"
+    for count, what in ((documents, "document"), (queries, "query"), (judgments, "relevance judgment")):
+        if not count:
+            raise InputError(f"{name} holds no {what}", remedy="Check data.path, data.format and data.columns")
+
+
+def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
+    """Number the rows and resolve every judgment to (anchor, row)."""
+    database.execute("""
+        create table numbered as
+        select *, row_number() over (order by not corpus, first) - 1 as row from (
+            select d1, d2, any_value(normalized) as normalized, bool_or(corpus) as corpus,
+                coalesce(min(position) filter (corpus), min(position)) as first
+            from documents group by d1, d2);
+        create table ids as select id, min(row) as row from documents join numbered using (d1, d2) group by id;
+        create table skipped_ids as select distinct id, of_query from skipped where id is not null;
+    """)
+    unknown = """
+        select j.query, j.document, j.file, j.line, q.id is null as query_unknown, j.rowid as n from judgments j
+        left join (select distinct id from queries) q on j.query = q.id
+        left join ids d on j.document = d.id
+        where (q.id is null and j.query not in (select id from skipped_ids where of_query))
+           or (d.id is null and j.document not in (select id from skipped_ids where not of_query))
+    """
+    database.execute(f"create table unknown_judgments as {unknown}")
+    total = _count(database, "select count(*) from unknown_judgments")
+    left = config.data.max_bad_rows - _count(database, "select count(*) from skipped where bad")
+    if total > left and config.data.on_unknown_id == "error":
+        row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
+        assert row is not None
+        what, which = ("query", row[0]) if row[4] else ("document", row[1])
+        error = InputError(
+            f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in all)",
+            file=row[2],
+            row=row[3],
+            remedy=f"Add the {what}, or set data.on_unknown_id: skip to leave such judgments out",
+        )
+        raise too_many(error, config.data.max_bad_rows)
+    database.execute(f"""
+        create table good as
+        select j.query, d.row, j.split, max(j.grade) as grade, min(j.rowid) as n, bool_or(j.document = f.id) as by_id
+        from judgments j join ids d on j.document = d.id join numbered n on d.row = n.row
+        join documents f on f.corpus = n.corpus and f.position = n.first
+        where j.grade >= {config.data.min_grade} group by j.query, d.row, j.split;
+        create table askers as
+        select id, any_value(text) as text, any_value(d1) as d1, any_value(d2) as d2,
+            any_value(normalized) as normalized, min(source_row) as source_row, arg_min(extra, source_row) as extra
+        from queries group by id;
+        create table positives as select * from good where split = {_quoted(config.data.split)};
+        create table anchors as select *, row_number() over (order by source_row) - 1 as number from askers
+        where id in (select query from positives);
+        create table known as
+        select number, row, bool_or(by_id) as by_id from good join anchors on query = id group by number, row;
+    """)
+    if not _count(database, "select count(*) from anchors"):
+        splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
+        raise InputError(
+            f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
+            file=config.data.path,
+            field="data.split",
+            remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
+        )
+
+
+def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[pa.Table]:
+    """Rows of the corpus or of the positives that it lacks, in order.
+
+    Yields:
+        tables of first (position in the spool), normalized, cut, ids (every id once, the first one first), source_rows.
+    """
+    heads = f"select row as number, first, normalized, d1 as cut from numbered where corpus = {corpus} order by row"
+    of_texts = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
+    place = f"d.position + if(d.corpus, 0, {2**62})"
+    ids, source_rows = (
+        _Followers(_batches(database, _sorted(database, query)))
+        for query in (
+            f"""select number, id from (select n.row as number, d.id, min({place}) as place {of_texts} group by all)
+                order by number, place""",
+            f"select n.row as number, d.source_row {of_texts} order by number, {place}",
+        )
+    )
+    for batch in _batches(database, heads):
+        table = pa.Table.from_batches([batch])
+        if batch.num_rows:
+            first = table["number"][0].as_py()
+            high = first + batch.num_rows
+            lists = ids.take(first, high, {"ids": "id"}) | source_rows.take(first, high, {"source_rows": "source_row"})
+            yield _with(table.drop_columns("number"), lists)
+
+
+def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table]:
+    """The anchors in order, each with the rows of its positives and of all it is known to have.
+
+    Yields:
+        tables of up to `rows` anchors: they hold texts, of any length.
+    """
+    positives, known = (
+        _Followers(_batches(database, _sorted(database, query)))
+        for query in (
+            "select number, row, grade from positives join anchors on query = id order by number, n",
+            "select number, row, by_id from known order by number, row",
+        )
+    )
+    heads = _batches(
+        database,
+        """
+        select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, [a.source_row] as source_rows,
+            a.d1 as cut from anchors a left join numbered n using (d1, d2) order by a.number""",
+        min(rows, BATCH),
+    )
+    low = 0
+    for batch in heads:
+        high = low + batch.num_rows
+        lists = positives.take(low, high, {"positives": "row", "grades": "grade"}) | known.take(
+            low, high, {"known": "row", "known_by_id": "by_id"}
+        )
+        yield _with(pa.Table.from_batches([batch]), lists)
+        low = high
+
+
+def namesakes(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    """What several queries of one normalised text are known to have, once a text however many they are.
+
+    Yields:
+        tables of normalized and row, ascending, for every text that an anchor and another query with positives ask;
+        cut.
+    """
+    query = """
+        with said as (select q.normalized, q.id, g.row from good g join askers q on g.query = q.id
+            where q.normalized in (select normalized from anchors))
+        select distinct normalized, row from said where normalized in (
+            select normalized from said group by normalized having min(id) != max(id)
+        ) order by normalized, row"""
+    for batch in _batches(database, query):
+        table = pa.Table.from_batches([batch])
+        # Of both, so that parts end within the rows of one text too.
+        cut = table["normalized"].to_numpy() ^ table["row"].to_numpy().astype(np.uint64)
+        yield table.append_column("cut", pa.array(cut))
+
+
+def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """What was read, merged and left out."""
+    queries = {
+        "documents_read": "select count(*) from documents",
+        "source_documents": "select (select count(*) from documents where corpus)"
+        " + (select count(*) from skipped where in_corpus)",
+        "source_queries": "select (select count(*) from queries) + (select count(*) from skipped where of_query)",
+        "duplicate_texts": "select (select count(*) from documents) - (select count(*) from numbered)",
+        "queries_read": "select count(*) from askers",
+        "queries_without_positive": "select (select count(*) from askers) - (select count(*) from anchors)",
+        "judgments_read": "select count(*) from judgments",
+        # By exact anchor text, repeated rows counted, as sentence-transformers does.
+        "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
+        " join askers a on j.query = a.id join ids d on j.document = d.id"
+        f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
+        "unknown_judgments": "select count(*) from unknown_judgments",
+        "skipped_empty": "select count(*) from skipped where kind = 'empty_text'",
+        "rejected_rows": "select (select count(*) from skipped) + (select count(*) from unknown_judgments)",
+        "positives": "select count(*) from positives join anchors on query = id",
+    }
+    return {name: _count(database, query) for name, query in queries.items()}
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = database.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _sorted(database: duckdb.DuckDBPyConnection, query: str) -> str:
+    """A query of the same rows that sorts nothing while other queries run: what sorts takes memory until it ends."""
+    name = f"sorted_{_count(database, 'select count(*) from duckdb_tables()')}"
+    database.execute(f"create table {name} as {query}")
+    return f"select * from {name}"
+
+
+def _batches(database: duckdb.DuckDBPyConnection, query: str, rows: int = BATCH) -> pa.RecordBatchReader:
+    """The result of a query, streamed; its own cursor, since other queries run in between."""
+    return database.cursor().sql(query).to_arrow_reader(rows)
+
+
+def _with(table: pa.Table, lists: dict[str, pa.ListArray]) -> pa.Table:
+    for name, column in lists.items():
+        table = table.append_column(name, column)
+    return table
+
+
+class _Followers:
+    """Rows of a query that is ordered by `number`, gathered into lists for ascending runs of numbers."""
+
+    def __init__(self, batches: pa.RecordBatchReader) -> None:
+        self._batches, self._rest = batches, pa.Table.from_batches([], batches.schema)
+
+    def take(self, low: int, high: int, columns: dict[str, str]) -> dict[str, pa.ListArray]:
+        """Lists for the numbers from `low` to below `high`: name of the list → values of the named column."""
+        pieces = []
+        while True:
+            cut = int(np.searchsorted(self._rest["number"].to_numpy(), high))
+            pieces.append(self._rest.slice(0, cut))
+            self._rest = self._rest.slice(cut)
+            batch = None if self._rest.num_rows else next(self._batches, None)
+            if batch is None:
+                break
+            self._rest = pa.Table.from_batches([batch])
+        table = pa.concat_tables(pieces)
+        sizes = np.bincount(table["number"].to_numpy() - low, minlength=high - low)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        return {
+            name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), table[column].combine_chunks())
+            for name, column in columns.items()
+        }

@@ -1,0 +1,206 @@
+"""What a run would do, before it does it: tasks done and to do, time, disk and memory. Runs no stage.
+
+Times are extrapolated from a probe of this machine and, where parts were made before, from what those took: estimates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from negpipe import ann, encoders
+from negpipe.ann.probe import Job
+from negpipe.config.schema import Config
+from negpipe.data import candidates
+from negpipe.data.tables import documents, open_table
+from negpipe.encoders.timing import time_model
+from negpipe.engine.manifest import Books
+from negpipe.engine.stage import Context, Stage
+from negpipe.engine.state import digests_of, look
+from negpipe.errors import NegpipeError
+from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sample_of
+from negpipe.select import deeper
+from negpipe.stages import STAGES, encode
+
+_PROBE_TEXTS = 64
+_DIMENSION = 384  # where it is not known yet
+_ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: parts there and to make (None: not known yet), seconds to go, what is to be said of it, and what would
+    stop it."""
+
+    stage: str
+    state: str
+    done: int | None = None
+    todo: int | None = None
+    seconds: float | None = None
+    disk: int | None = None
+    note: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; `choices` are empty until the dimension of the vectors is known. `free` are bytes."""
+
+    gflops: float
+    steps: tuple[Step, ...]
+    choices: tuple[Choice, ...]
+    free: int
+
+
+def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
+    """Look at what is on disk, probe this machine, and estimate the rest.
+
+    Args:
+        config: what a run would make.
+        probe_encoder: load the model to time it, where no part tells its speed.
+    """
+    steps: list[Step] = []
+    with digests_of(config) as digests:
+        context = Context(config, config.run_dir, digests)
+        waiting = []
+        for stage in STAGES.values():
+            state = look(stage, context)
+            if state.state == "current" and state.manifest:
+                steps.append(Step(stage.name, "current", len(state.manifest.parts), 0, 0.0))
+                context = context.after(state.manifest)
+            else:
+                waiting.append((stage, state.state, context))
+        read = "ingest" in context.manifests
+        encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Encoding()
+        job = _job(context, encoding.dimension) if read else Job(0, 0, 0, 0)
+        if job.dimension:
+            config, why = context.config.indexed(job.rows, job.dimension, job.anchors)
+            context = replace(context, config=config, why=why)
+        gflops = 2e-9 * ann.rate(float(job.rows) * job.anchors * job.dimension, job.dimension or _DIMENSION)
+        gflops *= context.threads * context.workers
+        choices = _choices(context, job, gflops)
+        chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
+        for ahead, stands, then in waiting:
+            step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
+            # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
+            steps.append(_checked(step, ahead, context, job) if read or ahead.name != "encode" else step)
+    return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the one in which it would be made."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
+    """A step with what would keep it from running, as far as that can be known."""
+    try:
+        stage.check(context)
+        if stage.name == "encode" and job.dimension:
+            encode.check_fits(context, job.dimension)
+    except NegpipeError as error:
+        return replace(step, refusal=str(error))
+    return step
+
+
+def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
+    """A step with what the configured kind of index costs, where that can be said."""
+    approximate = config.index.approximate
+    if step.stage == "index" and step.todo != 0 and chosen:
+        refusal = chosen.refusal if approximate else ""
+        return replace(step, seconds=chosen.build, disk=chosen.disk, note=chosen.note, refusal=refusal)
+    if step.stage == "search" and chosen and not approximate:
+        return replace(step, refusal=chosen.refusal)
+    if step.stage == "search" and approximate:
+        note = step.note if step.seconds is None else f"no estimate for {config.index.kind}"
+        return replace(step, seconds=chosen.search if chosen else None, note=chosen.note if chosen else note)
+    return step
+
+
+def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Encoding) -> Step:
+    if stage.name == "ingest":
+        return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
+    if "ingest" not in context.manifests:
+        return Step(stage.name, state, note="waits for ingest")
+    rows, anchors, dimension = job.rows, job.anchors, job.dimension
+    if any(name not in context.manifests for name in stage.inputs):
+        done, todo, left = None, None, rows + anchors
+    else:
+        tasks = list(stage.plan(replace(context, key="")))
+        books = Books(context.run_dir, stage.name)
+        missing = [task for task in tasks if books.part(task.key) is None]
+        done, todo, left = len(tasks) - len(missing), len(missing), sum(task.rows for task in missing)
+    step = Step(stage.name, state, done, todo)
+    if stage.name == "encode":
+        speed = encoding.speed
+        seconds = left / speed if speed else None
+        note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
+        return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
+    if stage.name == "search" and dimension:
+        flops = 2.0 * rows * anchors * dimension
+        share = 1.0 if todo is None else left / max(1, anchors)
+        seconds, disk = flops / gflops / 1e9 / SEARCH_SHARE, anchors * job.depth * candidates.BYTES
+        return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
+    if stage.name == "triplets":
+        made = anchors * context.config.mining.wanted
+        deepest = deeper.limit(context.config, rows)
+        more = f"; anchors that lack them are searched again, to depth {deepest:,}, not counted" if deepest else ""
+        return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most{more}")
+    return step
+
+
+def _job(context: Context, dimension: int) -> Job:
+    """Sizes of the search; the dimension is 0 where nothing tells it yet."""
+    ingest = context.manifest("ingest")
+    rows = sum(part.rows for part in documents(ingest))
+    anchors = sum(part.rows for part in ingest.of_kind("anchors"))
+    if "encode" in context.manifests:
+        dimension = context.manifest("encode").stats["dimension"]
+    return Job(rows, dimension, anchors, min(context.config.depth, rows))
+
+
+def _bytes(rows: int, dimension: int, config: Config) -> int | None:
+    return rows * dimension * np.dtype(config.encoder.storage).itemsize if dimension else None
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Texts a second, how that is known, and the dimension of their vectors; 0 where it is not."""
+
+    speed: float = 0.0
+    source: str = ""
+    dimension: int = 0
+
+
+def _encoding(context: Context, probe: bool) -> _Encoding:
+    config = context.config
+    made = [*encode.made_of(context)]
+    seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
+    if seconds:
+        speed = sum(part.rows for part in made) / seconds * context.workers
+        return _Encoding(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
+    if config.encoder.backend == "precomputed":
+        return _Encoding(dimension=encode.brought_dimension(context))
+    if not probe:
+        return _Encoding()
+    part = documents(context.manifest("ingest"))[0]
+    texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()
+    model = encoders.resolve_model(config.encoder, context.digest_file)
+    took, dimension = time_model(config.encoder, model.path, texts, context.threads)
+    return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
+
+
+def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
+    if not job.dimension:
+        return ()
+    largest = max(part.rows for part in context.manifest("ingest").of_kind("anchors"))
+    sample = None
+    if "encode" in context.manifests:
+        parts = documents(context.manifest("encode"))
+        sample = sample_of(ann.open_parts([context.file(part) for part in parts]), context.config.seed)
+    machine = Machine(gflops * 5e8, context.workers, context.threads, context.memory)
+    return tuple(choices(context.config, job, sample, largest, machine))

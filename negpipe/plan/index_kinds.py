@@ -1,0 +1,137 @@
+"""What each kind of index would cost a job: disk, memory, time to build and to search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from negpipe import ann
+from negpipe.ann import coded, exact, factory, lists, probe
+from negpipe.ann.approximate import check_memory, sampled
+from negpipe.ann.probe import Job
+from negpipe.ann.vectors import Floats
+from negpipe.config import auto
+from negpipe.config.schema import Config
+from negpipe.errors import ConfigError
+
+SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
+_WRITTEN = 5e8  # bytes a second
+_UNEVEN = 4  # the longest list beside the average
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kind of index: bytes on disk and of memory, seconds to build and to search; None where there is a refusal."""
+
+    kind: str
+    disk: int | None
+    memory: int | None
+    build: float | None
+    search: float | None
+    note: str
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: multiplications a second of all threads, workers, and threads and bytes of each."""
+
+    rate: float
+    workers: int
+    threads: int
+    memory: int
+
+
+def choices(config: Config, job: Job, sample: Floats | None, largest: int, machine: Machine) -> list[Choice]:
+    """Every kind that suits the job, and the configured one.
+
+    Args:
+        config: a resolved one; `index.kind` may be auto.
+        sample: `probe.SAMPLE` vectors of the corpus; None: there are none yet.
+        largest: anchors that are searched at a time.
+    """
+    made = list(_exact(job, largest, machine))
+    automatic, reason = auto.choose(job.rows, job.dimension, job.anchors, job.depth)
+    suited = [name for name, *_ in auto.options(job.rows, job.dimension, job.depth)]
+    configured = [config.index.kind] if config.index.kind not in ("auto", "stream", "flat", *suited) else []
+    for kind in [*suited, *configured]:
+        try:
+            made.append(_approximate(config, kind, job, sample, largest, machine))
+        except ConfigError as error:
+            made.append(_refused(kind, error))
+    return [_chosen(one, reason) if one.kind == automatic else one for one in made]
+
+
+def _chosen(choice: Choice, reason: str) -> Choice:
+    """The kind that `index.kind: auto` means."""
+    return replace(choice, note="; ".join(filter(None, [choice.note, f"what auto chooses: {reason}"])))
+
+
+def _seconds(job: Job, machine: Machine) -> float:
+    """Of exact search."""
+    return float(job.rows) * job.anchors * job.dimension / machine.rate / SEARCH_SHARE
+
+
+def _refused(kind: str, error: ConfigError) -> Choice:
+    return Choice(kind, None, None, None, None, "", str(error))
+
+
+def _exact(job: Job, largest: int, machine: Machine) -> Iterator[Choice]:
+    try:
+        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, machine.memory, machine.threads)
+    except ConfigError as error:
+        yield from (_refused(kind, error) for kind in ("stream", "flat"))
+        return
+    vectors, seconds = job.rows * job.dimension * 4, _seconds(job, machine)
+    yield Choice("stream", 0, used, 0.0, seconds, "exact, no second copy")
+    yield Choice("flat", vectors, used, vectors / _WRITTEN, seconds, "exact, and a file for faiss.read_index")
+
+
+def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, largest: int, machine: Machine) -> Choice:
+    wanted = factory.rows_wanted(kind, job.dimension, job.rows)
+    with_kind = config.model_copy(update={"index": config.index.model_copy(update={"kind": kind})})
+    vectors = job.rows * job.dimension * 4
+    shard = min(config.index.shard_size, vectors)
+    disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-vectors // shard))
+    rows_held = shard // (job.dimension * 4)
+    check_memory(with_kind, job, rows_held, largest, held, memory=machine.memory, threads=machine.threads)
+    index = factory.make(kind, job.dimension)
+    number = factory.lists_of(index)
+    share = auto.share(job.rows, job.depth, number) if number else 1.0
+    if lists.is_lists(index):
+        longest, nprobe = _UNEVEN * job.rows // number, max(1, int(share * number))
+        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, sampled(job.rows), machine.threads)
+        products = auto.built(job.rows, wanted, number)
+        build, search = products * job.dimension / machine.rate, _seconds(job, machine) * (share + auto.FIXED)
+        note = f"recall is measured; reckoned with {nprobe:,} lists probed"
+    else:
+        each, fixed = coded.needs(job.dimension, 2 * job.depth, machine.threads)
+        rows = _like(job.dimension) if sample is None else sample
+        build, search = probe.seconds(kind, job, rows, share, machine.rate, machine.threads * machine.workers)
+        note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
+        note += ", training of the rotation not counted" if "OPQ" in kind else ""
+    searching = held + min(fixed + each * largest, max(fixed + each, machine.memory - held))
+    tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
+    return Choice(
+        kind,
+        disk,
+        max(3 * shard, factory.training_bytes(kind, job.dimension, wanted), searching),
+        build + tuned,
+        search,
+        note,
+    )
+
+
+def _like(dimension: int) -> Floats:
+    draw = np.random.default_rng(0).standard_normal((probe.SAMPLE, dimension), np.float32)
+    unit: Floats = draw / np.linalg.norm(draw, axis=1, keepdims=True)
+    return unit
+
+
+def sample_of(vectors: ann.Vectors, seed: int) -> Floats | None:
+    """What `choices` tries kinds with, reading no other rows; None: there are too few vectors."""
+    if vectors.rows < probe.SAMPLE:
+        return None
+    return vectors.take(np.sort(np.random.default_rng(seed).choice(vectors.rows, probe.SAMPLE, replace=False)))

@@ -1,0 +1,1 @@
+"""A finished run, looked at: audit, calibration, quality, explanations, differences, report."""

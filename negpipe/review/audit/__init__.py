@@ -1,0 +1,127 @@
+"""What is wrong with training rows: every row of a file of any miner, checked against itself and the qrels.
+
+`audit` counts, gives examples and says which chosen checks failed; nothing is printed or decided here. Rows are
+streamed through DuckDB, which spills to disk beyond its memory: time and disk grow with the rows, memory does not.
+The same rows give the same findings in the same order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from negpipe.errors import ConfigError
+from negpipe.review.audit import checks, load, near
+from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
+from negpipe.review.audit.columns import Layout, layout_of
+from negpipe.review.audit.policy import Policy, policy
+
+__all__ = ["CHECKS", "GROUPS", "Audit", "Finding", "Layout", "Options", "Policy", "Qrels", "audit", "policy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How rows are judged.
+
+    Attributes:
+        columns: which column holds what, see `columns.FIELDS`; what is not named is found by usual names.
+        near: similarity from which on a negative is a near duplicate of a positive, above 0, at most 1.
+        negatives: how many a unit is to have; None: as most of them have.
+        hub_share: share of the anchors from which on a document is a hub; never fewer than 10 anchors.
+        examples: of each check.
+        memory: bytes for DuckDB. Changes no result.
+        threads: threads that compute. Changes no result.
+    """
+
+    columns: dict[str, str]
+    near: float = 0.9
+    negatives: int | None = None
+    hub_share: float = 0.01
+    examples: int = 3
+    memory: int = 2**30
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Qrels:
+    """What is known beside the rows.
+
+    Attributes:
+        name: where it comes from, for messages.
+        positives: tables of anchor_id, anchor, document (a number), text; a row a judgment.
+        documents: tables of document (its number), id, other_ids (list); a row a document.
+    """
+
+    name: str
+    positives: Iterable[pa.Table]
+    documents: Iterable[pa.Table]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        source: file or folder.
+        rows, anchors, positives, negatives: how many there are; documents count once a row.
+        qrels: whether the rows were also compared to qrels.
+        findings: one a check, in the order of `CHECKS`; a check that the columns do not allow has `of` 0.
+    """
+
+    source: str
+    rows: int
+    anchors: int
+    positives: int
+    negatives: int
+    qrels: bool
+    findings: list[Finding]
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain JSON."""
+        counts = {name: getattr(self, name) for name in ("rows", "anchors", "positives", "negatives")}
+        checks_found = {one.check: one.document() for one in self.findings}
+        return {"source": self.source, **counts, "qrels": self.qrels, "checks": checks_found}
+
+
+def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch: Path | None = None) -> Audit:
+    """Check all rows of a file, or of the Parquet files of a folder.
+
+    Args:
+        source: .parquet, .jsonl, .jsonl.gz, .csv or .tsv, or a folder of .parquet.
+        options: how.
+        qrels: positives of the same anchors, and the ids that exist.
+        scratch: folder for what spills; None: the system's temporary folder.
+
+    Raises:
+        InputError: the file cannot be read, lacks a column, holds no row, or names ids that the qrels do not know.
+        ConfigError: `options.memory` does not suffice.
+    """
+    import duckdb
+
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder:
+        database = load.connect(Path(folder), options.memory, options.threads)
+        try:
+            found = layout_of(database, source, options.columns, Path(folder))
+            load.rows(database, found, str(source))
+            if qrels is not None:
+                load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)
+            load.texts(database, with_qrels=qrels is not None)
+            near.compare(database, options.near, options.threads)
+            checks.prepare(database, found)
+            limits = checks.Limits(options.negatives, options.hub_share, options.examples)
+            findings = [checks.run(database, name, found, limits) for name in CHECKS]
+            counts = load.counts(database)
+        except duckdb.OutOfMemoryException as error:
+            raise ConfigError(
+                f"the audit may use {options.memory // 2**20} MiB, half of resources.memory_budget, and needs more"
+                f" ({str(error).splitlines()[0]}): set it higher, for this command"
+                " --set resources.memory_budget=1GiB"
+            ) from None
+        finally:
+            database.close()
+    return Audit(str(source), **counts, qrels=qrels is not None, findings=findings)

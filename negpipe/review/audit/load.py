@@ -1,0 +1,219 @@
+"""Rows into DuckDB: every document once a row, every text once, with the hashes that checks compare.
+
+entries    row, a (anchor), u (unit: what is to have all its negatives), n (anchor's normalised text), signature
+documents  doc, row, positive, h (text), id, score, rank
+texts      h, text, n, normalized
+negatives  doc, row, a, u, id, document (the qrels' number of the id), h, n, score
+positives  a, id, document, h, n: of an anchor, in the rows (id) and in the qrels (document)
+anchors    a, n: of the rows and of the qrels
+
+A document of the qrels may have many ids and many anchors: they are never listed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe.data.texts import hashes, normalize
+from negpipe.errors import InputError
+from negpipe.review.audit.columns import Layout, quoted_path
+
+if TYPE_CHECKING:
+    import duckdb
+
+_BATCH = 16384
+# A text that is missing has no hash: it equals nothing.
+_HASH = "case when {0} is null then null else hash({0}) end"
+
+
+def connect(folder: Path, memory: int, threads: int) -> duckdb.DuckDBPyConnection:
+    """A database in a folder, which spills there."""
+    import duckdb
+
+    return duckdb.connect(
+        str(folder / "audit.duckdb"),
+        config={
+            "memory_limit": f"{memory // 2**20}MiB",
+            "threads": threads,
+            "temp_directory": str(folder / "spill"),
+        },
+    )
+
+
+def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> None:
+    """Read the file once.
+
+    Raises:
+        InputError: a row cannot be read, or there is none.
+    """
+    import duckdb
+
+    lists = {"texts": ("positive", "varchar"), "ids": ("positive_id", "varchar"), "labels": ("label", "double")}
+    lists |= {"negatives": ("negative", "varchar"), "negative_ids": ("negative_id", "varchar")}
+    lists |= {f"{side}_scores": (f"{side}_score", "double") for side in ("positive", "negative")}
+    lists |= {"scores": ("score", "double"), "ranks": ("rank", "bigint"), "negative_ranks": ("negative_rank", "bigint")}
+    columns = [f"{layout.list_of(field, kind)} as {name}" for name, (field, kind) in lists.items()]
+    columns += [f"{layout.value_of(name)} as {name}" for name in ("anchor", "anchor_id")]
+    parts, first = [], 0
+    for path in layout.files:
+        table = f"read_parquet('{quoted_path(path)}', file_row_number=true)"
+        parts.append(f"select {first} + file_row_number as row, {', '.join(columns)} from {table}")
+        try:
+            first += pq.ParquetFile(path).metadata.num_rows
+        except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise InputError(f"cannot be read: {error}", file=str(path)) from None
+    if not first:
+        raise InputError("holds no row", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
+    # A view: texts are read again where they are needed, which is quicker than storing them.
+    database.execute(f"create view source as {' union all '.join(parts)}")
+    anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
+    unit = "hash(anchor, anchor_id)" if layout.pairs else "hash(anchor, anchor_id, texts[1])"
+    if layout.labelled:
+        documents = [_documents("texts", "ids", _either("positive_scores", "scores"), "ranks", "unnest(labels) > 0")]
+    else:
+        size = "len(texts)"
+        documents = [
+            _documents("texts", "ids", _either("positive_scores", f"scores[:{size}]"), f"ranks[:{size}]", "true"),
+            _documents(
+                "negatives",
+                "negative_ids",
+                _either("negative_scores", f"scores[{size} + 1:]"),
+                _either("negative_ranks", f"ranks[{size} + 1:]"),
+                "false",
+            ),
+        ]
+    try:
+        database.execute(
+            f"create table entries as select row, anchor_id, {_HASH.format(anchor)} as a, {unit} as u,"
+            f" {_HASH.format('anchor')} as h,"
+            " hash(anchor, anchor_id, texts, ids, labels, negatives, negative_ids) as signature from source"
+        )
+        database.execute(
+            "create table documents as select row_number() over (order by row, not positive, place) - 1 as doc, *"
+            " from (select row, place, coalesce(positive, false) as positive, id, score, rank,"
+            f" {_HASH.format('text')} as h from ({' union all '.join(documents)}))"
+        )
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=source) from None
+
+
+def qrels(
+    database: duckdb.DuckDBPyConnection,
+    positives: Iterable[pa.Table],
+    documents: Iterable[pa.Table],
+    source: str,
+    name: str,
+    layout: Layout,
+) -> None:
+    """Add what is known beside the rows.
+
+    Raises:
+        InputError: an id of the rows is unknown there.
+    """
+    database.execute("create table judged (anchor_id varchar, anchor varchar, document bigint, text varchar)")
+    database.execute("create table known_ids (document bigint, id varchar)")
+    for table in positives:
+        database.register("piece", table)
+        database.execute("insert into judged select anchor_id, anchor, document, text from piece")
+    for table in documents:
+        database.register("piece", table)
+        database.execute(
+            "insert into known_ids select document, unnest(list_prepend(id, coalesce(other_ids, []))) from piece"
+        )
+    if layout.has("anchor_id"):
+        asked, there = "select anchor_id as id, row from entries", "select anchor_id as id from judged"
+        _check_known(database, asked, there, source, name, "anchor")
+    if layout.has("positive_id") or layout.has("negative_id"):
+        _check_known(database, "select id, row from documents", "select id from known_ids", source, name, "document")
+    anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
+    database.execute(
+        f"create table known as select hash({anchor}) as a, anchor_id, hash(anchor) as anchor, document,"
+        " hash(text) as h from judged"
+    )
+
+
+def texts(database: duckdb.DuckDBPyConnection, *, with_qrels: bool) -> None:
+    """Every text once, normalised; then what is told apart by it."""
+    parts = ["select anchor as text from source", "select unnest(texts) from source"]
+    parts.append("select unnest(negatives) from source")
+    if with_qrels:
+        parts.append("select unnest([anchor, text]) from judged")
+    database.execute(
+        "create table raw as select h, first(text) as text from (select hash(text) as h, text"
+        f" from ({' union all '.join(parts)}) where text is not null) group by h"
+    )
+    database.execute("create table normal (h ubigint, n ubigint, normalized varchar)")
+    reader = database.cursor().sql("select h, text from raw").to_arrow_reader(_BATCH)
+    for batch in reader:
+        normalized = [normalize(text) for text in batch["text"].to_pylist()]
+        piece = pa.table({"h": batch["h"], "n": hashes(normalized), "normalized": pa.array(normalized, pa.string())})
+        database.register("piece", piece)
+        database.execute("insert into normal select h, n, normalized from piece")
+    known = "union select a, null, document, h, n from known join normal using (h)" if with_qrels else ""
+    document, ids = ("document", "left join known_ids using (id)") if with_qrels else ("null::bigint as document", "")
+    asked = "union select a, n from known join normal on known.anchor = normal.h" if with_qrels else ""
+    database.execute(f"""
+        create table anchors as select distinct a, n from entries join normal using (h) where a is not null {asked};
+        create table negatives as select doc, row, a, u, id, {document}, d.h, n, score
+            from documents d join entries using (row) left join normal on d.h = normal.h {ids} where not positive;
+        create table positives as select distinct a, id, null::bigint as document, d.h, n
+            from documents d join entries using (row) join normal on d.h = normal.h
+            where positive and a is not null {known};
+    """)
+
+
+def counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Rows, their anchors, positives and negatives."""
+    queries = {
+        "rows": "select count(*) from entries",
+        "anchors": "select count(distinct a) from entries",
+        "positives": "select count(*) from documents where positive",
+        "negatives": "select count(*) from negatives",
+    }
+    return {name: _number(database, query) for name, query in queries.items()}
+
+
+def _documents(texts: str, ids: str, scores: str, ranks: str, positive: str) -> str:
+    return (
+        f"select row, unnest({texts}) as text, unnest({ids}[:len({texts})]) as id,"
+        f" unnest({scores}[:len({texts})]) as score, unnest({ranks}[:len({texts})]) as rank,"
+        f" generate_subscripts({texts}, 1) as place, {positive} as positive"
+        f" from source where len({texts}) > 0"
+    )
+
+
+def _either(first: str, second: str) -> str:
+    return f"coalesce({first}, {second})"
+
+
+def _check_known(
+    database: duckdb.DuckDBPyConnection, asked: str, there: str, source: str, name: str, what: str
+) -> None:
+    # An id that is missing is no unknown one: a check of its own counts it.
+    unknown = f"select id, min(row) as row from ({asked}) where id != '' group by id having id not in ({there})"
+    first = database.execute(f"select id, row from ({unknown}) order by row, id limit 1").fetchone()
+    if first is None:
+        return
+    total = _number(database, f"select count(*) from ({unknown})")
+    asked_for = _number(database, f"select count(distinct id) from ({asked})")
+    where = "anchors of data.split" if what == "anchor" else "documents"
+    raise InputError(
+        f"{total:,} of {asked_for:,} {what} ids are not among the {where} of {name}, such as {first[0]!r}",
+        file=source,
+        row=first[1],
+        remedy="If the source has changed run `negpipe ingest CONFIG` first; else name the config the rows were made"
+        " from, map the id columns with --columns, or audit without a config",
+    )
+
+
+def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = database.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,45 @@
+"""Which findings fail an audit: `--fail-on`, read and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from negpipe.errors import ConfigError
+from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Check → the share of what it looks at that may be found without failing."""
+
+    allowed: Mapping[str, float]
+
+    def failed(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Those that fail."""
+        return [one for one in findings if one.check in self.allowed and one.share > self.allowed[one.check]]
+
+
+def policy(text: str | None) -> Policy:
+    """Read `positive,shortage=0.05`: names of checks or groups, each with the share that is allowed, 0 by default.
+
+    Raises:
+        ConfigError: a name is unknown, or a share is none.
+    """
+    allowed: dict[str, float] = {}
+    for item in text.split(",") if text else []:
+        name, equals, share = item.strip().partition("=")
+        names = GROUPS.get(name, (name,) if name in CHECKS else ())
+        if not names:
+            raise ConfigError(
+                f"--fail-on {text}: there is no check '{name}'. Checks: {', '.join(CHECKS)}."
+                f" Groups: {', '.join(GROUPS)}"
+            )
+        try:
+            least = float(share) if equals else 0.0
+        except ValueError:
+            least = -1.0
+        if not 0 <= least <= 1:
+            raise ConfigError(f"--fail-on {text}: '{share}' is no share, write for example {name}=0.01")
+        allowed |= dict.fromkeys(names, least)
+    return Policy(allowed)

@@ -1,0 +1,31 @@
+"""Which settings of `mining` suit this encoder: how often they take what is relevant, and how hard what they take is.
+
+The settings are tried with the product's own selection on the candidates that `search` stored. Nothing is
+encoded or searched; the same config, candidates and settings give the same numbers.
+"""
+
+from __future__ import annotations
+
+from negpipe.review.calibrate.estimate import Calibration, Estimate, calibrate, to_table
+from negpipe.review.calibrate.grid import Setting, grid, of_config
+from negpipe.review.calibrate.plot import draw_leak
+from negpipe.review.calibrate.recommend import Recommendation, recommend
+from negpipe.review.calibrate.trials import METHODS, Trials, hidden, near_anchors, second_opinion
+
+__all__ = [
+    "METHODS",
+    "Calibration",
+    "Estimate",
+    "Recommendation",
+    "Setting",
+    "Trials",
+    "calibrate",
+    "draw_leak",
+    "grid",
+    "hidden",
+    "near_anchors",
+    "of_config",
+    "recommend",
+    "second_opinion",
+    "to_table",
+]

@@ -1,0 +1,292 @@
+"""Leak, hardness and coverage of every setting, with an interval for the leak.
+
+leak = suspects taken / negatives taken, over all trials. For `random` both are expectations: of a pool of w
+candidates with h suspects it takes min(n, w), of which min(n, w) * h / w are suspects (the mean of the
+hypergeometric distribution). For `simans` and `weighted`, whose chances have no closed form, it is the mean of
+16 draws. The interval is the percentile bootstrap over anchors (Efron and Tibshirani, 1993, chapter 13): anchors
+are drawn with replacement, all trials of an anchor together, the same draws for every setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.config.schema import Config
+from negpipe.data.namesakes import Namesakes
+from negpipe.data.tables import Rows
+from negpipe.review.calibrate.grid import Setting
+from negpipe.review.calibrate.trials import Piece, Trials
+from negpipe.select import rules
+from negpipe.select.rules import Fate
+from negpipe.select.selector import Choice, Selector
+
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+DRAWS = 16
+_RESAMPLES = 1000
+_AT_ONCE = 50  # resamples
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one setting does. Numbers that nothing was taken for are None.
+
+    Attributes:
+        leak: share of false negatives among those taken; `lo` and `hi` hold it with 95 % confidence.
+        leaking: anchors of which at least a part of a false negative is expected to be taken.
+        negatives: expected number of negatives taken.
+        score, rank: means over them; ranks are raw, 0-based.
+        distance: mean of the positive's score less theirs.
+        coverage: share of the anchors that get all their negatives, whichever positive is shown.
+    """
+
+    setting: Setting
+    leak: float | None
+    lo: float | None
+    hi: float | None
+    leaking: int
+    negatives: float
+    score: float | None
+    rank: float | None
+    distance: float | None
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All settings on the same trials.
+
+    Attributes:
+        method: a name in `METHODS`.
+        anchors: anchors that were tried, of `all_anchors`.
+        trials: how often an anchor was tried, in all.
+        num_negatives: wanted each time.
+        estimates: the config's own setting first.
+    """
+
+    method: str
+    anchors: int
+    all_anchors: int
+    trials: int
+    num_negatives: int
+    estimates: list[Estimate]
+
+
+def calibrate(
+    config: Config,
+    corpus: Rows,
+    namesakes: Namesakes,
+    slices: Iterable[Trials],
+    settings: Sequence[Setting],
+    *,
+    method: str,
+    all_anchors: int,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """Try every setting on every trial.
+
+    Args:
+        config: a resolved one; what a setting does not name is taken from it.
+        corpus, namesakes: ingest's documents, and what anchors of one text have.
+        slices: trials of a slice of anchors each.
+        settings: what to try.
+        method: how the trials were made.
+        all_anchors: anchors of the run.
+        threads: settings that are tried at a time. Changes no result.
+        progress: called with trials that are done.
+    """
+    selectors = [_selectors(config, setting, corpus, namesakes) for setting in settings]
+    sums = np.zeros((len(settings), len(_SUMS)))
+    pieces: list[npt.NDArray[np.float32]] = []
+    done, wanted = 0, config.mining.num_negatives
+    with ThreadPoolExecutor(threads) as pool:
+        for trials in slices:
+            anchors, owner = np.unique(trials.anchor, return_inverse=True)
+            # For each setting and anchor: suspects taken, negatives taken, trials that lack negatives.
+            table = np.zeros((len(settings), 3, len(anchors)))
+            first = 0
+            for piece in trials.pieces():
+                owners = owner[first : first + len(piece.lists)]
+                judged = _judge(piece, corpus, selectors[0][0])
+                tried = pool.map(partial(_tried, piece, judged, wanted=wanted), selectors, settings)
+                for number, (totals, *of_trials) in enumerate(tried):
+                    sums[number] += totals
+                    for row, values in enumerate(of_trials):
+                        table[number, row] += np.bincount(owners, values, minlength=len(anchors))
+                first += len(piece.lists)
+                progress(len(piece.lists))
+            pieces.append(table.astype(np.float32))
+            done += first
+    by_anchor = np.concatenate([np.zeros((len(settings), 3, 0), np.float32), *pieces], axis=2)
+    intervals = bootstrap(by_anchor[:, 0], by_anchor[:, 1], config.seed)
+    estimates = [
+        _estimate(setting, own, total, interval)
+        for setting, own, total, interval in zip(settings, by_anchor, sums, intervals, strict=True)
+    ]
+    return Calibration(method, by_anchor.shape[2], all_anchors, done, config.mining.num_negatives, estimates)
+
+
+def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32], seed: int) -> Doubles:
+    """95 % percentile intervals of sum(suspects) / sum(taken), resampling columns.
+
+    Args:
+        suspects: (s, a), for s settings and a anchors; taken alike.
+        seed: of the resampling.
+
+    Returns:
+        (s, 2) float64, NaN where nothing is taken.
+    """
+    anchors = suspects.shape[1]
+    if not anchors:
+        return np.full((len(suspects), 2), np.nan)
+    random = np.random.default_rng(seed)
+    leaks = []
+    for _ in range(0, _RESAMPLES, _AT_ONCE):
+        drawn = random.integers(anchors, size=(_AT_ONCE, anchors))
+        times = np.stack([np.bincount(one, minlength=anchors) for one in drawn], axis=1).astype(np.float32)
+        total = taken @ times
+        leaks.append(np.divide(suspects @ times, total, out=np.full_like(total, np.nan), where=total > 0))
+    every = np.concatenate(leaks, axis=1).astype(np.float64)
+    filled = ~np.isnan(every).all(axis=1)
+    intervals = np.full((len(suspects), 2), np.nan)
+    if filled.any():
+        intervals[filled] = np.nanpercentile(every[filled], [2.5, 97.5], axis=1).T
+    return intervals
+
+
+def to_table(calibration: Calibration) -> pa.Table:
+    """A row a setting, with how it was estimated beside it."""
+    fixed = {
+        "method": calibration.method,
+        "anchors": calibration.anchors,
+        "trials": calibration.trials,
+        "num_negatives": calibration.num_negatives,
+    }
+    rows = []
+    for estimate in calibration.estimates:
+        row = asdict(estimate)
+        rows.append({**row.pop("setting"), **row, **fixed})
+    schema = {
+        **dict.fromkeys(("range_min", "range_max"), pa.int64()),
+        "sampling_strategy": pa.string(),
+        **dict.fromkeys(("relative_margin", "absolute_margin", "max_score", "leak", "lo", "hi"), pa.float64()),
+        "leaking": pa.int64(),
+        **dict.fromkeys(("negatives", "score", "rank", "distance", "coverage"), pa.float64()),
+        "method": pa.string(),
+        **dict.fromkeys(("anchors", "trials", "num_negatives"), pa.int64()),
+    }
+    return pa.Table.from_pylist(rows, schema=pa.schema(schema))
+
+
+_SUMS = ("score", "rank", "distance", "referred")
+"""Sums over the negatives taken; the last counts those with a positive's score to be distant from."""
+
+
+def _selectors(config: Config, setting: Setting, corpus: Rows, namesakes: Namesakes) -> list[Selector]:
+    """The selection of one setting, once for each draw; for `random` it takes the whole pool."""
+    applied = setting.applied(config)
+    draws = 1
+    if setting.sampling_strategy == "random":
+        width = setting.range_max - setting.range_min
+        changes = {"sampling_strategy": "top", "num_negatives": width}
+        applied = applied.model_copy(update={"mining": applied.mining.model_copy(update=changes)})
+    elif setting.sampling_strategy != "top":
+        draws = DRAWS
+    seeded = (applied.model_copy(update={"seed": applied.seed + draw}) for draw in range(draws))
+    # Random negatives are left out, so nothing needs the number of documents that can be candidates.
+    return [Selector(one, corpus, namesakes, searchable=len(corpus)) for one in seeded]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What does not depend on a setting: why each candidate is excluded, and whether it is a suspect, both (t, k)."""
+
+    excluded: npt.NDArray[np.uint8]
+    suspects: Mask
+
+
+def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
+    rows = trials.found.rows
+    texts = corpus.numbers("normalized", np.maximum(rows, 0))
+    suspects = rules.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
+    if trials.shown is None:
+        return _Judged(selector.excluded(trials.anchors, rows), suspects)
+    suspects &= texts != trials.shown[:, None]
+    return _Judged(selector.excluded(trials.anchors, rows, spared=suspects), suspects)
+
+
+def _tried(
+    trials: Piece, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
+) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+    """The sums over all negatives; and of each trial: suspects taken, negatives taken, whether it lacks some."""
+    suspects, taken, short = (np.zeros(len(trials.lists)) for _ in range(3))
+    sums = np.zeros(len(_SUMS))
+    whole = trials.found.rows.shape[1]
+    for selector in selectors:
+        waiting = np.arange(len(trials.lists))
+        # Most find the first ones among few candidates: only the others are looked at whole.
+        narrow = 2 * (setting.range_min + wanted) + 16
+        for width in (narrow, whole) if setting.sampling_strategy == "top" and narrow < whole else (whole,):
+            found = trials.found.narrowed(width)
+            everyone = len(waiting) == len(trials.lists)
+            anchors = trials.anchors if everyone else trials.anchors.take(pa.array(waiting))
+            choice = selector.choose(
+                anchors, found if everyone else found.take(waiting), judged.excluded[waiting, :width]
+            )
+            chosen = choice.fates == Fate.TAKEN
+            pool = chosen.sum(axis=1)
+            # With `margin_reference: each` a trial may have several units.
+            lacks = np.bincount(choice.anchor, pool < wanted, minlength=len(waiting))
+            if width < whole:
+                chosen[lacks[choice.anchor] > 0] = False
+                pool = chosen.sum(axis=1)
+            share = np.minimum(1.0, wanted / np.maximum(1, pool)) if setting.sampling_strategy == "random" else 1.0
+            weight = np.broadcast_to(share, pool.shape)
+            trial = waiting[choice.anchor]
+            false = (chosen & judged.suspects[trial, : chosen.shape[1]]).sum(axis=1)
+            suspects += np.bincount(trial, false * weight, minlength=len(suspects))
+            taken += np.bincount(trial, pool * weight, minlength=len(taken))
+            sums += _sums(choice, chosen, pool, weight)
+            if width == whole:
+                short[waiting] += lacks
+            waiting = waiting[lacks > 0]
+    count = len(selectors)
+    return sums / count, suspects / count, taken / count, short / count
+
+
+def _sums(choice: Choice, chosen: Mask, pool: Ints, weight: Doubles) -> Doubles:
+    """Sums over the chosen, each unit by its weight, in the order of `_SUMS`."""
+    scores = np.where(chosen, choice.scores[choice.anchor], 0).sum(axis=1, dtype=np.float64)
+    ranks = chosen @ np.arange(chosen.shape[1], dtype=np.float64)
+    referred = np.isfinite(choice.reference)
+    distances = np.where(referred, pool * np.where(referred, choice.reference, 0) - scores, 0.0)
+    return np.array([weight @ values for values in (scores, ranks, distances, pool * referred)])
+
+
+def _estimate(setting: Setting, own: npt.NDArray[np.float32], sums: Doubles, interval: Doubles) -> Estimate:
+    suspects, taken, short = own.astype(np.float64)
+    total = float(taken.sum())
+    score, rank, distance, referred = sums.tolist()
+    lo, hi = (None if np.isnan(value) else float(value) for value in interval)
+    return Estimate(
+        setting=setting,
+        leak=float(suspects.sum()) / total if total else None,
+        lo=lo,
+        hi=hi,
+        leaking=int(np.count_nonzero(suspects)),
+        negatives=total,
+        score=score / total if total else None,
+        rank=rank / total if total else None,
+        distance=distance / referred if referred else None,
+        coverage=float(np.mean(short == 0)) if len(short) else 0.0,
+    )

@@ -1,0 +1,81 @@
+"""What to take from a calibration: the frontier of leak against hardness, one setting on it, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from negpipe.review.calibrate.estimate import Calibration, Estimate
+
+_FEW = 100  # anchors below which an interval is a guess
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to take.
+
+    Attributes:
+        frontier: settings that reach the coverage and of which no other one is harder without leaking more; least
+            leak first.
+        chosen: the hardest of them whose interval lies within the leak that is allowed; where there is none, the
+            one that leaks least. None: no setting reaches the coverage.
+        allowed: whether `chosen` keeps to it.
+        sure: how sure that is, in sentences.
+    """
+
+    frontier: list[Estimate]
+    chosen: Estimate | None
+    allowed: bool
+    sure: list[str]
+
+
+def recommend(calibration: Calibration, *, coverage: float, max_leak: float) -> Recommendation:
+    """Choose a setting.
+
+    Args:
+        calibration: what is known of all of them.
+        coverage: least share of anchors that get all their negatives.
+        max_leak: greatest upper end of the leak's interval.
+    """
+    frontier = frontier_of([one for one in calibration.estimates if one.coverage >= coverage])
+    kept = [one for one in frontier if one.hi is not None and one.hi <= max_leak]
+    chosen = (kept[-1] if kept else frontier[0]) if frontier else None
+    sure = [] if chosen is None else _sure(calibration, chosen)
+    return Recommendation(frontier, chosen, bool(kept), sure)
+
+
+def frontier_of(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Those of which no other one has a higher mean score without more leak; least leak first."""
+    known = [(one.leak, one.score, one) for one in estimates if one.leak is not None and one.score is not None]
+    frontier: list[Estimate] = []
+    hardest = float("-inf")
+    for _, score, one in sorted(known, key=lambda item: (item[0], -item[1], item[2].setting.range_min)):
+        if score > hardest:
+            frontier.append(one)
+            hardest = score
+    return frontier
+
+
+def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
+    tried = f"{calibration.anchors:,} of {calibration.all_anchors:,} anchors"
+    lines = [
+        f"leak {percent(chosen.leak)}, with 95 % confidence {percent(chosen.lo)} to {percent(chosen.hi)},"
+        f" from {tried}, {calibration.trials:,} trials and {chosen.negatives:,.0f} negatives"
+    ]
+    if calibration.anchors < _FEW:
+        lines.append(f"{calibration.anchors} anchors are few: take the interval as a guess")
+    if not chosen.leaking:
+        bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
+        lines.append(
+            f"none was taken: with 95 % confidence, it happens to less than {bound} of anchors (rule of three)"
+        )
+    if calibration.anchors < calibration.all_anchors / 2:
+        lines.append("most anchors could not be tried; the figures hold for them as far as they are like the others")
+    if calibration.method == "hidden":
+        lines.append("all positives but one were hidden: where more are known, they are excluded, and less leaks")
+    return lines
+
+
+def percent(value: float | None) -> str:
+    """A share for people."""
+    return "?" if value is None else f"{value:.1%}"

@@ -1,0 +1,152 @@
+"""What selection is tried on: anchors of which it is known which candidates would be false negatives.
+
+hidden         One positive of an anchor is shown to selection, all others are hidden from it: they are what the
+               annotators might have missed. Needs anchors with two positives.
+near_anchors   A stand-in: positives of anchors whose vectors are nearly the same. Selection sees all that is known.
+second_opinion A stand-in: what another run's model ranks above the positive. Selection sees all that is known.
+
+Copies of a positive, texts that are equal when normalised, are shown and hidden with it. Positives of other
+splits are hidden like those of the split, but never shown: they have no stored score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import Rows, members, ragged
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+METHODS = {
+    "hidden": "hidden positives: one positive is shown, the anchor's others are hidden and must not be taken",
+    "near_anchors": "stand-in, not hidden positives: a negative counts as false if it is a positive of an anchor"
+    " with nearly the same vector",
+    "second_opinion": "stand-in, not hidden positives: a negative counts as suspect if the second run's model ranks"
+    " it above the positive too",
+}
+_UNITS = 4096  # tried at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some trials.
+
+    Attributes:
+        anchors: (t rows) ingest's anchors as selection is to see them.
+        found: their candidates.
+        suspects: normalised texts (hashes) that would be false negatives, ragged by `offsets`.
+        lists: (t,) which list of them is each trial's.
+        shown: (t,) the one of them that is shown, hence no suspect; all others are hidden, also from what is known of
+            anchors with the same text. None: nothing is hidden.
+    """
+
+    anchors: pa.Table
+    found: Candidates
+    suspects: Hashes
+    offsets: Ints
+    lists: Ints
+    shown: Hashes | None = None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """t trials: memory holds some of them at a time, an anchor may have as many as it has positives.
+
+    Attributes:
+        anchor: (t,) place of each trial's anchor among all anchors that were handed in together.
+        take: makes some of the trials, ascending.
+    """
+
+    anchor: Ints
+    take: Callable[[Ints], Piece]
+
+    def pieces(self) -> Iterator[Piece]:
+        """All of them."""
+        for low in range(0, len(self.anchor), _UNITS):
+            yield self.take(np.arange(low, min(low + _UNITS, len(self.anchor))))
+
+
+def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
+    """A trial for every positive of an anchor that has others beside it."""
+    known, offsets = ragged(anchors["known"])
+    by_id, _ = ragged(anchors["known_by_id"])
+    # What each anchor is known to have, by normalised text: copies of what is shown stand together.
+    texts, code = np.unique(corpus.numbers("normalized", known), return_inverse=True)
+    whose = np.repeat(np.arange(len(found.rows)), np.diff(offsets)) * len(texts) + code
+    order = np.argsort(whose, kind="stable")
+    known, by_id = known[order], by_id[order]
+    groups, first = np.unique(whose[order], return_index=True)
+    copies = np.append(first, len(known))
+    suspects, ends = texts[groups % len(texts)], np.searchsorted(groups, np.arange(len(found.rows) + 1) * len(texts))
+
+    owner = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
+    kept = np.flatnonzero(np.diff(ends)[owner] > 1)
+    owner = owner[kept]
+
+    def take(some: Ints) -> Piece:
+        at, positives = owner[some], found.positives[kept[some]]
+        shown = corpus.numbers("normalized", positives)
+        same, lists = members(copies, np.searchsorted(groups, at * len(texts) + np.searchsorted(texts, shown)))
+        table = anchors.drop_columns(["known", "known_by_id"]).take(pa.array(at))
+        for name, values in (("known", known), ("known_by_id", by_id)):
+            column = pa.ListArray.from_arrays(pa.array(lists.astype(np.int32)), pa.array(values[same]))
+            table = table.append_column(name, column)
+        scores = found.positive_scores[kept[some]]
+        alone = Candidates(found.rows[at], found.scores[at], positives, np.arange(len(some) + 1), scores)
+        return Piece(table, alone, suspects, ends, at, shown)
+
+    return Trials(owner, take)
+
+
+def near_anchors(anchors: pa.Table, found: Candidates, corpus: Rows, positives: Ints, offsets: Ints) -> Trials:
+    """A trial for every anchor with a near one that has other positives.
+
+    Args:
+        positives: rows of the positives of each anchor's near ones, ragged by `offsets` (n + 1,).
+    """
+    return _suspecting(anchors, found, corpus, positives, offsets)
+
+
+def second_opinion(anchors: pa.Table, found: Candidates, corpus: Rows, other: Candidates) -> Trials:
+    """A trial for every anchor: suspect is what the other run scores above the anchor's lowest positive."""
+    counts = np.diff(other.offsets)
+    lowest = np.full(len(counts), np.inf, np.float32)
+    np.minimum.at(lowest, np.repeat(np.arange(len(counts)), counts), other.positive_scores)
+    above = (other.rows >= 0) & (other.scores > lowest[:, None])
+    offsets = np.concatenate([[0], np.cumsum(above.sum(axis=1))])
+    every = np.arange(len(found.rows))
+    return _suspecting(anchors, found, corpus, other.rows[above], offsets, every)
+
+
+def _suspecting(
+    anchors: pa.Table, found: Candidates, corpus: Rows, rows: Ints, offsets: Ints, wanted: Ints | None = None
+) -> Trials:
+    """Trials of the wanted anchors, or of those with a suspect; what an anchor is known to have is none."""
+    suspects = corpus.numbers("normalized", rows)
+    known, known_offsets = ragged(anchors["known"])
+    new = ~_owned(suspects, offsets, corpus.numbers("normalized", known), known_offsets)
+    suspects, ends = suspects[new], np.concatenate([[0], np.cumsum(new)])[offsets]
+    tried = np.flatnonzero(np.diff(ends)) if wanted is None else wanted
+
+    def take(some: Ints) -> Piece:
+        at = tried[some]
+        return Piece(anchors.take(pa.array(at)), found.take(at), suspects, ends, at)
+
+    return Trials(tried, take)
+
+
+def _owned(values: npt.NDArray[np.uint64], offsets: Ints, lists: npt.NDArray[np.uint64], list_offsets: Ints) -> Mask:
+    """Whether each value of ragged lists is in the other list of the same owner."""
+    _, codes = np.unique(np.concatenate([values, lists]), return_inverse=True)
+    stride = int(codes.max(initial=0)) + 1
+    owners = (np.repeat(np.arange(len(ends) - 1), np.diff(ends)) * stride for ends in (offsets, list_offsets))
+    own, other = (owner + part for owner, part in zip(owners, np.split(codes, [len(values)]), strict=True))
+    return np.isin(own, other)

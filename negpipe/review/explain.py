@@ -1,0 +1,226 @@
+"""Why an anchor has the negatives it has: every stored candidate with its fate and the rule in numbers.
+
+The fates are those of `Selector.select`, the one the training rows come from. Texts are as they stand in
+the source; whoever shows them cleans them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import Rows, open_table
+from negpipe.errors import InputError
+from negpipe.select.rules import Fate, Rules
+from negpipe.select.selector import PartFiles, Selector, Units
+
+Ints = npt.NDArray[np.int64]
+
+_NEAR = 3
+# What is left once exclusions and cutoffs have been applied.
+_PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, Fate.SHORTAGE)
+_WORDS = {
+    Fate.POSITIVE_ID: "a known positive of the anchor",
+    Fate.POSITIVE_TEXT: "the text of a known positive, under another id",
+    Fate.POSITIVE_NORMALIZED: "the text of a known positive but for case, white space or Unicode form",
+    Fate.SHARED_ANCHOR: "a positive of another anchor with the same text",
+    Fate.ANCHOR_TEXT: "the anchor's own text",
+    Fate.EXCLUDED_FILE: "named for this anchor in mining.exclude_file",
+    Fate.NEAR_DUPLICATE: "nearly the text of a positive",
+    Fate.INVALID_SCORE: "the score is no finite number",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A positive or a candidate. `rank` is 0-based over all documents, None beyond the stored depth."""
+
+    rank: int | None
+    score: float | None
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate(Document):
+    """A candidate and what became of it: `taken`, or the drop reason; `rule` says why, in numbers."""
+
+    fate: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The anchor, or with `margin_reference: each` the anchor with one of its positives.
+
+    Attributes:
+        reference: the positive score that margins refer to; None: there is none.
+        counts: how many candidates met each fate.
+        candidates: in order of rank, negatives that were not among them last.
+    """
+
+    positives: list[Document]
+    reference: float | None
+    counts: dict[str, int]
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An anchor and all its units; `window` is [first rank, rank after the last], over raw ranks or survivors."""
+
+    anchor_id: str
+    anchor: str
+    window: tuple[int, int]
+    rank_over: str
+    units: list[Unit]
+
+
+def find(parts: Sequence[PartFiles], anchor_id: str) -> tuple[PartFiles, int]:
+    """The part that holds an anchor, and its place there.
+
+    Raises:
+        InputError: no anchor has the id; the message names near ones.
+        DamagedError: a file is not whole.
+    """
+    for part in parts:
+        at = pc.index(open_table(part.anchors)["id"], anchor_id).as_py()
+        if at >= 0:
+            return part, at
+    raise _unknown([part.anchors for part in parts], anchor_id)
+
+
+def explain(selector: Selector, corpus: Rows, part: PartFiles, at: int) -> Explanation:
+    """Explain one anchor, by its place in its part.
+
+    Raises:
+        DamagedError: a file is not whole.
+    """
+    found, units = selector.one(part, at)
+    rules = selector.rules
+    return Explanation(
+        anchor_id=units.anchors["id"][0].as_py(),
+        anchor=units.anchors["text"][0].as_py(),
+        window=(rules.range_min, rules.range_max),
+        rank_over=rules.rank_over,
+        units=[_unit(units, number, found, rules, corpus) for number in range(len(units.anchor))],
+    )
+
+
+def _unit(units: Units, number: int, piece: Candidates, rules: Rules, corpus: Rows) -> Unit:
+    fates = units.fates[number]
+    own = slice(units.positive_offsets[number], units.positive_offsets[number + 1])
+    chosen = slice(units.negative_offsets[number], units.negative_offsets[number + 1])
+    # Padding stands last, so a candidate's place is its rank.
+    real = int(np.count_nonzero(fates != Fate.PADDING))
+    fates = fates[:real]
+    documents = _documents(corpus, piece.rows[0, :real], piece.scores[0, :real], np.arange(real))
+    rule = _Rule(fates, [document.score for document in documents], float(units.references[number]), rules)
+    named = [(Fate(code), rule(rank)) for rank, code in enumerate(fates.tolist())]
+    unranked = units.negative_ranks[chosen] < 0
+    random = _documents(
+        corpus,
+        units.negatives[chosen][unranked],
+        units.negative_scores[chosen][unranked],
+        units.negative_ranks[chosen][unranked],
+    )
+    return Unit(
+        positives=_documents(corpus, units.positives[own], units.positive_scores[own], units.positive_ranks[own]),
+        reference=_number(float(units.references[number])),
+        counts={name.lower(): found for name in Fate.__members__ if (found := int(np.sum(fates == Fate[name])))},
+        candidates=[
+            *(
+                Candidate(**vars(document), fate=fate.name.lower(), rule=why)
+                for document, (fate, why) in zip(documents, named, strict=True)
+            ),
+            *(Candidate(**vars(document), fate="taken", rule="a random negative") for document in random),
+        ],
+    )
+
+
+def _documents(corpus: Rows, rows: Ints, scores: npt.NDArray[np.float32], ranks: Ints) -> list[Document]:
+    ids, texts = (corpus.strings(name, rows).to_pylist() for name in ("id", "text"))
+    return [
+        Document(rank if rank >= 0 else None, _number(score), name, text)
+        for rank, score, name, text in zip(ranks.tolist(), scores.tolist(), ids, texts, strict=True)
+    ]
+
+
+class _Rule:
+    """The rule behind each fate of one unit's candidates, in words and numbers."""
+
+    def __init__(self, fates: npt.NDArray[np.uint8], scores: list[float | None], reference: float, rules: Rules):
+        self._fates, self._scores, self._reference, self._rules = fates, scores, reference, rules
+        passed = np.isin(fates, _PASSED)
+        self._ranks = np.cumsum(passed) - 1 if rules.rank_over == "survivors" else np.arange(len(fates))
+        within = rules.range_min, rules.range_max
+        self._window = int(np.sum(passed & (self._ranks >= within[0]) & (self._ranks < within[1])))
+
+    def __call__(self, rank: int) -> str:
+        fate, rules = Fate(self._fates[rank]), self._rules
+        score, p = self._scores[rank], self._reference
+        over, under = ("≥", "≤") if rules.strict else (">", "<")
+        place = f"{'survivor' if rules.rank_over == 'survivors' else 'rank'} {self._ranks[rank]}"
+        if fate in _WORDS or score is None:
+            return _WORDS.get(fate, fate.name.lower().replace("_", " "))
+        if fate == Fate.MAX_SCORE and rules.max_score is not None:
+            return _compared(score, over, rules.max_score, "{}", "max_score")
+        if fate == Fate.MIN_SCORE and rules.min_score is not None:
+            return _compared(score, under, rules.min_score, "{}", "min_score")
+        if fate == Fate.ABSOLUTE_MARGIN and (m := rules.absolute_margin) is not None:
+            return _compared(score, over, p - m, f"{{}} = {p:.3f} - {m:g}", f"absolute_margin {m:g}")
+        if fate == Fate.RELATIVE_MARGIN and (m := rules.relative_margin) is not None:
+            share = f"{1 - m:g} × {p:.3f}" if p >= 0 else f"{p:.3f} - {m:g} × {-p:.3f}"
+            return _compared(score, over, p - abs(p) * m, f"{{}} = {share}", f"relative_margin {m:g}")
+        if fate == Fate.BEFORE_WINDOW:
+            return f"{place} < {rules.range_min} (range_min)"
+        if fate == Fate.AFTER_WINDOW:
+            return f"{place} ≥ {rules.range_max} (range_max)"
+        if fate in (Fate.TAKEN, Fate.NOT_SAMPLED, Fate.SHORTAGE):
+            return f"{place}, {self._drawn(fate)}"
+        return fate.name.lower().replace("_", " ")
+
+    def _drawn(self, fate: Fate) -> str:
+        rules = self._rules
+        if fate == Fate.SHORTAGE:
+            found = int(np.sum(self._fates == Fate.SHORTAGE))
+            return f"given up: {found} of {rules.num_negatives} negatives (on_shortage drop)"
+        top = rules.sampling_strategy == "top"
+        if fate == Fate.TAKEN:
+            return f"one of the first {rules.num_negatives}" if top else f"drawn ({rules.sampling_strategy})"
+        taken = int(np.sum(self._fates == Fate.TAKEN)) or rules.num_negatives
+        return f"{taken} {'before it' if top else 'others'} taken of {self._window} in the window (num_negatives)"
+
+
+def _compared(score: float, sign: str, limit: float, detail: str, setting: str) -> str:
+    """Both sides with as many digits as tell them apart."""
+    digits = next((n for n in range(3, 9) if f"{score:.{n}f}" != f"{limit:.{n}f}"), 9)
+    return f"{score:.{digits}f} {sign} {detail.format(f'{limit:.{digits}f}')} ({setting})"
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
+    from rapidfuzz import process
+
+    near: list[tuple[float, str]] = []
+    count = 0
+    for path in anchors:
+        ids = open_table(path)["id"].to_pylist()
+        count += len(ids)
+        near += [(-score, name) for name, score, _ in process.extract(anchor_id, ids, limit=_NEAR, score_cutoff=50)]
+        near = sorted(near)[:_NEAR]
+    names = ", ".join(repr(name) for _, name in near)
+    return InputError(
+        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; near: {names}" if near else ""),
+        remedy="Anchors are the queries with a positive in data.split",
+    )

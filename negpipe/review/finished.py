@@ -1,0 +1,121 @@
+"""What reads a run without running a stage: exports and explanations, from what ingest and search left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from negpipe.config.schema import Config
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.manifest import Books, Part
+from negpipe.engine.progress import Reporter, Silent
+from negpipe.engine.repair import check_headers
+from negpipe.engine.stage import Context
+from negpipe.engine.state import blocked, digests_of, identity_of, look
+from negpipe.errors import MissingStageError
+from negpipe.review import explain
+from negpipe.rows import exports
+from negpipe.rows.exports.blocks import Slices
+from negpipe.select.selector import PartFiles
+from negpipe.stages import STAGES
+from negpipe.stages.triplets import Shared, is_deeper, open_selection, part_files, search_deeper
+
+
+def export(config: Config, options: exports.Options, *, reporter: Reporter | None = None) -> exports.Exported:
+    """Write the training rows in a trainer's layout, from what ingest and search left. Runs no stage.
+
+    Raises:
+        MissingStageError: a stage is not current; the message says which command to run.
+        ConfigError, InputError, StorageError: see `exports.export`.
+    """
+    reporter = reporter or Silent()
+    with digests_of(config) as digests:
+        context = searched(config, digests, "export")
+        opened = open_selection(context)
+
+        def slices() -> Slices:
+            for piece in selected(context, opened):
+                yield piece
+                reporter.advance(len(piece[0].rows), "")
+
+        read, encode = context.manifest("ingest").stats, context.manifest("encode")
+        vectors = {name: encode.inputs[name] for name in sorted(encode.inputs) if name.startswith("encoder.")}
+        reporter.begin("export", read["anchors"], 0)
+        try:
+            return exports.export(
+                context.config,
+                options,
+                opened.corpus,
+                slices(),
+                counts={"anchors": read["anchors"], "documents of the corpus": read["rows"]},
+                encoder=exports.describe_encoder(config, vectors),
+            )
+        finally:
+            reporter.end()
+
+
+def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
+    """What became of every candidate of an anchor, and by which rule. Runs no stage.
+
+    Raises:
+        MissingStageError: a stage is not current; the message says which command to run.
+        InputError: no anchor has the id.
+    """
+    with digests_of(config) as digests:
+        context = searched(config, digests, "explain")
+        opened = open_selection(context)
+        parts, complete = _parts(context)
+        part, at = explain.find(parts, anchor_id)
+        files = part if complete else replace(part, deeper=search_deeper(part, opened, context))
+        return explain.explain(opened.selector, opened.corpus, files, at)
+
+
+def searched(config: Config, digests: DigestCache, wanted: str) -> Context:
+    """What a reader of candidates sees, if everything before `triplets` is current."""
+    context = current(config, digests, wanted, last="search")
+    STAGES["triplets"].check(context)
+    return context
+
+
+def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> Context:
+    """What the stages up to `last` left, if all of them are current.
+
+    Raises:
+        MissingStageError: one is not; the message says which command to run.
+        DamagedError: a file of the right size is of another kind, or has another number of rows.
+    """
+    # One process reads, whatever runs the stages: all memory and threads are its own.
+    alone = config.executor.model_copy(update={"kind": "inline"})
+    context = Context(config.model_copy(update={"executor": alone}), config.run_dir, digests)
+    for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
+        state = look(stage, context)
+        if state.state != "current" or state.manifest is None:
+            raise MissingStageError(blocked(state, wanted))
+        check_headers(context.run_dir, state.manifest)
+        context = context.after(state.manifest)
+    return context
+
+
+def selected(context: Context, opened: Shared, every: int = 1) -> Slices:
+    """The candidates of all anchors, or of one in so many, a slice at a time, with what the config selects of them."""
+    parts, complete = _parts(context)
+    for part in parts:
+        yield from opened.selector.slices(
+            part if complete else replace(part, deeper=search_deeper(part, opened, context)), every
+        )
+
+
+def _parts(context: Context) -> tuple[list[PartFiles], bool]:
+    """The files of every part of anchors, and whether deeper candidates are among them.
+
+    They are where `triplets` has run with these settings; elsewhere they are to be searched for.
+    """
+    stage = STAGES["triplets"]
+    context = replace(context, key=identity_of(stage, context).key)
+    manifest = Books(context.run_dir, stage.name).manifest()
+    complete = manifest is not None and look(stage, context).state == "current"
+    made: tuple[Part, ...] = ()
+    if manifest and complete:
+        check_headers(context.run_dir, manifest)
+        made = manifest.parts
+    deeper = {part.key: context.run_dir / file.path for part in made for file in part.files if is_deeper(file)}
+    return [replace(part_files(context, task), deeper=deeper.get(task.key)) for task in stage.plan(context)], complete

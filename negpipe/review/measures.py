@@ -1,0 +1,286 @@
+"""What judges a run without running a stage: calibration, retriever quality, and the audit of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe import ann
+from negpipe.config.schema import Config
+from negpipe.data import candidates
+from negpipe.data.tables import Rows, documents, members, open_table, ragged
+from negpipe.engine.progress import Reporter, Silent
+from negpipe.engine.stage import Context
+from negpipe.engine.state import digests_of
+from negpipe.errors import ConfigError, InputError
+from negpipe.review import audit, calibrate, quality
+from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trials
+from negpipe.review.finished import current, searched, selected
+from negpipe.select.selector import Units
+from negpipe.stages import STAGES
+from negpipe.stages.triplets import Shared, open_selection, part_files
+from negpipe.store.files import publish, write_json
+
+Ints = npt.NDArray[np.int64]
+
+CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
+MADE_OF = "made_of"
+"""Where both say which candidates, or which rows, they are of."""
+_ANCHORS = 4096  # looked at at a time
+_JUDGMENTS = 8192  # whose texts are in memory at a time
+_NEIGHBOURS = 16  # near anchors of an anchor, at most
+_SUSPECTS = 2**20  # positives of theirs that are in memory at a time
+
+
+def measure_quality(config: Config, *, reporter: Reporter | None = None) -> quality.Quality:
+    """How well the encoder retrieves the positives; see `quality`.
+
+    Raises:
+        MissingStageError: a stage is not current; the message says which command to run.
+    """
+    reporter = reporter or Silent()
+    with digests_of(config) as digests:
+        context = searched(config, digests, "quality")
+        opened = open_selection(context)
+
+        def slices() -> Iterator[tuple[candidates.Candidates, Units]]:
+            for piece in selected(context, opened):
+                yield piece
+                reporter.advance(len(piece[0].rows), "")
+
+        reporter.begin("quality", context.manifest("ingest").stats["anchors"], 0)
+        try:
+            return quality_of(context, opened, slices())
+        finally:
+            reporter.end()
+
+
+def quality_of(
+    context: Context, opened: Shared, slices: Iterable[tuple[candidates.Candidates, Units]]
+) -> quality.Quality:
+    """The same for anchors whose candidates and units the caller reads."""
+    vectors = [context.file(part) for part in context.manifest("encode").of_kind("anchors")]
+    random = quality.random_scores(vectors, opened.passages, opened.searchable, context.config.seed)
+    return quality.measure(slices, random, min(context.config.depth, opened.searchable))
+
+
+def calibrate_settings(
+    config: Config,
+    settings: Callable[[Config], Sequence[Setting]] = calibrate.grid,
+    *,
+    near: float | None = None,
+    second: Config | None = None,
+    reporter: Reporter | None = None,
+) -> Calibration:
+    """Try settings on the stored candidates and write `calibration.parquet` into the run directory.
+
+    Args:
+        config: whose run; what the settings do not name is taken from it.
+        settings: what to try, from the resolved config.
+        near: the stand-in of near anchors, and the cosine from which on they are.
+        second: the stand-in of a second opinion, and the run it comes from.
+        reporter: where progress goes.
+
+    Raises:
+        MissingStageError: a stage is not current; the message says which command to run.
+        InputError: nothing can be tried; the message says what can be done instead.
+        ConfigError: the config mines no negatives, or the stand-in does not fit it.
+    """
+    reporter = reporter or Silent()
+    method: Literal["hidden", "near_anchors", "second_opinion"] = (
+        "second_opinion" if second else "near_anchors" if near is not None else "hidden"
+    )
+    with digests_of(config) as digests:
+        context = searched(config, digests, "calibrate")
+        if not context.config.mining.num_negatives:
+            raise ConfigError("mining.num_negatives is 0: there is nothing to calibrate but mined negatives")
+        opened = open_selection(context)
+        if second is not None:
+            with digests_of(second) as others:
+                trials = _second_opinion(context, opened, searched(second, others, "calibrate --second"))
+        elif near is not None:
+            trials = _near_anchors(context, opened, near)
+        else:
+            trials = (
+                calibrate.hidden(anchors, found, opened.corpus) for anchors, found in _slices(context, context.config)
+            )
+        total = context.manifest("ingest").stats["anchors"]
+        reporter.begin("calibrate", 0, 0)
+        try:
+            made = calibrate.calibrate(
+                context.config,
+                opened.corpus,
+                opened.namesakes,
+                trials,
+                settings(context.config),
+                method=method,
+                all_anchors=total,
+                threads=context.threads,
+                progress=lambda count: reporter.advance(count, ""),
+            )
+        finally:
+            reporter.end()
+        if not made.anchors:
+            raise InputError(_UNTRIED[method].format(total=total, near=near), remedy=_INSTEAD[method])
+        judged = {MADE_OF: context.manifest("search").digest}
+        table = calibrate.to_table(made).replace_schema_metadata(judged)
+        publish(config.run_dir, lambda _: CALIBRATION, lambda file: _write(table, file))
+        return made
+
+
+def audit_rows(config: Config | None, options: audit.Options, file: Path | None = None) -> audit.Audit:
+    """Check training rows: a run's, which writes `audit.json` there, or those of any file.
+
+    Args:
+        config: whose rows and qrels; None: a file's rows are compared to nothing else.
+        options: how. Of a run's own rows, how many negatives are wanted is the config's.
+        file: whose rows instead of the run's.
+
+    Raises:
+        MissingStageError: the rows, or the qrels, are not there; the message says which command makes them.
+        ConfigError: neither a config nor a file, or the run's rows hold rankings.
+        InputError: see `audit.audit`.
+    """
+    if config is None:
+        if file is None:
+            raise ConfigError("nothing to audit: name a CONFIG, or a file with --file")
+        return audit.audit(file, options)
+    with digests_of(config) as digests:
+        context = current(config, digests, "audit", last="ingest" if file else "triplets")
+        shared = replace(options, memory=config.resources.memory_budget // 2, threads=context.threads)
+        if file is not None:
+            return audit.audit(file, shared, _qrels(context), scratch=config.run_dir)
+        if config.output.include_positives:
+            raise ConfigError("output.include_positives writes whole rankings: they hold positives, not only negatives")
+        wanted = options.negatives or context.config.mining.wanted
+        found = audit.audit(
+            config.run_dir / "triplets", replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
+        )
+        write_json(config.run_dir / AUDIT, {**found.document(), MADE_OF: context.manifest("triplets").key})
+        return found
+
+
+def _qrels(context: Context) -> audit.Qrels:
+    read = context.manifest("ingest")
+    parts = [context.file(part) for part in documents(read)]
+    corpus = Rows(parts)
+
+    def positives() -> Iterator[pa.Table]:
+        for part in read.of_kind("anchors"):
+            table = open_table(context.file(part))
+            for start in range(0, table.num_rows, _ANCHORS):
+                some = table.slice(start, _ANCHORS)
+                known, offsets = ragged(some["known"])
+                owner = np.repeat(np.arange(some.num_rows), np.diff(offsets))
+                for low in range(0, len(known), _JUDGMENTS):
+                    here = slice(low, low + _JUDGMENTS)
+                    at, rows = pa.array(owner[here]), known[here]
+                    columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
+                    yield pa.table({**columns, "document": rows, "text": corpus.strings("text", rows)})
+
+    def named() -> Iterator[pa.Table]:
+        for start, path in zip(corpus.starts.tolist(), parts, strict=False):
+            table = open_table(path).select(["id", "other_ids"])
+            yield table.append_column("document", pa.array(np.arange(start, start + table.num_rows)))
+
+    return audit.Qrels(str(context.run_dir), positives(), named())
+
+
+def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | None = None) -> None:
+    """Save the plot of leak against hardness as .svg or .png.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Without a date and with fixed names, equal calibrations give equal files.
+    with rc_context({"svg.hashsalt": "negpipe"}):
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        calibrate.draw_leak(figure.subplots(), calibration, advice)
+        kind = path.suffix.removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else {}
+        publish(path.parent, lambda _: path.name, lambda file: figure.savefig(file, format=kind, metadata=metadata))
+
+
+_UNTRIED = {
+    "hidden": "none of {total:,} anchors has two different positives: what is taken by mistake cannot be estimated by"
+    " hiding positives",
+    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with positives of its own",
+    "second_opinion": "there are no anchors",
+}
+_INSTEAD = {
+    "hidden": "There are two stand-ins, weaker, each labelled as what it is: `negpipe calibrate CONFIG --near-anchors"
+    " 0.95` counts positives of anchors with nearly the same vector; `negpipe calibrate CONFIG --second OTHER_CONFIG`"
+    " counts what another model's run ranks above the positive too",
+    "near_anchors": "Lower it, or take the other stand-in: --second OTHER_CONFIG",
+    "second_opinion": "Look at `negpipe status CONFIG`",
+}
+
+
+def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candidates.Candidates]]:
+    """Anchors with their stored candidates, as deep as the config looks."""
+    for task in STAGES["triplets"].plan(context):
+        files = part_files(context, task)
+        table, start = open_table(files.anchors), 0
+        for found in candidates.read(files.candidates, depth=config.depth):
+            yield table.slice(start, len(found.rows)), found
+            start += len(found.rows)
+
+
+def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Trials]:
+    if not context.config.encoder.normalize:
+        raise ConfigError("--near-anchors compares cosines, and encoder.normalize is false: take --second instead")
+    texts, vectors = (context.manifest(name).of_kind("anchors") for name in ("ingest", "encode"))
+    tables = [open_table(context.file(part)) for part in texts]
+    known, offsets = ragged(pa.concat_tables([table.select(["known"]) for table in tables])["known"])
+    every = ann.open_parts([context.file(part) for part in vectors])
+    none = np.empty(0, np.int64)
+    start = 0
+    for anchors, found in _slices(context, context.config):
+        rows = np.arange(start, start + len(found.rows))
+        own = np.empty((len(rows), every.dimension), np.float32)
+        every.read(start, own)
+        near = ann.search_exact(
+            own,
+            every,
+            min(_NEIGHBOURS + 1, every.rows),
+            positives=(none, none),
+            memory=context.config.resources.memory_budget,
+            threads=context.threads,
+        )
+        anchor, column = np.nonzero((near.scores >= least) & (near.rows >= 0) & (near.rows != rows[:, None]))
+        # One of them may have very many positives: as many anchors at a time as have a bounded number.
+        per_anchor = np.concatenate([[0], np.cumsum(np.bincount(anchor, minlength=len(rows)))])
+        listed = np.concatenate([[0], np.cumsum(np.diff(offsets)[near.rows[anchor, column]])])
+        cuts = np.flatnonzero(np.diff(listed[per_anchor[1:]] // _SUSPECTS)) + 1
+        for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
+            pairs, some = slice(per_anchor[low], per_anchor[high]), np.arange(low, high)
+            positions, ends = members(offsets, near.rows[anchor[pairs], column[pairs]])
+            ends = ends[per_anchor[low : high + 1] - per_anchor[low]]
+            piece = anchors.slice(low, high - low), found.take(some)
+            yield calibrate.near_anchors(*piece, opened.corpus, known[positions], ends)
+        start += len(rows)
+
+
+def _second_opinion(context: Context, opened: Shared, second: Context) -> Iterator[Trials]:
+    if context.manifest("ingest").digest != second.manifest("ingest").digest:
+        raise InputError(
+            f"{second.run_dir} was made from other data than {context.run_dir}: rows cannot be compared",
+            remedy="Both configs need the same `data` settings and the same files; run `negpipe mine` on both",
+        )
+    pairs = zip(_slices(context, context.config), _slices(second, second.config), strict=True)
+    return (calibrate.second_opinion(anchors, found, opened.corpus, other) for (anchors, found), (_, other) in pairs)
+
+
+def _write(table: pa.Table, file: BinaryIO) -> None:
+    pq.write_table(table, file, compression="zstd")

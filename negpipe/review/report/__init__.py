@@ -1,0 +1,77 @@
+"""`report.html`: what was mined, at a glance, and a sample of it to review. One file, that needs nothing else.
+
+Reads a finished run and changes nothing in it. The same run gives the same figures and the same sample.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from negpipe.config.schema import Config
+from negpipe.engine.state import digests_of
+from negpipe.errors import LockedError
+from negpipe.review.finished import current
+from negpipe.review.report import gather, page
+from negpipe.store.files import BOOKS, publish, write_all
+from negpipe.store.lock import run_lock
+
+__all__ = ["ANCHORS", "NAME", "after_mining", "write"]
+
+NAME = "report.html"
+ANCHORS = 1000
+logger = logging.getLogger(__name__)
+
+
+def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anchors: int = ANCHORS) -> Path:
+    """Make the report of a run.
+
+    Args:
+        config: whose run.
+        out: the file; None: `report.html` in the run directory.
+        typed: config and overrides as a shell takes them, for the commands the page names.
+        anchors: how many are looked at for scores, ranks, hubs and the sample; evenly spaced.
+
+    Returns:
+        the file.
+
+    Raises:
+        MissingStageError: a stage is not current; the message says which command to run.
+        LockedError: the run is still going.
+        StorageError: the file cannot be written.
+    """
+    out = out or config.run_dir / NAME
+    with _at_rest(config.run_dir), digests_of(config) as digests:
+        data = page.render(gather.gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
+        publish(out.parent, lambda _: out.name, lambda file: write_all(file, data), len(data))
+    return out
+
+
+def after_mining(config: Config, typed: str) -> Path | None:
+    """The report at the end of `mine`: what hinders it is a warning, the rows are there."""
+    started = time.monotonic()
+    try:
+        out = write(config, typed=typed)
+    except Exception as error:
+        logger.warning("report: not made, the rows are: %s: %s", type(error).__name__, error)
+        return None
+    logger.info("report: %s (%.1f s)", out, time.monotonic() - started)
+    return out
+
+
+@contextmanager
+def _at_rest(run_dir: Path) -> Iterator[None]:
+    """Nothing else works on the run; one that was never begun is left alone."""
+    if not (run_dir / BOOKS).is_dir():
+        yield
+        return
+    try:
+        with run_lock(run_dir):
+            yield
+    except LockedError as error:
+        raise LockedError(
+            f"{error}. A report is of a finished run; `negpipe status CONFIG` says how it stands"
+        ) from None

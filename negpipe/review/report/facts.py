@@ -1,0 +1,99 @@
+"""What ran: each stage's counts, time, throughput and memory, and what encoder and index were, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from negpipe.config.schema import Config
+from negpipe.engine.manifest import Manifest
+
+_UNITS = {"ingest": "rows", "encode": "texts", "index": "rows", "search": "anchors", "triplets": "rows"}
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage.
+
+    Attributes:
+        count: of `unit`, that the current output holds.
+        bytes: of its files.
+        seconds: its parts took, over all workers and however many runs made them.
+        rate: of `unit` a second of those; None where it was too quick to tell.
+        peak: bytes the largest process held; None where parts do not say.
+        finished: when, in UTC.
+    """
+
+    name: str
+    count: int
+    unit: str
+    parts: int
+    bytes: int
+    seconds: float
+    rate: float | None
+    peak: int | None
+    finished: str
+
+
+def stages(manifests: Mapping[str, Manifest]) -> list[StageFacts]:
+    """All stages in order."""
+    return [_stage(name, manifest) for name, manifest in manifests.items()]
+
+
+def _stage(name: str, manifest: Manifest) -> StageFacts:
+    of_parts = [part.provenance for part in manifest.parts]
+    seconds = sum(float(one.get("seconds", 0.0)) for one in of_parts)
+    unit = _UNITS.get(name, "rows")
+    count = int(manifest.stats.get(unit, manifest.stats.get("rows", 0)))
+    return StageFacts(
+        name=name,
+        count=count,
+        unit=unit,
+        parts=len(manifest.parts),
+        bytes=sum(file.bytes for part in manifest.parts for file in part.files),
+        seconds=seconds,
+        rate=count / seconds if seconds >= 0.1 else None,
+        peak=max((int(one["peak_memory"]) for one in of_parts if "peak_memory" in one), default=None),
+        finished=str(manifest.provenance.get("finished", "")).replace("T", " ").replace("+00:00", " UTC"),
+    )
+
+
+_COMMIT = 40  # characters; a model of the hub is told by its commit, another one by a digest of its files
+
+
+def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
+    """What made the vectors: model, revision, settings, libraries and device."""
+    own = config.encoder
+    facts: dict[str, str] = {"backend": own.backend}
+    if own.model:
+        facts["model"] = own.model
+    facts |= {
+        name.removeprefix("encoder.") + (" (commit)" if len(digest) == _COMMIT else " (digest)"): digest[:16]
+        for name, digest in manifest.inputs.items()
+        if name.startswith("encoder.")
+    }
+    shown = ("revision", "pooling", "query_instruction", "passage_instruction", "query_max_length")
+    facts |= {
+        name: str(getattr(own, name)) for name in (*shown, "passage_max_length") if getattr(own, name) and own.model
+    }
+    facts["vectors"] = f"{manifest.stats['dimension']} numbers, {own.storage}"
+    ran = manifest.parts[0].provenance if manifest.parts else {}
+    ran = {**ran, **ran.get("libraries", {})}
+    libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")
+    return facts | {name.replace("_", " "): str(ran[name]) for name in libraries if name in ran}
+
+
+def index(stats: Mapping[str, Any], triplets: Mapping[str, Any]) -> dict[str, str]:
+    """Its kind, and where it is approximate what it finds, by the statistics of both stages."""
+    facts = {"kind": str(stats.get("kind", ""))}
+    if "recall" not in stats:
+        return facts | {"recall": "1 (exact)"}
+    facts["recall"] = f"{stats['recall']:.4f}{_interval(stats['recall_interval'])} over the stored depth"
+    window: Mapping[str, Any] = triplets["recall_window"]
+    within = f"{window['recall']:.4f}{_interval([window['low'], window['high']])}"
+    return facts | {f"recall at ranks {window['first']} to {window['last'] - 1}": within}
+
+
+def _interval(ends: list[float]) -> str:
+    return f" ({ends[0]:.4f} to {ends[1]:.4f} with 95 % confidence)"

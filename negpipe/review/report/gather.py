@@ -1,0 +1,268 @@
+"""What a report shows, read from what the stages left: all of it, or of anchors evenly spaced where there are many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from negpipe import __version__
+from negpipe.config.schema import Config
+from negpipe.data.candidates import Candidates
+from negpipe.engine.manifest import Manifest
+from negpipe.engine.stage import Context
+from negpipe.errors import NegpipeError
+from negpipe.redaction import redacted
+from negpipe.review import audit, measures
+from negpipe.review.calibrate import Calibration, Estimate, Setting
+from negpipe.review.finished import selected
+from negpipe.review.quality import Quality
+from negpipe.review.report import facts, plots, sample
+from negpipe.review.report.facts import StageFacts
+from negpipe.review.report.sample import Card, Pool
+from negpipe.review.wording import clean_text
+from negpipe.select import verdicts
+from negpipe.select.selector import Units
+from negpipe.stages.triplets import Shared, open_selection
+
+logger = logging.getLogger(__name__)
+_AUDITED = 10_000  # rows that are audited on the way; more want the command
+_EARLIER = 20_000  # verdicts that the page repeats
+_HUBS = 8
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG element with its words. `wide`: it takes a row of the page."""
+
+    title: str
+    svg: str
+    caption: str
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows; texts are as they stand in the source.
+
+    Attributes:
+        key: of the rows.
+        typed: config and overrides, as a shell takes them.
+        looked_at: of how many `anchors` scores, ranks, hubs and cards are.
+        hubs: (anchors, id, text) of the documents that are a negative of most.
+        audit: as `audit.json` has it; None: `no_audit` says why.
+        earlier: verdicts of the present `mining.exclude_file`; None: too many.
+    """
+
+    key: str
+    title: str
+    run_dir: str
+    version: str
+    typed: str
+    config: str
+    anchors: int
+    looked_at: int
+    numbers: dict[str, str]
+    stages: list[StageFacts]
+    encoder: dict[str, str]
+    index: dict[str, str]
+    metrics: dict[str, str]
+    figures: list[Figure]
+    no_calibration: str
+    hubs: list[tuple[int, str, str]]
+    audit: dict[str, Any] | None
+    no_audit: str
+    cards: list[Card]
+    earlier: list[tuple[str, str]] | None
+
+
+def gather(context: Context, typed: str, anchors: int) -> Report:
+    """Read a finished run.
+
+    Args:
+        context: of which every stage is current.
+        typed: config and overrides, for the commands the page names.
+        anchors: how many are looked at, about.
+    """
+    opened, pool = open_selection(context), Pool()
+    total = context.manifest("ingest").stats["anchors"]
+
+    def slices() -> Iterator[tuple[Candidates, Units]]:
+        for found, units in selected(context, opened, every=-(-total // anchors)):
+            pool.add(units)
+            yield found, units
+
+    measured = measures.quality_of(context, opened, slices())
+    made = context.manifest("triplets")
+    negatives = _per_unit(context, made)
+    calibration = _calibration(context)
+    hubs, counts = pool.hubs()
+    svgs = plots.draw(measured, negatives, made.stats["drops"], counts, calibration)
+    captions = _captions(measured, negatives, made, counts, context.config)
+    audited, no_audit = _audit(context, made, typed)
+    config = redacted(context.config.model_dump(mode="json"))
+    return Report(
+        key=made.key,
+        title=Path(context.run_dir).resolve().name,
+        run_dir=str(context.run_dir),
+        version=__version__,
+        typed=typed,
+        config=_yaml(config),
+        anchors=total,
+        looked_at=measured.anchors,
+        numbers=_numbers(context, measured, negatives),
+        stages=facts.stages(context.manifests),
+        encoder=redacted(facts.encoder(context.config, context.manifest("encode"))),
+        index=facts.index(context.manifest("index").stats, made.stats),
+        metrics={name: f"{value:.4f}" for name, value in measured.metrics.items()},
+        figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
+        no_calibration=""
+        if calibration
+        else f"How much of this is false, and which margin is better, estimates"
+        f" `negpipe calibrate {typed}`; the next report then shows its plot.",
+        hubs=_named(opened, hubs[:_HUBS], counts[:_HUBS]),
+        audit=audited,
+        no_audit=no_audit,
+        cards=sample.cards(pool, opened.corpus, context.config.seed),
+        earlier=_earlier(context.config),
+    )
+
+
+def _numbers(context: Context, measured: Quality, negatives: npt.NDArray[np.int64]) -> dict[str, str]:
+    read, made = context.manifest("ingest").stats, context.manifest("triplets").stats
+    numbers = {
+        "documents": f"{read['rows']:,}",
+        "anchors": f"{read['anchors']:,}",
+        "rows": f"{made['rows']:,}",
+        "negatives": f"{int(negatives.sum()):,}",
+        "anchors short of negatives": f"{made['short_anchors']:,}",
+    }
+    if measured.outscored is not None:
+        numbers["negatives above their positive"] = f"{measured.outscored:.1%}"
+    beyond = f"beyond {measured.depth}"
+    return numbers | {
+        "median rank of a positive": beyond if measured.median_rank is None else f"{measured.median_rank:,}",
+        "nDCG@10 of the encoder": f"{measured.metrics['nDCG@10']:.3f}",
+    }
+
+
+def _captions(
+    measured: Quality, negatives: npt.NDArray[np.int64], made: Manifest, hubs: npt.NDArray[np.int64], config: Config
+) -> dict[str, str]:
+    """What each figure says, in a sentence: for those who cannot see it too."""
+    means = ", ".join(
+        f"{name} {found.mean:.3f}"
+        for side, (name, _) in plots.SIDES.items()
+        if (found := measured.scores[side]).mean is not None
+    )
+    apart = "" if measured.separation is None else (
+        f" A positive scores above a random document in {measured.separation:.1%} of cases."
+    )  # fmt: skip
+    first = measured.ranks.get("0", 0) / max(1, measured.positives)
+    beyond = measured.ranks["beyond"] / max(1, measured.positives)
+    wanted = config.mining.wanted
+    full = float(np.mean(negatives >= wanted)) if len(negatives) else 0.0
+    most = next(iter(made.stats["drops"].items()), None)
+    dropped = "" if most is None else (
+        f" Most were dropped as {most[0].replace('_', ' ')}: {most[1] / max(1, made.stats['candidates']):.1%}."
+    )  # fmt: skip
+    return {
+        plots.SCORES: f"Mean scores: {means}.{apart}",
+        plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} lie beyond rank"
+        f" {measured.depth}.",
+        plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} that are asked for.",
+        plots.DROPS: f"{made.stats['candidates']:,} candidates were seen, {made.stats['negatives']:,} taken.{dropped}",
+        plots.HUBS: f"{len(hubs):,} documents are a negative; the most frequent one of {int(hubs.max(initial=0)):,}"
+        f" of {measured.anchors:,} anchors.",
+        plots.LEAK: "Each mark is a setting: to the left it takes fewer false negatives, further up harder ones.",
+    }
+
+
+def _per_unit(context: Context, made: Manifest) -> npt.NDArray[np.int64]:
+    """How many negatives each anchor (with `margin_reference: each`, each pair) got, from the ledger."""
+    files = [context.run_dir / file.path for part in made.parts for file in part.files if file.path[:7] == "ledger/"]
+    counts = [np.empty(0, np.int64)]
+    for path in files:
+        book = pq.read_table(path, columns=["taken", "random"])
+        counts.append(book["taken"].to_numpy() + book["random"].to_numpy())
+    return np.concatenate(counts)
+
+
+def _named(opened: Shared, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> list[tuple[int, str, str]]:
+    ids, texts = (opened.corpus.strings(name, rows).to_pylist() for name in ("id", "text"))
+    return [
+        (count, name, clean_text(text, 160))
+        for count, name, text in zip(counts.tolist(), ids, texts, strict=True)
+        if count > 1
+    ]
+
+
+def _calibration(context: Context) -> Calibration | None:
+    """The last calibration, if it is one of these candidates."""
+    path = context.run_dir / measures.CALIBRATION
+    try:
+        table = pq.read_table(path)
+        if (table.schema.metadata or {}).get(measures.MADE_OF.encode()) != context.manifest("search").digest.encode():
+            return None
+        rows = table.to_pylist()
+        return Calibration(
+            rows[0]["method"],
+            rows[0]["anchors"],
+            context.manifest("ingest").stats["anchors"],
+            rows[0]["trials"],
+            rows[0]["num_negatives"],
+            [
+                Estimate(
+                    Setting(**{name: row[name] for name in Setting.__dataclass_fields__}),
+                    **{name: row[name] for name in Estimate.__dataclass_fields__ if name != "setting"},
+                )
+                for row in rows
+            ],
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError) as error:
+        logger.warning("report: %s cannot be read (%s): run `negpipe calibrate CONFIG` again", path, error)
+        return None
+
+
+def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any] | None, str]:
+    """The audit of these rows, or why there is none."""
+    try:
+        stored = json.loads((context.run_dir / measures.AUDIT).read_text(encoding="utf-8"))
+        if stored[measures.MADE_OF] == made.key:
+            return stored, ""
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    if made.stats["rows"] > _AUDITED:
+        return (
+            None,
+            f"These {made.stats['rows']:,} rows were not audited: run `negpipe audit {typed}`, then report again.",
+        )
+    try:
+        found = measures.audit_rows(context.config, audit.Options(columns={}))
+    except NegpipeError as error:
+        return None, f"Not audited: {error}"
+    return found.document(), ""
+
+
+def _earlier(config: Config) -> list[tuple[str, str]] | None:
+    if not config.mining.exclude_file:
+        return []
+    found = verdicts.read(Path(config.mining.exclude_file))
+    pairs = [(anchor, document) for anchor, documents in found.items() for document in documents]
+    return pairs if len(pairs) <= _EARLIER else None
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return text

@@ -1,0 +1,31 @@
+"""Numbers and texts as people read them, on a terminal and in the report."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def visible(text: str) -> str:
+    """Lines in which control characters are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def clean_text(text: str, length: int | None = None) -> str:
+    """One line without control characters, shortened to `length`."""
+    text = text if length is None else text[: 10 * length]
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if length is None or len(line) <= length else line[: length - 1] + "…"

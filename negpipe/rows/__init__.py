@@ -1,0 +1,1 @@
+"""Training rows, in the layouts that trainers load."""

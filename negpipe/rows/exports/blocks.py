@@ -1,0 +1,120 @@
+"""Units in blocks that fit in memory, whatever the number of negatives and the length of a slice.
+
+A block holds whole units, each with at least one positive and one negative: no layout ever meets an
+empty list of negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.data.candidates import Candidates
+from negpipe.data.tables import Rows, members
+from negpipe.select.selector import Units
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Slices = Iterable[tuple[Candidates, Units]]
+
+_DOCUMENTS = 8192  # positives and negatives a block
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The positives, or the negatives, of a block's u units.
+
+    Attributes:
+        rows: rows of the corpus, ragged by `offsets` (u + 1,); scores alike.
+    """
+
+    corpus: Rows
+    rows: Ints
+    offsets: Ints
+    scores: Floats
+
+    @cached_property
+    def ids(self) -> pa.Array:
+        return self.corpus.strings("id", self.rows)
+
+    @cached_property
+    def texts(self) -> pa.Array:
+        return self.corpus.strings("text", self.rows)
+
+    def lists(self, values: list[Any]) -> list[list[Any]]:
+        """Values of all documents, one list a unit."""
+        return [values[low:high] for low, high in pairwise(self.offsets.tolist())]
+
+    @property
+    def id_lists(self) -> list[list[str]]:
+        return self.lists(self.ids.to_pylist())
+
+    @property
+    def text_lists(self) -> list[list[str]]:
+        return self.lists(self.texts.to_pylist())
+
+    @property
+    def score_lists(self) -> list[list[float | None]]:
+        """Scores as JSON takes them: what is no number is null."""
+        return self.lists([score if math.isfinite(score) else None for score in self.scores.tolist()])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some units of one slice.
+
+    Attributes:
+        anchors: their rows of ingest's anchor table, one a unit.
+    """
+
+    anchors: pa.Table
+    positives: Documents
+    negatives: Documents
+
+    @property
+    def ids(self) -> list[str]:
+        """Anchor ids, one a unit."""
+        return list(self.anchors["id"].to_pylist())
+
+    @property
+    def texts(self) -> list[str]:
+        """Anchor texts, one a unit."""
+        return list(self.anchors["text"].to_pylist())
+
+    def pairs(self) -> tuple[Ints, Ints]:
+        """Every (unit, positive): the unit's number, and the positive's position in `positives`."""
+        count = np.diff(self.positives.offsets)
+        return np.repeat(np.arange(len(count)), count), np.arange(len(self.positives.rows))
+
+
+def blocks(slices: Slices, corpus: Rows) -> Iterator[Block]:
+    """All units that have a negative, in order; a ranking that includes positives goes without them here."""
+    for _, ranked in slices:
+        units = ranked.only_negatives()
+        positives, negatives = np.diff(units.positive_offsets), np.diff(units.negative_offsets)
+        kept = np.flatnonzero((positives > 0) & (negatives > 0))
+        ends = np.cumsum((positives + negatives)[kept])
+        start = 0
+        while start < len(kept):
+            room = _DOCUMENTS + (ends[start - 1] if start else 0)
+            end = max(start + 1, int(np.searchsorted(ends, room, side="right")))
+            yield _block(units, kept[start:end], corpus)
+            start = end
+
+
+def _block(units: Units, chosen: Ints, corpus: Rows) -> Block:
+    positive, positive_offsets = members(units.positive_offsets, chosen)
+    negative, negative_offsets = members(units.negative_offsets, chosen)
+    return Block(
+        units.anchors.select(["id", "text"]).take(pa.array(units.anchor[chosen])),
+        Documents(corpus, units.positives[positive], positive_offsets, units.positive_scores[positive]),
+        Documents(corpus, units.negatives[negative], negative_offsets, units.negative_scores[negative]),
+    )

@@ -1,0 +1,62 @@
+"""Distillation data as LightOn publishes it: queries, documents, and lists of scored document ids.
+
+queries (query_id, text) and documents (document_id, text) are the texts, `train` in scores/ has one row an
+(anchor, positive) pair: query_id, document_ids with the positive first, scores aligned. README.md names the
+three as configs, so that `load_dataset(PATH, "train")` and its like open them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from negpipe.rows.exports.blocks import Block, blocks
+from negpipe.rows.exports.files import ParquetFiles
+from negpipe.rows.exports.front import configs
+from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.referenced import Referenced
+
+_QUERIES = pa.schema({"query_id": pa.string(), "text": pa.string()})
+_SCORES = pa.schema({"query_id": pa.string(), "document_ids": pa.list_(pa.string()), "scores": pa.list_(pa.float32())})
+_CONFIGS = {"train": "scores/*.parquet", "queries": "queries/*.parquet", "documents": "documents/*.parquet"}
+
+
+def _write(job: Job) -> int:
+    referenced = Referenced(job.corpus)
+    last = None
+    with (
+        ParquetFiles(job.folder / "queries", "train", _QUERIES, shard_rows=job.shard_rows) as queries,
+        ParquetFiles(job.folder / "scores", "train", _SCORES, shard_rows=job.shard_rows) as scores,
+    ):
+        for block in blocks(job.slices, job.corpus):
+            referenced.add(block)
+            # With `margin_reference: each` an anchor has several units, one after another.
+            fresh = [name != before for before, name in pairwise([last, *block.ids])]
+            last = block.ids[-1]
+            queries.write(block.anchors.filter(pa.array(fresh)).rename_columns(["query_id", "text"]).cast(_QUERIES))
+            scores.write(_scores(block))
+    referenced.write(job.folder / "documents", "train", "document_id", job.shard_rows)
+    front = yaml.safe_dump({"configs": configs(job.folder, _CONFIGS)}, sort_keys=False)
+    (job.folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
+    return scores.rows
+
+
+def _scores(block: Block) -> pa.Table:
+    unit, positive = block.pairs()
+    names, pos_ids, neg_ids = block.ids, block.positives.ids.to_pylist(), block.negatives.id_lists
+    pos_scores, neg_scores = block.positives.scores, np.split(block.negatives.scores, block.negatives.offsets[1:-1])
+    pairs = list(zip(unit.tolist(), positive.tolist(), strict=True))
+    return pa.table(
+        {
+            "query_id": [names[at] for at, _ in pairs],
+            "document_ids": [[pos_ids[own], *neg_ids[at]] for at, own in pairs],
+            "scores": [np.concatenate([pos_scores[own : own + 1], neg_scores[at]]) for at, own in pairs],
+        },
+        schema=_SCORES,
+    )
+
+
+LAYOUT = Layout(_write)

@@ -1,0 +1,200 @@
+"""Writing an export: JSON and Parquet files, in shards on request, under a final name only when whole."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe.errors import ConfigError
+from negpipe.store.files import bytes_in, explained, sync_folder
+
+_GROUP_BYTES = 32 * 2**20
+_GROUP_ROWS = 65536
+
+
+@contextmanager
+def published(out: Path, *, single: bool, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out`; when the block ends well it takes the name, or with `single` its one file does.
+
+    Raises:
+        ConfigError: `out` is there and `force` is not set.
+        StorageError: the file system refused; what was there is still there.
+    """
+    if out.exists() and not force:
+        raise ConfigError(f"--out {out} is there already: name another place, or replace it with --force")
+    growing, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    size = 0
+    with explained(out, lambda: size, least=True):
+        growing.mkdir(parents=True)
+        try:
+            yield growing
+            made = next(growing.iterdir()) if single else growing
+            for path in [made, *made.rglob("*")]:
+                _sync(path)
+            if out.exists():
+                os.rename(out, old)
+            os.rename(made, out)
+            sync_folder(out.parent)
+        finally:
+            size = bytes_in(growing)
+            if old.exists() and not out.exists():
+                os.rename(old, out)
+            for path in (growing, old):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def shard_name(stem: str, suffix: str, number: int, shard_rows: int | None) -> str:
+    """A file of one table: train.jsonl, or with shards train-00000.jsonl and so on."""
+    return f"{stem}{suffix}" if shard_rows is None else f"{stem}-{number:05d}{suffix}"
+
+
+class _Shards:
+    """Counts rows into the files of one table."""
+
+    def __init__(self, folder: Path, stem: str, suffix: str, shard_rows: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._stem, self._suffix, self._shard_rows = folder, stem, suffix, shard_rows
+        self._number = 0
+        self._in_shard = 0
+        self.rows = 0
+
+    def _next(self) -> Path:
+        self._number += 1
+        return self._folder / shard_name(self._stem, self._suffix, self._number - 1, self._shard_rows)
+
+    @property
+    def _room(self) -> int | None:
+        """Rows that still go into the open shard; None: any number."""
+        return None if self._shard_rows is None else self._shard_rows - self._in_shard
+
+    def _count(self, rows: int) -> None:
+        self._in_shard += rows
+        self.rows += rows
+
+
+class JsonFiles(_Shards):
+    """Objects in UTF-8 JSON, one a line. Never NaN or Infinity: such a number raises ValueError.
+
+    Args:
+        head: what every file begins with; `joint` stands between objects, `tail` at the end.
+        compress: gzip, the same bytes every time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        *,
+        shard_rows: int | None,
+        compress: bool,
+        suffix: str = ".jsonl",
+        head: str = "",
+        joint: str = "\n",
+        tail: str = "\n",
+    ) -> None:
+        super().__init__(folder, stem, suffix + (".gz" if compress else ""), shard_rows)
+        self._compress, self._head, self._joint, self._tail = compress, head, joint, tail
+        self._file: TextIO | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> JsonFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._close()
+        self._stack.close()
+
+    def write(self, objects: list[dict[str, Any]]) -> None:
+        for value in objects:
+            if self._room == 0:
+                self._close()
+            file = self._file or self._open()
+            file.write(self._joint if self._in_shard else self._head)
+            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            self._count(1)
+
+    def _open(self) -> TextIO:
+        raw = self._stack.enter_context(self._next().open("wb"))
+        packed = self._stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)) if self._compress else raw
+        self._file = self._stack.enter_context(io.TextIOWrapper(packed, encoding="utf-8", newline=""))
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.write(self._tail)
+        self._stack.close()
+        self._file = None
+        self._in_shard = 0
+
+
+class ParquetFiles(_Shards):
+    """Tables of one schema in zstd Parquet, in row groups of some megabytes."""
+
+    def __init__(self, folder: Path, stem: str, schema: pa.Schema, *, shard_rows: int | None) -> None:
+        super().__init__(folder, stem, ".parquet", shard_rows)
+        self._schema = schema
+        self._writer: pq.ParquetWriter | None = None
+        self._pending: list[pa.Table] = []
+
+    def __enter__(self) -> ParquetFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._close()
+
+    def write(self, table: pa.Table) -> None:
+        while table.num_rows:
+            if self._room == 0:
+                self._flush()
+                self._close()
+            piece = table.slice(0, self._room)
+            table = table.slice(piece.num_rows)
+            self._pending.append(piece)
+            self._count(piece.num_rows)
+            waiting = sum(piece.num_rows for piece in self._pending)
+            if waiting >= _GROUP_ROWS or sum(piece.nbytes for piece in self._pending) >= _GROUP_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._next(), self._schema, compression="zstd", compression_level=1)
+        table = pa.concat_tables(self._pending).cast(self._schema)
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self._pending = []
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._in_shard = 0

@@ -1,0 +1,27 @@
+"""The YAML before a dataset card: which files are which config, for `load_dataset(FOLDER, NAME)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from negpipe.engine.fingerprint import digest
+from negpipe.store.files import file_digest
+
+
+def configs(folder: Path, patterns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The entry `configs`.
+
+    Args:
+        patterns: config → its files, all of split train.
+    """
+    return [
+        {
+            "config_name": name,
+            "data_files": [{"split": "train", "path": pattern}],
+            # `datasets` takes a cached copy for the folder whenever this YAML is the same, whatever the files hold.
+            "description": f"content {digest([file_digest(path) for path in sorted(folder.glob(pattern))])[:16]}",
+        }
+        for name, pattern in patterns.items()
+    ]

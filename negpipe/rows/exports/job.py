@@ -1,0 +1,65 @@
+"""What a layout is given to write, and what every layout says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from negpipe.config.schema import Config
+from negpipe.data.tables import Rows
+from negpipe.redaction import redacted
+from negpipe.rows.exports.blocks import Slices
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export.
+
+    Attributes:
+        slices: all anchors, in order; can be walked once.
+        folder: an empty folder.
+        shard_rows: rows a file, at most; None: one file.
+        compress: gzip JSON.
+        run: write the ranking that search stored too.
+    """
+
+    config: Config
+    corpus: Rows
+    slices: Slices
+    folder: Path
+    shard_rows: int | None = None
+    compress: bool = False
+    run: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One trainer's layout.
+
+    Attributes:
+        write: writes a job, returns the rows written.
+        json: its rows are JSON, so they can be gzipped.
+        suffix: what the one file of an export without shards ends with; None: it is always several.
+        reads_gzip: whether its trainer's own loader opens gzip.
+        runs: whether it has a place for the ranking.
+    """
+
+    write: Callable[[Job], int]
+    json: bool = False
+    suffix: str | None = None
+    reads_gzip: bool = True
+    runs: bool = False
+
+
+def described(config: Config) -> dict[str, Any]:
+    """The settings that shape the rows, without the places on this machine where things lie."""
+    settings = config.model_dump(mode="json", exclude={"run_dir", "executor", "resources"}, exclude_none=True)
+    return {name: _placeless(value) for name, value in redacted(settings).items()}
+
+
+def _placeless(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _placeless(inner) for name, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

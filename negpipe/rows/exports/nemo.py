@@ -1,0 +1,56 @@
+"""NeMo Automodel's retrieval data: train.json, which refers by id to the corpus beside it.
+
+train.json is {corpus, mining: {args}, data}, one record a unit: question_id, question, corpus_id, pos_doc and
+neg_doc of id and score. Its loader resolves the corpus path against the folder of train.json, reads
+corpus/merlin_metadata.json, and the documents from corpus/train.parquet (id, text). With shards every
+file is whole in itself, and all share the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from negpipe.rows.exports.blocks import Documents, blocks
+from negpipe.rows.exports.files import JsonFiles
+from negpipe.rows.exports.job import Job, Layout, described
+from negpipe.rows.exports.referenced import Referenced
+
+CORPUS_ID = "corpus"
+
+
+def _write(job: Job) -> int:
+    top = {"corpus": [{"path": "./corpus/"}], "mining": {"args": described(job.config)}}
+    head = json.dumps(top, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "data": [\n'
+    referenced = Referenced(job.corpus)
+    with JsonFiles(
+        job.folder,
+        "train",
+        shard_rows=job.shard_rows,
+        compress=job.compress,
+        suffix=".json",
+        head=head,
+        joint=",\n",
+        tail="\n]}\n",
+    ) as files:
+        for block in blocks(job.slices, job.corpus):
+            referenced.add(block)
+            rows = zip(block.ids, block.texts, _documents(block.positives), _documents(block.negatives), strict=True)
+            files.write(
+                [
+                    {"question_id": name, "question": text, "corpus_id": CORPUS_ID, "pos_doc": pos, "neg_doc": neg}
+                    for name, text, pos, neg in rows
+                ]
+            )
+    referenced.write(job.folder / "corpus", "train", "id", None)
+    about = {"class": "TextQADataset", "corpus_id": CORPUS_ID}
+    (job.folder / "corpus" / "merlin_metadata.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    return files.rows
+
+
+def _documents(documents: Documents) -> list[list[dict[str, Any]]]:
+    lists = zip(documents.id_lists, documents.score_lists, strict=True)
+    return [[{"id": name, "score": score} for name, score in zip(*own, strict=True)] for own in lists]
+
+
+LAYOUT = Layout(_write, json=True, reads_gzip=False)

@@ -1,0 +1,37 @@
+"""The documents an export refers to by id, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.data.tables import Rows
+from negpipe.rows.exports.blocks import Block
+from negpipe.rows.exports.files import ParquetFiles
+
+_ROWS = 8192
+
+
+class Referenced:
+    """Remembers the documents of the blocks it is shown: a byte a row of the corpus."""
+
+    def __init__(self, corpus: Rows) -> None:
+        self._corpus = corpus
+        self._seen: npt.NDArray[np.bool_] = np.zeros(len(corpus), np.bool_)
+
+    def add(self, block: Block) -> None:
+        self._seen[block.positives.rows] = True
+        self._seen[block.negatives.rows] = True
+
+    def write(self, folder: Path, stem: str, id_column: str, shard_rows: int | None) -> None:
+        """Write id and text of each, in the order of the corpus."""
+        rows = np.flatnonzero(self._seen)
+        schema = pa.schema({id_column: pa.string(), "text": pa.string()})
+        with ParquetFiles(folder, stem, schema, shard_rows=shard_rows) as files:
+            for start in range(0, len(rows), _ROWS):
+                here = rows[start : start + _ROWS]
+                columns = {id_column: self._corpus.strings("id", here), "text": self._corpus.strings("text", here)}
+                files.write(pa.table(columns).cast(schema))

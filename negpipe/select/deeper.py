@@ -1,0 +1,169 @@
+"""Adaptive depth: anchors that lack negatives are searched again, deeper, before anything else is done about it.
+
+The search is exact, over the stored vectors, and doubles the depth until an anchor lacks nothing, its
+limit is reached, or deeper candidates cannot help. The result does not depend on threads or memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from negpipe import ann
+from negpipe.ann import groups
+from negpipe.config.schema import Config
+from negpipe.data import candidates
+from negpipe.data.candidates import CELLS, Candidates, Deeper
+from negpipe.data.tables import open_table
+from negpipe.select.selector import PartFiles, Selector
+
+_CELL = 64  # bytes for each candidate of the anchors that are searched together
+
+
+def limit(config: Config, rows: int) -> int:
+    """How deep anchors may be searched again; 0 where it would change nothing.
+
+    Args:
+        config: a resolved one.
+        rows: documents that can be candidates.
+    """
+    mining = config.mining
+    if mining.rank_over == "raw" or mining.depth or not mining.num_negatives or config.depth >= rows:
+        return 0
+    return min(mining.max_depth or 0, rows)
+
+
+def check_memory(anchors: int, rows: int, dimension: int, deepest: int, *, memory: int, threads: int) -> None:
+    """Whether so many anchors of a part can be searched again.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    each, fixed = ann.exact.needs(rows, dimension, deepest, memory // 2, threads)
+    remedy = "lower executor.workers, or set mining.max_depth: 0"
+    together = min(anchors, _together(deepest, memory)[1])
+    groups.check(together, deepest, each=each, fixed=fixed, memory=memory // 2, remedy=remedy)
+
+
+def _together(deepest: int, memory: int) -> tuple[int, int]:
+    """Anchors of a group, and those that are searched together: as many groups as fit."""
+    size = max(1, CELLS // deepest)
+    return size, max(size, memory // 2 // (_CELL * deepest))
+
+
+def deepen(
+    selector: Selector,
+    part: PartFiles,
+    passages: ann.Vectors,
+    deepest: int,
+    *,
+    memory: int,
+    threads: int,
+    progress: Callable[[str], None] = lambda note: None,
+    checkpoints: Callable[[str], Path] | None = None,
+) -> Iterator[Deeper]:
+    """Deeper candidates for the anchors of a part that need them, as `candidates.read` takes them.
+
+    Args:
+        selector: says who lacks negatives.
+        part: where the anchors, their candidates and their vectors are.
+        passages: the vectors of the documents that can be candidates.
+        deepest: the limit.
+        memory: bytes there are; as many anchors as fit are searched together. Changes no result.
+        threads: threads that compute. Changes no result.
+        progress: called with a note on how far a search is.
+        checkpoints: the path of what a search leaves to go on from, by its name; None: it leaves nothing.
+
+    Raises:
+        ConfigError: `memory` does not suffice.
+        DamagedError: a file is not whole.
+    """
+    size, together = _together(deepest, memory)
+    began = time.monotonic()
+    table, start = open_table(part.anchors), 0
+    waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
+    none = np.empty(0, np.int64)
+
+    def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
+        each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, memory // 2, threads)
+        seen = 0
+
+        def tell(rows: int) -> None:
+            nonlocal seen
+            seen += rows
+            progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
+
+        def search_some(
+            some: ann.vectors.Ints, memory: int, progress: Callable[[int], None]
+        ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+            who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
+            checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
+            found = ann.search_exact(
+                vectors[some].astype(np.float32),
+                passages,
+                depth,
+                positives=(none, none),
+                memory=memory,
+                threads=threads,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
+            return found.rows, found.scores
+
+        return groups.in_groups(anchors, search_some, depth, each=each, fixed=fixed, memory=memory // 2, progress=tell)
+
+    def searched() -> Iterator[Deeper]:
+        found = candidates.joined([piece for _, piece in waiting])
+        anchors = np.concatenate([numbers for numbers, _ in waiting])
+        texts = table.take(pa.array(anchors))
+        found, depths = _deepened(selector, texts, found, deepest, lambda at, depth: search(anchors[at], depth))
+        first = 0
+        for numbers, _ in waiting:
+            here = slice(first, first + len(numbers))
+            depth = int(depths[here].max())
+            yield Deeper(numbers, found.rows[here, :depth], found.scores[here, :depth])
+            first = here.stop
+
+    for piece in candidates.read(part.candidates, depth=selector.depth):
+        if piece.rows.shape[1] >= deepest:
+            return
+        short = selector.short(table.slice(start, len(piece.rows)), piece)
+        # Groups depend on nothing but the anchors: what is made of them must not depend on memory.
+        for low in range(0, len(short), size):
+            group = short[low : low + size]
+            if sum(len(numbers) for numbers, _ in waiting) + len(group) > together:
+                yield from searched()
+                waiting = []
+            waiting.append((start + group, piece.take(group)))
+        start += len(piece.rows)
+    if waiting:
+        yield from searched()
+
+
+def _deepened(
+    selector: Selector,
+    anchors: pa.Table,
+    found: Candidates,
+    deepest: int,
+    search: Callable[[ann.vectors.Ints, int], tuple[ann.vectors.Ints, ann.vectors.Floats]],
+) -> tuple[Candidates, ann.vectors.Ints]:
+    """What is found of some anchors, padded to one width, and how deep each was searched."""
+    count, depth = found.rows.shape
+    depths = np.full(count, depth)
+    waiting = np.arange(count)
+    step = max(1, CELLS // deepest)
+    while len(waiting) and depth < deepest:
+        depth = min(2 * depth, deepest)
+        found = found.deepened(Deeper(waiting, *search(waiting, depth)))
+        depths[waiting] = depth
+        slices = [waiting[low : low + step] for low in range(0, len(waiting), step)]
+        waiting = np.concatenate(
+            [some[selector.short(anchors.take(pa.array(some)), found.take(some))] for some in slices]
+        )
+    return found, depths

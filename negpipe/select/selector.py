@@ -1,0 +1,441 @@
+"""Selection over stored candidates: what `triplets`, `export` and `explain` all see.
+
+One slice of anchors with its candidates becomes units. A unit is an anchor, or with
+`mining.margin_reference: each` an (anchor, positive) pair; it has its positives, the negatives chosen for
+them, and the fate of every candidate. The same config and the same parts give the same units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.config.schema import Config
+from negpipe.data import candidates
+from negpipe.data.candidates import Candidates, Deeper
+from negpipe.data.namesakes import Namesakes
+from negpipe.data.tables import Rows, open_table, ragged
+from negpipe.errors import InputError
+from negpipe.select import duplicates, randoms, rules, verdicts
+from negpipe.select.rules import Fate
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+SOURCES = ("mined", "random")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What was chosen for u units of one slice of anchors.
+
+    Attributes:
+        anchors: the slice's rows of ingest's anchor table.
+        anchor: (u,) row of `anchors` of each unit.
+        positives: rows of all units' positives, ragged by `positive_offsets` (u + 1,); scores and grades alike.
+        positive_ranks: raw rank of each positive, -1 beyond the depth.
+        negatives: rows of all units' negatives, the mined by rank, then the random as drawn, ragged by
+            `negative_offsets` (u + 1,); scores alike.
+        negative_ranks: raw rank of each negative, -1 for random ones.
+        negative_sources: uint8, place in `SOURCES` of each negative.
+        fates: (u, k) uint8, what became of each candidate.
+        references: (u,) the positive score that each unit's margins refer to, NaN where there is none.
+    """
+
+    anchors: pa.Table
+    anchor: Ints
+    positives: Ints
+    positive_offsets: Ints
+    positive_scores: Floats
+    positive_ranks: Ints
+    grades: Floats
+    negatives: Ints
+    negative_offsets: Ints
+    negative_scores: Floats
+    negative_ranks: Ints
+    negative_sources: npt.NDArray[np.uint8]
+    fates: npt.NDArray[np.uint8]
+    references: Floats
+
+    @property
+    def counts(self) -> Ints:
+        """(u,) how many negatives each unit got."""
+        return np.diff(self.negative_offsets)
+
+    def only_negatives(self) -> Units:
+        """The same without the positives that `output.include_positives` ranks among the negatives."""
+        # Units of pairs have but one positive each: what counts are all of the anchor.
+        anchor = self.anchor * (int(max(self.positives.max(initial=0), self.negatives.max(initial=0))) + 1)
+        known = np.repeat(anchor, np.diff(self.positive_offsets)) + self.positives
+        kept = ~np.isin(np.repeat(anchor, self.counts) + self.negatives, known)
+        negatives, offsets = _where(self.negatives, self.negative_offsets, kept)
+        return replace(
+            self,
+            negatives=negatives,
+            negative_offsets=offsets,
+            negative_scores=self.negative_scores[kept],
+            negative_ranks=self.negative_ranks[kept],
+            negative_sources=self.negative_sources[kept],
+        )
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """One part of anchors: the files of ingest, search and encode, and deeper candidates where there are any."""
+
+    anchors: Path
+    candidates: Path
+    vectors: Path
+    deeper: Path | Iterable[Deeper] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of the candidates of u units.
+
+    Attributes:
+        anchor: (u,) as in `Units`.
+        offsets: (u + 1,) where each unit's positives begin.
+        reference: (u,) as `Units.references`.
+        rows: (n, k) the candidates of each anchor; scores alike.
+        fates: (u, k) what became of them for each unit.
+    """
+
+    anchor: Ints
+    offsets: Ints
+    reference: Floats
+    rows: Ints
+    scores: Floats
+    fates: npt.NDArray[np.uint8]
+
+    @property
+    def taken(self) -> Ints:
+        """(u,) how many were taken."""
+        return rules.counts(self.fates)[:, Fate.TAKEN]
+
+
+class Selector:
+    """Applies a config's mining rules; holds what all slices share.
+
+    Args:
+        config: a resolved one.
+        corpus: ingest's documents.
+        namesakes: what other anchors of the same text have.
+        searchable: how many documents, from the first on, can be negatives.
+        passages: their vectors, encode's parts; needed where random negatives are asked for.
+        threads: threads that compare texts. Changes no result.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Rows,
+        namesakes: Namesakes,
+        *,
+        searchable: int,
+        passages: Sequence[Path] = (),
+        threads: int = 1,
+    ) -> None:
+        self._config, self._corpus, self._namesakes = config, corpus, namesakes
+        self._searchable, self._passages = searchable, passages
+        names = {field.name for field in fields(rules.Rules)}
+        settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
+        if config.output.format == "n-tuple" and config.mining.on_shortage == "keep":
+            settings["on_shortage"] = "drop"  # its rows have no room for fewer
+        if config.mining.on_shortage == "random":  # random ones are added to what is selected
+            settings["on_shortage"] = "keep"
+        if not config.mining.num_negatives:
+            settings["sampling_strategy"] = "top"
+        self.rules = rules.Rules(**settings)
+        self.depth = config.depth
+        name = config.mining.exclude_file
+        self._verdicts = verdicts.resolve(verdicts.read(Path(name)), corpus) if name else {}
+        threshold = config.mining.near_duplicate
+        self.duplicates = None if threshold is None else duplicates.Finder(corpus, threshold, threads)
+
+    @property
+    def compared(self) -> tuple[int, float]:
+        """Pairs of texts compared so far, and the seconds it took."""
+        return (self.duplicates.pairs, self.duplicates.seconds) if self.duplicates else (0, 0.0)
+
+    def slices(self, part: PartFiles, every: int = 1) -> Iterator[tuple[Candidates, Units]]:
+        """Everything of one part, a slice of anchors at a time.
+
+        Args:
+            part: its files.
+            every: of how many anchors one is looked at.
+
+        Yields:
+            the candidates of a slice as they are stored, and its units.
+
+        Raises:
+            DamagedError: a file is not whole.
+            InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
+        """
+        table, start = open_table(part.anchors), 0
+        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
+            wanted = np.arange(-start % every, len(piece.rows), every)
+            found = piece if every == 1 else piece.take(wanted)
+            units = self._units(part, table, start + wanted, found)
+            self._check_shortage(units)
+            yield found, units
+            start += len(piece.rows)
+
+    def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
+        """The same for one anchor, by its place in the part; it may be short."""
+        start = 0
+        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
+            if anchor < start + len(piece.rows):
+                alone = piece.take(np.array([anchor - start]))
+                return alone, self._units(part, open_table(part.anchors), np.array([anchor]), alone)
+            start += len(piece.rows)
+        raise IndexError(f"{part.candidates} holds {start} anchors, there is no number {anchor}")
+
+    def _units(self, part: PartFiles, table: pa.Table, anchors: Ints, found: Candidates) -> Units:
+        units = self.select(_rows_of(table, anchors), found)
+        if self._config.mining.draws:
+            vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
+            units = self._with_random(units, vectors[anchors].astype(np.float32))
+        return units
+
+    def short(self, anchors: pa.Table, found: Candidates) -> Ints:
+        """Anchors of a slice that lack negatives and may find them among deeper candidates, ascending."""
+        wanted, least = self._config.mining.num_negatives, self.rules.min_score
+        hopeful = found.rows[:, -1] >= 0
+        if least is not None:
+            hopeful &= found.scores[:, -1] >= np.float32(least)
+        short = np.flatnonzero(hopeful)
+        # Most find what they need among the first candidates: only the others are looked at whole.
+        for width in (2 * (self.rules.range_min + wanted) + 16, found.rows.shape[1]):
+            chosen = self.choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
+            short = short[np.unique(chosen.anchor[chosen.taken < wanted])]
+        return short
+
+    def select(self, anchors: pa.Table, found: Candidates) -> Units:
+        """Choose mined negatives for a slice of anchors."""
+        grades, _ = ragged(anchors["grades"])
+        chosen = self.choose(anchors, found)
+        unit, column = np.nonzero(chosen.fates == Fate.TAKEN)
+        taken = chosen.anchor[unit], column
+        return Units(
+            anchors=anchors,
+            anchor=chosen.anchor,
+            positives=found.positives,
+            positive_offsets=chosen.offsets,
+            positive_scores=found.positive_scores,
+            positive_ranks=_ranks(found),
+            grades=grades.astype(np.float32),
+            negatives=chosen.rows[taken],
+            negative_offsets=np.concatenate([[0], np.cumsum(chosen.taken)]),
+            negative_scores=chosen.scores[taken],
+            negative_ranks=column,
+            negative_sources=np.zeros(len(column), np.uint8),
+            fates=chosen.fates,
+            references=chosen.reference,
+        )
+
+    def choose(self, anchors: pa.Table, found: Candidates, excluded: npt.NDArray[np.uint8] | None = None) -> Choice:
+        """What becomes of every candidate of a slice of anchors; random negatives are not among them.
+
+        Args:
+            anchors: a slice of ingest's anchors.
+            found: their candidates.
+            excluded: what `excluded` says of those that are looked at, where the caller knows it already.
+        """
+        each = self._config.mining.margin_reference == "each"
+        if each:
+            anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
+            offsets = np.arange(len(anchor) + 1)
+            reference = found.positive_scores
+        else:
+            anchor, offsets = np.arange(len(found.rows)), found.offsets
+            reference = rules.reference_scores(
+                found.positive_scores, offsets, "max" if self._config.mining.margin_reference == "max" else "min"
+            )
+        depth = self._config.mining.depth or found.rows.shape[1]
+        assert isinstance(depth, int), "the config is not resolved"
+        rows, scores = found.rows[:, :depth], found.scores[:, :depth]
+        excluded = self.excluded(anchors, rows) if excluded is None else excluded[:, :depth].copy()
+        uniform = self._uniform(anchors, rows)
+        if self._config.output.include_positives:
+            # Positives of other splits, and copies of a positive, would still be false negatives.
+            own = rules.contains(rows, found.positives, found.offsets)
+            excluded[own] = Fate.TAKEN
+        if each:
+            excluded = excluded[anchor]
+        fates = np.empty(excluded.shape, np.uint8)
+
+        def select(units: Ints) -> None:
+            step = max(1, candidates.CELLS // max(1, rows.shape[1]))
+            for some in (units[low : low + step] for low in range(0, len(units), step)):
+                at = anchor[some]
+                numbers = None if uniform is None else uniform[at]
+                fates[some] = rules.select(rows[at], scores[at], excluded[some], reference[some], numbers, self.rules)
+
+        select(np.arange(len(anchor)))
+        if self.duplicates is not None:
+            known, known_offsets = ragged(anchors["known"])
+            matters = [Fate.TAKEN, Fate.BEFORE_WINDOW]
+            if self.rules.sampling_strategy != "top":
+                matters.append(Fate.NOT_SAMPLED)
+            waiting = np.ones(fates.shape, np.bool_)
+            if self._config.output.include_positives:
+                waiting &= ~own[anchor]
+            # Who comes in for a duplicate may be one too; the others are never compared.
+            while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):
+                unit, column = np.divmod(cell, rows.shape[1])
+                waiting[unit, column] = False
+                alike = self.duplicates.find(rows[anchor[unit], column], anchor[unit], known, known_offsets)
+                excluded[unit[alike], column[alike]] = Fate.NEAR_DUPLICATE
+                select(np.unique(unit[alike]))
+        return Choice(anchor, offsets, reference, rows, scores, fates)
+
+    def _with_random(self, units: Units, vectors: Floats) -> Units:
+        """The units with random negatives, behind the mined ones."""
+        settings, mined = self._config.mining, units.counts
+        wanted = np.full(len(mined), settings.num_random)
+        if settings.on_shortage == "random":
+            wanted += np.maximum(settings.num_negatives - mined, 0)
+        if settings.on_shortage == "drop":
+            wanted[mined < settings.num_negatives] = 0
+        known, known_offsets = ragged(units.anchors["known"])
+        itself = units.anchors["self_row"].to_numpy()
+
+        def barred(some: Ints, rows: Ints) -> Mask:
+            anchor = units.anchor[some]
+            out = self.excluded(units.anchors, rows, anchor) > 0
+            out |= rules.contains(rows, known, known_offsets, anchor)
+            out |= rules.contains(rows, units.negatives, units.negative_offsets, some)
+            out |= rows == itself[anchor, None]
+            if self.duplicates is not None:
+                unit, column = np.nonzero(~out)
+                out[unit, column] = self.duplicates.find(rows[unit, column], anchor[unit], known, known_offsets)
+            return out
+
+        identity = units.anchors["id_hash"].to_numpy()[units.anchor]
+        rows, offsets = randoms.draw(self._config.seed, identity, wanted, self._searchable, barred)
+        unit = np.repeat(np.arange(len(mined)), np.diff(offsets))
+        scores = randoms.scores(vectors, units.anchor[unit], self._passages, rows)
+        order = np.argsort(np.concatenate([np.repeat(np.arange(len(mined)), mined), unit]), kind="stable")
+
+        def joined(of_mined: npt.NDArray[Any], of_random: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.concatenate([of_mined, of_random])[order]
+
+        return replace(
+            units,
+            negatives=joined(units.negatives, rows),
+            negative_offsets=units.negative_offsets + offsets,
+            negative_scores=joined(units.negative_scores, scores),
+            negative_ranks=joined(units.negative_ranks, np.full(len(rows), -1)),
+            negative_sources=joined(units.negative_sources, np.full(len(rows), SOURCES.index("random"), np.uint8)),
+        )
+
+    def _check_shortage(self, units: Units) -> None:
+        wanted = self._config.mining.wanted
+        short = units.counts < wanted
+        if self._config.mining.on_shortage != "fail" or not short.any():
+            return
+        names = ", ".join(repr(units.anchors["id"][int(at)].as_py()) for at in units.anchor[short][:5])
+        raise InputError(
+            f"at least {int(short.sum())} anchors have fewer than {wanted} negatives: {names}",
+            field="mining.on_shortage",
+            remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
+        )
+
+    def excluded(
+        self, anchors: pa.Table, rows: Ints, anchor: Ints | None = None, spared: Mask | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Why rows can be no negative of their anchor, whatever the score; near duplicates aside.
+
+        Args:
+            anchors: a slice of ingest's anchors.
+            rows: (n, k) of the corpus.
+            anchor: (n,) whose each line of them is, a row of `anchors`; None: every anchor has one.
+            spared: (n, k) which of them are no positive of a namesake, whatever is known; None: none.
+
+        Returns:
+            (n, k) uint8, see `mining.exclusions`.
+        """
+        wanted = set(self._config.mining.exclude)
+        found: dict[Fate, Mask] = {}
+        anchor = np.arange(len(rows)) if anchor is None else anchor
+        known, offsets = ragged(anchors["known"])
+        by_id, _ = ragged(anchors["known_by_id"])
+        texts = anchors["normalized"].to_numpy()[anchor]
+        # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
+        if wanted & {"positive_id", "positive_text"}:
+            found[Fate.POSITIVE_ID] = rules.contains(rows, *_where(known, offsets, by_id), anchor)
+            found[Fate.POSITIVE_TEXT] = rules.contains(rows, *_where(known, offsets, ~by_id), anchor)
+        normalized = own = np.empty(0, np.uint64)
+        if wanted & {"positive_normalized", "anchor_text"}:
+            normalized = self._corpus.numbers("normalized", np.maximum(rows, 0))
+        if "positive_normalized" in wanted:
+            own = self._corpus.numbers("normalized", known)
+            found[Fate.POSITIVE_NORMALIZED] = rules.contains(normalized, own, offsets, anchor)
+        if "shared_anchor" in wanted:
+            shared = self._shared(texts, rows, normalized if "positive_normalized" in wanted else None)
+            if shared.any():
+                # Its own positives are among what its text has, and barred by other reasons or not at all.
+                shared &= ~rules.contains(rows, known, offsets, anchor)
+            found[Fate.SHARED_ANCHOR] = shared if spared is None else shared & ~spared
+        if "anchor_text" in wanted:
+            found[Fate.ANCHOR_TEXT] = normalized == texts[:, None]
+        if self._verdicts:
+            found[Fate.EXCLUDED_FILE] = rules.contains(rows, *self._verdicts_of(anchors), anchor)
+        return rules.exclusions(rows.shape, found)
+
+    def _shared(self, texts: npt.NDArray[np.uint64], rows: Ints, normalized: npt.NDArray[np.uint64] | None) -> Mask:
+        """Whether each of (n, k) rows, or its normalised text, is known of any query of the (n,) anchors' texts."""
+        texts, lists = np.unique(texts, return_inverse=True)
+        shared, offsets = self._namesakes.of(texts)
+        found = rules.contains(rows, shared, offsets, lists)
+        if normalized is not None:
+            found |= rules.contains(normalized, self._corpus.numbers("normalized", shared), offsets, lists)
+        return found
+
+    def _verdicts_of(self, anchors: pa.Table) -> tuple[Ints, Ints]:
+        lists = [self._verdicts.get(identity, []) for identity in anchors["id"].to_pylist()]
+        offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
+        return np.array([row for rows in lists for row in rows], np.int64), offsets
+
+    def _uniform(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.float64] | None:
+        if self._config.mining.sampling_strategy == "top":
+            return None
+        documents = self._corpus.numbers("id_hash", np.maximum(rows, 0))
+        return rules.uniform(self._config.seed, anchors["id_hash"].to_numpy(), documents)
+
+
+def _rows_of(table: pa.Table, rows: Ints) -> pa.Table:
+    """Rows of a mapped table, ascending; without a copy where they follow each other."""
+    together = not len(rows) or rows[-1] - rows[0] == len(rows) - 1
+    return table.slice(int(rows[0]) if len(rows) else 0, len(rows)) if together else table.take(pa.array(rows))
+
+
+def _ranks(found: Candidates) -> Ints:
+    """Raw rank of every positive, -1 beyond the depth."""
+    ranks = np.full(len(found.positives), -1, np.int64)
+    counts, depth = np.diff(found.offsets), max(1, found.rows.shape[1])
+    anchor = np.repeat(np.arange(len(counts)), counts)
+    few = np.flatnonzero(counts[anchor] <= rules.LONG)
+    step = max(1, candidates.CELLS // depth)
+    for here in (few[low : low + step] for low in range(0, len(few), step)):
+        hit = found.rows[anchor[here]] == found.positives[here, None]
+        ranks[here] = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
+    for at in np.flatnonzero(counts > rules.LONG):
+        own, rows = slice(*found.offsets[at : at + 2]), found.rows[at]
+        order = np.argsort(rows)
+        place = order[np.minimum(np.searchsorted(rows, found.positives[own], sorter=order), len(rows) - 1)]
+        ranks[own] = np.where(rows[place] == found.positives[own], place, -1)
+    return ranks
+
+
+def _where(values: Ints, offsets: Ints, keep: Mask) -> tuple[Ints, Ints]:
+    """The kept values of ragged lists, still ragged."""
+    return values[keep], np.concatenate([[0], np.cumsum(keep)])[offsets].astype(np.int64)

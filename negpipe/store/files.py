@@ -1,0 +1,188 @@
+"""Publishing files: a final name never exists half-written, whatever is killed or fills up.
+
+Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from negpipe.errors import NegpipeError, StorageError, VanishedError
+from negpipe.store import unfinished
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+    errno.ENOTDIR: "a folder of its path is a file",
+    errno.EFBIG: "the file is larger than this file system or the process limit allows",
+}
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading meets them as well
+
+
+BOOKS = ".negpipe"
+"""The folder of a run directory that holds records and everything else that is not for people."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file under its final name: name within its folder, bytes and sha256."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def explained(path: Path, needed: Callable[[], int] | None = None, *, least: bool = False) -> Iterator[None]:
+    """Turn the file system's refusals to write into errors a person can act on.
+
+    Args:
+        path: the folder or file that is written.
+        needed: tells, when it failed, the bytes that are written there.
+        least: these are only the bytes so far.
+
+    Raises:
+        StorageError: no space, quota used up, read-only, no permission, too large.
+    """
+    try:
+        yield
+    except NegpipeError:
+        raise
+    except Exception as error:
+        refused = _refusal(error, path)
+        if refused is None:
+            raise
+        try:
+            free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
+        except OSError:
+            free = ""
+        count = needed() if needed else 0
+        need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
+        raise StorageError(
+            f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
+            "Nothing finished was lost: make room, or mend path or permission, then run the same command again"
+        ) from error
+
+
+def _refusal(error: Exception, path: Path) -> int | None:
+    """The system's error number. Libraries that write files themselves give it as text only."""
+    if isinstance(error, OSError) and error.errno in _REASONS:
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        inside = Path(named).absolute().is_relative_to(path.absolute())
+        return error.errno if inside or error.errno not in _OF_PLACES else None
+    return next((n for n in _REASONS if n not in _OF_PLACES and os.strerror(n) in str(error)), None)
+
+
+def publish(
+    folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+) -> Published:
+    """Write a file and give it its final name, which may depend on its content.
+
+    Args:
+        folder: existing or new folder of the file.
+        name: makes the final name from the sha256 of the content.
+        write: writes the content to the binary file it is given.
+        needed: its bytes, where known: without room for them nothing is begun.
+
+    Raises:
+        StorageError: the file system refused; no temporary file is left.
+        VanishedError: somebody took the temporary file away.
+    """
+    temporary = unfinished.temporary(folder)
+    size = 0
+    with explained(folder, lambda: size if needed is None else needed, least=needed is None):
+        folder.mkdir(parents=True, exist_ok=True)
+        if needed is not None and needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = file_digest(temporary)
+            size = bytes_in(temporary)
+            final = name(digest)
+            os.replace(temporary, folder / final)
+        except FileNotFoundError as error:
+            if temporary.exists():
+                raise
+            raise VanishedError(
+                f"{temporary} vanished while it was written: another process works on this run directory, or files"
+                " in it are being deleted. Stop that, then run the same command again"
+            ) from error
+        finally:
+            size = size or bytes_in(temporary)
+            temporary.unlink(missing_ok=True)
+        sync_folder(folder)
+    return Published(final, size, digest)
+
+
+def check_room(folder: Path, what: str, needed: int, remedy: str) -> None:
+    """Whether there is room for what a stage is about to write to its folder, which may be a link to another disk.
+
+    Raises:
+        StorageError: there is less.
+    """
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    if needed > free:
+        raise StorageError(
+            f"{what} {needed:,} bytes in {folder}, {free:,} bytes are free there. Nothing finished was lost: make"
+            f" room, or {remedy}, then run the same command again"
+        )
+
+
+def bytes_in(path: Path) -> int:
+    """The size of a file, or of the files in a folder; 0 where there is none."""
+    try:
+        files = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish a JSON file."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    data = text.encode()
+    publish(path.parent, lambda _: path.name, lambda file: write_all(file, data), len(data))
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write bytes that are there already, for `publish`."""
+    file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in a folder. Only under the run lock."""
+    for path in unfinished.left_over(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

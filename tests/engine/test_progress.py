@@ -1,0 +1,63 @@
+"""What a person sees while a model computes: rows, texts and tokens a second, the time that is left."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import small_source as small
+import yaml
+from rich.console import Console
+
+from negpipe.ann import exact
+from negpipe.cli import console
+from negpipe.engine.manifest import Books
+
+
+def encoded(folder: Path, tiny: Path) -> small.Outcome:
+    small.build(folder)
+    settings = small.settings(folder)
+    settings["encoder"] = {"model": str(tiny), "batch_size": 4}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert small.run("ingest", folder / "config.yaml").code == 0
+    return small.run("encode", folder / "config.yaml")
+
+
+def test_lines_state_texts_and_tokens_a_second_and_the_time_left(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    outcome = encoded(tmp_path, tiny)
+    assert outcome.code == 0, outcome.err
+    line = re.compile(
+        r"encode: ([\d,]+) of ([\d,]+) rows, about \d+ s left \(([\d,]+) texts/s, ([\d,]+) tokens/s\)$", re.MULTILINE
+    )
+    found = [tuple(int(number.replace(",", "")) for number in match) for match in line.findall(outcome.err)]
+    assert [done for done, *_ in found] == sorted({done for done, *_ in found})
+    assert {of for _, of, *_ in found} == {found[-1][0]} == {small.DOCUMENTS + small.QUERIES}
+    # Both rates are of the same seconds: tokens for each text are what the stage counted in all.
+    stats = Books(tmp_path / "run", "encode").manifest().stats  # type: ignore[union-attr]
+    own = [tokens / texts for _, _, texts, tokens in found]
+    assert min(own) <= stats["tokens"] / stats["texts"] <= max(own)
+
+
+def test_a_terminal_shows_a_bar_with_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=terminal, force_terminal=True, width=160))
+    assert encoded(tmp_path, tiny).code == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"encode .* \d+/52 \d:\d\d:\d\d [\d,]+ texts/s, [\d,]+ tokens/s", shown)
+
+
+def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 10)
+    scarce = ("search.depth=10", "mining.max_score=-9", "mining.max_depth=40", "data.part_rows=99")
+    overrides = [part for setting in scarce for part in ("--set", setting)]
+    outcome = small.run("mine", small.build(tmp_path), *overrides)
+    assert outcome.code == 0, outcome.err
+    assert "not one row could be made, candidates were dropped: max score" in " ".join(outcome.err.split())
+    said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
+    assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
