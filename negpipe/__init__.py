@@ -32,10 +32,10 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     Raises:
         negpipe.errors.NegpipeError: with a message for people.
     """
+    from negpipe import graph
     from negpipe.config.file import load_config
-    from negpipe.engine import pipeline
 
-    return pipeline.mine(load_config(config, list(overrides)))
+    return graph.mine(load_config(config, list(overrides)))
 
 
 def __getattr__(name: str) -> Any:

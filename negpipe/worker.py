@@ -53,7 +53,7 @@ def main() -> None:
         stage, config = STAGES[head["stage"]], load_config(head["config"])
         if not stage.apart(config):  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
-        context = load_context(config, before=stage.name)
+        context = load_context(config, STAGES, before=stage.name)
         _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import small_source as small
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 
 DOCUMENTS, QUERIES, DIMENSION = 3_000, 300, 16
 
@@ -35,8 +35,8 @@ def write(folder: Path, documents: int = DOCUMENTS) -> dict[str, Any]:
     return settings
 
 
-def mined(source: dict[str, Any], *overrides: str, only: str | None = None) -> pipeline.Result:
-    return pipeline.mine(load_config(source, list(overrides)), only=only)
+def mined(source: dict[str, Any], *overrides: str, only: str | None = None) -> graph.Result:
+    return graph.mine(load_config(source, list(overrides)), only=only)
 
 
 KINDS = (

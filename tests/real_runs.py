@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.engine.state import State
 from negpipe.stages import STAGES as STAGES_OF_NEGPIPE
 
@@ -46,12 +46,12 @@ class Run:
         shutil.copytree(self.folder, folder)
         return self.at(folder)
 
-    def mine(self, *overrides: str, only: str | None = None) -> pipeline.Result:
+    def mine(self, *overrides: str, only: str | None = None) -> graph.Result:
         """Run in this process, tasks inline where the stage allows."""
-        return pipeline.mine(load_config(self.config, ["executor.kind=inline", *overrides]), only=only)
+        return graph.mine(load_config(self.config, ["executor.kind=inline", *overrides]), only=only)
 
     def states(self, *overrides: str) -> dict[str, State]:
-        return {state.stage: state for state in pipeline.status(load_config(self.config, list(overrides)))}
+        return {state.stage: state for state in graph.status(load_config(self.config, list(overrides)))}
 
     def start(
         self, verb: str, *overrides: str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.store.files import file_digest
 
 
@@ -41,7 +41,7 @@ def test_its_vectors_are_used_and_its_rows_are_made_again(tmp_path: Path) -> Non
     run_dir = Path(config["run_dir"])
     vectors = {path: (path.stat().st_ino, file_digest(path)) for path in (run_dir / "encode").iterdir()}
     before = rows(run_dir)
-    result = pipeline.mine(load_config(config, ["output.grades=true"]))
+    result = graph.mine(load_config(config, ["output.grades=true"]))
     # An executor that is asked for a task would have loaded the model, and its log would say so.
     assert not (run_dir / ".negpipe/logs").exists() or not [*(run_dir / ".negpipe/logs").glob("encode*")]
     assert {path: (path.stat().st_ino, file_digest(path)) for path in (run_dir / "encode").iterdir()} == vectors
@@ -49,4 +49,4 @@ def test_its_vectors_are_used_and_its_rows_are_made_again(tmp_path: Path) -> Non
     assert "triplets" in result.ran and after != before
     assert [{name: row[name] for name in before[0]} for row in after] == before
     assert (run_dir / "triplets/NOTES.md").read_text(encoding="utf-8") == "a user's own\n"
-    assert {state.state for state in pipeline.status(load_config(config, ["output.grades=true"]))} == {"current"}
+    assert {state.state for state in graph.status(load_config(config, ["output.grades=true"]))} == {"current"}

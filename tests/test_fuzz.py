@@ -12,10 +12,9 @@ import pytest
 import small_source as small
 from hypothesis import HealthCheck, given, settings
 
-from negpipe import sources
+from negpipe import graph, sources
 from negpipe.config.file import load_config
 from negpipe.config.schema import Columns, Config, Data
-from negpipe.engine import pipeline, upkeep
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books
 from negpipe.errors import NegpipeError
@@ -226,7 +225,7 @@ def test_compressed_and_binary_files(fuzz: Any, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    pipeline.mine(load_config(str(small.build(folder))), only="ingest")
+    graph.mine(load_config(str(small.build(folder))), only="ingest")
     return folder / "run"
 
 
@@ -257,9 +256,9 @@ def test_manifests(fuzz: Any, run_dir: Path) -> None:
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        pipeline.status(config)
-        upkeep.inventory(run_dir)
-        upkeep.superseded(run_dir)
+        graph.status(config)
+        graph.inventory(run_dir)
+        graph.superseded(run_dir)
 
     fuzz(books(sound), read)
     path.write_bytes(sound)
@@ -274,7 +273,7 @@ def test_records_of_parts(fuzz: Any, run_dir: Path) -> None:
         path.write_bytes(content)
         kept.part(path.stem)
         list(kept.parts())
-        upkeep.inventory(run_dir)
+        graph.inventory(run_dir)
 
     fuzz(books(sound), read)
     path.write_bytes(sound)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from beir_data import tricky_folder
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from compare_rows import EXACT, content
@@ -61,7 +61,7 @@ def source(folder: Path) -> dict[str, Any]:
 
 def made(config: dict[str, Any], variant: str) -> dict[str, str]:
     """Digests of what a variant's run holds."""
-    return content(pipeline.mine(load_config(config, EXACT[variant])).run_dir)
+    return content(graph.mine(load_config(config, EXACT[variant])).run_dir)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 import small_source as small
 import yaml
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.data import candidates
-from negpipe.engine import pipeline
 from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.ingest import spool
@@ -31,26 +31,26 @@ def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
     tight = ["data.part_rows=1000", "resources.memory_budget=64MiB"]
     message = r"part of 40 rows takes 344 MiB.*there are 64 a worker: lower data\.part_rows"
     with pytest.raises(ConfigError, match=message):
-        pipeline.mine(load_config(small.settings(tmp_path), tight))
+        graph.mine(load_config(small.settings(tmp_path), tight))
     assert not list((tmp_path / "run/encode").glob("*.npy"))
     # One part of several is too large: known before any is encoded.
-    result = pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=12"]), only="ingest")
+    result = graph.mine(load_config(small.settings(tmp_path), ["data.part_rows=12"]), only="ingest")
     sizes = [part.rows for part in Books(result.run_dir, "ingest").manifest().parts if part.kind != "counts"]  # type: ignore[union-attr]
     most, row = max(sizes), 900_000 * (2 + 2 * 4) / 2**20
     fitting = ["data.part_rows=12", f"resources.memory_budget={int(most * row) + 8}MiB"]
     tight = ["data.part_rows=12", f"resources.memory_budget={int(most * row) - 4}MiB"]
     assert min(sizes) < most
     with pytest.raises(ConfigError, match=rf"part of {most} rows takes"):
-        pipeline.mine(load_config(small.settings(tmp_path), tight), only="encode")
+        graph.mine(load_config(small.settings(tmp_path), tight), only="encode")
     assert not list((tmp_path / "run/encode").glob("*.npy"))
     with pytest.raises(InputError, match="is zero"):  # it was read
-        pipeline.mine(load_config(small.settings(tmp_path), fitting), only="encode")
+        graph.mine(load_config(small.settings(tmp_path), fitting), only="encode")
 
 
 def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))
-    pipeline.mine(config, only="ingest")
+    graph.mine(config, only="ingest")
     # Vectors, candidates, and the index, which is flat.
     total = (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
     found = small.QUERIES * small.DOCUMENTS * candidates.BYTES
@@ -58,46 +58,46 @@ def test_a_disk_too_small_for_the_vectors_is_known_before(tmp_path: Path, monkey
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"take about {total:,} bytes in .*, {total - 1:,} bytes are .*larger disk"):
-        pipeline.mine(config, only="encode")
+        graph.mine(config, only="encode")
     assert not list((tmp_path / "run/encode").glob("*.npy"))
     # Vectors of another kind that are there do not count as made.
     monkeypatch.undo()
-    pipeline.mine(config, only="encode")
+    graph.mine(config, only="encode")
     total += (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"take about {total:,} bytes"):
-        pipeline.mine(load_config(small.settings(tmp_path), ["encoder.storage=float32"]), only="encode")
+        graph.mine(load_config(small.settings(tmp_path), ["encoder.storage=float32"]), only="encode")
     # Where anchors alone are new, the index stays.
     monkeypatch.undo()
     np.save(tmp_path / "anchors.npy", small.vectors(small.QUERIES, 3))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=4_991))
     with pytest.raises(StorageError, match=rf"take about {small.QUERIES * small.DIMENSION * 2 + found:,} bytes"):
-        pipeline.mine(config, only="encode")
+        graph.mine(config, only="encode")
 
 
 def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path), ["index.kind=stream"])
     for stage in ("ingest", "encode", "index"):
-        pipeline.mine(config, only=stage)
+        graph.mine(config, only=stage)
     total = small.QUERIES * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     message = rf"search writes about {total:,} bytes in .*, {total - 1:,} bytes are free there.*lower search\.depth"
     with pytest.raises(StorageError, match=message):
-        pipeline.mine(config)
+        graph.mine(config)
     assert not (tmp_path / "run/search").exists()
     # What is there already needs no room.
     monkeypatch.undo()
-    parts = Books(pipeline.mine(config, only="search").run_dir, "search").manifest().parts  # type: ignore[union-attr]
+    parts = Books(graph.mine(config, only="search").run_dir, "search").manifest().parts  # type: ignore[union-attr]
     Books(config.run_dir, "search").manifest_path.unlink()
     (config.run_dir / parts[0].path).unlink()
     missing = parts[0].rows * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=missing - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"search writes about {missing:,} bytes"):
-        pipeline.mine(config, only="search")
+        graph.mine(config, only="search")
 
 
 @pytest.mark.parametrize("record", [Document, Query])
@@ -116,9 +116,9 @@ def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> 
     little = "resources.memory_budget=64MiB"
     message = r"1\d\d rows of corpus, not yet a part, take \d\d MiB, there are 32 .*: lower data.part_rows"
     with pytest.raises(ConfigError, match=message):
-        pipeline.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=1000"]), only="ingest")
-    pipeline.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=20"]), only="ingest")
-    pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=1000"]), only="ingest")
+        graph.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=1000"]), only="ingest")
+    graph.mine(load_config(small.settings(tmp_path), [little, "data.part_rows=20"]), only="ingest")
+    graph.mine(load_config(small.settings(tmp_path), ["data.part_rows=1000"]), only="ingest")
 
 
 TWO = ("executor.kind=local", "executor.workers=2", "resources.cpus=2")
@@ -148,10 +148,10 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
         config = load_config(settings, [*deep, *more, f"run_dir={tmp_path}/run-{len(more)}-{needed}"])
         if needed:
             with pytest.raises(ConfigError, match=message.format(needed, there, fewer)):
-                pipeline.mine(config)
+                graph.mine(config)
             assert not (config.run_dir / "encode").exists()
         else:
-            pipeline.mine(config)
+            graph.mine(config)
             (tmp_path / "mined.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     # Exports choose by the same code, and say the same.
     less = ("--set", "resources.memory_budget=64MiB")

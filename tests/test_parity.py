@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.data.texts import text_id
-from negpipe.engine import pipeline
 
 pytestmark = pytest.mark.parity
 
@@ -111,7 +111,7 @@ class World:
             "output": output or {},
             **settings,
         }
-        result = pipeline.mine(load_config(config))
+        result = graph.mine(load_config(config))
         return [
             row
             for path in sorted(result.triplets.glob("*.parquet"))

@@ -7,6 +7,7 @@ reach `index.min_recall` is an error that shows how far each effort came.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -233,8 +234,13 @@ class Tuning:
         }
 
 
-def describe(stats: Mapping[str, Any]) -> str | None:
-    """What the statistics of a stage say of recall, in one sentence; None: nothing."""
+def remarks(stats: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """What the statistics of a stage say of recall, as a stage's remarks."""
+    text = _sentence(stats)
+    return [(logging.INFO, text)] if text else []
+
+
+def _sentence(stats: Mapping[str, Any]) -> str | None:
     if "recall_window" in stats:
         window = stats["recall_window"]
         first, last = window["first"], window["last"] - 1

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from negpipe.ann.auto import ITERATIONS
 from negpipe.ann.pairs import NOTHING, grouped, keys_of, pair_scores, rows_of
 from negpipe.ann.products import Arithmetic, Products, arithmetic, pool
 from negpipe.ann.vectors import Floats, Ints
-from negpipe.config.auto import ITERATIONS
 
 _TILE, _STRIP = 512, 2048  # vectors and centres of one product
 _SUMMED = 64  # lists at a time

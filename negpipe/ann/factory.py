@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from negpipe.ann.auto import ROWS_A_LIST, trained_on
 from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
 from negpipe.ann.products import Arithmetic, arithmetic
 from negpipe.ann.vectors import Floats, Vectors
-from negpipe.config.auto import ROWS_A_LIST, trained_on
 from negpipe.errors import ConfigError, DamagedError
 
 _ROWS_ADDED = 16384

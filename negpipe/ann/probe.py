@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from negpipe.ann.auto import built
 from negpipe.ann.coded import effort
 from negpipe.ann.factory import add, fit, inner, lists_of, make, rows_wanted, single_thread
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
 from negpipe.ann.products import Float32
 from negpipe.ann.vectors import Floats
-from negpipe.config.auto import built
 
 SAMPLE = 10_000  # fewer, and FAISS warns of too few to train 256 centroids on
 _GRAPH = 2048  # of them in a graph, which is slow to build

@@ -63,9 +63,9 @@ def config_show(
     console.set_up_logging(checked(log_format), debug=debug)
     shown = load_config(config, overrides)
     if resolved:
-        from negpipe.engine import pipeline
+        from negpipe import graph
 
-        shown, whole = pipeline.resolved(shown)
+        shown, whole = graph.resolved(shown)
         if not whole:
             console.err.print("mining.range_max or mining.depth depends on the data: run ingest first.", markup=False)
     typer.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)

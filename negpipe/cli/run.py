@@ -31,13 +31,13 @@ def _mine(
     repair: bool = False,
     rebuild: bool = False,
 ) -> None:
+    from negpipe import graph
     from negpipe.cli import console, summary
     from negpipe.config.file import load_config
-    from negpipe.engine import pipeline
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
-    result = pipeline.mine(
+    result = graph.mine(
         settings,
         only=only,
         reporter=console.reporter(log_format),

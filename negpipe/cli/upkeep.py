@@ -23,12 +23,12 @@ def status(
 
     Example: negpipe status quickstart.yaml
     """
+    from negpipe import graph
     from negpipe.cli import console, summary
     from negpipe.config.file import load_config
-    from negpipe.engine import pipeline
 
     console.set_up_logging(checked(log_format), debug=debug)
-    summary.show_status(pipeline.status(load_config(config, overrides)))
+    summary.show_status(graph.status(load_config(config, overrides)))
 
 
 @app.command()
@@ -44,6 +44,7 @@ def verify(
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+    from negpipe import graph
     from negpipe.cli import console
     from negpipe.config.file import load_config
     from negpipe.engine import upkeep
@@ -51,7 +52,7 @@ def verify(
 
     console.set_up_logging(checked(log_format), debug=debug)
     run_dir = load_config(config, overrides).run_dir
-    found = upkeep.inventory(run_dir)
+    found = graph.inventory(run_dir)
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
         task = bar.add_task("", total=found.bytes)
@@ -79,15 +80,15 @@ def clean(
 
     Example: negpipe clean quickstart.yaml
     """
+    from negpipe import graph
     from negpipe.cli import console
     from negpipe.config.file import load_config
-    from negpipe.engine import upkeep
     from negpipe.errors import ConfigError
     from negpipe.review import wording
 
     console.set_up_logging(checked(log_format), debug=debug)
     run_dir = load_config(config, overrides).run_dir
-    listed = upkeep.superseded(run_dir)
+    listed = graph.superseded(run_dir)
     if not listed:
         console.out.print(f"Nothing to clean in {run_dir}.", markup=False)
         return
@@ -107,4 +108,4 @@ def clean(
     if not agreed:
         console.out.print("Nothing was deleted.")
         return
-    console.out.print(f"Freed {wording.size(upkeep.clean(run_dir))}.")
+    console.out.print(f"Freed {wording.size(graph.clean(run_dir))}.")

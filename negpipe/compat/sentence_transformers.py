@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from negpipe import graph
 from negpipe.compat.dataset import Floats, Pairs, unwrapped, write_vectors
 from negpipe.config import presets
 from negpipe.config.file import load_config
 from negpipe.encoders.given import identity
-from negpipe.engine import pipeline
 from negpipe.stages.rescore import rescore
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def mine_hard_negatives(
                 vectors[side] = _vectors(encode, texts, cached, pool=workers, **embed, **options)
         pairs.write(folder, vectors["document"], vectors["query"])
         for stage in ("ingest", "encode", "index"):
-            pipeline.mine(here, only=stage)
-        pipeline.mine(apart, only="search")
+            graph.mine(here, only=stage)
+        graph.mine(apart, only="search")
         with _pool(cross_encoder, rescored and bool(use_multi_process), pool) as workers:
 
             def score(texts: Sequence[tuple[str, str]]) -> Floats:
@@ -154,7 +154,7 @@ def mine_hard_negatives(
 
             # Without a digest of its weights a model is never taken for the one before.
             between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
-            result = pipeline.mine(here, rescore=between)
+            result = graph.mine(here, rescore=between)
         logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
         return pairs.dataset(result.triplets, output_format, output_scores)
 

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from negpipe.config import auto, machine, presets
+from negpipe.config import machine, presets
 from negpipe.errors import ConfigError
 
 _LEAST_BUDGET = 64 * 2**20
+DEFAULT_BUDGET = 2 * 2**30
+"""Bytes of resources.memory_budget, where nobody sets it."""
 _CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
 _OWN_NAMES = ("id", "score", "rank", "grade")
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
@@ -443,7 +445,7 @@ class Resources(_Model):
 
     cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
     memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
-        auto.DEFAULT_BUDGET,
+        DEFAULT_BUDGET,
         json_schema_extra={"minimum": _LEAST_BUDGET},
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
     )
@@ -502,13 +504,6 @@ class Config(_Model):
         if problem := config._shallow():
             raise ConfigError(problem)
         return config
-
-    def indexed(self, rows: int, dimension: int, anchors: int) -> tuple[Config, str]:
-        """The config with `index.kind: auto` decided, and why; of a resolved config, once the sizes are known."""
-        if self.index.kind != "auto":
-            return self, ""
-        kind, reason = auto.choose(rows, dimension, anchors, min(self.depth, rows))
-        return self.model_copy(update={"index": self.index.model_copy(update={"kind": kind})}), reason
 
     @model_validator(mode="after")
     def _depth(self) -> Config:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from negpipe import __version__
-from negpipe.ann import approximate
 from negpipe.config.schema import Config
 from negpipe.engine import publication
 from negpipe.engine.executors import inline, local
@@ -26,11 +26,10 @@ from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
-from negpipe.engine.stage import Context, Executor, Stage, Task, cache_path
+from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, cache_path, swapped
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
-from negpipe.stages import STAGES, SWAPPED
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, explained, remove_temporaries
 from negpipe.store.lock import run_lock
@@ -51,36 +50,34 @@ class Result:
 
 def mine(
     config: Config,
+    graph: Graph,
     *,
     only: str | None = None,
     reporter: Reporter | None = None,
     rehash: bool = False,
     repair: bool = False,
     rebuild: bool = False,
-    rescore: Stage | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
 
     Args:
         config: what to make.
+        graph: the stages that make it.
         only: the name of the one stage to run; its inputs must be there.
         reporter: where progress goes.
         rehash: read every source file again instead of trusting its modification time.
         repair: read every file made so far, and make again what is not as it was written or was made from such.
         rebuild: make again what other versions of libraries made than are installed.
-        rescore: a stage after search whose candidates take the place of search's.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
         DamagedError: what a stage is about to read is not what was written, as its size or header tells.
     """
-    stages = [*STAGES.values()]
-    if rescore:
-        stages.insert(stages.index(STAGES["search"]) + 1, rescore)
+    stages = [*graph.values()]
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()
-    _make_run_dir(run_dir)
+    _make_run_dir(run_dir, graph)
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         _check_share(context)
@@ -102,15 +99,15 @@ def mine(
             else:
                 for ahead in [stage] if only else stages[number:]:
                     ahead.check(context)
-                _check_inputs(stage, context)
+                _check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
                 ran.append(stage.name)
-                _tell(manifest)
+                _tell(stage, manifest)
             assert manifest is not None
-            context = context.after(manifest, instead_of="search" if stage is rescore else None)
-            if stage.name == "encode" and config.index.kind == "auto":
-                logger.info("index.kind auto means %s: %s", context.config.index.kind, context.why)
+            if said := stage.settle(context.config, manifest)[1]:
+                logger.info("%s", said)
+            context = context.after(stage, manifest)
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
@@ -125,30 +122,26 @@ def _looked(stage: Stage, context: Context) -> State:
     return state
 
 
-def _tell(manifest: Manifest) -> None:
+def _tell(stage: Stage, manifest: Manifest) -> None:
     """What became of a stage that ran."""
-    name, stats = manifest.stage, manifest.stats
-    logger.info("%s: done in %.1f s (%s)", name, manifest.provenance["seconds"], _counts(manifest))
-    if name == "triplets" and not stats["rows"]:
-        drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
-        logger.warning("triplets: not one row could be made, candidates were dropped: %s", drops or "there were none")
-    if recall := approximate.describe(stats):
-        logger.info("%s: %s", name, recall)
+    logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
+    for level, remark in stage.remarks(manifest.stats):
+        logger.log(level, "%s: %s", stage.name, remark)
 
 
-def _check_inputs(stage: Stage, context: Context) -> None:
+def _check_inputs(stage: Stage, graph: Graph, context: Context) -> None:
     """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
     for name in stage.inputs:
-        check_headers(context.run_dir, context.manifest(name))
+        check_headers(context.run_dir, graph[context.manifest(name).stage], context.manifest(name))
 
 
-def _make_run_dir(run_dir: Path) -> None:
+def _make_run_dir(run_dir: Path, graph: Graph) -> None:
     """Texts come to lie in it, so a new one is for the user alone; one that exists keeps its rights."""
     with explained(run_dir):
         if not run_dir.exists():
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(mode=0o700, exist_ok=True)
-        stay_inside(run_dir, SWAPPED)
+        stay_inside(run_dir, swapped(graph))
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
@@ -261,43 +254,25 @@ def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter
     return len(keys) > before
 
 
-def status(config: Config) -> list[State]:
+def status(config: Config, graph: Graph) -> list[State]:
     """How every stage stands. Reads only."""
     states = []
     with digests_of(config) as digests:
         context = Context(config, config.run_dir, digests)
-        for stage in STAGES.values():
+        for stage in graph.values():
             state = look(stage, context)
             states.append(state)
             if state.state == "current" and state.manifest:
-                context = context.after(state.manifest)
+                context = context.after(stage, state.manifest)
     return states
 
 
-def resolved(config: Config) -> tuple[Config, bool]:
-    """The config as the stages see it.
-
-    Returns:
-        the config, and whether it is whole: what depends on the data is known once ingest is current.
-    """
-    mining, positives = config.mining, 0
-    if mining.range_max is None or isinstance(mining.depth, str):
-        with digests_of(config) as digests:
-            state = look(STAGES["ingest"], Context(config, config.run_dir, digests))
-        if state.state != "current" or state.manifest is None:
-            return config, False
-        positives = state.manifest.stats["max_positives"]
-    config = config.resolved(positives)
-    return config.model_copy(update={"search": config.search.model_copy(update={"depth": config.depth})}), True
-
-
-def load_context(config: Config, before: str) -> Context:
+def load_context(config: Config, graph: Graph, before: str) -> Context:
     """What a worker of stage `before` sees: the manifests of the stages ahead of it."""
-    names = list(STAGES)[: list(STAGES).index(before)]
     context = Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)))
-    for name in names:
-        if manifest := Books(config.run_dir, name).manifest():
-            context = context.after(manifest)
+    for stage in takewhile(lambda stage: stage.name != before, graph.values()):
+        if manifest := Books(config.run_dir, stage.name).manifest():
+            context = context.after(stage, manifest)
     return context
 
 

@@ -7,74 +7,33 @@ anybody finds it. Whatever may have read it goes with it; what cannot have is ke
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-
-from negpipe import ann
-from negpipe.data.npy import BROKEN
-from negpipe.data.tables import open_table
 from negpipe.engine import publication, versions
-from negpipe.engine.manifest import OTHER_CONTENT, Books, File, Manifest, Part
+from negpipe.engine.manifest import OTHER_CONTENT, Books, File, Manifest
 from negpipe.engine.stage import Context, Stage
 from negpipe.engine.state import identity_of
 from negpipe.errors import DamagedError
 
 logger = logging.getLogger(__name__)
-_TABLES = ("corpus", "added", "anchors", "namesakes", "ids", "flat", "candidates", "triplets")
-"""Kinds of parts whose rows their files hold; those of an approximate index are looked at where it is opened."""
-_BESIDE = {"ledger": "units", "deeper": "searched_deeper"}
-"""Folder of files that hold other rows than their part's: what the part calls their number."""
 
 
-def check_headers(run_dir: Path, manifest: Manifest) -> None:
+def check_headers(run_dir: Path, stage: Stage, manifest: Manifest) -> None:
     """Look at what costs next to nothing: that files of the right size are what they were, with as many rows.
 
     Raises:
         DamagedError: one is not.
     """
-    problems = [problem for part in manifest.parts if (problem := _misfit(run_dir, part))]
+    problems = [problem for part in manifest.parts if (problem := stage.misfit(run_dir, part))]
     if problems:
         raise DamagedError(
             f"{manifest.stage}: {problems[0]} ({len(problems)} of {len(manifest.parts)} parts)."
             " Run `negpipe mine CONFIG --repair`, it makes again what is damaged and what may come from it"
         )
-
-
-def _misfit(run_dir: Path, part: Part) -> str | None:
-    """What the headers of a part's files say that its record does not."""
-    if part.kind not in _TABLES:
-        return None
-    counts: Counter[str] = Counter()
-    for file in part.files:
-        try:
-            rows = _rows(run_dir / file.path)
-        except (*BROKEN, LookupError, DamagedError):
-            return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
-        counts[file.path.partition("/")[0]] += rows
-    for folder, rows in counts.items():
-        written = part.meta.get(_BESIDE.get(folder, ""), part.rows)
-        if rows != written:
-            path = next(file.path for file in part.files if file.path.startswith(f"{folder}/"))
-            return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
-    return None
-
-
-def _rows(path: Path) -> int:
-    """The rows of a file, from its header or footer."""
-    if path.suffix == ".npy":
-        return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
-    if path.suffix == ".faiss":
-        return ann.open_flat(path).rows
-    if path.suffix == ".arrow":
-        return int(open_table(path).num_rows)
-    return int(pq.read_metadata(path).num_rows)
 
 
 def damaged(

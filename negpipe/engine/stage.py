@@ -20,7 +20,7 @@ from negpipe.config.schema import Config
 from negpipe.engine import versions
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books, File, Manifest, Part
-from negpipe.errors import DamagedError, MissingStageError
+from negpipe.errors import MissingStageError
 from negpipe.store.files import BOOKS, publish
 
 Progress = Callable[[int, str], None]
@@ -51,8 +51,6 @@ class Context:
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     key: str = ""
     """Key of the stage that is being run."""
-    why: str = ""
-    """The reason for what `index.kind: auto` means here."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
@@ -64,25 +62,10 @@ class Context:
             raise MissingStageError(f"there is no output of {stage} in {self.run_dir}: run `negpipe {stage}` first")
         return self.manifests[stage]
 
-    def after(self, manifest: Manifest, instead_of: str | None = None) -> Context:
-        """The same, with one more stage complete. Settings that depend on the data are decided once they can be."""
-        config, why = self.config, self.why
-        if manifest.stage == "ingest":
-            most = manifest.stats.get("max_positives")
-            if not isinstance(most, int):
-                raise DamagedError(
-                    f"the manifest of ingest in {self.run_dir} is not what was written, it lacks max_positives:"
-                    " run `negpipe mine CONFIG --repair`"
-                )
-            config = config.resolved(most)
-        if manifest.stage == "encode":
-            rows, anchors = (
-                sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
-            )
-            config, why = config.indexed(rows, manifest.stats["dimension"], anchors)
-        return replace(
-            self, config=config, why=why, manifests={**self.manifests, instead_of or manifest.stage: manifest}
-        )
+    def after(self, stage: Stage, manifest: Manifest) -> Context:
+        """The same, with one more stage complete. Settings that depend on its output are decided."""
+        config, _ = stage.settle(self.config, manifest)
+        return replace(self, config=config, manifests={**self.manifests, stage.provides or stage.name: manifest})
 
     def file(self, part: Part) -> Path:
         return self.run_dir / part.path
@@ -167,6 +150,18 @@ def _no_libraries(_: Config) -> tuple[str, ...]:
     return ()
 
 
+def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
+    return config, ""
+
+
+def _no_remarks(_: Mapping[str, Any]) -> list[tuple[int, str]]:
+    return []
+
+
+def _fits(_: Path, __: Part) -> str | None:
+    return None
+
+
 def _never(_: Config) -> bool:
     return False
 
@@ -200,6 +195,11 @@ class Stage:
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
         libraries: distributions whose versions may change its bytes; recorded, in no key.
+        settle: (config, its manifest) → the config with the settings that depend on its output decided, and what is to
+            be said of that.
+        remarks: what its statistics say beside counts: levels of logging, and sentences.
+        misfit: (run directory, one of its parts) → what the headers of the part's files say that its record does not.
+        provides: the name under which later stages find its output, where it takes another's place.
     """
 
     name: str
@@ -220,6 +220,19 @@ class Stage:
     here: bool = False
     swapped: bool = False
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
+    settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
+    remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
+    misfit: Callable[[Path, Part], str | None] = _fits
+    provides: str = ""
+
+
+Graph = Mapping[str, Stage]
+"""Stages by name, in the order they run; the engine knows them by nothing else."""
+
+
+def swapped(graph: Graph) -> list[str]:
+    """The stages whose folder is replaced as a whole."""
+    return [stage.name for stage in graph.values() if stage.swapped]
 
 
 class Executor(Protocol):

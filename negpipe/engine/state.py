@@ -14,7 +14,6 @@ from negpipe.engine.fingerprint import DigestCache, key
 from negpipe.engine.manifest import Books, Manifest
 from negpipe.engine.stage import Context, Stage, cache_path
 from negpipe.errors import DamagedError
-from negpipe.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
     changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
     lines = []
     for name in changed:
-        if name in STAGES:
+        if name in now.inputs:
             lines.append(f"the output of {name} changed")
             continue
         if name not in old:

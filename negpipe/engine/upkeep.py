@@ -10,8 +10,8 @@ from pathlib import Path
 from negpipe.engine import publication
 from negpipe.engine.manifest import Books, File
 from negpipe.engine.repair import damaged
+from negpipe.engine.stage import Graph, swapped
 from negpipe.errors import DamagedError, MissingStageError
-from negpipe.stages import STAGES, SWAPPED
 from negpipe.store import unfinished
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import file_digest
@@ -38,7 +38,7 @@ class Inventory:
         return sum(file.bytes for file in self.files)
 
 
-def inventory(run_dir: Path) -> Inventory:
+def inventory(run_dir: Path, graph: Graph) -> Inventory:
     """Read every manifest and every part's record.
 
     Raises:
@@ -46,7 +46,7 @@ def inventory(run_dir: Path) -> Inventory:
     """
     files: dict[str, File] = {}
     unreadable: list[str] = []
-    for name in STAGES:
+    for name in graph:
         books = Books(run_dir, name)
         try:
             manifest = books.manifest()
@@ -79,15 +79,15 @@ def verify(run_dir: Path, found: Inventory, progress: Callable[[int], None] = la
     return [*found.unreadable, *(problem for _, problem in damaged(run_dir, found.files, progress))]
 
 
-def superseded(run_dir: Path) -> list[tuple[Path, int]]:
+def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
     """Files that no current manifest names, with their bytes: what `clean` frees.
 
     Only what is known to be ours: files that records name, the records, and what a killed run could not record any
     more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from.
     """
-    stay_inside(run_dir, SWAPPED)
+    stay_inside(run_dir, swapped(graph))
     found: set[Path] = set()
-    for name, stage in STAGES.items():
+    for name, stage in graph.items():
         books = Books(run_dir, name)
         manifest = books.manifest()
         if manifest is None:
@@ -121,11 +121,11 @@ def _carries_digest(path: Path) -> bool:
     return named is not None and file_digest(path).startswith(named[1])
 
 
-def clean(run_dir: Path) -> int:
+def clean(run_dir: Path, graph: Graph) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
-    stay_inside(run_dir, SWAPPED)  # before the lock is written
+    stay_inside(run_dir, swapped(graph))  # before the lock is written
     with run_lock(run_dir):
-        listed = superseded(run_dir)
+        listed = superseded(run_dir, graph)
         for path, _ in listed:
             path.unlink(missing_ok=True)
         for folder in run_dir.glob(".*-*"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from negpipe import ann, encoders
+from negpipe.ann import auto
 from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data import candidates
@@ -70,15 +71,15 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             state = look(stage, context)
             if state.state == "current" and state.manifest:
                 steps.append(Step(stage.name, "current", len(state.manifest.parts), 0, 0.0))
-                context = context.after(state.manifest)
+                context = context.after(stage, state.manifest)
             else:
                 waiting.append((stage, state.state, context))
         read = "ingest" in context.manifests
         encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Encoding()
         job = _job(context, encoding.dimension) if read else Job(0, 0, 0, 0)
         if job.dimension:
-            config, why = context.config.indexed(job.rows, job.dimension, job.anchors)
-            context = replace(context, config=config, why=why)
+            config, _ = auto.decided(context.config, job.rows, job.dimension, job.anchors)
+            context = replace(context, config=config)
         gflops = 2e-9 * ann.rate(float(job.rows) * job.anchors * job.dimension, job.dimension or _DIMENSION)
         gflops *= context.threads * context.workers
         choices = _choices(context, job, gflops)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from negpipe import ann
-from negpipe.ann import coded, exact, factory, lists, probe
+from negpipe.ann import auto, coded, exact, factory, lists, probe
 from negpipe.ann.approximate import check_memory, sampled
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats
-from negpipe.config import auto
 from negpipe.config.schema import Config
 from negpipe.errors import ConfigError
 

@@ -90,8 +90,8 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, wanted))
-        check_headers(context.run_dir, state.manifest)
-        context = context.after(state.manifest)
+        check_headers(context.run_dir, stage, state.manifest)
+        context = context.after(stage, state.manifest)
     return context
 
 
@@ -115,7 +115,7 @@ def _parts(context: Context) -> tuple[list[PartFiles], bool]:
     complete = manifest is not None and look(stage, context).state == "current"
     made: tuple[Part, ...] = ()
     if manifest and complete:
-        check_headers(context.run_dir, manifest)
+        check_headers(context.run_dir, stage, manifest)
         made = manifest.parts
     deeper = {part.key: context.run_dir / file.path for part in made for file in part.files if is_deeper(file)}
     return [replace(part_files(context, task), deeper=deeper.get(task.key)) for task in stage.plan(context)], complete

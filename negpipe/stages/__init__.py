@@ -8,5 +8,3 @@ from negpipe.stages import encode, index, ingest, search, triplets
 STAGES: dict[str, Stage] = {
     stage.name: stage for stage in (ingest.STAGE, encode.STAGE, index.STAGE, search.STAGE, triplets.STAGE)
 }
-SWAPPED = frozenset(stage.name for stage in STAGES.values() if stage.swapped)
-"""Stages whose folder is replaced as a whole."""

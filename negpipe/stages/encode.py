@@ -20,14 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe import encoders
+from negpipe.ann import auto
 from negpipe.config.schema import Config, Encoder
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import Books, Part
+from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError, InputError
+from negpipe.stages import headers
 from negpipe.store.files import check_room
 
 logger = logging.getLogger(__name__)
@@ -296,6 +298,14 @@ def _libraries(config: Config) -> tuple[str, ...]:
     return ("numpy",) if config.encoder.backend == "precomputed" else encoders.LIBRARIES
 
 
+def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
+    """What `index.kind: auto` means, once the sizes are known."""
+    rows, anchors = (
+        sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
+    )
+    return auto.decided(config, rows, manifest.stats["dimension"], anchors)
+
+
 STAGE = Stage(
     name="encode",
     version=VERSION,
@@ -305,6 +315,8 @@ STAGE = Stage(
     plan=_plan,
     open=_open,
     run=_run,
+    settle=_settle,
+    misfit=headers.misfit,
     libraries=_libraries,
     stats=_stats,
     check=_check,

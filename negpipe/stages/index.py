@@ -24,6 +24,7 @@ from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Books, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import InputError
+from negpipe.stages import headers
 from negpipe.store.files import check_room
 
 VERSION = 3
@@ -237,6 +238,11 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     return stats | {name: value for part in parts if part.kind == "tuned" for name, value in part.meta.items()}
 
 
+def _misfit(run_dir: Path, part: Part) -> str | None:
+    """Files of an approximate index are looked at where it is opened."""
+    return headers.misfit(run_dir, part) if part.kind in ("ids", "flat") else None
+
+
 STAGE = Stage(
     name="index",
     version=VERSION,
@@ -246,6 +252,8 @@ STAGE = Stage(
     check=_check,
     plan=_plan,
     run=_run,
+    remarks=approximate.remarks,
+    misfit=_misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
     light=lambda config: config.index.kind == "stream",

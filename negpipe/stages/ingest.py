@@ -38,11 +38,12 @@ from negpipe.config.schema import Config
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import digests, hashes
 from negpipe.engine.fingerprint import digest, key
-from negpipe.engine.manifest import Books, Part
+from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.errors import ConfigError
+from negpipe.errors import ConfigError, DamagedError
 from negpipe.ingest import joins, rejected
 from negpipe.ingest.spool import Spool, extra_columns, load
+from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
 
@@ -253,6 +254,19 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     } | counts
 
 
+def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
+    most = manifest.stats.get("max_positives")
+    if not isinstance(most, int):
+        raise DamagedError(
+            "the manifest of ingest is not what was written, it lacks max_positives: run `negpipe mine CONFIG --repair`"
+        )
+    return config.resolved(most), ""
+
+
+def _misfit(run_dir: Path, part: Part) -> str | None:
+    return None if part.kind == "counts" else headers.misfit(run_dir, part)
+
+
 STAGE = Stage(
     name="ingest",
     version=VERSION,
@@ -261,6 +275,8 @@ STAGE = Stage(
     sources=_sources,
     plan=_plan,
     run=_run,
+    settle=_settle,
+    misfit=_misfit,
     libraries=lambda _: ("duckdb", "pyarrow"),
     stats=_stats,
     here=True,

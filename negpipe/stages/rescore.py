@@ -18,6 +18,7 @@ from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, documents, open_table
 from negpipe.engine.fingerprint import key
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.stages import headers
 
 VERSION = 1
 Floats = npt.NDArray[np.float32]
@@ -66,6 +67,8 @@ def rescore(score: Score, identity: str) -> Stage:
         plan=plan,
         open=opened,
         run=run,
+        provides="search",
+        misfit=headers.misfit,
         here=True,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from negpipe import ann
+from negpipe.ann import approximate
 from negpipe.ann.approximate import Approximate
 from negpipe.config.schema import Config
 from negpipe.data import candidates
@@ -23,6 +24,7 @@ from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Books, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.stages import headers
 from negpipe.stages.index import open_approximate
 from negpipe.store.files import check_room
 
@@ -160,6 +162,8 @@ STAGE = Stage(
     shared=_shared,
     open=_open,
     run=_run,
+    remarks=approximate.remarks,
+    misfit=headers.misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
 )

@@ -9,7 +9,8 @@ Anchors are worked through in slices: memory does not grow with the part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import ann
+from negpipe.ann import approximate
 from negpipe.config.schema import Config
 from negpipe.data import candidates, moments
 from negpipe.data.candidates import Deeper
@@ -37,6 +39,7 @@ from negpipe.rows import formats
 from negpipe.select import deeper, rules, verdicts
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
+from negpipe.stages import headers
 from negpipe.stages.index import recall_window
 
 VERSION = 4
@@ -359,6 +362,17 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     }
 
 
+def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    if not stats["rows"]:
+        drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
+        yield logging.WARNING, f"not one row could be made, candidates were dropped: {drops or 'there were none'}"
+    yield from approximate.remarks(stats)
+
+
+def _misfit(run_dir: Path, part: Part) -> str | None:
+    return headers.misfit(run_dir, part, {"ledger": "units", _DEEPER: "searched_deeper"})
+
+
 STAGE = Stage(
     name="triplets",
     version=VERSION,
@@ -370,6 +384,8 @@ STAGE = Stage(
     shared=_shared,
     open=_open,
     run=_run,
+    remarks=_remarks,
+    misfit=_misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
     light=lambda _: True,

@@ -17,14 +17,12 @@ import pytest
 import small_source as small
 from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, vectors, write
 
-from negpipe import ann
-from negpipe.ann import approximate, coded, factory
+from negpipe import ann, graph
+from negpipe.ann import approximate, auto, coded, factory
 from negpipe.ann.probe import Job
-from negpipe.config import auto
 from negpipe.config.file import load_config
 from negpipe.data import candidates
 from negpipe.data.texts import text_id
-from negpipe.engine import pipeline
 from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
 
@@ -34,7 +32,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every index is made from."""
     settings = write(tmp_path_factory.mktemp("approximate"))
     for stage in ("ingest", "encode"):
-        pipeline.mine(load_config(settings), only=stage)
+        graph.mine(load_config(settings), only=stage)
     return settings
 
 
@@ -137,7 +135,7 @@ def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -
     other = ["executor.kind=local", "executor.workers=2", "resources.cpus=2", "resources.memory_budget=160MiB"]
     config = load_config(source, ["index.kind=IVF16,Flat", f"run_dir={source['run_dir']}-2", *other])
     for stage in ("index", "search"):
-        pipeline.mine(config, only=stage)
+        graph.mine(config, only=stage)
     ours, theirs = small.output(one.run_dir), small.output(config.run_dir)
     assert {Path(name).parts[0] for name in theirs} == {"ingest", "encode", "index", "search"}
     assert theirs.items() <= ours.items()
@@ -318,12 +316,12 @@ def test_a_bad_string_is_refused_before_anything_is_encoded(tmp_path: Path) -> N
 def test_a_graph_behind_a_projection_is_searched_as_deep_as_needed(source: dict[str, Any]) -> None:
     result = mined(source, "index.kind=PCA12,HNSW8", "index.min_recall=0.9", "index.recall_anchors=100")
     assert result.stats["index"]["nprobe"] > 1 and result.stats["index"]["recall"] >= 0.9
-    assert "PCA12,HNSW8 (efSearch " in str(approximate.describe(result.stats["index"]))
+    assert "PCA12,HNSW8 (efSearch " in str(approximate.remarks(result.stats["index"]))
 
 
 def test_a_change_of_kind_is_the_reason_and_not_the_settings_it_brings(source: dict[str, Any]) -> None:
     mined(source, "index.kind=stream")
-    states = {state.stage: state for state in pipeline.status(load_config(source, ["index.kind=IVF16,Flat"]))}
+    states = {state.stage: state for state in graph.status(load_config(source, ["index.kind=IVF16,Flat"]))}
     assert states["index"].reason == "index.kind changed from 'stream' to 'IVF16,Flat'"
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import small_source as small
 
-from negpipe import ann
+from negpipe import ann, graph
 from negpipe.ann import exact
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 
 
 class Cut(BaseException):
@@ -34,7 +33,7 @@ def blocks_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))
-    pipeline.mine(config)
+    graph.mine(config)
     whole = small.output(tmp_path / "run")
     assert len(list((tmp_path / "run/search").glob("*.parquet"))) > 1
 
@@ -51,13 +50,13 @@ def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(exact.Checkpoint, "save", cut)
     with pytest.raises(Cut):
-        pipeline.mine(again)
+        graph.mine(again)
     books = tmp_path / "again/.negpipe/search"
     assert saved == [7, 14, 21] and len(list(books.glob("*.npz"))) == 1
 
     monkeypatch.setattr(exact.Checkpoint, "save", save)
     read = blocks_read(monkeypatch)
-    pipeline.mine(again)
+    graph.mine(again)
     # The first part of anchors goes on at row 21, the next begins at 0.
     assert read[: read.index(0)] == [21, 28, 35]
     assert small.output(tmp_path / "again") == whole
@@ -74,13 +73,13 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
         "mining.max_depth=40",
         "data.part_rows=99",
     ]
-    pipeline.mine(load_config(small.settings(tmp_path), scarce))
+    graph.mine(load_config(small.settings(tmp_path), scarce))
     whole = small.output(tmp_path / "run")
 
     again = load_config({**small.settings(tmp_path), "run_dir": str(tmp_path / "again")}, scarce)
-    pipeline.mine(again, only="ingest")
+    graph.mine(again, only="ingest")
     for stage in ("encode", "index", "search"):
-        pipeline.mine(again, only=stage)
+        graph.mine(again, only=stage)
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
     clocks = set()
 
@@ -99,7 +98,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
 
     monkeypatch.setattr(exact.Checkpoint, "save", cut)
     with pytest.raises(Cut):
-        pipeline.mine(again)
+        graph.mine(again)
     books = tmp_path / "again/.negpipe/triplets"
     assert len(clocks) == 1  # five minutes are those of all searches
     assert saved == [*((20, rows) for rows in (7, 14, 21, 28, 35, 40)), (40, 7), (40, 14)]
@@ -107,7 +106,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
 
     monkeypatch.setattr(exact.Checkpoint, "save", save)
     read = blocks_read(monkeypatch)
-    pipeline.mine(again)
+    graph.mine(again)
     assert read == [14, 21, 28, 35]
     assert small.output(tmp_path / "again") == whole
     assert not list(books.glob("*.npz"))

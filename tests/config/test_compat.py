@@ -10,10 +10,10 @@ import pytest
 import small_source as small
 import yaml
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.config.presets import PRESETS
 from negpipe.config.schema import Config, Mining
-from negpipe.engine import pipeline
 from negpipe.errors import ConfigError
 
 LEAST: dict[str, Any] = {"run_dir": "run", "data": {"path": "set"}, "encoder": {"model": "some/model"}}
@@ -109,7 +109,7 @@ def shown(config: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def test_max_positives_are_counted_by_text_with_repeated_rows(source: Path) -> None:
-    stats = pipeline.mine(load_config(source), only="ingest").stats["ingest"]
+    stats = graph.mine(load_config(source), only="ingest").stats["ingest"]
     assert stats["max_positives"] == 5
 
 
@@ -121,7 +121,7 @@ def test_config_show_resolved(source: Path) -> None:
     before, note = shown(source, *compat, "--resolved")
     assert before == plain
     assert "run ingest first" in note
-    pipeline.mine(load_config(source), only="ingest")
+    graph.mine(load_config(source), only="ingest")
     after, note = shown(source, *compat, "--resolved")
     assert not note
     assert (after["mining"]["range_max"], after["mining"]["depth"], after["search"]["depth"]) == (8, 13, 128)
@@ -136,7 +136,7 @@ def test_resolved_numbers_are_what_stages_are_known_by(source: Path) -> None:
     """A preset and the same settings written out are one setting; the numbers, not the formula, decide what runs."""
 
     def mine(*overrides: str) -> tuple[str, ...]:
-        return pipeline.mine(load_config(source, list(overrides))).ran
+        return graph.mine(load_config(source, list(overrides))).ran
 
     named = ("mining.compat=sentence-transformers", "mining.range_max=null", "mining.relative_margin=null")
     assert mine(*named) == ("ingest", "encode", "index", "search", "triplets")

@@ -259,7 +259,7 @@ for folder in folders:
             left -= 1
 
     sys.addaudithook(watch)
-    pipeline.mine(load_config(config, [f"run_dir={folder}", "mining.relative_margin=0.3", "executor.kind=inline"]))
+    graph.mine(load_config(config, [f"run_dir={folder}", "mining.relative_margin=0.3", "executor.kind=inline"]))
     os._exit(0)
 """
 

@@ -18,8 +18,8 @@ import small_source as small
 from beir_data import numbered_folder, precomputed_config
 from real_runs import STAGES, Run
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import DamagedError
 
 KINDS = {
@@ -90,8 +90,8 @@ def verified(run: Run) -> str:
     return outcome.err.replace("\n", "")
 
 
-def repaired(run: Run) -> pipeline.Result:
-    return pipeline.mine(load_config(run.config, ["executor.kind=inline"]), repair=True)
+def repaired(run: Run) -> graph.Result:
+    return graph.mine(load_config(run.config, ["executor.kind=inline"]), repair=True)
 
 
 def test_every_kind_of_damage_in_every_stage_is_found_and_repaired(
@@ -158,7 +158,7 @@ def test_what_was_made_from_a_flipped_bit_is_not_believed(whole: Run, tmp_path: 
     run.mine(*deeper)
     assert run.content("search") != right.content("search")
     config = load_config(run.config, ["executor.kind=inline", *deeper])
-    assert pipeline.mine(config, repair=True).ran == ("index", "search", "triplets")
+    assert graph.mine(config, repair=True).ran == ("index", "search", "triplets")
     assert run.content() == right.content()
     run.mine()
     assert run.content("ingest", "encode", "index") == whole.content("ingest", "encode", "index")
@@ -180,10 +180,10 @@ def test_what_fails_for_a_changed_byte_names_the_file(whole: Run, tmp_path: Path
     path.write_bytes(content)
     settings = ["mining.num_negatives=1", 'mining.exclude=["positive_normalized"]']
     with pytest.raises(DamagedError) as told:
-        pipeline.mine(load_config(run.config, [f"executor.kind={executor}", *settings]))
+        graph.mine(load_config(run.config, [f"executor.kind={executor}", *settings]))
     assert str(path.relative_to(run.folder)) in str(told.value)
     assert "--repair" in str(told.value)
-    pipeline.mine(load_config(run.config, ["executor.kind=inline", *settings]), repair=True)
+    graph.mine(load_config(run.config, ["executor.kind=inline", *settings]), repair=True)
 
 
 def test_swapped_files_are_found(whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
@@ -367,7 +367,7 @@ def test_a_flipped_bit_of_a_trained_index_costs_what_was_built_on_it(whole: Run,
     (path,) = (path for path in run.files("index", "trained"))
     flip(path)
     config = load_config(run.config, ["executor.kind=inline", "index.kind=IVF2,Flat", "index.min_recall=0.5"])
-    pipeline.mine(config, repair=True)
+    graph.mine(config, repair=True)
     assert run.content() == right
     again = {name.split("/")[0] for name, stamp in stamps(run).items() if before[name] != stamp}
     assert again == {"index"}  # what was built on it has the same bytes, so nothing further follows

@@ -13,9 +13,8 @@ import pytest
 import small_source as small
 import typer
 
-from negpipe import cli, errors
+from negpipe import cli, errors, graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import NegpipeError
 from negpipe.store.lock import run_lock
 
@@ -54,14 +53,14 @@ def locked(folder: Path) -> Iterator[Arguments]:
 
 
 def damaged(folder: Path) -> Iterator[Arguments]:
-    pipeline.mine(load_config(str(folder / "config.yaml")), only="ingest")
+    graph.mine(load_config(str(folder / "config.yaml")), only="ingest")
     path = next((folder / "run/ingest").glob("*.arrow"))
     path.write_bytes(path.read_bytes()[:-1])
     yield ["verify"]
 
 
 def failed_audit(folder: Path) -> Iterator[Arguments]:
-    pipeline.mine(load_config(str(folder / "config.yaml")))
+    graph.mine(load_config(str(folder / "config.yaml")))
     yield ["audit", "--fail-on", "shortage=0", "--negatives", "39"]
 
 
@@ -154,7 +153,7 @@ def test_reading_a_run_that_is_not_there_or_damaged_tells_schedulers(tmp_path: P
     told(small.run("explain", config, "--anchor", "q1", *as_json), "missing-stage", 3, "explain needs the output of")
     told(small.run("report", config, *as_json), "missing-stage", 3, "report needs the output of ingest")
     told(small.run("diff", tmp_path / "a", tmp_path / "b", *as_json), "config", 2, str(tmp_path / "a"))
-    pipeline.mine(load_config(str(config)))
+    graph.mine(load_config(str(config)))
     told(small.run("explain", config, "--anchor", "nobody", *as_json), "input", 3, "has the id 'nobody'")
     (tmp_path / "run/.negpipe/search/manifest.json").write_text("{", encoding="utf-8")
     told(small.run("clean", config, "--yes", *as_json), "damaged", 5, "search/manifest.json is not a manifest")

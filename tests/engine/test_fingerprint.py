@@ -16,8 +16,8 @@ import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.engine.fingerprint import DigestCache, canonical, digest, key
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.engine.state import digests_of
@@ -171,7 +171,7 @@ def test_a_run_that_fails_in_ingest_has_read_its_sources_once(tmp_path: Path) ->
     with (tmp_path / "data/corpus.jsonl").open("a", encoding="utf-8") as corpus:
         corpus.write("no JSON\n")
     with pytest.raises(InputError):
-        pipeline.mine(config)
+        graph.mine(config)
     known = json.loads((config.run_dir / BOOKS / "digests.json").read_text(encoding="utf-8"))
     sources = [path for path in tmp_path.rglob("*") if path.is_file() and "run" not in path.parts]
     sources.remove(tmp_path / "config.yaml")

@@ -24,10 +24,11 @@ import small_source as small
 from real_runs import encoding_here
 
 import negpipe
+from negpipe import graph
 from negpipe.ann import vectors as parts_of_vectors
 from negpipe.config import safe_yaml
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline, upkeep
+from negpipe.engine import upkeep
 from negpipe.errors import ConfigError, InputError, NegpipeError, StorageError
 from negpipe.redaction import redact
 from negpipe.sources import identity
@@ -129,7 +130,7 @@ def test_what_a_terminal_gets_is_filtered_too(hostile: Path, monkeypatch: pytest
 
 
 def test_a_manifest_with_escapes_is_shown_without(hostile: Path, tmp_path: Path) -> None:
-    pipeline.mine(load_config(str(small.build(tmp_path))), only="ingest")
+    graph.mine(load_config(str(small.build(tmp_path))), only="ingest")
     path = tmp_path / "run/.negpipe/ingest/manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest.pop("digest")
@@ -457,9 +458,9 @@ def test_a_folder_that_leads_out_of_the_run_directory_is_refused(place: str, tmp
         with pytest.raises(
             StorageError, match=rf"run/{re.escape(place)} is a link that leads out of the run directory"
         ):
-            pipeline.mine(load_config(str(config)), repair=repair)
+            graph.mine(load_config(str(config)), repair=repair)
     with pytest.raises(StorageError):
-        upkeep.clean(tmp_path / "run")
+        graph.clean(tmp_path / "run")
     assert [path.name for path in outside.iterdir()] == ["kept.npy"]
 
 
@@ -479,7 +480,7 @@ def test_a_file_that_leads_out_of_the_run_directory_is_not_written_through(name:
 
 def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     config = load_config(str(small.build(tmp_path)))
-    pipeline.mine(config)
+    graph.mine(config)
     outside = tmp_path / "outside"
     outside.mkdir()
     victim = outside / "victim.npy"
@@ -488,18 +489,18 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
         link = tmp_path / "run" / place
         link.symlink_to(victim if place.endswith("npy") else outside)
         with pytest.raises(StorageError):
-            upkeep.clean(tmp_path / "run")
+            graph.clean(tmp_path / "run")
         with pytest.raises(StorageError):
-            pipeline.mine(config, repair=True)
+            graph.mine(config, repair=True)
         link.unlink()
     assert victim.read_text(encoding="utf-8") == "mine"
     # A link that stays inside is nobody's business, and the run directory itself may be one.
     (tmp_path / "run/here").symlink_to(tmp_path / "run/encode")
-    assert pipeline.mine(config).ran == ()
+    assert graph.mine(config).ran == ()
     (tmp_path / "run/here").unlink()
     (tmp_path / "run").rename(outside / "run")
     (tmp_path / "run").symlink_to(outside / "run")
-    assert pipeline.mine(config).ran == ()
+    assert graph.mine(config).ran == ()
 
 
 @pytest.mark.parametrize("place", ["ingest", "encode", "index", "search", "ledger"])
@@ -511,28 +512,28 @@ def test_a_folder_of_a_stage_may_lie_on_another_disk(place: str, tmp_path: Path)
     link.parent.mkdir()
     link.symlink_to(scratch)
     for settings in ([], ["mining.num_negatives=2", "encoder.storage=float16", "search.depth=20", "data.part_rows=5"]):
-        pipeline.mine(load_config(str(config), settings))
+        graph.mine(load_config(str(config), settings))
         assert link.is_symlink()
     assert len([*scratch.iterdir()]) > 2
-    pipeline.mine(load_config(str(config)))
-    pipeline.mine(load_config(str(config)), repair=True)
-    assert not upkeep.verify(tmp_path / "run", upkeep.inventory(tmp_path / "run"))
-    assert upkeep.clean(tmp_path / "run") > 0
+    graph.mine(load_config(str(config)))
+    graph.mine(load_config(str(config)), repair=True)
+    assert not upkeep.verify(tmp_path / "run", graph.inventory(tmp_path / "run"))
+    assert graph.clean(tmp_path / "run") > 0
     kept = {path.name for path in scratch.iterdir()}
-    recorded = {Path(file.path).name for file in upkeep.inventory(tmp_path / "run").files}
+    recorded = {Path(file.path).name for file in graph.inventory(tmp_path / "run").files}
     assert {"other", "mine.npy"} <= kept <= recorded | {"other", "mine.npy"}
-    assert {state.state for state in pipeline.status(load_config(str(config)))} == {"current"}
+    assert {state.state for state in graph.status(load_config(str(config)))} == {"current"}
     # Beyond the folder nothing is followed.
     (scratch / "leads.npy").symlink_to(tmp_path / "corpus.npy")
     with pytest.raises(StorageError):
-        upkeep.clean(tmp_path / "run")
+        graph.clean(tmp_path / "run")
 
 
 def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     run_dir = tmp_path / "run"
     for settings in (["mining.num_negatives=2", "encoder.storage=float16"], []):
-        pipeline.mine(load_config(str(config), settings))
+        graph.mine(load_config(str(config), settings))
     key, digest = "0" * 16, "1" * 12
     theirs = [
         *(f"{folder}/{name}" for folder in ("triplets", "encode", "ledger") for name in ("NOTES.md", "a.parquet")),
@@ -548,13 +549,13 @@ def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> Non
     for name in theirs:
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_text("mine", encoding="utf-8")
-    listed = {path for path, _ in upkeep.superseded(run_dir)}
+    listed = {path for path, _ in graph.superseded(run_dir)}
     before = {path for path in run_dir.rglob("*") if path.is_file()}
-    assert upkeep.clean(run_dir) > 0
+    assert graph.clean(run_dir) > 0
     assert before - {path for path in run_dir.rglob("*") if path.is_file()} == listed
     assert orphan in listed
     assert all((run_dir / name).read_text(encoding="utf-8") == "mine" for name in theirs)
-    assert {state.state for state in pipeline.status(load_config(str(config)))} == {"current"}
+    assert {state.state for state in graph.status(load_config(str(config)))} == {"current"}
 
 
 def test_a_new_run_directory_is_for_the_user_alone(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import small_source as small
 from real_runs import encoding_here
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.plan import estimate
 
 DOCUMENTS = 600
@@ -33,7 +33,7 @@ def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny
         folder = Path(changes.get("run_dir", source["run_dir"]))
         before = {path.name for path in folder.glob("encode/*")}
         with encoding_here():
-            pipeline.mine(load_config(source, [f"{name}={value}" for name, value in changes.items()]))
+            graph.mine(load_config(source, [f"{name}={value}" for name, value in changes.items()]))
         return before, {path.name for path in folder.glob("encode/*")}, folder
 
     _, first, _ = encoded()
@@ -45,7 +45,7 @@ def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny
     rows += [{"_id": f"new{i}", "title": "", "text": f"appended {i}"} for i in range(6)]
     write(tmp_path, rows)
     config = load_config(source)
-    pipeline.mine(config, only="ingest")
+    graph.mine(config, only="ingest")
     (planned,) = [step for step in estimate.plan(config).steps if step.stage == "encode"]
     before, after, folder = encoded()
     assert 4 <= len(after - before) <= 14

@@ -15,8 +15,8 @@ import small_source as small
 from as_root import needs_root
 from real_runs import Run
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import StorageError
 
 
@@ -145,9 +145,9 @@ def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkey
             for name in ("rename", "replace", "unlink", "rmdir"):
                 patch.setattr(os, name, dying(name))
             with suppress(Killed):
-                pipeline.mine(config)
+                graph.mine(config)
         deaths += left < 0
-        pipeline.mine(config)
+        graph.mine(config)
         assert (run.folder / "triplets/NOTES.md").read_text(encoding="utf-8") == "mine", kills
         assert len(rows(run)) == 12 * (1 + kills % 3)
         assert not old_folders(run)

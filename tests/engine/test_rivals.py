@@ -20,9 +20,9 @@ from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
 from torture import alive, blow, forget_from
 
+from negpipe import graph
 from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import LockedError
 from negpipe.store.lock import run_lock
 
@@ -92,7 +92,7 @@ def test_a_holder_that_says_nothing_readable_is_another_process(said: str | byte
         assert json.loads(holder.read_text(encoding="utf-8"))["pid"] == os.getpid()
         holder.write_bytes(said.encode() if isinstance(said, str) else said)
         with pytest.raises(LockedError, match=f"{run_dir} is in use by another negpipe process: wait for it"):
-            pipeline.mine(load_config(str(config)))
+            graph.mine(load_config(str(config)))
     assert not holder.exists()
 
 

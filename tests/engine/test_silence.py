@@ -14,8 +14,8 @@ import small_source as small
 from real_runs import Run
 from torture import blow
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.engine.executors import local
 from negpipe.errors import ConfigError, TaskFailedError
 
@@ -33,8 +33,8 @@ def fresh(run: Run, tmp_path: Path) -> dict[str, Any]:
     return other.content()
 
 
-def mine(run: Run, *settings: str) -> pipeline.Result:
-    return pipeline.mine(load_config(run.config, list(settings)))
+def mine(run: Run, *settings: str) -> graph.Result:
+    return graph.mine(load_config(run.config, list(settings)))
 
 
 def strike(monkeypatch: pytest.MonkeyPatch, **what: Any) -> None:

@@ -27,8 +27,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from real_runs import STAGES
 from small_source import DIMENSION, write_qrels, write_rows
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline, upkeep
+from negpipe.engine import upkeep
 from negpipe.errors import DamagedError, MissingStageError
 
 SETTINGS: dict[str, list[Any]] = {
@@ -143,7 +144,7 @@ class Machine(RuleBasedStateMachine):
         """What a run from nothing makes."""
         name = json.dumps([self.choice, self.documents, self.queries])
         if name not in self.fresh:
-            pipeline.mine(self.config("fresh"))
+            graph.mine(self.config("fresh"))
             self.fresh[name] = {stage: self.content("fresh", stage) for stage in STAGES}
             shutil.rmtree(self.root / "fresh")
         return self.fresh[name]
@@ -160,7 +161,7 @@ class Machine(RuleBasedStateMachine):
         if self.unseen:
             return
         config = self.config()
-        current = [state.stage for state in pipeline.status(config) if state.state == "current"]
+        current = [state.stage for state in graph.status(config) if state.state == "current"]
         for stage in current:
             # Exact candidates stored deeper than asked for serve as well: what is taken from them is compared.
             if stage != "search" or config.index.approximate or config.depth == max(SETTINGS["search.depth"]):
@@ -169,21 +170,21 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def run(self) -> None:
         try:
-            pipeline.mine(self.config())
+            graph.mine(self.config())
         except DamagedError:
             assert self.unseen
         else:
-            assert {state.state for state in pipeline.status(self.config())} == {"current"}
+            assert {state.state for state in graph.status(self.config())} == {"current"}
 
     @rule(changes=st.integers(0, 250))
     def kill(self, changes: int) -> None:
         with death_after(changes), suppress(*([DamagedError] if self.unseen else [])):
-            pipeline.mine(self.config())
+            graph.mine(self.config())
 
     @rule(stage=st.sampled_from(STAGES))
     def run_one_stage(self, stage: str) -> None:
         with suppress(MissingStageError, *([DamagedError] if self.unseen else [])):
-            pipeline.mine(self.config(), only=stage)
+            graph.mine(self.config(), only=stage)
 
     @rule(name=st.sampled_from(sorted(SETTINGS)), by=st.integers(1, 3))
     def change_setting(self, name: str, by: int) -> None:
@@ -263,14 +264,14 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def clean(self) -> None:
         with suppress(DamagedError):
-            upkeep.clean(self.root / "run")
+            graph.clean(self.root / "run")
 
     @rule()
     def repair(self) -> None:
-        pipeline.mine(self.config(), repair=True)
+        graph.mine(self.config(), repair=True)
         self.unseen = False
-        assert {state.state for state in pipeline.status(self.config())} == {"current"}
-        assert not upkeep.verify(self.root / "run", upkeep.inventory(self.root / "run"))
+        assert {state.state for state in graph.status(self.config())} == {"current"}
+        assert not upkeep.verify(self.root / "run", graph.inventory(self.root / "run"))
 
 
 @pytest.mark.torture

@@ -11,8 +11,8 @@ import small_source as small
 from real_runs import STAGES, Run
 from torture import blow
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.engine.manifest import Books
 
 OLDER = "0.0.1"
@@ -52,8 +52,8 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "--rebuild" in record.message]
 
 
-def rebuilt(run: Run, **options: Any) -> pipeline.Result:
-    return pipeline.mine(load_config(run.config, ["executor.kind=inline"]), rebuild=True, **options)
+def rebuilt(run: Run, **options: Any) -> graph.Result:
+    return graph.mine(load_config(run.config, ["executor.kind=inline"]), rebuild=True, **options)
 
 
 def test_a_run_of_one_version_is_not_warned_about(run: Run, caplog: pytest.LogCaptureFixture) -> None:

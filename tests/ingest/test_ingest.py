@@ -15,9 +15,9 @@ import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.data.texts import digests, hashes, normalize, text_id
-from negpipe.engine import pipeline
 from negpipe.engine.manifest import Books, Part
 from negpipe.errors import ConfigError
 from negpipe.ingest import joins, spool
@@ -52,7 +52,7 @@ def run(folder: Path, name: str = "run", **data: Any) -> Ingested:
     config = load_config(
         small.settings(folder) | {"run_dir": str(folder / name)}, [f"data.{k}={v}" for k, v in data.items()]
     )
-    result = pipeline.mine(config, only="ingest")
+    result = graph.mine(config, only="ingest")
     manifest = Books(config.run_dir, "ingest").manifest()
     assert manifest is not None
     return Ingested(result.stats["ingest"], manifest.parts, config.run_dir)
@@ -195,7 +195,7 @@ def test_anchors_come_no_more_at_a_time_than_a_part_holds(tmp_path: Path, monkey
             yield table
 
     monkeypatch.setattr(joins, "anchors", counted)
-    pipeline.mine(load_config(small.settings(tmp_path), ["data.part_rows=5"]), only="ingest")
+    graph.mine(load_config(small.settings(tmp_path), ["data.part_rows=5"]), only="ingest")
     assert max(batches) <= 5 and sum(batches) == small.QUERIES
 
 
@@ -204,7 +204,7 @@ def test_too_little_memory_names_the_setting(tmp_path: Path) -> None:
     config = load_config(small.settings(tmp_path))
     resources = config.resources.model_copy(update={"memory_budget": 2**20})  # less than a config may say
     with pytest.raises(ConfigError, match=r"memory_budget: 1 MiB are too few to read this source .*: set it higher"):
-        pipeline.mine(config.model_copy(update={"resources": resources}), only="ingest")
+        graph.mine(config.model_copy(update={"resources": resources}), only="ingest")
 
 
 # --- what is not mined --------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def mined(folder: Path, **overrides: Any) -> list[Row]:
     """All that can be a negative of each anchor."""
     options = {"mining.num_negatives": 4, "mining.range_max": 9, **overrides}
     config = load_config(small.settings(folder), [f"{name}={value}" for name, value in options.items()])
-    rows: list[Row] = pq.read_table(pipeline.mine(config).triplets).to_pylist()
+    rows: list[Row] = pq.read_table(graph.mine(config).triplets).to_pylist()
     return rows
 
 

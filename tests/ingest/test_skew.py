@@ -22,11 +22,11 @@ import small_source as small
 import yaml
 from test_memory import peaks
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import to_bytes
-from negpipe.engine import pipeline
 from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, InputError
 from negpipe.ingest import joins
@@ -139,7 +139,7 @@ def test_rows_of_a_text_are_found_across_parts(tmp_path: Path) -> None:
 def mined(request: pytest.FixtureRequest, many: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Config]:
     shape = request.param
     config = config_of(source(tmp_path_factory.mktemp(shape), shape, many))
-    pipeline.mine(config)
+    graph.mine(config)
     return shape, config
 
 
@@ -171,7 +171,7 @@ def test_whatever_reads_candidates_reads_these(mined: tuple[str, Config]) -> Non
     measured = measures.measure_quality(config)
     assert isinstance(measured, quality.Quality) and measured.positives >= 20
     changed = config_of(config.run_dir.parent, "mining.num_random=2", "mining.near_duplicate=0.99")
-    pipeline.mine(changed)
+    graph.mine(changed)
     assert {row["random"] for row in ledger(changed)} == {2}
 
 
@@ -179,10 +179,10 @@ def test_positives_of_one_anchor_have_negatives_of_their_own(many: int, tmp_path
     """A unit for each positive, with the candidates, exclusions and random ones of their anchor."""
     folder = source(tmp_path, "anchor", many)
     alike = config_of(folder, "mining.num_random=1")
-    pipeline.mine(alike)
+    graph.mine(alike)
     together = {row["anchor_id"]: row for row in ledger(alike)}
     each = config_of(folder, "mining.num_random=1", "mining.margin_reference=each")
-    pipeline.mine(each)
+    graph.mine(each)
     reasons = ("taken", "random", "candidates", "dropped_positive_id", "dropped_not_sampled", "deepest_rank")
     units = list(ledger(each))
     assert len(units) == many
@@ -194,7 +194,7 @@ def test_calibration_hides_the_positives_of_one_anchor_from_each_other(tmp_path:
     folder = source(tmp_path, "anchor", MANY)
     config = config_of(folder, "mining.num_negatives=2", "mining.range_max=20", "search.depth=64")
     for stage in ("ingest", "encode", "index", "search"):
-        pipeline.mine(config, only=stage)
+        graph.mine(config, only=stage)
     tracemalloc.start()
     made = measures.calibrate_settings(config, lambda _: [Setting(0, 20, "top", None, None, None)])
     peak = tracemalloc.get_traced_memory()[1]
@@ -209,12 +209,12 @@ def test_room_for_the_positives_of_one_text_is_refused_by_its_settings_before_te
     folder = source(tmp_path, "text", 3_000)
     config = config_of(folder, "mining.compat=sentence-transformers", "mining.range_max=null")
     with pytest.raises(ConfigError) as error:
-        pipeline.mine(config)
+        graph.mine(config)
     named = ("mining.range_max (1,004 now)", "mining.depth (2,004 now)", "1,000 positives")
     assert all(text in str(error.value) for text in named), error.value
     assert not (config.run_dir / "encode").exists()
     # What it names is a way out.
-    pipeline.mine(config_of(folder, "mining.compat=sentence-transformers", "mining.depth=200"))
+    graph.mine(config_of(folder, "mining.compat=sentence-transformers", "mining.depth=200"))
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import small_source as small
 from clustered import DIMENSION, DOCUMENTS, KINDS, mined, write
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import ConfigError, InputError, NegpipeError
 from negpipe.plan import estimate
 
@@ -37,7 +37,7 @@ def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.
     source = write(tmp_path)
     mined(source, "index.kind=auto", only="ingest")
     for kind in ("stream", "IVF16,Flat"):
-        monkeypatch.setattr("negpipe.config.auto.choose", lambda *sizes, kind=kind: (kind, "told to"))
+        monkeypatch.setattr("negpipe.ann.auto.choose", lambda *sizes, kind=kind: (kind, "told to"))
         found = estimate.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
         steps = {step.stage: step for step in found.steps}
         meant = next(choice for choice in found.choices if choice.kind == kind)
@@ -165,7 +165,7 @@ def test_a_script_without_a_main_guard_runs_once(tiny: Path, tmp_path: Path) -> 
     config = small.build(tmp_path)
     settings = small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}
     config.write_text(json.dumps(settings))
-    pipeline.mine(load_config(settings), only="ingest")
+    graph.mine(load_config(settings), only="ingest")
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_timed_is_named(tiny: Path, tmp_path: Path) -> No
     (broken / "model.safetensors").write_bytes(b"no weights")
     settings = small.settings(tmp_path) | {"encoder": {"model": str(broken), "pooling": "mean"}}
     small.build(tmp_path)
-    pipeline.mine(load_config(settings), only="ingest")
+    graph.mine(load_config(settings), only="ingest")
     with pytest.raises(InputError) as refused:
         estimate.plan(load_config(settings))
     assert "encoder.model" in str(refused.value)
@@ -198,7 +198,7 @@ def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: P
     small.build(tmp_path)
     settings = small.settings(tmp_path)
     settings["encoder"] = {"model": str(tiny), "pooling": "mean"}
-    pipeline.mine(load_config(settings), only="ingest")
+    graph.mine(load_config(settings), only="ingest")
     found = estimate.plan(load_config(settings))
     encode = next(step for step in found.steps if step.stage == "encode")
     assert encode.seconds and encode.disk and "took just now" in encode.note

@@ -17,8 +17,8 @@ from beir_data import numbered_folder, precomputed_config, write_folder
 from real_runs import Run
 from test_parity import World, ranked
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.review import finished
 from negpipe.rows import exports
 
@@ -239,7 +239,7 @@ def test_positives_in_a_ranking_are_not_counted_as_negatives(tmp_path: Path, ref
     scores = [score for *pair, score in taken.values() if tuple(pair) not in positives]
     own = len(taken) - len(scores)
     assert own > 3
-    stats = pipeline.mine(load_config(config, list(settings))).stats["triplets"]
+    stats = graph.mine(load_config(config, list(settings))).stats["triplets"]
     assert (stats["rows"], stats["negatives"], stats["own_positives"]) == (len(rows), len(scores), own)
     assert stats["candidates"] == stats["negatives"] + own + sum(stats["drops"].values())
     found = stats["scores"]["negative"]

@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
+from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import pipeline
 from negpipe.errors import InputError
 
 
 def triples(folder: Path, *overrides: str) -> set[tuple[str, str]]:
     """(anchor, negative) ids of a run."""
-    result = pipeline.mine(load_config(small.settings(folder), list(overrides)))
+    result = graph.mine(load_config(small.settings(folder), list(overrides)))
     rows = pq.read_table(result.triplets).to_pydict()
     return set(zip(rows["anchor_id"], rows["negative_id"], strict=True))
 
@@ -66,18 +66,18 @@ def test_a_broken_file_is_found_before_anything_runs(folder: Path, text: str, me
     file.write_text(text)
     config = load_config(small.settings(folder), [f"mining.exclude_file={file}"])
     with pytest.raises(InputError, match=message):
-        pipeline.mine(config)
+        graph.mine(config)
     assert not (folder / "run" / "ingest").exists()
 
 
 def test_a_narrower_window_searches_nothing_and_takes_what_a_fresh_run_takes(folder: Path) -> None:
     wide = ["search.depth=null", "mining.range_max=100", "mining.relative_margin=0.3"]
     narrow = ["mining.relative_margin=0.3", "mining.range_max=5", "search.depth=6", "mining.max_depth=null"]
-    pipeline.mine(load_config(small.settings(folder), wide))
+    graph.mine(load_config(small.settings(folder), wide))
     config = load_config(small.settings(folder), narrow)
-    again = pipeline.mine(config)
+    again = graph.mine(config)
     assert again.ran == ("triplets",)
-    fresh = pipeline.mine(load_config(small.settings(folder), [*narrow, f"run_dir={folder / 'fresh'}"]))
+    fresh = graph.mine(load_config(small.settings(folder), [*narrow, f"run_dir={folder / 'fresh'}"]))
     rows = [pq.read_table(result.triplets) for result in (again, fresh)]
     assert rows[0].equals(rows[1]) and rows[0].num_rows
     assert again.stats["triplets"] == fresh.stats["triplets"]

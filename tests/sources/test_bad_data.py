@@ -15,9 +15,10 @@ import pytest
 import small_source as small
 from bad_data import DOCUMENTS, LONG, QUERIES, Fault, Source, faults, sources
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.config.schema import Data
-from negpipe.engine import pipeline, upkeep
+from negpipe.engine import upkeep
 from negpipe.errors import DamagedError, InputError
 from negpipe.ingest.rejected import NAME
 from negpipe.sources import BadRow, Document
@@ -36,12 +37,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def ingest(folder: Path, settings: dict[str, Any], *overrides: str) -> pipeline.Result:
+def ingest(folder: Path, settings: dict[str, Any], *overrides: str) -> graph.Result:
     config = small.settings(folder) | {"data": settings}
-    return pipeline.mine(load_config(config, list(overrides)), only="ingest")
+    return graph.mine(load_config(config, list(overrides)), only="ingest")
 
 
-def listed(result: pipeline.Result) -> list[dict[str, Any]]:
+def listed(result: graph.Result) -> list[dict[str, Any]]:
     path = result.run_dir / NAME
     return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()] if path.exists() else []
 
@@ -116,12 +117,12 @@ def test_the_list_is_a_file_of_the_run_like_the_others(tmp_path: Path) -> None:
 
     # Damage is found, and the same bytes are made again.
     (result.run_dir / NAME).write_bytes(shown.replace(b"owned", b"OWNED"))
-    assert f"{NAME} has other content" in " ".join(upkeep.verify(result.run_dir, upkeep.inventory(result.run_dir)))
+    assert f"{NAME} has other content" in " ".join(upkeep.verify(result.run_dir, graph.inventory(result.run_dir)))
     config = load_config(small.settings(tmp_path) | {"data": settings}, ["data.max_bad_rows=2"])
-    pipeline.mine(config, only="ingest", repair=True)
+    graph.mine(config, only="ingest", repair=True)
     assert (result.run_dir / NAME).read_bytes() == shown
     (result.run_dir / NAME).unlink()
-    assert pipeline.status(config)[0].state == "damaged"
+    assert graph.status(config)[0].state == "damaged"
     ingest(tmp_path, settings, "data.max_bad_rows=2")
     assert (result.run_dir / NAME).read_bytes() == shown
 
@@ -146,7 +147,7 @@ def test_the_list_survives_clean_and_nothing_else_in_the_run_directory_goes(tmp_
     result = ingest(tmp_path, settings, "data.max_bad_rows=1")
     (result.run_dir / "audit.json").write_text("{}", encoding="utf-8")
     ingest(tmp_path, settings, "data.max_bad_rows=1", "data.part_rows=2")
-    assert upkeep.clean(result.run_dir) > 0
+    assert graph.clean(result.run_dir) > 0
     assert (result.run_dir / "audit.json").exists()
     assert (result.run_dir / NAME).exists()
 
@@ -385,7 +386,7 @@ def test_ids_that_differ_by_case_or_white_space_are_different(tmp_path: Path) ->
     assert ids == [*(f"d{i}" for i in range(DOCUMENTS)), *odd]
 
 
-def documents(result: pipeline.Result) -> list[dict[str, Any]]:
+def documents(result: graph.Result) -> list[dict[str, Any]]:
     manifest = json.loads((result.run_dir / ".negpipe/ingest/manifest.json").read_text(encoding="utf-8"))
     paths = [part["files"][0]["path"] for part in manifest["parts"] if part["kind"] == "corpus"]
     tables = [pa.ipc.open_file(pa.memory_map(str(result.run_dir / path))).read_all() for path in paths]
@@ -441,10 +442,10 @@ def test_a_bad_row_of_50_mb_is_shown_by_its_beginning(tmp_path: Path) -> None:
     assert len(str(bad.error)) < 500
 
 
-def run(folder: Path, corpus: list[Any], asked: list[Any], qrels: list[tuple[str, str, int]]) -> pipeline.Result:
+def run(folder: Path, corpus: list[Any], asked: list[Any], qrels: list[tuple[str, str, int]]) -> graph.Result:
     config = small.build(folder, corpus, asked)
     small.write_qrels(folder / "data/qrels/train.tsv", qrels)
-    return pipeline.mine(load_config(str(config), ["mining.num_negatives=1"]))
+    return graph.mine(load_config(str(config), ["mining.num_negatives=1"]))
 
 
 def test_anchors_that_equal_documents(tmp_path: Path) -> None:
@@ -569,7 +570,7 @@ TABLES_OF_VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
 def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose source is read."""
     folder = tmp_path_factory.mktemp("read")
-    pipeline.mine(load_config(str(small.build(folder))), only="ingest")
+    graph.mine(load_config(str(small.build(folder))), only="ingest")
     return folder
 
 
@@ -586,7 +587,7 @@ def test_bad_vectors_are_refused_by_row(
     change(read)
     options = [f"encoder.corpus_vectors={read / file}"]
     with pytest.raises(InputError) as caught:
-        pipeline.mine(load_config(str(read / "config.yaml"), options), only="encode")
+        graph.mine(load_config(str(read / "config.yaml"), options), only="encode")
     assert caught.value.row == row, str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert file in str(caught.value)
@@ -607,7 +608,7 @@ def test_small_vectors_keep_their_direction(tmp_path: Path) -> None:
 
 
 def test_a_sidecar_that_names_a_file_elsewhere_is_none(tmp_path: Path) -> None:
-    pipeline.mine(load_config(str(small.build(tmp_path))), only="ingest")
+    graph.mine(load_config(str(small.build(tmp_path))), only="ingest")
     victim = tmp_path / "victim"
     victim.write_text("mine", encoding="utf-8")
     path = tmp_path / "run/.negpipe/ingest/manifest.json"
@@ -617,8 +618,8 @@ def test_a_sidecar_that_names_a_file_elsewhere_is_none(tmp_path: Path) -> None:
         manifest["parts"][0]["files"][0]["path"] = name
         path.write_text(json.dumps(manifest), encoding="utf-8")
         with pytest.raises(DamagedError):
-            upkeep.clean(tmp_path / "run")
-        assert pipeline.status(load_config(str(tmp_path / "config.yaml")))[0].state == "damaged"
+            graph.clean(tmp_path / "run")
+        assert graph.status(load_config(str(tmp_path / "config.yaml")))[0].state == "damaged"
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
@@ -627,5 +628,5 @@ def test_vectors_whose_products_overflow_are_refused(read: Path, request: pytest
     changed(6, 1e19)(read)
     settings = [f"encoder.corpus_vectors={read}/corpus.npy", "encoder.normalize=false", "encoder.storage=float32"]
     with pytest.raises(InputError, match=r"document 'd6' is too long, .*length 1") as caught:
-        pipeline.mine(load_config(str(read / "config.yaml"), settings), only="encode")
+        graph.mine(load_config(str(read / "config.yaml"), settings), only="encode")
     assert caught.value.row == 6

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
-from negpipe import mine
-from negpipe.engine import upkeep
+from negpipe import graph, mine
 from negpipe.engine.stage import Task
 from negpipe.errors import InputError
 from negpipe.stages import encode
@@ -30,7 +29,7 @@ def folder(finished: Path) -> Iterator[Path]:
     for path, content in source.items():
         path.write_bytes(content)
     assert mine(finished / "config.yaml").ran == ()  # What went wrong in between has cost nothing.
-    upkeep.clean(finished / "run")
+    graph.clean(finished / "run")
 
 
 def in_run(path: Path) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from negpipe.config.schema import DEFAULT_BUDGET, Config
+
 ROWS_A_LIST = 39  # fewer to train on, and FAISS warns that its k-means is badly trained
 ITERATIONS = 10  # of the k-means that makes lists, FAISS's number
-DEFAULT_BUDGET = 2 * 2**30  # resources.memory_budget, where nobody sets it
 # Of the corpus that has to be probed for a recall of 0.98: 0.43 where depth / rows is 211 / 100,000, 0.19 at a tenth.
 _SHARE, _AT, _FALLS = 0.39, 211 / 100_000, 0.31
 _FINER = 0.44  # a quarter less of it where there are twice as many lists as 2 * sqrt(rows)
@@ -58,3 +59,12 @@ def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, st
         why = f"{best} would be {faster}, building included" if best else "the corpus is too small for lists"
         return "stream", f"exact search costs little here, {why}"
     return best, f"about {ratio:.1f} times as fast as exact search, building included"
+
+
+def decided(config: Config, rows: int, dimension: int, anchors: int) -> tuple[Config, str]:
+    """The config with `index.kind: auto` decided, and why; a resolved one, once the sizes are known."""
+    if config.index.kind != "auto":
+        return config, ""
+    kind, reason = choose(rows, dimension, anchors, min(config.depth, rows))
+    index = config.index.model_copy(update={"kind": kind})
+    return config.model_copy(update={"index": index}), f"index.kind auto means {kind}: {reason}"

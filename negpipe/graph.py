@@ -1,0 +1,66 @@
+"""The graph of stages that a config asks for, and what the engine does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from negpipe.config.schema import Config
+from negpipe.engine import pipeline, upkeep
+from negpipe.engine.pipeline import Result as Result
+from negpipe.engine.stage import Context, Graph, Stage
+from negpipe.engine.state import State, digests_of, look
+from negpipe.engine.upkeep import Inventory
+from negpipe.stages import STAGES
+
+
+def stages(rescore: Stage | None = None) -> Graph:
+    """The five stages; `rescore` comes after search, and its candidates take the place of search's."""
+    graph: dict[str, Stage] = {}
+    for name, stage in STAGES.items():
+        graph[name] = stage
+        if rescore and name == rescore.provides:
+            graph[rescore.name] = rescore
+    return graph
+
+
+def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Result:
+    """Bring the stages up to date, see `pipeline.mine`."""
+    return pipeline.mine(config, stages(rescore), **options)
+
+
+def status(config: Config) -> list[State]:
+    """How every stage stands. Reads only."""
+    return pipeline.status(config, STAGES)
+
+
+def inventory(run_dir: Path) -> Inventory:
+    """What a run directory has on record, see `upkeep.inventory`."""
+    return upkeep.inventory(run_dir, STAGES)
+
+
+def superseded(run_dir: Path) -> list[tuple[Path, int]]:
+    """What `clean` frees, see `upkeep.superseded`."""
+    return upkeep.superseded(run_dir, STAGES)
+
+
+def clean(run_dir: Path) -> int:
+    """Delete what `superseded` lists. Returns the bytes freed."""
+    return upkeep.clean(run_dir, STAGES)
+
+
+def resolved(config: Config) -> tuple[Config, bool]:
+    """The config as the stages see it.
+
+    Returns:
+        the config, and whether it is whole: what depends on the data is known once ingest is current.
+    """
+    mining, positives = config.mining, 0
+    if mining.range_max is None or isinstance(mining.depth, str):
+        with digests_of(config) as digests:
+            state = look(STAGES["ingest"], Context(config, config.run_dir, digests))
+        if state.state != "current" or state.manifest is None:
+            return config, False
+        positives = state.manifest.stats["max_positives"]
+    config = config.resolved(positives)
+    return config.model_copy(update={"search": config.search.model_copy(update={"depth": config.depth})}), True

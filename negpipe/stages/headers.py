@@ -1,0 +1,50 @@
+"""What the headers of a part's files say: next to nothing to look at, and a damaged file seldom keeps them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from negpipe import ann
+from negpipe.data.npy import BROKEN
+from negpipe.data.tables import open_table
+from negpipe.engine.manifest import OTHER_CONTENT, Part
+from negpipe.errors import DamagedError
+
+
+def misfit(run_dir: Path, part: Part, beside: Mapping[str, str] | None = None) -> str | None:
+    """What they say that the part's record does not; None: nothing.
+
+    Args:
+        run_dir: the run directory.
+        part: one whose files hold its rows.
+        beside: folder of files that hold other rows than the part's → what the part calls their number.
+    """
+    counts: Counter[str] = Counter()
+    for file in part.files:
+        try:
+            rows = _rows(run_dir / file.path)
+        except (*BROKEN, LookupError, DamagedError):
+            return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
+        counts[file.path.partition("/")[0]] += rows
+    for folder, rows in counts.items():
+        written = part.meta.get((beside or {}).get(folder, ""), part.rows)
+        if rows != written:
+            path = next(file.path for file in part.files if file.path.startswith(f"{folder}/"))
+            return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
+    return None
+
+
+def _rows(path: Path) -> int:
+    """The rows of a file, from its header or footer."""
+    if path.suffix == ".npy":
+        return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+    if path.suffix == ".faiss":
+        return ann.open_flat(path).rows
+    if path.suffix == ".arrow":
+        return int(open_table(path).num_rows)
+    return int(pq.read_metadata(path).num_rows)
