@@ -172,7 +172,7 @@ def test_a_script_without_a_main_guard_runs_once(tiny: Path, tmp_path: Path) -> 
 with open({str(tmp_path / "runs")!r}, "a") as file:
     file.write("x")
 from {estimate.__name__} import plan
-from negpipe.config_file import load_config
+from negpipe.config.file import load_config
 found = plan(load_config({str(config)!r}))
 print(next(step.seconds for step in found.steps if step.stage == "encode"))
 """
