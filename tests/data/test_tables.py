@@ -137,7 +137,7 @@ READ_ALL_FLIPPED = """
 import sys
 from pathlib import Path
 from negpipe.errors import DamagedError
-from negpipe.tables import open_table
+from negpipe.data.tables import open_table
 
 path, content, refused = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes(), 0
 for at in range(len(content)):

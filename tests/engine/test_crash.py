@@ -234,8 +234,8 @@ def test_sigkill_while_a_model_encodes_then_more_documents_and_another_instructi
 # In a process of its own: run the stage, and die before the n-th change to the disk after the old manifest went.
 DYING = """
 import os, signal, sys
-from negpipe import pipeline
-from negpipe.config_file import load_config
+from negpipe import graph
+from negpipe.config.file import load_config
 import pyarrow.parquet, numpy
 
 config, folders = sys.argv[1], sys.argv[2:]

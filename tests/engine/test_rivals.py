@@ -238,7 +238,7 @@ def stuck(*_):
     print("stuck", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, without a look at signals
 
-import negpipe.config_file
+import negpipe.config.file
 negpipe.config.file.load_config = stuck
 signals.GRACE_SECONDS = 0.5
 sys.argv = ["negpipe", "status", "any"]

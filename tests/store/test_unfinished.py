@@ -102,7 +102,7 @@ def test_a_file_that_is_being_published_has_such_a_name(tmp_path: Path) -> None:
 CONTAINER = """
 import sys
 from pathlib import Path
-from negpipe.storage import publish, remove_temporaries
+from negpipe.store.files import publish, remove_temporaries
 import os
 
 folder, does = Path(sys.argv[1]), sys.argv[2]
