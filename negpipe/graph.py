@@ -7,11 +7,13 @@ from typing import Any
 
 from negpipe.config.schema import Config
 from negpipe.engine import pipeline, upkeep
-from negpipe.engine.pipeline import Result as Result
+from negpipe.engine.pipeline import Result
 from negpipe.engine.stage import Context, Graph, Stage
 from negpipe.engine.state import State, digests_of, look
 from negpipe.engine.upkeep import Inventory
 from negpipe.stages import STAGES
+
+__all__ = ["Result", "clean", "inventory", "mine", "resolved", "stages", "status", "superseded"]
 
 
 def stages(rescore: Stage | None = None) -> Graph:
