@@ -1,0 +1,1 @@
+"""The tables that stages hand on: texts, anchors and their namesakes, candidates."""
