@@ -17,9 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from negpipe.data.tables import members, ragged
 from negpipe.errors import DamagedError
-from negpipe.data.tables import members
-from negpipe.data.tables import ragged
 
 ROW_GROUP = 4096
 CELLS = 2**20  # candidates of a slice that has deeper ones

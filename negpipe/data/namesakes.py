@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.data.tables import members
-from negpipe.data.tables import open_table
+from negpipe.data.tables import members, open_table
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]

@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe.config.schema import Config
-from negpipe.errors import DamagedError
-from negpipe.engine.manifest import Manifest
-from negpipe.engine.manifest import Part
 from negpipe.data.texts import hashes
+from negpipe.engine.manifest import Manifest, Part
+from negpipe.errors import DamagedError
 
 _PAGE = 1024  # rows
 EXTRA = "extra:"

@@ -5,7 +5,7 @@ Importing this package, and resolving a model, imports neither torch nor a model
 
 from negpipe.encoders.backends import Kind
 from negpipe.encoders.batched import OnBatch
-from negpipe.encoders.encode import LIBRARIES, Encoder, load, provenance
+from negpipe.encoders.encode import Encoder, libraries, load, provenance
 from negpipe.encoders.models import Model, resolve_model
 
-__all__ = ["LIBRARIES", "Encoder", "Kind", "Model", "OnBatch", "load", "provenance", "resolve_model"]
+__all__ = ["Encoder", "Kind", "Model", "OnBatch", "libraries", "load", "provenance", "resolve_model"]

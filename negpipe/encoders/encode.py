@@ -18,9 +18,6 @@ from negpipe.encoders.backends import Kind, flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.errors import ConfigError, InputError
 
-LIBRARIES = ("FlagEmbedding", "sentence-transformers", "transformers", "tokenizers", "torch", "numpy")
-"""What may change the bits of a vector."""
-
 
 class Encoder(Protocol):
     """A loaded model."""
@@ -68,6 +65,12 @@ def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
             remedy="Check encoder.model, encoder.model_class and encoder.trust_remote_code, or fetch the model again",
         ) from error
     return Batched(encoder, module, call, ahead=device != "cpu" and encoder.backend == "flagembedding")
+
+
+def libraries(encoder: schema.Encoder) -> tuple[str, ...]:
+    """Distributions that may change the bits of a vector."""
+    own = {"flagembedding": ("FlagEmbedding",), "sentence-transformers": ("sentence-transformers",)}
+    return (*own.get(encoder.backend, ()), "transformers", "tokenizers", "torch", "numpy")
 
 
 def provenance(encoder: schema.Encoder) -> dict[str, str]:

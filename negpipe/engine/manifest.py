@@ -21,7 +21,7 @@ from negpipe.errors import DamagedError
 from negpipe.store.files import BOOKS, file_digest, write_json
 
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
-_CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12}-\d+)?\.npz")
+_CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
 OTHER_CONTENT = "has other content than was written"
 Book = TypeVar("Book", bound=BaseModel)
 

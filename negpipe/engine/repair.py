@@ -104,17 +104,20 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
 def drop_of_other_versions(stage: Stage, context: Context) -> None:
     """Forget the parts that other versions of libraries made than are installed, so that they are made again.
 
-    Their files stay until the new ones are there, or `clean` takes them.
+    Their files stay until the new ones are there, or `clean` takes them, but for those of a swapped folder.
     """
     books, now = Books(context.run_dir, stage.name), versions.installed(stage.libraries(context.config))
     recorded = (part for path in books.sidecars() if (part := books.record(path.stem)))
-    outdated = [part.key for part in recorded if versions.is_of_others(part, now)]
+    outdated = [part for part in recorded if versions.is_of_others(part, now)]
     if not outdated:
         return
     logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
     _forget_output(stage, books)
-    for key in outdated:
-        (books.folder / f"{key}.json").unlink(missing_ok=True)
+    for part in outdated:
+        if stage.swapped:  # a folder that people read as a whole must hold nothing of before
+            for file in part.files:
+                (context.run_dir / file.path).unlink(missing_ok=True)
+        (books.folder / f"{part.key}.json").unlink(missing_ok=True)
 
 
 def _forget_output(stage: Stage, books: Books) -> None:

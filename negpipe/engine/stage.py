@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import versions
-from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.errors import MissingStageError
 from negpipe.store.files import BOOKS, publish
@@ -94,8 +94,9 @@ class Context:
 class Publisher:
     """Publishes the files of one task under their final names."""
 
-    def __init__(self, run_dir: Path, stage: str, key: str) -> None:
+    def __init__(self, run_dir: Path, stage: str, key: str, libraries: Mapping[str, str]) -> None:
         self._run_dir, self._stage, self._key = run_dir, stage, key
+        self._libraries = digest(libraries)[:12]
         self.files: list[File] = []
 
     def __call__(
@@ -116,6 +117,19 @@ class Publisher:
             self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write, needed
         )
         self.files.append(File(path=PurePosixPath(folder, made.name).as_posix(), bytes=made.bytes, digest=made.digest))
+
+    def checkpoint(self, name: str = "") -> Path:
+        """Where the task may leave what it goes on from if it is cut short.
+
+        The versions of libraries are in the path: what another one began would be part of a part with no record of it.
+        """
+        file = "-".join(filter(None, (self._key, self._libraries, name)))
+        return self._run_dir / BOOKS / self._stage / f"{file}.npz"
+
+    def drop_checkpoints(self) -> None:
+        """Delete what the task left to go on from, under these versions or others."""
+        for path in (self._run_dir / BOOKS / self._stage).glob(f"{self._key}*.npz"):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -247,7 +261,8 @@ class Executor(Protocol):
 def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: Progress) -> Part:
     """Make one part: its files first, then the sidecar."""
     started = time.monotonic()
-    publisher = Publisher(context.run_dir, stage.name, task.key)
+    libraries = versions.installed(stage.libraries(context.config))
+    publisher = Publisher(context.run_dir, stage.name, task.key, libraries)
     made = stage.run(task, shared, context, publisher, progress)
     part = Part(
         key=task.key,
@@ -260,7 +275,7 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
             "host": platform.node(),
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory": machine.peak_memory(),
-            "libraries": versions.installed(stage.libraries(context.config)),
+            "libraries": libraries,
             **made.provenance,
         },
     )

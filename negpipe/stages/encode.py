@@ -295,7 +295,7 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
 
 
 def _libraries(config: Config) -> tuple[str, ...]:
-    return ("numpy",) if config.encoder.backend == "precomputed" else encoders.LIBRARIES
+    return ("numpy",) if config.encoder.backend == "precomputed" else encoders.libraries(config.encoder)
 
 
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:

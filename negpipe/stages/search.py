@@ -126,7 +126,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
         progress(due - reported, "")
         reported = due
 
-    checkpoint = ann.Checkpoint(Books(context.run_dir, "search").folder / f"{task.key}.npz")
+    checkpoint = ann.Checkpoint(publish.checkpoint())
     about: dict[str, Any] = {"memory": memory, "threads": context.threads, "progress": on_block}
     if opened.index is None:
         found = ann.search_exact(
@@ -138,7 +138,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
     kind = context.config.index.kind if opened.index else None
     publish(".parquet", lambda file: candidates.write(file, made, approximate=kind))
-    checkpoint.path.unlink(missing_ok=True)
+    publish.drop_checkpoints()
     return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
 
 

@@ -31,7 +31,7 @@ from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, searchable
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import Books, File, Part
+from negpipe.engine.manifest import File, Part
 from negpipe.engine.publication import staging
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError, InputError
@@ -218,13 +218,13 @@ def search_deeper(
 
 def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progress: Progress) -> Made:
     files = part_files(context, task)
-    searched_deeper, books = 0, Books(context.run_dir, "triplets").folder
+    searched_deeper = 0
     deeper = search_deeper(
         files,
         shared,
         context,
         progress=lambda note: progress(0, note),
-        checkpoints=lambda name: books / f"{task.key}-{name}.npz",
+        checkpoints=publish.checkpoint,
     )
     if first := next(deeper, None):
 
@@ -262,8 +262,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     book = pa.concat_tables(ledger)
     publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
     publish.files.sort(key=is_deeper)  # A part's first file is what it is known by.
-    for checkpoint in books.glob(f"{task.key}-*.npz"):
-        checkpoint.unlink(missing_ok=True)
+    publish.drop_checkpoints()
     pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
     return Made(
         rows,
@@ -373,6 +372,10 @@ def _misfit(run_dir: Path, part: Part) -> str | None:
     return headers.misfit(run_dir, part, {"ledger": "units", _DEEPER: "searched_deeper"})
 
 
+def _libraries(config: Config) -> tuple[str, ...]:
+    return ("faiss-cpu", "numpy", "pyarrow", *(("RapidFuzz",) if config.mining.near_duplicate is not None else ()))
+
+
 STAGE = Stage(
     name="triplets",
     version=VERSION,
@@ -386,7 +389,7 @@ STAGE = Stage(
     run=_run,
     remarks=_remarks,
     misfit=_misfit,
-    libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
+    libraries=_libraries,
     stats=_stats,
     light=lambda _: True,
     swapped=True,

@@ -12,6 +12,7 @@ import small_source as small
 from negpipe import ann, graph
 from negpipe.ann import exact
 from negpipe.config.file import load_config
+from negpipe.engine import versions
 
 
 class Cut(BaseException):
@@ -60,6 +61,30 @@ def test_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     # The first part of anchors goes on at row 21, the next begins at 0.
     assert read[: read.index(0)] == [21, 28, 35]
     assert small.output(tmp_path / "again") == whole
+    assert not list(books.glob("*.npz"))
+
+
+def test_what_another_version_began_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path))
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr("negpipe.stages.search.ann.Checkpoint", partial(ann.Checkpoint, seconds=0))
+
+    def cut(self: exact.Checkpoint, rows: int, *known: Any) -> None:
+        save(self, rows, *known)
+        raise Cut
+
+    save = exact.Checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(exact.Checkpoint, "save", cut)
+        patch.setattr(versions, "installed", lambda libraries: dict.fromkeys(libraries, "0.0.1"))
+        with pytest.raises(Cut):
+            graph.mine(config)
+    books = tmp_path / "run/.negpipe/search"
+    assert len(list(books.glob("*.npz"))) == 1
+    read = blocks_read(monkeypatch)
+    graph.mine(config)
+    assert read.count(0) == len(list((tmp_path / "run/search").glob("*.parquet")))  # every part from the beginning
     assert not list(books.glob("*.npz"))
 
 

@@ -104,6 +104,24 @@ def test_parts_of_two_versions_are_told_of_and_made_again(
     assert len(changed) == count or stage in ("ingest", "triplets")
 
 
+def test_rows_of_before_a_rebuild_leave_no_file_behind(run: Run) -> None:
+    """More files than the new versions make: none of them may stand among the new rows."""
+    run.mine("output.rows_per_file=4")
+    whole = {path.name: path.read_bytes() for path in (run.folder / "triplets").iterdir()}
+    age(run, "triplets", "numpy")
+    books = Books(run.folder, "triplets")
+    manifest = books.manifest()
+    assert manifest is not None
+    record = books.record(manifest.parts[0].key)
+    assert record is not None
+    name = Path(record.files[0].path).with_name("part-00000-00099.parquet")
+    stray = record.files[0].model_copy(update={"path": str(name)})
+    books.write_part(record.model_copy(update={"files": (*record.files, stray)}))
+    (run.folder / "triplets/part-00000-00099.parquet").write_bytes(b"rows of an older version")
+    graph.mine(load_config(run.config, ["executor.kind=inline", "output.rows_per_file=4"]), rebuild=True)
+    assert {path.name: path.read_bytes() for path in (run.folder / "triplets").iterdir()} == whole
+
+
 def test_a_stage_alone_is_rebuilt(run: Run) -> None:
     age(run, "encode", "numpy"), age(run, "search", "numpy")
     assert rebuilt(run, only="search").ran == ("search",)
