@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from negpipe.engine import publication
 from negpipe.engine.manifest import Books, File
@@ -95,7 +95,8 @@ def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
         keep = {run_dir / file.path for part in manifest.parts for file in part.files}
         keep |= {books.folder / f"{part.key}.json" for part in manifest.parts}
         parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
-        ours = {run_dir / file.path for part in parts for file in part.files}
+        others = graph.keys() - {name}  # whose files no record of this stage can name
+        ours = {run_dir / f.path for part in parts for f in part.files if PurePosixPath(f.path).parts[0] not in others}
         folders = {run_dir / name} | {path.parent for path in ours} - {run_dir}
         ours |= {*books.sidecars(), *books.checkpoints(), *unfinished.left_over(books.folder)}
         for folder in folders:

@@ -244,13 +244,14 @@ def check_fits(context: Context, dimension: int) -> None:
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
     same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays
     searching = sum(task.rows for task in left) if same else anchors
-    size = row * sum(task.rows for task in left) + candidates.BYTES * searching * min(config.depth, rows)
-    if config.index.kind == "flat" and not same:
-        size += 4 * rows * dimension
+    needed = {
+        "encode": row * sum(task.rows for task in left),
+        "index": 4 * rows * dimension if config.index.kind == "flat" and not same else 0,
+        "search": candidates.BYTES * searching * min(config.depth, rows),
+    }
     check_room(
-        context.run_dir / "encode",
+        {context.run_dir / stage: size for stage, size in needed.items()},
         "vectors and what is found with them take about",
-        size,
         "set run_dir to a larger disk",
     )
 

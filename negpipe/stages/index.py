@@ -73,7 +73,7 @@ def _check(context: Context) -> None:
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
     remedy = "set index.kind: stream, which needs none"
-    check_room(context.run_dir / "index", f"index.kind {kind} writes", size - there, remedy)
+    check_room({context.run_dir / "index": size - there}, f"index.kind {kind} writes", remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))

@@ -56,7 +56,7 @@ def _check(context: Context) -> None:
         books = Books(context.run_dir, "search")
         left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
         needed = candidates.BYTES * left * min(context.config.depth, rows)
-        check_room(context.run_dir / "search", "search writes about", needed, "lower search.depth")
+        check_room({context.run_dir / "search": needed}, "search writes about", "lower search.depth")
     if context.config.index.approximate:
         return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)

@@ -32,7 +32,9 @@ def stay_inside(folder: str | os.PathLike[str], fixed: Collection[str]) -> None:
                     target = os.path.realpath(entry.path)
                     if target.startswith(inside.rstrip(os.sep) + os.sep):
                         continue
-                    if place == home and entry.is_dir() and entry.name not in fixed and not entry.name.startswith("."):
+                    around = home.startswith(target.rstrip(os.sep) + os.sep)
+                    own = place == home and entry.name not in fixed and not entry.name.startswith(".")
+                    if own and entry.is_dir() and not around:
                         waiting.append((target, target))
                         continue
                     raise StorageError(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +135,23 @@ def publish(
     return Published(final, size, digest)
 
 
-def check_room(folder: Path, what: str, needed: int, remedy: str) -> None:
-    """Whether there is room for what a stage is about to write to its folder, which may be a link to another disk.
+def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:
+    """Whether there is room for what is about to be written: bytes by folder, each of which may be a link to a disk.
 
     Raises:
-        StorageError: there is less.
+        StorageError: a disk has less than its folders need together.
     """
-    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
-    if needed > free:
-        raise StorageError(
-            f"{what} {needed:,} bytes in {folder}, {free:,} bytes are free there. Nothing finished was lost: make"
-            f" room, or {remedy}, then run the same command again"
-        )
+    folders: dict[int, list[Path]] = {}
+    for folder in needed:
+        folders.setdefault((folder if folder.is_dir() else folder.parent).stat().st_dev, []).append(folder)
+    for own in folders.values():
+        place = own[0] if own[0].is_dir() else own[0].parent
+        total, free = sum(needed[folder] for folder in own), shutil.disk_usage(place).free
+        if total > free:
+            raise StorageError(
+                f"{what} {total:,} bytes in {place}, {free:,} bytes are free there. Nothing finished was lost: make"
+                f" room, or {remedy}, then run the same command again"
+            )
 
 
 def bytes_in(path: Path) -> int:

@@ -529,6 +529,28 @@ def test_a_folder_of_a_stage_may_lie_on_another_disk(place: str, tmp_path: Path)
         graph.clean(tmp_path / "run")
 
 
+def test_two_runs_that_share_a_linked_folder_clean_their_own(tmp_path: Path) -> None:
+    config, scratch = small.build(tmp_path), tmp_path / "scratch"
+    scratch.mkdir()
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    for run_dir, storage in zip(runs, ("float16", "float32"), strict=True):
+        Path(run_dir).mkdir()
+        (Path(run_dir) / "encode").symlink_to(scratch)
+        graph.mine(load_config(str(config), [f"run_dir={run_dir}", f"encoder.storage={storage}"]))
+    for run_dir in runs:
+        graph.clean(Path(run_dir))
+        assert not upkeep.verify(Path(run_dir), graph.inventory(Path(run_dir)))
+    assert not upkeep.verify(Path(runs[0]), graph.inventory(Path(runs[0])))
+
+
+def test_a_link_to_a_folder_around_the_run_is_refused(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/encode").symlink_to(tmp_path)
+    with pytest.raises(StorageError):
+        graph.mine(load_config(str(config)))
+
+
 def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     run_dir = tmp_path / "run"

@@ -161,6 +161,7 @@ def test_a_worker_refuses_manifests_its_tasks_were_not_planned_on(whole: Run) ->
         assert worker.stdout is not None
         worker.stdin.write(json.dumps(head) + "\n")
         worker.stdin.flush()
+        assert json.loads(worker.stdout.readline()) == {"listening": True}
         answer = json.loads(worker.stdout.readline())
     assert answer["error"] == "vanished"
     assert "the output of encode" in answer["text"]

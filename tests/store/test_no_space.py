@@ -117,17 +117,52 @@ def test_no_space_left_in_a_stage(stage: str, finished: Path, tmp_path: Path) ->
 
 
 @needs_root
-def test_the_bytes_needed_are_named(fresh: Path) -> None:
+def test_the_bytes_needed_are_named(finished: Path, fresh: Path) -> None:
     config, run_dir = fresh / "config.yaml", fresh / "run"
-    assert small.run("ingest", config).code == 0
-    manifest = json.loads((run_dir / ".negpipe/ingest/manifest.json").read_text(encoding="utf-8"))
-    (run_dir / "encode").mkdir()
-    with mounted(run_dir / "encode", "-t", "tmpfs", "-o", "size=4k", "tmpfs"):
-        (run_dir / "encode" / "ballast").write_bytes(bytes(4096))
+    manifest = json.loads((finished / "run/.negpipe/ingest/manifest.json").read_text(encoding="utf-8"))
+    (run_dir / "ingest").mkdir(parents=True)
+    with mounted(run_dir / "ingest", "-t", "tmpfs", "-o", "size=4k", "tmpfs"):
+        (run_dir / "ingest" / "ballast").write_bytes(bytes(4096))
         outcome = small.run("mine", config)
         check_refusal(outcome, run_dir)
-    needed = manifest["parts"][0]["rows"] * small.DIMENSION * 2
-    assert f"{needed} bytes are needed. 0 bytes are free there" in outcome.err.replace("\n", " ")
+    needed = manifest["parts"][0]["files"][0]["bytes"]
+    assert f"{needed:,} bytes are needed. 0 bytes are free there" in outcome.err.replace("\n", " ")
+
+
+@needs_root
+@pytest.mark.parametrize("linked", [False, True], ids=["mounted", "linked"])
+def test_the_disk_of_a_stage_is_asked_before_it_begins(linked: bool, fresh: Path) -> None:
+    """Where vectors go to a disk of their own, that one must have room for them, and for nothing else."""
+    config, run_dir, scratch = fresh / "config.yaml", fresh / "run", fresh / "scratch"
+    assert small.run("ingest", config).code == 0
+    place = scratch if linked else run_dir / "encode"
+    place.mkdir()
+    with mounted(place, "-t", "tmpfs", "-o", "size=4k", "tmpfs") as mount:
+        if linked:
+            (run_dir / "encode").symlink_to(scratch)
+        (place / "ballast").write_bytes(bytes(4096))
+        outcome = small.run("mine", config)
+        check_refusal(outcome, run_dir)
+        vectors = (small.DOCUMENTS + small.QUERIES) * small.DIMENSION * 2
+        told = f"take about {vectors:,} bytes in {run_dir}/encode, 0 bytes are free there"
+        assert told in outcome.err.replace("\n", " ")
+        mount("-o", "remount,size=100k")
+        assert small.run("mine", config).code == 0
+        assert small.run("verify", config).code == 0
+
+
+@needs_root
+def test_rows_on_a_disk_of_their_own_cannot_be_published(finished: Path, fresh: Path) -> None:
+    config, run_dir = fresh / "config.yaml", fresh / "run"
+    (run_dir / "triplets").mkdir(parents=True)
+    with mounted(run_dir / "triplets", "-t", "tmpfs", "tmpfs"):
+        outcome = small.run("mine", config)
+        assert outcome.code == 1
+        assert f"{run_dir}/triplets cannot be replaced" in outcome.err.replace("\n", " ")
+    made = {path.stat().st_ino for path in run_dir.glob(".triplets-*/*")}
+    assert small.run("mine", config).code == 0
+    assert small.output(run_dir) == small.output(finished / "run")
+    assert {path.stat().st_ino for path in (run_dir / "triplets").iterdir()} == made
 
 
 @needs_root
