@@ -100,10 +100,9 @@ def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
         folders = {run_dir / name} | {path.parent for path in ours} - {run_dir}
         ours |= {*books.sidecars(), *books.checkpoints(), *unfinished.left_over(books.folder)}
         for folder in folders:
-            ours |= {
-                *unfinished.left_over(folder),
-                *(path for path in _files(folder) - keep - ours if _carries_digest(path)),
-            }
+            ours |= {*unfinished.left_over(folder)}
+            if not folder.is_symlink():  # other run directories may have linked the same folder
+                ours |= {path for path in _files(folder) - keep - ours if _carries_digest(path)}
         if stage.swapped:
             # Nobody but a run writes parts into folders of this name.
             growing = [folder for folder in run_dir.glob(f".{name}-*") if _STAGING.fullmatch(folder.name)]
