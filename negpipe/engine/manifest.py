@@ -39,8 +39,8 @@ class File(BaseModel):
     def _inside(cls, path: str) -> str:
         path.encode()  # half a surrogate pair is a ValueError too
         parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\0" in path:
-            raise ValueError("not a path inside the run directory")
+        if not 1 <= len(parts) <= 2 or path.startswith("/") or ".." in parts or "\0" in path:
+            raise ValueError("not a file of the run directory or of a folder in it")
         return path
 
     def problem(self, run_dir: Path, *, full: bool = False) -> str | None:

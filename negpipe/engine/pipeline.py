@@ -26,7 +26,7 @@ from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
-from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, cache_path, swapped
+from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, cache_path, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
@@ -141,7 +141,7 @@ def _make_run_dir(run_dir: Path, graph: Graph) -> None:
         if not run_dir.exists():
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(mode=0o700, exist_ok=True)
-        stay_inside(run_dir, swapped(graph))
+        stay_inside(run_dir, linkable(graph))
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:

@@ -208,6 +208,7 @@ class Stage:
         light: a single worker would take longer to start than to work: runs in the calling process instead.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         swapped: its folder shows one setting's output at a time, published whole.
+        folders: folders of the run directory, beside its own, that its files lie in.
         libraries: distributions whose versions may change its bytes; recorded, in no key.
         settle: (config, its manifest) → the config with the settings that depend on its output decided, and what is to
             be said of that.
@@ -233,6 +234,7 @@ class Stage:
     light: Callable[[Config], bool] = _never
     here: bool = False
     swapped: bool = False
+    folders: tuple[str, ...] = ()
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
     settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
@@ -244,9 +246,10 @@ Graph = Mapping[str, Stage]
 """Stages by name, in the order they run; the engine knows them by nothing else."""
 
 
-def swapped(graph: Graph) -> list[str]:
-    """The stages whose folder is replaced as a whole."""
-    return [stage.name for stage in graph.values() if stage.swapped]
+def linkable(graph: Graph) -> set[str]:
+    """Folders that may be links to another disk: all that stages write to, but those that are replaced as a whole."""
+    own = {stage.name for stage in graph.values() if not stage.swapped}
+    return own | {folder for stage in graph.values() for folder in stage.folders}
 
 
 class Executor(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from negpipe.engine import publication
 from negpipe.engine.manifest import Books, File
 from negpipe.engine.repair import damaged
-from negpipe.engine.stage import Graph, swapped
+from negpipe.engine.stage import Graph, linkable
 from negpipe.errors import DamagedError, MissingStageError
 from negpipe.store import unfinished
 from negpipe.store.boundary import stay_inside
@@ -85,7 +85,7 @@ def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
     Only what is known to be ours: files that records name, the records, and what a killed run could not record any
     more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from.
     """
-    stay_inside(run_dir, swapped(graph))
+    stay_inside(run_dir, linkable(graph))
     found: set[Path] = set()
     for name, stage in graph.items():
         books = Books(run_dir, name)
@@ -95,8 +95,13 @@ def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
         keep = {run_dir / file.path for part in manifest.parts for file in part.files}
         keep |= {books.folder / f"{part.key}.json" for part in manifest.parts}
         parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
-        others = graph.keys() - {name}  # whose files no record of this stage can name
-        ours = {run_dir / f.path for part in parts for f in part.files if PurePosixPath(f.path).parts[0] not in others}
+        own = {".", name, *stage.folders}  # no record of this stage can name another's files
+        ours = {
+            run_dir / file.path
+            for part in parts
+            for file in part.files
+            if (place := str(PurePosixPath(file.path).parent)) in own or place.startswith(f".{name}-")
+        }
         folders = {run_dir / name} | {path.parent for path in ours} - {run_dir}
         ours |= {*books.sidecars(), *books.checkpoints(), *unfinished.left_over(books.folder)}
         for folder in folders:
@@ -123,7 +128,7 @@ def _carries_digest(path: Path) -> bool:
 
 def clean(run_dir: Path, graph: Graph) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
-    stay_inside(run_dir, swapped(graph))  # before the lock is written
+    stay_inside(run_dir, linkable(graph))  # before the lock is written
     with run_lock(run_dir):
         listed = superseded(run_dir, graph)
         for path, _ in listed:

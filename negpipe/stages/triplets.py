@@ -393,4 +393,5 @@ STAGE = Stage(
     stats=_stats,
     light=lambda _: True,
     swapped=True,
+    folders=("ledger", _DEEPER),
 )

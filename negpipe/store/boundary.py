@@ -9,7 +9,7 @@ from pathlib import Path
 from negpipe.errors import StorageError
 
 
-def stay_inside(folder: str | os.PathLike[str], fixed: Collection[str]) -> None:
+def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> None:
     """Refuse a run directory in which a link leads out of it.
 
     The directory itself may be a link, and so may a folder in it: `encode` on a scratch disk. In that folder no link
@@ -17,7 +17,7 @@ def stay_inside(folder: str | os.PathLike[str], fixed: Collection[str]) -> None:
 
     Args:
         folder: the run directory.
-        fixed: folders in it that must not be links, since they are renamed.
+        linkable: folders in it that may be links.
 
     Raises:
         StorageError: there is such a link; nothing was written or deleted.
@@ -33,14 +33,13 @@ def stay_inside(folder: str | os.PathLike[str], fixed: Collection[str]) -> None:
                     if target.startswith(inside.rstrip(os.sep) + os.sep):
                         continue
                     around = home.startswith(target.rstrip(os.sep) + os.sep)
-                    own = place == home and entry.name not in fixed and not entry.name.startswith(".")
-                    if own and entry.is_dir() and not around:
+                    if place == home and entry.name in linkable and entry.is_dir() and not around:
                         waiting.append((target, target))
                         continue
                     raise StorageError(
                         f"{entry.path} is a link that leads out of the run directory, and nothing is written or deleted"
-                        " there. Put a folder or file in its place; only a folder of a stage directly in the run"
-                        f" directory may be a link, but for {', '.join(sorted(fixed))}"
+                        " there. Put a folder or file in its place; directly in the run directory these may be links"
+                        f" to folders: {', '.join(sorted(linkable))}"
                     )
                 # A linked folder may hold other things: what a run makes lies in it and no deeper.
                 if entry.is_dir(follow_symlinks=False) and inside == home:

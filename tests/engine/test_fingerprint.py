@@ -256,7 +256,10 @@ def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None
 # --- sidecars and manifests ---------------------------------------------------------------------------
 
 
-def make_part(run_dir: Path, name: str = "k1", content: bytes = b"data") -> Part:
+KEYS = ["1" * 16, "2" * 16, "9" * 16]
+
+
+def make_part(run_dir: Path, name: str = KEYS[0], content: bytes = b"data") -> Part:
     made = publish(run_dir / "encode", lambda found: f"{name}-{found[:12]}.npy", writer(content))
     file = File(path=f"encode/{made.name}", bytes=made.bytes, digest=made.digest)
     return Part(key=name, kind="corpus", rows=3, files=(file,), meta={"dimension": 2})
@@ -264,33 +267,33 @@ def make_part(run_dir: Path, name: str = "k1", content: bytes = b"data") -> Part
 
 def test_a_part_is_done_when_its_files_are_there(tmp_path: Path) -> None:
     books, part = Books(tmp_path, "encode"), make_part(tmp_path)
-    assert books.part("k1") is None
+    assert books.part(KEYS[0]) is None
     books.write_part(part)
-    assert books.part("k1") == part
+    assert books.part(KEYS[0]) == part
     assert list(books.parts()) == [part]
     (tmp_path / part.path).write_bytes(b"dat")
-    assert books.part("k1") is None
+    assert books.part(KEYS[0]) is None
     assert part.files[0].problem(tmp_path) == f"{part.path} has 3 bytes, 4 were written"
     (tmp_path / part.path).write_bytes(b"dada")
-    assert books.part("k1") == part  # its size is right: only a full check sees it
+    assert books.part(KEYS[0]) == part  # its size is right: only a full check sees it
     assert part.files[0].problem(tmp_path) is None
     assert part.files[0].problem(tmp_path, full=True) == f"{part.path} has other content than was written"
     (tmp_path / part.path).unlink()
-    assert books.part("k1") is None
+    assert books.part(KEYS[0]) is None
     assert part.files[0].problem(tmp_path) == f"{part.path} is missing"
     assert not list(books.parts())
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b'{"key": "k1"}', None])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b'{"key": "1111111111111111"}', None])
 def test_unreadable_sidecars_are_ignored(damage: bytes | None, tmp_path: Path) -> None:
     books = Books(tmp_path, "encode")
     books.write_part(make_part(tmp_path))
-    good = make_part(tmp_path, "k2", b"more")
+    good = make_part(tmp_path, KEYS[1], b"more")
     books.write_part(good)
-    sidecar = books.folder / "k1.json"
+    sidecar = books.folder / f"{KEYS[0]}.json"
     # None: a sidecar under a name that is not its part's.
-    sidecar.write_bytes((books.folder / "k2.json").read_bytes() if damage is None else damage)
-    assert books.part("k1") is None
+    sidecar.write_bytes((books.folder / f"{KEYS[1]}.json").read_bytes() if damage is None else damage)
+    assert books.part(KEYS[0]) is None
     assert list(books.parts()) == [good]
 
 
@@ -318,8 +321,8 @@ def test_a_damaged_manifest_is_an_error(damage: bytes, tmp_path: Path) -> None:
 
 
 def test_the_digest_of_a_manifest_is_its_content_alone(tmp_path: Path) -> None:
-    part, other = make_part(tmp_path), make_part(tmp_path, "k2", b"more")
-    same = part.model_copy(update={"key": "k9", "provenance": {"pid": 1}, "meta": {}})
+    part, other = make_part(tmp_path), make_part(tmp_path, KEYS[1], b"more")
+    same = part.model_copy(update={"key": KEYS[2], "provenance": {"pid": 1}, "meta": {}})
     first = make_manifest(part).digest
     assert make_manifest(same, key="another", stats={"rows": 1}, settings={"a": 1}).digest == first
     assert make_manifest(other).digest != first

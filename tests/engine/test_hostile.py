@@ -543,6 +543,35 @@ def test_two_runs_that_share_a_linked_folder_clean_their_own(tmp_path: Path) -> 
     assert not upkeep.verify(Path(runs[0]), graph.inventory(Path(runs[0])))
 
 
+@pytest.mark.parametrize("place", ["encode/sub/victim.txt", "photos/victim.txt", "index/victim.txt"])
+def test_a_forged_record_frees_nothing_of_others(place: str, tmp_path: Path) -> None:
+    config, run_dir = small.build(tmp_path), tmp_path / "run"
+    (tmp_path / "scratch").mkdir()
+    run_dir.mkdir()
+    (run_dir / "encode").symlink_to(tmp_path / "scratch")
+    graph.mine(load_config(str(config)))
+    victim = run_dir / place
+    victim.parent.mkdir(exist_ok=True)
+    victim.write_text("mine", encoding="utf-8")
+    record = run_dir / ".negpipe/encode" / f"{'0' * 16}.json"
+    value = json.loads(next((run_dir / ".negpipe/encode").glob("[0-9a-f]*.json")).read_text(encoding="utf-8"))
+    del value["digest"]  # as before there were any
+    value |= {"key": "0" * 16, "files": [{"path": place, "bytes": 4, "digest": "0" * 64}]}
+    record.write_text(json.dumps(value), encoding="utf-8")
+    graph.clean(run_dir)
+    assert victim.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["photos", "triplets", "logs"])
+def test_only_folders_of_stages_may_be_links(name: str, tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    for folder in ("run", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError):
+        graph.mine(load_config(str(config)))
+
+
 def test_a_link_to_a_folder_around_the_run_is_refused(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     (tmp_path / "run").mkdir()
