@@ -135,7 +135,7 @@ def test_a_manifest_with_escapes_is_shown_without(hostile: Path, tmp_path: Path)
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest.pop("digest")
     manifest["provenance"]["finished"] = f"[red]now{ESCAPES}"
-    manifest["parts"][0]["files"][0]["path"] = f"ingest/{ESCAPES}"
+    manifest["parts"][0]["files"][0]["path"] = "ingest/" + ESCAPES.replace("/", "-")
     path.write_text(json.dumps(manifest), encoding="utf-8")
     outcome = small.run("status", tmp_path / "config.yaml")
     check_harmless(outcome)
