@@ -110,7 +110,9 @@ class _Bars:
 
     def advance(self, units: int, note: str) -> None:
         if self._progress:
-            self._progress.update(self._task, advance=units, note=note)
+            self._progress.advance(self._task, units)
+            if note:  # what was said last stays until something else is
+                self._progress.update(self._task, note=note)
 
     def end(self) -> None:
         if self._progress:

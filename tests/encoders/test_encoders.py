@@ -404,7 +404,8 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
 HUB = """
 import sys
 from pathlib import Path
-from negpipe import config, encoders
+from negpipe import encoders
+from negpipe.config import schema
 from negpipe.errors import InputError
 
 def never(file):
@@ -412,7 +413,7 @@ def never(file):
 
 for name, revision in (("someone/tiny", None), ("someone/tiny", "COMMIT"), ("someone/other", None)):
     try:
-        model = encoders.resolve_model(config.Encoder(model=name, revision=revision), never)
+        model = encoders.resolve_model(schema.Encoder(model=name, revision=revision), never)
         print(model.digest, Path(model.path).name, Path(model.path).parents[1].name)
     except InputError as error:
         print(error)

@@ -65,13 +65,13 @@ def blocks(draw: st.DrawFn, strategies: tuple[str, ...], score: st.SearchStrateg
 
 
 def check(block: dict[str, Any]) -> None:
-    shape, rules = block["shape"], block["rules"]
+    shape, applied = block["shape"], block["rules"]
     found = {
         Fate[name]: np.array([[name in cell for cell in line] for line in block["reasons"]], bool).reshape(shape)
         for name in oracle.EXCLUSIONS
     }
     expected = [
-        oracle.fates_of_unit(*unit, rules)
+        oracle.fates_of_unit(*unit, applied)
         for unit in zip(
             block["rows"], block["scores"], block["reasons"], block["reference"], block["uniform"], strict=True
         )
@@ -81,8 +81,8 @@ def check(block: dict[str, Any]) -> None:
         np.array(block["scores"], np.float32).reshape(shape),
         rules.exclusions(shape, found),
         np.array(block["reference"], np.float32),
-        None if rules["sampling_strategy"] == "top" else np.array(block["uniform"], np.float64).reshape(shape),
-        Rules(**rules),
+        None if applied["sampling_strategy"] == "top" else np.array(block["uniform"], np.float64).reshape(shape),
+        Rules(**applied),
     )
     assert fates.shape == shape
     assert fates.dtype == np.uint8
@@ -91,7 +91,7 @@ def check(block: dict[str, Any]) -> None:
     counts = rules.counts(fates)
     assert counts.tolist() == [[line.count(fate.name) for fate in Fate] for line in expected]
     assert (counts.sum(axis=1) == shape[1]).all()
-    assert (counts[:, Fate.TAKEN] <= rules["num_negatives"]).all()
+    assert (counts[:, Fate.TAKEN] <= applied["num_negatives"]).all()
 
 
 @settings(max_examples=150, deadline=None)
