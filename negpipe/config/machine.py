@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 from pathlib import Path
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -33,6 +32,8 @@ def peak_memory() -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:  # not on Linux: bytes, and nothing of the parent's
+        import resource
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 

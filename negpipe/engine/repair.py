@@ -111,6 +111,7 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     outdated = [part for part in recorded if versions.is_of_others(part, now)]
     if not outdated:
         return
+    stage.check(context)  # what would keep it from running is known before anything is forgotten
     logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
     _forget_output(stage, books)
     for part in outdated:

@@ -17,7 +17,10 @@ from torture import blow
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.engine.executors import local
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.stage import Context, Task
 from negpipe.errors import ConfigError, TaskFailedError
+from negpipe.stages import STAGES
 
 
 @pytest.fixture
@@ -103,6 +106,20 @@ def test_silence_is_warned_about_and_ended_by_the_timeout(
     assert 1 <= len(warned) <= 4  # at 1, 2, 4 seconds of silence, or later on a slow machine
     assert ("_waits_for_a_disk_that_is_gone" in warned[-1]) is (then == "hangs")
     assert [record for record in caplog.records if "executor.task_timeout (8 s" in record.message]
+
+
+def test_workers_that_are_always_silent_end_the_run_by_the_setting(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    strike(monkeypatch, then="hangs")
+    with pytest.raises(TaskFailedError) as failed:
+        mine(run, "executor.task_timeout=3")
+    assert "executor.task_timeout" in str(failed.value)
+
+
+def test_a_payload_that_is_no_json_is_seen_where_it_is_sent(run: Run) -> None:
+    context = Context(load_config(run.config), run.folder, DigestCache(run.folder / "digests.json"))
+    task = Task("0" * 16, "candidates", 1, {"folder": Path("a path")})
+    with pytest.raises(TypeError):
+        local.run(STAGES["search"], iter([task]), context, lambda *_: None)
 
 
 def test_silence_alone_ends_nothing(

@@ -61,11 +61,11 @@ class _Worker:
     listening: bool = False
     silent: float = 0.0
     warned: float = 0.0
-    unsent: queue.SimpleQueue[dict[str, Any] | None] = field(default_factory=queue.SimpleQueue)
+    unsent: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
 
     def send(self, message: dict[str, Any] | None) -> None:
         """Without waiting: a process that has stopped reads nothing. None: there will be no more."""
-        self.unsent.put(message)
+        self.unsent.put(None if message is None else line_of(message))
 
     def give(self, task: Task) -> None:
         self.task = task
@@ -234,8 +234,8 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
 def _write(worker: _Worker) -> None:
     assert worker.process.stdin is not None
     with suppress(BrokenPipeError), worker.process.stdin as stream:  # its end is reported by the reader
-        while (message := worker.unsent.get()) is not None:
-            stream.write(line_of(message))
+        while (line := worker.unsent.get()) is not None:
+            stream.write(line)
             stream.flush()
 
 
@@ -244,10 +244,8 @@ def _read(worker: _Worker, lines: _Lines) -> None:
     assert worker.process.stdout is not None
     while line := worker.process.stdout.readline(LONGEST):
         lines.put((worker, line))
-    try:
+    with suppress(subprocess.TimeoutExpired):
         worker.process.wait(_GRACE)
-    except subprocess.TimeoutExpired:  # it cannot say anything any more
-        worker.end()
     lines.put((worker, b""))
 
 
@@ -293,7 +291,9 @@ def _cause(process: subprocess.Popen[bytes]) -> str:
 
 
 def _obituary(stage: Stage, task: Task, worker: _Worker, cause: str) -> str:
-    lines = worker.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = []
+    with suppress(OSError):  # somebody may have deleted it
+        lines = worker.log.read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip()[-_TAIL:] for line in reversed(lines) if line.strip()), "(nothing)")
     return (
         f"{stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows) died {RETRIES + 1} times,"
