@@ -5,7 +5,7 @@
 
 Pair rows of anchor and positive, in three shapes: `hub`, half of them with one positive text; `label`, all of them with
 one anchor text under ids of their own; `class`, one anchor for half of them. For each number of rows: seconds by the
-clock, rows a second, and the greatest anonymous memory of the process.
+clock, rows a second, and the peak anonymous memory of the process.
 """
 
 from __future__ import annotations

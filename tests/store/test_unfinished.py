@@ -1,4 +1,4 @@
-"""What killed processes leave is deleted; what a live one writes, wherever, and what is somebody else's is not."""
+"""Leftovers of killed processes are deleted; files of live processes, on any host, and files of others are kept."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class _Crew:
         if not line:
             self.lose(worker, task, _cause(worker.process))
         elif message is None:
-            self.lose(worker, task, f"what it said, which is not a message: {line[:_TAIL]!r}")
+            self.lose(worker, task, f"a line that is not a message: {line[:_TAIL]!r}")
         elif "listening" in message:
             worker.listening = True
         elif "units" in message:
