@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from negpipe.config.schema import Config
+from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.engine import pipeline, upkeep
 from negpipe.engine.pipeline import Result
 from negpipe.engine.stage import Context, Graph, Stage
 from negpipe.engine.state import State, digests_of, look
 from negpipe.engine.upkeep import Inventory
+from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
 
 __all__ = ["Result", "clean", "inventory", "mine", "resolved", "stages", "status", "superseded"]
@@ -27,7 +29,16 @@ def stages(rescore: Stage | None = None) -> Graph:
 
 
 def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Result:
-    """Bring the stages up to date, see `pipeline.mine`."""
+    """Bring the stages up to date, see `pipeline.mine`.
+
+    Raises:
+        ConfigError: also where `mining.score` names a score that no stage makes.
+    """
+    scores = (DENSE, TEACHER) if rescore else (DENSE,)
+    if options.get("only") in (None, "triplets") and config.mining.score not in scores:
+        raise ConfigError(
+            f"mining.score: no stage makes a score called {config.mining.score!r}, there is {' and '.join(scores)}"
+        )
     return pipeline.mine(config, stages(rescore), **options)
 
 

@@ -62,7 +62,14 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def nothing_found(units: Units) -> Candidates:
     """The candidates of units that were made up: only a run file would show them."""
     rows = np.empty((len(units.anchor), 0), np.int64)
-    return Candidates(rows, rows.astype(np.float32), units.positives, units.positive_offsets, units.positive_scores)
+    return Candidates(
+        rows,
+        rows.astype(np.float32),
+        units.positives,
+        units.positive_offsets,
+        units.positive_scores,
+        np.arange(len(rows)),
+    )
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from negpipe import graph
 from negpipe.compat.dataset import Floats, Pairs, unwrapped, write_vectors
 from negpipe.config import presets
 from negpipe.config.file import load_config
+from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.encoders.given import identity
 from negpipe.stages.rescore import rescore
 
@@ -117,6 +118,7 @@ def mine_hard_negatives(
             "relative_margin": relative_margin,
             "num_negatives": num_negatives,
             "sampling_strategy": sampling_strategy,
+            "score": TEACHER if rescored else DENSE,
         },
         "output": {"format": output_format, "include_positives": include_positives},
         "seed": seed,

@@ -298,6 +298,11 @@ class Mining(_Model):
         description="Which positive score margins refer to: the anchor's lowest, its highest, or each positive's own,"
         " with negatives of its own.",
     )
+    score: str = Field(
+        "dense",
+        min_length=1,
+        description="Which of the candidates' scores ranks, windows, margins and cutoffs use; dense: the vectors'.",
+    )
     strict: bool = Field(False, description="Drop what equals a cutoff too.")
     absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
     relative_margin: float | None = Field(

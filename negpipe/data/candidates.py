@@ -1,12 +1,16 @@
-"""Candidate parts: what `search` stores and `triplets` reads, Parquet in slices of anchors.
+"""Candidate parts: Parquet files that describe themselves, a row an anchor, read in slices of anchors.
 
-Anchors that need more than `search` stored have deeper candidates in a file of their own, row groups of
-some anchors of one slice, with a column that says which anchors of the part they are.
+A row has `anchor` (its id), `rows` (of the corpus, as found), and for every NAME that scored them `rank_NAME` and
+`score_NAME`, lists beside `rows`; `positives` (rows) and `positive_score_NAME` beside them. What was not found or not
+scored is null. Lists of candidates are of one width in a file, so that numpy sees matrices.
+
+Anchors that need more than `search` stored have deeper candidates in a file of their own, of the same columns without
+positives, in row groups of some anchors of one slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,29 +19,42 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from negpipe.data.tables import members, ragged
-from negpipe.errors import DamagedError
+from negpipe.errors import DamagedError, InputError
 
 ROW_GROUP = 4096
 CELLS = 2**20  # candidates of a slice that has deeper ones
 BYTES = 10  # of a candidate on disk, compressed: measured 9 of a million documents, 10 of 200 million
-_DEEPER = pa.schema([("anchor", pa.int64()), ("rows", pa.list_(pa.int64())), ("scores", pa.list_(pa.float32()))])
+DENSE = "dense"
+"""The score of search: the product of the vectors."""
+TEACHER = "teacher"
+"""The score of a function that the caller of the Python API brings."""
+_DEEPER = pa.schema(
+    [
+        ("anchor", pa.large_string()),
+        ("rows", pa.list_(pa.int64())),
+        (f"rank_{DENSE}", pa.list_(pa.int32())),
+        (f"score_{DENSE}", pa.list_(pa.float32())),
+    ]
+)
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was found for n anchors.
+    """What was found for n anchors, by one of the scores.
 
     Attributes:
-        rows: (n, k) int64, best first, -1 where the corpus is smaller than k.
+        rows: (n, k) int64, best first, -1 where there are fewer than k.
         scores: (n, k) float32, -inf where there is no row.
         positives: rows of all anchors' positives, ragged by offsets.
         offsets: (n + 1,) int64, from 0.
-        positive_scores: float32, as positives.
+        positive_scores: float32, as positives, NaN where not computed.
+        anchors: (n,) int64, which rows of the part's anchor table they are.
     """
 
     rows: Rows
@@ -45,6 +62,7 @@ class Candidates:
     positives: Rows
     offsets: Rows
     positive_scores: Scores
+    anchors: Rows
 
     def narrowed(self, depth: int) -> Candidates:
         """The first `depth` candidates of each anchor."""
@@ -54,7 +72,12 @@ class Candidates:
         """Some of the anchors."""
         owned, offsets = members(self.offsets, anchors)
         return Candidates(
-            self.rows[anchors], self.scores[anchors], self.positives[owned], offsets, self.positive_scores[owned]
+            self.rows[anchors],
+            self.scores[anchors],
+            self.positives[owned],
+            offsets,
+            self.positive_scores[owned],
+            self.anchors[anchors],
         )
 
     def deepened(self, deeper: Deeper) -> Candidates:
@@ -78,35 +101,80 @@ class Deeper:
     rows: Rows
     scores: Scores
 
+    def among(self, anchors: Rows) -> Deeper:
+        """The same for anchors in an order of their own, numbered by their places there."""
+        order = np.argsort(anchors)
+        place = order[np.minimum(np.searchsorted(anchors, self.anchors, sorter=order), len(anchors) - 1)]
+        here = np.flatnonzero(anchors[place] == self.anchors)
+        here = here[np.argsort(place[here])]
+        return Deeper(place[here], self.rows[here], self.scores[here])
+
     def between(self, low: int, high: int) -> Deeper:
         """Those of the anchors from `low` to below `high`, numbered from `low` on."""
         here = slice(*np.searchsorted(self.anchors, [low, high]))
         return Deeper(self.anchors[here] - low, self.rows[here], self.scores[here])
 
 
-def write(file: BinaryIO, found: Candidates, *, approximate: str | None = None) -> None:
-    """Write one part; `approximate` names the index that may have missed some."""
+@dataclass(frozen=True)
+class Scored:
+    """What another judge says of the same candidates.
+
+    Attributes:
+        ranks: (n, k) int32, places in the order of these scores, -1 where there is none.
+        scores: (n, k) float32, NaN where not computed.
+        positive_scores: float32, one a positive.
+    """
+
+    ranks: npt.NDArray[np.int32]
+    scores: Scores
+    positive_scores: Scores
+
+
+def write(
+    file: BinaryIO,
+    ids: pa.Array | pa.ChunkedArray,
+    found: Candidates,
+    further: Mapping[str, Scored] | None = None,
+    *,
+    approximate: str | None = None,
+) -> None:
+    """Write one part.
+
+    Args:
+        file: where it goes.
+        ids: those of the part's anchors, the rows that `found.anchors` are of.
+        found: what search found, with its scores.
+        further: other scores of the same, by name.
+        approximate: names the index that may have missed some.
+    """
     lists = pa.array(found.offsets.astype(np.int32))
-    table = pa.table(
-        {
-            **_columns(found),
-            "positives": pa.ListArray.from_arrays(lists, pa.array(found.positives)),
-            "positive_scores": pa.ListArray.from_arrays(lists, pa.array(found.positive_scores)),
-        }
-    )
+    none = found.rows < 0
+    ranks = np.where(none, -1, np.arange(found.rows.shape[1])).astype(np.int32)
+    named = {DENSE: Scored(ranks, found.scores, found.positive_scores), **(further or {})}
+    columns = {"anchor": _names(ids, found.anchors), "rows": _lists(found.rows, none)}
+    for name, scored in named.items():
+        unranked = scored.ranks < 0
+        columns[f"rank_{name}"] = _lists(scored.ranks, unranked)
+        columns[f"score_{name}"] = _lists(scored.scores, unranked)
+    columns["positives"] = pa.ListArray.from_arrays(lists, pa.array(found.positives))
+    for name, scored in named.items():
+        columns[f"positive_score_{name}"] = pa.ListArray.from_arrays(lists, pa.array(scored.positive_scores))
+    table = pa.table(columns)
     if approximate:
         table = table.replace_schema_metadata({"negpipe.ann.approximate": approximate})
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False)
 
 
-def write_deeper(file: BinaryIO, found: Iterable[Deeper]) -> int:
-    """Write the deeper candidates of a part, as `adaptive.deepen` yields them; the number of their anchors."""
+def write_deeper(file: BinaryIO, ids: pa.Array | pa.ChunkedArray, found: Iterable[Deeper]) -> int:
+    """Write the deeper candidates of a part, as `deeper.deepen` yields them; the number of their anchors."""
     anchors = 0
     with pq.ParquetWriter(file, _DEEPER, compression="lz4", use_dictionary=False) as writer:
         for piece in found:
             ends = pa.array(np.arange(len(piece.rows) + 1, dtype=np.int32) * piece.rows.shape[1])
-            lists = (pa.ListArray.from_arrays(ends, pa.array(each.ravel())) for each in (piece.rows, piece.scores))
-            writer.write_table(pa.table([pa.array(piece.anchors), *lists], schema=_DEEPER))
+            none = piece.rows < 0
+            ranks = np.broadcast_to(np.arange(piece.rows.shape[1], dtype=np.int32), piece.rows.shape)
+            lists = (pa.ListArray.from_arrays(ends, _values(each, none)) for each in (piece.rows, ranks, piece.scores))
+            writer.write_table(pa.table([_names(ids, piece.anchors), *lists], schema=_DEEPER))
             anchors += len(piece.rows)
     return anchors
 
@@ -120,46 +188,97 @@ def joined(pieces: Sequence[Candidates]) -> Candidates:
         np.concatenate([piece.positives for piece in pieces]),
         np.concatenate([[0], *(piece.offsets[1:] + end for piece, end in zip(pieces, ends, strict=False))]),
         np.concatenate([piece.positive_scores for piece in pieces]),
+        np.concatenate([piece.anchors for piece in pieces]),
     )
 
 
-def read(path: Path, deeper: Path | Iterable[Deeper] | None = None, depth: int | None = None) -> Iterator[Candidates]:
+def read(
+    path: Path,
+    ids: pa.Array | pa.ChunkedArray,
+    deeper: Path | Iterable[Deeper] | None = None,
+    depth: int | None = None,
+    score: str = DENSE,
+) -> Iterator[Candidates]:
     """Read one part a slice of anchors at a time.
 
     Args:
         path: the part.
+        ids: those of the anchors it is about; each slice says which they are.
         deeper: its deeper candidates in order, or their file, if it has any.
         depth: how many of each anchor's stored ones are wanted; None: all.
+        score: the name of the scores, in whose order they come.
 
     Raises:
-        DamagedError: a file is not whole.
+        DamagedError: a file is not whole, or is about other anchors.
+        InputError: there are no scores of this name.
     """
-    below = iter(_read_deeper(deeper) if isinstance(deeper, Path) else deeper or ())
+    below = iter(_read_deeper(deeper, ids) if isinstance(deeper, Path) else deeper or ())
     following = next(below, None)
-    start = 0
     with _opened(path) as file:
-        for batch in file.iter_batches(ROW_GROUP):
+        names = file.schema_arrow.names
+        if f"score_{score}" not in names:
+            have = ", ".join(name.removeprefix("score_") for name in names if name.startswith("score_"))
+            raise InputError(
+                f"candidates have no score called {score}, they have {have}",
+                field="mining.score",
+                remedy="Name one of these",
+            )
+        columns = ["anchor", "rows", f"score_{score}", "positives", f"positive_score_{score}"]
+        start = 0
+        for batch in file.iter_batches(ROW_GROUP, columns=columns + [f"rank_{score}"] * (score != DENSE)):
             positives, offsets = ragged(batch["positives"])
-            positive_scores, _ = ragged(batch["positive_scores"])
-            rows, scores = _matrices(batch)
-            found = Candidates(rows[:, :depth], scores[:, :depth], positives, offsets, positive_scores)
+            positive_scores, _ = ragged(batch[f"positive_score_{score}"])
+            anchors = _places(path, batch["anchor"], ids, start)
+            rows = _matrix(batch, "rows", -1)[:, :depth]
+            scores = _matrix(batch, f"score_{score}", -np.inf)[:, :depth]
+            if score != DENSE:
+                rows, scores = _ordered(rows, scores, _matrix(batch, f"rank_{score}", -1)[:, :depth])
+            found = Candidates(rows, scores, positives, offsets, positive_scores, anchors)
             done = 0
-            while following is not None and following.anchors[0] < start + len(rows):
-                end, step = int(following.anchors[-1]) + 1 - start, max(1, CELLS // following.rows.shape[1])
+            while following is not None and len(here := following.among(anchors).anchors):
+                own = following.among(anchors)
+                end, step = int(here[-1]) + 1, max(1, CELLS // following.rows.shape[1])
                 for low in range(done, end, step):
                     high = min(low + step, end)
-                    yield found.take(np.arange(low, high)).deepened(following.between(start + low, start + high))
+                    yield found.take(np.arange(low, high)).deepened(own.between(low, high))
                 done, following = end, next(below, None)
             if done < len(rows):
                 yield found.take(np.arange(done, len(rows))) if done else found
             start += len(rows)
 
 
-def _read_deeper(path: Path) -> Iterator[Deeper]:
+def _read_deeper(path: Path, ids: pa.Array | pa.ChunkedArray) -> Iterator[Deeper]:
     with _opened(path) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group).combine_chunks()
-            yield Deeper(table["anchor"].to_numpy(), *_matrices(table))
+            rows, scores = _matrix(table, "rows", -1), _matrix(table, f"score_{DENSE}", -np.inf)
+            yield Deeper(_places(path, table["anchor"], ids), rows, scores)
+
+
+def _places(path: Path, names: pa.Array, ids: pa.Array | pa.ChunkedArray, likely: int = 0) -> Rows:
+    """Which of the anchors these are."""
+    if isinstance(names, pa.ChunkedArray):
+        names = names.combine_chunks()
+    expected = ids.slice(likely, len(names))
+    if expected.equals(pa.chunked_array([names]) if isinstance(expected, pa.ChunkedArray) else names):
+        return np.arange(likely, likely + len(names))
+    places = pc.index_in(names, value_set=ids)
+    if places.null_count:
+        other = names[places.is_null().to_pylist().index(True)]
+        raise DamagedError(
+            f"{path} has candidates of anchor {other}, which is not among the anchors it was made for: run"
+            " `negpipe verify`, then search again"
+        )
+    return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _ordered(rows: Rows, scores: Scores, ranks: npt.NDArray[np.int32]) -> tuple[Rows, Scores]:
+    """Candidates in the order of their ranks, those without one as if they were not there."""
+    order = np.argsort(ranks.astype(np.uint32), axis=1, kind="stable")  # -1 comes last
+    none = np.take_along_axis(ranks, order, axis=1) < 0
+    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    rows[none], scores[none] = -1, -np.inf
+    return rows, scores
 
 
 @contextmanager
@@ -171,19 +290,25 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then search again") from None
 
 
-def _columns(found: Candidates) -> dict[str, pa.Array]:
-    depth = found.rows.shape[1]
-    return {
-        "rows": pa.FixedSizeListArray.from_arrays(pa.array(found.rows.ravel()), depth),
-        "scores": pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel()), depth),
-    }
+def _names(ids: pa.Array | pa.ChunkedArray, anchors: Rows) -> pa.LargeStringArray:
+    names = ids.take(pa.array(anchors)).cast(pa.large_string())
+    return names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
 
 
-def _matrices(table: pa.Table | pa.RecordBatch) -> tuple[Rows, Scores]:
-    columns = (table[name] for name in ("rows", "scores"))
-    arrays = (column.chunk(0) if isinstance(column, pa.ChunkedArray) else column for column in columns)
-    rows, scores = (array.flatten().to_numpy().reshape(table.num_rows, -1) for array in arrays)
-    return rows, scores
+def _lists(values: npt.NDArray[Any], none: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(_values(values, none), values.shape[1])
+
+
+def _values(values: npt.NDArray[Any], none: npt.NDArray[np.bool_]) -> pa.Array:
+    return pa.array(values.ravel(), mask=none.ravel() if none.any() else None)
+
+
+def _matrix(table: pa.Table | pa.RecordBatch, name: str, empty: float) -> Any:
+    column = table[name]
+    values = (column.chunk(0) if isinstance(column, pa.ChunkedArray) else column).flatten()
+    if values.null_count:
+        values = values.fill_null(empty)
+    return values.to_numpy().reshape(table.num_rows, -1)
 
 
 def _padded(values: Any, width: int, padding: float) -> Any:

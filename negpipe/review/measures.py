@@ -24,7 +24,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.review import audit, calibrate, quality
 from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trials
 from negpipe.review.finished import current, searched, selected
-from negpipe.select.selector import Units
+from negpipe.select.selector import Units, rows_of
 from negpipe.stages import STAGES
 from negpipe.stages.triplets import Shared, open_selection, part_files
 from negpipe.store.files import publish, write_json
@@ -231,10 +231,9 @@ def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candid
     """Anchors with their stored candidates, as deep as the config looks."""
     for task in STAGES["triplets"].plan(context):
         files = part_files(context, task)
-        table, start = open_table(files.anchors), 0
-        for found in candidates.read(files.candidates, depth=config.depth):
-            yield table.slice(start, len(found.rows)), found
-            start += len(found.rows)
+        table = open_table(files.anchors)
+        for found in candidates.read(files.candidates, table["id"], depth=config.depth, score=config.mining.score):
+            yield rows_of(table, found.anchors), found
 
 
 def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Trials]:

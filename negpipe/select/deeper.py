@@ -20,7 +20,7 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
-from negpipe.select.selector import PartFiles, Selector
+from negpipe.select.selector import PartFiles, Selector, rows_of
 
 _CELL = 64  # bytes for each candidate of the anchors that are searched together
 
@@ -33,7 +33,13 @@ def limit(config: Config, rows: int) -> int:
         rows: documents that can be candidates.
     """
     mining = config.mining
-    if mining.rank_over == "raw" or mining.depth or not mining.num_negatives or config.depth >= rows:
+    if (
+        mining.score != candidates.DENSE
+        or mining.rank_over == "raw"
+        or mining.depth
+        or not mining.num_negatives
+        or config.depth >= rows
+    ):
         return 0
     return min(mining.max_depth or 0, rows)
 
@@ -85,7 +91,7 @@ def deepen(
     """
     size, together = _together(deepest, memory)
     began = time.monotonic()
-    table, start = open_table(part.anchors), 0
+    table = open_table(part.anchors)
     waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
     none = np.empty(0, np.int64)
 
@@ -130,18 +136,17 @@ def deepen(
             yield Deeper(numbers, found.rows[here, :depth], found.scores[here, :depth])
             first = here.stop
 
-    for piece in candidates.read(part.candidates, depth=selector.depth):
+    for piece in candidates.read(part.candidates, table["id"], depth=selector.depth):
         if piece.rows.shape[1] >= deepest:
             return
-        short = selector.short(table.slice(start, len(piece.rows)), piece)
+        short = selector.short(rows_of(table, piece.anchors), piece)
         # Groups depend on nothing but the anchors: what is made of them must not depend on memory.
         for low in range(0, len(short), size):
             group = short[low : low + size]
             if sum(len(numbers) for numbers, _ in waiting) + len(group) > together:
                 yield from searched()
                 waiting = []
-            waiting.append((start + group, piece.take(group)))
-        start += len(piece.rows)
+            waiting.append((piece.anchors[group], piece.take(group)))
     if waiting:
         yield from searched()
 

@@ -179,30 +179,32 @@ class Selector:
             DamagedError: a file is not whole.
             InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
         """
-        table, start = open_table(part.anchors), 0
-        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
-            wanted = np.arange(-start % every, len(piece.rows), every)
+        table = open_table(part.anchors)
+        for piece in self._read(part, table):
+            wanted = np.flatnonzero(piece.anchors % every == 0)
             found = piece if every == 1 else piece.take(wanted)
-            units = self._units(part, table, start + wanted, found)
+            units = self._units(part, table, found)
             self._check_shortage(units)
             yield found, units
-            start += len(piece.rows)
 
     def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
         """The same for one anchor, by its place in the part; it may be short."""
-        start = 0
-        for piece in candidates.read(part.candidates, part.deeper, depth=self.depth):
-            if anchor < start + len(piece.rows):
-                alone = piece.take(np.array([anchor - start]))
-                return alone, self._units(part, open_table(part.anchors), np.array([anchor]), alone)
-            start += len(piece.rows)
-        raise IndexError(f"{part.candidates} holds {start} anchors, there is no number {anchor}")
+        table = open_table(part.anchors)
+        for piece in self._read(part, table):
+            if len(at := np.flatnonzero(piece.anchors == anchor)):
+                alone = piece.take(at)
+                return alone, self._units(part, table, alone)
+        raise IndexError(f"{part.candidates} holds no candidates of anchor number {anchor}")
 
-    def _units(self, part: PartFiles, table: pa.Table, anchors: Ints, found: Candidates) -> Units:
-        units = self.select(_rows_of(table, anchors), found)
+    def _read(self, part: PartFiles, table: pa.Table) -> Iterator[Candidates]:
+        score = self._config.mining.score
+        return candidates.read(part.candidates, table["id"], part.deeper, depth=self.depth, score=score)
+
+    def _units(self, part: PartFiles, table: pa.Table, found: Candidates) -> Units:
+        units = self.select(rows_of(table, found.anchors), found)
         if self._config.mining.draws:
             vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
-            units = self._with_random(units, vectors[anchors].astype(np.float32))
+            units = self._with_random(units, vectors[found.anchors].astype(np.float32))
         return units
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
@@ -412,9 +414,9 @@ class Selector:
         return rules.uniform(self._config.seed, anchors["id_hash"].to_numpy(), documents)
 
 
-def _rows_of(table: pa.Table, rows: Ints) -> pa.Table:
-    """Rows of a mapped table, ascending; without a copy where they follow each other."""
-    together = not len(rows) or rows[-1] - rows[0] == len(rows) - 1
+def rows_of(table: pa.Table, rows: Ints) -> pa.Table:
+    """Rows of a mapped table; without a copy where they follow each other."""
+    together = bool((np.diff(rows) == 1).all())
     return table.slice(int(rows[0]) if len(rows) else 0, len(rows)) if together else table.take(pa.array(rows))
 
 

@@ -1,8 +1,8 @@
-"""rescore: candidates with scores from a function of the caller, in the place of search's.
+"""rescore: search's candidates with a further score, `teacher`, from a function of the caller.
 
 Only for callers from Python, who have a cross-encoder in their process; a run of the command line never
-has this stage. The first `mining.depth` candidates of each anchor get new scores and are put in their
-order, and so do the positives; ranks then count in that order.
+has this stage. The first `mining.depth` candidates of each anchor are scored and ranked by it, and their positives
+scored; `mining.score: teacher` selects by it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from negpipe.data import candidates
-from negpipe.data.candidates import Candidates
+from negpipe.data.candidates import Candidates, Scored
 from negpipe.data.tables import Rows, documents, open_table
 from negpipe.engine.fingerprint import key
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages import headers
 
-VERSION = 1
+VERSION = 2
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Score = Callable[[Sequence[tuple[str, str]]], Floats]
@@ -48,16 +49,22 @@ def rescore(score: Score, identity: str) -> Stage:
         yield Rows([context.file(part) for part in documents(context.manifest("ingest"))])
 
     def run(task: Task, corpus: Rows, context: Context, publish: Publisher, progress: Progress) -> Made:
-        texts = open_table(context.run_dir / task.payload["texts"])["text"]
-        pieces, start = [], 0
+        texts = open_table(context.run_dir / task.payload["texts"])
+        pieces, judged = [], []
         # Those of an earlier, deeper search would change which are looked at.
-        for found in candidates.read(context.run_dir / task.payload["candidates"], depth=context.config.depth):
-            asked: list[str] = texts.slice(start, len(found.rows)).to_pylist()
-            looked_at = found.narrowed(task.payload["depth"] or found.rows.shape[1])
-            pieces.append(_rescored(score, asked, looked_at, corpus, progress))
-            start += len(found.rows)
-        publish(".parquet", lambda file: candidates.write(file, candidates.joined(pieces)))
-        return Made(start, {"depth": pieces[0].rows.shape[1]})
+        path = context.run_dir / task.payload["candidates"]
+        for found in candidates.read(path, texts["id"], depth=context.config.depth):
+            asked: list[str] = texts["text"].take(pa.array(found.anchors)).to_pylist()
+            pieces.append(found.narrowed(task.payload["depth"] or found.rows.shape[1]))
+            judged.append(_judged(score, asked, pieces[-1], corpus, progress))
+        every = candidates.joined(pieces)
+        teacher = Scored(
+            np.concatenate([one.ranks for one in judged]),
+            np.concatenate([one.scores for one in judged]),
+            np.concatenate([one.positive_scores for one in judged]),
+        )
+        publish(".parquet", lambda file: candidates.write(file, texts["id"], every, {candidates.TEACHER: teacher}))
+        return Made(len(every.rows), {"depth": every.rows.shape[1]})
 
     return Stage(
         name="rescore",
@@ -73,17 +80,15 @@ def rescore(score: Score, identity: str) -> Stage:
     )
 
 
-def _rescored(score: Score, asked: Sequence[str], found: Candidates, corpus: Rows, progress: Progress) -> Candidates:
-    rows, scores = found.rows.copy(), np.full(found.scores.shape, -np.inf, np.float32)
+def _judged(score: Score, asked: Sequence[str], found: Candidates, corpus: Rows, progress: Progress) -> Scored:
+    scores, ranks = np.full(found.scores.shape, np.nan, np.float32), np.full(found.rows.shape, -1, np.int32)
     for at, query in enumerate(asked):
-        real = np.flatnonzero(rows[at] >= 0)
-        new = _scores(score, [query] * len(real), rows[at, real], corpus)
-        order = np.lexsort((rows[at, real], -new))
-        rows[at, real], scores[at, real] = rows[at, real][order], new[order]
+        real = np.flatnonzero(found.rows[at] >= 0)
+        scores[at, real] = _scores(score, [query] * len(real), found.rows[at, real], corpus)
+        ranks[at, real[np.lexsort((found.rows[at, real], -scores[at, real]))]] = np.arange(len(real))
         progress(1, "")
     queries = [query for query, count in zip(asked, np.diff(found.offsets), strict=True) for _ in range(count)]
-    positive_scores = _scores(score, queries, found.positives, corpus)
-    return Candidates(rows, scores, found.positives, found.offsets, positive_scores)
+    return Scored(ranks, scores, _scores(score, queries, found.positives, corpus))
 
 
 def _scores(score: Score, queries: Sequence[str], rows: Ints, corpus: Rows) -> Floats:

@@ -28,7 +28,7 @@ from negpipe.stages import headers
 from negpipe.stages.index import open_approximate
 from negpipe.store.files import check_room
 
-VERSION = 1
+VERSION = 2
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def _open(context: Context) -> Iterator[_Opened]:
 
 def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
     anchors = np.load(context.run_dir / task.payload["anchors"], allow_pickle=False).astype(np.float32)
-    positives, offsets = ragged(open_table(context.run_dir / task.payload["texts"])["positives"])
+    texts = open_table(context.run_dir / task.payload["texts"])
+    positives, offsets = ragged(texts["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
     memory = context.memory - (opened.index.held if opened.index else 0)
@@ -135,9 +136,9 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     else:
         rows, scores = opened.index.before(last).search(anchors, depth, **about)
         found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
-    made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores)
+    made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(anchors)))
     kind = context.config.index.kind if opened.index else None
-    publish(".parquet", lambda file: candidates.write(file, made, approximate=kind))
+    publish(".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))
     publish.drop_checkpoints()
     return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
 

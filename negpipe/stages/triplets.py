@@ -29,7 +29,7 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates, moments
 from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
-from negpipe.data.tables import Rows, documents, searchable
+from negpipe.data.tables import Rows, documents, open_table, searchable
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
 from negpipe.engine.publication import staging
@@ -42,7 +42,7 @@ from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import headers
 from negpipe.stages.index import recall_window
 
-VERSION = 4
+VERSION = 5
 _DEEPER = "deeper"
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 _FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
@@ -230,7 +230,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
 
         def write_deeper(file: BinaryIO) -> None:
             nonlocal searched_deeper
-            searched_deeper = candidates.write_deeper(file, chain([first], deeper))
+            searched_deeper = candidates.write_deeper(file, open_table(files.anchors)["id"], chain([first], deeper))
 
         publish(".parquet", write_deeper, folder=_DEEPER)
         files = replace(files, deeper=context.run_dir / publish.files[0].path)

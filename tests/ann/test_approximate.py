@@ -22,6 +22,7 @@ from negpipe.ann import approximate, auto, coded, factory
 from negpipe.ann.probe import Job
 from negpipe.config.file import load_config
 from negpipe.data import candidates
+from negpipe.data.tables import open_table
 from negpipe.data.texts import text_id
 from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
@@ -45,7 +46,14 @@ def source(encoded: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def stored(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     manifest = Books(run_dir, "search").manifest()
     assert manifest is not None
-    pieces = [piece for part in manifest.parts for piece in candidates.read(run_dir / part.path, depth=64)]
+    read = Books(run_dir, "ingest").manifest()
+    assert read is not None
+    tables = [open_table(run_dir / part.path) for part in read.of_kind("anchors")]
+    pieces = [
+        piece
+        for part, table in zip(manifest.parts, tables, strict=True)
+        for piece in candidates.read(run_dir / part.path, table["id"], depth=64)
+    ]
     return np.concatenate([one.rows for one in pieces]), np.concatenate([one.scores for one in pieces])
 
 

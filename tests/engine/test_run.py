@@ -184,13 +184,14 @@ def looked_at(run: Run) -> list[tuple[list[int], list[float], list[float]]]:
     seen = []
     for candidates, part in zip(run.files("search"), run.parts("triplets"), strict=True):
         table = pq.read_table(candidates)
-        own = [table[name].to_pylist() for name in ("rows", "scores", "positive_scores")]
+        own = [table[name].to_pylist() for name in ("anchor", "rows", "score_dense", "positive_score_dense")]
         for file in part["files"]:
             if file["path"].startswith("deeper/"):
                 for row in pq.read_table(run.folder / file["path"]).to_pylist():
-                    assert row["rows"][:128] == own[0][row["anchor"]]
-                    own[0][row["anchor"]], own[1][row["anchor"]] = row["rows"], row["scores"]
-        seen += list(zip(*own, strict=True))
+                    at = own[0].index(row["anchor"])
+                    assert row["rows"][:128] == own[1][at]
+                    own[1][at], own[2][at] = row["rows"], row["score_dense"]
+        seen += list(zip(*own[1:], strict=True))
     return seen
 
 

@@ -91,14 +91,14 @@ def plain(run: Run, setting: Setting, wanted: int) -> dict[str, float]:
         known = {texts[row_of[name]] for name in judged[anchor]}
         namesakes = [name for name, text in asked.items() if text == asked[anchor] and name != anchor]
         shared = {texts[row_of[name]] for other in namesakes for name in judged.get(other, [])}
-        for positive, reference in zip(found["positives"], found["positive_scores"], strict=True):
+        for positive, reference in zip(found["positives"], found["positive_score_dense"], strict=True):
             hidden = known - {texts[positive]}
             if not hidden:
                 continue
             barred = {texts[positive], asked[anchor]} | (shared - known)
             survivors = [
                 (rank, texts[row] in hidden, score)
-                for rank, (row, score) in enumerate(zip(found["rows"], found["scores"], strict=True))
+                for rank, (row, score) in enumerate(zip(found["rows"], found["score_dense"], strict=True))
                 if row >= 0 and texts[row] not in barred and passes(score, reference, setting)
             ]
             window = survivors[setting.range_min : setting.range_max]
@@ -241,9 +241,9 @@ def test_second_opinion(searched: Run, tmp_path: Path) -> None:
     ids |= {f"e{i}": ids[f"d{i}"] for i in range(15)}
     suspected = {}
     for anchor, second in zip(searched.tables("anchors")["id"].to_pylist(), theirs, strict=True):
-        least = min(second["positive_scores"])
+        least = min(second["positive_score_dense"])
         known = {texts[ids[name]] for name in judged[anchor]}
-        pairs = zip(second["rows"], second["scores"], strict=True)
+        pairs = zip(second["rows"], second["score_dense"], strict=True)
         suspected[anchor] = {texts[row] for row, score in pairs if row >= 0 and score > least} - known
     # What is taken is what the product takes with these settings.
     run = searched.copied(tmp_path / "taken")

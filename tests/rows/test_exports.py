@@ -281,7 +281,7 @@ def test_tevatron_passages_and_run(mined: Run, tmp_path: Path) -> None:
     expected = [
         (anchor, ids[row], float(score))
         for anchor, found in zip(anchors, stored, strict=True)
-        for row, score in zip(found["rows"], found["scores"], strict=True)
+        for row, score in zip(found["rows"], found["score_dense"], strict=True)
         if row >= 0
     ]
     lines = (tmp_path / "out" / "run.tsv").read_text("utf-8").splitlines()

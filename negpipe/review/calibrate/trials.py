@@ -100,7 +100,9 @@ def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
             column = pa.ListArray.from_arrays(pa.array(lists.astype(np.int32)), pa.array(values[same]))
             table = table.append_column(name, column)
         scores = found.positive_scores[kept[some]]
-        alone = Candidates(found.rows[at], found.scores[at], positives, np.arange(len(some) + 1), scores)
+        alone = Candidates(
+            found.rows[at], found.scores[at], positives, np.arange(len(some) + 1), scores, found.anchors[at]
+        )
         return Piece(table, alone, suspects, ends, at, shown)
 
     return Trials(owner, take)
