@@ -47,19 +47,19 @@ def status(config: Config) -> list[State]:
     return pipeline.status(config, STAGES)
 
 
-def inventory(run_dir: Path) -> Inventory:
-    """What a run directory has on record, see `upkeep.inventory`."""
-    return upkeep.inventory(run_dir, STAGES)
+def inventory(config: Config) -> Inventory:
+    """What a run has on record, see `upkeep.inventory`."""
+    return upkeep.inventory(config, STAGES)
 
 
-def superseded(run_dir: Path) -> list[tuple[Path, int]]:
+def superseded(config: Config) -> list[tuple[Path, int]]:
     """What `clean` frees, see `upkeep.superseded`."""
-    return upkeep.superseded(run_dir, STAGES)
+    return upkeep.superseded(config, STAGES)
 
 
-def clean(run_dir: Path) -> int:
+def clean(config: Config) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
-    return upkeep.clean(run_dir, STAGES)
+    return upkeep.clean(config, STAGES)
 
 
 def resolved(config: Config) -> tuple[Config, bool]:

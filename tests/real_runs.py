@@ -43,7 +43,7 @@ class Run:
 
     def copied(self, folder: Path) -> Run:
         """The same config, and everything it has made so far, in another run directory."""
-        shutil.copytree(self.folder, folder)
+        shutil.copytree(self.folder, folder, symlinks=True)
         return self.at(folder)
 
     def mine(self, *overrides: str, only: str | None = None) -> graph.Result:
@@ -95,8 +95,12 @@ class Run:
         return [part for part in self.manifest(stage)["parts"] if kind in (None, part["kind"])]
 
     def files(self, stage: str, kind: str | None = None) -> list[Path]:
-        """The first file of every part."""
-        return [self.folder / part["files"][0]["path"] for part in self.parts(stage, kind)]
+        """The first file of every part, of triplets that of its rows."""
+        files = [
+            next((file for file in part["files"] if file["role"].startswith("rows")), part["files"][0])
+            for part in self.parts(stage, kind)
+        ]
+        return [self.folder / file["path"] for file in files]
 
     def paths(self, stage: str, folder: str) -> list[Path]:
         """The files of a stage's current output that lie in a folder of the run directory."""

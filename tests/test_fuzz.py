@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import small_source as small
 from hypothesis import HealthCheck, given, settings
+from upkeep_of import config_of
 
 from negpipe import graph, sources
 from negpipe.config.file import load_config
@@ -257,8 +258,8 @@ def test_manifests(fuzz: Any, run_dir: Path) -> None:
     def read(content: bytes) -> None:
         path.write_bytes(content)
         graph.status(config)
-        graph.inventory(run_dir)
-        graph.superseded(run_dir)
+        graph.inventory(config_of(run_dir))
+        graph.superseded(config_of(run_dir))
 
     fuzz(books(sound), read)
     path.write_bytes(sound)
@@ -266,14 +267,14 @@ def test_manifests(fuzz: Any, run_dir: Path) -> None:
 
 def test_records_of_parts(fuzz: Any, run_dir: Path) -> None:
     kept = Books(run_dir, "ingest")
-    path = kept.sidecars()[0]
+    path = run_dir / kept.name(kept.recorded()[0])
     sound = path.read_bytes()
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
         kept.part(path.stem)
         list(kept.parts())
-        graph.inventory(run_dir)
+        graph.inventory(config_of(run_dir))
 
     fuzz(books(sound), read)
     path.write_bytes(sound)

@@ -92,7 +92,7 @@ def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, mon
     monkeypatch.undo()
     parts = Books(graph.mine(config, only="search").run_dir, "search").manifest().parts  # type: ignore[union-attr]
     Books(config.run_dir, "search").manifest_path.unlink()
-    (config.run_dir / parts[0].path).unlink()
+    (config.run_dir / parts[0].files[0].path).unlink()
     missing = parts[0].rows * small.DOCUMENTS * candidates.BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=missing - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)

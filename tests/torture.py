@@ -165,9 +165,9 @@ def begun(run: Run) -> int:
     named = {
         str(run.folder / file["path"]) for stage in STAGES for part in run.committed(stage) for file in part["files"]
     }
-    shown = {path.replace(f"/{Path(path).parent.name}/", "/triplets/") for path in named if "/.triplets-" in path}
-    folders = [path for path in run.folder.iterdir() if path.is_dir() and path.name != ".negpipe"]
-    counts = [sum(str(path) not in named | shown for path in folder.iterdir()) for folder in folders]
+    views = ("triplets", ".triplets", ".negpipe")
+    folders = [path for path in run.folder.iterdir() if path.is_dir() and path.name not in views]
+    counts = [sum(str(path) not in named for path in folder.iterdir()) for folder in folders]
     return max(counts, default=0)
 
 
@@ -188,7 +188,7 @@ def survives(run: Run, undisturbed: Run, *, by_command: bool) -> None:
     assert {name: after[name] for name in before} == before
     assert {stage: run.inodes(stage) for stage in finished} == kept
     assert not [p for p in run.folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith("spool-")], "left over"
-    assert [path.name for path in run.folder.glob(".*")] == [".negpipe"]
+    assert sorted(path.name for path in run.folder.glob(".*")) == [".negpipe", ".triplets"]
     assert status(run) == truth(run)
     assert {state for state, _ in truth(run).values()} == {"current"}
 

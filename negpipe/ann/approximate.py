@@ -174,19 +174,28 @@ def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
     return factory.sample(vectors, -(-vectors.rows // _ONE_IN), seed)
 
 
-def open_index(run_dir: Path, kind: str, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors) -> Approximate:
-    """Open the shards of an index of this kind: `index` and `sample` are paths, `first` is the first row.
+@dataclass(frozen=True)
+class Shard:
+    """One file of an index, some of its vectors, and its first row."""
+
+    index: Path
+    sample: Path
+    first: int
+
+
+def open_index(kind: str, shards: Sequence[Shard], vectors: ann.Vectors) -> Approximate:
+    """Open the shards of an index of this kind.
 
     Raises:
         DamagedError: a file is damaged, or they hold another number of rows than the vectors.
     """
-    places = [(run_dir / shard["index"], int(shard["first"])) for shard in shards]
+    places = [(shard.index, shard.first) for shard in shards]
     _, memory = factory.bytes_of(kind, vectors.dimension, vectors.rows, len(places))
     if not lists.is_lists(factory.read(places[0][0], vectors.dimension)):
         opened = coded.open_shards(places, vectors.dimension)
         _check_rows(places[0][0], sum(index.ntotal for index, _ in opened), vectors)
         return Approximate(opened, vectors, memory)
-    samples = [np.load(run_dir / shard["sample"], mmap_mode="r", allow_pickle=False) for shard in shards]
+    samples = [np.load(shard.sample, mmap_mode="r", allow_pickle=False) for shard in shards]
     stride = -(-sum(map(len, samples)) // lists.SAMPLE_ROWS)
     listed = lists.open_lists(places, np.concatenate([own[::stride] for own in samples]))
     _check_rows(places[0][0], listed.rows, vectors)

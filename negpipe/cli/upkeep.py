@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,12 +53,13 @@ def verify(
     from negpipe.errors import DamagedError
 
     console.set_up_logging(checked(log_format), debug=debug)
-    run_dir = load_config(config, overrides).run_dir
-    found = graph.inventory(run_dir)
+    settings = load_config(config, overrides)
+    run_dir = settings.run_dir
+    found = graph.inventory(settings)
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
         task = bar.add_task("", total=found.bytes)
-        problems = upkeep.verify(run_dir, found, lambda count: bar.advance(task, count))
+        problems = upkeep.verify(settings, found, lambda count: bar.advance(task, count))
     count = len(found.files)
     if problems:
         listed = "\n".join(problems[:_SHOWN])
@@ -73,28 +76,37 @@ def clean(
     config: ConfigArgument,
     overrides: SetOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    forget: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="A run directory that used the store and is gone.")
+    ] = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Delete parts of settings that are no longer current. Asks first.
+
+    Of a store that several run directories share, what any of them needs is kept.
 
     Example: negpipe clean quickstart.yaml
     """
     from negpipe import graph
     from negpipe.cli import console
     from negpipe.config.file import load_config
+    from negpipe.engine import upkeep
     from negpipe.errors import ConfigError
     from negpipe.review import wording
 
     console.set_up_logging(checked(log_format), debug=debug)
-    run_dir = load_config(config, overrides).run_dir
-    listed = graph.superseded(run_dir)
+    settings = load_config(config, overrides)
+    run_dir = settings.store or settings.run_dir
+    if forget is not None:
+        upkeep.forget(settings, forget)
+    listed = graph.superseded(settings)
     if not listed:
         console.out.print(f"Nothing to clean in {run_dir}.", markup=False)
         return
     folders: dict[str, tuple[int, int]] = {}
     for path, size in listed:
-        folder = str(path.parent.relative_to(run_dir))
+        folder = os.path.relpath(path.parent, run_dir)
         files, total = folders.get(folder, (0, 0))
         folders[folder] = files + 1, total + size
     for folder, (files, total) in sorted(folders.items()):
@@ -108,4 +120,4 @@ def clean(
     if not agreed:
         console.out.print("Nothing was deleted.")
         return
-    console.out.print(f"Freed {wording.size(graph.clean(run_dir))}.")
+    console.out.print(f"Freed {wording.size(graph.clean(settings))}.")

@@ -460,6 +460,11 @@ class Config(_Model):
     """A whole negpipe config."""
 
     run_dir: Path = Field(description="Folder that holds everything a run makes.")
+    store: Path | None = Field(
+        None,
+        description="Folder for the parts that stages make, to be shared by several run directories, so that variants"
+        " of one job encode and search once; null: in run_dir.",
+    )
     seed: int = Field(42, ge=0, description="Seed of every random choice.")
     data: Data
     encoder: Encoder

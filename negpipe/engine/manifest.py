@@ -1,7 +1,7 @@
-"""What is on disk: parts with their sidecars, and one manifest a complete stage.
+"""What is there: parts with their records, and one manifest a complete stage.
 
-A sidecar is written after its part, a manifest after all its sidecars: what they name existed when
-they were written. Done is what the disk says; every reader checks it again. Both carry a digest of themselves.
+A record is written after its part, a manifest after all its records: what they name existed when
+they were written. Done is what the store says; every reader checks it again. Both carry a digest of themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from negpipe.engine.fingerprint import digest
 from negpipe.errors import DamagedError
-from negpipe.store.files import BOOKS, file_digest, write_json
+from negpipe.store.files import BOOKS, file_digest, json_bytes, write_all
+from negpipe.store.store import LocalStore, Store
 
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
@@ -27,12 +28,18 @@ Book = TypeVar("Book", bound=BaseModel)
 
 
 class File(BaseModel):
-    """A data file: path relative to the run directory, size in bytes, sha256."""
+    """A data file: name in the store, size in bytes, sha256, and what it is to its part.
+
+    `role` is one of the part's own words, "ledger"; of several files in one role "rows-00000", "rows-00001". Records of
+    the first edition have none. What is `aside` says something of circumstance and is in no identity.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
     bytes: int
     digest: str
+    role: str = ""
+    aside: bool = False
 
     @field_validator("path")
     @classmethod
@@ -40,25 +47,23 @@ class File(BaseModel):
         path.encode()  # half a surrogate pair is a ValueError too
         parts = PurePosixPath(path).parts
         if not 1 <= len(parts) <= 2 or path.startswith("/") or ".." in parts or "\0" in path:
-            raise ValueError("not a file of the run directory or of a folder in it")
+            raise ValueError("not a file of the store or of a folder in it")
         return path
 
-    def problem(self, run_dir: Path, *, full: bool = False) -> str | None:
-        """What is wrong with the file on disk, or None. `full` reads it and compares its digest."""
-        path = run_dir / self.path
-        try:
-            size = path.stat().st_size
-        except OSError:
+    def problem(self, store: Store, *, full: bool = False) -> str | None:
+        """What is wrong with the file in the store, or None. `full` reads it and compares its digest."""
+        size = store.size(self.path)
+        if size is None:
             return f"{self.path} is missing"
         if size != self.bytes:
             return f"{self.path} has {size:,} bytes, {self.bytes:,} were written"
-        if full and file_digest(path) != self.digest:
+        if full and file_digest(store.path(self.path)) != self.digest:
             return f"{self.path} {OTHER_CONTENT}"
         return None
 
 
 class Part(BaseModel):
-    """One task's output, as its sidecar records it.
+    """One task's output, as its record says.
 
     `meta` is content (counts, digests the next stage keys on); `provenance` is circumstance (process,
     host, versions, seconds) and never part of an identity.
@@ -72,13 +77,29 @@ class Part(BaseModel):
     meta: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
 
-    @property
-    def path(self) -> str:
-        return self.files[0].path
+    def file(self, role: str) -> File:
+        """The file of a role, or the only one there is.
+
+        Raises:
+            DamagedError: the record names none.
+        """
+        found = self.all(role) or (list(self.files) if len(self.files) == 1 else [])
+        if len(found) != 1:
+            raise DamagedError(
+                f"the record of part {self.key} names {len(found)} files as its {role}:"
+                " run `negpipe mine CONFIG --repair`"
+            )
+        return found[0]
+
+    def all(self, role: str) -> list[File]:
+        """The files of a role, in their order."""
+        found = [file for file in self.files if file.role == role or file.role.startswith(f"{role}-")]
+        return sorted(found, key=lambda file: file.role)
 
     def identity(self) -> list[Any]:
-        """What another stage may key on."""
-        return [self.kind, self.rows, self.files[0].digest]
+        """What another stage may key on: nothing of it depends on the order of files."""
+        content = sorted((file.role, file.digest) for file in self.files if not file.aside)
+        return [self.kind, self.rows, *(digest for _, digest in content)]
 
 
 class Manifest(BaseModel):
@@ -104,44 +125,70 @@ class Manifest(BaseModel):
 
 
 class Books:
-    """Reads and writes the sidecars and the manifest of one stage of a run."""
+    """The records of one stage's parts, in the store, and its manifest, in the run directory.
 
-    def __init__(self, run_dir: Path, stage: str) -> None:
-        self.run_dir = run_dir
-        self.folder = run_dir / BOOKS / stage
-        self.manifest_path = self.folder / "manifest.json"
+    Args:
+        run_dir: the run directory.
+        stage: the stage's name.
+        store: where parts and their records are; None: in the run directory.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, store: Store | None = None) -> None:
+        self.stage, self.run = stage, LocalStore(run_dir)
+        self.store: Store = store or self.run
+        self.folder = f"{BOOKS}/{stage}"
+        self._manifest = f"{self.folder}/manifest.json"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.run.path(self._manifest)
 
     def part(self, key: str) -> Part | None:
-        """The finished part of a key, or None: no sidecar, an unreadable one, or one whose files are gone or cut."""
+        """The finished part of a key, or None: no record, an unreadable one, or one whose files are gone or cut."""
         part = self.record(key)
-        if part is None or any(file.problem(self.run_dir) for file in part.files):
+        if part is None or any(file.problem(self.store) for file in part.files):
             return None
         return part
 
     def record(self, key: str) -> Part | None:
-        """What the sidecar of a key says, or None: there is none, or not as it was written."""
+        """What the record of a key says, or None: there is none, or not as it was written."""
         try:
-            part = _read(self.folder / f"{key}.json", Part)
+            content = self.store.read(self.name(key))
+            part = None if content is None else _parsed(content, Part)
         except (OSError, ValueError):
             return None
-        return part if part.key == key else None
+        return part if part and part.key == key else None
+
+    def name(self, key: str) -> str:
+        """The record of a key, as the store calls it."""
+        return f"{self.folder}/{key}.json"
 
     def write_part(self, part: Part) -> None:
-        _write(self.folder / f"{part.key}.json", part)
+        content = _sealed(part)
+        name = f"{part.key}.json"
+        self.store.put(self.folder, lambda _: name, lambda file: write_all(file, content), len(content))
 
-    def sidecars(self) -> list[Path]:
-        """The files of all parts' records, current or superseded, readable or not."""
-        return [path for path in sorted(self.folder.glob("*.json")) if _RECORD.fullmatch(path.name)]
+    def forget(self, key: str) -> None:
+        """Delete the record of a key; the files stay."""
+        self.store.delete(self.name(key))
 
-    def checkpoints(self) -> list[Path]:
-        """What long searches of any part have left to go on from."""
-        return [path for path in sorted(self.folder.glob("*.npz")) if _CHECKPOINT.fullmatch(path.name)]
+    def recorded(self) -> list[str]:
+        """Keys of all parts' records, current or superseded, readable or not."""
+        names = (name.rpartition("/")[2] for name in self.store.names(self.folder))
+        return [name.removesuffix(".json") for name in names if _RECORD.fullmatch(name)]
 
-    def parts(self) -> Iterable[Part]:
-        """Every part with a readable sidecar, current or superseded."""
-        for path in self.sidecars():
-            if part := self.part(path.stem):
-                yield part
+    def checkpoints(self) -> list[str]:
+        """What long searches of any part have left to go on from, as the store calls it."""
+        names = self.store.names(self.folder)
+        return [name for name in names if _CHECKPOINT.fullmatch(name.rpartition("/")[2])]
+
+    def records(self) -> Iterator[Part]:
+        """What every readable record says."""
+        yield from (part for key in self.recorded() if (part := self.record(key)))
+
+    def parts(self) -> Iterator[Part]:
+        """Every part that is there, current or superseded."""
+        yield from (part for key in self.recorded() if (part := self.part(key)))
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None where the stage never completed.
@@ -149,10 +196,11 @@ class Books:
         Raises:
             DamagedError: there is one and it cannot be read.
         """
-        try:
-            return _read(self.manifest_path, Manifest)
-        except FileNotFoundError:
+        content = self.content()
+        if content is None:
             return None
+        try:
+            return _parsed(content, Manifest)
         except ValueError as error:
             problem = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
             raise DamagedError(
@@ -160,19 +208,28 @@ class Books:
                 " delete it and run the stage again, finished parts are reused"
             ) from None
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        _write(self.manifest_path, manifest)
+    def content(self) -> bytes | None:
+        """The manifest as it is stored, for `write_manifest` to expect."""
+        return self.run.read(self._manifest)
+
+    def write_manifest(self, manifest: Manifest, expected: bytes | None) -> bool:
+        """Write the manifest if nobody did since it was `expected`; returns whether it was written."""
+        return self.run.replace(self._manifest, _sealed(manifest), expected)
+
+    def drop_manifest(self) -> None:
+        """Make the stage one that never completed; its parts stay."""
+        self.run.delete(self._manifest)
 
 
-def _write(path: Path, book: BaseModel) -> None:
-    value = book.model_dump(mode="json")
-    write_json(path, value | {"digest": _seal(value)})
+def _sealed(book: BaseModel) -> bytes:
+    value = book.model_dump(mode="json", exclude_defaults=False)
+    return json_bytes(value | {"digest": _seal(value)})
 
 
-def _read(path: Path, kind: type[Book]) -> Book:
+def _parsed(content: bytes, kind: type[Book]) -> Book:
     """Raises ValueError: it is not what was written. One without a digest was written before there were any."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if isinstance(value, dict) and "digest" in value and value.pop("digest") != _seal(value):

@@ -20,19 +20,21 @@ from typing import Any
 
 from negpipe import __version__
 from negpipe.config.schema import Config
-from negpipe.engine import publication
+from negpipe.engine import shown
 from negpipe.engine.executors import inline, local
 from negpipe.engine.fingerprint import DigestCache
-from negpipe.engine.manifest import Books, Manifest, Part
+from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
 from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, cache_path, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
+from negpipe.store import registry
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, explained, remove_temporaries
 from negpipe.store.lock import run_lock
+from negpipe.store.store import LocalStore
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -77,15 +79,12 @@ def mine(
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()
-    _make_run_dir(run_dir, graph)
+    _make_run_dir(run_dir, config.store, graph)
     with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         _check_share(context)
-        for folder in (run_dir, run_dir / BOOKS):
-            for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-                remove_temporaries(inner)
+        _clear(context)
         for number, stage in enumerate(stages):
-            publication.finish_swap(run_dir, stage.name)
             if repair:
                 untrusted |= drop_damaged(stage, context, untrusted)
             if rebuild and only in (None, stage.name):
@@ -114,6 +113,16 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
 
 
+def _clear(context: Context) -> None:
+    """Join those who use the store, and delete what killed runs left unfinished."""
+    if context.config.store:
+        registry.register(LocalStore(context.config.store), context.run_dir)
+    for root in {context.run_dir, context.config.store or context.run_dir}:
+        for folder in (root, root / BOOKS):
+            for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_temporaries(inner)
+
+
 def _looked(stage: Stage, context: Context) -> State:
     """How a stage stands; what is of other versions of libraries is warned of."""
     state = look(stage, context)
@@ -132,16 +141,19 @@ def _tell(stage: Stage, manifest: Manifest) -> None:
 def _check_inputs(stage: Stage, graph: Graph, context: Context) -> None:
     """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
     for name in stage.inputs:
-        check_headers(context.run_dir, graph[context.manifest(name).stage], context.manifest(name))
+        check_headers(context.store, graph[context.manifest(name).stage], context.manifest(name))
 
 
-def _make_run_dir(run_dir: Path, graph: Graph) -> None:
+def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
     """Texts come to lie in it, so a new one is for the user alone; one that exists keeps its rights."""
     with explained(run_dir):
         if not run_dir.exists():
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(mode=0o700, exist_ok=True)
         stay_inside(run_dir, linkable(graph))
+        if store:
+            store.mkdir(parents=True, exist_ok=True)
+            stay_inside(store, linkable(graph))
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
@@ -166,13 +178,10 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
         NegpipeError: a task failed; finished parts stay.
     """
     started = time.monotonic()
-    run_dir = context.run_dir
-    books = Books(run_dir, stage.name)
+    books = context.books(stage.name)
+    before = books.content()
     identity = identity_of(stage, context)
-    stage_key = identity.key
-    context = replace(context, key=stage_key)
-    if stage.swapped:
-        publication.prepare(run_dir, stage.name, stage_key)
+    context = replace(context, key=identity.key)
 
     keys: dict[str, None] = {}
     with _damage_named(stage, context):
@@ -187,13 +196,10 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
                 f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
             )
         parts.append(part)
-    if stage.swapped:
-        # The names under the final folder are about to mean something else.
-        books.manifest_path.unlink(missing_ok=True)
-        publication.swap(run_dir, stage.name, stage_key)
-        parts = [_moved(part, publication.staging(stage.name, stage_key), stage.name) for part in parts]
+    shown.show(stage, context, parts, shown.version_of(parts))
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
-    books.write_manifest(manifest)
+    if not books.write_manifest(manifest, before):
+        raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
     context.digest_file.save()
     return manifest
 
@@ -211,8 +217,8 @@ def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
         if isinstance(error, NegpipeError) and type(error) not in (NegpipeError, TaskFailedError):
             raise
         read = [part for name in stage.inputs for part in context.manifest(name).parts]
-        read += Books(context.run_dir, stage.name).parts() if stage.rounds else ()
-        if wrong := damaged(context.run_dir, (file for part in read for file in part.files)):
+        read += context.books(stage.name).parts() if stage.rounds else ()
+        if wrong := damaged(context.store, (file for part in read for file in part.files)):
             raise DamagedError(
                 f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
                 " again what is damaged and what may come from it"
@@ -222,7 +228,7 @@ def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
 
 def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter) -> bool:
     """Make what is missing of the tasks that can be planned now; returns whether there were new ones among them."""
-    books, before = Books(context.run_dir, stage.name), len(keys)
+    books, before = context.books(stage.name), len(keys)
     plan = stage.plan(context)
     total, done = 0, 0
     if not stage.here:
@@ -271,7 +277,7 @@ def load_context(config: Config, graph: Graph, before: str) -> Context:
     """What a worker of stage `before` sees: the manifests of the stages ahead of it."""
     context = Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)))
     for stage in takewhile(lambda stage: stage.name != before, graph.values()):
-        if manifest := Books(config.run_dir, stage.name).manifest():
+        if manifest := context.books(stage.name).manifest():
             context = context.after(stage, manifest)
     return context
 
@@ -309,14 +315,6 @@ def _executor(stage: Stage, config: Config) -> Executor:
     # A caller of the Python API may have torch loaded, which must not meet FAISS.
     light = stage.light(config) and config.executor.workers == 1 and "torch" not in sys.modules
     return inline.run if stage.here or inside or light else local.run
-
-
-def _moved(part: Part, old: str, new: str) -> Part:
-    files = tuple(
-        file.model_copy(update={"path": new + file.path.removeprefix(old)}) if file.path.startswith(f"{old}/") else file
-        for file in part.files
-    )
-    return part.model_copy(update={"files": files})
 
 
 def _counts(manifest: Manifest | None) -> str:

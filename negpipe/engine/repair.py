@@ -10,25 +10,25 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from negpipe.engine import publication, versions
+from negpipe.engine import versions
 from negpipe.engine.manifest import OTHER_CONTENT, Books, File, Manifest
 from negpipe.engine.stage import Context, Stage
 from negpipe.engine.state import identity_of
 from negpipe.errors import DamagedError
+from negpipe.store.store import Store
 
 logger = logging.getLogger(__name__)
 
 
-def check_headers(run_dir: Path, stage: Stage, manifest: Manifest) -> None:
+def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
     """Look at what costs next to nothing: that files of the right size are what they were, with as many rows.
 
     Raises:
         DamagedError: one is not.
     """
-    problems = [problem for part in manifest.parts if (problem := stage.misfit(run_dir, part))]
+    problems = [problem for part in manifest.parts if (problem := stage.misfit(store, part))]
     if problems:
         raise DamagedError(
             f"{manifest.stage}: {problems[0]} ({len(problems)} of {len(manifest.parts)} parts)."
@@ -37,7 +37,7 @@ def check_headers(run_dir: Path, stage: Stage, manifest: Manifest) -> None:
 
 
 def damaged(
-    run_dir: Path, files: Iterable[File], progress: Callable[[int], None] = lambda _: None
+    store: Store, files: Iterable[File], progress: Callable[[int], None] = lambda _: None
 ) -> list[tuple[File, str]]:
     """The files that are not as they were written, and what is wrong; each is read whole, several at a time.
 
@@ -45,7 +45,7 @@ def damaged(
     """
 
     def check(file: File) -> tuple[File, str | None]:
-        problem = file.problem(run_dir, full=True)
+        problem = file.problem(store, full=True)
         progress(file.bytes)
         return file, problem
 
@@ -59,41 +59,41 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     Args:
         stage: one whose inputs are complete.
         context: with the manifests of the stages before it.
-        untrusted: files that held other content than was written, relative to the run directory.
+        untrusted: files that held other content than was written, as the store calls them.
 
     Returns:
         such files of this stage.
     """
-    run_dir, books = context.run_dir, Books(context.run_dir, stage.name)
+    store, books = context.store, context.books(stage.name)
     manifest = _readable(books)
     listed = manifest.parts if manifest else ()
     # Where a stage goes in rounds, its own parts may come from one another.
     read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
-    wrong = damaged(run_dir, read.values())
+    wrong = damaged(store, read.values())
     sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
     kept = {part.key for part in listed}
     if wrong or not all(map(sound, kept)):
         kept = set()
     if not kept:
-        _forget_output(stage, books)
-    for path in books.checkpoints():
-        path.unlink()  # what a search has found so far, with nothing to prove it
+        books.drop_manifest()
+    for name in books.checkpoints():
+        store.delete(name)  # what a search has found so far, with nothing to prove it
     suspects, gone = 0, []
-    for path in books.sidecars():
-        part = books.record(path.stem)
+    for key in books.recorded():
+        part = books.record(key)
         if part is None:
-            logger.warning("%s: %s cannot be read: dropped", stage.name, path)
-            path.unlink()
+            logger.warning("%s: %s cannot be read: dropped", stage.name, books.name(key))
+            books.forget(key)
         elif part.key not in kept:
-            found = damaged(run_dir, part.files)
+            found = damaged(store, part.files)
             if found or not sound(part.key):
                 suspects += not found
-                path.unlink()
-                gone += [run_dir / file.path for file in part.files]
+                books.forget(key)
+                gone += [file.path for file in part.files]
             known = {file.digest for file, _ in wrong}
-            wrong += [each for each in found if each[0].digest not in known and (run_dir / each[0].path).exists()]
-    for path in gone:
-        path.unlink(missing_ok=True)
+            wrong += [each for each in found if each[0].digest not in known and store.size(each[0].path) is not None]
+    for name in gone:
+        store.delete(name)
     for _, problem in wrong:
         logger.warning("%s: %s: made again", stage.name, problem)
     if suspects:
@@ -104,28 +104,17 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
 def drop_of_other_versions(stage: Stage, context: Context) -> None:
     """Forget the parts that other versions of libraries made than are installed, so that they are made again.
 
-    Their files stay until the new ones are there, or `clean` takes them, but for those of a swapped folder.
+    Their files stay until `clean` takes them.
     """
-    books, now = Books(context.run_dir, stage.name), versions.installed(stage.libraries(context.config))
-    recorded = (part for path in books.sidecars() if (part := books.record(path.stem)))
-    outdated = [part for part in recorded if versions.is_of_others(part, now)]
+    books, now = context.books(stage.name), versions.installed(stage.libraries(context.config))
+    outdated = [part for part in books.records() if versions.is_of_others(part, now)]
     if not outdated:
         return
     stage.check(context)  # what would keep it from running is known before anything is forgotten
     logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
-    _forget_output(stage, books)
+    books.drop_manifest()
     for part in outdated:
-        if stage.swapped:  # a folder that people read as a whole must hold nothing of before
-            for file in part.files:
-                (context.run_dir / file.path).unlink(missing_ok=True)
-        (books.folder / f"{part.key}.json").unlink(missing_ok=True)
-
-
-def _forget_output(stage: Stage, books: Books) -> None:
-    """Make a stage one that never completed; its parts stay."""
-    books.manifest_path.unlink(missing_ok=True)
-    if stage.swapped and (shown := publication.published(books.run_dir, stage.name)):
-        publication.prepare(books.run_dir, stage.name, shown)  # back to where the parts' records say they are
+        books.forget(part.key)
 
 
 def _changed(wrong: list[tuple[File, str]]) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -21,10 +21,14 @@ from negpipe.engine import versions
 from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.errors import MissingStageError
-from negpipe.store.files import BOOKS, publish
+from negpipe.store.files import BOOKS
+from negpipe.store.store import LocalStore, Store
 
 Progress = Callable[[int, str], None]
 """Called with units finished since the last call, and a note for people ("58 texts/s")."""
+
+Shown = File | Mapping[str, File] | None
+"""What a name of the run directory shows: a file, a folder of files by name, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,18 @@ class Context:
         config, _ = stage.settle(self.config, manifest)
         return replace(self, config=config, manifests={**self.manifests, stage.provides or stage.name: manifest})
 
-    def file(self, part: Part) -> Path:
-        return self.run_dir / part.path
+    @property
+    def store(self) -> Store:
+        """Where the parts are."""
+        return LocalStore(self.config.store or self.run_dir)
+
+    def books(self, stage: str) -> Books:
+        """The records of a stage."""
+        return Books(self.run_dir, stage, self.store)
+
+    def path(self, part: Part, role: str) -> Path:
+        """Where this machine reads a file of a part."""
+        return self.store.path(part.file(role).path)
 
     @property
     def threads(self) -> int:
@@ -94,29 +108,35 @@ class Context:
 class Publisher:
     """Publishes the files of one task under their final names."""
 
-    def __init__(self, run_dir: Path, stage: str, key: str, libraries: Mapping[str, str]) -> None:
-        self._run_dir, self._stage, self._key = run_dir, stage, key
+    def __init__(self, store: Store, stage: Stage, key: str, libraries: Mapping[str, str]) -> None:
+        self._store, self._stage, self._key = store, stage, key
         self._libraries = digest(libraries)[:12]
         self.files: list[File] = []
 
     def __call__(
         self,
+        role: str,
         suffix: str,
         write: Callable[[BinaryIO], None],
         *,
-        folder: str | None = None,
-        name: str | None = None,
         needed: int | None = None,
-    ) -> None:
-        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, or as `FOLDER/NAME` where a name is fixed.
+        aside: bool = False,
+    ) -> Path:
+        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, and return where it can be read.
 
-        `needed` are its bytes, where known before they are written.
+        Args:
+            role: what it is to the part; of several in one role "rows-00000" and so on.
+            suffix: of its name.
+            write: writes its content.
+            needed: its bytes, where known before they are written.
+            aside: it says something of circumstance and is in no identity.
         """
-        folder = folder or self._stage
-        made = publish(
-            self._run_dir / folder, lambda digest: name or f"{self._key}-{digest[:12]}{suffix}", write, needed
-        )
-        self.files.append(File(path=PurePosixPath(folder, made.name).as_posix(), bytes=made.bytes, digest=made.digest))
+        own = role.partition("-")[0]
+        folder = own if own in self._stage.folders else self._stage.name
+        made = self._store.put(folder, lambda digest: f"{self._key}-{digest[:12]}{suffix}", write, needed)
+        name = PurePosixPath(folder, made.name).as_posix()
+        self.files.append(File(path=name, bytes=made.bytes, digest=made.digest, role=role, aside=aside))
+        return self._store.path(name)
 
     def checkpoint(self, name: str = "") -> Path:
         """Where the task may leave what it goes on from if it is cut short.
@@ -124,12 +144,13 @@ class Publisher:
         The versions of libraries are in the path: what another one began would be part of a part with no record of it.
         """
         file = "-".join(filter(None, (self._key, self._libraries, name)))
-        return self._run_dir / BOOKS / self._stage / f"{file}.npz"
+        return self._store.path(f"{BOOKS}/{self._stage.name}/{file}.npz")
 
     def drop_checkpoints(self) -> None:
         """Delete what the task left to go on from, under these versions or others."""
-        for path in (self._run_dir / BOOKS / self._stage).glob(f"{self._key}*.npz"):
-            path.unlink(missing_ok=True)
+        for name in self._store.names(f"{BOOKS}/{self._stage.name}"):
+            if PurePosixPath(name).match(f"{self._key}*.npz"):
+                self._store.delete(name)
 
 
 @dataclass(frozen=True)
@@ -172,8 +193,12 @@ def _no_remarks(_: Mapping[str, Any]) -> list[tuple[int, str]]:
     return []
 
 
-def _fits(_: Path, __: Part) -> str | None:
+def _fits(_: Store, __: Part) -> str | None:
     return None
+
+
+def _shows_nothing(_: Sequence[Part]) -> dict[str, Shown]:
+    return {}
 
 
 def _never(_: Config) -> bool:
@@ -207,13 +232,14 @@ class Stage:
         rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
         light: a single worker would take longer to start than to work: runs in the calling process instead.
         here: runs in the calling process, whatever the executor; its payloads need not be JSON.
-        swapped: its folder shows one setting's output at a time, published whole.
-        folders: folders of the run directory, beside its own, that its files lie in.
+        views: (its parts) → what people see of them in the run directory, by name: a file, files by the names they have
+            in a folder, or None where there is nothing to show.
+        folders: folders of the store, beside its own, that hold its files of the role of their name.
         libraries: distributions whose versions may change its bytes; recorded, in no key.
         settle: (config, its manifest) → the config with the settings that depend on its output decided, and what is to
             be said of that.
         remarks: what its statistics say beside counts: levels of logging, and sentences.
-        misfit: (run directory, one of its parts) → what the headers of the part's files say that its record does not.
+        misfit: (store, one of its parts) → what the headers of the part's files say that its record does not.
         provides: the name under which later stages find its output, where it takes another's place.
     """
 
@@ -233,12 +259,12 @@ class Stage:
     rounds: bool = False
     light: Callable[[Config], bool] = _never
     here: bool = False
-    swapped: bool = False
+    views: Callable[[Sequence[Part]], Mapping[str, Shown]] = _shows_nothing
     folders: tuple[str, ...] = ()
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
     settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
-    misfit: Callable[[Path, Part], str | None] = _fits
+    misfit: Callable[[Store, Part], str | None] = _fits
     provides: str = ""
 
 
@@ -247,9 +273,10 @@ Graph = Mapping[str, Stage]
 
 
 def linkable(graph: Graph) -> set[str]:
-    """Folders that may be links to another disk: all that stages write to, but those that are replaced as a whole."""
-    own = {stage.name for stage in graph.values() if not stage.swapped}
-    return own | {folder for stage in graph.values() for folder in stage.folders}
+    """Folders that may be links to another disk: all that parts lie in."""
+    return set(graph) - {name for stage in graph.values() for name in stage.views(())} | {
+        folder for stage in graph.values() for folder in stage.folders
+    }
 
 
 class Executor(Protocol):
@@ -265,7 +292,7 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
     """Make one part: its files first, then the sidecar."""
     started = time.monotonic()
     libraries = versions.installed(stage.libraries(context.config))
-    publisher = Publisher(context.run_dir, stage.name, task.key, libraries)
+    publisher = Publisher(context.store, stage, task.key, libraries)
     made = stage.run(task, shared, context, publisher, progress)
     part = Part(
         key=task.key,
@@ -282,7 +309,7 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
             **made.provenance,
         },
     )
-    Books(context.run_dir, stage.name).write_part(part)
+    context.books(stage.name).write_part(part)
     return part
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from negpipe.config.schema import Config
-from negpipe.engine import publication, versions
+from negpipe.engine import shown, versions
 from negpipe.engine.fingerprint import DigestCache, key
-from negpipe.engine.manifest import Books, Manifest
+from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context, Stage, cache_path
 from negpipe.errors import DamagedError
 
@@ -33,22 +33,20 @@ class State:
 def look(stage: Stage, context: Context) -> State:
     """How a stage stands against the config, from its manifest and the files' sizes."""
     state = _look(stage, context)
-    parts = state.manifest.parts if state.manifest else Books(context.run_dir, stage.name).parts() if state.done else ()
+    parts = state.manifest.parts if state.manifest else context.books(stage.name).parts() if state.done else ()
     return replace(state, versions=versions.describe(parts, versions.installed(stage.libraries(context.config))))
 
 
 def _look(stage: Stage, context: Context) -> State:
     absent = [name for name in stage.inputs if name not in context.manifests]
     try:
-        manifest = Books(context.run_dir, stage.name).manifest()
+        manifest = context.books(stage.name).manifest()
     except DamagedError as error:
         return State(stage.name, "damaged", str(error))
     if absent:
         return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest)
     if manifest is None:
-        done = sum(1 for _ in Books(context.run_dir, stage.name).parts())
-        if stage.swapped and publication.published(context.run_dir, stage.name):
-            return State(stage.name, "partial", "it was interrupted while its output was published", done=done)
+        done = sum(1 for _ in context.books(stage.name).parts())
         if not done:
             return State(stage.name, "missing", "it has not run yet")
         return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done)
@@ -56,11 +54,11 @@ def _look(stage: Stage, context: Context) -> State:
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
-    if stage.swapped and publication.published(context.run_dir, stage.name) != manifest.key:
-        return State(stage.name, "damaged", f"{stage.name}/ is missing, or shows another setting's output", manifest)
-    problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.run_dir))]
+    problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.store))]
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
+    if hidden := shown.missing(stage, context, manifest):
+        return State(stage.name, "damaged", f"{hidden} is missing, or shows something else", manifest)
     return State(stage.name, "current", "", manifest)
 
 

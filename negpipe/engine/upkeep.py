@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from negpipe.engine import publication
+from negpipe.config.schema import Config
 from negpipe.engine.manifest import Books, File
 from negpipe.engine.repair import damaged
-from negpipe.engine.stage import Graph, linkable
-from negpipe.errors import DamagedError, MissingStageError
-from negpipe.store import unfinished
+from negpipe.engine.stage import Graph, Stage, linkable
+from negpipe.errors import ConfigError, DamagedError, MissingStageError, StorageError
+from negpipe.store import registry, unfinished, view
 from negpipe.store.boundary import stay_inside
-from negpipe.store.files import file_digest
+from negpipe.store.files import BOOKS, file_digest
 from negpipe.store.lock import run_lock
+from negpipe.store.store import LocalStore
 
 _PUBLISHED = re.compile(r"[0-9a-f]{16}-([0-9a-f]{12})\.[a-z]+")
 _STAGING = re.compile(r"\.[a-z]+-[0-9a-f]{16}")
@@ -38,82 +40,121 @@ class Inventory:
         return sum(file.bytes for file in self.files)
 
 
-def inventory(run_dir: Path, graph: Graph) -> Inventory:
+def inventory(config: Config, graph: Graph) -> Inventory:
     """Read every manifest and every part's record.
 
     Raises:
         MissingStageError: there is none.
     """
+    run_dir, store = config.run_dir, _store(config)
     files: dict[str, File] = {}
     unreadable: list[str] = []
     for name in graph:
-        books = Books(run_dir, name)
+        books = Books(run_dir, name, store)
         try:
             manifest = books.manifest()
         except DamagedError as error:
             unreadable.append(str(error))
             manifest = None
-        for path in books.sidecars():
-            part = books.record(path.stem)
+        for key in books.recorded():
+            part = books.record(key)
             if part is None:
-                unreadable.append(f"{path} is not the record of a part")
-            # What is gone was cleaned, or stands elsewhere since it was published.
-            files |= {file.path: file for file in (part.files if part else ()) if (run_dir / file.path).exists()}
+                unreadable.append(f"{store.path(books.name(key))} is not the record of a part")
+            # What is gone was cleaned, or stands elsewhere since the first edition published it.
+            files |= {file.path: file for file in (part.files if part else ()) if store.size(file.path) is not None}
         files |= {file.path: file for part in (manifest.parts if manifest else ()) for file in part.files}
     if not files and not unreadable:
         raise MissingStageError(f"no stage has made anything in {run_dir}: run `negpipe mine CONFIG` first")
     return Inventory(tuple(files.values()), tuple(unreadable))
 
 
-def verify(run_dir: Path, found: Inventory, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+def verify(config: Config, found: Inventory, progress: Callable[[int], None] = lambda _: None) -> list[str]:
     """Read every file whole and compare digests; changes nothing.
 
     Args:
-        run_dir: the run directory.
-        found: what it has on record.
+        config: whose parts they are.
+        found: what is on record.
         progress: gets the bytes of every file that was read.
 
     Returns:
         what is wrong, a line each.
     """
-    return [*found.unreadable, *(problem for _, problem in damaged(run_dir, found.files, progress))]
+    return [*found.unreadable, *(problem for _, problem in damaged(_store(config), found.files, progress))]
 
 
-def superseded(run_dir: Path, graph: Graph) -> list[tuple[Path, int]]:
+def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
     """Files that no current manifest names, with their bytes: what `clean` frees.
 
     Only what is known to be ours: files that records name, the records, and what a killed run could not record any
-    more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from.
+    more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from. Of a
+    store that several run directories share, what any of them names is kept.
+
+    Raises:
+        StorageError: a run directory that uses the store cannot be read.
     """
-    stay_inside(run_dir, linkable(graph))
+    store, runs = _store(config), _runs(config)
+    stay_inside(config.run_dir, linkable(graph))
     found: set[Path] = set()
     for name, stage in graph.items():
-        books = Books(run_dir, name)
-        manifest = books.manifest()
-        if manifest is None:
+        manifests = [Books(run, name, store).manifest() for run in runs]
+        for run in runs:
+            found |= _growing(run, stage)
+        parts = [part for manifest in manifests if manifest for part in manifest.parts]
+        if None in manifests:
             continue
-        keep = {run_dir / file.path for part in manifest.parts for file in part.files}
-        keep |= {books.folder / f"{part.key}.json" for part in manifest.parts}
-        parts = [part for path in books.sidecars() if (part := books.record(path.stem))]
-        own = {".", name, *stage.folders}  # no record of this stage can name another's files
+        books = Books(config.run_dir, name, store)
+        keep = {store.path(file.path) for part in parts for file in part.files}
+        keep |= {store.path(books.name(part.key)) for part in parts}
+        own = {name, *stage.folders}  # no record of this stage can name another's files
         ours = {
-            run_dir / file.path
-            for part in parts
+            store.path(file.path)
+            for part in books.records()
             for file in part.files
-            if (place := str(PurePosixPath(file.path).parent)) in own or place.startswith(f".{name}-")
+            if str(PurePosixPath(file.path).parent) in own
         }
-        folders = {run_dir / name} | {path.parent for path in ours} - {run_dir}
-        ours |= {*books.sidecars(), *books.checkpoints(), *unfinished.left_over(books.folder)}
-        for folder in folders:
+        ours |= {store.path(each) for each in [*map(books.name, books.recorded()), *books.checkpoints()]}
+        ours |= {*unfinished.left_over(store.path(books.folder))}
+        for folder in {store.path(each) for each in own}:
+            if stage.views(()).keys() & {folder.name}:
+                continue
             ours |= {*unfinished.left_over(folder)}
-            if not folder.is_symlink():  # other run directories may have linked the same folder
+            if not folder.is_symlink():  # other stores may have linked the same folder
                 ours |= {path for path in _files(folder) - keep - ours if _carries_digest(path)}
-        if stage.swapped:
-            # Nobody but a run writes parts into folders of this name.
-            growing = [folder for folder in run_dir.glob(f".{name}-*") if _STAGING.fullmatch(folder.name)]
-            ours |= {path for folder in growing for path in _files(folder) if publication.PART.fullmatch(path.name)}
         found |= {path for path in ours - keep if path.is_file()}
     return [(path, path.stat().st_size) for path in sorted(found)]
+
+
+def _growing(run_dir: Path, stage: Stage) -> set[Path]:
+    """Rows that the first edition could not publish. Nobody but a run writes parts into folders of this name."""
+    folders = [
+        folder
+        for name in stage.views(())
+        for folder in run_dir.glob(f".{name}-*")
+        if _STAGING.fullmatch(folder.name) and not folder.is_symlink()
+    ]
+    return {path for folder in folders for path in _files(folder) if view.PART.fullmatch(path.name)}
+
+
+def _store(config: Config) -> LocalStore:
+    return LocalStore(config.store or config.run_dir)
+
+
+def _runs(config: Config) -> list[Path]:
+    """The run directories that use the store.
+
+    Raises:
+        StorageError: one of them cannot be read.
+    """
+    if config.store is None:
+        return [config.run_dir]
+    runs = registry.registered(_store(config))
+    for run in runs:
+        if not (run / BOOKS).is_dir():
+            raise StorageError(
+                f"{run} uses the store {config.store} and cannot be read, so nobody knows which parts it needs: make it"
+                f" readable, or say that it is gone: `negpipe clean CONFIG --forget {run}`"
+            )
+    return runs if any(run.samefile(config.run_dir) for run in runs) else [*runs, config.run_dir]
 
 
 def _files(folder: Path) -> set[Path]:
@@ -126,14 +167,44 @@ def _carries_digest(path: Path) -> bool:
     return named is not None and file_digest(path).startswith(named[1])
 
 
-def clean(run_dir: Path, graph: Graph) -> int:
-    """Delete what `superseded` lists. Returns the bytes freed."""
-    stay_inside(run_dir, linkable(graph))  # before the lock is written
-    with run_lock(run_dir):
-        listed = superseded(run_dir, graph)
+def clean(config: Config, graph: Graph) -> int:
+    """Delete what `superseded` lists. Returns the bytes freed.
+
+    Raises:
+        LockedError: a run is at work with these parts.
+    """
+    stay_inside(config.run_dir, linkable(graph))  # before a lock is written
+    with ExitStack() as locks:
+        if config.store:
+            locks.enter_context(registry.kept(_store(config)))
+        runs = _runs(config)
+        for run in runs:
+            locks.enter_context(run_lock(run))
+        listed = superseded(config, graph)
+        for run in runs:
+            for name in (name for stage in graph.values() for name in stage.views(())):
+                for path in [*view.stale(run, name)]:
+                    path.unlink(missing_ok=True)
+                view.drop_empty(run, name)
         for path, _ in listed:
             path.unlink(missing_ok=True)
-        for folder in run_dir.glob(".*-*"):
-            if _STAGING.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        for run in runs:
+            for folder in run.glob(".*-*"):
+                if _STAGING.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
     return sum(size for _, size in listed)
+
+
+def forget(config: Config, run_dir: Path) -> None:
+    """Say that a run directory that used the store is gone.
+
+    Raises:
+        ConfigError: the config has no store, or the store does not know the run directory.
+    """
+    store = _store(config)
+    if config.store is None:
+        raise ConfigError("--forget is for a store that run directories share, and the config has no `store`")
+    with registry.kept(store):
+        if not registry.forget(store, run_dir):
+            known = ", ".join(map(str, registry.registered(store))) or "none"
+            raise ConfigError(f"--forget: {run_dir} does not use {config.store}; these do: {known}")

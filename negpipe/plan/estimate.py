@@ -18,7 +18,6 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.tables import documents, open_table
 from negpipe.encoders.timing import time_model
-from negpipe.engine.manifest import Books
 from negpipe.engine.stage import Context, Stage
 from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
@@ -132,7 +131,7 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         done, todo, left = None, None, rows + anchors
     else:
         tasks = list(stage.plan(replace(context, key="")))
-        books = Books(context.run_dir, stage.name)
+        books = context.books(stage.name)
         missing = [task for task in tasks if books.part(task.key) is None]
         done, todo, left = len(tasks) - len(missing), len(missing), sum(task.rows for task in missing)
     step = Step(stage.name, state, done, todo)
@@ -189,7 +188,7 @@ def _encoding(context: Context, probe: bool) -> _Encoding:
     if not probe:
         return _Encoding()
     part = documents(context.manifest("ingest"))[0]
-    texts = open_table(context.run_dir / part.path)["text"].slice(0, _PROBE_TEXTS).to_pylist()
+    texts = open_table(context.path(part, "table"))["text"].slice(0, _PROBE_TEXTS).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
     took, dimension = time_model(config.encoder, model.path, texts, context.threads)
     return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
@@ -202,6 +201,6 @@ def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
     sample = None
     if "encode" in context.manifests:
         parts = documents(context.manifest("encode"))
-        sample = sample_of(ann.open_parts([context.file(part) for part in parts]), context.config.seed)
+        sample = sample_of(ann.open_parts([context.path(part, "vectors") for part in parts]), context.config.seed)
     machine = Machine(gflops * 5e8, context.workers, context.threads, context.memory)
     return tuple(choices(context.config, job, sample, largest, machine))

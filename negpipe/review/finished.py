@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from negpipe.config.schema import Config
 from negpipe.engine.fingerprint import DigestCache
-from negpipe.engine.manifest import Books, Part
+from negpipe.engine.manifest import Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers
 from negpipe.engine.stage import Context
@@ -17,7 +17,7 @@ from negpipe.rows import exports
 from negpipe.rows.exports.blocks import Slices
 from negpipe.select.selector import PartFiles
 from negpipe.stages import STAGES
-from negpipe.stages.triplets import Shared, is_deeper, open_selection, part_files, search_deeper
+from negpipe.stages.triplets import DEEPER, Shared, open_selection, part_files, search_deeper
 
 
 def export(config: Config, options: exports.Options, *, reporter: Reporter | None = None) -> exports.Exported:
@@ -90,7 +90,7 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, wanted))
-        check_headers(context.run_dir, stage, state.manifest)
+        check_headers(context.store, stage, state.manifest)
         context = context.after(stage, state.manifest)
     return context
 
@@ -111,11 +111,11 @@ def _parts(context: Context) -> tuple[list[PartFiles], bool]:
     """
     stage = STAGES["triplets"]
     context = replace(context, key=identity_of(stage, context).key)
-    manifest = Books(context.run_dir, stage.name).manifest()
+    manifest = context.books(stage.name).manifest()
     complete = manifest is not None and look(stage, context).state == "current"
     made: tuple[Part, ...] = ()
     if manifest and complete:
-        check_headers(context.run_dir, stage, manifest)
+        check_headers(context.store, stage, manifest)
         made = manifest.parts
-    deeper = {part.key: context.run_dir / file.path for part in made for file in part.files if is_deeper(file)}
+    deeper = {part.key: context.store.path(file.path) for part in made for file in part.all(DEEPER)}
     return [replace(part_files(context, task), deeper=deeper.get(task.key)) for task in stage.plan(context)], complete

@@ -67,7 +67,7 @@ def quality_of(
     context: Context, opened: Shared, slices: Iterable[tuple[candidates.Candidates, Units]]
 ) -> quality.Quality:
     """The same for anchors whose candidates and units the caller reads."""
-    vectors = [context.file(part) for part in context.manifest("encode").of_kind("anchors")]
+    vectors = [context.path(part, "vectors") for part in context.manifest("encode").of_kind("anchors")]
     random = quality.random_scores(vectors, opened.passages, opened.searchable, context.config.seed)
     return quality.measure(slices, random, min(context.config.depth, opened.searchable))
 
@@ -170,12 +170,12 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
 
 def _qrels(context: Context) -> audit.Qrels:
     read = context.manifest("ingest")
-    parts = [context.file(part) for part in documents(read)]
+    parts = [context.path(part, "table") for part in documents(read)]
     corpus = Rows(parts)
 
     def positives() -> Iterator[pa.Table]:
         for part in read.of_kind("anchors"):
-            table = open_table(context.file(part))
+            table = open_table(context.path(part, "table"))
             for start in range(0, table.num_rows, _ANCHORS):
                 some = table.slice(start, _ANCHORS)
                 known, offsets = ragged(some["known"])
@@ -240,9 +240,9 @@ def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Tr
     if not context.config.encoder.normalize:
         raise ConfigError("--near-anchors compares cosines, and encoder.normalize is false: take --second instead")
     texts, vectors = (context.manifest(name).of_kind("anchors") for name in ("ingest", "encode"))
-    tables = [open_table(context.file(part)) for part in texts]
+    tables = [open_table(context.path(part, "table")) for part in texts]
     known, offsets = ragged(pa.concat_tables([table.select(["known"]) for table in tables])["known"])
-    every = ann.open_parts([context.file(part) for part in vectors])
+    every = ann.open_parts([context.path(part, "vectors") for part in vectors])
     none = np.empty(0, np.int64)
     start = 0
     for anchors, found in _slices(context, context.config):

@@ -26,11 +26,10 @@ from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import Books, Manifest, Part
+from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import ConfigError, InputError
 from negpipe.stages import headers
-from negpipe.store.files import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def _plan(context: Context) -> Iterator[Task]:
 
 def made_of(context: Context) -> Iterator[Part]:
     """The parts with rows that are there already."""
-    books = Books(context.run_dir, "encode")
+    books = context.books("encode")
     return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
 
 
@@ -101,7 +100,7 @@ def _tasks(context: Context) -> Iterator[Task]:
             input_digest = [sources["encoder.model"], part.meta["texts"]]
         role = "anchors" if part.kind == "anchors" else "passages"
         name = key("encode", VERSION, role, _settings_of(context.config, part.kind), input_digest)
-        yield Task(name, part.kind, part.rows, {"part": part.path})
+        yield Task(name, part.kind, part.rows, {"part": part.file("table").path})
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
 
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
     config = context.config.encoder
-    table = open_table(context.run_dir / task.payload["part"])
+    table = open_table(context.store.path(task.payload["part"]))
     meta: dict[str, Any] = {}
     stored: npt.NDArray[Any] | None = None
     first = 0
@@ -213,7 +212,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
             raise _refused(task, table["id"][first + at].as_py(), vectors[at : at + 1], config, place)
         first += len(vectors)
     assert stored is not None
-    publish(".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
+    publish("vectors", ".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 
@@ -230,7 +229,7 @@ def check_fits(context: Context, dimension: int) -> None:
 
     def needs(part: Part) -> int:
         """Its texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
-        return 2 * part.files[0].bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
+        return 2 * part.file("table").bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
 
     largest = max(parts, key=needs)
     if needs(largest) > context.memory:
@@ -239,7 +238,7 @@ def check_fits(context: Context, dimension: int) -> None:
             f" are {context.memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
             " resources.memory_budget"
         )
-    books = Books(context.run_dir, "encode")
+    books = context.books("encode")
     left = [task for task in _tasks(context) if books.part(task.key) is None]
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
     same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays
@@ -249,11 +248,8 @@ def check_fits(context: Context, dimension: int) -> None:
         "index": 4 * rows * dimension if config.index.kind == "flat" and not same else 0,
         "search": candidates.BYTES * searching * min(config.depth, rows),
     }
-    check_room(
-        {context.run_dir / stage: size for stage, size in needed.items()},
-        "vectors and what is found with them take about",
-        "set run_dir to a larger disk",
-    )
+    remedy = "set run_dir or store to a larger disk"
+    context.store.check_room(needed, "vectors and what is found with them take about", remedy)
 
 
 def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -14,27 +14,28 @@ from negpipe.data.npy import BROKEN
 from negpipe.data.tables import open_table
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
+from negpipe.store.store import Store
 
 
-def misfit(run_dir: Path, part: Part, beside: Mapping[str, str] | None = None) -> str | None:
+def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) -> str | None:
     """What they say that the part's record does not; None: nothing.
 
     Args:
-        run_dir: the run directory.
+        store: where it is.
         part: one whose files hold its rows.
-        beside: folder of files that hold other rows than the part's → what the part calls their number.
+        beside: role of files that hold other rows than the part's → what the part calls their number.
     """
     counts: Counter[str] = Counter()
-    for file in part.files:
+    for file in (file for file in part.files if not file.aside):
         try:
-            rows = _rows(run_dir / file.path)
+            rows = _rows(store.path(file.path))
         except (*BROKEN, LookupError, DamagedError):
             return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
-        counts[file.path.partition("/")[0]] += rows
-    for folder, rows in counts.items():
-        written = part.meta.get((beside or {}).get(folder, ""), part.rows)
+        counts[file.role.partition("-")[0]] += rows
+    for role, rows in counts.items():
+        written = part.meta.get((beside or {}).get(role, ""), part.rows)
         if rows != written:
-            path = next(file.path for file in part.files if file.path.startswith(f"{folder}/"))
+            path = next(file.path for file in part.files if file.role.partition("-")[0] == role)
             return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
     return None
 

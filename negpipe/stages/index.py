@@ -7,7 +7,7 @@ FAISS factory string is trained once, filled shard by shard, and tuned on sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +21,11 @@ from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data.tables import documents, open_table, searchable
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import Books, Part
+from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import InputError
 from negpipe.stages import headers
-from negpipe.store.files import check_room
+from negpipe.store.store import Store
 
 VERSION = 3
 
@@ -69,11 +69,11 @@ def _check(context: Context) -> None:
         size, held = ann.factory.bytes_of(kind, dimension, rows, len(groups))
     elif kind == "flat":
         size = rows * dimension * 4
-    books = Books(context.run_dir, "index")
+    books = context.books("index")
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
     remedy = "set index.kind: stream, which needs none"
-    check_room({context.run_dir / "index": size - there}, f"index.kind {kind} writes", remedy)
+    context.store.check_room({"index": size - there}, f"index.kind {kind} writes", remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
@@ -88,12 +88,12 @@ def _plan(context: Context) -> Iterator[Task]:
     first = 0
     for part in documents(context.manifest("ingest")):
         name = key("index", VERSION, "ids", first, part.identity())
-        yield Task(name, "ids", part.rows, {"part": part.path, "first": first})
+        yield Task(name, "ids", part.rows, {"part": part.file("table").path, "first": first})
         first += part.rows
     if context.config.index.kind == "flat":
         parts = documents(context.manifest("encode"))
         name = key("index", VERSION, "flat", [part.identity() for part in parts])
-        yield Task(name, "flat", first, {"parts": [part.path for part in parts]})
+        yield Task(name, "flat", first, {"parts": [part.file("vectors").path for part in parts]})
     elif context.config.index.approximate:
         yield from _approximate(context)
 
@@ -101,9 +101,9 @@ def _plan(context: Context) -> Iterator[Task]:
 def _approximate(context: Context) -> Iterator[Task]:
     """Train, then shards, then tune: each planned when what it needs is there."""
     config, encode = context.config, context.manifest("encode")
-    books = Books(context.run_dir, "index")
+    books = context.books("index")
     parts = documents(encode)
-    paths, rows = [part.path for part in parts], sum(part.rows for part in parts)
+    paths, rows = [part.file("vectors").path for part in parts], sum(part.rows for part in parts)
     given = _sources(context).get("index.trained")
     basis = given or [config.seed, [part.identity() for part in parts]]
     train = Task(key("index", VERSION, "trained", config.index.kind, basis), "trained", rows, {"parts": paths})
@@ -115,8 +115,8 @@ def _approximate(context: Context) -> Iterator[Task]:
     first = 0
     for group in _groups(parts, encode.stats["dimension"], config.index.shard_size):
         count = sum(part.rows for part in group)
-        name = key("index", VERSION, "shard", trained.files[0].digest, [part.identity() for part in group])
-        payload = {"trained": trained.path, "parts": [part.path for part in group]}
+        name = key("index", VERSION, "shard by role", trained.file("index").digest, [part.identity() for part in group])
+        payload = {"trained": trained.file("index").path, "parts": [part.file("vectors").path for part in group]}
         yield Task(name, "shard", count, payload)
         shards.append(books.part(name))
         first += count
@@ -127,14 +127,14 @@ def _approximate(context: Context) -> Iterator[Task]:
     name = key(
         "index",
         VERSION,
-        "tuned with hits",
+        "tuned by role",
         _settings(config),
         [part.identity() for part in (*made, *anchors)],
         [part.identity() for part in parts],
     )
     shown = {
         "parts": paths,
-        "anchors": [part.path for part in anchors],
+        "anchors": [part.file("vectors").path for part in anchors],
         "shards": _places(made),
         "candidates": sum(part.rows for part in searchable(encode, config)),
     }
@@ -156,7 +156,7 @@ def _places(shards: list[Part]) -> list[dict[str, Any]]:
     """What opens a shard: its files and its first row."""
     first, places = 0, []
     for shard in shards:
-        places.append({"index": shard.files[0].path, "sample": shard.files[1].path, "first": first})
+        places.append({"index": shard.file("index").path, "sample": shard.file("sample").path, "first": first})
         first += shard.rows
     return places
 
@@ -164,11 +164,15 @@ def _places(shards: list[Part]) -> list[dict[str, Any]]:
 def open_approximate(context: Context) -> approximate.Approximate:
     """The approximate index of a complete stage, as it was tuned."""
     index, encode = context.manifest("index"), context.manifest("encode")
-    vectors = ann.open_parts([context.file(part) for part in documents(encode)])
-    opened = approximate.open_index(
-        context.run_dir, context.config.index.kind, _places(index.of_kind("shard")), vectors
-    )
-    return opened.tuned(approximate.read_tuning(context.file(index.of_kind("tuned")[0])).effort)
+    vectors = ann.open_parts([context.path(part, "vectors") for part in documents(encode)])
+    shards = _shards(context, _places(index.of_kind("shard")))
+    opened = approximate.open_index(context.config.index.kind, shards, vectors)
+    return opened.tuned(approximate.read_tuning(context.path(index.of_kind("tuned")[0], "tuning")).effort)
+
+
+def _shards(context: Context, places: Sequence[Mapping[str, Any]]) -> list[approximate.Shard]:
+    path = context.store.path
+    return [approximate.Shard(path(place["index"]), path(place["sample"]), place["first"]) for place in places]
 
 
 def recall_window(context: Context) -> dict[str, float] | None:
@@ -180,42 +184,44 @@ def recall_window(context: Context) -> dict[str, float] | None:
     tuned = context.manifest("index").of_kind("tuned")
     if not tuned:
         return None
-    return approximate.window(ann.Recall.read(context.run_dir / tuned[0].files[1].path), context.config)
+    return approximate.window(ann.Recall.read(context.path(tuned[0], "recall")), context.config)
 
 
 def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
     if task.kind == "ids":
-        publish(".parquet", lambda file: _write_ids(file, context, task))
+        publish("ids", ".parquet", lambda file: _write_ids(file, context, task))
         return Made(task.rows)
-    vectors = ann.open_parts([context.run_dir / path for path in task.payload["parts"]])
+    vectors = ann.open_parts([context.store.path(name) for name in task.payload["parts"]])
     if task.kind == "flat":
-        publish(".faiss", lambda file: ann.write_flat(file, vectors), needed=vectors.rows * vectors.dimension * 4)
+        publish(
+            "index", ".faiss", lambda file: ann.write_flat(file, vectors), needed=vectors.rows * vectors.dimension * 4
+        )
         return Made(task.rows, {"dimension": vectors.dimension})
     config = context.config
     if task.kind == "trained":
         index = approximate.train(config, vectors, threads=context.threads)
-        publish(".faiss", lambda file: ann.factory.write(index, file))
+        publish("index", ".faiss", lambda file: ann.factory.write(index, file))
         return Made(task.rows, {"dimension": vectors.dimension})
     if task.kind == "shard":
-        index = ann.factory.read(context.run_dir / task.payload["trained"], vectors.dimension, to_fill=True)
+        index = ann.factory.read(context.store.path(task.payload["trained"]), vectors.dimension, to_fill=True)
         planned = sum(part.rows for part in documents(context.manifest("encode")))
         ann.factory.fill(index, vectors, threads=context.threads, progress=progress, planned=planned)
-        publish(".faiss", lambda file: ann.factory.write(index, file))
+        publish("index", ".faiss", lambda file: ann.factory.write(index, file))
         sample = approximate.sample_of(vectors, config.seed)
-        publish(".npy", lambda file: np.save(file, sample, allow_pickle=False))
+        publish("sample", ".npy", lambda file: np.save(file, sample, allow_pickle=False))
         return Made(task.rows)
-    opened = approximate.open_index(context.run_dir, config.index.kind, task.payload["shards"], vectors)
-    anchors = ann.open_parts([context.run_dir / path for path in task.payload["anchors"]])
+    opened = approximate.open_index(config.index.kind, _shards(context, task.payload["shards"]), vectors)
+    anchors = ann.open_parts([context.store.path(name) for name in task.payload["anchors"]])
     about = {"memory": context.memory - opened.held, "threads": context.threads}
     tuning, measured = approximate.tune(opened, anchors, config, candidates=task.payload["candidates"], **about)
     approximate.window(measured, config)
-    publish(".json", tuning.write)
-    publish(".npy", measured.write)
+    publish("tuning", ".json", tuning.write)
+    publish("recall", ".npy", measured.write)
     return Made(task.rows, tuning.summary)
 
 
 def _write_ids(file: BinaryIO, context: Context, task: Task) -> None:
-    table = open_table(context.run_dir / task.payload["part"])
+    table = open_table(context.store.path(task.payload["part"]))
     rows = np.arange(task.payload["first"], task.payload["first"] + table.num_rows)
     ids, others = (pa.concat_arrays(table[name].chunks) for name in ("id", "other_ids"))
     # Every row's own id comes before its others: position i of `places` says where the i-th id of all stands now.
@@ -238,9 +244,9 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     return stats | {name: value for part in parts if part.kind == "tuned" for name, value in part.meta.items()}
 
 
-def _misfit(run_dir: Path, part: Part) -> str | None:
+def _misfit(store: Store, part: Part) -> str | None:
     """Files of an approximate index are looked at where it is opened."""
-    return headers.misfit(run_dir, part) if part.kind in ("ids", "flat") else None
+    return headers.misfit(store, part) if part.kind in ("ids", "flat") else None
 
 
 STAGE = Stage(

@@ -21,7 +21,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -38,14 +38,15 @@ from negpipe.config.schema import Config
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import digests, hashes
 from negpipe.engine.fingerprint import digest, key
-from negpipe.engine.manifest import Books, Manifest, Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.engine.manifest import Manifest, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, DamagedError
 from negpipe.ingest import joins, rejected
 from negpipe.ingest.spool import Spool, extra_columns, load
 from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
+from negpipe.store.store import Store
 
 if TYPE_CHECKING:
     import duckdb
@@ -71,7 +72,7 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    folder = context.run_dir / BOOKS / "ingest"
+    folder = context.store.path(f"{BOOKS}/ingest")
     folder.mkdir(parents=True, exist_ok=True)
     with (
         explained(folder),
@@ -104,19 +105,12 @@ def _plan(context: Context) -> Iterator[Task]:
 def _facts(context: Context, database: duckdb.DuckDBPyConnection, spool: Path) -> Task:
     """The task of the counts, a part of its own so that they are content like the rest, and of what was left out."""
     task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, database).items()}))
-    listed, shown = spool / rejected.NAME, context.run_dir / rejected.NAME
-    digest_now = file_digest(shown) if shown.is_file() else None
+    listed = spool / rejected.NAME
     count = rejected.write(database, listed)
-    if count:
-        logger.warning("%d rows of the source are left out: %s", count, shown)
-    digest_new = file_digest(listed) if count else None
-    if digest_now not in (None, digest_new):
-        # Its name is about to mean something else: no manifest may say it is the old one's.
-        Books(context.run_dir, "ingest").manifest_path.unlink(missing_ok=True)
-        shown.unlink()
-    if digest_new is None:
+    if not count:
         return task
-    return replace(task, key=key(task.key, digest_new), payload={**task.payload, "rejected": listed})
+    logger.warning("%d rows of the source are left out: %s", count, context.run_dir / rejected.NAME)
+    return replace(task, key=key(task.key, file_digest(listed)), payload={**task.payload, "rejected": listed})
 
 
 @contextmanager
@@ -232,11 +226,11 @@ def _task(kind: str, table: pa.Table) -> Task:
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
     content: pa.Buffer = task.payload["content"]
-    publish(".arrow", lambda file: write_all(file, memoryview(content)), needed=content.size)
+    publish("table", ".arrow", lambda file: write_all(file, memoryview(content)), needed=content.size)
     if listed := task.payload.get("rejected"):
         # Beside the counts and not a part itself: it says where rows stood, which no other stage depends on.
         with listed.open("rb") as source:
-            publish("", lambda file: shutil.copyfileobj(source, file), folder=".", name=rejected.NAME)
+            publish("rejected", ".jsonl", lambda file: shutil.copyfileobj(source, file), aside=True)
     progress(task.rows, "")
     return Made(task.rows, task.payload["meta"])
 
@@ -263,8 +257,13 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     return config.resolved(most), ""
 
 
-def _misfit(run_dir: Path, part: Part) -> str | None:
-    return None if part.kind == "counts" else headers.misfit(run_dir, part)
+def _views(parts: Sequence[Part]) -> dict[str, Shown]:
+    listed = [file for part in parts for file in part.all("rejected")]
+    return {rejected.NAME: listed[0] if listed else None}
+
+
+def _misfit(store: Store, part: Part) -> str | None:
+    return None if part.kind == "counts" else headers.misfit(store, part)
 
 
 STAGE = Stage(
@@ -277,6 +276,7 @@ STAGE = Stage(
     run=_run,
     settle=_settle,
     misfit=_misfit,
+    views=_views,
     libraries=lambda _: ("duckdb", "pyarrow"),
     stats=_stats,
     here=True,

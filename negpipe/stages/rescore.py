@@ -41,18 +41,18 @@ def rescore(score: Score, identity: str) -> Stage:
         depth = context.config.mining.depth
         for texts, part in zip(anchors, found, strict=True):
             name = key("rescore", VERSION, identity, depth, texts.identity(), part.identity())
-            payload = {"texts": texts.path, "candidates": part.path, "depth": depth}
+            payload = {"texts": texts.file("table").path, "candidates": part.file("candidates").path, "depth": depth}
             yield Task(name, "candidates", part.rows, payload)
 
     @contextmanager
     def opened(context: Context) -> Iterator[Rows]:
-        yield Rows([context.file(part) for part in documents(context.manifest("ingest"))])
+        yield Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])
 
     def run(task: Task, corpus: Rows, context: Context, publish: Publisher, progress: Progress) -> Made:
-        texts = open_table(context.run_dir / task.payload["texts"])
+        texts = open_table(context.store.path(task.payload["texts"]))
         pieces, judged = [], []
         # Those of an earlier, deeper search would change which are looked at.
-        path = context.run_dir / task.payload["candidates"]
+        path = context.store.path(task.payload["candidates"])
         for found in candidates.read(path, texts["id"], depth=context.config.depth):
             asked: list[str] = texts["text"].take(pa.array(found.anchors)).to_pylist()
             pieces.append(found.narrowed(task.payload["depth"] or found.rows.shape[1]))
@@ -63,7 +63,11 @@ def rescore(score: Score, identity: str) -> Stage:
             np.concatenate([one.scores for one in judged]),
             np.concatenate([one.positive_scores for one in judged]),
         )
-        publish(".parquet", lambda file: candidates.write(file, texts["id"], every, {candidates.TEACHER: teacher}))
+        publish(
+            "candidates",
+            ".parquet",
+            lambda file: candidates.write(file, texts["id"], every, {candidates.TEACHER: teacher}),
+        )
         return Made(len(every.rows), {"depth": every.rows.shape[1]})
 
     return Stage(

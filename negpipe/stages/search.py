@@ -22,11 +22,10 @@ from negpipe.data import candidates
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import Books, Part
+from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages import headers
 from negpipe.stages.index import open_approximate
-from negpipe.store.files import check_room
 
 VERSION = 2
 
@@ -53,10 +52,10 @@ def _check(context: Context) -> None:
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
     if "index" in context.manifests:  # else it is not known which are found already
-        books = Books(context.run_dir, "search")
+        books = context.books("search")
         left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
         needed = candidates.BYTES * left * min(context.config.depth, rows)
-        check_room({context.run_dir / "search": needed}, "search writes about", "lower search.depth")
+        context.store.check_room({"search": needed}, "search writes about", "lower search.depth")
     if context.config.index.approximate:
         return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
@@ -79,8 +78,8 @@ def _plan(context: Context) -> Iterator[Task]:
             texts.identity(),
         )
         payload = {
-            "texts": texts.path,
-            "anchors": anchors.path,
+            "texts": texts.file("table").path,
+            "anchors": anchors.file("vectors").path,
             "depth": min(context.config.depth, rows),
             "candidates": rows,
         }
@@ -102,17 +101,17 @@ class _Opened:
 
 @contextmanager
 def _open(context: Context) -> Iterator[_Opened]:
-    parts = [context.file(part) for part in documents(context.manifest("encode"))]
+    parts = [context.path(part, "vectors") for part in documents(context.manifest("encode"))]
     flat = context.manifest("index").of_kind("flat")
     approximate = context.config.index.approximate
     index = open_approximate(context) if approximate else None
-    vectors = ann.open_flat(context.file(flat[0])) if flat else ann.open_parts(parts)
+    vectors = ann.open_flat(context.path(flat[0], "index")) if flat else ann.open_parts(parts)
     yield _Opened(vectors, index)
 
 
 def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
-    anchors = np.load(context.run_dir / task.payload["anchors"], allow_pickle=False).astype(np.float32)
-    texts = open_table(context.run_dir / task.payload["texts"])
+    anchors = np.load(context.store.path(task.payload["anchors"]), allow_pickle=False).astype(np.float32)
+    texts = open_table(context.store.path(task.payload["texts"]))
     positives, offsets = ragged(texts["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
@@ -138,7 +137,7 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
         found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(anchors)))
     kind = context.config.index.kind if opened.index else None
-    publish(".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))
+    publish("candidates", ".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))
     publish.drop_checkpoints()
     return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
 

@@ -1,16 +1,15 @@
 """triplets: candidates → training rows, and a ledger of what became of every candidate.
 
-One task turns one part of candidates into one `part-NNNNN.parquet` in `triplets/` (published all at
-once) and one part in `ledger/`, a row a unit; anchors that lack negatives are searched again, and what is
-found below what search stored lies in `deeper/`. With `output.rows_per_file` it makes `part-NNNNN-00000.parquet`,
-`part-NNNNN-00001.parquet` …: the part's number keeps names unique whoever runs it, and names sort in row order.
+One task turns one part of candidates into one of rows and one of the ledger, a row a unit; anchors that lack negatives
+are searched again, and what is found below what search stored is kept as `deeper`. RUN/triplets shows the rows of all
+parts as `part-NNNNN.parquet`, with `output.rows_per_file` as `part-NNNNN-00000.parquet`, `part-NNNNN-00001.parquet` ….
 Anchors are worked through in slices: memory does not grow with the part.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -31,9 +30,8 @@ from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, open_table, searchable
 from negpipe.engine.fingerprint import key
-from negpipe.engine.manifest import File, Part
-from negpipe.engine.publication import staging
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.engine.manifest import Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, InputError
 from negpipe.rows import formats
 from negpipe.select import deeper, rules, verdicts
@@ -41,9 +39,11 @@ from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import headers
 from negpipe.stages.index import recall_window
+from negpipe.store.store import Store
 
 VERSION = 5
-_DEEPER = "deeper"
+_ROWS, LEDGER, DEEPER = "rows", "ledger", "deeper"
+"""What a part's files are to it, and their folders."""
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 _FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
 
@@ -94,11 +94,14 @@ def _check(context: Context) -> None:
 def _plan(context: Context) -> Iterator[Task]:
     names = {"ingest": "anchors", "search": "candidates", "encode": "anchors"}
     stages = (context.manifest(stage).of_kind(kind) for stage, kind in names.items())
-    for number, (anchors, part, vectors) in enumerate(zip(*stages, strict=True)):
-        # The number is part of the key: the same rows under another number are another file.
-        name = key("triplets", VERSION, context.key, number, part.identity(), anchors.identity())
-        files = {"anchors": anchors.path, "candidates": part.path, "vectors": vectors.path}
-        yield Task(name, "triplets", part.rows, {"files": files, "number": number, "key": context.key})
+    for anchors, part, vectors in zip(*stages, strict=True):
+        name = key("triplets", VERSION, context.key, part.identity(), anchors.identity())
+        files = {
+            "anchors": anchors.file("table").path,
+            "candidates": part.file("candidates").path,
+            "vectors": vectors.file("vectors").path,
+        }
+        yield Task(name, "triplets", part.rows, {"files": files})
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def open_selection(context: Context) -> Shared:
     """Open what ingest and encode left; also for those who read candidates without running the stage."""
     parts = searchable(context.manifest("encode"), context.config)
     read = context.manifest("ingest")
-    corpus = Rows([context.file(part) for part in documents(read)])
-    namesakes = Namesakes([context.file(part) for part in read.of_kind("namesakes")])
-    passages, rows = [context.file(part) for part in parts], sum(part.rows for part in parts)
+    corpus = Rows([context.path(part, "table") for part in documents(read)])
+    namesakes = Namesakes([context.path(part, "table") for part in read.of_kind("namesakes")])
+    passages, rows = [context.path(part, "vectors") for part in parts], sum(part.rows for part in parts)
     about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.threads}
     return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), passages, rows)
 
@@ -173,12 +176,7 @@ def _shallower(config: Config, max_positives: int) -> str:
 
 def part_files(context: Context, task: Task) -> PartFiles:
     """The files of one of the stage's tasks, without deeper candidates."""
-    return PartFiles(**{name: context.run_dir / path for name, path in task.payload["files"].items()})
-
-
-def is_deeper(file: File) -> bool:
-    """Whether a file of a part holds its deeper candidates."""
-    return file.path.startswith(f"{_DEEPER}/")
+    return PartFiles(**{name: context.store.path(path) for name, path in task.payload["files"].items()})
 
 
 def _shared(context: Context) -> list[Part]:
@@ -232,8 +230,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             nonlocal searched_deeper
             searched_deeper = candidates.write_deeper(file, open_table(files.anchors)["id"], chain([first], deeper))
 
-        publish(".parquet", write_deeper, folder=_DEEPER)
-        files = replace(files, deeper=context.run_dir / publish.files[0].path)
+        files = replace(files, deeper=publish(DEEPER, ".parquet", write_deeper))
     compared = shared.selector.compared
     ledger: list[pa.Table] = []
     fates = np.zeros(len(Fate), np.int64)
@@ -256,12 +253,11 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
 
     groups = formats.tables(accounted(), shared.corpus, context.config)
     rows = sum(
-        _publish(publish, task, context.config, number, (table for _, table in tables))
+        _publish(publish, context.config, number, (table for _, table in tables))
         for number, tables in groupby(groups, itemgetter(0))
     )
     book = pa.concat_tables(ledger)
-    publish(".parquet", lambda file: pq.write_table(book, file, compression="zstd"), folder="ledger")
-    publish.files.sort(key=is_deeper)  # A part's first file is what it is known by.
+    publish(LEDGER, ".parquet", lambda file: pq.write_table(book, file, compression="zstd"))
     publish.drop_checkpoints()
     pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
     return Made(
@@ -280,7 +276,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     )
 
 
-def _publish(publish: Publisher, task: Task, config: Config, number: int, tables: Iterable[pa.Table]) -> int:
+def _publish(publish: Publisher, config: Config, number: int, tables: Iterable[pa.Table]) -> int:
     """Publish one file of the part, return its rows."""
     rows = 0
 
@@ -288,9 +284,7 @@ def _publish(publish: Publisher, task: Task, config: Config, number: int, tables
         nonlocal rows
         rows = formats.write(file, tables)
 
-    part = f"part-{task.payload['number']:05d}"
-    name = f"{part}-{number:05d}.parquet" if config.output.rows_per_file else f"{part}.parquet"
-    publish(".parquet", write, folder=staging("triplets", task.payload["key"]), name=name)
+    publish(f"{_ROWS}-{number:05d}" if config.output.rows_per_file else _ROWS, ".parquet", write)
     return rows
 
 
@@ -368,8 +362,19 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     yield from approximate.remarks(stats)
 
 
-def _misfit(run_dir: Path, part: Part) -> str | None:
-    return headers.misfit(run_dir, part, {"ledger": "units", _DEEPER: "searched_deeper"})
+def _views(parts: Sequence[Part]) -> dict[str, Shown]:
+    """The part's number keeps names unique, and names sort in row order."""
+    return {
+        "triplets": {
+            f"part-{number:05d}{file.role.removeprefix(_ROWS)}.parquet": file
+            for number, part in enumerate(parts)
+            for file in part.all(_ROWS)
+        }
+    }
+
+
+def _misfit(store: Store, part: Part) -> str | None:
+    return headers.misfit(store, part, {LEDGER: "units", DEEPER: "searched_deeper"})
 
 
 def _libraries(config: Config) -> tuple[str, ...]:
@@ -392,6 +397,6 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     light=lambda _: True,
-    swapped=True,
-    folders=("ledger", _DEEPER),
+    views=_views,
+    folders=(_ROWS, LEDGER, DEEPER),
 )

@@ -165,9 +165,13 @@ def bytes_in(path: Path) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Publish a JSON file."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    data = text.encode()
+    data = json_bytes(value)
     publish(path.parent, lambda _: path.name, lambda file: write_all(file, data), len(data))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as the content of a JSON file."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:

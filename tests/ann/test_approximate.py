@@ -48,11 +48,11 @@ def stored(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     assert manifest is not None
     read = Books(run_dir, "ingest").manifest()
     assert read is not None
-    tables = [open_table(run_dir / part.path) for part in read.of_kind("anchors")]
+    tables = [open_table(run_dir / part.files[0].path) for part in read.of_kind("anchors")]
     pieces = [
         piece
         for part, table in zip(manifest.parts, tables, strict=True)
-        for piece in candidates.read(run_dir / part.path, table["id"], depth=64)
+        for piece in candidates.read(run_dir / part.files[0].path, table["id"], depth=64)
     ]
     return np.concatenate([one.rows for one in pieces]), np.concatenate([one.scores for one in pieces])
 
@@ -61,8 +61,10 @@ def exact(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Rows and scores of the 64 nearest, in double precision."""
     manifest = Books(run_dir, "encode").manifest()
     assert manifest is not None
-    corpus = np.concatenate([np.load(run_dir / part.path) for part in manifest.of_kind("corpus")]).astype(np.float64)
-    anchors = np.concatenate([np.load(run_dir / part.path) for part in manifest.of_kind("anchors")])
+    corpus = np.concatenate([np.load(run_dir / part.files[0].path) for part in manifest.of_kind("corpus")]).astype(
+        np.float64
+    )
+    anchors = np.concatenate([np.load(run_dir / part.files[0].path) for part in manifest.of_kind("anchors")])
     products = anchors.astype(np.float64) @ corpus.T
     rows = np.argsort(-products, axis=1, kind="stable")[:, :64]
     return rows, products
@@ -130,7 +132,7 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
     assert kinds_made.count("trained") == kinds_made.count("tuned") == 1
     first = {path: path.stat().st_mtime_ns for path in (run_dir / "index").iterdir()}
     tuned = manifest.of_kind("tuned")[0]
-    (run_dir / tuned.path).unlink()
+    (run_dir / tuned.files[0].path).unlink()
     again = mined(source, "index.kind=IVF16,Flat")
     assert again.ran == ("index",)
     changed = {path for path in (run_dir / "index").iterdir() if first.get(path) != path.stat().st_mtime_ns}
@@ -172,14 +174,14 @@ def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
     source = write(tmp_path, 2_600)
     first = mined(source, "index.kind=IVF16,Flat", size)
     trained = next(part for part in Books(first.run_dir, "index").manifest().parts if part.kind == "trained")  # type: ignore[union-attr]
-    kept = str(first.run_dir / trained.path)
+    kept = str(first.run_dir / trained.files[0].path)
     fixed = ["index.kind=IVF16,Flat", f"index.trained={kept}", size]
     mined(source, *fixed)
     before = {path.name for path in (first.run_dir / "index").glob("*.faiss")}
     write(tmp_path)
     grown = mined(source, *fixed)
     shards = [part for part in Books(grown.run_dir, "index").manifest().parts if part.kind == "shard"]  # type: ignore[union-attr]
-    names = [Path(part.path).name for part in shards]
+    names = [Path(part.files[0].path).name for part in shards]
     assert len(names) >= 4 and sum(name in before for name in names) >= len(names) - 2
     assert sum(part.rows for part in shards) == DOCUMENTS
     rows, _ = stored(grown.run_dir)
@@ -398,9 +400,9 @@ def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> N
     run_dir = mined(source, "index.kind=IVF16,Flat").run_dir
     trained = next(part for part in Books(run_dir, "index").manifest().parts if part.kind == "trained")  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"IndexIVFFlat with 16 lists .*, index.kind IVF32,Flat means .*32 lists"):
-        mined(source, "index.kind=IVF32,Flat", f"index.trained={run_dir / trained.path}")
+        mined(source, "index.kind=IVF32,Flat", f"index.trained={run_dir / trained.files[0].path}")
     with pytest.raises(ConfigError, match=r"16 lists and codes of 65 bytes, .*16 lists and codes of 17 bytes"):
-        mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.path}")
+        mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.files[0].path}")
     other = faiss.index_factory(8, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT)
     faiss.write_index(other, str(run_dir / "other.faiss"))
     with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Name an index") as caught:
@@ -413,7 +415,7 @@ def test_an_index_file_that_does_not_fit_is_named(source: dict[str, Any], damage
     run_dir = mined(source, "index.kind=IVF16,Flat").run_dir
     books = Books(run_dir, "index")
     shard = next(part for part in books.manifest().parts if part.kind == "shard")  # type: ignore[union-attr]
-    path = run_dir / shard.path
+    path = run_dir / shard.files[0].path
     data = bytearray(path.read_bytes())
     if damage == "version":
         data[:4] = b"IwZZ"  # a kind of index that this FAISS does not know
@@ -435,8 +437,9 @@ def test_an_index_with_other_vectors_than_were_encoded_is_refused(tmp_path: Path
         with (tmp_path / name).open("wb") as file:
             factory.write(index, file)
     shards = [
-        {"index": name, "sample": "rows.npy", "first": 1_000 * i} for i, name in enumerate(("a.faiss", "b.faiss"))
+        approximate.Shard(tmp_path / name, tmp_path / "rows.npy", 1_000 * i)
+        for i, name in enumerate(("a.faiss", "b.faiss"))
     ]
-    assert approximate.open_index(tmp_path, kind, shards[:1], made).vectors.rows == 1_000
+    assert approximate.open_index(kind, shards[:1], made).vectors.rows == 1_000
     with pytest.raises(DamagedError, match=r"the index holds 2,000 vectors, encode made 1,000\. Run `negpipe index`"):
-        approximate.open_index(tmp_path, kind, shards, made)
+        approximate.open_index(kind, shards, made)

@@ -32,7 +32,7 @@ def test_as_root_of_a_namespace() -> None:
 def copied(finished: Path, tmp_path: Path) -> Path:
     """Another folder with the same complete run."""
     small.build(tmp_path)
-    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
     return tmp_path
 
 

@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of a complete run."""
-    shutil.copytree(finished, tmp_path / "copy")
+    shutil.copytree(finished, tmp_path / "copy", symlinks=True)
     small.write_config(tmp_path / "copy")
     return tmp_path / "copy"
 

@@ -23,6 +23,7 @@ from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.engine.state import digests_of
 from negpipe.errors import DamagedError, InputError, StorageError
 from negpipe.store.files import BOOKS, explained, file_digest, publish, write_json
+from negpipe.store.store import LocalStore
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -271,16 +272,19 @@ def test_a_part_is_done_when_its_files_are_there(tmp_path: Path) -> None:
     books.write_part(part)
     assert books.part(KEYS[0]) == part
     assert list(books.parts()) == [part]
-    (tmp_path / part.path).write_bytes(b"dat")
+    (tmp_path / part.files[0].path).write_bytes(b"dat")
     assert books.part(KEYS[0]) is None
-    assert part.files[0].problem(tmp_path) == f"{part.path} has 3 bytes, 4 were written"
-    (tmp_path / part.path).write_bytes(b"dada")
+    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} has 3 bytes, 4 were written"
+    (tmp_path / part.files[0].path).write_bytes(b"dada")
     assert books.part(KEYS[0]) == part  # its size is right: only a full check sees it
-    assert part.files[0].problem(tmp_path) is None
-    assert part.files[0].problem(tmp_path, full=True) == f"{part.path} has other content than was written"
-    (tmp_path / part.path).unlink()
+    assert part.files[0].problem(LocalStore(tmp_path)) is None
+    assert (
+        part.files[0].problem(LocalStore(tmp_path), full=True)
+        == f"{part.files[0].path} has other content than was written"
+    )
+    (tmp_path / part.files[0].path).unlink()
     assert books.part(KEYS[0]) is None
-    assert part.files[0].problem(tmp_path) == f"{part.path} is missing"
+    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} is missing"
     assert not list(books.parts())
 
 
@@ -290,9 +294,9 @@ def test_unreadable_sidecars_are_ignored(damage: bytes | None, tmp_path: Path) -
     books.write_part(make_part(tmp_path))
     good = make_part(tmp_path, KEYS[1], b"more")
     books.write_part(good)
-    sidecar = books.folder / f"{KEYS[0]}.json"
+    sidecar = tmp_path / books.folder / f"{KEYS[0]}.json"
     # None: a sidecar under a name that is not its part's.
-    sidecar.write_bytes((books.folder / f"{KEYS[1]}.json").read_bytes() if damage is None else damage)
+    sidecar.write_bytes((tmp_path / books.folder / f"{KEYS[1]}.json").read_bytes() if damage is None else damage)
     assert books.part(KEYS[0]) is None
     assert list(books.parts()) == [good]
 
@@ -305,7 +309,8 @@ def make_manifest(part: Part, **changes: Any) -> Manifest:
 def test_a_manifest_reads_as_it_was_written(tmp_path: Path) -> None:
     books, manifest = Books(tmp_path, "encode"), make_manifest(make_part(tmp_path), stats={"scores": [0.1, 1e-9, None]})
     assert books.manifest() is None
-    books.write_manifest(manifest)
+    assert books.write_manifest(manifest, None)
+    assert not books.write_manifest(manifest, None)  # somebody was there before
     assert books.manifest() == manifest
     assert list(books.parts()) == []  # the manifest is no sidecar
 
@@ -313,7 +318,7 @@ def test_a_manifest_reads_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"{", b"null", b"\xff", b'{"stage": "encode"}'])
 def test_a_damaged_manifest_is_an_error(damage: bytes, tmp_path: Path) -> None:
     books = Books(tmp_path, "encode")
-    books.write_manifest(make_manifest(make_part(tmp_path)))
+    books.write_manifest(make_manifest(make_part(tmp_path)), None)
     books.manifest_path.write_bytes(damage)
     with pytest.raises(DamagedError, match="delete it and run the stage again, finished parts are reused") as caught:
         books.manifest()

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 from real_runs import encoding_here
+from upkeep_of import config_of
 
 import negpipe
 from negpipe import graph
@@ -460,7 +461,7 @@ def test_a_folder_that_leads_out_of_the_run_directory_is_refused(place: str, tmp
         ):
             graph.mine(load_config(str(config)), repair=repair)
     with pytest.raises(StorageError):
-        graph.clean(tmp_path / "run")
+        graph.clean(config_of(tmp_path / "run"))
     assert [path.name for path in outside.iterdir()] == ["kept.npy"]
 
 
@@ -489,7 +490,7 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
         link = tmp_path / "run" / place
         link.symlink_to(victim if place.endswith("npy") else outside)
         with pytest.raises(StorageError):
-            graph.clean(tmp_path / "run")
+            graph.clean(config_of(tmp_path / "run"))
         with pytest.raises(StorageError):
             graph.mine(config, repair=True)
         link.unlink()
@@ -517,16 +518,16 @@ def test_a_folder_of_a_stage_may_lie_on_another_disk(place: str, tmp_path: Path)
     assert len([*scratch.iterdir()]) > 2
     graph.mine(load_config(str(config)))
     graph.mine(load_config(str(config)), repair=True)
-    assert not upkeep.verify(tmp_path / "run", graph.inventory(tmp_path / "run"))
-    assert graph.clean(tmp_path / "run") > 0
+    assert not upkeep.verify(config_of(tmp_path / "run"), graph.inventory(config_of(tmp_path / "run")))
+    assert graph.clean(config_of(tmp_path / "run")) > 0
     kept = {path.name for path in scratch.iterdir()}
-    recorded = {Path(file.path).name for file in graph.inventory(tmp_path / "run").files}
+    recorded = {Path(file.path).name for file in graph.inventory(config_of(tmp_path / "run")).files}
     assert {"other", "mine.npy"} <= kept <= recorded | {"other", "mine.npy"}
     assert {state.state for state in graph.status(load_config(str(config)))} == {"current"}
     # Beyond the folder nothing is followed.
     (scratch / "leads.npy").symlink_to(tmp_path / "corpus.npy")
     with pytest.raises(StorageError):
-        graph.clean(tmp_path / "run")
+        graph.clean(config_of(tmp_path / "run"))
 
 
 def test_two_runs_that_share_a_linked_folder_clean_their_own(tmp_path: Path) -> None:
@@ -538,9 +539,9 @@ def test_two_runs_that_share_a_linked_folder_clean_their_own(tmp_path: Path) -> 
         (Path(run_dir) / "encode").symlink_to(scratch)
         graph.mine(load_config(str(config), [f"run_dir={run_dir}", f"encoder.storage={storage}"]))
     for run_dir in runs:
-        graph.clean(Path(run_dir))
-        assert not upkeep.verify(Path(run_dir), graph.inventory(Path(run_dir)))
-    assert not upkeep.verify(Path(runs[0]), graph.inventory(Path(runs[0])))
+        graph.clean(config_of(Path(run_dir)))
+        assert not upkeep.verify(config_of(Path(run_dir)), graph.inventory(config_of(Path(run_dir))))
+    assert not upkeep.verify(config_of(Path(runs[0])), graph.inventory(config_of(Path(runs[0]))))
 
 
 @pytest.mark.parametrize("place", ["encode/sub/victim.txt", "photos/victim.txt", "index/victim.txt"])
@@ -558,7 +559,7 @@ def test_a_forged_record_frees_nothing_of_others(place: str, tmp_path: Path) -> 
     del value["digest"]  # as before there were any
     value |= {"key": "0" * 16, "files": [{"path": place, "bytes": 4, "digest": "0" * 64}]}
     record.write_text(json.dumps(value), encoding="utf-8")
-    graph.clean(run_dir)
+    graph.clean(config_of(run_dir))
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
@@ -600,9 +601,9 @@ def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> Non
     for name in theirs:
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_text("mine", encoding="utf-8")
-    listed = {path for path, _ in graph.superseded(run_dir)}
+    listed = {path for path, _ in graph.superseded(config_of(run_dir))}
     before = {path for path in run_dir.rglob("*") if path.is_file()}
-    assert graph.clean(run_dir) > 0
+    assert graph.clean(config_of(run_dir)) > 0
     assert before - {path for path in run_dir.rglob("*") if path.is_file()} == listed
     assert orphan in listed
     assert all((run_dir / name).read_text(encoding="utf-8") == "mine" for name in theirs)

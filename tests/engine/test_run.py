@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -191,7 +192,10 @@ def looked_at(run: Run) -> list[tuple[list[int], list[float], list[float]]]:
                     at = own[0].index(row["anchor"])
                     assert row["rows"][:128] == own[1][at]
                     own[1][at], own[2][at] = row["rows"], row["score_dense"]
-        seen += list(zip(*own[1:], strict=True))
+        rows, scores, positive_scores = own[1:]
+        rows = [[-1 if row is None else row for row in each] for each in rows]
+        scores = [[-math.inf if score is None else score for score in each] for each in scores]
+        seen += list(zip(rows, scores, positive_scores, strict=True))
     return seen
 
 
@@ -274,7 +278,7 @@ def test_other_model_runs_from_encode_and_is_named(golden: Run, tmp_path: Path) 
     run = golden.copied(tmp_path / "run")
     before = run.inodes()
     old = golden.config["encoder"]["model"]
-    new = str(shutil.copytree(old, tmp_path / "other"))
+    new = str(shutil.copytree(old, tmp_path / "other", symlinks=True))
     vocabulary = Path(new) / "vocab.txt"
     vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("river", "brook"), encoding="utf-8")
 

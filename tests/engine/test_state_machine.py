@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from real_runs import STAGES
 from small_source import DIMENSION, write_qrels, write_rows
+from upkeep_of import config_of
 
 from negpipe import graph
 from negpipe.config.file import load_config
@@ -264,14 +265,14 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def clean(self) -> None:
         with suppress(DamagedError):
-            graph.clean(self.root / "run")
+            graph.clean(config_of(self.root / "run"))
 
     @rule()
     def repair(self) -> None:
         graph.mine(self.config(), repair=True)
         self.unseen = False
         assert {state.state for state in graph.status(self.config())} == {"current"}
-        assert not upkeep.verify(self.root / "run", graph.inventory(self.root / "run"))
+        assert not upkeep.verify(config_of(self.root / "run"), graph.inventory(config_of(self.root / "run")))
 
 
 @pytest.mark.torture

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import small_source as small
 from rich.console import Console
+from upkeep_of import config_of
 
 from negpipe import graph
 from negpipe.cli import console
@@ -65,10 +66,10 @@ def test_several_files_are_read_at_a_time(mined: Path, monkeypatch: pytest.Monke
 def test_progress_comes_file_by_file_and_ends_at_the_total(mined: Path) -> None:
     run_dir = mined.parent / "run"
     files = recorded(run_dir)
-    found = graph.inventory(run_dir)
+    found = graph.inventory(config_of(run_dir))
     assert found.bytes == sum(files.values()) == sum((run_dir / name).stat().st_size for name in files)
     told: list[int] = []
-    assert upkeep.verify(run_dir, found, told.append) == []
+    assert upkeep.verify(config_of(run_dir), found, told.append) == []
     assert sorted(told) == sorted(files.values())
     assert sum(told) == found.bytes
 
@@ -79,8 +80,8 @@ def test_progress_reaches_the_total_where_files_are_damaged_or_gone(tmp_path: Pa
     files = sorted(recorded(run_dir))
     os.truncate(run_dir / files[0], 1)
     (run_dir / files[1]).unlink()
-    found, told = graph.inventory(run_dir), list[int]()
-    assert len(upkeep.verify(run_dir, found, told.append)) == 2
+    found, told = graph.inventory(config_of(run_dir)), list[int]()
+    assert len(upkeep.verify(config_of(run_dir), found, told.append)) == 2
     assert sum(told) == found.bytes
 
 

@@ -44,7 +44,7 @@ def age(run: Run, stage: str, library: str, every: int = 1) -> int:
         record = books.record(part.key)
         assert record is not None
         books.write_part(record.model_copy(update={"provenance": part.provenance}))
-    books.write_manifest(manifest.model_copy(update={"parts": tuple(parts)}))
+    books.write_manifest(manifest.model_copy(update={"parts": tuple(parts)}), books.content())
     return len(range(0, len(parts), every))
 
 
@@ -104,24 +104,6 @@ def test_parts_of_two_versions_are_told_of_and_made_again(
     assert len(changed) == count or stage in ("ingest", "triplets")
 
 
-def test_rows_of_before_a_rebuild_leave_no_file_behind(run: Run) -> None:
-    """More files than the new versions make: none of them may stand among the new rows."""
-    run.mine("output.rows_per_file=4")
-    whole = {path.name: path.read_bytes() for path in (run.folder / "triplets").iterdir()}
-    age(run, "triplets", "numpy")
-    books = Books(run.folder, "triplets")
-    manifest = books.manifest()
-    assert manifest is not None
-    record = books.record(manifest.parts[0].key)
-    assert record is not None
-    name = Path(record.files[0].path).with_name("part-00000-00099.parquet")
-    stray = record.files[0].model_copy(update={"path": str(name)})
-    books.write_part(record.model_copy(update={"files": (*record.files, stray)}))
-    (run.folder / "triplets/part-00000-00099.parquet").write_bytes(b"rows of an older version")
-    graph.mine(load_config(run.config, ["executor.kind=inline", "output.rows_per_file=4"]), rebuild=True)
-    assert {path.name: path.read_bytes() for path in (run.folder / "triplets").iterdir()} == whole
-
-
 def test_a_stage_alone_is_rebuilt(run: Run) -> None:
     age(run, "encode", "numpy"), age(run, "search", "numpy")
     assert rebuilt(run, only="search").ran == ("search",)
@@ -134,7 +116,7 @@ def test_a_part_that_does_not_say_its_versions_is_believed(run: Run) -> None:
     manifest = books.manifest()
     assert manifest is not None
     silent = tuple(part.model_copy(update={"provenance": {"pid": 1}}) for part in manifest.parts)
-    books.write_manifest(manifest.model_copy(update={"parts": silent}))
+    books.write_manifest(manifest.model_copy(update={"parts": silent}), books.content())
     assert run.states()["encode"].versions is None
 
 

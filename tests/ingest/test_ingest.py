@@ -36,7 +36,7 @@ class Ingested:
         found: list[Row] = []
         for part in self.parts:
             if part.kind == kind:
-                found += pa.ipc.open_file(self.run_dir / part.path).read_all().to_pylist()
+                found += pa.ipc.open_file(self.run_dir / part.files[0].path).read_all().to_pylist()
         return found
 
     @property

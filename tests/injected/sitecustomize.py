@@ -25,7 +25,7 @@ def _place(path: Path) -> tuple[str, str]:
     if ".negpipe" in path.parts:
         return path.parent.name, {"manifest.json": "manifest"}.get(path.name, "sidecar")
     folder = path.parent.name
-    return ("triplets" if folder.startswith((".triplets-", "ledger", "deeper")) else folder), "part"
+    return ("triplets" if folder in ("rows", "ledger", "deeper") else folder), "part"
 
 
 def _due(path: Path) -> bool:

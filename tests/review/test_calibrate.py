@@ -233,7 +233,7 @@ def test_second_opinion(searched: Run, tmp_path: Path) -> None:
         [row for path in run.files("search") for row in pq.read_table(path).to_pylist()] for run in (searched, other)
     )
     searched.mine()
-    rows = [row for path in searched.paths("triplets", "triplets") for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in searched.paths("triplets", "rows") for row in pq.read_table(path).to_pylist()]
     assert rows
     texts = [normal(text) for text in searched.tables("documents")["text"].to_pylist()]
     judged = judgments(Path(searched.config["data"]["path"]))
@@ -248,7 +248,7 @@ def test_second_opinion(searched: Run, tmp_path: Path) -> None:
     # What is taken is what the product takes with these settings.
     run = searched.copied(tmp_path / "taken")
     run.mine("mining.relative_margin=null", "mining.max_depth=0")
-    rows = [row for path in run.paths("triplets", "triplets") for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in run.paths("triplets", "rows") for row in pq.read_table(path).to_pylist()]
     taken = {(row["anchor_id"], row["negative_id"]) for row in rows}
     false = sum(texts[ids[negative]] in suspected[anchor] for anchor, negative in taken)
     (estimate,) = found.estimates

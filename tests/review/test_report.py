@@ -82,7 +82,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(mined: Path, tmp_path: Path) -> Path:
     """A copy of it."""
-    shutil.copytree(mined, tmp_path / "copy")
+    shutil.copytree(mined, tmp_path / "copy", symlinks=True)
     config = json.loads((tmp_path / "copy/config.yaml").read_text("utf-8"))
     config["run_dir"] = str(tmp_path / "copy/run")
     (tmp_path / "copy/config.yaml").write_text(json.dumps(config), "utf-8")

@@ -206,7 +206,7 @@ def test_from_clicks_to_rows_without_them(opened: Any, tmp_path: Path, folder: P
     pairs = set(saved(page, page.locator("#save").click, verdicts))
     assert len(pairs) == len(harmful) and pairs <= before
     settings = ["--set", f"mining.exclude_file={verdicts}", "--set", f"run_dir={tmp_path / 'run'}"]
-    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
     done = negpipe("mine", folder / "config.yaml", *settings)
     assert done.code == 0 and "search: up to date" in done.err and "triplets: done" in done.err
     assert not mined(tmp_path) & pairs

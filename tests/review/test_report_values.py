@@ -30,7 +30,7 @@ class Mined:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [row for path in self.run.paths("triplets", "triplets") for row in pq.read_table(path).to_pylist()]
+        return [row for path in self.run.paths("triplets", "rows") for row in pq.read_table(path).to_pylist()]
 
     def figure(self, title: str) -> str:
         found = re.findall(r"<figure.*?</figure>", self.page, re.DOTALL)
@@ -103,7 +103,7 @@ def anchors(mined: Mined) -> dict[str, Anchor]:
     for anchor, row in zip(asked, stored, strict=True):
         assert len(row["rows"]) == DEPTH
         ranks = {name: rank for rank, name in enumerate(row["rows"])}
-        own = zip(row["positives"], row["positive_scores"], strict=True)
+        own = zip(row["positives"], row["positive_score_dense"], strict=True)
         positives = {names[one]: (score, ranks.get(one)) for one, score in own}
         found[anchor["id"]] = Anchor(anchor["text"], positives)
     for row in mined.rows:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 from bad_data import DOCUMENTS, LONG, QUERIES, Fault, Source, faults, sources
+from upkeep_of import config_of
 
 from negpipe import graph
 from negpipe.config.file import load_config
@@ -117,7 +118,9 @@ def test_the_list_is_a_file_of_the_run_like_the_others(tmp_path: Path) -> None:
 
     # Damage is found, and the same bytes are made again.
     (result.run_dir / NAME).write_bytes(shown.replace(b"owned", b"OWNED"))
-    assert f"{NAME} has other content" in " ".join(upkeep.verify(result.run_dir, graph.inventory(result.run_dir)))
+    assert ".jsonl has other content" in " ".join(
+        upkeep.verify(config_of(result.run_dir), graph.inventory(config_of(result.run_dir)))
+    )
     config = load_config(small.settings(tmp_path) | {"data": settings}, ["data.max_bad_rows=2"])
     graph.mine(config, only="ingest", repair=True)
     assert (result.run_dir / NAME).read_bytes() == shown
@@ -147,7 +150,7 @@ def test_the_list_survives_clean_and_nothing_else_in_the_run_directory_goes(tmp_
     result = ingest(tmp_path, settings, "data.max_bad_rows=1")
     (result.run_dir / "audit.json").write_text("{}", encoding="utf-8")
     ingest(tmp_path, settings, "data.max_bad_rows=1", "data.part_rows=2")
-    assert graph.clean(result.run_dir) > 0
+    assert graph.clean(config_of(result.run_dir)) > 0
     assert (result.run_dir / "audit.json").exists()
     assert (result.run_dir / NAME).exists()
 
@@ -618,7 +621,7 @@ def test_a_sidecar_that_names_a_file_elsewhere_is_none(tmp_path: Path) -> None:
         manifest["parts"][0]["files"][0]["path"] = name
         path.write_text(json.dumps(manifest), encoding="utf-8")
         with pytest.raises(DamagedError):
-            graph.clean(tmp_path / "run")
+            graph.clean(config_of(tmp_path / "run"))
         assert graph.status(load_config(str(tmp_path / "config.yaml")))[0].state == "damaged"
     assert victim.read_text(encoding="utf-8") == "mine"
 

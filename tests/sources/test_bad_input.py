@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_source as small
+from upkeep_of import config_of
 
 from negpipe import graph, mine
 from negpipe.engine.stage import Task
@@ -29,7 +30,7 @@ def folder(finished: Path) -> Iterator[Path]:
     for path, content in source.items():
         path.write_bytes(content)
     assert mine(finished / "config.yaml").ran == ()  # What went wrong in between has cost nothing.
-    graph.clean(finished / "run")
+    graph.clean(config_of(finished / "run"))
 
 
 def in_run(path: Path) -> bool:

@@ -30,7 +30,7 @@ from negpipe.review.report.sample import Card, Pool
 from negpipe.review.wording import clean_text
 from negpipe.select import verdicts
 from negpipe.select.selector import Units
-from negpipe.stages.triplets import Shared, open_selection
+from negpipe.stages.triplets import LEDGER, Shared, open_selection
 
 logger = logging.getLogger(__name__)
 _AUDITED = 10_000  # rows that are audited on the way; more want the command
@@ -187,7 +187,7 @@ def _captions(
 
 def _per_unit(context: Context, made: Manifest) -> npt.NDArray[np.int64]:
     """How many negatives each anchor (with `margin_reference: each`, each pair) got, from the ledger."""
-    files = [context.run_dir / file.path for part in made.parts for file in part.files if file.path[:7] == "ledger/"]
+    files = [context.store.path(file.path) for part in made.parts for file in part.all(LEDGER)]
     counts = [np.empty(0, np.int64)]
     for path in files:
         book = pq.read_table(path, columns=["taken", "random"])

@@ -1,0 +1,117 @@
+"""The one protocol through which parts, records and pointers are reached; on local disk here.
+
+Files are named by a folder and a name in it, "search/0f3a…-9c1d….parquet", and immutable once they are there; what
+changes (manifests) is written conditionally, so that of two writers one knows that it came late.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from negpipe.store import files
+from negpipe.store.lock import held
+
+_CHANGES = ".negpipe/changes.lock"
+_PATIENCE = 30.0  # seconds that another process may take to write a few kilobytes
+
+
+class Store(Protocol):
+    """Files by name."""
+
+    def put(
+        self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+    ) -> files.Published:
+        """Write a file under its final name, which may depend on the sha256 of its content; it appears whole.
+
+        Raises:
+            StorageError: it cannot be written; nothing is left.
+            VanishedError: somebody took away what was being written.
+        """
+
+    def path(self, name: str) -> Path:
+        """Where this machine reads the file, mapped if need be."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, as the other methods take them, sorted."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content as it is now, None where there is none."""
+
+    def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
+        """Write a small file whole if it still holds `expected` (None: if there is none); returns whether it did."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
+    def lock(self, name: str, patience: float = 0.0) -> AbstractContextManager[None]:
+        """Hold a name against other processes, waiting so many seconds for it.
+
+        Raises:
+            LockedError: another process holds it.
+        """
+
+    def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
+        """Whether there is room for so many bytes in each folder.
+
+        Raises:
+            StorageError: there is not.
+        """
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A `Store` in a folder. Its folders may be links to other disks."""
+
+    root: Path
+
+    def put(
+        self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+    ) -> files.Published:
+        return files.publish(self.root / folder, name, write, needed)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self.path(name).stat().st_size
+        except OSError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return sorted(f"{folder}/{entry.name}" for entry in entries if entry.is_file())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
+        with self.lock(_CHANGES, _PATIENCE):
+            if self.read(name) != expected:
+                return False
+            path = self.path(name)
+            files.publish(path.parent, lambda _: path.name, lambda file: files.write_all(file, content), len(content))
+            return True
+
+    def delete(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    def lock(self, name: str, patience: float = 0.0) -> AbstractContextManager[None]:
+        return held(self.path(name), patience)
+
+    def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
+        files.check_room({self.root / folder: count for folder, count in needed.items()}, what, remedy)

@@ -1,0 +1,178 @@
+"""What people look at: `triplets/` and `rejected.jsonl` in the run directory, names that show parts of the store.
+
+A folder of parts is shown by a pointer, a relative symbolic link that changes in one step: whoever opens it sees the
+rows of one setting at every moment. It leads to `.NAME/VERSION/`, a folder of links to the parts (hard links, symbolic
+ones where the store is on another disk). A single file is shown by a link of its own. Files that people put into a
+shown folder are theirs: they move on to the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from negpipe.errors import StorageError
+from negpipe.store import unfinished
+from negpipe.store.files import explained, sync_folder
+
+_ATTEMPTS = 20
+_RACES = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
+_ASIDE = "old-"
+Entries = Mapping[str, Path]
+PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
+"""What the entries of a shown folder are called."""
+
+
+def show(run_dir: Path, name: str, what: Path | Entries | None, version: str, old: Collection[str] = ()) -> None:
+    """Make a name of the run directory show a file, a folder of files, or nothing.
+
+    Args:
+        run_dir: the run directory.
+        name: the name.
+        what: the file; the files by the names they are shown under; None: the name goes.
+        version: names what is shown.
+        old: entries that are no user's, in a folder that stands where the pointer comes to stand: the first edition's.
+
+    Raises:
+        StorageError: it cannot be changed; what was shown still is.
+    """
+    place = run_dir / name
+    with explained(run_dir):
+        if what is None:
+            if place.is_symlink() or not place.is_dir():
+                place.unlink(missing_ok=True)
+        elif isinstance(what, Path):
+            if not _same(place, what):
+                _link(what, place, in_folder=False)
+                sync_folder(run_dir)
+        else:
+            _point(run_dir, name, _filled(run_dir / f".{name}" / version, what), old)
+
+
+def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -> bool:
+    """Whether a name shows what it should."""
+    place = run_dir / name
+    if what is None:
+        return not os.path.lexists(place)
+    if isinstance(what, Path):
+        return _same(place, what)
+    pointed = place.is_symlink() and place.readlink() == Path(f".{name}", version)
+    return pointed and all(_same(place / entry, path) for entry, path in what.items())
+
+
+def stale(run_dir: Path, name: str) -> Iterator[Path]:
+    """Links to parts in folders that a name does not show any more, and what killed runs left of them."""
+    current = (run_dir / name).resolve()
+    with suppress(OSError):
+        for folder in sorted((run_dir / f".{name}").iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and folder.resolve() != current:
+                yield from (path for path in folder.iterdir() if PART.fullmatch(path.name) and not _is_lone(path))
+
+
+def drop_empty(run_dir: Path, name: str) -> None:
+    """Remove folders that hold nothing any more."""
+    with suppress(OSError):
+        for folder in (run_dir / f".{name}").iterdir():
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _filled(folder: Path, entries: Entries) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in unfinished.left_over(folder):
+        path.unlink(missing_ok=True)
+    for name, path in entries.items():
+        if not _same(folder / name, path):
+            _link(path, folder / name, in_folder=True)
+    sync_folder(folder)
+    return folder
+
+
+def _link(source: Path, name: Path, *, in_folder: bool) -> None:
+    """Put a file under a second name, replacing what has it."""
+    temporary = unfinished.temporary(name.parent)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or a file system without hard links
+            if in_folder:
+                temporary.symlink_to(os.path.realpath(source))
+            else:
+                shutil.copyfile(source, temporary)
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
+
+
+def _point(run_dir: Path, name: str, folder: Path, old: Collection[str]) -> None:
+    """Move the pointer, then what is the user's; each step may already have happened."""
+    place, target = run_dir / name, Path(folder.parent.name, folder.name)
+    for _ in range(_ATTEMPTS):
+        if place.is_symlink() and place.readlink() == target:
+            break
+        temporary = unfinished.temporary(run_dir)
+        try:
+            if place.is_dir() and not place.is_symlink():
+                os.rename(place, folder.parent / f"{_ASIDE}{uuid.uuid4().hex}")
+            temporary.symlink_to(target)
+            os.replace(temporary, place)
+        except OSError as error:
+            # Where locks do not work, another process takes the same steps between ours.
+            if error.errno not in _RACES:
+                raise _stuck(place, folder, error.strerror) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    else:
+        raise _stuck(place, folder, f"something is there again after {_ATTEMPTS} attempts")
+    sync_folder(run_dir)
+    for other in sorted(folder.parent.iterdir()):
+        if other.is_dir() and not other.is_symlink() and other != folder:
+            _move_on(other, folder, old if other.name.startswith(_ASIDE) else ())
+
+
+def _stuck(place: Path, folder: Path, why: str | None) -> StorageError:
+    return StorageError(
+        f"{place} cannot be replaced ({why}). Its new content is complete in {folder}: free {place}, or give the right"
+        " to rename it, then run the same command again"
+    )
+
+
+def _move_on(before: Path, folder: Path, ours: Collection[str]) -> None:
+    """Take what is the user's along. Rows of an older setting, whoever made them, stay where they are."""
+    for path in sorted(before.iterdir()):
+        with suppress(OSError):
+            if path.name in ours or unfinished.is_unfinished(path.name):
+                path.unlink()
+            # A file that somebody on NFS still reads has a name of the system's and goes by itself.
+            elif not PART.fullmatch(path.name) and not path.name.startswith(".nfs"):
+                os.rename(path, _free(folder / path.name))
+    with suppress(OSError):
+        before.rmdir()
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first numbered one that nothing has."""
+    taken, number = path, 0
+    while os.path.lexists(taken):
+        number += 1
+        taken = path.with_name(f"{path.name}.{number}")
+    return taken
+
+
+def _same(place: Path, path: Path) -> bool:
+    """Whether two names are of one file, or of a copy: of a run directory that was copied, links are files."""
+    try:
+        return place.samefile(path) or place.stat().st_size == path.stat().st_size
+    except OSError:
+        return False
+
+
+def _is_lone(path: Path) -> bool:
+    """Whether a file has no other name: then nobody but a user can have put it there."""
+    return not path.is_symlink() and path.stat().st_nlink == 1
