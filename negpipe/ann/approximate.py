@@ -22,6 +22,7 @@ from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
+from negpipe.store import mapped
 
 _ONE_IN = 32  # rows of a shard that its sample holds
 _SHOWN = 8  # efforts in an error
@@ -195,7 +196,7 @@ def open_index(kind: str, shards: Sequence[Shard], vectors: ann.Vectors) -> Appr
         opened = coded.open_shards(places, vectors.dimension)
         _check_rows(places[0][0], sum(index.ntotal for index, _ in opened), vectors)
         return Approximate(opened, vectors, memory)
-    samples = [np.load(shard.sample, mmap_mode="r", allow_pickle=False) for shard in shards]
+    samples = [mapped.npy(shard.sample) for shard in shards]
     stride = -(-sum(map(len, samples)) // lists.SAMPLE_ROWS)
     listed = lists.open_lists(places, np.concatenate([own[::stride] for own in samples]))
     _check_rows(places[0][0], listed.rows, vectors)

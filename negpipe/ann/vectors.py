@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from negpipe.ann.library import faiss
 from negpipe.data.npy import BROKEN
 from negpipe.errors import DamagedError
+from negpipe.store import mapped
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -69,8 +70,8 @@ class Vectors:
         for file in self.files:
             here = np.flatnonzero((rows >= file.first) & (rows < file.first + file.rows))
             if len(here):
-                mapped = np.memmap(file.path, file.dtype, "r", file.offset, (file.rows, self.dimension))
-                out[here] = mapped[rows[here] - file.first]
+                stored = mapped.numbers(file.path, file.dtype, file.offset, (file.rows, self.dimension))
+                out[here] = stored[rows[here] - file.first]
         return out
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
@@ -117,7 +118,7 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
     first, dimension = 0, 0
     for path in paths:
         try:
-            array = np.load(path, mmap_mode="r")
+            array = mapped.npy(path)
         except BROKEN as error:
             raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
         dimension = dimension or array.shape[-1]

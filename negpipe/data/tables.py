@@ -19,6 +19,7 @@ from negpipe.config.schema import Config
 from negpipe.data.texts import hashes
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.errors import DamagedError
+from negpipe.store import mapped
 
 _PAGE = 1024  # rows
 EXTRA = "extra:"
@@ -64,7 +65,7 @@ def open_table(path: Path) -> pa.Table:
         DamagedError: the file is not whole.
     """
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(mapped.arrow(path)).read_all()
         table.validate()
         if not all(_ascending(chunk) for column in table.columns for chunk in column.chunks):
             raise pa.ArrowInvalid("a value ends before it begins")

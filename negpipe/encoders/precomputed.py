@@ -12,6 +12,7 @@ import numpy.typing as npt
 from negpipe.data.npy import BROKEN
 from negpipe.data.texts import hashes
 from negpipe.errors import ConfigError, InputError
+from negpipe.store import mapped
 
 Floats = npt.NDArray[np.float32]
 _COMPARED = 2**22  # numbers of repeated vectors at a time
@@ -155,7 +156,7 @@ def _opened(path: Path, setting: str, memory: int) -> _Npy | _Parquet:
 class _Npy:
     def __init__(self, path: Path, setting: str) -> None:
         try:
-            data = np.load(path, mmap_mode="r", allow_pickle=False)
+            data = mapped.npy(path)
         except BROKEN as error:
             raise InputError(f"not a readable .npy file: {error}", file=str(path), field=setting) from None
         if data.ndim != 2 or data.dtype.kind != "f" or data.shape[1] == 0:

@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from negpipe.store import unfinished
-from negpipe.store.files import file_digest
+from negpipe.errors import NegpipeError
+from negpipe.store.files import file_digest, write_json
 
 KEY_LENGTH = 16
 
@@ -91,11 +91,7 @@ class DigestCache:
         """Remember for the next run, where the folder is there; best effort, a lost cache only costs time."""
         if not self._dirty:
             return
-        temporary = unfinished.temporary(self._path.parent)
-        try:
-            temporary.write_text(json.dumps(self._known), encoding="utf-8")
-            os.replace(temporary, self._path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
+        if self._path.parent.is_dir():
+            with suppress(OSError, NegpipeError):
+                write_json(self._path, self._known)
         self._dirty, self._saved = False, time.monotonic()

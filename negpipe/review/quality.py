@@ -25,6 +25,7 @@ from negpipe.data.candidates import Candidates
 from negpipe.data.tables import ragged
 from negpipe.select import randoms
 from negpipe.select.selector import Units
+from negpipe.store import mapped
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -142,7 +143,7 @@ def random_scores(anchors: Sequence[Path], passages: Sequence[Path], searchable:
     Returns:
         (n,) float32.
     """
-    parts = [np.load(path, mmap_mode="r", allow_pickle=False) for path in anchors]
+    parts = [mapped.npy(path) for path in anchors]
     step = max(1, sum(len(part) for part in parts) // _RANDOM_ANCHORS)
     vectors = np.concatenate([part[::step].astype(np.float32) for part in parts])
     owner = np.repeat(np.arange(len(vectors)), _RANDOM_EACH)

@@ -21,6 +21,7 @@ from negpipe.data import candidates
 from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
 from negpipe.select.selector import PartFiles, Selector, rows_of
+from negpipe.store import mapped
 
 _CELL = 64  # bytes for each candidate of the anchors that are searched together
 
@@ -96,7 +97,7 @@ def deepen(
     none = np.empty(0, np.int64)
 
     def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
-        vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
+        vectors = mapped.npy(part.vectors)
         each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, memory // 2, threads)
         seen = 0
 

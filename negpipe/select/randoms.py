@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from negpipe import ann
 from negpipe.select import rules
+from negpipe.store import mapped
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -79,7 +80,7 @@ def scores(anchors: Floats, anchor_of: Ints, passages: Sequence[Path], rows: Int
     out = np.empty(len(rows), np.float32)
     first = 0
     for path in passages:
-        part = np.load(path, mmap_mode="r", allow_pickle=False)
+        part = mapped.npy(path)
         inside = np.flatnonzero((rows >= first) & (rows < first + len(part)))
         for start in range(0, len(inside), _PAIRS):
             pairs = inside[start : start + _PAIRS]

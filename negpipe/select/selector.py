@@ -24,6 +24,7 @@ from negpipe.data.tables import Rows, open_table, ragged
 from negpipe.errors import InputError
 from negpipe.select import duplicates, randoms, rules, verdicts
 from negpipe.select.rules import Fate
+from negpipe.store import mapped
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -203,7 +204,7 @@ class Selector:
     def _units(self, part: PartFiles, table: pa.Table, found: Candidates) -> Units:
         units = self.select(rows_of(table, found.anchors), found)
         if self._config.mining.draws:
-            vectors = np.load(part.vectors, mmap_mode="r", allow_pickle=False)
+            vectors = mapped.npy(part.vectors)
             units = self._with_random(units, vectors[found.anchors].astype(np.float32))
         return units
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from negpipe import ann
@@ -14,6 +13,7 @@ from negpipe.data.npy import BROKEN
 from negpipe.data.tables import open_table
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
+from negpipe.store import mapped
 from negpipe.store.store import Store
 
 
@@ -43,7 +43,7 @@ def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) ->
 def _rows(path: Path) -> int:
     """The rows of a file, from its header or footer."""
     if path.suffix == ".npy":
-        return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+        return int(mapped.npy(path).shape[0])
     if path.suffix == ".faiss":
         return ann.open_flat(path).rows
     if path.suffix == ".arrow":

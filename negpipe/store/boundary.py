@@ -7,6 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from negpipe.errors import StorageError
+from negpipe.store.view import PART
+
+
+def _shows_a_part(entry: os.DirEntry[str], home: str) -> bool:
+    """A link in a folder that is shown, see `view`: it is deleted and replaced, nothing is done through it."""
+    folder = Path(entry.path).parent.parent
+    return PART.fullmatch(entry.name) is not None and str(folder.parent) == home and folder.name.startswith(".")
 
 
 def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> None:
@@ -28,7 +35,7 @@ def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> No
         place, inside = waiting.pop()
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.is_symlink():
+                if entry.is_symlink() and not _shows_a_part(entry, home):
                     target = os.path.realpath(entry.path)
                     if target.startswith(inside.rstrip(os.sep) + os.sep):
                         continue

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,50 @@ def publish(
     return Published(final, size, digest)
 
 
+@contextmanager
+def growing(out: Path, *, single: bool) -> Iterator[Path]:
+    """A temporary folder beside `out`; when the block ends well it takes the name, or with `single` its one file does.
+
+    Raises:
+        StorageError: the file system refused; what was there is still there.
+    """
+    folder, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    size = 0
+    with explained(out, lambda: size, least=True):
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            made = next(folder.iterdir()) if single else folder
+            for path in [made, *made.rglob("*")]:
+                _sync(path)
+            if out.exists():
+                os.rename(out, old)
+            os.rename(made, out)
+            sync_folder(out.parent)
+        finally:
+            size = bytes_in(folder)
+            if old.exists() and not out.exists():
+                os.rename(old, out)
+            for path in (folder, old):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with everything in it, as far as it can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:
     """Whether there is room for what is about to be written: bytes by folder, each of which may be a link to a disk.
 
@@ -191,7 +236,4 @@ def sync_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed writers left in a folder. Only under the run lock."""
     for path in unfinished.left_over(folder):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.errors import ConfigError
-from negpipe.store.files import bytes_in, explained, sync_folder
+from negpipe.store.files import growing
 
 _GROUP_BYTES = 32 * 2**20
 _GROUP_ROWS = 65536
@@ -33,40 +30,8 @@ def published(out: Path, *, single: bool, force: bool) -> Iterator[Path]:
     """
     if out.exists() and not force:
         raise ConfigError(f"--out {out} is there already: name another place, or replace it with --force")
-    growing, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
-    size = 0
-    with explained(out, lambda: size, least=True):
-        growing.mkdir(parents=True)
-        try:
-            yield growing
-            made = next(growing.iterdir()) if single else growing
-            for path in [made, *made.rglob("*")]:
-                _sync(path)
-            if out.exists():
-                os.rename(out, old)
-            os.rename(made, out)
-            sync_folder(out.parent)
-        finally:
-            size = bytes_in(growing)
-            if old.exists() and not out.exists():
-                os.rename(old, out)
-            for path in (growing, old):
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        sync_folder(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with growing(out, single=single) as folder:
+        yield folder
 
 
 def shard_name(stem: str, suffix: str, number: int, shard_rows: int | None) -> str:

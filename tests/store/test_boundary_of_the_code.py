@@ -1,0 +1,44 @@
+"""Only `negpipe/store` knows what a file system does when files are published, locked or mapped."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import negpipe
+
+PACKAGE = Path(negpipe.__file__).parent
+OF_THE_STORE = {"rename", "fsync", "flock", "lockf", "symlink", "symlink_to", "hardlink_to"}
+OF_THE_STORE |= {"memory_map", "memmap", "mmap"}
+MODULES = {"fcntl", "mmap", "filelock"}
+
+
+def uses(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in OF_THE_STORE:
+            yield f"{node.attr}, line {node.lineno}"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            if node.attr in ("replace", "link"):
+                yield f"os.{node.attr}, line {node.lineno}"
+        elif isinstance(node, ast.keyword) and node.arg == "mmap_mode":
+            yield f"mmap_mode, line {node.value.lineno}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = {name.name for name in node.names} | {getattr(node, "module", None)}
+            yield from (f"import of {name}, line {node.lineno}" for name in names & MODULES)
+
+
+def test_nothing_outside_the_store_publishes_locks_or_maps() -> None:
+    outside = [path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "store")]
+    assert len(outside) > 100
+    assert not [f"{path}: {use}" for path in outside for use in uses(path.read_text(encoding="utf-8"))]
+
+
+USES = ["os.replace(a, b)", "p.rename(b)", "os.fsync(h)", "import fcntl", "np.load(p, mmap_mode='r')", "np.memmap(p)"]
+
+
+@pytest.mark.parametrize("line", USES)
+def test_the_check_sees(line: str) -> None:
+    assert list(uses(line))

@@ -1,0 +1,138 @@
+"""Several run directories share the parts of one store: each is made once, and none is lost to another's `clean`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import small_source as small
+import yaml
+from real_runs import Run
+
+from negpipe import graph
+from negpipe.config.file import load_config
+from negpipe.engine import upkeep
+from negpipe.errors import ConfigError, LockedError, StorageError
+from negpipe.store import unfinished
+from negpipe.store.lock import run_lock
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> tuple[Run, Run]:
+    """Two runs of one job that differ in what is selected; the store is beside them."""
+    small.build(tmp_path)
+    base = small.settings(tmp_path) | {"store": str(tmp_path / "store")}
+    return tuple(Run({**base, "run_dir": str(tmp_path / name)}) for name in ("first", "second"))  # type: ignore[return-value]
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    return [row for path in sorted((run.folder / "triplets").glob("part-*")) for row in pq.read_table(path).to_pylist()]
+
+
+def stored(store: Path) -> dict[str, int]:
+    """Data files by inode."""
+    paths = (path for path in store.rglob("*") if path.is_file() and ".negpipe" not in path.parts)
+    return {str(path.relative_to(store)): path.stat().st_ino for path in paths}
+
+
+def test_variants_encode_and_search_once_and_have_the_rows_of_runs_of_their_own(
+    variants: tuple[Run, Run], tmp_path: Path
+) -> None:
+    first, second = variants
+    first.mine()
+    before = stored(tmp_path / "store")
+    assert not list(first.folder.rglob("*.npy"))
+    second.mine("mining.num_negatives=2")
+    after = stored(tmp_path / "store")
+    assert {name: after[name] for name in before} == before
+    new = {name.partition("/")[0] for name in after.keys() - before.keys()}
+    assert new == {"rows", "ledger"}
+    for run, settings in ((first, []), (second, ["mining.num_negatives=2"])):
+        alone = {name: value for name, value in run.config.items() if name != "store"}
+        fresh = Run({**alone, "run_dir": str(tmp_path / f"alone-{run.folder.name}")})
+        fresh.mine(*settings)
+        assert rows(run) == rows(fresh)
+    assert len(rows(first)) != len(rows(second))
+    assert {state.state for state in first.states().values()} == {"current"}
+
+
+def test_clean_keeps_what_any_run_needs(variants: tuple[Run, Run], tmp_path: Path) -> None:
+    first, second = variants
+    first.mine()
+    second.mine("mining.num_negatives=2")
+    first.mine("mining.num_negatives=1")
+    assert graph.clean(load_config(first.config)) > 0
+    for run, settings in ((first, ["mining.num_negatives=1"]), (second, ["mining.num_negatives=2"])):
+        config = load_config(run.config, settings)
+        assert not upkeep.verify(config, graph.inventory(config))
+        assert {state.state for state in run.states(*settings).values()} == {"current"}
+    assert graph.clean(load_config(first.config)) == 0
+
+
+def test_clean_refuses_while_a_run_cannot_be_read_until_it_is_forgotten(
+    variants: tuple[Run, Run], tmp_path: Path
+) -> None:
+    first, second = variants
+    first.mine()
+    second.mine("mining.num_negatives=2")
+    before = stored(tmp_path / "store")
+    shutil.rmtree(second.folder)
+    with pytest.raises(StorageError) as refused:
+        graph.clean(load_config(first.config))
+    assert f"--forget {second.folder}" in str(refused.value)
+    assert stored(tmp_path / "store") == before
+    config = tmp_path / "first.yaml"
+    config.write_text(yaml.safe_dump(first.config), encoding="utf-8")
+    wrong = small.run("clean", config, "--yes", "--forget", str(tmp_path / "nobody"))
+    assert wrong.code == ConfigError.exit_code
+    assert str(second.folder) in wrong.err.replace("\n", "")
+    done = small.run("clean", config, "--yes", "--forget", str(second.folder))
+    assert done.code == 0, done.err
+    assert len(stored(tmp_path / "store")) < len(before)
+    assert {state.state for state in first.states().values()} == {"current"}
+
+
+def test_clean_and_a_run_exclude_each_other(variants: tuple[Run, Run]) -> None:
+    first, second = variants
+    first.mine()
+    second.mine("mining.num_negatives=2")
+    with run_lock(second.folder), pytest.raises(LockedError) as refused:
+        graph.clean(load_config(first.config))
+    assert str(second.folder) in str(refused.value)
+
+
+def test_forget_is_for_shared_stores(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    with pytest.raises(ConfigError, match="store"):
+        upkeep.forget(load_config(small.settings(tmp_path)), tmp_path)
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    place = Path("/dev/shm") / unfinished.owner()
+    if not place.parent.is_dir() or place.parent.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def test_a_store_on_another_disk_is_shown_by_symbolic_links(tmp_path: Path, other_disk: Path) -> None:
+    from datasets import load_dataset
+
+    small.build(tmp_path)
+    run = Run(small.settings(tmp_path) | {"store": str(other_disk)})
+    run.mine()
+    shown = [*(run.folder / "triplets").iterdir()]
+    assert shown
+    assert all(path.is_symlink() for path in shown)
+    loaded = load_dataset("parquet", data_dir=str(run.folder / "triplets"), cache_dir=str(tmp_path / "cache"))
+    assert len(loaded["train"]) == len(rows(run)) > 0
+    run.mine("mining.num_negatives=2")
+    assert run.mine().ran == ("triplets",)
+    assert run.mine().ran == ()
+    graph.clean(load_config(run.config))
+    assert {state.state for state in run.states().values()} == {"current"}
