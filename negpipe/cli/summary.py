@@ -19,6 +19,7 @@ from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
 from negpipe.stages import STAGES
+from negpipe.store import view
 
 _SAMPLE_TEXTS = 5
 _STYLE = {
@@ -36,7 +37,7 @@ def show_result(result: Result, typed: str) -> None:
     stats = result.stats["triplets"]
     if not result.ran:
         console.out.print("Nothing to do: every stage is up to date.")
-    files = sorted(result.triplets.glob("*.parquet"))
+    files = view.entries(result.triplets)
     console.out.print(
         f"\n{stats['rows']:,} rows in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
         markup=False,
@@ -54,7 +55,7 @@ def _show_samples(result: Result) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for path in sorted(result.triplets.glob("*.parquet")):
+    for path in view.entries(result.triplets):
         batch = next(pq.ParquetFile(path).iter_batches(4096), None)
         if batch is None or not batch.num_rows:
             continue

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe.errors import InputError
+from negpipe.store import view
 from negpipe.store.files import publish
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Pairs:
         import pyarrow.dataset as ds
         from datasets import Dataset
 
-        table = ds.dataset(sorted(map(str, triplets.glob("*.parquet")))).to_table()
+        table = ds.dataset([*map(str, view.entries(triplets))]).to_table()
         anchor, positive = self.columns
         columns: dict[str, list[Any]] = {anchor: [self.anchors[int(at)] for at in table["anchor_id"].to_pylist()]}
         for name in table.column_names:

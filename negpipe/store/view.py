@@ -66,6 +66,11 @@ def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -
     return pointed and all(_same(place / entry, path) for entry, path in what.items())
 
 
+def entries(folder: Path) -> list[Path]:
+    """What a folder shows, in order; not what people put there."""
+    return sorted(path for path in folder.iterdir() if PART.fullmatch(path.name))
+
+
 def stale(run_dir: Path, name: str) -> Iterator[Path]:
     """Links to parts in folders that a name does not show any more, and what killed runs left of them."""
     current = (run_dir / name).resolve()

@@ -190,3 +190,10 @@ def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkey
         assert len(rows(run)) == 12 * (1 + kills % 3)
         assert not old_folders(run)
     assert 10 < deaths < 40
+
+
+def test_the_summary_counts_the_rows_of_the_run_alone(run: Run) -> None:
+    counted = [line for line in run.command("mine")[1].splitlines() if "Parquet file" in line]
+    shutil.copy(run.files("triplets")[0], run.folder / "triplets/backup.parquet")
+    assert counted
+    assert [line for line in run.command("mine")[1].splitlines() if "Parquet file" in line] == counted
