@@ -51,7 +51,7 @@ def main() -> None:
     doing = str(head.get("stage"))
     try:
         stage, config = STAGES[head["stage"]], load_config(head["config"])
-        if not stage.apart(config):  # A model's threads may be many, and one heap would make them wait.
+        if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
         context = load_context(config, STAGES, before=stage.name)
         _check_inputs(context, head["inputs"])

@@ -155,6 +155,10 @@ class Run:
         """Take a stage back to where it has not begun."""
         for path in [self.folder / stage, self.folder / ".negpipe" / stage, *self.folder.glob(f".{stage}-*")]:
             shutil.rmtree(path, ignore_errors=True)
+        if stage == "triplets":
+            (self.folder / stage).unlink(missing_ok=True)
+            for folder in ("rows", "ledger", "deeper", ".triplets"):
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
 
 
 @contextmanager
@@ -163,7 +167,7 @@ def encoding_here() -> Iterator[None]:
 
     For tests that are not about processes; what a process of its own makes is in the run `golden`.
     """
-    stage = replace(STAGES_OF_NEGPIPE["encode"], apart=lambda config: False)
+    stage = replace(STAGES_OF_NEGPIPE["encode"], place=lambda config: "worker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STAGES_OF_NEGPIPE, "encode", stage)
         yield

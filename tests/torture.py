@@ -67,9 +67,6 @@ def forget_from(run: Run, stage: str) -> None:
 def forget(run: Run, stage: str) -> None:
     """Take one stage away; what was made from its output waits for it."""
     run.forget(stage)
-    for folder in ("ledger", "deeper") if stage == "triplets" else ():
-        for path in (run.folder / folder).glob("*"):
-            path.unlink()
 
 
 def killed_at(run: Run, boundary: Boundary) -> None:
@@ -142,8 +139,7 @@ def truth(run: Run) -> dict[str, tuple[str, int]]:
         elif blocked:
             told[stage] = "blocked", 0
         else:
-            shown = stage == "triplets" and any((run.folder / stage).glob("*"))
-            told[stage] = ("partial" if finished or shown else "missing"), len(finished)
+            told[stage] = ("partial" if finished else "missing"), len(finished)
             blocked = True
     return told
 

@@ -231,7 +231,7 @@ def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter
     books, before = context.books(stage.name), len(keys)
     plan = stage.plan(context)
     total, done = 0, 0
-    if not stage.here:
+    if stage.place(context.config) != "caller":
         plan = [task for task in plan if task.key not in keys]
         present = {task.key for task in plan if books.part(task.key)}
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
@@ -311,10 +311,13 @@ def _check_share(context: Context) -> None:
 
 
 def _executor(stage: Stage, config: Config) -> Executor:
-    inside = config.executor.kind == "inline" and not stage.apart(config)
+    place = stage.place(config)
     # A caller of the Python API may have torch loaded, which must not meet FAISS.
-    light = stage.light(config) and config.executor.workers == 1 and "torch" not in sys.modules
-    return inline.run if stage.here or inside or light else local.run
+    if place == "light" and config.executor.workers == 1 and "torch" not in sys.modules:
+        return inline.run
+    if place == "caller" or (place != "apart" and config.executor.kind == "inline"):
+        return inline.run
+    return local.run
 
 
 def _counts(manifest: Manifest | None) -> str:

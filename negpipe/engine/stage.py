@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 from negpipe.config import machine
 from negpipe.config.schema import Config
@@ -29,6 +29,15 @@ Progress = Callable[[int, str], None]
 
 Shown = File | Mapping[str, File] | None
 """What a name of the run directory shows: a file, a folder of files by name, or nothing."""
+
+
+Place = Literal["caller", "light", "worker", "apart"]
+"""Where tasks run.
+
+caller: in the calling process, whatever the executor; payloads need not be JSON. light: there too where a single worker
+would take longer to start than to work. worker: where the executor says. apart: in a process of their own even where
+the executor says inline, as torch and FAISS never share one.
+"""
 
 
 @dataclass(frozen=True)
@@ -201,8 +210,8 @@ def _shows_nothing(_: Sequence[Part]) -> dict[str, Shown]:
     return {}
 
 
-def _never(_: Config) -> bool:
-    return False
+def _in_a_worker(_: Config) -> Place:
+    return "worker"
 
 
 def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
@@ -228,10 +237,8 @@ class Stage:
         serving: (settings of an output, settings asked for) → settings whose output serves as well as what was asked
             for; candidates stored deeper serve a shallower window.
         shared: parts of other stages that `run` may read for any task, beside those its payload names.
-        apart: needs a process of its own even where tasks would run inline: torch and FAISS never share one.
+        place: where its tasks run, see `Place`.
         rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
-        light: a single worker would take longer to start than to work: runs in the calling process instead.
-        here: runs in the calling process, whatever the executor; its payloads need not be JSON.
         views: (its parts) → what people see of them in the run directory, by name: a file, files by the names they have
             in a folder, or None where there is nothing to show.
         folders: folders of the store, beside its own, that hold its files of the role of their name.
@@ -255,10 +262,8 @@ class Stage:
     check: Callable[[Context], None] = _no_check
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     shared: Callable[[Context], list[Part]] = _no_parts
-    apart: Callable[[Config], bool] = _never
+    place: Callable[[Config], Place] = _in_a_worker
     rounds: bool = False
-    light: Callable[[Config], bool] = _never
-    here: bool = False
     views: Callable[[Sequence[Part]], Mapping[str, Shown]] = _shows_nothing
     folders: tuple[str, ...] = ()
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries

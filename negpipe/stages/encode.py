@@ -317,5 +317,5 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
-    apart=lambda config: config.encoder.backend != "precomputed",
+    place=lambda config: "worker" if config.encoder.backend == "precomputed" else "apart",
 )

@@ -262,6 +262,6 @@ STAGE = Stage(
     misfit=_misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
-    light=lambda config: config.index.kind == "stream",
+    place=lambda config: "light" if config.index.kind == "stream" else "worker",
     rounds=True,
 )

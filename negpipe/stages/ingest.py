@@ -279,5 +279,5 @@ STAGE = Stage(
     views=_views,
     libraries=lambda _: ("duckdb", "pyarrow"),
     stats=_stats,
-    here=True,
+    place=lambda _: "caller",
 )

@@ -80,7 +80,7 @@ def rescore(score: Score, identity: str) -> Stage:
         run=run,
         provides="search",
         misfit=headers.misfit,
-        here=True,
+        place=lambda _: "caller",
     )
 
 

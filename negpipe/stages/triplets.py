@@ -396,7 +396,7 @@ STAGE = Stage(
     misfit=_misfit,
     libraries=_libraries,
     stats=_stats,
-    light=lambda _: True,
+    place=lambda _: "light",
     views=_views,
     folders=(_ROWS, LEDGER, DEEPER),
 )

@@ -61,9 +61,9 @@ def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -
     if what is None:
         return not os.path.lexists(place)
     if isinstance(what, Path):
-        return _same(place, what)
+        return _alike(place, what)
     pointed = place.is_symlink() and place.readlink() == Path(f".{name}", version)
-    return pointed and all(_same(place / entry, path) for entry, path in what.items())
+    return pointed and all(_alike(place / entry, path) for entry, path in what.items())
 
 
 def entries(folder: Path) -> list[Path]:
@@ -171,9 +171,16 @@ def _free(path: Path) -> Path:
 
 
 def _same(place: Path, path: Path) -> bool:
-    """Whether two names are of one file, or of a copy: of a run directory that was copied, links are files."""
     try:
-        return place.samefile(path) or place.stat().st_size == path.stat().st_size
+        return place.samefile(path)
+    except OSError:
+        return False
+
+
+def _alike(place: Path, path: Path) -> bool:
+    """Whether a name is of a file, or of a copy: in a run directory that was copied, links are files of their own."""
+    try:
+        return place.stat().st_size == path.stat().st_size
     except OSError:
         return False
 

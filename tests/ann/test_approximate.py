@@ -85,7 +85,7 @@ def test_the_stated_recall_is_true(source: dict[str, Any], kind: str) -> None:
     assert (np.diff(scores, axis=1) <= 0).all()
     marked = [part.meta["approximate"] for part in Books(result.run_dir, "search").manifest().parts]  # type: ignore[union-attr]
     assert set(marked) == {kind}
-    path = result.run_dir / Books(result.run_dir, "search").manifest().parts[0].path  # type: ignore[union-attr]
+    path = result.run_dir / Books(result.run_dir, "search").manifest().parts[0].files[0].path  # type: ignore[union-attr]
     assert pq.read_schema(path).metadata[b"negpipe.ann.approximate"] == kind.encode()
 
 

@@ -197,7 +197,8 @@ def _check_place(options: Options, run_dir: Path) -> None:
     """--force takes the place of an earlier export, never that of a run or of the folder one stands in."""
     out, run = options.out.resolve(), run_dir.resolve()
     first = out.relative_to(run).parts[:1] if out.is_relative_to(run) else ()
-    of_run = any(name in (".negpipe", "ledger") or (run / ".negpipe" / name).exists() for name in first)
+    folders = {"rows", "ledger", "deeper"}
+    of_run = any(name[0] == "." or name in folders or (run / ".negpipe" / name).exists() for name in first)
     if of_run or any(place.is_relative_to(out) for place in (run, Path.cwd())):
         raise ConfigError(f"--out {options.out} would replace a folder that is no export: name another place")
 
