@@ -196,8 +196,8 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
                 f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
             )
         parts.append(part)
-    shown.show(stage, context, parts, shown.version_of(parts))
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
+    shown.show(stage, context, manifest)
     if not books.write_manifest(manifest, before):
         raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
     context.digest_file.save()

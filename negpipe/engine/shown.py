@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from negpipe.engine.manifest import File, Manifest, Part
+from negpipe.engine.manifest import File, Manifest
 from negpipe.engine.stage import Context, Shown, Stage
 from negpipe.store import view
 
 
-def show(stage: Stage, context: Context, parts: Sequence[Part], version: str) -> None:
+def show(stage: Stage, context: Context, manifest: Manifest) -> None:
     """Show the parts of a complete stage, and nothing of other settings.
 
     Raises:
         StorageError: it cannot be shown; what was shown still is.
     """
-    old = _of_the_first_edition(stage, context)
-    for name, what in stage.views(parts).items():
-        view.show(context.run_dir, name, _local(context, what), version, old)
+
+    def of_the_first_edition() -> set[str]:
+        """Names of the files that it wrote into the folder itself."""
+        paths = (Path(file.path) for part in context.books(stage.name).records() for file in part.files)
+        return {path.name for path in paths if path.parent.name.startswith(f".{stage.name}-")}
+
+    for name, what in stage.views(manifest.parts).items():
+        view.show(context.run_dir, name, _local(context, what), _version(manifest), of_the_first_edition)
 
 
 def missing(stage: Stage, context: Context, manifest: Manifest) -> str | None:
     """A name that does not show what it should; None: all do."""
     for name, what in stage.views(manifest.parts).items():
-        if not view.shows(context.run_dir, name, _local(context, what), version_of(manifest.parts)):
+        if not view.shows(context.run_dir, name, _local(context, what), _version(manifest)):
             return name
     return None
 
 
-def version_of(parts: Sequence[Part]) -> str:
-    """Names the content of parts."""
-    return Manifest(stage="", version=0, key="", settings={}, inputs={}, parts=tuple(parts)).digest[:16]
+def _version(manifest: Manifest) -> str:
+    return manifest.digest[:16]
 
 
 def _local(context: Context, what: Shown) -> Path | dict[str, Path] | None:
     if isinstance(what, File):
         return context.store.path(what.path)
     return {name: context.store.path(file.path) for name, file in what.items()} if isinstance(what, Mapping) else None
-
-
-def _of_the_first_edition(stage: Stage, context: Context) -> set[str]:
-    """Names of the files that it wrote into the folder itself."""
-    paths = (Path(file.path) for part in context.books(stage.name).records() for file in part.files)
-    return {path.name for path in paths if path.parent.name.startswith(f".{stage.name}-")}

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +29,9 @@ PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
 """What the entries of a shown folder are called."""
 
 
-def show(run_dir: Path, name: str, what: Path | Entries | None, version: str, old: Collection[str] = ()) -> None:
+def show(
+    run_dir: Path, name: str, what: Path | Entries | None, version: str, old: Callable[[], Collection[str]]
+) -> None:
     """Make a name of the run directory show a file, a folder of files, or nothing.
 
     Args:
@@ -37,7 +39,7 @@ def show(run_dir: Path, name: str, what: Path | Entries | None, version: str, ol
         name: the name.
         what: the file; the files by the names they are shown under; None: the name goes.
         version: names what is shown.
-        old: entries that are no user's, in a folder that stands where the pointer comes to stand: the first edition's.
+        old: tells which entries are no user's, in a folder that stands where the pointer comes to stand.
 
     Raises:
         StorageError: it cannot be changed; what was shown still is.
@@ -115,7 +117,7 @@ def _link(source: Path, name: Path, *, in_folder: bool) -> None:
         temporary.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
 
-def _point(run_dir: Path, name: str, folder: Path, old: Collection[str]) -> None:
+def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[str]]) -> None:
     """Move the pointer, then what is the user's; each step may already have happened."""
     place, target = run_dir / name, Path(folder.parent.name, folder.name)
     for _ in range(_ATTEMPTS):
@@ -138,7 +140,7 @@ def _point(run_dir: Path, name: str, folder: Path, old: Collection[str]) -> None
     sync_folder(run_dir)
     for other in sorted(folder.parent.iterdir()):
         if other.is_dir() and not other.is_symlink() and other != folder:
-            _move_on(other, folder, old if other.name.startswith(_ASIDE) else ())
+            _move_on(other, folder, old() if other.name.startswith(_ASIDE) else ())
 
 
 def _stuck(place: Path, folder: Path, why: str | None) -> StorageError:
