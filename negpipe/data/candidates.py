@@ -259,6 +259,7 @@ def _places(path: Path, names: pa.Array, ids: pa.Array | pa.ChunkedArray, likely
     """Which of the anchors these are."""
     if isinstance(names, pa.ChunkedArray):
         names = names.combine_chunks()
+    names = names.cast(ids.type)
     expected = ids.slice(likely, len(names))
     if expected.equals(pa.chunked_array([names]) if isinstance(expected, pa.ChunkedArray) else names):
         return np.arange(likely, likely + len(names))

@@ -77,6 +77,11 @@ class Part(BaseModel):
     meta: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
 
+    @property
+    def lacks_roles(self) -> bool:
+        """Whether nobody can tell its files apart: a record of the first edition with several of them."""
+        return len(self.files) > 1 and not all(file.role for file in self.files)
+
     def file(self, role: str) -> File:
         """The file of a role, or the only one there is.
 
@@ -146,7 +151,7 @@ class Books:
     def part(self, key: str) -> Part | None:
         """The finished part of a key, or None: no record, an unreadable one, or one whose files are gone or cut."""
         part = self.record(key)
-        if part is None or any(file.problem(self.store) for file in part.files):
+        if part is None or part.lacks_roles or any(file.problem(self.store) for file in part.files):
             return None
         return part
 

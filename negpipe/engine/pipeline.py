@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -80,7 +80,8 @@ def mine(
     ran: list[str] = []
     untrusted: set[str] = set()
     _make_run_dir(run_dir, config.store, graph)
-    with run_lock(run_dir), explained(run_dir), digests_of(config, rehash=rehash) as digests:
+    dropping = repair or rebuild
+    with _alone(config, dropping), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         _check_share(context)
         _clear(context)
@@ -113,14 +114,29 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
 
 
+@contextmanager
+def _alone(config: Config, dropping: bool) -> Iterator[None]:
+    """Hold the run directory, and where parts of a shared store are dropped, all others that use it."""
+    with ExitStack() as locks:
+        if config.store and dropping:
+            store = LocalStore(config.store)
+            locks.enter_context(registry.kept(store))
+            for other in registry.others(store, config.run_dir):
+                if (other / BOOKS).is_dir():
+                    locks.enter_context(run_lock(other))
+            registry.note(store, config.run_dir)
+        locks.enter_context(run_lock(config.run_dir))
+        if config.store and not dropping:
+            registry.register(LocalStore(config.store), config.run_dir)
+        yield
+
+
 def _clear(context: Context) -> None:
-    """Join those who use the store, and delete what killed runs left unfinished."""
-    if context.config.store:
-        registry.register(LocalStore(context.config.store), context.run_dir)
+    """Delete what killed runs left unfinished."""
     for root in {context.run_dir, context.config.store or context.run_dir}:
         for folder in (root, root / BOOKS):
             for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-                remove_temporaries(inner)
+                remove_temporaries(inner, own=root == context.run_dir)
 
 
 def _looked(stage: Stage, context: Context) -> State:
@@ -151,8 +167,10 @@ def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(mode=0o700, exist_ok=True)
         stay_inside(run_dir, linkable(graph))
+        registry.check_run_dir(run_dir, store)
         if store:
-            store.mkdir(parents=True, exist_ok=True)
+            registry.check_place(run_dir, store)
+            store.mkdir(mode=0o700, parents=True, exist_ok=True)
             stay_inside(store, linkable(graph))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Manifest
 from negpipe.engine.stage import Context, Shown, Stage
 from negpipe.store import view
@@ -23,19 +24,20 @@ def show(stage: Stage, context: Context, manifest: Manifest) -> None:
         return {path.name for path in paths if path.parent.name.startswith(f".{stage.name}-")}
 
     for name, what in stage.views(manifest.parts).items():
-        view.show(context.run_dir, name, _local(context, what), _version(manifest), of_the_first_edition)
+        view.show(context.run_dir, name, _local(context, what), _version(what), of_the_first_edition)
 
 
 def missing(stage: Stage, context: Context, manifest: Manifest) -> str | None:
     """A name that does not show what it should; None: all do."""
     for name, what in stage.views(manifest.parts).items():
-        if not view.shows(context.run_dir, name, _local(context, what), _version(manifest)):
+        if not view.shows(context.run_dir, name, _local(context, what), _version(what)):
             return name
     return None
 
 
-def _version(manifest: Manifest) -> str:
-    return manifest.digest[:16]
+def _version(what: Shown) -> str:
+    """Names what a folder shows: names and content."""
+    return key({name: file.digest for name, file in what.items()}) if isinstance(what, Mapping) else ""
 
 
 def _local(context: Context, what: Shown) -> Path | dict[str, Path] | None:

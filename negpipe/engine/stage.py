@@ -157,8 +157,9 @@ class Publisher:
 
     def drop_checkpoints(self) -> None:
         """Delete what the task left to go on from, under these versions or others."""
-        for name in self._store.names(f"{BOOKS}/{self._stage.name}"):
-            if PurePosixPath(name).match(f"{self._key}*.npz"):
+        folder = f"{BOOKS}/{self._stage.name}"
+        for name in self._store.names(folder):
+            if name.startswith(f"{folder}/{self._key}") and name.endswith(".npz"):
                 self._store.delete(name)
 
 

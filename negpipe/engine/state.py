@@ -54,6 +54,8 @@ def _look(stage: Stage, context: Context) -> State:
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
+    if any(part.lacks_roles for part in manifest.parts):
+        return State(stage.name, "stale", "its records are of the first edition, without roles of files", manifest)
     problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.store))]
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)

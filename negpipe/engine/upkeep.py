@@ -93,7 +93,8 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
         StorageError: a run directory that uses the store cannot be read.
     """
     store, runs = _store(config), _runs(config)
-    stay_inside(config.run_dir, linkable(graph))
+    for folder in {store.root, *runs}:
+        stay_inside(folder, linkable(graph))
     found: set[Path] = set()
     for name, stage in graph.items():
         manifests = [Books(run, name, store).manifest() for run in runs]
@@ -146,15 +147,19 @@ def _runs(config: Config) -> list[Path]:
         StorageError: one of them cannot be read.
     """
     if config.store is None:
+        registry.check_run_dir(config.run_dir, None)
         return [config.run_dir]
-    runs = registry.registered(_store(config))
-    for run in runs:
-        if not (run / BOOKS).is_dir():
+    others = registry.others(_store(config), config.run_dir)
+    for run in others:
+        try:
+            next((run / BOOKS).iterdir(), None)
+        except OSError as error:
             raise StorageError(
-                f"{run} uses the store {config.store} and cannot be read, so nobody knows which parts it needs: make it"
-                f" readable, or say that it is gone: `negpipe clean CONFIG --forget {run}`"
-            )
-    return runs if any(run.samefile(config.run_dir) for run in runs) else [*runs, config.run_dir]
+                f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so nobody knows which"
+                " parts it needs: make it readable, or say that it is gone:"
+                f" `negpipe clean CONFIG --forget {run}`"
+            ) from error
+    return [config.run_dir, *others]
 
 
 def _files(folder: Path) -> set[Path]:
@@ -202,6 +207,8 @@ def forget(config: Config, run_dir: Path) -> None:
         ConfigError: the config has no store, or the store does not know the run directory.
     """
     store = _store(config)
+    if (run_dir / BOOKS).is_dir():
+        raise ConfigError(f"--forget: {run_dir} is still there: delete it first, or run `clean` with its config")
     if config.store is None:
         raise ConfigError("--forget is for a store that run directories share, and the config has no `store`")
     with registry.kept(store):

@@ -87,7 +87,7 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
             # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
             steps.append(_checked(step, ahead, context, job) if read or ahead.name != "encode" else step)
-    return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.run_dir)).free)
+    return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.store or config.run_dir)).free)
 
 
 def _existing(folder: Path) -> Path:

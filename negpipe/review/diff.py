@@ -23,7 +23,7 @@ from negpipe.store.files import BOOKS
 if TYPE_CHECKING:
     import duckdb
 
-_CIRCUMSTANCE = ("run_dir", "executor.", "resources.", "output.report")  # what changes no row
+_CIRCUMSTANCE = ("run_dir", "store", "executor.", "resources.", "output.report")  # what changes no row
 _TEXT = 200  # characters of a text in an example
 _DOCUMENTS = 5  # of an example, on either side
 

@@ -233,7 +233,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in a folder. Only under the run lock."""
-    for path in unfinished.left_over(folder):
+def remove_temporaries(folder: Path, *, own: bool = True) -> None:
+    """Delete what killed writers left in a folder, see `unfinished.left_over`. Only under the run lock."""
+    for path in unfinished.left_over(folder, own=own):
         remove(path)

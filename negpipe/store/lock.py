@@ -55,10 +55,12 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None) -> Itera
             write_json(holder, {"host": platform.node(), "pid": os.getpid(), "since": since})
         yield
     finally:
-        if holder:
-            with suppress(OSError):
-                holder.unlink()
-        lock.release()
+        try:
+            if holder:
+                with suppress(OSError):
+                    holder.unlink()
+        finally:
+            lock.release()
 
 
 @contextmanager

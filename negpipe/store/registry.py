@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from negpipe.errors import DamagedError
+from negpipe.errors import ConfigError, DamagedError
 from negpipe.store.files import BOOKS, json_bytes
 from negpipe.store.store import LocalStore
 
@@ -31,37 +31,71 @@ def kept(store: LocalStore, patience: float = _PATIENCE) -> Iterator[None]:
 def register(store: LocalStore, run_dir: Path) -> None:
     """Note that a run directory uses the store."""
     with kept(store):
-        name = _name(run_dir)
-        store.replace(name, json_bytes({"run_dir": os.path.realpath(run_dir)}), store.read(name))
+        note(store, run_dir)
+
+
+def note(store: LocalStore, run_dir: Path) -> None:
+    """The same for who holds the registry."""
+    path = os.path.realpath(run_dir)
+    name = f"{_FOLDER}/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json"
+    store.replace(name, json_bytes({"run_dir": path}), store.read(name))
 
 
 def registered(store: LocalStore) -> list[Path]:
-    """The run directories that use the store.
+    """The run directories that use the store, each once.
 
     Raises:
         DamagedError: an entry cannot be read.
     """
-    found = []
+    return [*dict.fromkeys(Path(os.path.realpath(path)) for path in _entries(store).values())]
+
+
+def others(store: LocalStore, run_dir: Path) -> list[Path]:
+    """Those of them that are another than this."""
+    return [path for path in registered(store) if path != Path(os.path.realpath(run_dir))]
+
+
+def forget(store: LocalStore, run_dir: Path) -> bool:
+    """Strike a run directory that is gone; returns whether it was registered."""
+    names = [name for name, path in _entries(store).items() if path in (str(run_dir.absolute()), str(run_dir))]
+    for name in names:
+        store.delete(name)
+    return bool(names)
+
+
+def check_place(run_dir: Path, store: Path) -> None:
+    """Refuse a run directory of another run as a store: its own `clean` knows nothing of those who share it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if os.path.realpath(store) != os.path.realpath(run_dir) and any((store / BOOKS).glob("*/manifest.json")):
+        raise ConfigError(
+            f"store: {store} is the run directory of another run, which would not know that its parts are shared: name"
+            " a folder of its own, and move the folders with parts, and the records in .negpipe, there"
+        )
+
+
+def check_run_dir(run_dir: Path, store: Path | None) -> None:
+    """Refuse a store as the run directory of a config that does not say that it is shared.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if (run_dir / _FOLDER).is_dir() and (store is None or os.path.realpath(store) != os.path.realpath(run_dir)):
+        raise ConfigError(f"run_dir: {run_dir} is a store that run directories share: name another folder")
+
+
+def _entries(store: LocalStore) -> dict[str, str]:
+    found = {}
     for name in store.names(_FOLDER):
         if not name.endswith(".json"):
             continue
         try:
-            found.append(Path(json.loads(store.read(name) or b"")["run_dir"]))
+            found[name] = str(json.loads(store.read(name) or b"")["run_dir"])
         except (ValueError, LookupError, TypeError, RecursionError):
             raise DamagedError(
                 f"{store.path(name)} does not name a run directory: delete it, and run `negpipe mine` for the run"
                 " directory that it was of"
             ) from None
     return found
-
-
-def forget(store: LocalStore, run_dir: Path) -> bool:
-    """Strike a run directory that is gone; returns whether it was registered."""
-    name = _name(run_dir)
-    known = store.size(name) is not None
-    store.delete(name)
-    return known
-
-
-def _name(run_dir: Path) -> str:
-    return f"{_FOLDER}/{hashlib.sha256(os.fsencode(os.path.realpath(run_dir))).hexdigest()[:16]}.json"

@@ -31,10 +31,16 @@ def owner() -> str:
     return f"{os.getpid()}.{_state(os.getpid())[1]}@{_place()}"
 
 
-def left_over(folder: Path) -> Iterator[Path]:
-    """What processes that are gone left in a folder: files and folders of the names given here, and nothing else."""
+def left_over(folder: Path, *, own: bool = True) -> Iterator[Path]:
+    """What processes that are gone left in a folder: files and folders of the names given here, and nothing else.
+
+    Args:
+        folder: where to look.
+        own: what this process left is nobody's, as a run looks before it begins; not where another run of it may be
+            at work.
+    """
     with suppress(OSError):
-        yield from [path for path in folder.iterdir() if _is_abandoned(path)]
+        yield from [path for path in folder.iterdir() if _is_abandoned(path, own)]
 
 
 def is_unfinished(name: str) -> bool:
@@ -42,18 +48,18 @@ def is_unfinished(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def _is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path, own: bool) -> bool:
     """Whether it has such a name, and nobody works on it any more.
 
-    What this process left is nobody's: a run looks before it begins. A process of the same place is looked for. One of
-    another place can only be at work beside us where locks fail: it counts as dead after a day without a write.
+    A process of the same place is looked for. One of another place can only be at work beside us where locks fail or a
+    store is shared: it counts as dead after a day without a write.
     """
     named = _NAME.fullmatch(path.name)
     if named is None or path.is_symlink():
         return False
     pid, started, place = named.groups()
     if place == _place() and started is not None:
-        return int(pid) == os.getpid() or not _alive(int(pid), int(started))
+        return own if int(pid) == os.getpid() else not _alive(int(pid), int(started))
     newest = 0.0
     for inner in (path, *path.rglob("*")):
         with suppress(OSError):

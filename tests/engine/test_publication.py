@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -144,6 +145,30 @@ def test_rows_of_an_earlier_setting_are_shown_again_without_being_made(run: Run)
     assert {path.name: path.stat().st_ino for path in (run.folder / "triplets").iterdir()} == before
     assert graph.clean(load_config(run.config)) > 0
     assert [path.name for path in (run.folder / ".triplets").iterdir()] == [(run.folder / "triplets").readlink().name]
+
+
+def test_the_same_rows_under_other_names_are_shown_once(run: Run) -> None:
+    expected = rows(run)
+    for settings in (["output.rows_per_file=100000"], [], ["output.rows_per_file=100000"]):
+        run.mine(*settings)
+        assert rows(run) == expected
+
+
+def test_records_without_roles_are_made_again_where_files_cannot_be_told_apart(run: Run) -> None:
+    """Those of the first edition: an index of several files, a list of rejected rows."""
+    approximate = ["index.kind=SQ8", "index.min_recall=0.1", "search.depth=8", "mining.range_max=8"]
+    run.mine(*approximate)
+    for path in (run.folder / ".negpipe").glob("*/*.json"):
+        book = json.loads(path.read_bytes())
+        book.pop("digest", None)
+        for part in book.get("parts", [book]):
+            for file in part["files"]:
+                file.pop("role"), file.pop("aside")
+        path.write_text(json.dumps(book))
+    vectors = {path: path.stat().st_ino for path in (run.folder / "encode").iterdir()}
+    assert "index" in run.mine(*approximate).ran
+    assert {state.state for state in run.states(*approximate).values()} == {"current"}
+    assert {path: path.stat().st_ino for path in (run.folder / "encode").iterdir()} == vectors
 
 
 def test_a_folder_that_a_copy_made_of_the_pointer_is_replaced(run: Run, tmp_path: Path) -> None:

@@ -105,6 +105,59 @@ def test_clean_and_a_run_exclude_each_other(variants: tuple[Run, Run]) -> None:
     assert str(second.folder) in str(refused.value)
 
 
+def test_repair_and_rebuild_wait_for_no_run_that_is_at_work(variants: tuple[Run, Run]) -> None:
+    """They drop what may be damaged, whoever made it."""
+    first, second = variants
+    first.mine()
+    second.mine("mining.num_negatives=2")
+    with run_lock(second.folder):
+        with pytest.raises(LockedError):
+            graph.mine(load_config(first.config), repair=True)
+        with pytest.raises(LockedError):
+            graph.mine(load_config(first.config), rebuild=True)
+
+
+def test_a_run_directory_is_no_store_of_others_and_a_store_no_run_directory(
+    variants: tuple[Run, Run], tmp_path: Path
+) -> None:
+    first, _ = variants
+    alone = Run({name: value for name, value in first.config.items() if name != "store"})
+    alone.mine()
+    before = stored(alone.folder)
+    with pytest.raises(ConfigError, match="store"):
+        graph.mine(load_config({**first.config, "run_dir": str(tmp_path / "new"), "store": str(alone.folder)}))
+    first_shared = Run({**first.config, "run_dir": str(tmp_path / "new")})
+    first_shared.mine()
+    for act in (graph.mine, graph.clean):
+        with pytest.raises(ConfigError, match="run_dir"):
+            act(load_config({**alone.config, "run_dir": str(tmp_path / "store")}))
+    assert stored(alone.folder) == before
+
+
+def test_no_export_replaces_the_store(variants: tuple[Run, Run], tmp_path: Path) -> None:
+    from negpipe.review.finished import export
+    from negpipe.rows.exports import Options
+
+    first, _ = variants
+    first.mine()
+    before = stored(tmp_path / "store")
+    for place in ("store", "store/encode", "."):
+        with pytest.raises(ConfigError, match="no export"):
+            export(load_config(first.config), Options(to="jsonl", out=tmp_path / place, force=True))
+    assert stored(tmp_path / "store") == before
+
+
+def test_a_run_directory_that_moved_is_one(variants: tuple[Run, Run], tmp_path: Path) -> None:
+    first, second = variants
+    first.mine()
+    second.mine("mining.num_negatives=2")
+    moved = second.folder.rename(tmp_path / "moved")
+    second.folder.symlink_to(moved)
+    second.mine("mining.num_negatives=1")
+    assert graph.clean(load_config(second.config)) > 0
+    assert {state.state for state in second.states("mining.num_negatives=1").values()} == {"current"}
+
+
 def test_forget_is_for_shared_stores(tmp_path: Path) -> None:
     small.build(tmp_path)
     with pytest.raises(ConfigError, match="store"):

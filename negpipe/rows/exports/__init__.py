@@ -152,7 +152,8 @@ def export(
         InputError: no anchor has a negative; the hub refused.
         StorageError: the file system refused.
     """
-    _check_place(options, config.run_dir)
+    for root in {config.run_dir, config.store or config.run_dir}:
+        _check_place(options, root)
     tally = _Tally()
     with published(options.out, single=options.single, force=options.force) as folder:
         job = Job(config, corpus, tally.watch(slices), folder, options.shard_rows, options.gzip, options.run)

@@ -55,7 +55,7 @@ class Layout:
 
 def described(config: Config) -> dict[str, Any]:
     """The settings that shape the rows, without the places on this machine where things lie."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "executor", "resources"}, exclude_none=True)
+    settings = config.model_dump(mode="json", exclude={"run_dir", "store", "executor", "resources"}, exclude_none=True)
     return {name: _placeless(value) for name, value in redacted(settings).items()}
 
 
