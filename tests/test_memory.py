@@ -23,6 +23,8 @@ from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.ingest import spool
 from negpipe.sources import Document, Place, Query
 
+pytestmark = pytest.mark.slow
+
 
 def test_parts_too_large_to_encode_are_refused(tmp_path: Path) -> None:
     small.build(tmp_path)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from negpipe.errors import NegpipeError
-from negpipe.store.files import file_digest, write_json
+from negpipe.store.files import file_digest, publish, write_all
 
 KEY_LENGTH = 16
 
@@ -92,6 +92,7 @@ class DigestCache:
         if not self._dirty:
             return
         if self._path.parent.is_dir():
+            content = json.dumps(self._known).encode()  # ASCII: names of files may be no text
             with suppress(OSError, NegpipeError):
-                write_json(self._path, self._known)
+                publish(self._path.parent, lambda _: self._path.name, lambda file: write_all(file, content))
         self._dirty, self._saved = False, time.monotonic()

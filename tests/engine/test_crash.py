@@ -26,6 +26,8 @@ from torture import (
     survives,
 )
 
+pytestmark = pytest.mark.slow
+
 KILLS = 200  # at random moments
 MOMENTS = ("ingest", "index", "search", "triplets", "encode", "ingest", "search", "triplets")  # encode loads models
 

@@ -22,6 +22,8 @@ from negpipe.engine.stage import Context, Task
 from negpipe.errors import ConfigError, TaskFailedError
 from negpipe.stages import STAGES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:

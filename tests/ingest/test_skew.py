@@ -33,6 +33,8 @@ from negpipe.ingest import joins
 from negpipe.review import measures, quality
 from negpipe.review.calibrate import Setting
 
+pytestmark = pytest.mark.slow
+
 MANY, MOST, POOL = 8_000, 100_000, 300
 SHAPES = ("text", "anchor", "document", "copies")
 
