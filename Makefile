@@ -17,8 +17,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report
 QUICKSTART := data/quickstart
+FAST := $(addprefix tests/,config data encoders select sources store)
 
-.PHONY: help setup $(VERBS) test torture check format
+.PHONY: help setup $(VERBS) test test-fast test-slow torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,8 +59,14 @@ ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
 mine ingest: | $(QUICKSTART)
 endif
 
-test: check  ## everything that has to pass: check, then pytest
-	$(BIN)/pytest -n auto --dist worksteal
+test: check  ## what has to pass before a commit: check, then all tests but the slow ones
+	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal
+
+test-fast: $(READY)  ## the tests of rules, tables, readers and the store alone, within a minute
+	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal $(FAST)
+
+test-slow: $(READY)  ## the slow tests: kills, damage, rivals, memory, the drop-in, the page in a browser
+	$(BIN)/pytest -m slow -n auto --dist worksteal
 
 torture: $(READY)  ## kills, damage, rivals and random histories at full size, 40 to 60 minutes; prints counts
 	$(BIN)/pytest --torture -m torture -n auto --dist worksteal

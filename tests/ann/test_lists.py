@@ -20,6 +20,8 @@ from negpipe.ann.pairs import pair_scores, rows_of
 from negpipe.ann.products import BFloat16, Float32
 from negpipe.errors import ConfigError, DamagedError
 
+pytestmark = pytest.mark.slow
+
 ROOMY = 2**31
 DIMENSION = 24
 

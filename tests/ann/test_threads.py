@@ -14,6 +14,8 @@ import pytest
 from negpipe import ann
 from negpipe.ann import clusters, coded, exact, factory, lists, products
 
+pytestmark = pytest.mark.slow
+
 DIMENSION, MEMORY = 128, 2**29
 
 

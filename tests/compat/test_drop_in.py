@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 PAIRS = {"question": ["a", "b", "a", " a", "c"], "answer": ["x", "y", "z", "x ", ""]}
 ARGUMENTS: dict[str, Any] = {

@@ -29,7 +29,7 @@ KINDS = {
     "search": ["search"],
     "triplets": ["triplets", "ledger", "deeper"],
 }
-pytestmark = pytest.mark.torture
+pytestmark = [pytest.mark.torture, pytest.mark.slow]
 PLACES = [place for places in KINDS.values() for place in places]
 
 

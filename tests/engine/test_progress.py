@@ -15,6 +15,8 @@ from negpipe.ann import exact
 from negpipe.cli import console
 from negpipe.engine.manifest import Books
 
+pytestmark = pytest.mark.slow
+
 
 def encoded(folder: Path, tiny: Path) -> small.Outcome:
     small.build(folder)

@@ -26,6 +26,8 @@ from negpipe.config.file import load_config
 from negpipe.errors import LockedError
 from negpipe.store.lock import run_lock
 
+pytestmark = pytest.mark.slow
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--torture")

@@ -18,6 +18,8 @@ from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError, NegpipeError
 from negpipe.plan import estimate
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path)

@@ -18,6 +18,8 @@ import pytest
 import reviewed_run
 from small_source import run as negpipe
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 

@@ -22,6 +22,8 @@ from real_runs import STAGES
 
 from negpipe.store.files import explained
 
+pytestmark = pytest.mark.slow
+
 WRITTEN = {"ingest": "ingest", "encode": "encode", "index": "index", "search": "search", "triplets": "ledger"}
 
 
