@@ -170,6 +170,7 @@ def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
         registry.check_run_dir(run_dir, store)
         if store:
             registry.check_place(run_dir, store)
+            registry.check_own_parts(run_dir, store)
             store.mkdir(mode=0o700, parents=True, exist_ok=True)
             stay_inside(store, linkable(graph))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,23 @@ def check_place(run_dir: Path, store: Path) -> None:
         raise ConfigError(
             f"store: {store} is the run directory of another run, which would not know that its parts are shared: name"
             " a folder of its own, and move the folders with parts, and the records in .negpipe, there"
+        )
+
+
+def check_own_parts(run_dir: Path, store: Path) -> None:
+    """Refuse a run directory that has parts of its own: in the store they would be made again.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if os.path.realpath(store) == os.path.realpath(run_dir):
+        return
+    records = [path for path in (run_dir / BOOKS).glob("*/*.json") if re.fullmatch(r"[0-9a-f]{16}\.json", path.name)]
+    if records:
+        raise ConfigError(
+            f"store: {run_dir} has parts of its own, which would be made again in {store}: name a new run_dir, or move"
+            " its folders of parts, and the records in .negpipe that are named by 16 digits, to the same places in the"
+            " store"
         )
 
 

@@ -134,6 +134,27 @@ def test_a_run_directory_is_no_store_of_others_and_a_store_no_run_directory(
     assert stored(alone.folder) == before
 
 
+def test_parts_of_a_run_are_moved_into_a_store_and_not_made_again(variants: tuple[Run, Run], tmp_path: Path) -> None:
+    first, _ = variants
+    alone = Run({name: value for name, value in first.config.items() if name != "store"})
+    alone.mine()
+    before = stored(alone.folder)
+    with pytest.raises(ConfigError, match="parts of its own"):
+        first.mine()
+    (tmp_path / "store").mkdir(exist_ok=True)
+    for path in [*alone.folder.iterdir()]:
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+            path.rename(tmp_path / "store" / path.name)
+    for record in [*(alone.folder / ".negpipe").glob("*/" + "[0-9a-f]" * 16 + ".json")]:
+        place = tmp_path / "store/.negpipe" / record.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        record.rename(place / record.name)
+    assert first.mine().ran == ()
+    assert {name: inode for name, inode in before.items() if not name.startswith((".", "triplets"))} == {
+        name: inode for name, inode in stored(tmp_path / "store").items() if not name.startswith(".")
+    }
+
+
 def test_no_export_replaces_the_store(variants: tuple[Run, Run], tmp_path: Path) -> None:
     from negpipe.review.finished import export
     from negpipe.rows.exports import Options
