@@ -73,5 +73,6 @@ def plan(
         console.out.print(wording.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
     console.out.print(f"\nFree at {settings.store or settings.run_dir}: {wording.size(found.free)}.")
     if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
-        console.out.print(f"[red]{wording.size(needed)} are to be made: make room, or set run_dir or store.[/red]")
+        size = wording.size(needed)
+        console.out.print(f"[red]What is to be made takes {size}: make room, or set run_dir or store.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
