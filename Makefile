@@ -17,7 +17,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report
 QUICKSTART := data/quickstart
-FAST := $(addprefix tests/,config data encoders select sources store)
+FAST := $(addprefix tests/,config data encoders select store)
 
 .PHONY: help setup $(VERBS) test test-fast test-slow torture check format
 
@@ -62,7 +62,7 @@ endif
 test: check  ## what has to pass before a commit: check, then all tests but the slow ones
 	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal
 
-test-fast: $(READY)  ## the tests of rules, tables, readers and the store alone, within a minute
+test-fast: $(READY)  ## the tests of rules, tables, encoders and the store alone, within a minute
 	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal $(FAST)
 
 test-slow: $(READY)  ## the slow tests: kills, damage, rivals, memory, the drop-in, the page in a browser
