@@ -235,9 +235,8 @@ def read(
                 rows, scores = _ordered(rows, scores, _matrix(batch, f"rank_{score}", -1)[:, :depth])
             found = Candidates(rows, scores, positives, offsets, positive_scores, anchors)
             done = 0
-            while following is not None and len(here := following.among(anchors).anchors):
-                own = following.among(anchors)
-                end, step = int(here[-1]) + 1, max(1, CELLS // following.rows.shape[1])
+            while following is not None and len((own := following.among(anchors)).anchors):
+                end, step = int(own.anchors[-1]) + 1, max(1, CELLS // following.rows.shape[1])
                 for low in range(done, end, step):
                     high = min(low + step, end)
                     yield found.take(np.arange(low, high)).deepened(own.between(low, high))

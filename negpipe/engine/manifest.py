@@ -227,7 +227,7 @@ class Books:
 
 
 def _sealed(book: BaseModel) -> bytes:
-    value = book.model_dump(mode="json", exclude_defaults=False)
+    value = book.model_dump(mode="json")
     return json_bytes(value | {"digest": _seal(value)})
 
 

@@ -19,13 +19,13 @@ _PATIENCE = 60.0  # seconds; `clean` holds the registry while it deletes
 
 
 @contextmanager
-def kept(store: LocalStore, patience: float = _PATIENCE) -> Iterator[None]:
+def kept(store: LocalStore) -> Iterator[None]:
     """Hold the registry: meanwhile no run begins to use the store.
 
     Raises:
         LockedError: another process holds it.
     """
-    with store.lock(f"{BOOKS}/runs.lock", patience):
+    with store.lock(f"{BOOKS}/runs.lock", _PATIENCE):
         yield
 
 
