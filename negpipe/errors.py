@@ -25,6 +25,17 @@ class ConfigError(NegpipeError, ValueError):
     code = "config"
 
 
+class BudgetError(ConfigError):
+    """Something takes more memory than there is: bytes `needed`, bytes `there`, and what helps beside more memory."""
+
+    def __init__(self, what: str, needed: int, there: int, remedy: str) -> None:
+        self.needed, self.there, self.remedy = needed, there, remedy
+        super().__init__(
+            f"{what} needs {-(-needed // 2**20):,} MiB a worker, there are {max(0, there) // 2**20:,}: raise"
+            f" resources.memory_budget, or {remedy}"
+        )
+
+
 class InputError(NegpipeError):
     """A source file, dataset, model or vector file is wrong or missing.
 

@@ -16,10 +16,12 @@ import queue
 import signal
 import sys
 import threading
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from negpipe.config import machine
 from negpipe.config.file import load_config
+from negpipe.engine.budget import Budget
 from negpipe.engine.executors import local
 from negpipe.engine.pipeline import load_context
 from negpipe.engine.stage import Context, Task, run_task
@@ -53,7 +55,7 @@ def main() -> None:
         stage, config = STAGES[head["stage"]], load_config(head["config"])
         if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
-        context = load_context(config, STAGES, before=stage.name)
+        context = replace(load_context(config, STAGES, before=stage.name), granted=Budget(**head["budget"]))
         _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:

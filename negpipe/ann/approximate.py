@@ -21,6 +21,7 @@ from negpipe.ann import coded, factory, groups, lists, recall
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
+from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 from negpipe.store import mapped
 
@@ -62,16 +63,13 @@ class Approximate:
         anchors: Floats,
         depth: int,
         *,
-        memory: int,
-        threads: int,
+        budget: Budget,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> tuple[Ints, Floats]:
         """Rows and scores, (n, depth) each; see `lists.search_lists` and `coded.search_coded`."""
         effort = self.effort
         if isinstance(self.index, lists.Lists):
-            return lists.search_lists(
-                anchors, self.index, depth, effort.nprobe or 1, memory=memory, threads=threads, progress=progress
-            )
+            return lists.search_lists(anchors, self.index, depth, effort.nprobe or 1, budget=budget, progress=progress)
         return coded.search_coded(
             anchors,
             self.index,
@@ -79,20 +77,18 @@ class Approximate:
             depth,
             effort_value=effort.nprobe,
             proposed=max(depth, effort.proposed or depth),
-            memory=memory,
-            threads=threads,
+            budget=budget,
             progress=progress,
         )
 
 
-def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, *, memory: int, threads: int) -> None:
+def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, budget: Budget) -> None:
     """Whether the configured kind can be trained, filled, tuned and searched.
 
     Args:
         shard: vectors of the largest file.
         anchors: of the largest part.
         held: bytes of the index that a search holds.
-        memory, threads: of a worker.
 
     Raises:
         ConfigError: it cannot, and what is lacking.
@@ -103,24 +99,21 @@ def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, 
     searching = groups.kept(anchors, job.depth)
     if listed := lists.is_lists(empty):
         average = job.rows // factory.lists_of(empty)  # of a list's length; the longest is not known yet
-        searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, average, sampled(job.rows), threads))
+        searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, average, sampled(job.rows), budget.threads))
     least, what, remedy = max(
-        (3 * shard * row, "builds shards that need", ", index.shard_size or data.part_rows"),
-        (factory.training_bytes(kind, job.dimension, wanted), "is trained on a sample that needs", ""),
-        (held, "is held in memory while it is searched, and takes", ""),
-        (held + searching, "is searched in no less than", ", resources.cpus or search.depth"),
+        (3 * shard * row, "building a shard", ", index.shard_size or data.part_rows"),
+        (factory.training_bytes(kind, job.dimension, wanted), "training", ""),
+        (held, "holding the index in memory while it is searched", ""),
+        (held + searching, "searching", ", resources.cpus or search.depth"),
     )
-    if least > memory:
-        raise ConfigError(
-            f"index.kind {kind} {what} {-(-least // 2**20)} MiB a worker, there are {memory // 2**20}: raise"
-            f" resources.memory_budget, lower executor.workers{remedy}, or set index.kind: stream"
-        )
-    tuned = min(config.index.recall_anchors, job.anchors)
-    ann.exact.layout(tuned, job.rows, job.dimension, job.depth, memory - held, threads)
+    remedy = f"lower executor.workers{remedy}, or set index.kind: stream"
+    budget.require(least, f"index.kind {kind}: {what}", remedy)
+    tuned, beside = min(config.index.recall_anchors, job.anchors), budget.without(held)
+    ann.exact.layout(tuned, job.rows, job.dimension, job.depth, beside)
     if listed:
-        lists.check_places(job.dimension, factory.lists_of(empty), memory - held, threads)
+        lists.check_places(job.dimension, factory.lists_of(empty), beside)
     else:
-        coded.check_tuning(min(_MOST_PROPOSED * job.depth, job.rows), memory - held, threads)
+        coded.check_tuning(min(_MOST_PROPOSED * job.depth, job.rows), beside)
 
 
 def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
@@ -294,7 +287,7 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
 
 
 def tune(
-    opened: Approximate, anchors: ann.Vectors, config: Config, *, candidates: int, memory: int, threads: int
+    opened: Approximate, anchors: ann.Vectors, config: Config, *, candidates: int, budget: Budget
 ) -> tuple[Tuning, recall.Recall]:
     """Find the least effort that reaches `index.min_recall`, and what it finds.
 
@@ -314,12 +307,11 @@ def tune(
         depth,
         candidates=candidates,
         positives=factory.NO_PAIRS,
-        memory=memory,
-        threads=threads,
+        budget=budget,
     ).rows
     opened = opened.before(candidates)
     curve: list[dict[str, Any]] = []
-    for effort, hits in _efforts(opened, sampled, exact, config, candidates, memory, threads):
+    for effort, hits in _efforts(opened, sampled, exact, config, candidates, budget):
         measured = recall.Recall(hits)
         mean, low, high = measured.over(0, depth)
         curve.append({**asdict(effort), "recall": round(mean, 4)})
@@ -341,12 +333,12 @@ def _effort(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def _efforts(
-    opened: Approximate, anchors: Floats, exact: Ints, config: Config, candidates: int, memory: int, threads: int
+    opened: Approximate, anchors: Floats, exact: Ints, config: Config, candidates: int, budget: Budget
 ) -> Iterator[tuple[Effort, NDArray[np.bool_]]]:
     """Efforts to try in order, each with what it finds of the exact rows; the caller stops at the first that does."""
     if isinstance(opened.index, lists.Lists):
         # A row is found exactly if its list is probed: one look at the order of the lists tells of every nprobe.
-        place = lists.places(opened.index, anchors, exact, memory=memory, threads=threads)
+        place = lists.places(opened.index, anchors, exact, budget)
         most = len(opened.index.centroids)
         if config.index.nprobe:
             yield Effort(min(config.index.nprobe, most), None), place < config.index.nprobe
@@ -364,7 +356,7 @@ def _efforts(
         # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
         most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, candidates)
-        found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, memory=memory, threads=threads)
+        found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, budget=budget)
         place = np.concatenate([recall.places(rows, exact[here]) for here, rows in found])
         proposed = depth
         while proposed < most:

@@ -18,7 +18,7 @@ from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
 from negpipe.ann.vectors import Floats, Ints, Vectors
-from negpipe.errors import ConfigError
+from negpipe.engine.budget import Budget
 
 _ANCHORS = 256
 _BLOCK_ROWS, _LEAST_ROWS = 65536, 1024
@@ -60,8 +60,7 @@ def search_coded(
     *,
     effort_value: int | None,
     proposed: int,
-    memory: int,
-    threads: int,
+    budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Ints, Floats]:
     """The best `depth` of the `proposed` rows that the index finds.
@@ -72,25 +71,25 @@ def search_coded(
         vectors: the corpus.
         effort_value: nprobe or efSearch, see `effort`.
         proposed: rows an anchor that are scored exactly, at least `depth`.
-        memory: bytes this call may use; changes no result.
-        threads: changes no result.
+        budget: changes no result.
         progress: called with the number of corpus rows just searched.
 
     Returns:
         rows (n, depth) int64, -1 where fewer were found; scores (n, depth) float32, -inf there.
 
     Raises:
-        ConfigError: `memory` does not suffice.
+        ConfigError: `budget` does not suffice.
     """
     row = 4 * vectors.dimension
-    each, fixed = needs(vectors.dimension, proposed, threads)
+    each, fixed = needs(vectors.dimension, proposed, budget.threads)
+    threads = budget.threads
 
-    def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
+    def search(group: Floats, budget: Budget, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         best = _proposals(group, shards, effort_value, proposed, threads, progress)
-        spare = memory - fixed - len(group) * each
-        return _rescored(group, vectors, best, depth, min(_BLOCK_ROWS, _LEAST_ROWS + spare // (2 * row)), threads)
+        block_rows = min(_BLOCK_ROWS, _LEAST_ROWS + budget.rows(2 * row, fixed + len(group) * each))
+        return _rescored(group, vectors, best, depth, block_rows, threads)
 
-    return in_groups(anchors, search, depth, each=each, fixed=fixed, memory=memory, progress=progress, whole=_ANCHORS)
+    return in_groups(anchors, search, depth, each=each, fixed=fixed, budget=budget, progress=progress, whole=_ANCHORS)
 
 
 def _rescored(
@@ -122,39 +121,34 @@ def propose(
     *,
     effort_value: int | None,
     proposed: int,
-    memory: int,
-    threads: int,
+    budget: Budget,
 ) -> Iterator[tuple[slice, Ints]]:
     """The rows the index finds, in its own order, -1 where there are no more: of some anchors, (m, proposed).
 
     What `search_coded` returns are the best of the first of them: so one search tells what any number would find.
 
     Raises:
-        ConfigError: `memory` does not suffice.
+        ConfigError: `budget` does not suffice.
     """
-    each, fixed = proposed * 64, threads * _ANCHORS * proposed * 40
-    check_tuning(proposed, memory, threads)
-    size = (memory - fixed) // (each * _ANCHORS) * _ANCHORS  # whole tiles, or FAISS would be asked for other ones
+    each, fixed = proposed * 64, budget.threads * _ANCHORS * proposed * 40
+    check_tuning(proposed, budget)
+    size = budget.rows(each, fixed, whole=_ANCHORS)  # whole tiles, or FAISS would be asked for other ones
     for low in range(0, len(anchors), size):
         here = slice(low, low + size)
-        best = _proposals(anchors[here], shards, effort_value, proposed, threads, lambda rows: None)
+        best = _proposals(anchors[here], shards, effort_value, proposed, budget.threads, lambda rows: None)
         best.sort(axis=1)
         yield here, rows_of(best)
 
 
-def check_tuning(proposed: int, memory: int, threads: int) -> None:
+def check_tuning(proposed: int, budget: Budget) -> None:
     """Whether so many proposals an anchor fit into memory.
 
     Raises:
         ConfigError: they do not.
     """
-    least = (threads * 40 + 64) * _ANCHORS * proposed
-    if least > memory:
-        raise ConfigError(
-            f"tuning this index to {proposed} proposals an anchor needs {-(-least // 2**20)} MiB, there are"
-            f" {memory // 2**20}: raise resources.memory_budget, lower executor.workers or search.depth, or set"
-            " index.kind: stream"
-        )
+    least = (budget.threads * 40 + 64) * _ANCHORS * proposed
+    remedy = "lower executor.workers or search.depth, or set index.kind: stream"
+    budget.require(least, f"tuning this index to {proposed:,} proposals an anchor", remedy)
 
 
 def _tiles(anchors: Floats) -> list[slice]:

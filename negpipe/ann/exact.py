@@ -12,7 +12,6 @@ first block; an anchor of which too few rows reach the guess has that block sear
 from __future__ import annotations
 
 import logging
-import math
 import time
 import zipfile
 import zlib
@@ -27,6 +26,7 @@ from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
 from negpipe.data.npy import BROKEN
+from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, StorageError
 from negpipe.store.files import publish
 
@@ -101,8 +101,7 @@ def search_exact(
     *,
     positives: tuple[Ints, Ints],
     candidates: int | None = None,
-    memory: int,
-    threads: int,
+    budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
     checkpoint: Checkpoint | None = None,
 ) -> Found:
@@ -114,13 +113,12 @@ def search_exact(
         positives: (p,) int64 anchor and (p,) int64 corpus row of each known pair.
         candidates: the rows before this one can be among the best, those after it only have positives' scores;
             None: all can.
-        memory: bytes this call may use, its results included; changes no result.
-        threads: threads that compute; one more reads ahead. Changes no result.
+        budget: its memory holds the results too; one thread more than it has reads ahead. Changes no result.
         progress: called after each block with the number of corpus rows just searched.
         checkpoint: where a long search leaves what it has, and finds it again; of these anchors and vectors alone.
 
     Raises:
-        ConfigError: `memory` does not suffice.
+        ConfigError: `budget` does not suffice.
         DamagedError: a vector is not finite, or a file cannot be read to its end.
     """
     anchors = np.ascontiguousarray(anchors, np.float32)
@@ -134,7 +132,7 @@ def search_exact(
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension)
-    count, block_rows, _ = layout(len(anchors), vectors.rows, vectors.dimension, depth, memory, threads)
+    count, block_rows, _ = layout(len(anchors), vectors.rows, vectors.dimension, depth, budget)
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
     tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
@@ -153,7 +151,7 @@ def search_exact(
         pairs = np.flatnonzero((row_of >= block.first) & (row_of < block.first + len(block.vectors)))
         positive_scores[pairs] = pair_scores(anchors, anchor_of[pairs], block.vectors, row_of[pairs] - block.first)
 
-    with pool(numbers, 1) as reader, pool(numbers, threads) as computing:
+    with pool(numbers, 1) as reader, pool(numbers, budget.threads) as computing:
         ahead = reader.submit(load, 0) if starts else None
         for number in range(len(starts)):
             assert ahead is not None
@@ -183,39 +181,38 @@ def _scratch(depth: int) -> int:
     return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * waiting(depth)
 
 
-def layout(anchors: int, rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int, int]:
+def layout(anchors: int, rows: int, dimension: int, depth: int, budget: Budget) -> tuple[int, int, int]:
     """Number of tiles, rows of a block, and bytes that results, two blocks and every thread's scratch then take.
 
     Raises:
         ConfigError: they do not.
     """
+    threads = budget.threads
     scratch = threads * _scratch(depth)
-    width = min(STRIP, max(1, memory // (4 * scratch)))
+    width = min(STRIP, max(1, budget.memory // (4 * scratch)))
     # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
     fixed = anchors * (depth * 20 + dimension * 6) + scratch * -(-anchors // max(1, tiles))
     row = 2 * (6 * dimension + 16)
-    least = fixed + min(READ_ROWS, rows) * row
-    if least > memory:
-        raise ConfigError(
-            f"searching {anchors} anchors to depth {depth} needs {math.ceil(least / 2**20)} MiB a worker, there are"
-            f" {memory // 2**20}: raise resources.memory_budget, or lower executor.workers, resources.cpus or"
-            " search.depth"
-        )
-    block_rows = max(1, min(_BLOCK_ROWS, rows, (memory - fixed) // row))
+    budget.require(
+        fixed + min(READ_ROWS, rows) * row,
+        f"searching {anchors:,} anchors to depth {depth:,}",
+        "lower executor.workers, resources.cpus or search.depth",
+    )
+    block_rows = max(1, min(_BLOCK_ROWS, rows, budget.rows(row, fixed)))
     return tiles, block_rows, fixed + block_rows * row
 
 
-def needs(rows: int, dimension: int, depth: int, memory: int, threads: int) -> tuple[int, int]:
+def needs(rows: int, dimension: int, depth: int, budget: Budget) -> tuple[int, int]:
     """Bytes that a search takes for each anchor, and whatever their number.
 
     `layout` takes scratch for as many anchors as a quarter of the memory has room for, and for no more than there are:
     of these two bounds the one that lets more of them be searched at a time.
     """
-    each, scratch = depth * 20 + dimension * 6, threads * _scratch(depth)
+    each, scratch = depth * 20 + dimension * 6, budget.threads * _scratch(depth)
     block = min(READ_ROWS, rows) * 2 * (6 * dimension + 16)
-    bounds = (each, block + max(scratch, memory // 4)), (each + scratch, block)
-    return max(bounds, key=lambda bound: (memory - bound[1]) // bound[0])
+    bounds = (each, block + max(scratch, budget.memory // 4)), (each + scratch, block)
+    return max(bounds, key=lambda bound: (budget.memory - bound[1]) // bound[0])
 
 
 @dataclass(frozen=True)

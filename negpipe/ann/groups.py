@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from negpipe.ann.vectors import Floats, Ints
-from negpipe.errors import ConfigError
+from negpipe.engine.budget import Budget
 
 Progress = Callable[[int], None]
-Search = Callable[[Any, int, Progress], tuple[Ints, Floats]]
+Search = Callable[[Any, Budget, Progress], tuple[Ints, Floats]]
 
 
 def in_groups(
@@ -21,7 +21,7 @@ def in_groups(
     *,
     each: int,
     fixed: int,
-    memory: int,
+    budget: Budget,
     progress: Progress,
     whole: int = 1,
 ) -> tuple[Ints, Floats]:
@@ -29,20 +29,19 @@ def in_groups(
 
     Args:
         anchors: (n, d) vectors, or (n,) numbers by which the search finds theirs.
-        search: of some anchors, in so many bytes; calls its progress with the rows of the corpus it has just searched.
+        search: of some anchors, within a budget; calls its progress with the rows of the corpus it has just searched.
         depth: rows of an anchor.
         each, fixed: bytes it needs for an anchor, and whatever their number.
-        memory: bytes there are.
+        budget: for what is found for all, too.
         whole: how many must be searched together, if there are as many.
         progress: called with rows of the corpus, until all were searched for all anchors.
 
     Raises:
         ConfigError: not even so many fit.
     """
-    check(len(anchors), depth, each=each, fixed=fixed, memory=memory, whole=whole)
-    memory -= kept(len(anchors), depth)
-    fitting = (memory - fixed) // each
-    size = max(1, min(len(anchors), fitting // whole * whole))
+    check(len(anchors), depth, each=each, fixed=fixed, budget=budget, whole=whole)
+    budget = budget.without(kept(len(anchors), depth))
+    size = max(1, min(len(anchors), budget.rows(each, fixed, whole=whole)))
     searched = 0
 
     def share(rows: int) -> None:
@@ -54,7 +53,7 @@ def in_groups(
     for low in range(0, len(anchors), size):
         here = slice(low, low + size)
         group = anchors[here]
-        rows[here], scores[here] = search(group, memory, share)
+        rows[here], scores[here] = search(group, budget, share)
     return rows, scores
 
 
@@ -64,7 +63,7 @@ def check(
     *,
     each: int,
     fixed: int,
-    memory: int,
+    budget: Budget,
     whole: int = 1,
     remedy: str = "lower executor.workers or search.depth, or set index.kind: stream",
 ) -> None:
@@ -74,11 +73,7 @@ def check(
         ConfigError: none does.
     """
     least = kept(anchors, depth) + fixed + each * max(1, min(whole, anchors))
-    if least > memory:
-        raise ConfigError(
-            f"this search needs {-(-least // 2**20)} MiB, there are {memory // 2**20}: raise"
-            f" resources.memory_budget, {remedy}"
-        )
+    budget.require(least, f"searching {anchors:,} anchors to depth {depth:,}", remedy)
 
 
 def kept(anchors: int, depth: int) -> int:

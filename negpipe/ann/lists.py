@@ -25,9 +25,11 @@ from negpipe.ann.library import faiss
 from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors, pool
 from negpipe.ann.vectors import Floats, Held, Ints
+from negpipe.engine.budget import Budget
 from negpipe.errors import DamagedError
 
 _AHEAD = 4  # lists a thread that are being searched or wait for the merge
+_ORDERED = 0.75  # of the memory, for the order of lists as it is made
 _GUESSED = 256  # anchors at a time
 SAMPLE_ROWS = 8192  # that are looked at to guess
 
@@ -92,10 +94,10 @@ class Lists:
             first = here.stop
         return room[:first], ids
 
-    def nearest(self, anchors: Floats, nprobe: int, *, memory: int, threads: int) -> Ints:
+    def nearest(self, anchors: Floats, nprobe: int, budget: Budget) -> Ints:
         """(n, nprobe): the lists an anchor probes, nearest first."""
         held = Held(self.centroids)
-        return search_exact(anchors, held, nprobe, positives=NO_PAIRS, memory=memory, threads=threads).rows
+        return search_exact(anchors, held, nprobe, positives=NO_PAIRS, budget=budget).rows
 
 
 def is_lists(index: object) -> bool:
@@ -132,7 +134,7 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
     return Lists(centroids, tuple(opened), sample)
 
 
-def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: int) -> Ints:
+def places(lists: Lists, anchors: Floats, rows: Ints, budget: Budget) -> Ints:
     """(n, depth): how many lists lie nearer to an anchor than the one that holds a row."""
     count = len(lists.centroids)
     wanted, at = np.unique(rows, return_inverse=True)
@@ -144,28 +146,24 @@ def places(lists: Lists, anchors: Floats, rows: Ints, *, memory: int, threads: i
     lists_of = list_of[at].reshape(rows.shape)
 
     def of(group: Floats, held: Ints) -> Ints:
-        nearest = lists.nearest(group, count, memory=_ordered(memory), threads=threads)
+        nearest = lists.nearest(group, count, budget.share(_ORDERED))
         place = np.empty_like(nearest)
         np.put_along_axis(place, nearest, np.arange(count)[None, :], axis=1)
         return np.take_along_axis(place, held, axis=1)
 
     # Rows and scores that `nearest` finds, as they are made and as they are given, take most; then their order turned.
-    pieces = -(-len(anchors) * count * 64 // memory)
+    pieces = -(-len(anchors) * count * 64 // budget.memory)
     split = np.array_split(anchors, pieces), np.array_split(lists_of, pieces)
     return np.concatenate([of(group, held) for group, held in zip(*split, strict=True)])
 
 
-def check_places(dimension: int, count: int, memory: int, threads: int) -> None:
+def check_places(dimension: int, count: int, budget: Budget) -> None:
     """Whether the order of so many lists can be found for an anchor.
 
     Raises:
         ConfigError: it cannot.
     """
-    layout(1, count, dimension, count, _ordered(memory), threads)
-
-
-def _ordered(memory: int) -> int:
-    return memory // 4 * 3
+    layout(1, count, dimension, count, budget.share(_ORDERED))
 
 
 def needs(
@@ -190,8 +188,7 @@ def search_lists(
     depth: int,
     nprobe: int,
     *,
-    memory: int,
-    threads: int,
+    budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Ints, Floats]:
     """The best rows of every anchor among the `nprobe` lists nearest to it.
@@ -199,21 +196,21 @@ def search_lists(
     Args:
         anchors: (n, d) float32.
         depth: how many.
-        memory: bytes this call may use; changes no result.
-        threads: changes no result.
+        budget: changes no result.
         progress: called with the number of corpus rows whose lists have just been searched.
 
     Returns:
         rows (n, depth) int64, -1 where the lists hold fewer; scores (n, depth) float32, -inf there.
 
     Raises:
-        ConfigError: `memory` does not suffice.
+        ConfigError: `budget` does not suffice.
     """
     share = nprobe / len(lists.centroids)
-    each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, len(lists.sample), threads)
+    each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, len(lists.sample), budget.threads)
+    threads = budget.threads
 
-    def search(group: Floats, memory: int, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
-        probed = lists.nearest(group, nprobe, memory=memory, threads=threads)
+    def search(group: Floats, budget: Budget, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
+        probed = lists.nearest(group, nprobe, budget)
         numbers = arithmetic(float(len(group)) * lists.rows * group.shape[1] * nprobe / len(lists.centroids))
         guess = _guess(group, lists, depth, numbers, threads)
         best = _scan(group, lists, depth, probed, guess, numbers, threads, progress)
@@ -226,7 +223,7 @@ def search_lists(
         best.sort(axis=1)
         return rows_of(best), scores_of(best)
 
-    return in_groups(anchors, search, depth, each=each, fixed=fixed, memory=memory, progress=progress)
+    return in_groups(anchors, search, depth, each=each, fixed=fixed, budget=budget, progress=progress)
 
 
 def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threads: int) -> Floats:

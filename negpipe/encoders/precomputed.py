@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from negpipe.data.npy import BROKEN
 from negpipe.data.texts import hashes
-from negpipe.errors import ConfigError, InputError
+from negpipe.engine.budget import Budget
+from negpipe.errors import InputError
 from negpipe.store import mapped
 
 Floats = npt.NDArray[np.float32]
@@ -26,17 +27,17 @@ class VectorFile:
             be matched by id, a text or integer column; an id may come twice with the same vector.
         rows: rows of the source; without ids the file must have just as many.
         setting: the config key that names the file, for errors.
-        memory: bytes there are.
+        budget: for a row group of a Parquet file.
 
     Raises:
         ConfigError: reading a row group of a Parquet file, or its ids, takes more.
         InputError: not such a file, another number of rows, or an id with two vectors.
     """
 
-    def __init__(self, path: Path, rows: int, setting: str, memory: int) -> None:
+    def __init__(self, path: Path, rows: int, setting: str, budget: Budget) -> None:
         self.path, self._setting = path, setting
         self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
-        self._matrix = _opened(path, setting, memory)
+        self._matrix = _opened(path, setting, budget)
         if isinstance(self._matrix, _Parquet) and self._matrix.label is not None:
             hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
             order = np.argsort(hashed, kind="stable").astype(np.int64)
@@ -140,16 +141,16 @@ class VectorFile:
         return order[at]
 
 
-def dimension_of(path: Path, setting: str, memory: int) -> int:
+def dimension_of(path: Path, setting: str, budget: Budget) -> int:
     """Numbers of a vector in a file, whose ids are not read; the arguments and errors are those of `VectorFile`."""
-    return _opened(path, setting, memory).shape[1]
+    return _opened(path, setting, budget).shape[1]
 
 
-def _opened(path: Path, setting: str, memory: int) -> _Npy | _Parquet:
+def _opened(path: Path, setting: str, budget: Budget) -> _Npy | _Parquet:
     if path.suffix == ".npy":
         return _Npy(path, setting)
     if path.suffix == ".parquet":
-        return _Parquet(path, setting, memory)
+        return _Parquet(path, setting, budget)
     raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
 
 
@@ -176,7 +177,7 @@ class _Npy:
 class _Parquet:
     """Reads one row group at a time; the last one stays in memory."""
 
-    def __init__(self, path: Path, setting: str, memory: int) -> None:
+    def __init__(self, path: Path, setting: str, budget: Budget) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -203,12 +204,12 @@ class _Parquet:
         needed = (2 * width + 4) * max(numbers, default=0) + (150 * max(groups, default=0) + 40 * sum(groups)) * len(
             labels
         )
-        if needed > memory:
-            raise ConfigError(
-                f"{path}: reading a row group takes {-(-needed // 2**20)} MiB, there are {memory // 2**20} a worker:"
-                " write the file with smaller row groups (pyarrow: write_table(…, row_group_size=10_000)), lower"
-                " executor.workers, or raise resources.memory_budget"
-            )
+        budget.require(
+            needed,
+            f"{path}: reading a row group",
+            "lower executor.workers, or write the file with smaller row groups (pyarrow: write_table(…,"
+            " row_group_size=10_000))",
+        )
         self._starts = np.cumsum([0, *groups])  # An empty group holds no row, so nothing ever asks for it.
         self._held: tuple[int, Floats] | None = None
         self._dimension: int | None = None

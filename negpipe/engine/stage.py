@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import versions
+from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.errors import MissingStageError
@@ -64,6 +65,8 @@ class Context:
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     key: str = ""
     """Key of the stage that is being run."""
+    granted: Budget | None = None
+    """What the executor gives a task of the stage that is being run."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
@@ -94,24 +97,20 @@ class Context:
         return self.store.path(part.file(role).path)
 
     @property
-    def threads(self) -> int:
-        """Threads of one worker: `resources.cpus` shared out."""
-        return self.cpus // self.workers
+    def whole(self) -> Budget:
+        """All that the run may use."""
+        return Budget(self.config.resources.memory_budget, self.config.resources.cpus or machine.cores())
 
     @property
-    def memory(self) -> int:
-        """Bytes of one worker: `resources.memory_budget` shared out."""
-        return self.config.resources.memory_budget // self.workers
-
-    @property
-    def cpus(self) -> int:
-        """Threads of all workers."""
-        return self.config.resources.cpus or machine.cores()
+    def budget(self) -> Budget:
+        """What one task may use: what it was granted, or before that a worker's share of the whole."""
+        whole, workers = self.whole, self.workers
+        return self.granted or Budget(whole.memory // workers, whole.threads // workers)
 
     @property
     def workers(self) -> int:
         """Processes that share the machine: no more than threads."""
-        return min(self.config.executor.workers, self.cpus) if self.config.executor.kind == "local" else 1
+        return min(self.config.executor.workers, self.whole.threads) if self.config.executor.kind == "local" else 1
 
 
 class Publisher:
@@ -215,6 +214,10 @@ def _in_a_worker(_: Config) -> Place:
     return "worker"
 
 
+def _share(context: Context) -> Budget:
+    return context.budget
+
+
 def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
     return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
 
@@ -239,6 +242,7 @@ class Stage:
             for; candidates stored deeper serve a shallower window.
         shared: parts of other stages that `run` may read for any task, beside those its payload names.
         place: where its tasks run, see `Place`.
+        resources: what each of its tasks is to be given: memory, threads, a GPU.
         rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
         views: (its parts) → what people see of them in the run directory, by name: a file, files by the names they have
             in a folder, or None where there is nothing to show.
@@ -264,6 +268,7 @@ class Stage:
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     shared: Callable[[Context], list[Part]] = _no_parts
     place: Callable[[Config], Place] = _in_a_worker
+    resources: Callable[[Context], Budget] = _share
     rounds: bool = False
     views: Callable[[Sequence[Part]], Mapping[str, Shown]] = _shows_nothing
     folders: tuple[str, ...] = ()
@@ -286,7 +291,7 @@ def linkable(graph: Graph) -> set[str]:
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere. Its word is advice: the pipeline looks at the disk afterwards."""
+    """Runs tasks somewhere, each within `context.budget`. Its word is advice: the pipeline looks at the store."""
 
     def __call__(
         self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]

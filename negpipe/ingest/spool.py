@@ -31,22 +31,12 @@ _CHARACTERS = 2**23  # of a batch's texts: what is read, hashed and written at a
 _WARNED = 10
 
 
-def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnection:
+def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Read the source once: texts and extra columns to the spool, everything else to the database.
 
     Raises:
         ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
     """
-    import duckdb
-
-    database = duckdb.connect(
-        str(folder / "ingest.duckdb"),
-        config={
-            "memory_limit": f"{config.resources.memory_budget // 2**20 // 2}MiB",
-            "threads": threads,
-            "temp_directory": str(folder / "spill"),
-        },
-    )
     database.execute("""
         create table documents (corpus boolean, position bigint, source_row bigint, id varchar,
             d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
@@ -61,7 +51,6 @@ def load(config: Config, threads: int, folder: Path) -> duckdb.DuckDBPyConnectio
     with writer:
         for batch in _batches(sources.read(config.data)):
             writer.add(batch)
-    return database
 
 
 def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]:

@@ -80,7 +80,7 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             config, _ = auto.decided(context.config, job.rows, job.dimension, job.anchors)
             context = replace(context, config=config)
         gflops = 2e-9 * ann.rate(float(job.rows) * job.anchors * job.dimension, job.dimension or _DIMENSION)
-        gflops *= context.threads * context.workers
+        gflops *= context.budget.threads * context.workers
         choices = _choices(context, job, gflops)
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
         for ahead, stands, then in waiting:
@@ -190,7 +190,7 @@ def _encoding(context: Context, probe: bool) -> _Encoding:
     part = documents(context.manifest("ingest"))[0]
     texts = open_table(context.path(part, "table"))["text"].slice(0, _PROBE_TEXTS).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    took, dimension = time_model(config.encoder, model.path, texts, context.threads)
+    took, dimension = time_model(config.encoder, model.path, texts, context.budget.threads)
     return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
 
 
@@ -202,5 +202,5 @@ def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:
     if "encode" in context.manifests:
         parts = documents(context.manifest("encode"))
         sample = sample_of(ann.open_parts([context.path(part, "vectors") for part in parts]), context.config.seed)
-    machine = Machine(gflops * 5e8, context.workers, context.threads, context.memory)
+    machine = Machine(gflops * 5e8, context.workers, context.budget)
     return tuple(choices(context.config, job, sample, largest, machine))

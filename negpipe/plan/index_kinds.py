@@ -13,6 +13,7 @@ from negpipe.ann.approximate import check_memory, sampled
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats
 from negpipe.config.schema import Config
+from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError
 
 SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
@@ -35,12 +36,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: multiplications a second of all threads, workers, and threads and bytes of each."""
+    """What there is: multiplications a second of all threads, workers, and the budget of each."""
 
     rate: float
     workers: int
-    threads: int
-    memory: int
+    budget: Budget
 
 
 def choices(config: Config, job: Job, sample: Floats | None, largest: int, machine: Machine) -> list[Choice]:
@@ -79,7 +79,7 @@ def _refused(kind: str, error: ConfigError) -> Choice:
 
 def _exact(job: Job, largest: int, machine: Machine) -> Iterator[Choice]:
     try:
-        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, machine.memory, machine.threads)
+        *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, machine.budget)
     except ConfigError as error:
         yield from (_refused(kind, error) for kind in ("stream", "flat"))
         return
@@ -95,23 +95,26 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
     shard = min(config.index.shard_size, vectors)
     disk, held = factory.bytes_of(kind, job.dimension, job.rows, -(-vectors // shard))
     rows_held = shard // (job.dimension * 4)
-    check_memory(with_kind, job, rows_held, largest, held, memory=machine.memory, threads=machine.threads)
+    check_memory(with_kind, job, rows_held, largest, held, machine.budget)
     index = factory.make(kind, job.dimension)
     number = factory.lists_of(index)
     share = auto.share(job.rows, job.depth, number) if number else 1.0
+    threads = machine.budget.threads
     if lists.is_lists(index):
         longest, nprobe = _UNEVEN * job.rows // number, max(1, int(share * number))
-        each, fixed = lists.needs(job.dimension, job.depth, nprobe, share, longest, sampled(job.rows), machine.threads)
+        each, fixed = lists.needs(
+            job.dimension, job.depth, nprobe, share, longest, sampled(job.rows), machine.budget.threads
+        )
         products = auto.built(job.rows, wanted, number)
         build, search = products * job.dimension / machine.rate, _seconds(job, machine) * (share + auto.FIXED)
         note = f"recall is measured; reckoned with {nprobe:,} lists probed"
     else:
-        each, fixed = coded.needs(job.dimension, 2 * job.depth, machine.threads)
+        each, fixed = coded.needs(job.dimension, 2 * job.depth, threads)
         rows = _like(job.dimension) if sample is None else sample
-        build, search = probe.seconds(kind, job, rows, share, machine.rate, machine.threads * machine.workers)
+        build, search = probe.seconds(kind, job, rows, share, machine.rate, threads * machine.workers)
         note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
         note += ", training of the rotation not counted" if "OPQ" in kind else ""
-    searching = held + min(fixed + each * largest, max(fixed + each, machine.memory - held))
+    searching = held + min(fixed + each * largest, max(fixed + each, machine.budget.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
     return Choice(
         kind,

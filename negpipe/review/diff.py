@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from negpipe.config.file import find_config, load_config
 from negpipe.config.schema import Config
+from negpipe.data.database import opened
+from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.engine.manifest import Books, Manifest
 from negpipe.errors import ConfigError, InputError, MissingStageError
 from negpipe.review.audit import load
@@ -133,30 +135,28 @@ def source_of(name: str) -> Source:
 
 
 def compare(
-    a: Source, b: Source, *, examples: int = 5, memory: int = 2**30, threads: int = 1, scratch: Path | None = None
+    a: Source, b: Source, *, examples: int = 5, budget: Budget = DEFAULT, scratch: Path | None = None
 ) -> Difference:
     """Compare B to A.
 
     Args:
         a, b: both sides.
         examples: anchors to show, those that changed most first.
-        memory: bytes for DuckDB. Changes no result.
-        threads: threads that compute. Changes no result.
+        budget: for DuckDB. Changes no result.
         scratch: folder for what spills; None: the system's temporary folder.
 
     Raises:
         InputError: a file cannot be read, lacks a column, or holds no row; or the two have no anchor in common.
     """
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder:
-        database = load.connect(Path(folder), memory, threads)
-        try:
-            layouts = [_load(database, side, source, Path(folder)) for side, source in (("a", a), ("b", b))]
-            by_id = all(one.has("anchor_id") for one in layouts)
-            documents_by_id = all(one.has("positive_id" if one.labelled else "negative_id") for one in layouts)
-            _pair(database, by_id, documents_by_id)
-            return _difference(database, a, b, by_id, examples)
-        finally:
-            database.close()
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder,
+        opened(Path(folder), budget, "the comparison") as database,
+    ):
+        layouts = [_load(database, side, source, Path(folder)) for side, source in (("a", a), ("b", b))]
+        by_id = all(one.has("anchor_id") for one in layouts)
+        documents_by_id = all(one.has("positive_id" if one.labelled else "negative_id") for one in layouts)
+        _pair(database, by_id, documents_by_id)
+        return _difference(database, a, b, by_id, examples)
 
 
 def _run(name: str, run_dir: Path) -> Source:

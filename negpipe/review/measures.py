@@ -123,7 +123,7 @@ def calibrate_settings(
                 settings(context.config),
                 method=method,
                 all_anchors=total,
-                threads=context.threads,
+                threads=context.budget.threads,
                 progress=lambda count: reporter.advance(count, ""),
             )
         finally:
@@ -155,7 +155,7 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
         return audit.audit(file, options)
     with digests_of(config) as digests:
         context = current(config, digests, "audit", last="ingest" if file else "triplets")
-        shared = replace(options, memory=config.resources.memory_budget // 2, threads=context.threads)
+        shared = replace(options, budget=context.budget.share(0.5))
         if file is not None:
             return audit.audit(file, shared, _qrels(context), scratch=config.run_dir)
         if config.output.include_positives:
@@ -254,8 +254,7 @@ def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Tr
             every,
             min(_NEIGHBOURS + 1, every.rows),
             positives=(none, none),
-            memory=context.config.resources.memory_budget,
-            threads=context.threads,
+            budget=context.budget,
         )
         anchor, column = np.nonzero((near.scores >= least) & (near.rows >= 0) & (near.rows != rows[:, None]))
         # One of them may have very many positives: as many anchors at a time as have a bounded number.

@@ -20,6 +20,7 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
+from negpipe.engine.budget import Budget
 from negpipe.select.selector import PartFiles, Selector, rows_of
 from negpipe.store import mapped
 
@@ -45,22 +46,23 @@ def limit(config: Config, rows: int) -> int:
     return min(mining.max_depth or 0, rows)
 
 
-def check_memory(anchors: int, rows: int, dimension: int, deepest: int, *, memory: int, threads: int) -> None:
+def check_memory(anchors: int, rows: int, dimension: int, deepest: int, budget: Budget) -> None:
     """Whether so many anchors of a part can be searched again.
 
     Raises:
         ConfigError: they cannot.
     """
-    each, fixed = ann.exact.needs(rows, dimension, deepest, memory // 2, threads)
+    half = budget.share(0.5)
+    each, fixed = ann.exact.needs(rows, dimension, deepest, half)
     remedy = "lower executor.workers, or set mining.max_depth: 0"
-    together = min(anchors, _together(deepest, memory)[1])
-    groups.check(together, deepest, each=each, fixed=fixed, memory=memory // 2, remedy=remedy)
+    together = min(anchors, _together(deepest, budget)[1])
+    groups.check(together, deepest, each=each, fixed=fixed, budget=half, remedy=remedy)
 
 
-def _together(deepest: int, memory: int) -> tuple[int, int]:
+def _together(deepest: int, budget: Budget) -> tuple[int, int]:
     """Anchors of a group, and those that are searched together: as many groups as fit."""
     size = max(1, CELLS // deepest)
-    return size, max(size, memory // 2 // (_CELL * deepest))
+    return size, max(size, budget.share(0.5).rows(_CELL * deepest))
 
 
 def deepen(
@@ -69,8 +71,7 @@ def deepen(
     passages: ann.Vectors,
     deepest: int,
     *,
-    memory: int,
-    threads: int,
+    budget: Budget,
     progress: Callable[[str], None] = lambda note: None,
     checkpoints: Callable[[str], Path] | None = None,
 ) -> Iterator[Deeper]:
@@ -81,16 +82,16 @@ def deepen(
         part: where the anchors, their candidates and their vectors are.
         passages: the vectors of the documents that can be candidates.
         deepest: the limit.
-        memory: bytes there are; as many anchors as fit are searched together. Changes no result.
-        threads: threads that compute. Changes no result.
+        budget: as many anchors as fit are searched together. Changes no result.
         progress: called with a note on how far a search is.
         checkpoints: the path of what a search leaves to go on from, by its name; None: it leaves nothing.
 
     Raises:
-        ConfigError: `memory` does not suffice.
+        ConfigError: `budget` does not suffice.
         DamagedError: a file is not whole.
     """
-    size, together = _together(deepest, memory)
+    half = budget.share(0.5)
+    size, together = _together(deepest, budget)
     began = time.monotonic()
     table = open_table(part.anchors)
     waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
@@ -98,7 +99,7 @@ def deepen(
 
     def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
         vectors = mapped.npy(part.vectors)
-        each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, memory // 2, threads)
+        each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, half)
         seen = 0
 
         def tell(rows: int) -> None:
@@ -107,7 +108,7 @@ def deepen(
             progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
 
         def search_some(
-            some: ann.vectors.Ints, memory: int, progress: Callable[[int], None]
+            some: ann.vectors.Ints, budget: Budget, progress: Callable[[int], None]
         ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
             who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
             checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
@@ -116,14 +117,13 @@ def deepen(
                 passages,
                 depth,
                 positives=(none, none),
-                memory=memory,
-                threads=threads,
+                budget=budget,
                 progress=progress,
                 checkpoint=checkpoint,
             )
             return found.rows, found.scores
 
-        return groups.in_groups(anchors, search_some, depth, each=each, fixed=fixed, memory=memory // 2, progress=tell)
+        return groups.in_groups(anchors, search_some, depth, each=each, fixed=fixed, budget=half, progress=tell)
 
     def searched() -> Iterator[Deeper]:
         found = candidates.joined([piece for _, piece in waiting])

@@ -28,7 +28,7 @@ from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import InputError
 from negpipe.stages import headers
 
 logger = logging.getLogger(__name__)
@@ -162,13 +162,13 @@ class _Brought:
 
 def brought_dimension(context: Context) -> int:
     """Numbers of the vectors that the user brings."""
-    return dimension_of(Path(str(context.config.encoder.corpus_vectors)), "encoder.corpus_vectors", context.memory)
+    return dimension_of(Path(str(context.config.encoder.corpus_vectors)), "encoder.corpus_vectors", context.budget)
 
 
 def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
     """The file of an `encoder` setting, whose rows ingest counted under the other name."""
     path = Path(str(getattr(context.config.encoder, setting)))
-    return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.memory)
+    return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.budget)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
         yield _Brought(corpus, anchors, {}, lambda dimension: None)
     else:
         model = encoders.resolve_model(config, context.digest_file)
-        encoder = encoders.load(config, model.path, context.threads)
+        encoder = encoders.load(config, model.path, context.budget.threads)
         yield _Model(encoder, encoders.provenance(config), cache(partial(check_fits, context)))
 
 
@@ -232,12 +232,11 @@ def check_fits(context: Context, dimension: int) -> None:
         return 2 * part.file("table").bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
 
     largest = max(parts, key=needs)
-    if needs(largest) > context.memory:
-        raise ConfigError(
-            f"encoding a part of {largest.rows:,} rows takes {-(-needs(largest) // 2**20)} MiB (texts, vectors), there"
-            f" are {context.memory // 2**20} a worker: lower data.part_rows or executor.workers, or raise"
-            " resources.memory_budget"
-        )
+    context.budget.require(
+        needs(largest),
+        f"encoding a part of {largest.rows:,} rows, texts and vectors,",
+        "lower data.part_rows or executor.workers",
+    )
     books = context.books("encode")
     left = [task for task in _tasks(context) if books.part(task.key) is None]
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))

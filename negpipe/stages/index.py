@@ -79,9 +79,7 @@ def _check(context: Context) -> None:
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
         largest = max(sum(part.rows for part in group) for group in groups)
         part = max((part.rows for part in encode.of_kind("anchors")), default=0)
-        approximate.check_memory(
-            context.config, job, largest, part, held, memory=context.memory, threads=context.threads
-        )
+        approximate.check_memory(context.config, job, largest, part, held, context.budget)
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -199,21 +197,21 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         return Made(task.rows, {"dimension": vectors.dimension})
     config = context.config
     if task.kind == "trained":
-        index = approximate.train(config, vectors, threads=context.threads)
+        index = approximate.train(config, vectors, threads=context.budget.threads)
         publish("index", ".faiss", lambda file: ann.factory.write(index, file))
         return Made(task.rows, {"dimension": vectors.dimension})
     if task.kind == "shard":
         index = ann.factory.read(context.store.path(task.payload["trained"]), vectors.dimension, to_fill=True)
         planned = sum(part.rows for part in documents(context.manifest("encode")))
-        ann.factory.fill(index, vectors, threads=context.threads, progress=progress, planned=planned)
+        ann.factory.fill(index, vectors, threads=context.budget.threads, progress=progress, planned=planned)
         publish("index", ".faiss", lambda file: ann.factory.write(index, file))
         sample = approximate.sample_of(vectors, config.seed)
         publish("sample", ".npy", lambda file: np.save(file, sample, allow_pickle=False))
         return Made(task.rows)
     opened = approximate.open_index(config.index.kind, _shards(context, task.payload["shards"]), vectors)
     anchors = ann.open_parts([context.store.path(name) for name in task.payload["anchors"]])
-    about = {"memory": context.memory - opened.held, "threads": context.threads}
-    tuning, measured = approximate.tune(opened, anchors, config, candidates=task.payload["candidates"], **about)
+    budget = context.budget.without(opened.held)
+    tuning, measured = approximate.tune(opened, anchors, config, candidates=task.payload["candidates"], budget=budget)
     approximate.window(measured, config)
     publish("tuning", ".json", tuning.write)
     publish("recall", ".npy", measured.write)

@@ -22,7 +22,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -35,12 +34,13 @@ import pyarrow.compute as pc
 
 from negpipe import sources
 from negpipe.config.schema import Config
+from negpipe.data import database
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import digests, hashes
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.errors import DamagedError
 from negpipe.ingest import joins, rejected
 from negpipe.ingest.spool import Spool, extra_columns, load
 from negpipe.stages import headers
@@ -76,54 +76,36 @@ def _plan(context: Context) -> Iterator[Task]:
     folder.mkdir(parents=True, exist_ok=True)
     with (
         explained(folder),
-        _within(context.config.resources.memory_budget),
         # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
         tempfile.TemporaryDirectory(
             prefix=f"spool-{unfinished.owner()}-", dir=folder, ignore_cleanup_errors=True
         ) as spool,
+        database.opened(Path(spool), context.budget.share(0.5), "reading this source") as connection,
     ):
         config = context.config
-        database = load(config, context.threads, Path(spool))
-        try:
-            joins.check(config, database)
-            joins.join(config, database)
-            for corpus in (True, False):
-                texts = Spool(Path(spool), corpus=corpus)
-                tables = chain.from_iterable(
-                    _documents(rows, texts) for rows in joins.documents(database, corpus=corpus)
-                )
-                yield from _tasks("corpus" if corpus else "added", tables, config)
-            extra = extra_columns(config.data.extra.queries)
-            anchors = (_anchors(rows, extra) for rows in joins.anchors(database, context.config.data.part_rows))
-            yield from _tasks("anchors", anchors, config)
-            yield from _tasks("namesakes", joins.namesakes(database), config)
-            yield _facts(context, database, Path(spool))
-        finally:
-            database.close()
+        load(config, connection, Path(spool))
+        joins.check(config, connection)
+        joins.join(config, connection)
+        for corpus in (True, False):
+            texts = Spool(Path(spool), corpus=corpus)
+            tables = chain.from_iterable(_documents(rows, texts) for rows in joins.documents(connection, corpus=corpus))
+            yield from _tasks("corpus" if corpus else "added", tables, context)
+        extra = extra_columns(config.data.extra.queries)
+        anchors = (_anchors(rows, extra) for rows in joins.anchors(connection, config.data.part_rows))
+        yield from _tasks("anchors", anchors, context)
+        yield from _tasks("namesakes", joins.namesakes(connection), context)
+        yield _facts(context, connection, Path(spool))
 
 
-def _facts(context: Context, database: duckdb.DuckDBPyConnection, spool: Path) -> Task:
+def _facts(context: Context, connection: duckdb.DuckDBPyConnection, spool: Path) -> Task:
     """The task of the counts, a part of its own so that they are content like the rest, and of what was left out."""
-    task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, database).items()}))
+    task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, connection).items()}))
     listed = spool / rejected.NAME
-    count = rejected.write(database, listed)
+    count = rejected.write(connection, listed)
     if not count:
         return task
     logger.warning("%d rows of the source are left out: %s", count, context.run_dir / rejected.NAME)
     return replace(task, key=key(task.key, file_digest(listed)), payload={**task.payload, "rejected": listed})
-
-
-@contextmanager
-def _within(budget: int) -> Iterator[None]:
-    import duckdb
-
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise ConfigError(
-            f"resources.memory_budget: {budget // 2**20} MiB are too few to read this source"
-            f" ({str(error).splitlines()[0]}): set it higher"
-        ) from error
 
 
 def _documents(rows: pa.Table, texts: Spool) -> Iterator[pa.Table]:
@@ -181,27 +163,27 @@ def cut_points(cuts: npt.NDArray[np.uint64], since: int, part_rows: int) -> Iter
         start = end
 
 
-def _tasks(kind: str, tables: Iterator[pa.Table], config: Config) -> Iterator[Task]:
+def _tasks(kind: str, tables: Iterator[pa.Table], context: Context) -> Iterator[Task]:
     """Cut a stream of tables into parts.
 
     Raises:
         ConfigError: a part does not fit into memory.
     """
     pending: list[pa.Table] = []
+    beside, size = context.budget.share(0.5), context.config.data.part_rows
     for table in tables:
         start = 0
-        for end in cut_points(table["cut"].to_numpy(), sum(part.num_rows for part in pending), config.data.part_rows):
+        for end in cut_points(table["cut"].to_numpy(), sum(part.num_rows for part in pending), size):
             yield _task(kind, pa.concat_tables([*pending, table.slice(start, end - start)]).drop_columns("cut"))
             pending, start = [], end
         if start < table.num_rows:
             pending.append(table.slice(start))
-        needed, memory = _COPIES * sum(part.nbytes for part in pending), config.resources.memory_budget // 2
-        if needed > memory:
-            rows = sum(part.num_rows for part in pending)
-            raise ConfigError(
-                f"{rows:,} rows of {kind}, not yet a part, take {-(-needed // 2**20)} MiB, there are {memory // 2**20}"
-                " beside the database: lower data.part_rows, or raise resources.memory_budget"
-            )
+        rows = sum(part.num_rows for part in pending)
+        beside.require(
+            _COPIES * sum(part.nbytes for part in pending),
+            f"a part of {kind}, {rows:,} rows so far, beside the database",
+            "lower data.part_rows",
+        )
     if pending:
         yield _task(kind, pa.concat_tables(pending).drop_columns("cut"))
 
@@ -279,5 +261,6 @@ STAGE = Stage(
     views=_views,
     libraries=lambda _: ("duckdb", "pyarrow"),
     stats=_stats,
+    resources=lambda context: context.whole,
     place=lambda _: "caller",
 )

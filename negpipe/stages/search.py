@@ -60,7 +60,7 @@ def _check(context: Context) -> None:
         return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
     depth = min(context.config.depth, rows)
-    ann.exact.layout(largest, rows, encode.stats["dimension"], depth, context.memory, context.threads)
+    ann.exact.layout(largest, rows, encode.stats["dimension"], depth, context.budget)
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -115,7 +115,6 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     positives, offsets = ragged(texts["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
-    memory = context.memory - (opened.index.held if opened.index else 0)
     searched = reported = 0
 
     def on_block(rows: int) -> None:
@@ -127,7 +126,8 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
         reported = due
 
     checkpoint = ann.Checkpoint(publish.checkpoint())
-    about: dict[str, Any] = {"memory": memory, "threads": context.threads, "progress": on_block}
+    budget = context.budget.without(opened.index.held if opened.index else 0)
+    about: dict[str, Any] = {"budget": budget, "progress": on_block}
     if opened.index is None:
         found = ann.search_exact(
             anchors, opened.vectors, depth, candidates=last, positives=pairs, checkpoint=checkpoint, **about

@@ -32,7 +32,7 @@ from negpipe.data.tables import Rows, documents, open_table, searchable
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import InputError
 from negpipe.rows import formats
 from negpipe.select import deeper, rules, verdicts
 from negpipe.select.rules import Fate
@@ -124,7 +124,7 @@ def open_selection(context: Context) -> Shared:
     corpus = Rows([context.path(part, "table") for part in documents(read)])
     namesakes = Namesakes([context.path(part, "table") for part in read.of_kind("namesakes")])
     passages, rows = [context.path(part, "vectors") for part in parts], sum(part.rows for part in parts)
-    about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.threads}
+    about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.budget.threads}
     return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), passages, rows)
 
 
@@ -147,20 +147,19 @@ def _check_memory(context: Context) -> None:
         return max(cells, min(units, candidates.CELLS)) * _CELL + units * _FATE
 
     chosen = takes(max(stored, again))
-    if chosen + written > context.memory:
-        helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": again}
-        remedy = " and ".join(text for text, cells in helping.items() if takes(cells) + written > context.memory)
-        fewer = "lower executor.workers, " if context.workers > 1 else ""
-        raise ConfigError(
-            f"choosing from {max(depth, deepest)} candidates an anchor takes {-(-chosen // 2**20)} MiB, writing rows"
-            f" {-(-written // 2**20)}, there are {context.memory // 2**20} a worker: raise resources.memory_budget,"
-            f" {fewer}or {remedy}"
-        )
+    helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": again}
+    remedy = " and ".join(text for text, cells in helping.items() if takes(cells) + written > context.budget.memory)
+    fewer = "lower executor.workers, or " if context.workers > 1 else ""
+    context.budget.require(
+        chosen + written,
+        f"choosing from {max(depth, deepest):,} candidates an anchor, and writing rows ({-(-written // 2**20)} MiB),",
+        fewer + remedy,
+    )
     if deepest and "encode" in context.manifests:
         encode = context.manifest("encode")
         rows = sum(part.rows for part in searchable(encode, context.config))
         dimension, deepest = encode.stats["dimension"], min(deepest, rows)
-        deeper.check_memory(largest, rows, dimension, deepest, memory=context.memory, threads=context.threads)
+        deeper.check_memory(largest, rows, dimension, deepest, context.budget)
 
 
 def _shallower(config: Config, max_positives: int) -> str:
@@ -207,8 +206,7 @@ def search_deeper(
         files,
         passages,
         deepest,
-        memory=context.memory,
-        threads=context.threads,
+        budget=context.budget,
         progress=progress,
         checkpoints=checkpoints,
     )

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from negpipe import ann
 from negpipe.ann.products import BFloat16, Float32
+from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, StorageError
 
 NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64))
@@ -108,7 +109,7 @@ def test_small_corpora_equal_brute_force(
         if flat:
             stored = save_flat(Path(name) / "flat.index", stored)
         assert (stored.rows, stored.dimension) == vectors.shape
-        found = ann.search_exact(queries, stored, depth, positives=NO_PAIRS, memory=ROOMY, threads=threads)
+        found = ann.search_exact(queries, stored, depth, positives=NO_PAIRS, budget=Budget(ROOMY, threads))
     check(found, queries, vectors, depth)
 
 
@@ -133,7 +134,7 @@ def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(
     flat = save_flat(tmp_path / "flat.index", parts)
     least = 40 * 2**20 + 90 * depth * 100
     for vectors, memory, threads in ((parts, ROOMY, 2), (flat, ROOMY, 1), (parts, least, 1), (flat, least, 3)):
-        found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, memory=memory, threads=threads)
+        found = ann.search_exact(queries, vectors, depth, positives=NO_PAIRS, budget=Budget(memory, threads))
         check(found, queries, corpus, depth)
 
 
@@ -144,7 +145,7 @@ def test_any_block_size(corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.
     seen: list[int] = []
     monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", block_rows)
     vectors = save_parts(tmp_path, rows, 1_000)
-    found = ann.search_exact(queries, vectors, 50, positives=NO_PAIRS, memory=ROOMY, threads=2, progress=seen.append)
+    found = ann.search_exact(queries, vectors, 50, positives=NO_PAIRS, budget=Budget(ROOMY, 2), progress=seen.append)
     check(found, queries, rows, 50)
     assert sum(seen) == len(rows) and max(seen) <= block_rows
 
@@ -159,7 +160,7 @@ def test_a_wrong_guess_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     corpus[::4] = queries[rng.integers(0, 10, 3_000)] + 0.1 * corpus[::4]
     corpus[1::4] = queries[rng.integers(10, 20, 3_000)] + 0.1 * corpus[1::4]
     found = ann.search_exact(
-        queries, save_parts(tmp_path, corpus, 5_000), 100, positives=NO_PAIRS, memory=ROOMY, threads=2
+        queries, save_parts(tmp_path, corpus, 5_000), 100, positives=NO_PAIRS, budget=Budget(ROOMY, 2)
     )
     check(found, queries, corpus, 100)
 
@@ -170,7 +171,7 @@ def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path: Path, monkeyp
     vectors = make(rng, 1, 300) * (1 + rng.integers(-3, 4, (4_000, 300)) * np.float32(2**-23)).astype(np.float32)
     queries = make(rng, 40, 300)
     stored = save_parts(tmp_path, vectors, 1_000)
-    found = ann.search_exact(queries, stored, 50, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    found = ann.search_exact(queries, stored, 50, positives=NO_PAIRS, budget=Budget(ROOMY, 2))
     check(found, queries, vectors, 50)
 
 
@@ -182,7 +183,7 @@ def test_rows_that_are_no_candidates_only_have_positive_scores(
     monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 256)
     pairs = np.arange(len(anchors)), np.full(len(anchors), len(vectors) - 1)
     stored = save_parts(tmp_path, vectors, 400)
-    found = ann.search_exact(anchors, stored, 20, positives=pairs, candidates=candidates, memory=ROOMY, threads=2)
+    found = ann.search_exact(anchors, stored, 20, positives=pairs, candidates=candidates, budget=Budget(ROOMY, 2))
     check(found, anchors, vectors[:candidates], 20)
     expected = ann.pair_scores(anchors, pairs[0], vectors.astype(np.float32), pairs[1])
     assert found.positive_scores.tobytes() == expected.tobytes()
@@ -195,7 +196,7 @@ def test_positive_scores_are_those_of_pair_scores(
     rng = np.random.default_rng(9)
     queries = make(rng, 40, 24)
     pairs = rng.integers(0, 40, 500), rng.integers(0, len(corpus), 500)
-    found = ann.search_exact(queries, save_parts(tmp_path, corpus, 999), 5, positives=pairs, memory=ROOMY, threads=2)
+    found = ann.search_exact(queries, save_parts(tmp_path, corpus, 999), 5, positives=pairs, budget=Budget(ROOMY, 2))
     expected = ann.pair_scores(queries, pairs[0], corpus.astype(np.float32), pairs[1])
     assert found.positive_scores.tobytes() == expected.tobytes()
 
@@ -241,7 +242,7 @@ def test_flat_file_opens_in_faiss(corpus: np.ndarray, tmp_path: Path) -> None:
     assert buffer.getvalue() == path.read_bytes()
 
     queries = make(np.random.default_rng(10), 300, 24)
-    found = ann.search_exact(queries, vectors, 20, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    found = ann.search_exact(queries, vectors, 20, positives=NO_PAIRS, budget=Budget(ROOMY, 2))
     scores, _ = index.search(queries, 20)
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
 
@@ -249,10 +250,10 @@ def test_flat_file_opens_in_faiss(corpus: np.ndarray, tmp_path: Path) -> None:
 def test_empty_corpus_and_no_anchors(corpus: np.ndarray, tmp_path: Path) -> None:
     empty = save_flat(tmp_path / "flat.index", ann.Vectors((), 24))
     assert (empty.rows, empty.dimension) == (0, 24)
-    found = ann.search_exact(np.ones((2, 24), np.float32), empty, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+    found = ann.search_exact(np.ones((2, 24), np.float32), empty, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 1))
     assert (found.rows == -1).all() and np.isneginf(found.scores).all()
     vectors = save_parts(tmp_path, corpus, 5_000)
-    found = ann.search_exact(np.ones((0, 24), np.float32), vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=2)
+    found = ann.search_exact(np.ones((0, 24), np.float32), vectors, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 2))
     assert found.rows.shape == found.scores.shape == (0, 3)
 
 
@@ -290,7 +291,7 @@ def test_file_cut_off_after_opening(tmp_path: Path) -> None:
     path = vectors.files[1].path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedError, match=path.name):
-        ann.search_exact(np.ones((1, 4), np.float32), vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+        ann.search_exact(np.ones((1, 4), np.float32), vectors, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 1))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
@@ -300,10 +301,10 @@ def test_vectors_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     vectors = save_parts(tmp_path, rows, 20)
     anchors = np.ones((3, 4), np.float32)
     with pytest.raises(DamagedError, match=r"000000020\.npy, row 13"):
-        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 1))
     anchors[1, 0] = value
     with pytest.raises(DamagedError, match="anchor 1"):
-        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, memory=ROOMY, threads=1)
+        ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 1))
 
 
 THREADS = """
@@ -312,11 +313,12 @@ from negpipe import ann
 from negpipe.ann import exact
 from negpipe.ann.products import BFloat16
 from negpipe.ann.vectors import Held
+from negpipe.engine.budget import Budget
 
 exact.arithmetic = lambda multiplications: BFloat16()
 vectors = numpy.random.default_rng(0).standard_normal((500, 8), numpy.float32)
 nothing = numpy.empty(0, numpy.int64)
-ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), memory=2**30, threads=2)
+ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), budget=Budget(2**30, 2))
 print(torch.get_num_threads())
 """
 
@@ -332,7 +334,7 @@ def test_a_search_leaves_torch_its_threads() -> None:
 def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path) -> None:
     vectors = save_parts(tmp_path, corpus, 5_000)
     with pytest.raises(ConfigError, match=r"resources\.memory_budget"):
-        ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, memory=2**18, threads=2)
+        ann.search_exact(np.ones((90, 24), np.float32), vectors, 60, positives=NO_PAIRS, budget=Budget(2**18, 2))
 
 
 def test_importing_the_module_imports_no_faiss() -> None:
@@ -345,11 +347,11 @@ def test_a_checkpoint_is_left_once_searches_have_taken_long(corpus: np.ndarray, 
     none = np.empty(0, np.int64), np.empty(0, np.int64)
     for ago, left in ((0, False), (301, True)):
         checkpoint = ann.Checkpoint(tmp_path / "books" / f"{ago}.npz", since=time.monotonic() - ago)
-        found = ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+        found = ann.search_exact(queries, stored, 9, positives=none, budget=Budget(ROOMY, 1), checkpoint=checkpoint)
         assert checkpoint.path.exists() is left
     (tmp_path / "gone").mkdir()
     stored = save_parts(tmp_path / "gone", corpus[:600] * np.nan, 300)  # nothing is read again
-    again = ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+    again = ann.search_exact(queries, stored, 9, positives=none, budget=Budget(ROOMY, 1), checkpoint=checkpoint)
     assert again.rows.tobytes() == found.rows.tobytes()
 
 
@@ -363,7 +365,7 @@ def test_a_checkpoint_without_room_is_done_without(
     queries, stored = make(np.random.default_rng(5), 4, 24), save_parts(tmp_path, corpus[:600], 300)
     none = np.empty(0, np.int64), np.empty(0, np.int64)
     checkpoint = ann.Checkpoint(tmp_path / "key.npz", seconds=0)
-    ann.search_exact(queries, stored, 9, positives=none, memory=ROOMY, threads=1, checkpoint=checkpoint)
+    ann.search_exact(queries, stored, 9, positives=none, budget=Budget(ROOMY, 1), checkpoint=checkpoint)
     assert "no checkpoint: cannot write: no space left on the device" in caplog.text
 
 
@@ -374,7 +376,7 @@ def test_a_search_goes_on_from_its_checkpoint(
     queries = make(np.random.default_rng(5), 40, 24)
     pairs = np.arange(40), np.arange(0, 4_000, 100)
     stored = save_parts(tmp_path, corpus[:6_000], 1_000)
-    fresh = ann.search_exact(queries, stored, 50, positives=pairs, memory=ROOMY, threads=2)
+    fresh = ann.search_exact(queries, stored, 50, positives=pairs, budget=Budget(ROOMY, 2))
 
     class Stopped(Exception): ...
 
@@ -387,17 +389,17 @@ def test_a_search_goes_on_from_its_checkpoint(
     seen: list[int] = []
     with pytest.raises(Stopped):
         ann.search_exact(
-            queries, stored, 50, positives=pairs, memory=ROOMY, threads=2, progress=stop, checkpoint=checkpoint
+            queries, stored, 50, positives=pairs, budget=Budget(ROOMY, 2), progress=stop, checkpoint=checkpoint
         )
     resumed: list[int] = []
     monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 450)  # another machine, another budget
     found = ann.search_exact(
-        queries, stored, 50, positives=pairs, memory=ROOMY, threads=1, progress=resumed.append, checkpoint=checkpoint
+        queries, stored, 50, positives=pairs, budget=Budget(ROOMY, 1), progress=resumed.append, checkpoint=checkpoint
     )
     assert resumed[0] == 2_800 and max(resumed[1:]) <= 450 and sum(resumed) == 6_000
     for one, other in ((found.rows, fresh.rows), (found.scores, fresh.scores)):
         assert one.tobytes() == other.tobytes()
     assert found.positive_scores.tobytes() == fresh.positive_scores.tobytes()
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-50])
-    again = ann.search_exact(queries, stored, 50, positives=pairs, memory=ROOMY, threads=2, checkpoint=checkpoint)
+    again = ann.search_exact(queries, stored, 50, positives=pairs, budget=Budget(ROOMY, 2), checkpoint=checkpoint)
     assert again.rows.tobytes() == fresh.rows.tobytes()

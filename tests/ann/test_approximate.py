@@ -24,8 +24,9 @@ from negpipe.config.file import load_config
 from negpipe.data import candidates
 from negpipe.data.tables import open_table
 from negpipe.data.texts import text_id
+from negpipe.engine.budget import Budget
 from negpipe.engine.manifest import Books
-from negpipe.errors import ConfigError, DamagedError, InputError, RecallError, StorageError
+from negpipe.errors import BudgetError, ConfigError, DamagedError, InputError, RecallError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +159,17 @@ def test_proposals_do_not_depend_on_memory(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", rows)
     index = factory.train("SQ8", rows, seed=1, threads=1)
     factory.fill(index, ann.open_parts([tmp_path / "rows.npy"]), threads=1)
-    about: dict[str, Any] = {"effort_value": None, "proposed": 50, "threads": 2}
+    about: dict[str, Any] = {"effort_value": None, "proposed": 50}
     found = {
-        memory: list(coded.propose(anchors, [(index, 0)], memory=memory, **about)) for memory in (2 * 2**20, 2**26)
+        memory: list(coded.propose(anchors, [(index, 0)], budget=Budget(memory, 2), **about))
+        for memory in (2 * 2**20, 2**26)
     }
     tight, ample = (np.concatenate([rows for _, rows in pieces]) for pieces in found.values())
     assert [len(pieces) for pieces in found.values()] == [3, 1]
     assert np.array_equal(tight, ample)
-    with pytest.raises(ConfigError, match=r"50 proposals an anchor needs 2 MiB, there are 1: raise resources"):
-        list(coded.propose(anchors, [(index, 0)], memory=2**20, **about))
+    with pytest.raises(BudgetError) as refused:
+        list(coded.propose(anchors, [(index, 0)], budget=Budget(2**20, 2), **about))
+    assert refused.value.there == 2**20 < refused.value.needed <= 2 * 2**20
 
 
 def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
@@ -275,16 +278,18 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
     assert factory.bytes_of("IVF16,Flat", DIMENSION, DOCUMENTS, 2)[1] == 16 * DIMENSION * 4 + places
     mined(source, "index.kind=stream")
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=110", "resources.cpus=110"]
-    with pytest.raises(ConfigError, match=r"HNSW64 is searched in no less than 3 MiB a worker, there are 0: raise"):
+    with pytest.raises(BudgetError, match="HNSW64") as refused:
         mined(source, "index.kind=HNSW64", *tight)
+    assert refused.value.there == 64 * 2**20 // 110 < refused.value.needed < 3 * 2**20
     # A rotation is learned in eleven times the memory of its sample.
     job = Job(200_000, 384, 100, 64)
     for kind, memory in (("PQ32x4fs", 512 * 2**20), ("OPQ32,PQ32x4fs", 1100 * 2**20)):
         about = load_config(source, [f"index.kind={kind}"]), job, 1_000, 100, 0
-        approximate.check_memory(*about, memory=memory, threads=1)
-    with pytest.raises(ConfigError, match="is trained on a sample that needs 1056 MiB a worker, there are 512"):
-        approximate.check_memory(*about, memory=512 * 2**20, threads=1)
-    message = r"IVF16,Flat is searched in no less than \d+ MiB a worker, there are \d+: raise .* resources.cpus or"
+        approximate.check_memory(*about, budget=Budget(memory, 1))
+    with pytest.raises(BudgetError) as refused:
+        approximate.check_memory(*about, budget=Budget(512 * 2**20, 1))
+    assert -(-refused.value.needed // 2**20) == 1056
+    message = r"IVF16,Flat: searching .* resources.cpus or"
     tight = ["resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4", "resources.cpus=4"]
     with pytest.raises(ConfigError, match=message):
         mined(source, "index.kind=IVF16,Flat", "index.shard_size=100kB", *tight)
@@ -380,9 +385,10 @@ def test_a_budget_below_a_shard_is_refused_and_smaller_shards_fit(tmp_path: Path
     for name, rows in (("corpus_vectors", DOCUMENTS), ("anchor_vectors", QUERIES)):
         np.save(Path(source["encoder"][name]), draw.standard_normal((rows, 2_000), np.float32))
     tight = ["index.kind=IVF16,Flat", "data.part_rows=250", "resources.memory_budget=64MiB", "resources.cpus=1"]
-    message = r"shards that need 69 MiB a worker, there are 64: raise .*, index.shard_size or"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(BudgetError) as refused:
         mined(source, *tight)
+    assert refused.value.there == 64 * 2**20 < refused.value.needed == 3 * 3_000 * 2_000 * 4
+    assert "index.shard_size" in refused.value.remedy
     mined(source, *tight, "index.shard_size=8MB")
 
 

@@ -18,7 +18,8 @@ from negpipe.ann import lists as listed
 from negpipe.ann.groups import in_groups
 from negpipe.ann.pairs import pair_scores, rows_of
 from negpipe.ann.products import BFloat16, Float32
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.engine.budget import Budget
+from negpipe.errors import BudgetError, DamagedError
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def test_each_list_is_read_once_for_all_anchors(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(listed._Shard, "read", counted)
     # So small a sample gives no guess that could fail, which would read lists again.
-    listed.search_lists(anchors, lists, 40, 20, memory=ROOMY, threads=2)
+    listed.search_lists(anchors, lists, 40, 20, budget=Budget(ROOMY, 2))
     assert sorted(reads) == [(shard.path, number) for shard in lists.shards for number in range(20)]
 
 
@@ -132,7 +133,7 @@ def test_the_true_top_of_the_lists_probed(tmp_path: Path, nprobe: int, sampled: 
     corpus, anchors = clustered(6_000, 1), clustered(150, 2).astype(np.float32)
     shards = build(tmp_path, corpus, "IVF20,Flat", 2_500)
     lists = listed.open_lists(shards, corpus[:sampled].astype(np.float32))
-    rows, scores = listed.search_lists(anchors, lists, 40, nprobe, memory=ROOMY, threads=2)
+    rows, scores = listed.search_lists(anchors, lists, 40, nprobe, budget=Budget(ROOMY, 2))
 
     # FAISS says which list holds a row and which lists are nearest; plain numpy ranks what they hold.
     members = {number: set(lists.ids(number).tolist()) for number in range(20)}
@@ -154,7 +155,7 @@ def test_bytes_do_not_depend_on_threads_or_the_sample(tmp_path: Path) -> None:
     for threads in (1, 2, 3):
         shards = build(tmp_path / str(threads), corpus, "IVF20,Flat", 2_500, threads)
         lists = listed.open_lists(shards, corpus[:: threads * 7].astype(np.float32))
-        rows, scores = listed.search_lists(anchors, lists, 40, 5, memory=ROOMY, threads=threads)
+        rows, scores = listed.search_lists(anchors, lists, 40, 5, budget=Budget(ROOMY, threads))
         found.append((rows.tobytes(), scores.tobytes(), [path.read_bytes() for path, _ in shards]))
     assert found[0] == found[1] == found[2]
 
@@ -163,9 +164,9 @@ def test_probing_every_list_is_exact(tmp_path: Path) -> None:
     corpus, anchors = clustered(3_000, 1), clustered(50, 2).astype(np.float32)
     shards = build(tmp_path, corpus, "IVF20,Flat", 10_000)
     lists = listed.open_lists(shards, corpus[:500].astype(np.float32))
-    rows, scores = listed.search_lists(anchors, lists, 100, 20, memory=ROOMY, threads=2)
+    rows, scores = listed.search_lists(anchors, lists, 100, 20, budget=Budget(ROOMY, 2))
     vectors = ann.open_parts([tmp_path / "part.npy"])
-    exact = ann.search_exact(anchors, vectors, 100, positives=factory.NO_PAIRS, memory=ROOMY, threads=2)
+    exact = ann.search_exact(anchors, vectors, 100, positives=factory.NO_PAIRS, budget=Budget(ROOMY, 2))
     assert rows.tobytes() == exact.rows.tobytes() and scores.tobytes() == exact.scores.tobytes()
 
 
@@ -178,7 +179,7 @@ def test_lists_of_vectors_longer_than_the_sample_lose_nothing_that_reaches_the_c
     corpus *= 40
     lists = listed.open_lists(build(tmp_path, corpus, "IVF20,Flat", 10_000), short)
     vectors = ann.open_parts([tmp_path / "part.npy"])
-    exact = ann.search_exact(anchors, vectors, depth, positives=factory.NO_PAIRS, memory=ROOMY, threads=1)
+    exact = ann.search_exact(anchors, vectors, depth, positives=factory.NO_PAIRS, budget=Budget(ROOMY, 1))
     everywhere, cut = np.tile(np.arange(20), (len(anchors), 1)), exact.scores[:, -1].copy()
     best = listed._scan(anchors, lists, depth, everywhere, cut, arithmetic(), 1, lambda rows: None)
     assert np.array_equal(rows_of(np.sort(best, axis=1)), exact.rows)
@@ -190,11 +191,11 @@ def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:
     corpus[:20_000] = corpus[0]
     lists = listed.open_lists(build(tmp_path, corpus, "IVF20,Flat", 22_000), corpus[::100].astype(np.float32))
     tracemalloc.start()
-    rows, _ = listed.search_lists(anchors, lists, 8, 20, memory=ROOMY, threads=1)
+    rows, _ = listed.search_lists(anchors, lists, 8, 20, budget=Budget(ROOMY, 1))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     found = ann.search_exact(
-        anchors, ann.open_parts([tmp_path / "part.npy"]), 8, positives=factory.NO_PAIRS, memory=ROOMY, threads=1
+        anchors, ann.open_parts([tmp_path / "part.npy"]), 8, positives=factory.NO_PAIRS, budget=Budget(ROOMY, 1)
     )
     assert rows.tobytes() == found.rows.tobytes()
     assert peak < 60e6
@@ -203,18 +204,19 @@ def test_equal_vectors_wait_in_bounded_memory(tmp_path: Path) -> None:
 def test_what_is_found_for_all_groups_counts_as_memory() -> None:
     anchors, depth, each = np.zeros((20_000, 8), np.float32), 320, 20_000
 
-    def search(group: np.ndarray, memory: int, progress: Any) -> tuple[np.ndarray, np.ndarray]:
-        assert len(group) * each <= memory
+    def search(group: np.ndarray, budget: Budget, progress: Any) -> tuple[np.ndarray, np.ndarray]:
+        assert len(group) * each <= budget.memory
         return np.zeros((len(group), depth), np.int64), np.zeros((len(group), depth), np.float32)
 
     about: dict[str, Any] = {"each": each, "fixed": 0, "progress": lambda rows: None}
     tracemalloc.start()
-    in_groups(anchors, search, depth, memory=90 * 2**20, **about)
+    in_groups(anchors, search, depth, budget=Budget(90 * 2**20), **about)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 90 * 2**20
-    with pytest.raises(ConfigError, match="this search needs 74 MiB, there are 70"):
-        in_groups(anchors, search, depth, memory=70 * 2**20, **about)
+    with pytest.raises(BudgetError) as refused:
+        in_groups(anchors, search, depth, budget=Budget(70 * 2**20), **about)
+    assert refused.value.needed == 12 * len(anchors) * depth + each
 
 
 def test_an_index_of_another_dimension_is_refused(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_groups_of_anchors_change_nothing(tmp_path: Path, kind: str) -> None:
 
     def search(memory: int) -> tuple[bytes, bytes, int]:
         seen: list[int] = []
-        about: dict[str, Any] = {"memory": memory, "threads": 1, "progress": seen.append}
+        about: dict[str, Any] = {"budget": Budget(memory), "progress": seen.append}
         if kind == "IVF20,Flat":
             lists = listed.open_lists(shards, corpus[::10].astype(np.float32))
             rows, scores = listed.search_lists(anchors, lists, 40, 5, **about)
@@ -245,7 +247,7 @@ def test_groups_of_anchors_change_nothing(tmp_path: Path, kind: str) -> None:
 
     least = 40 * 2**20 if kind == "IVF20,Flat" else 6 * 2**20
     assert search(ROOMY) == search(least)
-    with pytest.raises(ConfigError, match=r"needs \d+ MiB.*memory_budget"):
+    with pytest.raises(BudgetError):
         search(2**20)
 
 

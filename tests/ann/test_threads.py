@@ -13,6 +13,7 @@ import pytest
 
 from negpipe import ann
 from negpipe.ann import clusters, coded, exact, factory, lists, products
+from negpipe.engine.budget import Budget
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ def draw(rows: int, seed: int) -> np.ndarray:
 def of_exact(folder: Path) -> Callable[[], object]:
     anchors, vectors = draw(2_000, 1), ann.open_parts([folder / "rows.npy"])
     none = np.empty(0, np.int64), np.empty(0, np.int64)
-    return lambda: ann.search_exact(anchors, vectors, 100, positives=none, memory=MEMORY, threads=1)
+    return lambda: ann.search_exact(anchors, vectors, 100, positives=none, budget=Budget(MEMORY, 1))
 
 
 def of_training(folder: Path) -> Callable[[], object]:
@@ -48,13 +49,13 @@ def of_filling(folder: Path) -> Callable[[], object]:
 def of_lists(folder: Path) -> Callable[[], object]:
     opened = lists.open_lists([(shard(folder, "IVF50,Flat"), 0)], draw(500, 3))
     anchors = draw(2_000, 1)
-    return lambda: lists.search_lists(anchors, opened, 100, 30, memory=MEMORY, threads=1)
+    return lambda: lists.search_lists(anchors, opened, 100, 30, budget=Budget(MEMORY, 1))
 
 
 def of_codes(folder: Path) -> Callable[[], object]:
     opened, vectors = [(factory.read(shard(folder, "SQ8"), DIMENSION), 0)], ann.open_parts([folder / "rows.npy"])
-    about = {"effort_value": None, "proposed": 200, "memory": MEMORY, "threads": 1}
-    return lambda: coded.search_coded(draw(1_000, 1), opened, vectors, 100, **about)  # type: ignore[arg-type]
+    about: dict[str, Any] = {"effort_value": None, "proposed": 200, "budget": Budget(MEMORY, 1)}
+    return lambda: coded.search_coded(draw(1_000, 1), opened, vectors, 100, **about)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is all there is")

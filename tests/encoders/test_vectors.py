@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negpipe.encoders.precomputed import VectorFile
-from negpipe.errors import ConfigError, InputError
+from negpipe.engine.budget import Budget
+from negpipe.errors import BudgetError, InputError
 
 ROWS, DIMENSION = 23, 4
 MATRIX = np.random.default_rng(0).normal(size=(ROWS, DIMENSION)).astype(np.float32)
@@ -32,7 +33,7 @@ def parquet(path: Path, columns: dict[str, Any], group: int = 5) -> Path:
 
 
 def opened(path: Path, rows: int = ROWS, memory: int = 2**26) -> VectorFile:
-    return VectorFile(path, rows, "encoder.corpus_vectors", memory)
+    return VectorFile(path, rows, "encoder.corpus_vectors", Budget(memory))
 
 
 def by_row(file: VectorFile, rows: list[list[int]]) -> tuple[npt.NDArray[np.float32], int]:
@@ -78,10 +79,9 @@ def test_row_groups_that_do_not_fit_into_memory_are_refused(tmp_path: Path) -> N
         if fits:
             assert opened(path, 4_000, 2**21).dimension == 100
         else:
-            with pytest.raises(
-                ConfigError, match=r"reading a row group takes 8 MiB, there are 2 a worker: .*smaller row"
-            ):
+            with pytest.raises(BudgetError, match="smaller row groups") as refused:
                 opened(path, 4_000, 2**21)
+            assert refused.value.needed >= matrix.nbytes
 
 
 def test_fortran_order_is_read_right(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from beir_data import precomputed_config, tricky_folder, write_vectors
 from real_runs import Run
 from small_source import run as negpipe
 
+from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, InputError
 from negpipe.review import audit
 
@@ -410,8 +411,8 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
         for i in range(9000)
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    with pytest.raises(ConfigError, match=r"may use 2 MiB, half of resources.memory_budget, .*memory_budget=1GiB"):
-        audit.audit(file, audit.Options(columns={}, memory=2 * 2**20))
+    with pytest.raises(ConfigError, match=r"may use 2 MiB .*resources.memory_budget=1GiB"):
+        audit.audit(file, audit.Options(columns={}, budget=Budget(2 * 2**20)))
 
 
 def test_policy() -> None:
@@ -494,7 +495,7 @@ def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path)
         listed = {"document": [0], "id": ids[:1], "other_ids": [ids[1:]]}
     if shape == "one anchor":
         listed = {"document": list(range(MANY + 1)), "id": [*ids, "e"], "other_ids": [[]] * (MANY + 1)}
-    options = audit.Options(columns={}, memory=2**27)
+    options = audit.Options(columns={}, budget=Budget(2**27))
     started = time.monotonic()
     for qrels in (None, audit.Qrels("qrels", pieces, [pa.table(listed)])):
         found = {one.check: one.count for one in audit.audit(tmp_path / "rows.parquet", options, qrels).findings}

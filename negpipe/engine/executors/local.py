@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ class _Crew:
 def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worker:
     folder = context.run_dir / BOOKS / "logs"
     log = folder / f"{stage.name}-{number}.log"
-    environment = os.environ | dict.fromkeys(_THREADS, str(context.threads)) | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | dict.fromkeys(_THREADS, str(context.budget.threads)) | {"PYTHONUNBUFFERED": "1"}
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         errors = log.open("wb")
@@ -224,7 +224,7 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
         {
             "stage": stage.name,
             "config": context.config.model_dump(mode="json"),
-            "run_dir": str(context.run_dir),
+            "budget": asdict(context.budget),
             "inputs": {manifest.stage: manifest.digest for manifest in context.manifests.values()},
         }
     )

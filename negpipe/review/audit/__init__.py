@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from negpipe.errors import ConfigError
+from negpipe.data.database import opened
+from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.review.audit import checks, load, near
 from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
 from negpipe.review.audit.columns import Layout, layout_of
@@ -34,8 +35,7 @@ class Options:
         negatives: how many a unit is to have; None: as most of them have.
         hub_share: share of the anchors from which on a document is a hub; never fewer than 10 anchors.
         examples: of each check.
-        memory: bytes for DuckDB. Changes no result.
-        threads: threads that compute. Changes no result.
+        budget: for DuckDB. Changes no result.
     """
 
     columns: dict[str, str]
@@ -43,8 +43,7 @@ class Options:
     negatives: int | None = None
     hub_share: float = 0.01
     examples: int = 3
-    memory: int = 2**30
-    threads: int = 1
+    budget: Budget = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -99,29 +98,20 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
 
     Raises:
         InputError: the file cannot be read, lacks a column, holds no row, or names ids that the qrels do not know.
-        ConfigError: `options.memory` does not suffice.
+        ConfigError: `options.budget` does not suffice.
     """
-    import duckdb
-
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder:
-        database = load.connect(Path(folder), options.memory, options.threads)
-        try:
-            found = layout_of(database, source, options.columns, Path(folder))
-            load.rows(database, found, str(source))
-            if qrels is not None:
-                load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)
-            load.texts(database, with_qrels=qrels is not None)
-            near.compare(database, options.near, options.threads)
-            checks.prepare(database, found)
-            limits = checks.Limits(options.negatives, options.hub_share, options.examples)
-            findings = [checks.run(database, name, found, limits) for name in CHECKS]
-            counts = load.counts(database)
-        except duckdb.OutOfMemoryException as error:
-            raise ConfigError(
-                f"the audit may use {options.memory // 2**20} MiB, half of resources.memory_budget, and needs more"
-                f" ({str(error).splitlines()[0]}): set it higher, for this command"
-                " --set resources.memory_budget=1GiB"
-            ) from None
-        finally:
-            database.close()
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder,
+        opened(Path(folder), options.budget, "the audit") as database,
+    ):
+        found = layout_of(database, source, options.columns, Path(folder))
+        load.rows(database, found, str(source))
+        if qrels is not None:
+            load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)
+        load.texts(database, with_qrels=qrels is not None)
+        near.compare(database, options.near, options.budget.threads)
+        checks.prepare(database, found)
+        limits = checks.Limits(options.negatives, options.hub_share, options.examples)
+        findings = [checks.run(database, name, found, limits) for name in CHECKS]
+        counts = load.counts(database)
     return Audit(str(source), **counts, qrels=qrels is not None, findings=findings)

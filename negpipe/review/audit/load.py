@@ -13,7 +13,6 @@ A document of the qrels may have many ids and many anchors: they are never liste
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -29,20 +28,6 @@ if TYPE_CHECKING:
 _BATCH = 16384
 # A text that is missing has no hash: it equals nothing.
 _HASH = "case when {0} is null then null else hash({0}) end"
-
-
-def connect(folder: Path, memory: int, threads: int) -> duckdb.DuckDBPyConnection:
-    """A database in a folder, which spills there."""
-    import duckdb
-
-    return duckdb.connect(
-        str(folder / "audit.duckdb"),
-        config={
-            "memory_limit": f"{memory // 2**20}MiB",
-            "threads": threads,
-            "temp_directory": str(folder / "spill"),
-        },
-    )
 
 
 def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> None:
