@@ -28,12 +28,11 @@ class ConfigError(NegpipeError, ValueError):
 class BudgetError(ConfigError):
     """Something takes more memory than there is: bytes `needed`, bytes `there`, and what helps beside more memory."""
 
-    def __init__(self, what: str, needed: int, there: int, remedy: str) -> None:
+    code = "memory"
+
+    def __init__(self, text: str, *, needed: int = 0, there: int = 0, remedy: str = "") -> None:
+        super().__init__(text)
         self.needed, self.there, self.remedy = needed, there, remedy
-        super().__init__(
-            f"{what} needs {-(-needed // 2**20):,} MiB a worker, there are {max(0, there) // 2**20:,}: raise"
-            f" resources.memory_budget, or {remedy}"
-        )
 
 
 class InputError(NegpipeError):
@@ -122,6 +121,7 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
     kind.code: kind
     for kind in (
         ConfigError,
+        BudgetError,
         InputError,
         MissingStageError,
         TaskFailedError,

@@ -49,7 +49,13 @@ class Budget:
             BudgetError: they are more than there are.
         """
         if needed > self.memory:
-            raise BudgetError(what, needed, self.memory, remedy)
+            raise BudgetError(
+                f"{what} needs {-(-needed // 2**20):,} MiB a worker, there are {max(0, self.memory) // 2**20:,}: raise"
+                f" resources.memory_budget, or {remedy}",
+                needed=needed,
+                there=self.memory,
+                remedy=remedy,
+            )
 
 
 DEFAULT = Budget(2**30)

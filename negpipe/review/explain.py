@@ -18,24 +18,15 @@ import pyarrow.compute as pc
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, open_table
 from negpipe.errors import InputError
-from negpipe.select.rules import Fate, Rules
+from negpipe.select.filters import CODES, NAMES, filter_of
+from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 
 Ints = npt.NDArray[np.int64]
 
 _NEAR = 3
-# What is left once exclusions and cutoffs have been applied.
+# What no filter dropped.
 _PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, Fate.SHORTAGE)
-_WORDS = {
-    Fate.POSITIVE_ID: "a known positive of the anchor",
-    Fate.POSITIVE_TEXT: "the text of a known positive, under another id",
-    Fate.POSITIVE_NORMALIZED: "the text of a known positive but for case, white space or Unicode form",
-    Fate.SHARED_ANCHOR: "a positive of another anchor with the same text",
-    Fate.ANCHOR_TEXT: "the anchor's own text",
-    Fate.EXCLUDED_FILE: "named for this anchor in mining.exclude_file",
-    Fate.NEAR_DUPLICATE: "nearly the text of a positive",
-    Fate.INVALID_SCORE: "the score is no finite number",
-}
 
 
 @dataclass(frozen=True)
@@ -110,11 +101,11 @@ def explain(selector: Selector, corpus: Rows, part: PartFiles, at: int) -> Expla
         anchor=units.anchors["text"][0].as_py(),
         window=(rules.range_min, rules.range_max),
         rank_over=rules.rank_over,
-        units=[_unit(units, number, found, rules, corpus) for number in range(len(units.anchor))],
+        units=[_unit(units, number, found, selector, corpus) for number in range(len(units.anchor))],
     )
 
 
-def _unit(units: Units, number: int, piece: Candidates, rules: Rules, corpus: Rows) -> Unit:
+def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corpus: Rows) -> Unit:
     fates = units.fates[number]
     own = slice(units.positive_offsets[number], units.positive_offsets[number + 1])
     chosen = slice(units.negative_offsets[number], units.negative_offsets[number + 1])
@@ -122,8 +113,8 @@ def _unit(units: Units, number: int, piece: Candidates, rules: Rules, corpus: Ro
     real = int(np.count_nonzero(fates != Fate.PADDING))
     fates = fates[:real]
     documents = _documents(corpus, piece.rows[0, :real], piece.scores[0, :real], np.arange(real))
-    rule = _Rule(fates, [document.score for document in documents], float(units.references[number]), rules)
-    named = [(Fate(code), rule(rank)) for rank, code in enumerate(fates.tolist())]
+    rule = _Rule(fates, [document.score for document in documents], float(units.references[number]), selector)
+    named = [(NAMES[code], rule(rank)) for rank, code in enumerate(fates.tolist())]
     unranked = units.negative_ranks[chosen] < 0
     random = _documents(
         corpus,
@@ -134,10 +125,10 @@ def _unit(units: Units, number: int, piece: Candidates, rules: Rules, corpus: Ro
     return Unit(
         positives=_documents(corpus, units.positives[own], units.positive_scores[own], units.positive_ranks[own]),
         reference=_number(float(units.references[number])),
-        counts={name.lower(): found for name in Fate.__members__ if (found := int(np.sum(fates == Fate[name])))},
+        counts={name: found for name, code in CODES.items() if (found := int(np.sum(fates == code)))},
         candidates=[
             *(
-                Candidate(**vars(document), fate=fate.name.lower(), rule=why)
+                Candidate(**vars(document), fate=fate, rule=why)
                 for document, (fate, why) in zip(documents, named, strict=True)
             ),
             *(Candidate(**vars(document), fate="taken", rule="a random negative") for document in random),
@@ -156,36 +147,25 @@ def _documents(corpus: Rows, rows: Ints, scores: npt.NDArray[np.float32], ranks:
 class _Rule:
     """The rule behind each fate of one unit's candidates, in words and numbers."""
 
-    def __init__(self, fates: npt.NDArray[np.uint8], scores: list[float | None], reference: float, rules: Rules):
-        self._fates, self._scores, self._reference, self._rules = fates, scores, reference, rules
+    def __init__(self, fates: npt.NDArray[np.uint8], scores: list[float | None], reference: float, selector: Selector):
+        self._fates, self._scores, self._reference = fates, scores, reference
+        self._mining, self._rules = selector.mining, selector.rules
+        rules = selector.rules
         passed = np.isin(fates, _PASSED)
         self._ranks = np.cumsum(passed) - 1 if rules.rank_over == "survivors" else np.arange(len(fates))
         within = rules.range_min, rules.range_max
         self._window = int(np.sum(passed & (self._ranks >= within[0]) & (self._ranks < within[1])))
 
     def __call__(self, rank: int) -> str:
-        fate, rules = Fate(self._fates[rank]), self._rules
-        score, p = self._scores[rank], self._reference
-        over, under = ("≥", "≤") if rules.strict else (">", "<")
+        code, score, rules = int(self._fates[rank]), self._scores[rank], self._rules
+        if dropped := filter_of(code):
+            return dropped.explain(self._mining, math.nan if score is None else score, self._reference)
         place = f"{'survivor' if rules.rank_over == 'survivors' else 'rank'} {self._ranks[rank]}"
-        if fate in _WORDS or score is None:
-            return _WORDS.get(fate, fate.name.lower().replace("_", " "))
-        if fate == Fate.MAX_SCORE and rules.max_score is not None:
-            return _compared(score, over, rules.max_score, "{}", "max_score")
-        if fate == Fate.MIN_SCORE and rules.min_score is not None:
-            return _compared(score, under, rules.min_score, "{}", "min_score")
-        if fate == Fate.ABSOLUTE_MARGIN and (m := rules.absolute_margin) is not None:
-            return _compared(score, over, p - m, f"{{}} = {p:.3f} - {m:g}", f"absolute_margin {m:g}")
-        if fate == Fate.RELATIVE_MARGIN and (m := rules.relative_margin) is not None:
-            share = f"{1 - m:g} × {p:.3f}" if p >= 0 else f"{p:.3f} - {m:g} × {-p:.3f}"
-            return _compared(score, over, p - abs(p) * m, f"{{}} = {share}", f"relative_margin {m:g}")
-        if fate == Fate.BEFORE_WINDOW:
+        if code == Fate.BEFORE_WINDOW:
             return f"{place} < {rules.range_min} (range_min)"
-        if fate == Fate.AFTER_WINDOW:
+        if code == Fate.AFTER_WINDOW:
             return f"{place} ≥ {rules.range_max} (range_max)"
-        if fate in (Fate.TAKEN, Fate.NOT_SAMPLED, Fate.SHORTAGE):
-            return f"{place}, {self._drawn(fate)}"
-        return fate.name.lower().replace("_", " ")
+        return f"{place}, {self._drawn(Fate(code))}"
 
     def _drawn(self, fate: Fate) -> str:
         rules = self._rules
@@ -197,12 +177,6 @@ class _Rule:
             return f"one of the first {rules.num_negatives}" if top else f"drawn ({rules.sampling_strategy})"
         taken = int(np.sum(self._fates == Fate.TAKEN)) or rules.num_negatives
         return f"{taken} {'before it' if top else 'others'} taken of {self._window} in the window (num_negatives)"
-
-
-def _compared(score: float, sign: str, limit: float, detail: str, setting: str) -> str:
-    """Both sides with as many digits as tell them apart."""
-    digits = next((n for n in range(3, 9) if f"{score:.{n}f}" != f"{limit:.{n}f}"), 9)
-    return f"{score:.{digits}f} {sign} {detail.format(f'{limit:.{digits}f}')} ({setting})"
 
 
 def _number(value: float) -> float | None:

@@ -1,8 +1,8 @@
 """Which candidates become negatives: pure functions on numpy arrays.
 
-Every candidate of every unit gets exactly one `Fate`: it is taken, it is padding, or the first drop
-reason that applies, in the order of the enum, explains why not. So the counts of a unit add up to its
-candidates, and the same arrays give the same fates however the units are cut into blocks.
+Every candidate of every unit gets exactly one code: it is taken, it is padding, or the first reason that applies says
+why not. So the counts of a unit add up to its candidates, and the same arrays give the same codes however the units are
+cut into blocks.
 
 A block is n units (anchors, or (anchor, positive) pairs) by k candidates. The column of a candidate is
 its raw rank: 0-based, before any exclusion, -1 rows last. Ragged lists (the positives of each unit) are
@@ -12,7 +12,6 @@ of longer offsets goes with the whole of the values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, TypeVar
@@ -33,42 +32,28 @@ LONG = 128  # values of a list in which looking up is quicker than comparing
 
 
 class Fate(IntEnum):
-    """What became of a candidate. Drop reasons stand in their precedence; store names, not codes."""
+    """What became of a candidate that no filter dropped; those dropped have the codes from `FILTERED` on."""
 
     TAKEN = 0
     PADDING = 1
-    POSITIVE_ID = 2
-    POSITIVE_TEXT = 3
-    POSITIVE_NORMALIZED = 4
-    SHARED_ANCHOR = 5
-    ANCHOR_TEXT = 6
-    EXCLUDED_FILE = 7
-    NEAR_DUPLICATE = 8
-    INVALID_SCORE = 9
-    MAX_SCORE = 10
-    MIN_SCORE = 11
-    ABSOLUTE_MARGIN = 12
-    RELATIVE_MARGIN = 13
-    BEFORE_WINDOW = 14
-    AFTER_WINDOW = 15
-    NOT_SAMPLED = 16
-    SHORTAGE = 17
+    BEFORE_WINDOW = 2
+    AFTER_WINDOW = 3
+    NOT_SAMPLED = 4
+    SHORTAGE = 5
+
+
+FILTERED = len(Fate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How negatives are chosen, for one block or all of them. A cutoff that is None drops nothing.
+    """How negatives are chosen among those that no filter dropped.
 
     Attributes:
         range_min: first rank of the window.
         range_max: rank after the last of the window.
-        rank_over: raw: rank among all candidates. survivors: among those that passed every exclusion and cutoff.
+        rank_over: raw: rank among all candidates. survivors: among those that passed every filter.
         num_negatives: how many are taken a unit, at most.
-        max_score: drop s > max_score.
-        min_score: drop s < min_score.
-        absolute_margin: drop s + absolute_margin > p, with p the reference.
-        relative_margin: drop s > p - |p| * relative_margin, which holds for negative p too.
-        strict: drop equality as well, in all four cutoffs.
         sampling_strategy: which of the window are taken. top: the first ranks. The others draw without replacement,
             each draw with probability proportional to w among those left; random: w = 1; simans:
             w = exp(-simans_a * (s - p - simans_b)^2), so simans_b > 0 puts the peak above the positive
@@ -82,11 +67,6 @@ class Rules:
     range_max: int
     num_negatives: int
     rank_over: Literal["raw", "survivors"] = "survivors"
-    max_score: float | None = None
-    min_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
-    strict: bool = False
     sampling_strategy: Literal["top", "random", "simans", "weighted"] = "top"
     simans_a: float = 1.0
     simans_b: float = 0.0
@@ -131,22 +111,6 @@ def contains(
             place = np.minimum(np.searchsorted(ordered, candidates[units]), len(ordered) - 1)
             found[units] = ordered[place] == candidates[units]
     return found
-
-
-def exclusions(shape: tuple[int, int], found: Mapping[Fate, Mask]) -> Fates:
-    """One code a candidate from what each exclusion found: the first reason in the enum's order counts.
-
-    Args:
-        shape: (n, k).
-        found: reason → (n, k) bool, true where the candidate is excluded for it.
-
-    Returns:
-        (n, k) uint8, `Fate.TAKEN` where nothing excludes the candidate.
-    """
-    excluded = np.zeros(shape, np.uint8)
-    for reason in sorted(found, reverse=True):
-        excluded[found[reason]] = reason
-    return excluded
 
 
 def reference_scores(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Scores:
@@ -200,35 +164,29 @@ def _mix(state: Hashes) -> Hashes:
 def select(
     rows: Rows,
     scores: Scores,
-    excluded: Fates,
     reference: Scores,
+    dropped: Fates,
     uniform: Doubles | None,
     rules: Rules,
 ) -> Fates:
     """The fate of every candidate. Those taken stand in the order of their columns.
 
-    Cutoffs are computed in float32, thresholds rounded to it, in the very expressions of sentence-transformers
-    6 (`util/hard_negatives.py`): the same float32 scores give the same survivors. A score that is not a finite
-    number is never taken.
-
     Args:
         rows: (n, k) int64, -1 where there is no candidate.
         scores: (n, k) float32; what stands at padding is ignored.
-        excluded: (n, k) uint8, as `exclusions` returns.
-        reference: (n,) float32, the positive score p; NaN: no margin applies to the unit.
+        reference: (n,) float32, the positive score p; NaN where there is none.
+        dropped: (n, k) uint8, the code of the filter that drops a candidate, 0 where none does.
         uniform: (n, k) float64 in (0, 1); None for `top`, which draws nothing.
         rules: what to apply.
 
     Returns:
-        (n, k) uint8 codes of `Fate`.
+        (n, k) uint8 codes.
 
     Raises:
         ValueError: the sampling strategy draws and `uniform` is None.
     """
-    fates = excluded.copy()
+    fates = dropped.copy()
     fates[rows < 0] = Fate.PADDING
-    for reason, dropped in _cutoffs(scores, reference[:, None], rules):
-        _drop(fates, dropped, reason)
 
     rank: NDArray[np.int32] = np.arange(rows.shape[1], dtype=np.int32)[None, :]
     if rules.rank_over == "survivors":
@@ -244,40 +202,20 @@ def select(
     return fates
 
 
-def counts(fates: Fates) -> NDArray[np.int64]:
-    """How many candidates of each unit met each fate.
-
-    Returns:
-        (n, len(Fate)) int64, columns in the order of `Fate`; a row adds up to k.
-    """
-    counted = np.zeros((len(fates), len(Fate)), np.int64)
+def counts(fates: Fates, codes: int) -> NDArray[np.int64]:
+    """How many candidates of each unit have each of so many codes: (n, codes) int64; a row adds up to k."""
+    counted = np.zeros((len(fates), codes), np.int64)
     step = max(1, _CELLS // max(1, fates.shape[1]))
     for start in range(0, len(fates), step):
         some = fates[start : start + step]
-        cells = np.arange(len(some))[:, None] * len(Fate) + some
-        counted[start : start + step] = np.bincount(cells.ravel(), minlength=len(some) * len(Fate)).reshape(
-            len(some), len(Fate)
-        )
+        cells = np.arange(len(some))[:, None] * codes + some
+        counted[start : start + step] = np.bincount(cells.ravel(), minlength=len(some) * codes).reshape(-1, codes)
     return counted
 
 
 def _drop(fates: Fates, dropped: Mask, reason: Fate) -> None:
     """Mark those still in the running that are dropped: the first reason stays."""
     np.copyto(fates, np.uint8(reason), where=(fates == Fate.TAKEN) & dropped)
-
-
-def _cutoffs(scores: Scores, p: Scores, rules: Rules) -> Iterator[tuple[Fate, Mask]]:
-    above = np.greater_equal if rules.strict else np.greater
-    below = np.less_equal if rules.strict else np.less
-    yield Fate.INVALID_SCORE, ~np.isfinite(scores)
-    if rules.max_score is not None:
-        yield Fate.MAX_SCORE, above(scores, np.float32(rules.max_score))
-    if rules.min_score is not None:
-        yield Fate.MIN_SCORE, below(scores, np.float32(rules.min_score))
-    if rules.absolute_margin is not None:
-        yield Fate.ABSOLUTE_MARGIN, above(scores + np.float32(rules.absolute_margin), p)
-    if rules.relative_margin is not None:
-        yield Fate.RELATIVE_MARGIN, above(scores, p - np.abs(p) * np.float32(rules.relative_margin))
 
 
 def _keys(scores: Scores, p: Scores, uniform: Doubles | None, rules: Rules) -> Doubles | None:

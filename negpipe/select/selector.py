@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from negpipe.config.schema import Config
+from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, open_table, ragged
 from negpipe.errors import InputError
-from negpipe.select import duplicates, randoms, rules, verdicts
+from negpipe.select import filters, randoms, rules
 from negpipe.select.rules import Fate
 from negpipe.store import mapped
 
@@ -119,7 +119,7 @@ class Choice:
     @property
     def taken(self) -> Ints:
         """(u,) how many were taken."""
-        return rules.counts(self.fates)[:, Fate.TAKEN]
+        return np.asarray((self.fates == Fate.TAKEN).sum(axis=1))
 
 
 class Selector:
@@ -144,7 +144,9 @@ class Selector:
         passages: Sequence[Path] = (),
         threads: int = 1,
     ) -> None:
-        self._config, self._corpus, self._namesakes = config, corpus, namesakes
+        self._config, self._corpus = config, corpus
+        self._source = filters.Source(config, corpus, namesakes, threads)
+        self.filters = filters.Filters(self._source)
         self._searchable, self._passages = searchable, passages
         names = {field.name for field in fields(rules.Rules)}
         settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
@@ -156,15 +158,17 @@ class Selector:
             settings["sampling_strategy"] = "top"
         self.rules = rules.Rules(**settings)
         self.depth = config.depth
-        name = config.mining.exclude_file
-        self._verdicts = verdicts.resolve(verdicts.read(Path(name)), corpus) if name else {}
-        threshold = config.mining.near_duplicate
-        self.duplicates = None if threshold is None else duplicates.Finder(corpus, threshold, threads)
+
+    @property
+    def mining(self) -> Mining:
+        """The settings."""
+        return self._config.mining
 
     @property
     def compared(self) -> tuple[int, float]:
         """Pairs of texts compared so far, and the seconds it took."""
-        return (self.duplicates.pairs, self.duplicates.seconds) if self.duplicates else (0, 0.0)
+        finder = self._source.duplicates
+        return (finder.pairs, finder.seconds) if finder else (0, 0.0)
 
     def slices(self, part: PartFiles, every: int = 1) -> Iterator[tuple[Candidates, Units]]:
         """Everything of one part, a slice of anchors at a time.
@@ -210,7 +214,7 @@ class Selector:
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
         """Anchors of a slice that lack negatives and may find them among deeper candidates, ascending."""
-        wanted, least = self._config.mining.num_negatives, self.rules.min_score
+        wanted, least = self._config.mining.num_negatives, self._config.mining.min_score
         hopeful = found.rows[:, -1] >= 0
         if least is not None:
             hopeful &= found.scores[:, -1] >= np.float32(least)
@@ -244,13 +248,13 @@ class Selector:
             references=chosen.reference,
         )
 
-    def choose(self, anchors: pa.Table, found: Candidates, excluded: npt.NDArray[np.uint8] | None = None) -> Choice:
+    def choose(self, anchors: pa.Table, found: Candidates, dropped: rules.Fates | None = None) -> Choice:
         """What becomes of every candidate of a slice of anchors; random negatives are not among them.
 
         Args:
             anchors: a slice of ingest's anchors.
             found: their candidates.
-            excluded: what `excluded` says of those that are looked at, where the caller knows it already.
+            dropped: what `Filters.of_documents` says of those looked at, where the caller knows it already.
         """
         each = self._config.mining.margin_reference == "each"
         if each:
@@ -265,39 +269,43 @@ class Selector:
         depth = self._config.mining.depth or found.rows.shape[1]
         assert isinstance(depth, int), "the config is not resolved"
         rows, scores = found.rows[:, :depth], found.scores[:, :depth]
-        excluded = self.excluded(anchors, rows) if excluded is None else excluded[:, :depth].copy()
+        if dropped is None:
+            dropped = self.filters.of_documents(anchors, np.arange(len(rows)), rows)
+        else:
+            dropped = dropped[:, :depth].copy()
         uniform = self._uniform(anchors, rows)
         if self._config.output.include_positives:
             # Positives of other splits, and copies of a positive, would still be false negatives.
             own = rules.contains(rows, found.positives, found.offsets)
-            excluded[own] = Fate.TAKEN
+            dropped[own] = Fate.TAKEN
         if each:
-            excluded = excluded[anchor]
-        fates = np.empty(excluded.shape, np.uint8)
+            dropped = dropped[anchor]
+        fates = np.empty(dropped.shape, np.uint8)
 
         def select(units: Ints) -> None:
             step = max(1, candidates.CELLS // max(1, rows.shape[1]))
             for some in (units[low : low + step] for low in range(0, len(units), step)):
                 at = anchor[some]
+                block = rows[at], scores[at], reference[some]
+                codes = self.filters.of_scores(anchors, at, *block, dropped[some])
                 numbers = None if uniform is None else uniform[at]
-                fates[some] = rules.select(rows[at], scores[at], excluded[some], reference[some], numbers, self.rules)
+                fates[some] = rules.select(*block, codes, numbers, self.rules)
 
         select(np.arange(len(anchor)))
-        if self.duplicates is not None:
-            known, known_offsets = ragged(anchors["known"])
+        if self.filters.has_pairs:
             matters = [Fate.TAKEN, Fate.BEFORE_WINDOW]
             if self.rules.sampling_strategy != "top":
                 matters.append(Fate.NOT_SAMPLED)
             waiting = np.ones(fates.shape, np.bool_)
             if self._config.output.include_positives:
                 waiting &= ~own[anchor]
-            # Who comes in for a duplicate may be one too; the others are never compared.
+            # Who comes in for one that is dropped may have to be dropped too; the others are never asked about.
             while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):
                 unit, column = np.divmod(cell, rows.shape[1])
                 waiting[unit, column] = False
-                alike = self.duplicates.find(rows[anchor[unit], column], anchor[unit], known, known_offsets)
-                excluded[unit[alike], column[alike]] = Fate.NEAR_DUPLICATE
-                select(np.unique(unit[alike]))
+                codes = self.filters.of_pairs(anchors, anchor[unit], rows[anchor[unit], column])
+                dropped[unit, column] = np.where(codes, codes, dropped[unit, column])
+                select(np.unique(unit[codes > 0]))
         return Choice(anchor, offsets, reference, rows, scores, fates)
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
@@ -313,13 +321,13 @@ class Selector:
 
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
-            out = self.excluded(units.anchors, rows, anchor) > 0
+            out = self.filters.of_documents(units.anchors, anchor, rows) > 0
             out |= rules.contains(rows, known, known_offsets, anchor)
             out |= rules.contains(rows, units.negatives, units.negative_offsets, some)
             out |= rows == itself[anchor, None]
-            if self.duplicates is not None:
+            if self.filters.has_pairs:
                 unit, column = np.nonzero(~out)
-                out[unit, column] = self.duplicates.find(rows[unit, column], anchor[unit], known, known_offsets)
+                out[unit, column] = self.filters.of_pairs(units.anchors, anchor[unit], rows[unit, column]) > 0
             return out
 
         identity = units.anchors["id_hash"].to_numpy()[units.anchor]
@@ -351,62 +359,6 @@ class Selector:
             field="mining.on_shortage",
             remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
-
-    def excluded(
-        self, anchors: pa.Table, rows: Ints, anchor: Ints | None = None, spared: Mask | None = None
-    ) -> npt.NDArray[np.uint8]:
-        """Why rows can be no negative of their anchor, whatever the score; near duplicates aside.
-
-        Args:
-            anchors: a slice of ingest's anchors.
-            rows: (n, k) of the corpus.
-            anchor: (n,) whose each line of them is, a row of `anchors`; None: every anchor has one.
-            spared: (n, k) which of them are no positive of a namesake, whatever is known; None: none.
-
-        Returns:
-            (n, k) uint8, see `mining.exclusions`.
-        """
-        wanted = set(self._config.mining.exclude)
-        found: dict[Fate, Mask] = {}
-        anchor = np.arange(len(rows)) if anchor is None else anchor
-        known, offsets = ragged(anchors["known"])
-        by_id, _ = ragged(anchors["known_by_id"])
-        texts = anchors["normalized"].to_numpy()[anchor]
-        # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
-        if wanted & {"positive_id", "positive_text"}:
-            found[Fate.POSITIVE_ID] = rules.contains(rows, *_where(known, offsets, by_id), anchor)
-            found[Fate.POSITIVE_TEXT] = rules.contains(rows, *_where(known, offsets, ~by_id), anchor)
-        normalized = own = np.empty(0, np.uint64)
-        if wanted & {"positive_normalized", "anchor_text"}:
-            normalized = self._corpus.numbers("normalized", np.maximum(rows, 0))
-        if "positive_normalized" in wanted:
-            own = self._corpus.numbers("normalized", known)
-            found[Fate.POSITIVE_NORMALIZED] = rules.contains(normalized, own, offsets, anchor)
-        if "shared_anchor" in wanted:
-            shared = self._shared(texts, rows, normalized if "positive_normalized" in wanted else None)
-            if shared.any():
-                # Its own positives are among what its text has, and barred by other reasons or not at all.
-                shared &= ~rules.contains(rows, known, offsets, anchor)
-            found[Fate.SHARED_ANCHOR] = shared if spared is None else shared & ~spared
-        if "anchor_text" in wanted:
-            found[Fate.ANCHOR_TEXT] = normalized == texts[:, None]
-        if self._verdicts:
-            found[Fate.EXCLUDED_FILE] = rules.contains(rows, *self._verdicts_of(anchors), anchor)
-        return rules.exclusions(rows.shape, found)
-
-    def _shared(self, texts: npt.NDArray[np.uint64], rows: Ints, normalized: npt.NDArray[np.uint64] | None) -> Mask:
-        """Whether each of (n, k) rows, or its normalised text, is known of any query of the (n,) anchors' texts."""
-        texts, lists = np.unique(texts, return_inverse=True)
-        shared, offsets = self._namesakes.of(texts)
-        found = rules.contains(rows, shared, offsets, lists)
-        if normalized is not None:
-            found |= rules.contains(normalized, self._corpus.numbers("normalized", shared), offsets, lists)
-        return found
-
-    def _verdicts_of(self, anchors: pa.Table) -> tuple[Ints, Ints]:
-        lists = [self._verdicts.get(identity, []) for identity in anchors["id"].to_pylist()]
-        offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
-        return np.array([row for rows in lists for row in rows], np.int64), offsets
 
     def _uniform(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.float64] | None:
         if self._config.mining.sampling_strategy == "top":

@@ -35,6 +35,7 @@ from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stag
 from negpipe.errors import InputError
 from negpipe.rows import formats
 from negpipe.select import deeper, rules, verdicts
+from negpipe.select.filters import CODES, DROPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import headers
@@ -231,14 +232,14 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         files = replace(files, deeper=publish(DEEPER, ".parquet", write_deeper))
     compared = shared.selector.compared
     ledger: list[pa.Table] = []
-    fates = np.zeros(len(Fate), np.int64)
+    fates = np.zeros(len(CODES), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
     own_positives = 0
 
     def accounted() -> Iterator[Units]:
         nonlocal fates, own_positives
         for found, units in shared.selector.slices(files):
-            counts = rules.counts(units.fates)
+            counts = rules.counts(units.fates, len(CODES))
             ledger.append(_ledger(units, counts, context.config, shared))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
@@ -262,7 +263,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         rows,
         {
             "units": book.num_rows,
-            "fates": {fate.name.lower(): int(fates[fate]) for fate in Fate if fates[fate]},
+            "fates": {name: int(fates[code]) for name, code in CODES.items() if fates[code]},
             "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
             "own_positives": own_positives,
             "random": int(np.sum(book["random"].to_numpy())),
@@ -293,9 +294,7 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     candidates_seen = width - counts[:, Fate.PADDING]
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
-    reasons = {
-        f"dropped_{fate.name.lower()}": counts[:, fate] for fate in Fate if fate not in (Fate.PADDING, Fate.TAKEN)
-    }
+    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items()}
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),

@@ -38,6 +38,11 @@ def input_error(folder: Path) -> Iterator[Arguments]:
     yield ["mine"]
 
 
+def memory_error(folder: Path) -> Iterator[Arguments]:
+    many = ("executor.kind=local", "executor.workers=110", "resources.cpus=110", "resources.memory_budget=64MiB")
+    yield ["mine", *(word for setting in many for word in ("--set", setting))]
+
+
 def missing_stage(folder: Path) -> Iterator[Arguments]:
     yield ["search"]
 
@@ -91,6 +96,7 @@ def unexpected(folder: Path) -> Iterator[Arguments]:
 # code: how it is provoked, the exit code, and words for where it is and what to do
 FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "config": (config_error, 2, ["mining.num_negativs: unknown key", "Did you mean"]),
+    "memory": (memory_error, 2, ["needs", "MiB a worker, there are 0: raise resources.memory_budget", "lower "]),
     "input": (input_error, 3, ["corpus.jsonl, row 41: broken JSON", "Write one JSON object a line"]),
     "missing-stage": (missing_stage, 3, ["search needs the output of ingest", "negpipe ingest", "first"]),
     "storage": (storage_error, 1, ["cannot write", "run", "then run the same command again"]),

@@ -121,7 +121,7 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
     ("overrides", "stage", "message"),
     [
         (["index.kind=IVF16,Nonsense"], "index", "index.kind 'IVF16,Nonsense': FAISS refuses it"),
-        (["search.depth=3000", *FOUR_OF_16], "search", "anchors to depth 3000 needs"),
+        (["search.depth=3000", *FOUR_OF_16], "search", "anchors to depth 3,000 needs"),
         (
             ["mining.range_min=5000", "mining.range_max=6000", "search.depth=6000"],
             "triplets",

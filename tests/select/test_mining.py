@@ -13,12 +13,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negpipe.select import rules
+from negpipe.config.schema import Mining
+from negpipe.select import filters, rules
+from negpipe.select.filters import CODES, FILTERS, NAMES
 from negpipe.select.rules import Fate, Rules
 
 EIGHTHS = st.integers(-8, 8).map(lambda i: i / 8)
 SCORES = st.one_of(EIGHTHS, st.floats(-1, 1, width=32), st.sampled_from([np.nan, np.inf, -np.inf, -0.0]))
 CUTOFF = st.one_of(st.none(), EIGHTHS, st.floats(-1, 1))
+
+
+def select(rows: Any, scores: Any, reference: Any, dropped: Any, uniform: Any, applied: dict[str, Any]) -> Any:
+    """What becomes of candidates: the filters that see scores, then the choice."""
+    mining = Mining.model_construct(**{"relative_margin": None, "exclude": ()} | applied)
+    nothing: Any = None
+    opened = filters.Filters(filters.Source(SimpleNamespace(mining=mining), nothing, nothing))  # type: ignore[arg-type]
+    codes = opened.of_scores(nothing, np.arange(len(rows)), rows, scores, reference, dropped)
+    own = {name: value for name, value in applied.items() if name in Rules.__dataclass_fields__}
+    return rules.select(rows, scores, reference, codes, uniform, Rules(**own))
+
+
+def exclusions(shape: tuple[int, int], found: dict[str, Any]) -> Any:
+    """Codes of what is dropped for what it is, whatever its score."""
+    dropped = np.zeros(shape, np.uint8)
+    for one in reversed(FILTERS):
+        if one.name in found:
+            dropped[found[one.name]] = CODES[one.name]
+    return dropped
 
 
 def ragged(lists: list[list[Any]], dtype: Any) -> tuple[Any, Any]:
@@ -67,7 +88,7 @@ def blocks(draw: st.DrawFn, strategies: tuple[str, ...], score: st.SearchStrateg
 def check(block: dict[str, Any]) -> None:
     shape, applied = block["shape"], block["rules"]
     found = {
-        Fate[name]: np.array([[name in cell for cell in line] for line in block["reasons"]], bool).reshape(shape)
+        name.lower(): np.array([[name in cell for cell in line] for line in block["reasons"]], bool).reshape(shape)
         for name in oracle.EXCLUSIONS
     }
     expected = [
@@ -76,20 +97,20 @@ def check(block: dict[str, Any]) -> None:
             block["rows"], block["scores"], block["reasons"], block["reference"], block["uniform"], strict=True
         )
     ]
-    fates = rules.select(
+    fates = select(
         np.array(block["rows"], np.int64).reshape(shape),
         np.array(block["scores"], np.float32).reshape(shape),
-        rules.exclusions(shape, found),
         np.array(block["reference"], np.float32),
+        exclusions(shape, found),
         None if applied["sampling_strategy"] == "top" else np.array(block["uniform"], np.float64).reshape(shape),
-        Rules(**applied),
+        applied,
     )
     assert fates.shape == shape
     assert fates.dtype == np.uint8
-    assert [[Fate(code).name for code in line] for line in fates.tolist()] == expected
+    assert [[NAMES[code].upper() for code in line] for line in fates.tolist()] == expected
 
-    counts = rules.counts(fates)
-    assert counts.tolist() == [[line.count(fate.name) for fate in Fate] for line in expected]
+    counts = rules.counts(fates, len(CODES))
+    assert counts.tolist() == [[line.count(name.upper()) for name in NAMES] for line in expected]
     assert (counts.sum(axis=1) == shape[1]).all()
     assert (counts[:, Fate.TAKEN] <= applied["num_negatives"]).all()
 
@@ -108,17 +129,24 @@ def test_weighted_draws_agree_with_the_oracle(block: dict[str, Any]) -> None:
 
 
 def test_codes_are_the_columns_of_the_counts() -> None:
-    assert [int(fate) for fate in Fate] == list(range(len(Fate)))
+    assert sorted(CODES.values()) == list(range(len(CODES)))
+    assert [CODES[name] for name in NAMES] == list(range(len(CODES)))
+
+
+def test_filters_stand_in_the_order_in_which_they_are_asked_or_counted() -> None:
+    order = [one.sees for one in FILTERS]
+    assert order == sorted(order, key=["documents", "pairs", "scores"].index)
 
 
 def test_first_reason_counts_and_the_sum_is_whole() -> None:
     rows = np.array([[0, 1, 2, 3, 4, 5, -1]])
     scores = np.array([[0.99, 0.97, 0.9, 0.7, 0.6, 0.5, -3.4e38]], np.float32)
     own = rules.contains(rows, np.array([1]), np.array([0, 1]))
-    excluded = rules.exclusions(rows.shape, {Fate.POSITIVE_TEXT: own, Fate.POSITIVE_ID: own})
-    applied = Rules(range_min=0, range_max=4, num_negatives=1, rank_over="raw", max_score=0.95, relative_margin=0.1)
-    fates = rules.select(rows, scores, excluded, np.array([0.97], np.float32), None, applied)
-    assert [Fate(code).name for code in fates[0]] == [
+    dropped = exclusions(rows.shape, {"positive_text": own, "positive_id": own})
+    applied = {"range_min": 0, "range_max": 4, "num_negatives": 1, "rank_over": "raw"}
+    applied |= {"max_score": 0.95, "relative_margin": 0.1}
+    fates = select(rows, scores, np.array([0.97], np.float32), dropped, None, applied)
+    assert [NAMES[code].upper() for code in fates[0]] == [
         "MAX_SCORE", "POSITIVE_ID", "RELATIVE_MARGIN", "TAKEN", "AFTER_WINDOW", "AFTER_WINDOW", "PADDING",
     ]  # fmt: skip
 
@@ -126,11 +154,9 @@ def test_first_reason_counts_and_the_sum_is_whole() -> None:
 def test_relative_margin_is_safe_for_negative_positives() -> None:
     """0.95 * p would be above a negative p, and let the positive's equals through."""
     scores = np.array([[-0.4, -0.5, -0.52, -0.6]], np.float32)
-    applied = Rules(range_min=0, range_max=4, num_negatives=4, relative_margin=0.05)
-    fates = rules.select(
-        np.arange(4)[None], scores, np.zeros((1, 4), np.uint8), np.array([-0.5], np.float32), None, applied
-    )
-    dropped = Fate.RELATIVE_MARGIN
+    applied = {"range_min": 0, "range_max": 4, "num_negatives": 4, "relative_margin": 0.05}
+    fates = select(np.arange(4)[None], scores, np.array([-0.5], np.float32), np.zeros((1, 4), np.uint8), None, applied)
+    dropped = CODES["relative_margin"]
     assert fates.tolist() == [[dropped, dropped, dropped, Fate.TAKEN]]
 
 
@@ -141,17 +167,17 @@ def test_equality_is_equality_in_float32() -> None:
     p_absolute = on_absolute + np.float32(0.05)
     on_relative = p - np.abs(p) * np.float32(0.05)
     tenth = np.full(500, 0.1, np.float32)
-    cases: list[tuple[Any, Any, Fate, dict[str, Any]]] = [
-        (on_absolute, p_absolute, Fate.ABSOLUTE_MARGIN, {"absolute_margin": 0.05}),
-        (on_relative, p, Fate.RELATIVE_MARGIN, {"relative_margin": 0.05}),
-        (tenth, p, Fate.MAX_SCORE, {"max_score": 0.1}),
-        (-tenth, p, Fate.MIN_SCORE, {"min_score": -0.1}),
+    cases: list[tuple[Any, Any, int, dict[str, Any]]] = [
+        (on_absolute, p_absolute, CODES["absolute_margin"], {"absolute_margin": 0.05}),
+        (on_relative, p, CODES["relative_margin"], {"relative_margin": 0.05}),
+        (tenth, p, CODES["max_score"], {"max_score": 0.1}),
+        (-tenth, p, CODES["min_score"], {"min_score": -0.1}),
     ]
     for scores, reference, dropped, cutoff in cases:
         for strict, fate in ((False, Fate.TAKEN), (True, dropped)):
-            applied = Rules(range_min=0, range_max=1, num_negatives=1, strict=strict, **cutoff)
-            rows, excluded = np.zeros((500, 1), np.int64), np.zeros((500, 1), np.uint8)
-            fates = rules.select(rows, scores[:, None], excluded, reference, None, applied)
+            applied = {"range_min": 0, "range_max": 1, "num_negatives": 1, "strict": strict, **cutoff}
+            rows, dropped_before = np.zeros((500, 1), np.int64), np.zeros((500, 1), np.uint8)
+            fates = select(rows, scores[:, None], reference, dropped_before, None, applied)
             assert (fates == fate).all()
 
 
@@ -161,8 +187,8 @@ def test_a_draw_without_numbers_is_refused() -> None:
         rules.select(
             np.zeros((1, 1), np.int64),
             np.zeros((1, 1), np.float32),
-            np.zeros((1, 1), np.uint8),
             np.zeros(1, np.float32),
+            np.zeros((1, 1), np.uint8),
             None,
             applied,
         )
@@ -290,8 +316,8 @@ def frequencies(scores: list[float], p: float, seed: int, **applied: Any) -> Any
     fates = rules.select(
         np.tile(np.arange(k), (n, 1)),
         np.tile(np.array(scores, np.float32), (n, 1)),
-        np.zeros((n, k), np.uint8),
         np.full(n, p, np.float32),
+        np.zeros((n, k), np.uint8),
         rules.uniform(seed, hashes(rng, n), hashes(rng, n, k)),
         Rules(range_min=0, range_max=k, **applied),
     )
@@ -341,7 +367,7 @@ def test_another_seed_draws_others() -> None:
     def draw(seed: int) -> Any:
         rows, scores = np.tile(np.arange(50), (200, 1)), np.zeros((200, 50), np.float32)
         numbers = rules.uniform(seed, anchors, documents)
-        return rules.select(rows, scores, np.zeros((200, 50), np.uint8), np.ones(200, np.float32), numbers, applied)
+        return rules.select(rows, scores, np.ones(200, np.float32), np.zeros((200, 50), np.uint8), numbers, applied)
 
     one, other = draw(1) == Fate.TAKEN, draw(2) == Fate.TAKEN
     assert np.array_equal(one, draw(1) == Fate.TAKEN)
@@ -412,9 +438,9 @@ def ours(case: SimpleNamespace, on_shortage: Any) -> list[tuple[str, str, list[s
     scores = np.take_along_axis(case.scores, rows, axis=1)
     values, offsets = ragged(case.positives, np.int64)
     positive_scores = case.scores[np.repeat(np.arange(len(rows)), np.diff(offsets)), values]
-    excluded = rules.exclusions(rows.shape, {Fate.POSITIVE_ID: rules.contains(rows, values, offsets)})
+    dropped = exclusions(rows.shape, {"positive_id": rules.contains(rows, values, offsets)})
     reference = rules.reference_scores(positive_scores, offsets, "min")
-    fates = rules.select(rows, scores, excluded, reference, None, Rules(**case.rules, on_shortage=on_shortage))
+    fates = select(rows, scores, reference, dropped, None, case.rules | {"on_shortage": on_shortage})
     result = []
     for anchor, own in enumerate(case.positives):
         taken = fates[anchor] == Fate.TAKEN

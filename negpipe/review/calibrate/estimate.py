@@ -216,13 +216,13 @@ class _Judged:
 
 
 def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
-    rows = trials.found.rows
+    rows, every = trials.found.rows, np.arange(len(trials.found.rows))
     texts = corpus.numbers("normalized", np.maximum(rows, 0))
     suspects = rules.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
     if trials.shown is None:
-        return _Judged(selector.excluded(trials.anchors, rows), suspects)
+        return _Judged(selector.filters.of_documents(trials.anchors, every, rows), suspects)
     suspects &= texts != trials.shown[:, None]
-    return _Judged(selector.excluded(trials.anchors, rows, spared=suspects), suspects)
+    return _Judged(selector.filters.of_documents(trials.anchors, every, rows, suspects), suspects)
 
 
 def _tried(

@@ -1,0 +1,314 @@
+"""What must not be a negative: an ordered list of filters.
+
+The order is the precedence: of several filters that drop a candidate the first is counted. Those that see scores come
+last, those that see documents alone first. A filter is written here and named in `FILTERS`; the counts, the ledger's
+columns and what `explain` says follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.config.schema import Config, Mining
+from negpipe.data.namesakes import Namesakes
+from negpipe.data.tables import Rows, ragged
+from negpipe.select import duplicates, rules, verdicts
+from negpipe.select.rules import Fate, Fates
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What filters look things up in: the config, ingest's documents, and what other anchors of the same text have."""
+
+    config: Config
+    corpus: Rows
+    namesakes: Namesakes
+    threads: int = 1
+
+    @property
+    def mining(self) -> Mining:
+        """The settings."""
+        return self.config.mining
+
+    @cached_property
+    def duplicates(self) -> duplicates.Finder | None:
+        """What compares texts, where the config asks for it."""
+        threshold = self.mining.near_duplicate
+        return None if threshold is None else duplicates.Finder(self.corpus, threshold, self.threads)
+
+
+@dataclass(frozen=True)
+class Block:
+    """n lines of k documents each that a filter looks at.
+
+    Attributes:
+        anchors: rows of ingest's anchor table.
+        anchor: (n,) the row of `anchors` whose documents a line holds.
+        rows: (n, k) of the corpus, -1 where there is no document.
+        scores: (n, k), for filters that see scores.
+        references: (n,) the positive score that margins refer to, NaN where there is none; likewise.
+        spared: (n, k) which documents are no positive of a namesake, whatever is known; None: none.
+    """
+
+    source: Source
+    anchors: pa.Table
+    anchor: Ints
+    rows: Ints
+    scores: Floats
+    references: Floats
+    spared: Mask | None = None
+
+    @cached_property
+    def known(self) -> tuple[Ints, Ints]:
+        """Rows of the anchors' known positives, ragged."""
+        return ragged(self.anchors["known"])
+
+    @cached_property
+    def normalized(self) -> Hashes:
+        """(n, k) hashes of the documents' normalised texts."""
+        return self.source.corpus.numbers("normalized", np.maximum(self.rows, 0))
+
+    @cached_property
+    def texts(self) -> Hashes:
+        """(n,) hashes of the anchors' normalised texts."""
+        hashes: Hashes = self.anchors["normalized"].to_numpy()[self.anchor]
+        return hashes
+
+
+Masking = Callable[[Block], Mask]
+"""(n, k): which documents of a block are dropped."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One reason to drop a candidate.
+
+    Attributes:
+        name: the reason, as the ledger and `explain` name it.
+        opened: its mask over a block; None where the config does not ask for it.
+        explain: (settings, the candidate's score, the reference) → why, in words and numbers.
+        sees: documents: what an anchor and a document are; drawn documents pass through it too. scores: the scores of a
+            unit as well. pairs: like documents, but takes so long that it is asked last, and only of those that pass
+            everything else and matter to the choice.
+    """
+
+    name: str
+    opened: Callable[[Source], Masking | None]
+    explain: Callable[[Mining, float, float], str]
+    sees: Literal["documents", "scores", "pairs"] = "documents"
+
+
+def _says(text: str) -> Callable[[Mining, float, float], str]:
+    return lambda mining, score, reference: text
+
+
+def _positive(by_id: bool) -> Callable[[Source], Masking | None]:
+    def opened(source: Source) -> Masking | None:
+        # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
+        return mask if {"positive_id", "positive_text"} & set(source.mining.exclude) else None
+
+    def mask(block: Block) -> Mask:
+        (known, offsets), (judged, _) = block.known, ragged(block.anchors["known_by_id"])
+        kept = judged if by_id else ~judged
+        ends: Ints = np.concatenate([[0], np.cumsum(kept)])[offsets].astype(np.int64)
+        return rules.contains(block.rows, known[kept], ends, block.anchor)
+
+    return opened
+
+
+def _positive_normalized(source: Source) -> Masking | None:
+    def mask(block: Block) -> Mask:
+        known, offsets = block.known
+        return rules.contains(block.normalized, source.corpus.numbers("normalized", known), offsets, block.anchor)
+
+    return mask if "positive_normalized" in source.mining.exclude else None
+
+
+def _shared_anchor(source: Source) -> Masking | None:
+    def mask(block: Block) -> Mask:
+        texts, lists = np.unique(block.texts, return_inverse=True)
+        shared, offsets = source.namesakes.of(texts)
+        found = rules.contains(block.rows, shared, offsets, lists)
+        if "positive_normalized" in source.mining.exclude:
+            found |= rules.contains(block.normalized, source.corpus.numbers("normalized", shared), offsets, lists)
+        if found.any():
+            # Its own positives are among what its text has, and barred by other reasons or not at all.
+            found &= ~rules.contains(block.rows, *block.known, block.anchor)
+        return found if block.spared is None else found & ~block.spared
+
+    return mask if "shared_anchor" in source.mining.exclude else None
+
+
+def _anchor_text(source: Source) -> Masking | None:
+    if "anchor_text" not in source.mining.exclude:
+        return None
+    return lambda block: block.normalized == block.texts[:, None]
+
+
+def _excluded_file(source: Source) -> Masking | None:
+    if source.mining.exclude_file is None:
+        return None
+    named = verdicts.resolve(verdicts.read(Path(source.mining.exclude_file)), source.corpus)
+
+    def mask(block: Block) -> Mask:
+        lists = [named.get(identity, []) for identity in block.anchors["id"].to_pylist()]
+        offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
+        return rules.contains(
+            block.rows, np.array([row for rows in lists for row in rows], np.int64), offsets, block.anchor
+        )
+
+    return mask if named else None
+
+
+def _near_duplicate(source: Source) -> Masking | None:
+    finder = source.duplicates
+    if finder is None:
+        return None
+
+    def mask(block: Block) -> Mask:
+        owner = np.repeat(block.anchor, block.rows.shape[1])
+        return finder.find(block.rows.ravel(), owner, *block.known).reshape(block.rows.shape)
+
+    return mask
+
+
+def _cutoff(setting: str, mask: Callable[[Mining, float, Floats, Floats], Mask]) -> Callable[[Source], Masking | None]:
+    """A filter with a number: (settings, number, scores, references as a column) → mask, in float32."""
+
+    def opened(source: Source) -> Masking | None:
+        mining, limit = source.mining, getattr(source.mining, setting)
+        return None if limit is None else lambda block: mask(mining, limit, block.scores, block.references[:, None])
+
+    return opened
+
+
+def _above(mining: Mining, scores: Floats, limit: npt.ArrayLike) -> Mask:
+    return np.greater_equal(scores, limit) if mining.strict else np.greater(scores, limit)
+
+
+def _below(mining: Mining, scores: Floats, limit: npt.ArrayLike) -> Mask:
+    return np.less_equal(scores, limit) if mining.strict else np.less(scores, limit)
+
+
+# Thresholds are rounded to float32, in the very expressions of sentence-transformers 6 (`util/hard_negatives.py`): the
+# same float32 scores give the same survivors. Equality with a margin holds for negative positives too.
+_max_score = _cutoff("max_score", lambda mining, limit, s, p: _above(mining, s, np.float32(limit)))
+_min_score = _cutoff("min_score", lambda mining, limit, s, p: _below(mining, s, np.float32(limit)))
+_absolute_margin = _cutoff("absolute_margin", lambda mining, limit, s, p: _above(mining, s + np.float32(limit), p))
+_relative_margin = _cutoff(
+    "relative_margin", lambda mining, limit, s, p: _above(mining, s, p - np.abs(p) * np.float32(limit))
+)
+
+
+def _invalid_score(_: Source) -> Masking:
+    return lambda block: ~np.isfinite(block.scores)
+
+
+def _compared(score: float, over: bool, strict: bool, limit: float, detail: str, setting: str) -> str:
+    """Both sides with as many digits as tell them apart."""
+    sign = ("≥" if strict else ">") if over else ("≤" if strict else "<")
+    digits = next((n for n in range(3, 9) if f"{score:.{n}f}" != f"{limit:.{n}f}"), 9)
+    return f"{score:.{digits}f} {sign} {detail.format(f'{limit:.{digits}f}')} ({setting})"
+
+
+def _above_max(mining: Mining, score: float, _: float) -> str:
+    return _compared(score, True, mining.strict, mining.max_score or 0.0, "{}", "max_score")
+
+
+def _below_min(mining: Mining, score: float, _: float) -> str:
+    return _compared(score, False, mining.strict, mining.min_score or 0.0, "{}", "min_score")
+
+
+def _within_absolute(mining: Mining, score: float, p: float) -> str:
+    m = mining.absolute_margin or 0.0
+    return _compared(score, True, mining.strict, p - m, f"{{}} = {p:.3f} - {m:g}", f"absolute_margin {m:g}")
+
+
+def _within_relative(mining: Mining, score: float, p: float) -> str:
+    m = mining.relative_margin or 0.0
+    share = f"{1 - m:g} × {p:.3f}" if p >= 0 else f"{p:.3f} - {m:g} × {-p:.3f}"
+    return _compared(score, True, mining.strict, p - abs(p) * m, f"{{}} = {share}", f"relative_margin {m:g}")
+
+
+FILTERS = (
+    Filter("positive_id", _positive(True), _says("a known positive of the anchor")),
+    Filter("positive_text", _positive(False), _says("the text of a known positive, under another id")),
+    Filter(
+        "positive_normalized",
+        _positive_normalized,
+        _says("the text of a known positive but for case, white space or Unicode form"),
+    ),
+    Filter("shared_anchor", _shared_anchor, _says("a positive of another anchor with the same text")),
+    Filter("anchor_text", _anchor_text, _says("the anchor's own text")),
+    Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
+    Filter("near_duplicate", _near_duplicate, _says("nearly the text of a positive"), sees="pairs"),
+    Filter("invalid_score", _invalid_score, _says("the score is no finite number"), sees="scores"),
+    Filter("max_score", _max_score, _above_max, sees="scores"),
+    Filter("min_score", _min_score, _below_min, sees="scores"),
+    Filter("absolute_margin", _absolute_margin, _within_absolute, sees="scores"),
+    Filter("relative_margin", _relative_margin, _within_relative, sees="scores"),
+)
+
+_CODES = {one.name: rules.FILTERED + place for place, one in enumerate(FILTERS)}
+DROPS = _CODES | {fate.name.lower(): int(fate) for fate in Fate if fate not in (Fate.TAKEN, Fate.PADDING)}
+"""Codes of the drop reasons, in their precedence."""
+CODES = {"taken": int(Fate.TAKEN), "padding": int(Fate.PADDING)} | DROPS
+"""Codes of all that can become of a candidate."""
+NAMES = tuple(sorted(CODES, key=CODES.__getitem__))
+"""The same by code."""
+
+
+def filter_of(code: int) -> Filter | None:
+    """The filter that drops with a code; None: none does."""
+    return FILTERS[code - rules.FILTERED] if code >= rules.FILTERED else None
+
+
+class Filters:
+    """The filters that a config asks for, opened."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        opened = [(one, one.opened(source)) for one in FILTERS]
+        self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
+        self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
+
+    def of_documents(self, anchors: pa.Table, anchor: Ints, rows: Ints, spared: Mask | None = None) -> Fates:
+        """Which documents their anchor's unit must not have, whatever the score; see `Block` for the arguments.
+
+        Returns:
+            (n, k) uint8, the code of the first filter that drops a document, 0 where none does.
+        """
+        nothing = np.empty((0, 0), np.float32)
+        block = Block(self._source, anchors, anchor, rows, nothing, nothing, spared)
+        return self._first("documents", block, np.zeros(rows.shape, np.uint8))
+
+    def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
+        """The same by the filters that take long, of (p,) rows; (p,)."""
+        nothing = np.empty((0, 0), np.float32)
+        block = Block(self._source, anchors, anchor, rows[:, None], nothing, nothing)
+        return self._first("pairs", block, np.zeros((len(rows), 1), np.uint8))[:, 0]
+
+    def of_scores(
+        self, anchors: pa.Table, anchor: Ints, rows: Ints, scores: Floats, references: Floats, dropped: Fates
+    ) -> Fates:
+        """The same with the filters that see scores, where nothing in `dropped` says so yet."""
+        return self._first("scores", Block(self._source, anchors, anchor, rows, scores, references), dropped.copy())
+
+    def _first(self, sees: str, block: Block, codes: Fates) -> Fates:
+        for own, code, mask in self._asked:
+            if own == sees:
+                np.copyto(codes, np.uint8(code), where=(codes == 0) & mask(block))
+        return codes
