@@ -23,7 +23,6 @@ from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
-from negpipe.store import mapped
 
 _ONE_IN = 32  # rows of a shard that its sample holds
 _SHOWN = 8  # efforts in an error
@@ -189,9 +188,10 @@ def open_index(kind: str, shards: Sequence[Shard], vectors: ann.Vectors) -> Appr
         opened = coded.open_shards(places, vectors.dimension)
         _check_rows(places[0][0], sum(index.ntotal for index, _ in opened), vectors)
         return Approximate(opened, vectors, memory)
-    samples = [mapped.npy(shard.sample) for shard in shards]
-    stride = -(-sum(map(len, samples)) // lists.SAMPLE_ROWS)
-    listed = lists.open_lists(places, np.concatenate([own[::stride] for own in samples]))
+    samples = [ann.open_parts([shard.sample]) for shard in shards]
+    stride = -(-sum(sample.rows for sample in samples) // lists.SAMPLE_ROWS)
+    sample = np.concatenate([own.take(np.arange(0, own.rows, stride)) for own in samples])
+    listed = lists.open_lists(places, sample)
     _check_rows(places[0][0], listed.rows, vectors)
     return Approximate(listed, vectors, memory)
 

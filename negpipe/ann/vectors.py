@@ -74,6 +74,12 @@ class Vectors:
                 out[here] = stored[rows[here] - file.first]
         return out
 
+    def all(self) -> Floats:
+        """Every row, as (rows, dimension) float32."""
+        out = np.empty((self.rows, self.dimension), np.float32)
+        self.read(0, out)
+        return out
+
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
         """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
         for start in range(0, self.rows, rows):
@@ -131,6 +137,11 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
         files.append(_File(path, first, len(array), array.dtype, array.offset))
         first += len(array)
     return Vectors(tuple(files), dimension)
+
+
+def write_part(values: NDArray[Any], file: BinaryIO) -> None:
+    """Write (m, dimension) vectors of float16 or float32 as `open_parts` opens them."""
+    np.save(file, values, allow_pickle=False)
 
 
 def _flat_header(dimension: int, rows: int) -> bytes:

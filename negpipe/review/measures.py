@@ -68,7 +68,7 @@ def quality_of(
 ) -> quality.Quality:
     """The same for anchors whose candidates and units the caller reads."""
     vectors = [context.path(part, "vectors") for part in context.manifest("encode").of_kind("anchors")]
-    random = quality.random_scores(vectors, opened.passages, opened.searchable, context.config.seed)
+    random = quality.random_scores(vectors, opened.vectors, opened.searchable, context.config.seed)
     return quality.measure(slices, random, min(context.config.depth, opened.searchable))
 
 

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from negpipe import ann
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import ragged
-from negpipe.select import randoms
 from negpipe.select.selector import Units
-from negpipe.store import mapped
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -131,24 +130,24 @@ def measure(slices: Iterable[tuple[Candidates, Units]], random: Floats, depth: i
     )
 
 
-def random_scores(anchors: Sequence[Path], passages: Sequence[Path], searchable: int, seed: int) -> Floats:
+def random_scores(anchors: Sequence[Path], documents: Sequence[Path], searchable: int, seed: int) -> Floats:
     """Scores of random (anchor, document) pairs: at most 10,000 anchors evenly spaced, 5 documents each by seed.
 
     Args:
         anchors: .npy parts of the anchors' vectors.
-        passages: .npy parts of the documents' vectors, in row order.
+        documents: .npy parts of the documents' vectors, in row order.
         searchable: how many documents, from the first on, can be candidates.
         seed: any integer from 0 on.
 
     Returns:
         (n,) float32.
     """
-    parts = [mapped.npy(path) for path in anchors]
-    step = max(1, sum(len(part) for part in parts) // _RANDOM_ANCHORS)
-    vectors = np.concatenate([part[::step].astype(np.float32) for part in parts])
+    parts = [ann.open_parts([path]) for path in anchors]
+    step = max(1, sum(part.rows for part in parts) // _RANDOM_ANCHORS)
+    vectors = np.concatenate([part.take(np.arange(0, part.rows, step)) for part in parts])
     owner = np.repeat(np.arange(len(vectors)), _RANDOM_EACH)
     rows = np.random.default_rng(seed).integers(searchable, size=len(owner))
-    return randoms.scores(vectors, owner, passages, rows)
+    return ann.score_pairs(vectors, ann.open_parts(documents), (owner, rows))
 
 
 def distribution(values: Floats) -> Distribution:

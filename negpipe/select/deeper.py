@@ -22,7 +22,6 @@ from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
 from negpipe.engine.budget import Budget
 from negpipe.select.selector import PartFiles, Selector, rows_of
-from negpipe.store import mapped
 
 _CELL = 64  # bytes for each candidate of the anchors that are searched together
 
@@ -68,7 +67,7 @@ def _together(deepest: int, budget: Budget) -> tuple[int, int]:
 def deepen(
     selector: Selector,
     part: PartFiles,
-    passages: ann.Vectors,
+    documents: ann.Vectors,
     deepest: int,
     *,
     budget: Budget,
@@ -80,7 +79,7 @@ def deepen(
     Args:
         selector: says who lacks negatives.
         part: where the anchors, their candidates and their vectors are.
-        passages: the vectors of the documents that can be candidates.
+        documents: the vectors of the documents that can be candidates.
         deepest: the limit.
         budget: as many anchors as fit are searched together. Changes no result.
         progress: called with a note on how far a search is.
@@ -93,19 +92,18 @@ def deepen(
     half = budget.share(0.5)
     size, together = _together(deepest, budget)
     began = time.monotonic()
-    table = open_table(part.anchors)
+    table, vectors = open_table(part.anchors), ann.open_parts([part.vectors])
     waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
     none = np.empty(0, np.int64)
 
     def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
-        vectors = mapped.npy(part.vectors)
-        each, fixed = ann.exact.needs(passages.rows, passages.dimension, depth, half)
+        each, fixed = ann.exact.needs(documents.rows, documents.dimension, depth, half)
         seen = 0
 
         def tell(rows: int) -> None:
             nonlocal seen
             seen += rows
-            progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / passages.rows:.0%}")
+            progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / documents.rows:.0%}")
 
         def search_some(
             some: ann.vectors.Ints, budget: Budget, progress: Callable[[int], None]
@@ -113,8 +111,8 @@ def deepen(
             who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
             checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
             found = ann.search_exact(
-                vectors[some].astype(np.float32),
-                passages,
+                vectors.take(some),
+                documents,
                 depth,
                 positives=(none, none),
                 budget=budget,

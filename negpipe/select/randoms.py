@@ -6,17 +6,13 @@ alone; a unit gets the first that are not barred and did not come before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import ann
 from negpipe.select import rules
-from negpipe.store import mapped
 
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
@@ -24,7 +20,6 @@ Mask = npt.NDArray[np.bool_]
 _SPARE = 16  # draws beyond twice the wanted number that are looked at first
 _FEW = 18  # rows of a corpus of which so many draws would mostly repeat one another
 _CELLS = 2**20  # draws at a time
-_PAIRS = 16384  # whose vectors are in memory at a time
 
 
 def draw(
@@ -63,31 +58,6 @@ def draw(
         width *= 4
     offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in drawn])]).astype(np.int64)
     return np.concatenate([np.empty(0, np.int64), *drawn]), offsets
-
-
-def scores(anchors: Floats, anchor_of: Ints, passages: Sequence[Path], rows: Ints) -> Floats:
-    """Exact scores of (anchor, row) pairs.
-
-    Args:
-        anchors: (n, d) float32.
-        anchor_of: (p,) anchor of each pair.
-        passages: .npy parts of the corpus's vectors, in row order.
-        rows: (p,) row of the corpus of each pair.
-
-    Returns:
-        (p,) float32.
-    """
-    out = np.empty(len(rows), np.float32)
-    first = 0
-    for path in passages:
-        part = mapped.npy(path)
-        inside = np.flatnonzero((rows >= first) & (rows < first + len(part)))
-        for start in range(0, len(inside), _PAIRS):
-            pairs = inside[start : start + _PAIRS]
-            own, places = np.unique(rows[pairs] - first, return_inverse=True)
-            out[pairs] = ann.pair_scores(anchors, anchor_of[pairs], part[own].astype(np.float32), places)
-        first += len(part)
-    return out
 
 
 def _replaced(corpus: int) -> int:

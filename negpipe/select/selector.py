@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negpipe import ann
 from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Deeper
@@ -24,7 +26,6 @@ from negpipe.data.tables import Rows, open_table, ragged
 from negpipe.errors import InputError
 from negpipe.select import filters, randoms, rules
 from negpipe.select.rules import Fate
-from negpipe.store import mapped
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -130,7 +131,7 @@ class Selector:
         corpus: ingest's documents.
         namesakes: what other anchors of the same text have.
         searchable: how many documents, from the first on, can be negatives.
-        passages: their vectors, encode's parts; needed where random negatives are asked for.
+        vectors: theirs, encode's parts; needed where random negatives are asked for.
         threads: threads that compare texts. Changes no result.
     """
 
@@ -141,13 +142,13 @@ class Selector:
         namesakes: Namesakes,
         *,
         searchable: int,
-        passages: Sequence[Path] = (),
+        vectors: Sequence[Path] = (),
         threads: int = 1,
     ) -> None:
         self._config, self._corpus = config, corpus
         self._source = filters.Source(config, corpus, namesakes, threads)
         self.filters = filters.Filters(self._source)
-        self._searchable, self._passages = searchable, passages
+        self._searchable, self._vectors = searchable, vectors
         names = {field.name for field in fields(rules.Rules)}
         settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
         if config.output.format == "n-tuple" and config.mining.on_shortage == "keep":
@@ -158,6 +159,10 @@ class Selector:
             settings["sampling_strategy"] = "top"
         self.rules = rules.Rules(**settings)
         self.depth = config.depth
+
+    @cached_property
+    def _documents(self) -> ann.Vectors:
+        return ann.open_parts(self._vectors)
 
     @property
     def mining(self) -> Mining:
@@ -208,8 +213,7 @@ class Selector:
     def _units(self, part: PartFiles, table: pa.Table, found: Candidates) -> Units:
         units = self.select(rows_of(table, found.anchors), found)
         if self._config.mining.draws:
-            vectors = mapped.npy(part.vectors)
-            units = self._with_random(units, vectors[found.anchors].astype(np.float32))
+            units = self._with_random(units, ann.open_parts([part.vectors]).take(found.anchors))
         return units
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
@@ -333,7 +337,7 @@ class Selector:
         identity = units.anchors["id_hash"].to_numpy()[units.anchor]
         rows, offsets = randoms.draw(self._config.seed, identity, wanted, self._searchable, barred)
         unit = np.repeat(np.arange(len(mined)), np.diff(offsets))
-        scores = randoms.scores(vectors, units.anchor[unit], self._passages, rows)
+        scores = ann.score_pairs(vectors, self._documents, (units.anchor[unit], rows))
         order = np.argsort(np.concatenate([np.repeat(np.arange(len(mined)), mined), unit]), kind="stable")
 
         def joined(of_mined: npt.NDArray[Any], of_random: npt.NDArray[Any]) -> npt.NDArray[Any]:

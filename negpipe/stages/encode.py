@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from negpipe import encoders
+from negpipe import ann, encoders
 from negpipe.ann import auto
 from negpipe.config.schema import Config, Encoder
 from negpipe.data import candidates
@@ -212,7 +212,7 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
             raise _refused(task, table["id"][first + at].as_py(), vectors[at : at + 1], config, place)
         first += len(vectors)
     assert stored is not None
-    publish("vectors", ".npy", lambda file: np.save(file, stored, allow_pickle=False), needed=stored.nbytes)
+    publish("vectors", ".npy", partial(ann.write_part, stored), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
 
 

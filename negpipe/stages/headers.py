@@ -13,7 +13,6 @@ from negpipe.data.npy import BROKEN
 from negpipe.data.tables import open_table
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
-from negpipe.store import mapped
 from negpipe.store.store import Store
 
 
@@ -43,7 +42,7 @@ def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) ->
 def _rows(path: Path) -> int:
     """The rows of a file, from its header or footer."""
     if path.suffix == ".npy":
-        return int(mapped.npy(path).shape[0])
+        return ann.open_parts([path]).rows
     if path.suffix == ".faiss":
         return ann.open_flat(path).rows
     if path.suffix == ".arrow":

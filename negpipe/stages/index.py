@@ -8,6 +8,7 @@ FAISS factory string is trained once, filled shard by shard, and tuned on sample
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,7 +207,7 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
         ann.factory.fill(index, vectors, threads=context.budget.threads, progress=progress, planned=planned)
         publish("index", ".faiss", lambda file: ann.factory.write(index, file))
         sample = approximate.sample_of(vectors, config.seed)
-        publish("sample", ".npy", lambda file: np.save(file, sample, allow_pickle=False))
+        publish("sample", ".npy", partial(ann.write_part, sample))
         return Made(task.rows)
     opened = approximate.open_index(config.index.kind, _shards(context, task.payload["shards"]), vectors)
     anchors = ann.open_parts([context.store.path(name) for name in task.payload["anchors"]])

@@ -110,7 +110,7 @@ def _open(context: Context) -> Iterator[_Opened]:
 
 
 def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
-    anchors = np.load(context.store.path(task.payload["anchors"]), allow_pickle=False).astype(np.float32)
+    anchors = ann.open_parts([context.store.path(task.payload["anchors"])]).all()
     texts = open_table(context.store.path(task.payload["texts"]))
     positives, offsets = ragged(texts["positives"])
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives

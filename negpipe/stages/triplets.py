@@ -112,8 +112,8 @@ class Shared:
     corpus: Rows
     namesakes: Namesakes
     selector: Selector
-    passages: list[Path]
-    """Vectors of the documents that can be candidates, encode's parts."""
+    vectors: list[Path]
+    """Of the documents that can be candidates, encode's parts."""
     searchable: int
     """How many they are."""
 
@@ -124,9 +124,9 @@ def open_selection(context: Context) -> Shared:
     read = context.manifest("ingest")
     corpus = Rows([context.path(part, "table") for part in documents(read)])
     namesakes = Namesakes([context.path(part, "table") for part in read.of_kind("namesakes")])
-    passages, rows = [context.path(part, "vectors") for part in parts], sum(part.rows for part in parts)
-    about: dict[str, Any] = {"searchable": rows, "passages": passages, "threads": context.budget.threads}
-    return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), passages, rows)
+    vectors, rows = [context.path(part, "vectors") for part in parts], sum(part.rows for part in parts)
+    about: dict[str, Any] = {"searchable": rows, "vectors": vectors, "threads": context.budget.threads}
+    return Shared(corpus, namesakes, Selector(context.config, corpus, namesakes, **about), vectors, rows)
 
 
 def _check_memory(context: Context) -> None:
@@ -201,11 +201,10 @@ def search_deeper(
     deepest = deeper.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
-    passages = ann.open_parts(shared.passages)
     return deeper.deepen(
         shared.selector,
         files,
-        passages,
+        ann.open_parts(shared.vectors),
         deepest,
         budget=context.budget,
         progress=progress,

@@ -39,8 +39,9 @@ def input_error(folder: Path) -> Iterator[Arguments]:
 
 
 def memory_error(folder: Path) -> Iterator[Arguments]:
-    many = ("executor.kind=local", "executor.workers=110", "resources.cpus=110", "resources.memory_budget=64MiB")
-    yield ["mine", *(word for setting in many for word in ("--set", setting))]
+    rows = [{"_id": f"d{i}", "text": f"{i} " + "a long text " * 5_000} for i in range(200)]
+    small.write_rows(folder / "data/corpus.jsonl", rows)
+    yield ["mine", "--set", "resources.memory_budget=64MiB", "--set", "data.part_rows=1000"]
 
 
 def missing_stage(folder: Path) -> Iterator[Arguments]:
@@ -96,7 +97,11 @@ def unexpected(folder: Path) -> Iterator[Arguments]:
 # code: how it is provoked, the exit code, and words for where it is and what to do
 FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "config": (config_error, 2, ["mining.num_negativs: unknown key", "Did you mean"]),
-    "memory": (memory_error, 2, ["needs", "MiB a worker, there are 0: raise resources.memory_budget", "lower "]),
+    "memory": (
+        memory_error,
+        2,
+        ["needs", "MiB a worker, there are 32: raise", "or lower data.part_rows"],
+    ),
     "input": (input_error, 3, ["corpus.jsonl, row 41: broken JSON", "Write one JSON object a line"]),
     "missing-stage": (missing_stage, 3, ["search needs the output of ingest", "negpipe ingest", "first"]),
     "storage": (storage_error, 1, ["cannot write", "run", "then run the same command again"]),
