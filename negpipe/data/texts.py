@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def normalize(text: str) -> str:
@@ -17,18 +19,42 @@ def normalize(text: str) -> str:
 
 def text_id(text: str) -> str:
     """The id of a text that came without one: 32 hex digits of its digest."""
-    return _digest(text, 16).hex()
+    return _digest(text.encode(), 16).hex()
 
 
-def digests(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
+def ids_of(digested: npt.NDArray[np.uint64]) -> list[str]:
+    """`text_id` of texts, from their `digests`."""
+    every = digested.astype("<u8").tobytes().hex()
+    return [every[at : at + 32] for at in range(0, len(every), 32)]
+
+
+def digests(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
     """128-bit digests, (n, 2) uint64: equal exactly where the texts are equal."""
-    return np.frombuffer(b"".join(_digest(text, 16) for text in texts), dtype="<u8").reshape(-1, 2)
+    return np.frombuffer(b"".join([_digest(text, 16) for text in _encoded(texts)]), dtype="<u8").reshape(-1, 2)
 
 
-def hashes(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
+def hashes(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
     """64-bit digests, (n,) uint64: two of 100 million different texts collide with a chance of 3 in 10,000."""
-    return np.frombuffer(b"".join(_digest(text, 8) for text in texts), dtype="<u8")
+    return np.frombuffer(b"".join([_digest(text, 8) for text in _encoded(texts)]), dtype="<u8")
 
 
-def _digest(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+def normalized_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
+    """`hashes` of texts as `normalize` makes them; the texts have no white space at their ends."""
+    # NFKC leaves ASCII as it is, where case is but lower or upper; printable white space is blanks.
+    normal = _encoded(pc.ascii_lower(texts))
+    printable = pc.ascii_is_printable(texts).to_numpy(zero_copy_only=False)
+    others = np.flatnonzero(~printable | [b"  " in text for text in normal])
+    for at, text in zip(others.tolist(), texts.take(pa.array(others)).to_pylist(), strict=True):
+        normal[at] = normalize(text).encode()
+    return np.frombuffer(b"".join([_digest(text, 8) for text in normal]), dtype="<u8")
+
+
+def _encoded(texts: pa.Array | Iterable[str]) -> list[bytes]:
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        encoded: list[bytes] = texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
+        return encoded
+    return [text.encode() for text in texts]
+
+
+def _digest(text: bytes, size: int) -> bytes:
+    return hashlib.blake2b(text, digest_size=size).digest()

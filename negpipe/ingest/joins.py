@@ -113,7 +113,7 @@ def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[
     Yields:
         tables of first (position in the spool), normalized, cut, ids (every id once, the first one first), source_rows.
     """
-    heads = f"select row as number, first, normalized, d1 as cut from numbered where corpus = {corpus} order by row"
+    heads = f"select row as number, first, normalized, d1 as cut, d2 from numbered where corpus = {corpus} order by row"
     of_texts = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
     place = f"d.position + if(d.corpus, 0, {2**62})"
     ids, source_rows = (
@@ -150,7 +150,7 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
         database,
         """
         select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, [a.source_row] as source_rows,
-            a.d1 as cut from anchors a left join numbered n using (d1, d2) order by a.number""",
+            a.d1 as cut, a.d2 from anchors a left join numbered n using (d1, d2) order by a.number""",
         min(rows, BATCH),
     )
     low = 0

@@ -1,214 +1,397 @@
-"""The one pass over a source: texts to a spool on disk, everything that must be joined to a database.
+"""The one pass over a source: what it says, in numbered files of columns, from which a pass that was cut short goes on.
 
-The spool and the database stand in a temporary folder of the run; memory holds one batch.
+A batch is some pieces of the source. Its files are written first, then a note of what was read with it: what is noted
+is not read again. Memory holds two batches, one of them being written.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from negpipe import sources
 from negpipe.config.schema import Config
-from negpipe.data.tables import EXTRA
-from negpipe.data.texts import digests, hashes, normalize, text_id
+from negpipe.data.tables import EXTRA, open_table, to_bytes
+from negpipe.data.texts import digests, ids_of, normalized_hashes, text_id
+from negpipe.errors import InputError
 from negpipe.ingest import rejected
+from negpipe.store.files import publish, remove, write_all, write_json
 
 if TYPE_CHECKING:
     import duckdb
 
 logger = logging.getLogger(__name__)
 
-BATCH = 8192
-_CHARACTERS = 2**23  # of a batch's texts: what is read, hashed and written at a time
+Ints = npt.NDArray[np.int64]
+
+BATCH = 8192  # rows of a batch, once it has so many
+_BYTES = 2**23  # of a batch's texts, likewise
 _WARNED = 10
+_PLACE = [("file", pa.string()), ("line", pa.int64())]
+_TEXT = [("source_row", pa.int64()), ("id", pa.string())]
+_HASHES = [("d1", pa.uint64()), ("d2", pa.uint64()), ("normalized", pa.uint64())]
+_TABLES = {
+    "documents": pa.schema([("corpus", pa.bool_()), ("position", pa.int64()), *_TEXT, *_HASHES, *_PLACE]),
+    "queries": pa.schema([*_TEXT, ("text", pa.string()), ("extra", pa.list_(pa.string())), *_HASHES, *_PLACE]),
+    "judgments": pa.schema(
+        [("query", pa.string()), ("document", pa.string()), ("grade", pa.float64()), ("split", pa.string()), *_PLACE]
+    ),
+    "skipped": pa.schema(
+        [
+            *[("id", pa.string()), ("of_query", pa.bool_()), ("in_corpus", pa.bool_()), ("bad", pa.bool_())],
+            *_PLACE,
+            *[(name, pa.string()) for name in ("field", "kind", "reason", "raw")],
+        ]
+    ),
+}
+"""Tables of the database."""
+_FILES = {"documents": ("corpus", "added")} | {name: (name,) for name in ("queries", "judgments", "skipped")}
+"""The kinds of files they are read from; those of documents hold texts and extra columns beside."""
+
+
+@contextmanager
+def kept(folder: Path, key: str) -> Iterator[Path]:
+    """The folder of a spool, empty or with what a pass of the same key left; gone once it is of no use.
+
+    Args:
+        folder: where it is.
+        key: says which source is read, and how.
+    """
+    named = folder / "key.json"
+    if not named.is_file() or json.loads(named.read_text()) != key:
+        remove(folder)
+        write_json(named, key)
+    try:
+        yield folder
+    except InputError:  # the source has to change, and the key with it
+        remove(folder)
+        raise
+    remove(folder)
 
 
 def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Read the source once: texts and extra columns to the spool, everything else to the database.
+    """Read the source once: texts and extra columns stay in the spool, everything else goes to the database.
+
+    Args:
+        config: what to read.
+        database: an empty one.
+        folder: see `kept`.
 
     Raises:
         ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
     """
-    database.execute("""
-        create table documents (corpus boolean, position bigint, source_row bigint, id varchar,
-            d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
-        create table queries (source_row bigint, id varchar, text varchar, extra varchar[],
-            d1 ubigint, d2 ubigint, normalized ubigint, file varchar, line bigint);
-        create table judgments (query varchar, document varchar, grade double, split varchar,
-            file varchar, line bigint);
-        create table skipped (id varchar, of_query boolean, in_corpus boolean, bad boolean,
-            file varchar, line bigint, field varchar, kind varchar, reason varchar, raw varchar);
-    """)
-    writer = _Writer(config, database, folder)
-    with writer:
-        for batch in _batches(sources.read(config.data)):
-            writer.add(batch)
+    pieces = sources.pieces(config.data)
+    number, totals = _noted(folder)
+    if number:
+        logger.info("goes on behind %d pieces of the source that were read before", totals["pieces"])
+        for _ in range(totals["pieces"]):
+            next(pieces).skip()
+    with ThreadPoolExecutor(1) as writing:
+        written: Future[None] | None = None
+        for batch in _batches(config, pieces, totals):
+            if written:
+                written.result()
+            written = writing.submit(batch.write, folder, number)
+            number += 1
+        if written:
+            written.result()
+    for table, schema in _TABLES.items():
+        database.register("nothing", schema.empty_table())
+        database.execute(f"create table {table} as select * from nothing")
+        database.unregister("nothing")
+        for kind in _FILES[table]:
+            if files := _files(folder, kind):
+                database.register("read", pa.concat_tables([open_table(file).select(schema.names) for file in files]))
+                database.execute(f"insert into {table} select * from read")
+                database.unregister("read")
 
 
-def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]:
-    batch: list[sources.Record] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        if isinstance(record, sources.Document | sources.Query):
-            characters += len(record.text) + sum(len(value or "") for value in record.extra)
-        if len(batch) == BATCH or characters >= _CHARACTERS:
+def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[str]) -> Iterator[_Batch]:
+    batch = _Batch(config, totals)
+    for read in _ahead(pieces):
+        batch.add(read)
+        if batch.is_full():
             yield batch
-            batch, characters = [], 0
-    if batch:
+            batch = _Batch(config, batch.totals)
+    if batch.pieces:
         yield batch
 
 
-class _Writer:
-    """Sorts records into the spool and the tables, a batch at a time."""
+@dataclass(frozen=True)
+class _Read:
+    """A piece of the source: its records in columns, or one by one, and what ended their reading."""
 
-    def __init__(self, config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> None:
-        self._config, self._database = config, database
-        names = ["text", *extra_columns(config.data.extra.corpus)]
-        schema = pa.schema([(name, pa.large_string()) for name in names])
-        self._spools = {c: pq.ParquetWriter(_path(folder, c), schema, compression="lz4") for c in (True, False)}
-        self._positions = {True: 0, False: 0}
-        self._rows = {"document": 0, "query": 0}
-        self._bad = 0
+    records: sources.Block | list[sources.Record]
+    error: Exception | None = None
 
-    def __enter__(self) -> _Writer:
-        return self
+    @classmethod
+    def of(cls, piece: sources.Piece) -> _Read:
+        if block := piece.block():
+            return cls(block)
+        records: list[sources.Record] = []
+        try:
+            records.extend(piece.records())
+        except Exception as error:
+            return cls(records, error)
+        return cls(records)
 
-    def __exit__(self, *_: object) -> None:
-        for spool in self._spools.values():
-            spool.close()
 
-    def add(self, records: list[sources.Record]) -> None:
-        documents: dict[bool, list[tuple[int, sources.Document]]] = {True: [], False: []}
+def _ahead(pieces: Iterator[sources.Piece]) -> Iterator[_Read]:
+    """What is read of a source, one piece ahead."""
+
+    def following() -> _Read | None:
+        piece = next(pieces, None)
+        return None if piece is None else _Read.of(piece)
+
+    with ThreadPoolExecutor(1) as reading:
+        ahead = reading.submit(following)
+        while read := ahead.result():
+            ahead = reading.submit(following)
+            yield read
+
+
+class _Batch:
+    """Some pieces of the source as tables.
+
+    Args:
+        totals: what was read before, by name; this batch's own go on from it.
+    """
+
+    def __init__(self, config: Config, totals: Counter[str]) -> None:
+        self.totals = Counter(totals)
+        self.pieces = 0
+        self._config = config
+        self._tables: dict[str, list[pa.Table]] = {}
+        self._rows = self._bytes = 0
+
+    def is_full(self) -> bool:
+        """Whether it is time to write it."""
+        return self._rows >= BATCH or self._bytes >= _BYTES
+
+    def add(self, read: _Read) -> None:
+        """Add a piece.
+
+        Raises:
+            InputError: there are more bad rows than may be.
+            Exception: what ended the reading of the piece.
+        """
+        if isinstance(read.records, sources.Block):
+            self._add_block(read.records)
+        else:
+            self._add_records(read.records)
+        if read.error:
+            raise read.error
+        self.pieces += 1
+        self.totals["pieces"] += 1
+
+    def write(self, folder: Path, number: int) -> None:
+        """Write the tables to a spool, then the note."""
+        for kind, tables in self._tables.items():
+            content = to_bytes(pa.concat_tables(tables))
+            name = f"{kind}-{number:06d}.arrow"
+            publish(folder, partial(_named, name), partial(_write, memoryview(content)), content.size)
+        write_json(folder / f"read-{number:06d}.json", self.totals)
+
+    def _add(self, kind: str, schema: pa.Schema, columns: dict[str, Any], size: int = 0) -> None:
+        arrays = [_array(columns[name], one.type) for name, one in zip(schema.names, schema, strict=True)]
+        table = pa.table(arrays, schema=schema)
+        self._tables.setdefault(kind, []).append(table)
+        self._rows += len(table)
+        self._bytes += size
+
+    def _next(self, name: str, count: int) -> Ints:
+        """Numbers of the next rows of the source."""
+        first = self.totals[name]
+        self.totals[name] += count
+        return np.arange(first, first + count)
+
+    def _add_block(self, block: sources.Block) -> None:
+        # A judgment that names a text shares it with its query or document.
+        named: dict[int, pa.Array] = {}
+        for documents, kind in ((block.corpus, "corpus"), (block.added, "added")):
+            if documents:
+                # Only the corpus has a row in the source that vectors can be matched to.
+                count = len(documents.texts)
+                rows = self._next("document", count) if kind == "corpus" else np.full(count, -1)
+                named[id(documents.texts)] = self._add_documents(kind, documents, rows)
+        if block.queries:
+            rows = self._next("query", len(block.queries.texts))
+            named[id(block.queries.texts)] = self._add_queries(block.queries, rows)
+        if judged := block.judgments:
+            sides = judged.queries, judged.documents
+            by_text = judged.query_by_text, judged.document_by_text
+            ids = [named[id(side)] if flag else side for side, flag in zip(sides, by_text, strict=True)]
+            self._add_judgments(judged._replace(queries=ids[0], documents=ids[1]))
+
+    def _add_records(self, records: list[sources.Record]) -> None:
+        """What has to be looked at one by one: bad rows are among it, and count as rows of the source."""
+        documents: dict[str, list[tuple[int, sources.Document]]] = {"corpus": [], "added": []}
         queries: list[tuple[int, sources.Query]] = []
         judgments: list[sources.Judgment] = []
         skipped: list[sources.BadRow] = []
         for record in records:
             if isinstance(record, sources.Document):
-                # Only the corpus has a row in the source that vectors can be matched to.
-                row = self._next("document") if record.in_corpus else -1
-                documents[record.in_corpus].append((row, record))
+                row = int(self._next("document", 1)[0]) if record.in_corpus else -1
+                documents["corpus" if record.in_corpus else "added"].append((row, record))
             elif isinstance(record, sources.Query):
-                queries.append((self._next("query"), record))
+                queries.append((int(self._next("query", 1)[0]), record))
             elif isinstance(record, sources.Judgment):
                 judgments.append(record)
             else:
                 self._skip(record)
                 skipped.append(record)
-        for corpus, rows in documents.items():
-            if rows:
-                self._add_documents(corpus, rows)
+        for kind, numbered in documents.items():
+            if numbered:
+                self._add_documents(kind, *_in_columns(sources.Documents, numbered, self._config.data.extra.corpus))
         if queries:
-            self._add_queries(queries)
+            self._add_queries(*_in_columns(sources.Queries, queries, self._config.data.extra.queries))
         if judgments:
-            self._add_judgments(judgments)
+            self._add_judgments(
+                sources.Judgments(
+                    _by_id([(one.query, one.query_by_text) for one in judgments]),
+                    _by_id([(one.document, one.document_by_text) for one in judgments]),
+                    [float(one.grade) for one in judgments],
+                    judgments[0].split,
+                    judgments[0].place.file,
+                    np.array([one.place.row for one in judgments]),
+                    False,
+                    False,
+                )
+            )
         if skipped:
             self._add_skipped(skipped)
-
-    def _next(self, kind: str) -> int:
-        self._rows[kind] += 1
-        return self._rows[kind] - 1
 
     def _skip(self, row: sources.BadRow) -> None:
         """Count a row that is left out, and its place in the source: vectors are matched to what was there."""
         if self._is_bad(row):
-            self._bad += 1
-            if self._bad > self._config.data.max_bad_rows:
+            self.totals["bad"] += 1
+            if self.totals["bad"] > self._config.data.max_bad_rows:
                 raise rejected.too_many(row.error, self._config.data.max_bad_rows)
-            if self._bad <= _WARNED:
+            if self.totals["bad"] <= _WARNED:
                 logger.warning("left out: %s", row.error)
-        if row.of_query:
-            self._next("query")
-        if row.in_corpus:
-            self._next("document")
+        self.totals["query"] += row.of_query
+        self.totals["document"] += row.in_corpus
 
     def _is_bad(self, row: sources.BadRow) -> bool:
         """Whether it counts against `data.max_bad_rows`."""
         return not (row.kind == "empty_text" and self._config.data.on_empty == "skip")
 
     def _add_skipped(self, rows: list[sources.BadRow]) -> None:
-        self._insert(
-            "skipped",
-            {
-                "id": pa.array([row.id for row in rows], pa.string()),
-                "of_query": [row.of_query for row in rows],
-                "in_corpus": [row.in_corpus for row in rows],
-                "bad": [self._is_bad(row) for row in rows],
-                "file": [row.error.file for row in rows],
-                "line": [row.error.row for row in rows],
-                "field": pa.array([row.error.field for row in rows], pa.string()),
-                "kind": [row.kind for row in rows],
-                "reason": [row.error.problem for row in rows],
-                "raw": [row.raw for row in rows],
-            },
-        )
+        columns: dict[str, Any] = {
+            "id": [row.id for row in rows],
+            "of_query": [row.of_query for row in rows],
+            "in_corpus": [row.in_corpus for row in rows],
+            "bad": [self._is_bad(row) for row in rows],
+            "file": [row.error.file for row in rows],
+            "line": [row.error.row for row in rows],
+            "field": [row.error.field for row in rows],
+            "kind": [row.kind for row in rows],
+            "reason": [row.error.problem for row in rows],
+            "raw": [row.raw for row in rows],
+        }
+        self._add("skipped", _TABLES["skipped"], columns)
 
-    def _add_documents(self, corpus: bool, rows: list[tuple[int, sources.Document]]) -> None:
-        texts = [document.text for _, document in rows]
-        start = self._positions[corpus]
-        self._positions[corpus] += len(rows)
-        spool = self._spools[corpus]
-        nothing = (None,) * len(self._config.data.extra.corpus)
-        values = [texts, *zip(*(document.extra or nothing for _, document in rows), strict=True)]
-        spool.write_table(pa.table([pa.array(column, pa.large_string()) for column in values], schema=spool.schema))
-        self._insert(
-            "documents",
-            {
-                "corpus": [corpus] * len(rows),
-                "position": np.arange(start, start + len(rows)),
-                "source_row": [row for row, _ in rows],
-                "id": [document.id if document.id is not None else text_id(document.text) for _, document in rows],
-                **_hash_columns(texts),
-                "file": [document.place.file for _, document in rows],
-                "line": [document.place.row for _, document in rows],
-            },
-        )
+    def _add_documents(self, kind: str, documents: sources.Documents, rows: Ints) -> pa.Array:
+        """Add documents of these rows of the source; returns their ids."""
+        names = ["text", *extra_columns(self._config.data.extra.corpus)]
+        nothing = [pa.nulls(len(rows))] * (len(names) - 1)
+        of_text = _of_texts(documents)
+        columns = of_text | {"corpus": pa.repeat(kind == "corpus", len(rows)), "source_row": rows}
+        columns |= {"position": self._next(kind, len(rows))}
+        columns |= dict(zip(names, [documents.texts, *(documents.extra or nothing)], strict=True))
+        schema = _TABLES["documents"]
+        for name in names:
+            schema = schema.append(pa.field(name, pa.large_string()))
+        self._add(kind, schema, columns, _length(documents))
+        return of_text["id"]
 
-    def _add_queries(self, rows: list[tuple[int, sources.Query]]) -> None:
-        texts = [query.text for _, query in rows]
-        self._insert(
-            "queries",
-            {
-                "source_row": [row for row, _ in rows],
-                "id": [query.id if query.id is not None else text_id(query.text) for _, query in rows],
-                "text": texts,
-                "extra": pa.array([query.extra for _, query in rows], pa.list_(pa.string())),
-                **_hash_columns(texts),
-                "file": [query.place.file for _, query in rows],
-                "line": [query.place.row for _, query in rows],
-            },
-        )
+    def _add_queries(self, queries: sources.Queries, rows: Ints) -> pa.Array:
+        """Add queries of these rows of the source; returns their ids."""
+        of_text = _of_texts(queries)
+        more = [column.to_pylist() for column in queries.extra]
+        extra = [list(one) for one in zip(*more, strict=True)] if more else [[]] * len(rows)
+        columns = of_text | {"source_row": rows, "text": queries.texts, "extra": extra}
+        self._add("queries", _TABLES["queries"], columns, _length(queries))
+        return of_text["id"]
 
-    def _add_judgments(self, rows: list[sources.Judgment]) -> None:
-        self._insert(
-            "judgments",
-            {
-                "query": [text_id(row.query) if row.query_by_text else row.query for row in rows],
-                "document": [text_id(row.document) if row.document_by_text else row.document for row in rows],
-                "grade": [float(row.grade) for row in rows],
-                "split": [row.split for row in rows],
-                "file": [row.place.file for row in rows],
-                "line": [row.place.row for row in rows],
-            },
-        )
-
-    def _insert(self, table: str, columns: dict[str, Any]) -> None:
-        self._database.register("incoming", pa.table(columns))
-        self._database.execute(f"insert into {table} by name select * from incoming")
-        self._database.unregister("incoming")
+    def _add_judgments(self, judged: sources.Judgments) -> None:
+        count = len(judged.grades)
+        columns = {"query": judged.queries, "document": judged.documents, "grade": judged.grades}
+        columns |= {"split": pa.repeat(judged.split, count), "file": pa.repeat(judged.file, count)}
+        columns |= {"line": judged.places}
+        self._add("judgments", _TABLES["judgments"], columns)
 
 
-def _hash_columns(texts: list[str]) -> dict[str, npt.NDArray[np.uint64]]:
-    both = digests(texts)
-    return {"d1": both[:, 0], "d2": both[:, 1], "normalized": hashes(map(normalize, texts))}
+def _in_columns(kind: Any, numbered: Sequence[tuple[int, Any]], extra: tuple[str, ...]) -> tuple[Any, Ints]:
+    """Documents or queries of one file in columns, and their rows in the source."""
+    rows, records = zip(*numbered, strict=True)
+    ids = _by_id([(one.text if one.id is None else one.id, one.id is None) for one in records])
+    nothing = (None,) * len(extra)
+    columns = zip(*(one.extra or nothing for one in records), strict=True)
+    more = [pa.array(column, pa.string()) for column in columns]
+    places = np.array([one.place.row for one in records])
+    texts = pa.array([one.text for one in records], pa.large_string())
+    return kind(ids, texts, more, records[0].place.file, places), np.array(rows)
+
+
+def _by_id(names: list[tuple[str, bool]]) -> pa.Array:
+    """Ids, some of which are those of a text."""
+    return pa.array([text_id(name) if by_text else name for name, by_text in names], pa.string())
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
+
+
+def _of_texts(texts: sources.Documents | sources.Queries) -> dict[str, Any]:
+    both = digests(texts.texts)
+    return {
+        "id": pa.array(ids_of(both), pa.string()) if texts.ids is None else texts.ids,
+        "d1": both[:, 0],
+        "d2": both[:, 1],
+        "normalized": normalized_hashes(texts.texts),
+        "file": pa.repeat(texts.file, len(texts.texts)),
+        "line": texts.places,
+    }
+
+
+def _length(texts: sources.Documents | sources.Queries) -> int:
+    """Bytes of texts and extra columns."""
+    return sum(array.nbytes for array in (texts.texts, *texts.extra))
+
+
+def _named(name: str, _: str) -> str:
+    return name
+
+
+def _write(content: memoryview, file: BinaryIO) -> None:
+    write_all(file, content)
+
+
+def _files(folder: Path, kind: str) -> list[Path]:
+    """The files of a kind, in order."""
+    return sorted(folder.glob(f"{kind}-*.arrow"))
+
+
+def _noted(folder: Path) -> tuple[int, Counter[str]]:
+    """How many batches are there, and what was read with them."""
+    number, totals = 0, Counter[str]()
+    while (note := folder / f"read-{number:06d}.json").is_file():
+        totals = Counter(json.loads(note.read_text()))
+        number += 1
+    return number, totals
 
 
 def extra_columns(names: tuple[str, ...]) -> list[str]:
@@ -216,26 +399,21 @@ def extra_columns(names: tuple[str, ...]) -> list[str]:
     return [EXTRA + name for name in names]
 
 
-def _path(folder: Path, corpus: bool) -> Path:
-    return folder / ("corpus.parquet" if corpus else "positives.parquet")
-
-
 class Spool:
-    """Rows of a spool at ascending positions, one batch in memory."""
+    """Texts and extra columns at ascending positions, mapped."""
 
-    def __init__(self, folder: Path, *, corpus: bool) -> None:
-        self._file = pq.ParquetFile(_path(folder, corpus))
-        groups = range(self._file.num_row_groups)
-        self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
-        self._held: tuple[int, pa.Table] | None = None
+    def __init__(self, folder: Path, names: tuple[str, ...], *, corpus: bool) -> None:
+        columns = ["text", *extra_columns(names)]
+        self._tables = [open_table(path).select(columns) for path in _files(folder, "corpus" if corpus else "added")]
+        self._ends = np.cumsum([len(table) for table in self._tables], dtype=np.int64)
 
-    def take(self, positions: npt.NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
+    def take(self, positions: Ints) -> Iterator[tuple[slice, pa.Table]]:
         """The rows at `positions`, which ascend from call to call: of some of them, and of the next."""
-        groups = np.searchsorted(self._ends, positions, side="right")
-        for group in np.unique(groups):
-            if self._held is None or self._held[0] != group:
-                self._held = None
-                self._held = int(group), self._file.read_row_group(int(group))
-            here = slice(*np.searchsorted(groups, [group, group + 1]))
-            first = self._ends[group - 1] if group else 0
-            yield here, self._held[1].take(pa.array(positions[here] - first))
+        files = np.searchsorted(self._ends, positions, side="right")
+        for file in np.unique(files):
+            here = slice(*np.searchsorted(files, [file, file + 1]))
+            own = positions[here] - (self._ends[file - 1] if file else 0)
+            if own[-1] - own[0] == len(own) - 1:
+                yield here, self._tables[file].slice(int(own[0]), len(own))
+            else:
+                yield here, self._tables[file].take(pa.array(own))

@@ -7,7 +7,34 @@ first record; a wrong row comes out as BadRow, and the caller decides whether to
 from __future__ import annotations
 
 from negpipe.sources.identity import files, revision
-from negpipe.sources.layouts import read
-from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record
+from negpipe.sources.layouts import Piece, pieces, read
+from negpipe.sources.records import (
+    BadRow,
+    Block,
+    Document,
+    Documents,
+    Judgment,
+    Judgments,
+    Place,
+    Queries,
+    Query,
+    Record,
+)
 
-__all__ = ["BadRow", "Document", "Judgment", "Place", "Query", "Record", "files", "read", "revision"]
+__all__ = [
+    "BadRow",
+    "Block",
+    "Document",
+    "Documents",
+    "Judgment",
+    "Judgments",
+    "Piece",
+    "Place",
+    "Queries",
+    "Query",
+    "Record",
+    "files",
+    "pieces",
+    "read",
+    "revision",
+]

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from negpipe.errors import ConfigError
+from negpipe.sources.chunks import Column, Values
 from negpipe.sources.records import Place, RowError
-from negpipe.sources.tables import Column
 
 OPTIONAL = "title"  # the one template column that may be null or absent: corpora without titles are common
 
@@ -38,6 +42,57 @@ def id_of(value: Any, place: Place, field: str) -> str:
         raise RowError("missing", "there is no id", place, field, "Give every row an id")
     remedy = "Write ids as strings or integers (a column with a missing id is often read as floats)"
     raise RowError("type", f"an id cannot be {_shown(value)}", place, field, remedy)
+
+
+def ids_of(column: Values) -> pa.Array | None:
+    """`id_of` of a column. None: somewhere it would raise."""
+    if column.array.null_count or column.kind not in ("text", "integer"):
+        return None
+    ids = column.array.cast(pa.string())
+    return None if _has_empty(ids) else ids
+
+
+def texts_of(column: Values) -> pa.Array | None:
+    """`text_of` of a column. None: somewhere it would raise."""
+    return None if column.kind != "text" or column.array.null_count else _stripped(column.array)
+
+
+def extras_of(columns: Sequence[Values]) -> list[pa.Array] | None:
+    """`extra_of` of columns. None: they hold other than texts, which have to be looked at."""
+    if any(one.kind not in ("text", "null") for one in columns):
+        return None
+    return [one.array.cast(pa.string()) for one in columns]
+
+
+def grades_of(column: Values) -> list[float] | None:
+    """`grade_of` of a column. None: somewhere it would raise."""
+    try:
+        grades = [1.0 if value is None or value == "" else float(value) for value in column.array.to_pylist()]
+    except (ValueError, OverflowError):
+        return None
+    return grades if all(map(math.isfinite, grades)) else None
+
+
+def _has_empty(texts: pa.Array) -> bool:
+    return bool(pc.any(pc.equal(pc.binary_length(texts), 0)).as_py())
+
+
+def _stripped(texts: pa.Array) -> pa.Array | None:
+    """Texts without white space at their ends, as `str.strip` leaves them. None: one would be empty."""
+    if _has_empty(texts):
+        return None
+    texts = texts.cast(pa.large_string())
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1]
+    content = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    ends = np.stack([content[offsets[:-1]], content[offsets[1:] - 1]])
+    # What Python takes for white space is a control character, a blank, or no ASCII.
+    unsure = ((ends <= 0x20) | (ends >= 0x80)).any(axis=0)
+    if unsure.any():
+        stripped = [text.strip() for text in texts.filter(pa.array(unsure)).to_pylist()]
+        if "" in stripped:
+            return None
+        texts = pc.replace_with_mask(texts, pa.array(unsure), pa.array(stripped, pa.large_string()))
+    return texts
 
 
 def grade_of(value: Any, place: Place, field: str) -> float:
@@ -102,6 +157,19 @@ class Template:
 
     def columns(self) -> list[Column]:
         return [Column(name, "data.text", required=name != OPTIONAL) for name in self.names]
+
+    def render_all(self, columns: Sequence[Values]) -> pa.Array | None:
+        """`render` of columns. None: somewhere it would raise."""
+        named: dict[str, pa.Array] = {}
+        for name, column in zip(self.names, columns, strict=True):
+            if column.kind not in ("text", "null") or (column.array.null_count and name != OPTIONAL):
+                return None
+            named[name] = pc.fill_null(column.array.cast(pa.large_string()), "")
+        pieces: list[Any] = []
+        for literal, field, *_ in string.Formatter().parse(self.source):
+            pieces += [pa.scalar(literal, pa.large_string())] if literal else []
+            pieces += [named[field]] if field else []
+        return _stripped(pc.binary_join_element_wise(*pieces, pa.scalar("", pa.large_string())))
 
     def render(self, values: Sequence[Any], place: Place) -> str:
         """The text of a document from the values of `names`. Raises RowError: empty, null or not strings."""

@@ -7,20 +7,100 @@ Judgments come for all splits there are, because what is positive anywhere is no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
-from negpipe.sources.fields import Template, extra_of, grade_of, id_of, text_of
+from negpipe.sources.chunks import Chunk, Column, Columns
+from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, grades_of, id_of, ids_of, text_of, texts_of
 from negpipe.sources.places import Table, locate, near
-from negpipe.sources.records import BadRow, Document, Judgment, Place, Query, Record, RowError, raw_of
-from negpipe.sources.tables import Column, Rows, all_splits, rows
+from negpipe.sources.records import (
+    BadRow,
+    Block,
+    Document,
+    Documents,
+    Judgment,
+    Judgments,
+    Place,
+    Queries,
+    Query,
+    Record,
+    RowError,
+    raw_of,
+)
+from negpipe.sources.tables import Chunks, all_splits, chunks
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
+_BuildAll: TypeAlias = Callable[[Columns], Block | None]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the rows of a table become records.
+
+    Attributes:
+        chunks: the rows.
+        build: of one row; raises RowError where it is bad as a whole.
+        build_all: of all rows of a chunk; None where they have to be looked at one by one.
+        of_query, in_corpus: a row that is bad stands where a query or a document of the corpus would have.
+    """
+
+    chunks: Chunks
+    build: _Build
+    build_all: _BuildAll = lambda columns: None
+    of_query: bool = False
+    in_corpus: bool = False
+
+    def records(self) -> Iterator[Record]:
+        """The records of all rows, one by one."""
+        return chain.from_iterable(map(self.records_of, self.chunks))
+
+    def pieces(self) -> Iterator[Piece]:
+        """The same, chunk by chunk."""
+        return (Piece(self, chunk) for chunk in self.chunks)
+
+    def records_of(self, chunk: Chunk) -> Iterator[Record]:
+        """The records of a chunk, one by one."""
+        for row in chunk.rows():
+            if isinstance(row, BadRow):
+                yield row._replace(of_query=self.of_query, in_corpus=self.in_corpus)
+                continue
+            try:
+                records = self.build(row.place, row.values)
+            except RowError as error:
+                yield error.row._replace(of_query=self.of_query, in_corpus=self.in_corpus, raw=raw_of(row.raw))
+                continue
+            for record in records:
+                yield record._replace(raw=raw_of(row.raw)) if isinstance(record, BadRow) else record
+
+
+_Thing = TypeVar("_Thing")
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 _DEFAULT_ID = schema.Columns.model_fields["corpus_id"].default
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a source."""
+
+    _reader: _Reader
+    _chunk: Chunk
+
+    def block(self) -> Block | None:
+        """Their records in columns; None: they have to be looked at one by one."""
+        columns = self._chunk.columns()
+        return None if columns is None else self._reader.build_all(columns)
+
+    def records(self) -> Iterator[Record]:
+        """Their records one by one, bad rows among them."""
+        return self._reader.records_of(self._chunk)
+
+    def skip(self) -> None:
+        """Nothing is wanted of them, but of those that follow."""
+        self._chunk.skip()
 
 
 def tables(data: schema.Data) -> list[Table]:
@@ -39,7 +119,7 @@ def tables(data: schema.Data) -> list[Table]:
 
 
 def read(data: schema.Data) -> Iterator[Record]:
-    """All records of a source, in one pass, streamed.
+    """All records of a source, in one pass, one by one.
 
     Every table is opened before the first record comes, so that a missing file, split or column is known at once.
 
@@ -47,14 +127,21 @@ def read(data: schema.Data) -> Iterator[Record]:
         ConfigError: a bad `data.text`, or no ids where judgments need them.
         InputError: a table is missing or unreadable as a whole. Single bad rows are yielded as BadRow.
     """
+    return chain.from_iterable([_started(reader.records()) for reader in _readers(data)])
+
+
+def pieces(data: schema.Data) -> Iterator[Piece]:
+    """The same records, some rows at a time; the same pieces each time. Raises what `read` does."""
+    return chain.from_iterable([_started(reader.pieces()) for reader in _readers(data)])
+
+
+def _readers(data: schema.Data) -> list[_Reader]:
     template = Template.compile(data.text)
     if data.format in ("beir", "columns"):
-        parts = _judged(data, template)
-    else:
-        *extra, main = tables(data)
-        parts = [_documents(table, data, template, pool=True) for table in extra]
-        parts.append((_pairs if data.format == "pairs" else _flagembedding)(main, data, not extra))
-    return chain.from_iterable([_started(part) for part in parts])
+        return _judged(data, template)
+    *extra, main = tables(data)
+    readers = [_documents(table, data, template, pool=True) for table in extra]
+    return [*readers, (_pairs if data.format == "pairs" else _flagembedding)(main, data, not extra)]
 
 
 def _beir(data: schema.Data) -> list[Table]:
@@ -102,7 +189,7 @@ def _table(data: schema.Data, table: schema.Table) -> Table:
     return Table(table.path, table.subset, split, data.revision if table.path == home else None)
 
 
-def _judged(data: schema.Data, template: Template) -> list[Iterator[Record]]:
+def _judged(data: schema.Data, template: Template) -> list[_Reader]:
     corpus, queries, *judged = tables(data)
     if data.columns.corpus_id is None:
         raise ConfigError("data.columns.corpus_id: null works with pairs only: qrels name documents by their id")
@@ -112,12 +199,12 @@ def _judged(data: schema.Data, template: Template) -> list[Iterator[Record]]:
         Column(names.qrels_corpus_id, "data.columns.qrels_corpus_id"),
         Column(names.grade, "data.columns.grade", required=False),
     )
-    by_split: dict[str, Rows] = {}
+    by_split: dict[str, Chunks] = {}
     for table in judged:
         if table.split is None and locate(table.path) in ("hub", "folder"):
             by_split |= all_splits(table, wanted)
         else:
-            by_split[table.split if data.format == "beir" and table.split else data.split] = rows(table, wanted)
+            by_split[table.split if data.format == "beir" and table.split else data.split] = chunks(table, wanted)
     if data.split not in by_split:
         raise _no_split(judged[0].path, data.split, list(by_split))
     return [
@@ -127,7 +214,7 @@ def _judged(data: schema.Data, template: Template) -> list[Iterator[Record]]:
     ]
 
 
-def _documents(table: Table, data: schema.Data, template: Template, *, pool: bool) -> Iterator[Record]:
+def _documents(table: Table, data: schema.Data, template: Template, *, pool: bool) -> _Reader:
     name = data.columns.corpus_id
     # The default id column may be absent from an extra corpus: FlagEmbedding's pools have only `text`.
     needed = not (pool and name == _DEFAULT_ID)
@@ -147,35 +234,63 @@ def _documents(table: Table, data: schema.Data, template: Template, *, pool: boo
         except RowError as error:
             return (error.row._replace(id=identity, in_corpus=True),)
 
+    def build_all(columns: Columns) -> Block | None:
+        values = columns.values
+        named: list[str] | None = None
+        if name is not None:
+            named = ids_of(values[0])
+            if named is None and (needed or values[0].array.null_count < len(values[0].array)):
+                return None
+            values = values[1:]
+        end = len(values) - len(extra)
+        rendered, more = template.render_all(values[:end]), extras_of(values[end:])
+        if rendered is None or more is None:
+            return None
+        return Block(corpus=Documents(named, rendered, more, columns.file, columns.rows))
+
     wanted = [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]
-    return _records(rows(table, wanted), build, in_corpus=True)
+    return _Reader(chunks(table, wanted), build, build_all, in_corpus=True)
 
 
 def _extra(names: Sequence[str], key: str, *, required: bool = True) -> list[Column]:
     return [Column(name, key, required) for name in names]
 
 
-def _queries(table: Table, data: schema.Data) -> Iterator[Record]:
+def _queries(table: Table, data: schema.Data) -> _Reader:
     names, extra = data.columns, data.extra.queries
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         identity = id_of(values[0], place, names.query_id)
         return (_query(identity, values[1], place, names.query_text, values[2:], extra),)
 
+    def build_all(columns: Columns) -> Block | None:
+        ids, texts = ids_of(columns.values[0]), texts_of(columns.values[1])
+        more = extras_of(columns.values[2:])
+        if ids is None or texts is None or more is None:
+            return None
+        return Block(queries=Queries(ids, texts, more, columns.file, columns.rows))
+
     wanted = [Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text")]
-    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
+    return _Reader(chunks(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, build_all, of_query=True)
 
 
-def _judgments(judgments: Rows, split: str, names: schema.Columns) -> Iterator[Record]:
+def _judgments(judgments: Chunks, split: str, names: schema.Columns) -> _Reader:
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query = id_of(values[0], place, names.qrels_query_id)
         document = id_of(values[1], place, names.qrels_corpus_id)
         return (Judgment(query, document, grade_of(values[2], place, names.grade), split, place, False, False),)
 
-    return _records(judgments, build)
+    def build_all(columns: Columns) -> Block | None:
+        queries, documents = (ids_of(one) for one in columns.values[:2])
+        grades = grades_of(columns.values[2])
+        if queries is None or documents is None or grades is None:
+            return None
+        return Block(judgments=Judgments(queries, documents, grades, split, columns.file, columns.rows, False, False))
+
+    return _Reader(judgments, build, build_all)
 
 
-def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> Iterator[Record]:
+def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
     names, extra = data.columns, data.extra
     wanted = [Column(names.anchor, "data.columns.anchor"), Column(names.positive, "data.columns.positive")]
     if names.anchor_id:
@@ -196,10 +311,39 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> Iterator[Record]
         query = _query(query_id, values[0], place, names.anchor, values[of_query:of_document], extra.queries)
         return (document, query, *_judged_pair(query, document, data.split))
 
-    return _records(rows(table, wanted), build, of_query=True, in_corpus=in_corpus)
+    def build_all(columns: Columns) -> Block | None:
+        values = columns.values
+        query_ids = ids_of(values[2]) if names.anchor_id else None
+        document_ids = ids_of(values[of_query - 1]) if names.positive_id else None
+        queries, documents = texts_of(values[0]), texts_of(values[1])
+        about_queries, about_documents = extras_of(values[of_query:of_document]), extras_of(values[of_document:])
+        if (
+            (names.anchor_id and query_ids is None)
+            or (names.positive_id and document_ids is None)
+            or queries is None
+            or documents is None
+            or about_queries is None
+            or about_documents is None
+        ):
+            return None
+        place = columns.file, columns.rows
+        positives = Documents(document_ids, documents, about_documents, *place)
+        by_text = query_ids is None, document_ids is None
+        judged = Judgments(
+            queries if query_ids is None else query_ids,
+            documents if document_ids is None else document_ids,
+            [1.0] * len(queries),
+            data.split,
+            *place,
+            *by_text,
+        )
+        asked = Queries(query_ids, queries, about_queries, *place)
+        return Block(positives if in_corpus else None, None if in_corpus else positives, asked, judged)
+
+    return _Reader(chunks(table, wanted), build, build_all, of_query=True, in_corpus=in_corpus)
 
 
-def _flagembedding(table: Table, data: schema.Data, in_corpus: bool) -> Iterator[Record]:
+def _flagembedding(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
     extra = data.extra.queries
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
@@ -215,7 +359,7 @@ def _flagembedding(table: Table, data: schema.Data, in_corpus: bool) -> Iterator
 
     key = "data.path (FlagEmbedding rows have query, pos and neg)"
     wanted = [Column("query", key), Column("pos", key), Column("neg", key, required=False)]
-    return _records(rows(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
+    return _Reader(chunks(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, of_query=True)
 
 
 def _query(
@@ -251,20 +395,5 @@ def _listed(values: Any, place: Place, field: str) -> list[Any]:
     raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')
 
 
-def _records(rows_: Rows, build: _Build, *, of_query: bool = False, in_corpus: bool = False) -> Iterator[Record]:
-    """The records of all rows; a row that is bad as a whole stands where a query or a document would have."""
-    for row in rows_:
-        if isinstance(row, BadRow):
-            yield row._replace(of_query=of_query, in_corpus=in_corpus)
-            continue
-        try:
-            records = build(row.place, row.values)
-        except RowError as error:
-            yield error.row._replace(of_query=of_query, in_corpus=in_corpus, raw=raw_of(row.raw))
-            continue
-        for record in records:
-            yield record._replace(raw=raw_of(row.raw)) if isinstance(record, BadRow) else record
-
-
-def _started(records: Iterator[Record]) -> Iterator[Record]:
-    return chain(list(islice(records, 1)), records)
+def _started(things: Iterator[_Thing]) -> Iterator[_Thing]:
+    return chain(list(islice(things, 1)), things)

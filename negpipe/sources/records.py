@@ -7,8 +7,12 @@ non-empty string, every grade is finite.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from negpipe.errors import InputError
 
@@ -55,6 +59,39 @@ class Judgment(NamedTuple):
     document_by_text: bool
 
 
+class Documents(NamedTuple):
+    """Documents in columns, (n,) each; see `Document`. `places`: their numbers in the file."""
+
+    ids: pa.Array | None
+    texts: pa.Array
+    extra: list[pa.Array]
+    file: str
+    places: npt.NDArray[np.int64]
+
+
+class Queries(NamedTuple):
+    """Queries in columns, (n,) each; see `Query`."""
+
+    ids: pa.Array | None
+    texts: pa.Array
+    extra: list[pa.Array]
+    file: str
+    places: npt.NDArray[np.int64]
+
+
+class Judgments(NamedTuple):
+    """Judgments in columns, (n,) each; see `Judgment`."""
+
+    queries: pa.Array
+    documents: pa.Array
+    grades: list[float]
+    split: str
+    file: str
+    places: npt.NDArray[np.int64]
+    query_by_text: bool
+    document_by_text: bool
+
+
 class BadRow(NamedTuple):
     """A row, or one entry of a row, that cannot be used. `kind`: empty_text, broken, type or missing.
 
@@ -71,6 +108,38 @@ class BadRow(NamedTuple):
 
 
 Record: TypeAlias = Document | Query | Judgment | BadRow
+
+
+class Block(NamedTuple):
+    """Records of consecutive rows in which nothing is wrong, in columns; `added` are not in the corpus."""
+
+    corpus: Documents | None = None
+    added: Documents | None = None
+    queries: Queries | None = None
+    judgments: Judgments | None = None
+
+    def records(self) -> Iterator[Record]:
+        """The same one by one, kind by kind."""
+        for documents, in_corpus in ((self.corpus, True), (self.added, False)):
+            for name, text, place, extra in _one_by_one(documents):
+                yield Document(name, text, place, in_corpus, extra)
+        yield from (Query(*values) for values in _one_by_one(self.queries))
+        if judged := self.judgments:
+            by_text = judged.query_by_text, judged.document_by_text
+            sides = judged.queries.to_pylist(), judged.documents.to_pylist()
+            for query, document, grade, row in zip(*sides, judged.grades, judged.places.tolist(), strict=True):
+                yield Judgment(query, document, grade, judged.split, Place(judged.file, row), *by_text)
+
+
+def _one_by_one(
+    texts: Documents | Queries | None,
+) -> Iterator[tuple[str | None, str, Place, tuple[str | None, ...]]]:
+    if texts is None:
+        return
+    ids = [None] * len(texts.texts) if texts.ids is None else texts.ids.to_pylist()
+    extra = [column.to_pylist() for column in texts.extra]
+    for name, text, row, *more in zip(ids, texts.texts.to_pylist(), texts.places.tolist(), *extra, strict=True):
+        yield name, text, Place(texts.file, row), tuple(more)
 
 
 RAW_CHARACTERS = 300

@@ -8,44 +8,37 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import itertools
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from negpipe.errors import InputError
 from negpipe.sources import hub
+from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, FieldsChunk, JsonChunk, Rows, decoded
 from negpipe.sources.places import EXTENSIONS, Table, bare_name, extension_of, locate
-from negpipe.sources.records import BadRow, Place, RowError, raw_of
+from negpipe.sources.records import Place, RowError
+
+__all__ = ["Chunk", "Chunks", "Column", "Rows", "all_splits", "chunks", "rows"]
 
 _BATCH_ROWS = 1024
-_RAW_BYTES = 4096  # enough to show how a broken line begins
+_BLOCK_BYTES = 2**22
+_CSV_ROWS = 8192
 _log = logging.getLogger(__name__)
 
-
-class Column(NamedTuple):
-    """A wanted column: its name in the table and the config key that names it."""
-
-    name: str
-    key: str
-    required: bool = True
-
-
-class Row(NamedTuple):
-    """The values of the wanted columns, in their order; None for null or absent. `raw`: the row as it was read."""
-
-    place: Place
-    values: Sequence[Any]
-    raw: str | Sequence[Any]
-
-
-Rows: TypeAlias = Iterator[Row | BadRow]
+Chunks: TypeAlias = Iterator[Chunk]
 
 
 def rows(table: Table, columns: Sequence[Column]) -> Rows:
-    """The rows of a table.
+    """The rows of a table, one after the other; see `chunks`."""
+    return itertools.chain.from_iterable(chunk.rows() for chunk in chunks(table, columns))
+
+
+def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
+    """Consecutive rows of a table, some at a time.
 
     Raises:
         InputError: no such file, split or column, unknown extension, unreadable content.
@@ -73,7 +66,7 @@ def rows(table: Table, columns: Sequence[Column]) -> Rows:
     yield from _READERS[extension](table.path, columns)
 
 
-def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Rows]:
+def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
     """The rows of every split of a dataset, by split."""
     splits = hub.load(table.path, table.subset, table.revision)
     return {split: _dataset(table, split, dataset, columns) for split, dataset in splits.items()}
@@ -105,101 +98,84 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
             ) from None
 
 
-def _decode(line: bytes, place: Place) -> str:
-    try:
-        return line.decode("utf-8-sig" if place.row == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        problem = f"invalid UTF-8 at byte {error.start} of the line"
-        raise RowError("broken", problem, place, remedy="Save the file as UTF-8") from None
-
-
 def _decoded(path: str) -> Iterator[str]:
     for number, line in _lines(path):
         try:
-            yield _decode(line, Place(path, number))
+            yield decoded(line, Place(path, number))
         except RowError as error:  # a quoted field may run over several lines, so no single row is to blame
             raise error.row.error from None
 
 
-def _jsonl(path: str, columns: Sequence[Column]) -> Rows:
-    names = [column.name for column in columns]
-    checked = False
+def _jsonl(path: str, columns: Sequence[Column]) -> Chunks:
+    check = Check(columns, path)
+    for first, block in _blocks(path):
+        yield JsonChunk(path, first, block, columns, check)
+
+
+def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, some at a time, with the number of the first."""
+    first, begun = 1, b""
+    with _open(path) as file:
+        while True:
+            try:
+                read = file.read(_BLOCK_BYTES)
+            except (EOFError, zlib.error, OSError):
+                break
+            end = read.rfind(b"\n") + 1
+            if end or not read:
+                block, begun = begun + read[:end], read[end:]
+                if block:
+                    yield first, block
+                    first += int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
+            else:
+                begun += read
+            if not read:
+                if begun:
+                    yield first, begun
+                return
+    # What can still be read, and the line at which it ends.
     for number, line in _lines(path):
-        if line.isspace():
-            continue
-        place = Place(path, number)
-        try:
-            text = _decode(line, place).rstrip("\r\n")
-            row = _object(text, place)
-        except RowError as error:
-            yield error.row._replace(raw=raw_of(line[:_RAW_BYTES].decode(errors="backslashreplace")))
-            continue
-        if not checked:
-            _check(columns, list(row), path, number)
-            checked = True
-        yield Row(place, [row.get(name) for name in names], text)
+        if number >= first:
+            yield number, line
 
 
-def _object(line: str, place: Place) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        what = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
-        raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise RowError("broken", "the line is not a JSON object", place, remedy='Write {"...": ...} on every line')
-    # Only an escape can bring half a surrogate pair in: such a text could be neither written nor hashed.
-    if "\\ud" in line or "\\uD" in line:
-        for name, value in row.items():
-            if not (_whole(name) and _whole(value)):
-                field, remedy = name if _whole(name) else None, "Write the whole character, or leave it out"
-                raise RowError("broken", "half a surrogate pair (\\ud800 to \\udfff)", place, field, remedy)
-    return row
-
-
-def _whole(value: Any) -> bool:
-    """Whether every character in it can be written."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Rows:
+def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Chunks:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
     # strict: a quote in the wrong place is an error instead of a text silently joined to the next rows
     reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    wanted: list[int | None] = []
+    gathered: list[tuple[int, list[str]]] = []
+    characters = 0
     while True:
         start = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
-            if header is None:
-                raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header") from None
-            return
-        except csv.Error as error:
+            break
+        except (csv.Error, InputError) as error:
+            if header is not None:
+                yield FieldsChunk(path, gathered, header, columns)
+            if isinstance(error, InputError):
+                raise
             remedy = "Put fields that hold quotes or line ends in quotes and double the quotes inside, or use JSONL"
             raise InputError(f"broken quoting ({error})", file=path, row=start, remedy=remedy) from None
         if not fields:
             continue
         if header is None:
             header = fields
-            _check(columns, header, path, start, _header_hint(header, delimiter))
-            wanted = [header.index(column.name) if column.name in header else None for column in columns]
-        elif len(fields) != len(header):
-            problem = f"{len(fields)} fields, but the header names {len(header)}"
-            bad = RowError("broken", problem, Place(path, start), remedy="Check separators and quotes").row
-            yield bad._replace(raw=raw_of(fields))
-        else:
-            yield Row(Place(path, start), [None if at is None else fields[at] for at in wanted], fields)
+            Check(columns, path)(header, start, _header_hint(header, delimiter))
+            continue
+        gathered.append((start, fields))
+        characters += sum(map(len, fields))
+        if len(gathered) == _CSV_ROWS or characters >= _BLOCK_BYTES:
+            yield FieldsChunk(path, gathered, header, columns)
+            gathered, characters = [], 0
+    if header is None:
+        raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header")
+    yield FieldsChunk(path, gathered, header, columns)
 
 
-def _tsv(path: str, columns: Sequence[Column]) -> Rows:
+def _tsv(path: str, columns: Sequence[Column]) -> Chunks:
     return _csv(path, columns, "\t")
 
 
@@ -218,14 +194,14 @@ def _header_hint(header: list[str], delimiter: str) -> str:
     return ""
 
 
-def _parquet(path: str, columns: Sequence[Column]) -> Rows:
+def _parquet(path: str, columns: Sequence[Column]) -> Chunks:
     import pyarrow
     import pyarrow.parquet
 
     with _open(path) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            _check(columns, parquet.schema_arrow.names, path)
+            Check(columns, path)(parquet.schema_arrow.names)
             names = _there(columns, parquet.schema_arrow.names)
             yield from _arrow(parquet.iter_batches(_BATCH_ROWS, columns=names), names, columns, path)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -233,38 +209,19 @@ def _parquet(path: str, columns: Sequence[Column]) -> Rows:
             raise InputError(problem, file=path, remedy="Fetch or write it again") from None
 
 
-def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) -> Rows:
+def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) -> Chunks:
     place = f"{table.path} ({', '.join(filter(None, (table.subset, split)))})"
-    _check(columns, dataset.column_names, place)
+    Check(columns, place)(dataset.column_names)
     _log.info("reading %s", place)
     names = _there(columns, dataset.column_names)
     yield from _arrow(dataset.select_columns(names).with_format("arrow").iter(_BATCH_ROWS), names, columns, place)
 
 
-def _arrow(batches: Iterable[Any], names: list[str], columns: Sequence[Column], file: str) -> Rows:
+def _arrow(batches: Iterable[Any], names: list[str], columns: Sequence[Column], file: str) -> Chunks:
     first = 0
     for batch in batches:
-        values = [
-            _values(batch.column(column.name), file, first, column.name) if column.name in names else repeat(None)
-            for column in columns
-        ]
-        for row, cells in enumerate(zip(*values, strict=False), first):
-            yield Row(Place(file, row), cells, cells)
+        yield ArrowChunk(file, first, batch, names, columns)
         first += batch.num_rows
-
-
-def _values(column: Any, file: str, first: int, field: str) -> list[Any]:
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        for row, scalar in enumerate(column, first):
-            try:
-                scalar.as_py()
-            except UnicodeDecodeError as error:
-                problem = f"invalid UTF-8 at byte {error.start}"
-                raise InputError(problem, file=file, row=row, field=field, remedy="Write UTF-8 text") from None
-        raise
-    return values
 
 
 def _there(columns: Sequence[Column], there: Sequence[str]) -> list[str]:
@@ -272,16 +229,7 @@ def _there(columns: Sequence[Column], there: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(column.name for column in columns if column.name in there))
 
 
-def _check(columns: Sequence[Column], there: Sequence[str], file: str, row: int | None = None, hint: str = "") -> None:
-    for column in columns:
-        if column.required and column.name not in there:
-            remedy = f"Columns here: {', '.join(there)}. {hint or f'Name the right one in {column.key}'}"
-            raise InputError("there is no such column", file=file, row=row, field=column.name, remedy=remedy)
-        if list(there).count(column.name) > 1:
-            raise InputError("two columns have this name", file=file, row=row, field=column.name, remedy="Rename one")
-
-
-_READERS: dict[str, Callable[[str, Sequence[Column]], Rows]] = {
+_READERS: dict[str, Callable[[str, Sequence[Column]], Chunks]] = {
     ".jsonl": _jsonl,
     ".json": _jsonl,
     ".csv": _csv,

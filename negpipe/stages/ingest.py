@@ -18,12 +18,13 @@ Rows that were left out are listed in `rejected.jsonl`.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,13 @@ from negpipe import sources
 from negpipe.config.schema import Config
 from negpipe.data import database
 from negpipe.data.tables import to_bytes
-from negpipe.data.texts import digests, hashes
+from negpipe.data.texts import hashes
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import DamagedError
 from negpipe.ingest import joins, rejected
-from negpipe.ingest.spool import Spool, extra_columns, load
+from negpipe.ingest.spool import Spool, extra_columns, kept, load
 from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
@@ -79,22 +80,23 @@ def _plan(context: Context) -> Iterator[Task]:
         # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
         tempfile.TemporaryDirectory(
             prefix=f"spool-{unfinished.owner()}-", dir=folder, ignore_cleanup_errors=True
-        ) as spool,
-        database.opened(Path(spool), context.budget.share(0.5), "reading this source") as connection,
+        ) as scratch,
+        database.opened(Path(scratch), context.budget.share(0.5), "reading this source") as connection,
+        kept(context.run_dir / BOOKS / "ingest" / "spool", context.key) as spool,
     ):
         config = context.config
-        load(config, connection, Path(spool))
+        load(config, connection, spool)
         joins.check(config, connection)
         joins.join(config, connection)
         for corpus in (True, False):
-            texts = Spool(Path(spool), corpus=corpus)
+            texts = Spool(spool, config.data.extra.corpus, corpus=corpus)
             tables = chain.from_iterable(_documents(rows, texts) for rows in joins.documents(connection, corpus=corpus))
             yield from _tasks("corpus" if corpus else "added", tables, context)
         extra = extra_columns(config.data.extra.queries)
         anchors = (_anchors(rows, extra) for rows in joins.anchors(connection, config.data.part_rows))
         yield from _tasks("anchors", anchors, context)
         yield from _tasks("namesakes", joins.namesakes(connection), context)
-        yield _facts(context, connection, Path(spool))
+        yield _facts(context, connection, Path(scratch))
 
 
 def _facts(context: Context, connection: duckdb.DuckDBPyConnection, spool: Path) -> Task:
@@ -112,18 +114,23 @@ def _documents(rows: pa.Table, texts: Spool) -> Iterator[pa.Table]:
     """Rows of the table of a corpus part, and what decides where it is cut."""
     for here, spooled in texts.take(rows["first"].to_numpy()):
         own = rows.slice(here.start, here.stop - here.start)
-        all_ids = own["ids"].to_pylist()
-        ids = [each[0] for each in all_ids]
+        every = own["ids"].combine_chunks()
+        starts = every.offsets.to_numpy() - every.offsets[0].as_py()
+        first = np.zeros(starts[-1], np.bool_)
+        first[starts[:-1]] = True
+        names = every.flatten().cast(pa.large_string())
+        ids, others = names.filter(pa.array(first)), names.filter(pa.array(~first))
         yield pa.table(
             {
-                "id": pa.array(ids, pa.large_string()),
+                "id": ids,
                 "text": spooled["text"],
                 "id_hash": hashes(ids),
                 "normalized": own["normalized"],
-                "other_ids": pa.array([each[1:] for each in all_ids], pa.list_(pa.large_string())),
+                "other_ids": pa.ListArray.from_arrays(pa.array(starts - np.arange(len(starts)), pa.int32()), others),
                 "source_rows": own["source_rows"],
                 **{name: spooled[name] for name in spooled.column_names[1:]},
                 "cut": own["cut"],
+                "d2": own["d2"],
             }
         )
 
@@ -174,7 +181,7 @@ def _tasks(kind: str, tables: Iterator[pa.Table], context: Context) -> Iterator[
     for table in tables:
         start = 0
         for end in cut_points(table["cut"].to_numpy(), sum(part.num_rows for part in pending), size):
-            yield _task(kind, pa.concat_tables([*pending, table.slice(start, end - start)]).drop_columns("cut"))
+            yield _task(kind, pa.concat_tables([*pending, table.slice(start, end - start)]))
             pending, start = [], end
         if start < table.num_rows:
             pending.append(table.slice(start))
@@ -185,25 +192,34 @@ def _tasks(kind: str, tables: Iterator[pa.Table], context: Context) -> Iterator[
             "lower data.part_rows",
         )
     if pending:
-        yield _task(kind, pa.concat_tables(pending).drop_columns("cut"))
+        yield _task(kind, pa.concat_tables(pending))
 
 
 def _task(kind: str, table: pa.Table) -> Task:
-    content = to_bytes(table)
-    meta: dict[str, Any]
+    meta: dict[str, Any] = {}
     if kind == "counts":
         meta = table.to_pylist()[0]
-    elif kind == "namesakes":
-        meta = {}
-    else:
+    elif kind != "namesakes":
+        digests = np.stack([table[name].to_numpy() for name in ("cut", "d2")], axis=1)
         meta = {
             # What encode keys on: the texts in order, and for precomputed vectors where they stood.
-            "texts": hashlib.sha256(digests(text.as_py() for text in table["text"]).tobytes()).hexdigest(),
-            "source_rows": digest(table["id"].to_pylist(), table["source_rows"].to_pylist()),
+            "texts": hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest(),
+            "source_rows": _source_rows(table["id"], table["source_rows"]),
             "characters": pc.sum(pc.utf8_length(table["text"])).as_py(),
         }
+    content = to_bytes(table.drop_columns([name for name in ("cut", "d2") if name in table.column_names]))
     name = key("ingest", VERSION, kind, hashlib.sha256(content).hexdigest())
     return Task(name, kind, table.num_rows, {"content": content, "meta": meta})
+
+
+def _source_rows(ids: pa.ChunkedArray, rows: pa.ChunkedArray) -> str:
+    """`digest` of the ids and of the lists of rows, without the Python objects of the lists."""
+    whole = pa.concat_arrays(rows.chunks) if rows.num_chunks else pa.array([], rows.type)
+    starts = (whole.offsets.to_numpy() - whole.offsets[0].as_py()).tolist() if len(whole) else [0]
+    numbers = list(map(str, whole.flatten().to_pylist()))
+    lists = ",".join([f"[{','.join(numbers[low:high])}]" for low, high in pairwise(starts)])
+    names = json.dumps(ids.to_numpy(zero_copy_only=False).tolist(), separators=(",", ":"))
+    return hashlib.sha256(f"[{names},[{lists}]]".encode()).hexdigest()
 
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:

@@ -1,0 +1,345 @@
+"""Consecutive rows of a table, read at once where all of them are plain, else one after the other.
+
+A chunk's `columns` are what its `rows` say, in columns, or None: where anything is unusual (a bad row, a type that has
+to be looked at, an escape that Python reads and Arrow does not) rows are looked at one by one, and say what is wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe.errors import InputError
+from negpipe.sources.records import BadRow, Place, RowError, raw_of
+
+_RAW_BYTES = 4096  # enough to show how a broken line begins
+_DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
+_LONG = 4300  # digits of a number, of which Python reads no more
+_DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
+_INF = re.compile(rb"Inf[\s,\]}]")  # Arrow takes it for a number, JSON does not
+
+
+class Column(NamedTuple):
+    """A wanted column: its name in the table and the config key that names it."""
+
+    name: str
+    key: str
+    required: bool = True
+
+
+class Row(NamedTuple):
+    """The values of the wanted columns, in their order; None for null or absent. `raw`: the row as it was read."""
+
+    place: Place
+    values: Sequence[Any]
+    raw: str | Sequence[Any]
+
+
+Rows: TypeAlias = Iterator[Row | BadRow]
+
+
+class Values(NamedTuple):
+    """One wanted column, in Arrow: strings, integers or floats with nulls among them, or nulls alone."""
+
+    kind: Literal["text", "integer", "number", "null"]
+    array: Any
+
+
+class Columns(NamedTuple):
+    """All rows of a chunk: the file, (n,) int64 rows in it, and the wanted columns in their order."""
+
+    file: str
+    rows: npt.NDArray[np.int64]
+    values: list[Values]
+
+
+class Chunk(Protocol):
+    """Consecutive rows of a table."""
+
+    def rows(self) -> Rows:
+        """One after the other."""
+
+    def columns(self) -> Columns | None:
+        """At once; None: they must be looked at one after the other."""
+
+    def skip(self) -> None:
+        """Go on as if they had been looked at."""
+
+
+@dataclass
+class Check:
+    """Whether the wanted columns are in a table; `done` once it was asked."""
+
+    columns: Sequence[Column]
+    file: str
+    done: bool = field(default=False, init=False)
+
+    def __call__(self, there: Sequence[str], row: int | None = None, hint: str = "") -> None:
+        """Raises InputError: a column is missing, or there twice."""
+        self.done = True
+        for column in self.columns:
+            if column.required and column.name not in there:
+                remedy = f"Columns here: {', '.join(there)}. {hint or f'Name the right one in {column.key}'}"
+                raise InputError("there is no such column", file=self.file, row=row, field=column.name, remedy=remedy)
+            if list(there).count(column.name) > 1:
+                raise InputError(
+                    "two columns have this name", file=self.file, row=row, field=column.name, remedy="Rename one"
+                )
+
+
+@dataclass(frozen=True)
+class JsonChunk:
+    """Whole lines of JSON objects, and the number of the first."""
+
+    file: str
+    first: int
+    block: bytes
+    wanted: Sequence[Column]
+    check: Check
+
+    def rows(self) -> Rows:
+        """See `Chunk`."""
+        names = [column.name for column in self.wanted]
+        for number, line in enumerate(io.BytesIO(self.block), self.first):
+            if line.isspace():
+                continue
+            place = Place(self.file, number)
+            try:
+                text = decoded(line, place).rstrip("\r\n")
+                row = _object(text, place)
+            except RowError as error:
+                yield error.row._replace(raw=raw_of(line[:_RAW_BYTES].decode(errors="backslashreplace")))
+                continue
+            if not self.check.done:
+                self.check(list(row), number)
+            yield Row(place, [row.get(name) for name in names], text)
+
+    def columns(self) -> Columns | None:
+        """See `Chunk`."""
+        import pyarrow as pa
+        import pyarrow.json
+
+        block = self.block.removeprefix(b"\xef\xbb\xbf") if self.first == 1 else self.block
+        first, lines = self._first(block), _plain(block)
+        if first is None or lines is None:
+            return None
+        if not self.check.done:
+            self.check(list(first), self.first)
+        names = list(dict.fromkeys(column.name for column in self.wanted))
+        types = {str: pa.string(), int: pa.int64(), float: pa.float64(), type(None): pa.string()}
+        kinds = [types.get(type(first.get(name))) for name in names]
+        if None in kinds:
+            return None
+        try:
+            table = pyarrow.json.read_json(
+                pa.BufferReader(block),
+                pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+                pyarrow.json.ParseOptions(
+                    explicit_schema=pa.schema(zip(names, kinds, strict=True)), unexpected_field_behavior="ignore"
+                ),
+            )
+        except (pa.ArrowException, UnicodeDecodeError):
+            return None
+        # Every line begins and ends an object: of as many objects as lines each is one line.
+        if table.num_rows != lines:
+            return None
+        rows = np.arange(self.first, self.first + table.num_rows)
+        return _columns(self.file, rows, {name: table[name].combine_chunks() for name in names}, self.wanted)
+
+    def skip(self) -> None:
+        """See `Chunk`."""
+        self.check.done = True
+
+    def _first(self, block: bytes) -> dict[str, Any] | None:
+        """The object of the first line."""
+        try:
+            return _object(block.partition(b"\n")[0].decode(), Place(self.file, self.first))
+        except (RowError, UnicodeDecodeError):
+            return None
+
+
+def _plain(block: bytes) -> int | None:
+    """How many whole lines of JSON there are; None: Python and Arrow may not say the same of them."""
+    array = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(array == ord("\n"))
+    if not block.endswith(b"\n"):
+        ends = np.append(ends, len(block))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    last = array[ends - 1]
+    last = np.where(last == ord("\r"), array[ends - 2], last)
+    if not ((array[starts] == ord("{")) & (last == ord("}")) & (ends - starts >= 2)).all():
+        return None
+    # Half a surrogate pair is an escape; anything else that is no text is no UTF-8.
+    if b"\\ud" in block or b"\\uD" in block or (b"Inf" in block and _INF.search(block)):
+        return None
+    opening = (array == ord("{")) | (array == ord("["))
+    many = np.count_nonzero(opening) - len(starts) > _DEEP
+    if many and np.add.reduceat(opening, starts, dtype=np.int64).max() > _DEEP:
+        return None
+    if any(_DIGITS.search(block, starts[at], ends[at]) for at in np.flatnonzero(ends - starts > _LONG)):
+        return None
+    return len(starts) if _is_text(block) else None
+
+
+def _is_text(block: bytes) -> bool:
+    """Whether bytes are UTF-8."""
+    import pyarrow as pa
+
+    ends = pa.py_buffer(np.array([0, len(block)], np.int64))
+    try:
+        pa.LargeStringArray.from_buffers(1, ends, pa.py_buffer(block)).validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class FieldsChunk:
+    """Rows of a text file with a header: where each begins, and its fields."""
+
+    file: str
+    fields: list[tuple[int, list[str]]]
+    header: list[str]
+    wanted: Sequence[Column]
+
+    def rows(self) -> Rows:
+        """See `Chunk`."""
+        wanted = self._places()
+        for start, fields in self.fields:
+            place = Place(self.file, start)
+            if len(fields) != len(self.header):
+                problem = f"{len(fields)} fields, but the header names {len(self.header)}"
+                bad = RowError("broken", problem, place, remedy="Check separators and quotes").row
+                yield bad._replace(raw=raw_of(fields))
+            else:
+                yield Row(place, [None if at is None else fields[at] for at in wanted], fields)
+
+    def columns(self) -> Columns | None:
+        """See `Chunk`."""
+        if not self.fields or any(len(fields) != len(self.header) for _, fields in self.fields):
+            return None
+        import pyarrow as pa
+
+        starts, rows = zip(*self.fields, strict=True)
+        every = list(zip(*rows, strict=True))
+        nothing = Values("null", pa.nulls(len(rows)))
+        values = [nothing if at is None else Values("text", pa.array(every[at], pa.string())) for at in self._places()]
+        return Columns(self.file, np.array(starts, np.int64), values)
+
+    def skip(self) -> None:
+        """See `Chunk`."""
+
+    def _places(self) -> list[int | None]:
+        return [self.header.index(column.name) if column.name in self.header else None for column in self.wanted]
+
+
+@dataclass(frozen=True)
+class ArrowChunk:
+    """A batch of Arrow rows, and the number of the first; `names` are the wanted columns that there are."""
+
+    file: str
+    first: int
+    batch: Any
+    names: list[str]
+    wanted: Sequence[Column]
+
+    def rows(self) -> Rows:
+        """See `Chunk`."""
+        values = [
+            _values(self.batch.column(column.name), self.file, self.first, column.name)
+            if column.name in self.names
+            else repeat(None)
+            for column in self.wanted
+        ]
+        for row, cells in enumerate(zip(*values, strict=False), self.first):
+            yield Row(Place(self.file, row), cells, cells)
+
+    def columns(self) -> Columns | None:
+        """See `Chunk`."""
+        rows = np.arange(self.first, self.first + self.batch.num_rows)
+        return _columns(self.file, rows, {name: self.batch.column(name) for name in self.names}, self.wanted)
+
+    def skip(self) -> None:
+        """See `Chunk`."""
+
+
+def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[Column]) -> Columns | None:
+    import pyarrow as pa
+
+    known: dict[str, Values] = {}
+    for name, array in there.items():
+        if pa.types.is_null(array.type):
+            known[name] = Values("null", array)
+        elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+            try:
+                array.validate(full=True)
+            except pa.ArrowInvalid:
+                return None
+            known[name] = Values("text", array)
+        elif pa.types.is_integer(array.type):
+            known[name] = Values("integer", array)
+        elif pa.types.is_floating(array.type):
+            known[name] = Values("number", array)
+        else:
+            return None
+    nothing = Values("null", pa.nulls(len(rows)))
+    return Columns(file, rows, [known.get(column.name, nothing) for column in wanted])
+
+
+def _values(column: Any, file: str, first: int, field: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        for row, scalar in enumerate(column, first):
+            try:
+                scalar.as_py()
+            except UnicodeDecodeError as error:
+                problem = f"invalid UTF-8 at byte {error.start}"
+                raise InputError(problem, file=file, row=row, field=field, remedy="Write UTF-8 text") from None
+        raise
+    return values
+
+
+def decoded(line: bytes, place: Place) -> str:
+    """A line as text. Raises RowError: it is no UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if place.row == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"invalid UTF-8 at byte {error.start} of the line"
+        raise RowError("broken", problem, place, remedy="Save the file as UTF-8") from None
+
+
+def _object(line: str, place: Place) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise RowError("broken", "the line is not a JSON object", place, remedy='Write {"...": ...} on every line')
+    # Only an escape can bring half a surrogate pair in: such a text could be neither written nor hashed.
+    if "\\ud" in line or "\\uD" in line:
+        for name, value in row.items():
+            if not (_whole(name) and _whole(value)):
+                field, remedy = name if _whole(name) else None, "Write the whole character, or leave it out"
+                raise RowError("broken", "half a surrogate pair (\\ud800 to \\udfff)", place, field, remedy)
+    return row
+
+
+def _whole(value: Any) -> bool:
+    """Whether every character in it can be written."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
