@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from negpipe.config.file import load_config
 from negpipe.data import candidates
 from negpipe.engine.manifest import Books
 from negpipe.errors import BudgetError, ConfigError, InputError, StorageError
-from negpipe.ingest import spool
-from negpipe.sources import Document, Place, Query
 
 pytestmark = pytest.mark.slow
 
@@ -101,15 +98,6 @@ def test_a_disk_too_small_for_the_candidates_is_known_before(tmp_path: Path, mon
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=rf"search writes about {missing:,} bytes"):
         graph.mine(config, only="search")
-
-
-@pytest.mark.parametrize("record", [Document, Query])
-def test_batches_of_a_source_are_cut_by_their_texts_and_extra_columns(record: Any) -> None:
-    more = (True,) if record is Document else ()
-    records = [record(str(i), "x" * 90_000, Place("file", i), *more, ("y" * 90_000, None)) for i in range(200)]
-    batches = [*spool._batches(iter(records))]
-    assert sum(map(len, batches)) == 200
-    assert all(180_000 * (len(batch) - 1) < 2**23 for batch in batches)
 
 
 def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> None:

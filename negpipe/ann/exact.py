@@ -75,7 +75,7 @@ class Checkpoint:
 
         self.since, self.written = time.monotonic(), True
         try:
-            publish(self.path.parent, lambda _: self.path.name, write, kept.nbytes + positive_scores.nbytes)
+            publish(self.path.parent, self.path.name, write, kept.nbytes + positive_scores.nbytes)
         except StorageError as error:
             logger.warning("no checkpoint: %s", error)
 

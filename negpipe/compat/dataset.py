@@ -176,10 +176,10 @@ def _never_zero(documents: Floats, anchors: Floats) -> Iterator[Floats]:
 
 def write_vectors(path: Path, vectors: Floats) -> None:
     """Publish vectors as an .npy file."""
-    publish(path.parent, lambda _: path.name, lambda file: np.save(file, vectors, allow_pickle=False))
+    publish(path.parent, path.name, lambda file: np.save(file, vectors, allow_pickle=False))
 
 
 def _write_table(path: Path, table: Any) -> None:
     import pyarrow.parquet as pq
 
-    publish(path.parent, lambda _: path.name, lambda file: pq.write_table(table, file))
+    publish(path.parent, path.name, lambda file: pq.write_table(table, file))

@@ -47,13 +47,14 @@ def to_bytes(table: pa.Table) -> pa.Buffer:
     columns = [pa.concat_arrays([*column.chunks, pa.array([], column.type)]) for column in table.columns]
     table = pa.table(columns, schema=table.schema)
     counted = pa.MockOutputStream()
-    _write(table, counted)
+    write(table, counted)
     content = pa.allocate_buffer(counted.size())
-    _write(table, pa.FixedSizeBufferWriter(content))
+    write(table, pa.FixedSizeBufferWriter(content))
     return content
 
 
-def _write(table: pa.Table, sink: Any) -> None:
+def write(table: pa.Table, sink: Any) -> None:
+    """Write a table as an Arrow IPC file, its record batches as they are."""
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 

@@ -19,7 +19,7 @@ def normalize(text: str) -> str:
 
 def text_id(text: str) -> str:
     """The id of a text that came without one: 32 hex digits of its digest."""
-    return _digest(text.encode(), 16).hex()
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def ids_of(digested: npt.NDArray[np.uint64]) -> list[str]:
@@ -30,12 +30,12 @@ def ids_of(digested: npt.NDArray[np.uint64]) -> list[str]:
 
 def digests(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
     """128-bit digests, (n, 2) uint64: equal exactly where the texts are equal."""
-    return np.frombuffer(b"".join([_digest(text, 16) for text in _encoded(texts)]), dtype="<u8").reshape(-1, 2)
+    return _joined(_encoded(texts), 16).reshape(-1, 2)
 
 
 def hashes(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
     """64-bit digests, (n,) uint64: two of 100 million different texts collide with a chance of 3 in 10,000."""
-    return np.frombuffer(b"".join([_digest(text, 8) for text in _encoded(texts)]), dtype="<u8")
+    return _joined(_encoded(texts), 8)
 
 
 def normalized_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
@@ -46,7 +46,7 @@ def normalized_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
     others = np.flatnonzero(~printable | [b"  " in text for text in normal])
     for at, text in zip(others.tolist(), texts.take(pa.array(others)).to_pylist(), strict=True):
         normal[at] = normalize(text).encode()
-    return np.frombuffer(b"".join([_digest(text, 8) for text in normal]), dtype="<u8")
+    return _joined(normal, 8)
 
 
 def _encoded(texts: pa.Array | Iterable[str]) -> list[bytes]:
@@ -56,5 +56,7 @@ def _encoded(texts: pa.Array | Iterable[str]) -> list[bytes]:
     return [text.encode() for text in texts]
 
 
-def _digest(text: bytes, size: int) -> bytes:
-    return hashlib.blake2b(text, digest_size=size).digest()
+def _joined(texts: list[bytes], size: int) -> npt.NDArray[np.uint64]:
+    """Digests of so many bytes, one behind the other."""
+    blake2b = hashlib.blake2b
+    return np.frombuffer(b"".join([blake2b(text, digest_size=size).digest() for text in texts]), dtype="<u8")

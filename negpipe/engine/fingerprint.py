@@ -94,5 +94,5 @@ class DigestCache:
         if self._path.parent.is_dir():
             content = json.dumps(self._known).encode()  # ASCII: names of files may be no text
             with suppress(OSError, NegpipeError):
-                publish(self._path.parent, lambda _: self._path.name, lambda file: write_all(file, content))
+                publish(self._path.parent, self._path.name, lambda file: write_all(file, content))
         self._dirty, self._saved = False, time.monotonic()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,12 @@ import pyarrow as pa
 
 from negpipe import sources
 from negpipe.config.schema import Config
-from negpipe.data.tables import EXTRA, open_table, to_bytes
-from negpipe.data.texts import digests, ids_of, normalized_hashes, text_id
+from negpipe.data.tables import EXTRA, open_table, write
+from negpipe.data.texts import ids_of, text_id
 from negpipe.errors import InputError
 from negpipe.ingest import rejected
-from negpipe.store.files import publish, remove, write_all, write_json
+from negpipe.ingest.hashing import Hasher, hashed, hasher
+from negpipe.store.files import publish, remove, write_json
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+_Item = TypeVar("_Item")
 
 BATCH = 8192  # rows of a batch, once it has so many
 _BYTES = 2**23  # of a batch's texts, likewise
 _WARNED = 10
+_AHEAD = 4  # pieces that are read, and whose texts are hashed, while those before are written
 _PLACE = [("file", pa.string()), ("line", pa.int64())]
 _TEXT = [("source_row", pa.int64()), ("id", pa.string())]
 _HASHES = [("d1", pa.uint64()), ("d2", pa.uint64()), ("normalized", pa.uint64())]
@@ -81,13 +84,14 @@ def kept(folder: Path, key: str) -> Iterator[Path]:
     remove(folder)
 
 
-def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path, threads: int) -> None:
     """Read the source once: texts and extra columns stay in the spool, everything else goes to the database.
 
     Args:
         config: what to read.
         database: an empty one.
         folder: see `kept`.
+        threads: that compute. Changes no result.
 
     Raises:
         ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
@@ -98,9 +102,9 @@ def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> N
         logger.info("goes on behind %d pieces of the source that were read before", totals["pieces"])
         for _ in range(totals["pieces"]):
             next(pieces).skip()
-    with ThreadPoolExecutor(1) as writing:
+    with ThreadPoolExecutor(1) as writing, hasher(threads) as hashes:
         written: Future[None] | None = None
-        for batch in _batches(config, pieces, totals):
+        for batch in _batches(config, pieces, totals, hashes):
             if written:
                 written.result()
             written = writing.submit(batch.write, folder, number)
@@ -118,9 +122,9 @@ def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> N
                 database.unregister("read")
 
 
-def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[str]) -> Iterator[_Batch]:
+def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[str], hashes: Hasher) -> Iterator[_Batch]:
     batch = _Batch(config, totals)
-    for read in _ahead(pieces):
+    for read in ahead((_Read.of(piece, hashes) for piece in pieces), _AHEAD):
         batch.add(read)
         if batch.is_full():
             yield batch
@@ -131,15 +135,18 @@ def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[st
 
 @dataclass(frozen=True)
 class _Read:
-    """A piece of the source: its records in columns, or one by one, and what ended their reading."""
+    """A piece of the source: its records in columns, with hashes, or one by one; and what ended their reading."""
 
     records: sources.Block | list[sources.Record]
     error: Exception | None = None
+    hashes: tuple[Future[pa.RecordBatch] | None, ...] = ()
+    """Of the texts of corpus, added and queries."""
 
     @classmethod
-    def of(cls, piece: sources.Piece) -> _Read:
+    def of(cls, piece: sources.Piece, hashes: Hasher) -> _Read:
         if block := piece.block():
-            return cls(block)
+            texts = (block.corpus, block.added, block.queries)
+            return cls(block, None, tuple(None if one is None else hashes(one.texts) for one in texts))
         records: list[sources.Record] = []
         try:
             records.extend(piece.records())
@@ -148,18 +155,13 @@ class _Read:
         return cls(records)
 
 
-def _ahead(pieces: Iterator[sources.Piece]) -> Iterator[_Read]:
-    """What is read of a source, one piece ahead."""
-
-    def following() -> _Read | None:
-        piece = next(pieces, None)
-        return None if piece is None else _Read.of(piece)
-
-    with ThreadPoolExecutor(1) as reading:
-        ahead = reading.submit(following)
-        while read := ahead.result():
-            ahead = reading.submit(following)
-            yield read
+def ahead(items: Iterator[_Item], count: int = 1) -> Iterator[_Item]:
+    """The same items, made by a thread of their own, some of them before they are asked for."""
+    with ThreadPoolExecutor(1) as making:
+        waiting = deque(making.submit(next, items, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(making.submit(next, items, None))
+            yield item
 
 
 class _Batch:
@@ -188,7 +190,7 @@ class _Batch:
             Exception: what ended the reading of the piece.
         """
         if isinstance(read.records, sources.Block):
-            self._add_block(read.records)
+            self._add_block(read.records, [one and one.result() for one in read.hashes])
         else:
             self._add_records(read.records)
         if read.error:
@@ -199,9 +201,7 @@ class _Batch:
     def write(self, folder: Path, number: int) -> None:
         """Write the tables to a spool, then the note."""
         for kind, tables in self._tables.items():
-            content = to_bytes(pa.concat_tables(tables))
-            name = f"{kind}-{number:06d}.arrow"
-            publish(folder, partial(_named, name), partial(_write, memoryview(content)), content.size)
+            publish(folder, f"{kind}-{number:06d}.arrow", partial(write, pa.concat_tables(tables)))
         write_json(folder / f"read-{number:06d}.json", self.totals)
 
     def _add(self, kind: str, schema: pa.Schema, columns: dict[str, Any], size: int = 0) -> None:
@@ -217,18 +217,18 @@ class _Batch:
         self.totals[name] += count
         return np.arange(first, first + count)
 
-    def _add_block(self, block: sources.Block) -> None:
+    def _add_block(self, block: sources.Block, hashes: list[pa.RecordBatch | None]) -> None:
         # A judgment that names a text shares it with its query or document.
         named: dict[int, pa.Array] = {}
-        for documents, kind in ((block.corpus, "corpus"), (block.added, "added")):
+        for documents, kind, own in ((block.corpus, "corpus", hashes[0]), (block.added, "added", hashes[1])):
             if documents:
                 # Only the corpus has a row in the source that vectors can be matched to.
                 count = len(documents.texts)
                 rows = self._next("document", count) if kind == "corpus" else np.full(count, -1)
-                named[id(documents.texts)] = self._add_documents(kind, documents, rows)
+                named[id(documents.texts)] = self._add_documents(kind, documents, rows, own)
         if block.queries:
             rows = self._next("query", len(block.queries.texts))
-            named[id(block.queries.texts)] = self._add_queries(block.queries, rows)
+            named[id(block.queries.texts)] = self._add_queries(block.queries, rows, hashes[2])
         if judged := block.judgments:
             sides = judged.queries, judged.documents
             by_text = judged.query_by_text, judged.document_by_text
@@ -303,11 +303,11 @@ class _Batch:
         }
         self._add("skipped", _TABLES["skipped"], columns)
 
-    def _add_documents(self, kind: str, documents: sources.Documents, rows: Ints) -> pa.Array:
+    def _add_documents(self, kind: str, documents: sources.Documents, rows: Ints, hashes: Any = None) -> pa.Array:
         """Add documents of these rows of the source; returns their ids."""
         names = ["text", *extra_columns(self._config.data.extra.corpus)]
         nothing = [pa.nulls(len(rows))] * (len(names) - 1)
-        of_text = _of_texts(documents)
+        of_text = _of_texts(documents, hashes)
         columns = of_text | {"corpus": pa.repeat(kind == "corpus", len(rows)), "source_row": rows}
         columns |= {"position": self._next(kind, len(rows))}
         columns |= dict(zip(names, [documents.texts, *(documents.extra or nothing)], strict=True))
@@ -317,9 +317,9 @@ class _Batch:
         self._add(kind, schema, columns, _length(documents))
         return of_text["id"]
 
-    def _add_queries(self, queries: sources.Queries, rows: Ints) -> pa.Array:
+    def _add_queries(self, queries: sources.Queries, rows: Ints, hashes: Any = None) -> pa.Array:
         """Add queries of these rows of the source; returns their ids."""
-        of_text = _of_texts(queries)
+        of_text = _of_texts(queries, hashes)
         more = [column.to_pylist() for column in queries.extra]
         extra = [list(one) for one in zip(*more, strict=True)] if more else [[]] * len(rows)
         columns = of_text | {"source_row": rows, "text": queries.texts, "extra": extra}
@@ -355,13 +355,14 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-def _of_texts(texts: sources.Documents | sources.Queries) -> dict[str, Any]:
-    both = digests(texts.texts)
+def _of_texts(texts: sources.Documents | sources.Queries, hashes: pa.RecordBatch | None) -> dict[str, Any]:
+    hashes = hashes or hashed(texts.texts)
+    ids = texts.ids
+    if ids is None:
+        ids = pa.array(ids_of(np.stack([hashes[name].to_numpy() for name in ("d1", "d2")], axis=1)), pa.string())
     return {
-        "id": pa.array(ids_of(both), pa.string()) if texts.ids is None else texts.ids,
-        "d1": both[:, 0],
-        "d2": both[:, 1],
-        "normalized": normalized_hashes(texts.texts),
+        "id": ids,
+        **{name: hashes[name] for name in hashes.schema.names},
         "file": pa.repeat(texts.file, len(texts.texts)),
         "line": texts.places,
     }
@@ -370,14 +371,6 @@ def _of_texts(texts: sources.Documents | sources.Queries) -> dict[str, Any]:
 def _length(texts: sources.Documents | sources.Queries) -> int:
     """Bytes of texts and extra columns."""
     return sum(array.nbytes for array in (texts.texts, *texts.extra))
-
-
-def _named(name: str, _: str) -> str:
-    return name
-
-
-def _write(content: memoryview, file: BinaryIO) -> None:
-    write_all(file, content)
 
 
 def _files(folder: Path, kind: str) -> list[Path]:

@@ -132,7 +132,7 @@ def calibrate_settings(
             raise InputError(_UNTRIED[method].format(total=total, near=near), remedy=_INSTEAD[method])
         judged = {MADE_OF: context.manifest("search").digest}
         table = calibrate.to_table(made).replace_schema_metadata(judged)
-        publish(config.run_dir, lambda _: CALIBRATION, lambda file: _write(table, file))
+        publish(config.run_dir, CALIBRATION, lambda file: _write(table, file))
         return made
 
 
@@ -209,7 +209,7 @@ def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | Non
         calibrate.draw_leak(figure.subplots(), calibration, advice)
         kind = path.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {}
-        publish(path.parent, lambda _: path.name, lambda file: figure.savefig(file, format=kind, metadata=metadata))
+        publish(path.parent, path.name, lambda file: figure.savefig(file, format=kind, metadata=metadata))
 
 
 _UNTRIED = {

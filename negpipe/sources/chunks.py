@@ -24,7 +24,6 @@ _RAW_BYTES = 4096  # enough to show how a broken line begins
 _DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
 _LONG = 4300  # digits of a number, of which Python reads no more
 _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
-_INF = re.compile(rb"Inf[\s,\]}]")  # Arrow takes it for a number, JSON does not
 
 
 class Column(NamedTuple):
@@ -152,7 +151,7 @@ class JsonChunk:
         if table.num_rows != lines:
             return None
         rows = np.arange(self.first, self.first + table.num_rows)
-        return _columns(self.file, rows, {name: table[name].combine_chunks() for name in names}, self.wanted)
+        return _columns(self.file, rows, {name: table[name] for name in names}, self.wanted)
 
     def skip(self) -> None:
         """See `Chunk`."""
@@ -173,20 +172,32 @@ def _plain(block: bytes) -> int | None:
     if not block.endswith(b"\n"):
         ends = np.append(ends, len(block))
     starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts < 2).any():
+        return None
     last = array[ends - 1]
     last = np.where(last == ord("\r"), array[ends - 2], last)
-    if not ((array[starts] == ord("{")) & (last == ord("}")) & (ends - starts >= 2)).all():
+    if not ((array[starts] == ord("{")) & (last == ord("}"))).all():
         return None
-    # Half a surrogate pair is an escape; anything else that is no text is no UTF-8.
-    if b"\\ud" in block or b"\\uD" in block or (b"Inf" in block and _INF.search(block)):
+    # Half a surrogate pair is an escape, what else is no text is no UTF-8; Arrow takes Inf for a number, JSON does not.
+    if _holds(array, b"\\", b"u", b"dD") or _holds(array, b"I", b"n", b"f", b" \t\r\n,]}"):
         return None
-    opening = (array == ord("{")) | (array == ord("["))
-    many = np.count_nonzero(opening) - len(starts) > _DEEP
-    if many and np.add.reduceat(opening, starts, dtype=np.int64).max() > _DEEP:
-        return None
+    opening = sum(np.count_nonzero(array == ord(sign)) for sign in "{[") - len(starts)
+    if opening > _DEEP:
+        every = (array == ord("{")) | (array == ord("["))
+        if np.add.reduceat(every, starts, dtype=np.int64).max() > _DEEP:
+            return None
     if any(_DIGITS.search(block, starts[at], ends[at]) for at in np.flatnonzero(ends - starts > _LONG)):
         return None
     return len(starts) if _is_text(block) else None
+
+
+def _holds(array: npt.NDArray[np.uint8], first: bytes, *others: bytes) -> bool:
+    """Whether a byte is followed by one of each of the others."""
+    at = np.flatnonzero(array == ord(first))
+    for place, signs in enumerate(others, 1):
+        at = at[at < len(array) - place]
+        at = at[np.isin(array[at + place], np.frombuffer(signs, np.uint8))]
+    return bool(len(at))
 
 
 def _is_text(block: bytes) -> bool:
@@ -275,7 +286,8 @@ def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], want
     import pyarrow as pa
 
     known: dict[str, Values] = {}
-    for name, array in there.items():
+    for name, column in there.items():
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if pa.types.is_null(array.type):
             known[name] = Values("null", array)
         elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):

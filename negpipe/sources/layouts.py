@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
@@ -77,7 +77,6 @@ class _Reader:
                 yield record._replace(raw=raw_of(row.raw)) if isinstance(record, BadRow) else record
 
 
-_Thing = TypeVar("_Thing")
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 _DEFAULT_ID = schema.Columns.model_fields["corpus_id"].default
 
@@ -132,7 +131,16 @@ def read(data: schema.Data) -> Iterator[Record]:
 
 def pieces(data: schema.Data) -> Iterator[Piece]:
     """The same records, some rows at a time; the same pieces each time. Raises what `read` does."""
-    return chain.from_iterable([_started(reader.pieces()) for reader in _readers(data)])
+    started = []
+    for reader in _readers(data):
+        found = reader.pieces()
+        first: list[Piece] = []
+        for piece in found:
+            first.append(piece)
+            if next(piece.records(), None):  # a row was looked at: the columns are there
+                break
+        started.append(chain(first, found))
+    return chain.from_iterable(started)
 
 
 def _readers(data: schema.Data) -> list[_Reader]:
@@ -395,5 +403,5 @@ def _listed(values: Any, place: Place, field: str) -> list[Any]:
     raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')
 
 
-def _started(things: Iterator[_Thing]) -> Iterator[_Thing]:
-    return chain(list(islice(things, 1)), things)
+def _started(records: Iterator[Record]) -> Iterator[Record]:
+    return chain(list(islice(records, 1)), records)

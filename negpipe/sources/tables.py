@@ -24,9 +24,8 @@ from negpipe.sources.records import Place, RowError
 
 __all__ = ["Chunk", "Chunks", "Column", "Rows", "all_splits", "chunks", "rows"]
 
-_BATCH_ROWS = 1024
-_BLOCK_BYTES = 2**22
-_CSV_ROWS = 8192
+_ROWS = 8192  # of a chunk at most, where they are not lines of JSON
+_BLOCK_BYTES = 2**22  # of a chunk, about
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
@@ -153,7 +152,7 @@ def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Chunks:
         except StopIteration:
             break
         except (csv.Error, InputError) as error:
-            if header is not None:
+            if header is not None and gathered:
                 yield FieldsChunk(path, gathered, header, columns)
             if isinstance(error, InputError):
                 raise
@@ -167,12 +166,13 @@ def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Chunks:
             continue
         gathered.append((start, fields))
         characters += sum(map(len, fields))
-        if len(gathered) == _CSV_ROWS or characters >= _BLOCK_BYTES:
+        if len(gathered) == _ROWS or characters >= _BLOCK_BYTES:
             yield FieldsChunk(path, gathered, header, columns)
             gathered, characters = [], 0
     if header is None:
         raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header")
-    yield FieldsChunk(path, gathered, header, columns)
+    if gathered:
+        yield FieldsChunk(path, gathered, header, columns)
 
 
 def _tsv(path: str, columns: Sequence[Column]) -> Chunks:
@@ -203,7 +203,9 @@ def _parquet(path: str, columns: Sequence[Column]) -> Chunks:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             Check(columns, path)(parquet.schema_arrow.names)
             names = _there(columns, parquet.schema_arrow.names)
-            yield from _arrow(parquet.iter_batches(_BATCH_ROWS, columns=names), names, columns, path)
+            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            size = _rows_of(sum(group.total_byte_size for group in groups), parquet.metadata.num_rows)
+            yield from _arrow(parquet.iter_batches(size, columns=names), names, columns, path)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             problem = f"not a readable Parquet file ({error})"
             raise InputError(problem, file=path, remedy="Fetch or write it again") from None
@@ -214,7 +216,13 @@ def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) 
     Check(columns, place)(dataset.column_names)
     _log.info("reading %s", place)
     names = _there(columns, dataset.column_names)
-    yield from _arrow(dataset.select_columns(names).with_format("arrow").iter(_BATCH_ROWS), names, columns, place)
+    wanted = dataset.select_columns(names).with_format("arrow")
+    yield from _arrow(wanted.iter(_rows_of(wanted.data.nbytes, len(wanted))), names, columns, place)
+
+
+def _rows_of(size: int, rows: int) -> int:
+    """How many of so many rows make a chunk, if all together have so many bytes."""
+    return max(16, min(_ROWS, _BLOCK_BYTES * rows // max(1, size)))
 
 
 def _arrow(batches: Iterable[Any], names: list[str], columns: Sequence[Column], file: str) -> Chunks:

@@ -22,9 +22,10 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import DamagedError
 from negpipe.ingest import joins, rejected
-from negpipe.ingest.spool import Spool, extra_columns, kept, load
+from negpipe.ingest.spool import Spool, ahead, extra_columns, kept, load
 from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 3
-_COPIES = 4  # of a part: its rows, joined, as they are written, and those of the part before
+_COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -73,6 +74,12 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _plan(context: Context) -> Iterator[Task]:
+    """One part is made while that before it is written."""
+    with closing(_parts(context)) as parts:
+        yield from ahead(parts)
+
+
+def _parts(context: Context) -> Generator[Task]:
     folder = context.store.path(f"{BOOKS}/ingest")
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -85,7 +92,7 @@ def _plan(context: Context) -> Iterator[Task]:
         kept(context.run_dir / BOOKS / "ingest" / "spool", context.key) as spool,
     ):
         config = context.config
-        load(config, connection, spool)
+        load(config, connection, spool, context.budget.threads)
         joins.check(config, connection)
         joins.join(config, connection)
         for corpus in (True, False):
@@ -214,12 +221,16 @@ def _task(kind: str, table: pa.Table) -> Task:
 
 def _source_rows(ids: pa.ChunkedArray, rows: pa.ChunkedArray) -> str:
     """`digest` of the ids and of the lists of rows, without the Python objects of the lists."""
-    whole = pa.concat_arrays(rows.chunks) if rows.num_chunks else pa.array([], rows.type)
-    starts = (whole.offsets.to_numpy() - whole.offsets[0].as_py()).tolist() if len(whole) else [0]
-    numbers = list(map(str, whole.flatten().to_pylist()))
-    lists = ",".join([f"[{','.join(numbers[low:high])}]" for low, high in pairwise(starts)])
+    lists = [pc.binary_join(chunk.cast(pa.list_(pa.string())), ",") for chunk in rows.chunks]
     names = json.dumps(ids.to_numpy(zero_copy_only=False).tolist(), separators=(",", ":"))
-    return hashlib.sha256(f"[{names},[{lists}]]".encode()).hexdigest()
+    numbers = f"[{_joined(pa.concat_arrays(lists), '],[')}]" if len(rows) else ""
+    return hashlib.sha256(f"[{names},[{numbers}]]".encode()).hexdigest()
+
+
+def _joined(texts: pa.Array, between: str) -> str:
+    whole = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
+    joined: str = pc.binary_join(whole, between)[0].as_py()
+    return joined
 
 
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:

@@ -38,7 +38,7 @@ BOOKS = ".negpipe"
 
 @dataclass(frozen=True)
 class Published:
-    """A file under its final name: name within its folder, bytes and sha256."""
+    """A file under its final name: name within its folder, bytes, and sha256 where the name depends on it."""
 
     name: str
     bytes: int
@@ -93,13 +93,13 @@ def _refusal(error: Exception, path: Path) -> int | None:
 
 
 def publish(
-    folder: Path, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+    folder: Path, name: str | Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
 ) -> Published:
     """Write a file and give it its final name, which may depend on its content.
 
     Args:
         folder: existing or new folder of the file.
-        name: makes the final name from the sha256 of the content.
+        name: the final name, or what makes it from the sha256 of the content.
         write: writes the content to the binary file it is given.
         needed: its bytes, where known: without room for them nothing is begun.
 
@@ -118,9 +118,9 @@ def publish(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = file_digest(temporary)
+            digest = "" if isinstance(name, str) else file_digest(temporary)
             size = bytes_in(temporary)
-            final = name(digest)
+            final = name if isinstance(name, str) else name(digest)
             os.replace(temporary, folder / final)
         except FileNotFoundError as error:
             if temporary.exists():
@@ -211,7 +211,7 @@ def bytes_in(path: Path) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Publish a JSON file."""
     data = json_bytes(value)
-    publish(path.parent, lambda _: path.name, lambda file: write_all(file, data), len(data))
+    publish(path.parent, path.name, lambda file: write_all(file, data), len(data))
 
 
 def json_bytes(value: Any) -> bytes:

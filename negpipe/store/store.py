@@ -104,7 +104,7 @@ class LocalStore:
             if self.read(name) != expected:
                 return False
             path = self.path(name)
-            files.publish(path.parent, lambda _: path.name, lambda file: files.write_all(file, content), len(content))
+            files.publish(path.parent, path.name, lambda file: files.write_all(file, content), len(content))
             return True
 
     def delete(self, name: str) -> None:

@@ -46,7 +46,7 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
     out = out or config.run_dir / NAME
     with _at_rest(config.run_dir), digests_of(config) as digests:
         data = page.render(gather.gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
-        publish(out.parent, lambda _: out.name, lambda file: write_all(file, data), len(data))
+        publish(out.parent, out.name, lambda file: write_all(file, data), len(data))
     return out
 
 
