@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,18 +82,43 @@ def lists_of(index: Any) -> int:
 def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, int]:
     """Bytes of an index of so many rows and files, and how many of them a search holds: plain lists stay on disk."""
     whole = make(kind, dimension)
-    index = inner(whole)
-    if isinstance(index, faiss().IndexHNSW):
-        codes = faiss().downcast_index(index.storage).sa_code_size()
-        links = 4 * (index.hnsw.nb_neighbors(0) + index.hnsw.nb_neighbors(1)) + 16
-        return rows * (codes + links), rows * (codes + links)
-    if lists_of(index):
-        entries, centres = rows * (index.code_size + 8), 4 * dimension * lists_of(index)
-        # FAISS maps plain lists, and reads those for fast scan whole. Of whole vectors one copy of the centres is kept.
-        held = entries if isinstance(index, faiss().IndexIVFFastScan) else 0
-        kept = 1 if type(whole) is faiss().IndexIVFFlat else shards
-        return entries + shards * centres, held + kept * centres + 16 * shards * lists_of(index)
-    return rows * index.sa_code_size(), rows * index.sa_code_size()
+    inverted, (empty, each) = faiss().try_extract_index_ivf(whole), _measured(kind, dimension)
+    entries = rows * each
+    if inverted is None:
+        return shards * empty + entries, shards * empty + entries
+    centres = 4 * inverted.d * lists_of(whole)
+    # FAISS maps plain lists, and reads those for fast scan whole. Of whole vectors one copy of the centres is kept.
+    held = entries if isinstance(inverted, faiss().IndexIVFFastScan) else 0
+    kept = 1 if type(whole) is faiss().IndexIVFFlat else shards
+    places = 16 * shards * lists_of(whole)
+    return shards * (empty + centres) + places + entries, kept * (empty + centres) + places + held
+
+
+@cache
+def _measured(kind: str, dimension: int) -> tuple[int, int]:
+    """Bytes of an empty file of this kind without its lists' centres, and of each row, by a small index."""
+    small = make(quickly(kind, dimension), dimension)
+    quantizer = getattr(inner(small), "pq", None)
+    count = 1024
+    if quantizer is not None:  # how good its words are does not matter
+        count, quantizer.cp.niter, quantizer.cp.min_points_per_centroid = max(count, quantizer.ksub), 1, 1
+    rows = np.random.default_rng(0).standard_normal((count, dimension), np.float32)
+    fit(small, rows, seed=0, threads=1)
+    inverted = faiss().try_extract_index_ivf(small)
+    empty = len(faiss().serialize_index(small))
+    with single_thread():
+        small.add(rows)
+    each = -(-(len(faiss().serialize_index(small)) - empty) // count)
+    return empty - (0 if inverted is None else inverted.nlist * (4 * inverted.d + 16)), each
+
+
+def quickly(kind: str, dimension: int) -> str:
+    """A kind whose rows are as large and as far to search through, with four lists and a rotation that is not learned.
+
+    What lists cost are products, which can be estimated; a rotation takes minutes to learn, any other is as good here.
+    """
+    few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+(_HNSW\d*)?", "IVF4", kind))
+    return re.sub(r"OPQ\d+", f"RR{dimension}", few)
 
 
 def rows_wanted(kind: str, dimension: int, rows: int) -> int:

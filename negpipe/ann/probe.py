@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from negpipe.ann.auto import built
 from negpipe.ann.coded import effort
-from negpipe.ann.factory import add, fit, inner, lists_of, make, rows_wanted, single_thread
+from negpipe.ann.factory import add, fit, inner, lists_of, make, quickly, rows_wanted, single_thread
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
 from negpipe.ann.products import Float32
@@ -47,10 +46,7 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
         ConfigError: FAISS refuses the string, or the corpus is too small for it.
     """
     wanted, lists = rows_wanted(kind, job.dimension, job.rows), lists_of(make(kind, job.dimension))
-    # What lists cost are products, which can be reckoned. A rotation takes minutes to learn, any other is as good here.
-    few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+", "IVF4", kind))
-    few = re.sub(r"OPQ\d+", f"RR{job.dimension}", few)
-    index = make(few, job.dimension)
+    index = make(quickly(kind, job.dimension), job.dimension)
     quantizer = getattr(faiss().try_extract_index_ivf(index) or inner(index), "pq", None)
     most, rounds = math.inf, 1.0
     if quantizer is not None:  # its k-means looks at no more than 256 rows a centroid, many times: two tell

@@ -44,7 +44,7 @@ def parts(run_dir: Path) -> list[str]:
 
 
 def mined(config: Path, *overrides: str) -> graph.Result:
-    return graph.mine(load_config(str(config), list(overrides)), only="ingest")
+    return graph.mine(load_config(str(config), ["data.part_rows=16384", *overrides]), only="ingest")
 
 
 @pytest.mark.parametrize("bad", [None, 3_000])
@@ -54,7 +54,17 @@ def test_a_killed_pass_goes_on_behind_what_it_noted(
     config = build(tmp_path, 60_000, bad)
     allowed = "data.max_bad_rows=1"
     fresh = mined(config, allowed, f"run_dir={tmp_path}/fresh")
-    command = [sys.executable, "-m", "negpipe", "ingest", str(config), "--set", allowed]
+    command = [
+        sys.executable,
+        "-m",
+        "negpipe",
+        "ingest",
+        str(config),
+        "--set",
+        allowed,
+        "--set",
+        "data.part_rows=16384",
+    ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         notes = tmp_path / "run/.negpipe/ingest/spool"
         deadline = time.monotonic() + 60
