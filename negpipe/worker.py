@@ -55,7 +55,8 @@ def main() -> None:
         stage, config = STAGES[head["stage"]], load_config(head["config"])
         if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
-        context = replace(load_context(config, STAGES, before=stage.name), granted=Budget(**head["budget"]))
+        context = stage.within(load_context(config, STAGES, before=stage.name))
+        context = replace(context, granted=Budget(**head["budget"]))
         _check_inputs(context, head["inputs"])
         with stage.open(context) as shared:
             while True:

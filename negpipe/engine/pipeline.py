@@ -98,7 +98,7 @@ def mine(
                 raise MissingStageError(blocked(state, only))
             else:
                 for ahead in [stage] if only else stages[number:]:
-                    ahead.check(replace(context, granted=ahead.resources(context)))
+                    ahead.check(ahead.within(context))
                 _check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
@@ -200,7 +200,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     books = context.books(stage.name)
     before = books.content()
     identity = identity_of(stage, context)
-    context = replace(context, key=identity.key, granted=stage.resources(context))
+    context = replace(stage.within(context), key=identity.key)
 
     keys: dict[str, None] = {}
     with _damage_named(stage, context):

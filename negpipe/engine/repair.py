@@ -110,7 +110,7 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     outdated = [part for part in books.records() if versions.is_of_others(part, now)]
     if not outdated:
         return
-    stage.check(context)  # what would keep it from running is known before anything is forgotten
+    stage.check(stage.within(context))  # what would keep it from running is known before anything is forgotten
     logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
     books.drop_manifest()
     for part in outdated:
@@ -134,7 +134,7 @@ def _sound(stage: Stage, context: Context, untrusted: set[str]) -> Callable[[str
     """Whether the part of a key cannot come from an untrusted file."""
     if not untrusted or not stage.inputs:
         return lambda _: True
-    context = replace(context, key=identity_of(stage, context).key)
+    context = replace(stage.within(context), key=identity_of(stage, context).key)
     read_by_all = {file.path for part in stage.shared(context) for file in part.files}
     keys = {task.key for task in stage.plan(context) if untrusted.isdisjoint(_paths(task.payload))}
     return lambda key: key in keys and untrusted.isdisjoint(read_by_all)

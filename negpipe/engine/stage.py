@@ -63,10 +63,12 @@ class Context:
     run_dir: Path
     digest_file: DigestCache
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    stage: str = ""
+    """Name of the stage that is looked at or run, under which its own parts are."""
     key: str = ""
-    """Key of the stage that is being run."""
+    """Its key."""
     granted: Budget | None = None
-    """What the executor gives a task of the stage that is being run."""
+    """What the executor gives each of its tasks."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
@@ -91,6 +93,11 @@ class Context:
     def books(self, stage: str) -> Books:
         """The records of a stage."""
         return Books(self.run_dir, stage, self.store)
+
+    @property
+    def own(self) -> Books:
+        """The records of the stage that is looked at or run."""
+        return self.books(self.stage)
 
     def path(self, part: Part, role: str) -> Path:
         """Where this machine reads a file of a part."""
@@ -253,6 +260,8 @@ class Stage:
         remarks: what its statistics say beside counts: levels of logging, and sentences.
         misfit: (store, one of its parts) → what the headers of the part's files say that its record does not.
         provides: the name under which later stages find its output, where it takes another's place.
+        reads: the names by which its functions know its inputs, where those are others: a second search knows as encode
+            what a second encode made.
     """
 
     name: str
@@ -277,6 +286,13 @@ class Stage:
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
     misfit: Callable[[Store, Part], str | None] = _fits
     provides: str = ""
+    reads: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, context: Context) -> Context:
+        """What the stage's own functions are given: its name, its inputs as it knows them, what its tasks may use."""
+        known = {name: context.manifests[real] for name, real in self.reads.items() if real in context.manifests}
+        granted = self.resources(context)
+        return replace(context, stage=self.name, manifests={**context.manifests, **known}, granted=granted)
 
 
 Graph = Mapping[str, Stage]

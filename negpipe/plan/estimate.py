@@ -98,6 +98,7 @@ def _existing(folder: Path) -> Path:
 
 def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
     """A step with what would keep it from running, as far as that can be known."""
+    context = stage.within(context)
     try:
         stage.check(context)
         if stage.name == "encode" and job.dimension:
@@ -130,7 +131,7 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
     if any(name not in context.manifests for name in stage.inputs):
         done, todo, left = None, None, rows + anchors
     else:
-        tasks = list(stage.plan(replace(context, key="")))
+        tasks = list(stage.plan(stage.within(context)))
         books = context.books(stage.name)
         missing = [task for task in tasks if books.part(task.key) is None]
         done, todo, left = len(tasks) - len(missing), len(missing), sum(task.rows for task in missing)
@@ -178,7 +179,7 @@ class _Encoding:
 
 def _encoding(context: Context, probe: bool) -> _Encoding:
     config = context.config
-    made = [*encode.made_of(context)]
+    made = [*encode.made_of(encode.STAGE.within(context))]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers

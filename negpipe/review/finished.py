@@ -72,7 +72,7 @@ def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
 def searched(config: Config, digests: DigestCache, wanted: str) -> Context:
     """What a reader of candidates sees, if everything before `triplets` is current."""
     context = current(config, digests, wanted, last="search")
-    STAGES["triplets"].check(context)
+    STAGES["triplets"].check(STAGES["triplets"].within(context))
     return context
 
 
@@ -110,7 +110,7 @@ def _parts(context: Context) -> tuple[list[PartFiles], bool]:
     They are where `triplets` has run with these settings; elsewhere they are to be searched for.
     """
     stage = STAGES["triplets"]
-    context = replace(context, key=identity_of(stage, context).key)
+    context = replace(stage.within(context), key=identity_of(stage, context).key)
     manifest = context.books(stage.name).manifest()
     complete = manifest is not None and look(stage, context).state == "current"
     made: tuple[Part, ...] = ()

@@ -229,7 +229,7 @@ _INSTEAD = {
 
 def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candidates.Candidates]]:
     """Anchors with their stored candidates, as deep as the config looks."""
-    for task in STAGES["triplets"].plan(context):
+    for task in STAGES["triplets"].plan(STAGES["triplets"].within(context)):
         files = part_files(context, task)
         table = open_table(files.anchors)
         for found in candidates.read(files.candidates, table["id"], depth=config.depth, score=config.mining.score):

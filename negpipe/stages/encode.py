@@ -85,7 +85,7 @@ def _plan(context: Context) -> Iterator[Task]:
 
 def made_of(context: Context) -> Iterator[Part]:
     """The parts with rows that are there already."""
-    books = context.books("encode")
+    books = context.own
     return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
 
 
@@ -237,7 +237,7 @@ def check_fits(context: Context, dimension: int) -> None:
         f"encoding a part of {largest.rows:,} rows, texts and vectors,",
         "lower data.part_rows or executor.workers",
     )
-    books = context.books("encode")
+    books = context.own
     left = [task for task in _tasks(context) if books.part(task.key) is None]
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
     same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays

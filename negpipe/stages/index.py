@@ -70,7 +70,7 @@ def _check(context: Context) -> None:
         size, held = ann.factory.bytes_of(kind, dimension, rows, len(groups))
     elif kind == "flat":
         size = rows * dimension * 4
-    books = context.books("index")
+    books = context.own
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
     remedy = "set index.kind: stream, which needs none"
@@ -100,7 +100,7 @@ def _plan(context: Context) -> Iterator[Task]:
 def _approximate(context: Context) -> Iterator[Task]:
     """Train, then shards, then tune: each planned when what it needs is there."""
     config, encode = context.config, context.manifest("encode")
-    books = context.books("index")
+    books = context.own
     parts = documents(encode)
     paths, rows = [part.file("vectors").path for part in parts], sum(part.rows for part in parts)
     given = _sources(context).get("index.trained")

@@ -52,7 +52,7 @@ def _check(context: Context) -> None:
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
     if "index" in context.manifests:  # else it is not known which are found already
-        books = context.books("search")
+        books = context.own
         left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
         needed = candidates.BYTES * left * min(context.config.depth, rows)
         context.store.check_room({"search": needed}, "search writes about", "lower search.depth")

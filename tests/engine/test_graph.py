@@ -1,0 +1,78 @@
+"""Stages are a graph that the engine is given: two of one kind are two stages like any others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import small_source as small
+
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+from negpipe.engine import pipeline, upkeep
+from negpipe.engine.manifest import Books
+from negpipe.engine.stage import Graph
+from negpipe.stages import STAGES
+
+
+def two_chains() -> Graph:
+    """The five stages, and a second retriever's three before the last."""
+    second = {
+        "encode": replace(STAGES["encode"], name="encode-b"),
+        "index": replace(STAGES["index"], name="index-b", inputs=("ingest", "encode-b"), reads={"encode": "encode-b"}),
+        "search": replace(
+            STAGES["search"],
+            name="search-b",
+            inputs=("ingest", "encode-b", "index-b"),
+            reads={"encode": "encode-b", "index": "index-b"},
+        ),
+    }
+    first = {name: stage for name, stage in STAGES.items() if name != "triplets"}
+    every = [*first.values(), *second.values(), STAGES["triplets"]]
+    return {stage.name: stage for stage in every}
+
+
+def config_in(folder: Path) -> Config:
+    small.build(folder)
+    return load_config(small.settings(folder), ["index.kind=flat"])
+
+
+def names(config: Config, stage: str) -> set[str]:
+    return {path.name for path in (config.run_dir / stage).iterdir()}
+
+
+def test_two_stages_of_one_kind_make_parts_under_their_own_names(tmp_path: Path) -> None:
+    config, graph = config_in(tmp_path), two_chains()
+    made = pipeline.mine(config, graph)
+    assert made.ran == tuple(graph)
+    for kind in ("encode", "index"):
+        assert names(config, f"{kind}-b") == names(config, kind)
+    contents = [
+        [(config.run_dir / file.path).read_bytes() for part in books.parts() for file in part.files]
+        for books in (Books(config.run_dir, name) for name in ("search", "search-b"))
+    ]
+    assert sorted(contents[0]) == sorted(contents[1])
+    assert pipeline.mine(config, graph).ran == ()
+    assert {state.stage: state.state for state in pipeline.status(config, graph)} == dict.fromkeys(graph, "current")
+
+
+def test_a_change_of_one_chain_is_no_change_of_the_other(tmp_path: Path) -> None:
+    config, graph = config_in(tmp_path), two_chains()
+    pipeline.mine(config, graph)
+    other = dict(graph)
+    other["encode-b"] = replace(other["encode-b"], version=other["encode-b"].version + 1)
+    assert pipeline.mine(config, other).ran == ("encode-b",)  # the same vectors: what reads them is current
+
+
+def test_damage_is_found_and_made_good_by_the_stage_that_has_it(tmp_path: Path) -> None:
+    config, graph = config_in(tmp_path), two_chains()
+    pipeline.mine(config, graph)
+    path = next((config.run_dir / "encode-b").iterdir())
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (problem,) = upkeep.verify(config, upkeep.inventory(config, graph))
+    assert f"encode-b/{path.name}" in problem
+    ran = pipeline.mine(config, graph, repair=True).ran
+    assert "encode-b" in ran and "encode" not in ran and "search" not in ran
+    assert path.read_bytes() == content
+    assert upkeep.superseded(config, graph) == []
