@@ -1,9 +1,10 @@
-"""How long ingest takes where ids and texts repeat, and its memory: time is to grow with the rows, whatever they say.
+"""How long ingest takes of plain documents, and where ids and texts repeat; and its memory.
 
     python scripts/bench_ingest.py
     python scripts/bench_ingest.py --rows 1000000 --budget 256MiB
 
-Pair rows of anchor and positive, in three shapes: `hub`, half of them with one positive text; `label`, all of them with
+`documents`: a BEIR folder of documents of 300 characters, a tenth of them not ASCII, with a thousand queries. And pair
+rows of anchor and positive, for which time is to grow with the rows, whatever they say, in three shapes: `hub`, half of them with one positive text; `label`, all of them with
 one anchor text under ids of their own; `class`, one anchor for half of them. For each number of rows: seconds by the
 clock, rows a second, and the peak anonymous memory of the process.
 """
@@ -11,23 +12,54 @@ clock, rows a second, and the peak anonymous memory of the process.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from bench_memory import run
 
-SHAPES = ("hub", "label", "class")
+SHAPES = ("documents", "hub", "label", "class")
 
 
 def write(folder: Path, shape: str, rows: int, budget: str) -> Path:
-    """Pair rows, and a config that reads them."""
+    """A source, and a config that reads it."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (folder / "qrels").mkdir(parents=True)
+    data = _documents(folder, rows) if shape == "documents" else _pairs(folder, shape, rows)
+    settings = {
+        "run_dir": str(folder / "run"),
+        "data": data,
+        "encoder": {"backend": "precomputed", "corpus_vectors": "none.npy", "anchor_vectors": "none.npy"},
+        "executor": {"kind": "inline"},
+        "resources": {"memory_budget": budget},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def _documents(folder: Path, rows: int) -> dict[str, Any]:
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(5000)]
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            text = " ".join(draw.choices(words, k=44))[:290].capitalize() + "."
+            text = text.replace("a", "ä") if i % 10 == 0 else text
+            file.write(json.dumps({"_id": f"d{i}", "title": f"Title {i}", "text": text}, ensure_ascii=False) + "\n")
+    queries = [{"_id": f"q{i}", "text": f"query number {i}"} for i in range(min(rows, 1000))]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(queries)))
+    (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return {"format": "beir", "path": str(folder)}
+
+
+def _pairs(folder: Path, shape: str, rows: int) -> dict[str, Any]:
     half = [i % 2 == 0 for i in range(rows)]
     anchors = [f"what is asked in row {i} of this file?" for i in range(rows)]
     positives = [f"the answer to question {i}, as long as a sentence" for i in range(rows)]
@@ -39,15 +71,7 @@ def write(folder: Path, shape: str, rows: int, budget: str) -> Path:
         anchors = ["sports" if repeated else text for repeated, text in zip(half, anchors, strict=True)]
     names = [f"a{i}" if shape == "label" else f"a-{text}" for i, text in enumerate(anchors)]
     pq.write_table(pa.table({"anchor": anchors, "positive": positives, "aid": names}), folder / "pairs.parquet")
-    settings = {
-        "run_dir": str(folder / "run"),
-        "data": {"format": "pairs", "path": str(folder / "pairs.parquet"), "columns": {"anchor_id": "aid"}},
-        "encoder": {"backend": "precomputed", "corpus_vectors": "none.npy", "anchor_vectors": "none.npy"},
-        "executor": {"kind": "inline"},
-        "resources": {"memory_budget": budget},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "config.yaml"
+    return {"format": "pairs", "path": str(folder / "pairs.parquet"), "columns": {"anchor_id": "aid"}}
 
 
 def main() -> None:

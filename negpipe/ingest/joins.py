@@ -23,7 +23,7 @@ BATCH = 8192
 
 
 def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
-    """Refuse what cannot be mended later: an id with two texts, nothing to mine."""
+    """Refuse what cannot be put right later: an id with two texts, nothing to mine."""
     for table, what in (("documents", "document"), ("queries", "query")):
         # The first row that differs from an earlier one of its id differs from the id's first row.
         clash = database.execute(f"""

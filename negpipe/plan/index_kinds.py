@@ -107,7 +107,7 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         )
         products = auto.built(job.rows, wanted, number)
         build, search = products * job.dimension / machine.rate, _seconds(job, machine) * (share + auto.FIXED)
-        note = f"recall is measured; reckoned with {nprobe:,} lists probed"
+        note = f"recall is measured; estimated with {nprobe:,} lists probed"
     else:
         each, fixed = coded.needs(job.dimension, 2 * job.depth, threads)
         rows = _like(job.dimension) if sample is None else sample

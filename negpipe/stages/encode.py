@@ -61,7 +61,7 @@ def _sources(context: Context) -> dict[str, str]:
     for name in ("corpus_vectors", "anchor_vectors"):
         path = Path(getattr(encoder, name))
         if not path.is_file():
-            raise InputError(f"there is no vector file {path}", field=f"encoder.{name}", remedy="Mend the path")
+            raise InputError(f"there is no vector file {path}", field=f"encoder.{name}", remedy="Fix the path")
         digests[f"encoder.{name}"] = context.digest_file(path)
     return digests
 
@@ -276,7 +276,7 @@ def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dic
         remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
         return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
     what = "not finite" if vector.any() else "zero"
-    return InputError(f"{whose} is {what}", remedy="Mend the vector, or remove the text", **place)
+    return InputError(f"{whose} is {what}", remedy="Fix the vector, or remove the text", **place)
 
 
 def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:

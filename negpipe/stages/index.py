@@ -47,7 +47,7 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="index.trained", remedy="Mend the path")
+        raise InputError("there is no such file", file=name, field="index.trained", remedy="Fix the path")
     return {"index.trained": context.digest_file(Path(name))}
 
 

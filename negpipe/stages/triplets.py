@@ -68,7 +68,7 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="mining.exclude_file", remedy="Mend the path")
+        raise InputError("there is no such file", file=name, field="mining.exclude_file", remedy="Fix the path")
     return {"mining.exclude_file": context.digest_file(Path(name))}
 
 

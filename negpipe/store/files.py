@@ -79,7 +79,7 @@ def explained(path: Path, needed: Callable[[], int] | None = None, *, least: boo
         need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
-            "Nothing finished was lost: make room, or mend path or permission, then run the same command again"
+            "Nothing finished was lost: make room, or fix path or permission, then run the same command again"
         ) from error
 
 

@@ -518,7 +518,7 @@ IDS = [f"d{i}" for i in range(small.DOCUMENTS)]
 SIGNALLING = np.frombuffer(b"\x01\x00\x80\x7f", np.float32)[0]
 
 VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
-    "NaN": (changed(7, np.nan), 7, ["document 'd7'", "not finite", "Mend"]),
+    "NaN": (changed(7, np.nan), 7, ["document 'd7'", "not finite", "Fix"]),
     "a signalling NaN": (changed(7, SIGNALLING), 7, ["not finite"]),
     "one NaN among numbers": (changed(3, [np.nan] + [1] * 7), 3, ["document 'd3'", "not finite"]),
     "infinity": (changed(0, np.inf), 0, ["document 'd0'", "not finite"]),

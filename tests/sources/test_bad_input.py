@@ -170,17 +170,17 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "NaN in a document's vector": (
         poison("corpus.npy", 5, np.nan),
         "",
-        ["corpus.npy, row 5", "document 'd5'", "not finite", "Mend the vector"],
+        ["corpus.npy, row 5", "document 'd5'", "not finite", "Fix the vector"],
     ),
     "infinity in an anchor's vector": (
         poison("anchors.npy", 3, np.inf),
         "",
-        ["anchors.npy, row 3", "anchor 'q3'", "not finite", "Mend the vector"],
+        ["anchors.npy, row 3", "anchor 'q3'", "not finite", "Fix the vector"],
     ),
     "zero vector": (
         poison("corpus.npy", 17, 0),
         "",
-        ["corpus.npy, row 17", "document 'd17'", "zero", "Mend the vector"],
+        ["corpus.npy, row 17", "document 'd17'", "zero", "Fix the vector"],
     ),
     "too large for float16": (
         poison("corpus.npy", 2, 1e5),
@@ -190,7 +190,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "NaN by id": (
         as_parquet(IDS[::-1], [np.full(8, np.nan) if i == 30 else np.ones(8) for i in range(40)]),
         "",
-        ["corpus.parquet", "document 'd9'", "not finite", "Mend the vector"],
+        ["corpus.parquet", "document 'd9'", "not finite", "Fix the vector"],
     ),
     "anchors of another dimension": (
         save("anchors.npy", np.ones((small.QUERIES, 5), np.float32)),

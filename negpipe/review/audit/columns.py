@@ -135,7 +135,7 @@ def quoted_path(path: Path) -> str:
 
 def _files(source: Path) -> list[Path]:
     if not source.exists():
-        raise InputError("there is no such file", file=str(source), remedy="Mend the path")
+        raise InputError("there is no such file", file=str(source), remedy="Fix the path")
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files:
         raise InputError("the folder holds no .parquet file", file=str(source), remedy="Name a file, or mine first")
