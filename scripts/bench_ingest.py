@@ -4,9 +4,9 @@
     python scripts/bench_ingest.py --rows 1000000 --budget 256MiB
 
 `documents`: a BEIR folder of documents of 300 characters, a tenth of them not ASCII, with a thousand queries. And pair
-rows of anchor and positive, for which time is to grow with the rows, whatever they say, in three shapes: `hub`, half of them with one positive text; `label`, all of them with
-one anchor text under ids of their own; `class`, one anchor for half of them. For each number of rows: seconds by the
-clock, rows a second, and the peak anonymous memory of the process.
+rows of anchor and positive, for which time is to grow with the rows, whatever they say, in three shapes: `hub`, half of
+them with one positive text; `label`, all of them with one anchor text under ids of their own; `class`, one anchor for
+half of them. For each number of rows: seconds by the clock, rows a second, and the process's peak anonymous memory.
 """
 
 from __future__ import annotations
