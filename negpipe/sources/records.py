@@ -7,7 +7,7 @@ non-empty string, every grade is finite.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,29 +117,6 @@ class Block(NamedTuple):
     added: Documents | None = None
     queries: Queries | None = None
     judgments: Judgments | None = None
-
-    def records(self) -> Iterator[Record]:
-        """The same one by one, kind by kind."""
-        for documents, in_corpus in ((self.corpus, True), (self.added, False)):
-            for name, text, place, extra in _one_by_one(documents):
-                yield Document(name, text, place, in_corpus, extra)
-        yield from (Query(*values) for values in _one_by_one(self.queries))
-        if judged := self.judgments:
-            by_text = judged.query_by_text, judged.document_by_text
-            sides = judged.queries.to_pylist(), judged.documents.to_pylist()
-            for query, document, grade, row in zip(*sides, judged.grades, judged.places.tolist(), strict=True):
-                yield Judgment(query, document, grade, judged.split, Place(judged.file, row), *by_text)
-
-
-def _one_by_one(
-    texts: Documents | Queries | None,
-) -> Iterator[tuple[str | None, str, Place, tuple[str | None, ...]]]:
-    if texts is None:
-        return
-    ids = [None] * len(texts.texts) if texts.ids is None else texts.ids.to_pylist()
-    extra = [column.to_pylist() for column in texts.extra]
-    for name, text, row, *more in zip(ids, texts.texts.to_pylist(), texts.places.tolist(), *extra, strict=True):
-        yield name, text, Place(texts.file, row), tuple(more)
 
 
 RAW_CHARACTERS = 300

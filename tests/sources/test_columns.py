@@ -19,7 +19,7 @@ from bad_data import sources as sound_sources
 from negpipe import sources
 from negpipe.config.schema import Data
 from negpipe.errors import InputError
-from negpipe.sources import BadRow
+from negpipe.sources import BadRow, Block, Document, Documents, Judgment, Place, Queries, Query
 
 FAULTS = list(faults())
 Outcome = tuple[dict[str, list[Any]], str | None]
@@ -32,6 +32,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
+
+
+def one_by_one(texts: Documents | Queries | None) -> Iterator[tuple[Any, ...]]:
+    if texts is None:
+        return
+    ids = [None] * len(texts.texts) if texts.ids is None else texts.ids.to_pylist()
+    extra = [column.to_pylist() for column in texts.extra]
+    for name, text, row, *more in zip(ids, texts.texts.to_pylist(), texts.places.tolist(), *extra, strict=True):
+        yield name, text, Place(texts.file, row), tuple(more)
+
+
+def records_of(block: Block) -> Iterator[Any]:
+    """The records of a block, kind by kind."""
+    for documents, in_corpus in ((block.corpus, True), (block.added, False)):
+        yield from (Document(*named, in_corpus, extra) for *named, extra in one_by_one(documents))
+    yield from (Query(*values) for values in one_by_one(block.queries))
+    if judged := block.judgments:
+        sides = judged.queries.to_pylist(), judged.documents.to_pylist()
+        for query, document, grade, row in zip(*sides, judged.grades, judged.places.tolist(), strict=True):
+            place = Place(judged.file, row)
+            yield Judgment(query, document, grade, judged.split, place, judged.query_by_text, judged.document_by_text)
 
 
 def outcome(records: Callable[[], Iterator[Any]]) -> Outcome:
@@ -58,7 +79,7 @@ def compared(data: Data) -> tuple[Outcome, int]:
         for piece in sources.pieces(data):
             block = piece.block()
             at_once += block is not None
-            yield from piece.records() if block is None else block.records()
+            yield from piece.records() if block is None else records_of(block)
 
     by_row = outcome(lambda: sources.read(data))
     in_columns = outcome(read)
