@@ -24,6 +24,7 @@ from negpipe.ann.vectors import Floats, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
 _ROWS_ADDED = 16384
+_MOST_WORDS = 4096  # of codes, that a small index is trained for
 _USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them
 NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
@@ -98,16 +99,18 @@ def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, in
 def _measured(kind: str, dimension: int) -> tuple[int, int]:
     """Bytes of an empty file of this kind without its lists' centres, and of each row, by a small index."""
     small = make(quickly(kind, dimension), dimension)
-    quantizer = getattr(inner(small), "pq", None)
-    count = 1024
+    quantizer, inverted = getattr(inner(small), "pq", None), faiss().try_extract_index_ivf(small)
     if quantizer is not None:  # how good its words are does not matter
-        count, quantizer.cp.niter, quantizer.cp.min_points_per_centroid = max(count, quantizer.ksub), 1, 1
+        quantizer.cp.niter, quantizer.cp.min_points_per_centroid = 1, 1
+    count = max(1024, min(_MOST_WORDS, 0 if quantizer is None else quantizer.ksub))
     rows = np.random.default_rng(0).standard_normal((count, dimension), np.float32)
-    fit(small, rows, seed=0, threads=1)
-    inverted = faiss().try_extract_index_ivf(small)
-    empty = len(faiss().serialize_index(small))
-    with single_thread():
-        small.add(rows)
+    try:
+        fit(small, rows, seed=0, threads=1)
+        empty = len(faiss().serialize_index(small))
+        with single_thread():
+            small.add(rows)
+    except RuntimeError:  # it wants more rows than are worth it: then a code's size has to do
+        return len(faiss().serialize_index(make(kind, dimension))), inner(small).sa_code_size() + 8
     each = -(-(len(faiss().serialize_index(small)) - empty) // count)
     return empty - (0 if inverted is None else inverted.nlist * (4 * inverted.d + 16)), each
 
@@ -117,7 +120,7 @@ def quickly(kind: str, dimension: int) -> str:
 
     What lists cost are products, which can be estimated; a rotation takes minutes to learn, any other is as good here.
     """
-    few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+(_HNSW\d*)?", "IVF4", kind))
+    few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+(_[A-Z]+\d*|\([^)]*\))?", "IVF4", kind))
     return re.sub(r"OPQ\d+", f"RR{dimension}", few)
 
 

@@ -38,8 +38,8 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
         yield database
     except duckdb.OutOfMemoryException as error:
         raise ConfigError(
-            f"{work} may use {budget.memory // 2**20:,} MiB for its database, half of the memory there is, and needs"
-            f" more ({str(error).splitlines()[0]}): raise resources.memory_budget, for this command alone with"
+            f"{work} may use {budget.memory // 2**20:,} MiB for its database, and needs more"
+            f" ({str(error).splitlines()[0]}): raise resources.memory_budget, for this command alone with"
             " --set resources.memory_budget=1GiB"
         ) from None
     finally:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from negpipe.engine.fingerprint import digest
 from negpipe.errors import DamagedError
-from negpipe.store.files import BOOKS, file_digest, json_bytes, write_all
+from negpipe.store.files import BOOKS, file_digest, json_bytes, remove, write_all
 from negpipe.store.store import LocalStore, Store
 
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
@@ -172,6 +172,19 @@ class Books:
         content = _sealed(part)
         name = f"{part.key}.json"
         self.store.put(self.folder, lambda _: name, lambda file: write_all(file, content), len(content))
+
+    def begun(self, key: str) -> Path:
+        """A folder for what a run of this key has begun and may go on from; that of any other key is gone."""
+        folder = self.run.path(f"{self.folder}/begun-{key}")
+        self.drop_begun(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def drop_begun(self, but: Path | None = None) -> None:
+        """Delete what was begun: the stage is complete."""
+        for folder in self.run.path(self.folder).glob("begun-*"):
+            if folder != but:
+                remove(folder)
 
     def forget(self, key: str) -> None:
         """Delete the record of a key; the files stay."""

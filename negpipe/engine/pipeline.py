@@ -94,6 +94,7 @@ def mine(
             manifest = state.manifest
             if state.state == "current":
                 logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
+                context.books(stage.name).drop_begun()
             elif only and stage.name != only:
                 raise MissingStageError(blocked(state, only))
             else:
@@ -219,6 +220,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     shown.show(stage, context, manifest)
     if not books.write_manifest(manifest, before):
         raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
+    books.drop_begun()
     context.digest_file.save()
     return manifest
 

@@ -1,7 +1,7 @@
 """The one pass over a source: what it says, in numbered files of columns, from which a pass that was cut short goes on.
 
 A batch is some pieces of the source. Its files are written first, then a note of what was read with it: what is noted
-is not read again. Memory holds two batches, one of them being written.
+is not read again. Memory holds the batch that is being written, the next, and some pieces that are read ahead.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,7 @@ from negpipe import sources
 from negpipe.config.schema import Config
 from negpipe.data.tables import EXTRA, open_table, write
 from negpipe.data.texts import ids_of, text_id
-from negpipe.errors import InputError
+from negpipe.errors import DamagedError, VanishedError
 from negpipe.ingest import rejected
 from negpipe.ingest.hashing import Hasher, hashed, hasher
 from negpipe.store.files import publish, remove, write_json
@@ -41,6 +42,7 @@ _Item = TypeVar("_Item")
 BATCH = 8192  # rows of a batch, once it has so many
 _BYTES = 2**23  # of a batch's texts, likewise
 _WARNED = 10
+_TOGETHER = 256  # files that are mapped at a time
 _AHEAD = 4  # pieces that are read, and whose texts are hashed, while those before are written
 _PLACE = [("file", pa.string()), ("line", pa.int64())]
 _TEXT = [("source_row", pa.int64()), ("id", pa.string())]
@@ -64,62 +66,114 @@ _FILES = {"documents": ("corpus", "added")} | {name: (name,) for name in ("queri
 """The kinds of files they are read from; those of documents hold texts and extra columns beside."""
 
 
-@contextmanager
-def kept(folder: Path, key: str) -> Iterator[Path]:
-    """The folder of a spool, empty or with what a pass of the same key left; gone once it is of no use.
+class Spool:
+    """The files of a pass over a source, batch by batch, and the notes of what was read with each.
 
-    Args:
-        folder: where it is.
-        key: says which source is read, and how.
+    Only files that a note of this pass names are read: what else appears or vanishes is somebody else's doing.
     """
-    named = folder / "key.json"
-    if not named.is_file() or json.loads(named.read_text()) != key:
-        remove(folder)
-        write_json(named, key)
-    try:
-        yield folder
-    except InputError:  # the source has to change, and the key with it
-        remove(folder)
-        raise
-    remove(folder)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._notes: list[dict[str, dict[str, int]]] = []
+        with suppress(OSError, ValueError):  # the first that is not there, or not whole
+            while True:
+                self._notes.append(json.loads(self._note(len(self._notes)).read_text()))
+
+    @property
+    def totals(self) -> Counter[str]:
+        """What was read, by name."""
+        return Counter(self._notes[-1]["totals"]) if self._notes else Counter()
+
+    def add(self, batch: _Batch) -> None:
+        """Write a batch, then its note."""
+        number, rows = len(self._notes), {}
+        for kind, tables in batch.tables.items():
+            table = pa.concat_tables(tables)
+            publish(self._folder, self._name(kind, number), partial(write, table))
+            rows[kind] = table.num_rows
+        note = {"totals": dict(batch.totals), "rows": rows}
+        write_json(self._note(number), note)
+        self._notes.append(note)
+
+    def drop(self) -> None:
+        """Forget all."""
+        remove(self._folder)
+        self._notes = []
+
+    def tables(self, kind: str) -> Iterator[pa.Table]:
+        """The tables of a kind, mapped.
+
+        Raises:
+            VanishedError: one is not as it was written.
+        """
+        for number, note in enumerate(self._notes):
+            if rows := note["rows"].get(kind, 0):
+                yield self._table(kind, number, rows)
+
+    def texts(self, kind: str, names: tuple[str, ...]) -> Texts:
+        """Texts and extra columns of documents."""
+        numbers = [number for number, note in enumerate(self._notes) if note["rows"].get(kind)]
+        rows = [self._notes[number]["rows"][kind] for number in numbers]
+        columns = ["text", *extra_columns(names)]
+        return Texts(rows, lambda at: self._table(kind, numbers[at], rows[at]).select(columns))
+
+    def _table(self, kind: str, number: int, rows: int) -> pa.Table:
+        path = self._folder / self._name(kind, number)
+        with suppress(DamagedError):
+            table = open_table(path)
+            if table.num_rows == rows:
+                return table
+        self.drop()
+        raise VanishedError(f"{path} vanished, or was changed, while the source was read: run the same command again")
+
+    def _note(self, number: int) -> Path:
+        return self._folder / f"read-{number:06d}.json"
+
+    def _name(self, kind: str, number: int) -> str:
+        return f"{kind}-{number:06d}.arrow"
 
 
-def load(config: Config, database: duckdb.DuckDBPyConnection, folder: Path, threads: int) -> None:
-    """Read the source once: texts and extra columns stay in the spool, everything else goes to the database.
+def read(config: Config, spool: Spool, threads: int) -> None:
+    """Read what is not read yet of a source, once.
 
     Args:
         config: what to read.
-        database: an empty one.
-        folder: see `kept`.
+        spool: where to.
         threads: that compute. Changes no result.
 
     Raises:
         ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
+        VanishedError: it is not the source that was begun.
     """
     pieces = sources.pieces(config.data)
-    number, totals = _noted(folder)
-    if number:
-        logger.info("goes on behind %d pieces of the source that were read before", totals["pieces"])
-        for _ in range(totals["pieces"]):
-            next(pieces).skip()
+    if before := spool.totals["pieces"]:
+        logger.info("goes on behind %d pieces of the source that were read before", before)
+        for _ in range(before):
+            piece = next(pieces, None)
+            if piece is None:
+                spool.drop()
+                raise VanishedError("the source has less than was read of it before: run the same command again")
+            piece.skip()
     with ThreadPoolExecutor(1) as writing, hasher(threads) as hashes:
         written: Future[None] | None = None
-        for batch in _batches(config, pieces, totals, hashes):
+        for batch in _batches(config, pieces, spool.totals, hashes):
             if written:
                 written.result()
-            written = writing.submit(batch.write, folder, number)
-            number += 1
+            written = writing.submit(spool.add, batch)
         if written:
             written.result()
+
+
+def load(spool: Spool, database: duckdb.DuckDBPyConnection) -> None:
+    """What was read, but for texts and extra columns of documents, into tables of an empty database."""
     for table, schema in _TABLES.items():
-        database.register("nothing", schema.empty_table())
-        database.execute(f"create table {table} as select * from nothing")
-        database.unregister("nothing")
-        for kind in _FILES[table]:
-            if files := _files(folder, kind):
-                database.register("read", pa.concat_tables([open_table(file).select(schema.names) for file in files]))
-                database.execute(f"insert into {table} select * from read")
-                database.unregister("read")
+        database.register("read", schema.empty_table())
+        database.execute(f"create table {table} as select * from read")
+        tables = chain.from_iterable(spool.tables(kind) for kind in _FILES[table])
+        while some := list(islice(tables, _TOGETHER)):
+            database.register("read", pa.concat_tables([one.select(schema.names) for one in some]))
+            database.execute(f"insert into {table} select * from read")
+        database.unregister("read")
 
 
 def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[str], hashes: Hasher) -> Iterator[_Batch]:
@@ -175,7 +229,7 @@ class _Batch:
         self.totals = Counter(totals)
         self.pieces = 0
         self._config = config
-        self._tables: dict[str, list[pa.Table]] = {}
+        self.tables: dict[str, list[pa.Table]] = {}
         self._rows = self._bytes = 0
 
     def is_full(self) -> bool:
@@ -198,16 +252,10 @@ class _Batch:
         self.pieces += 1
         self.totals["pieces"] += 1
 
-    def write(self, folder: Path, number: int) -> None:
-        """Write the tables to a spool, then the note."""
-        for kind, tables in self._tables.items():
-            publish(folder, f"{kind}-{number:06d}.arrow", partial(write, pa.concat_tables(tables)))
-        write_json(folder / f"read-{number:06d}.json", self.totals)
-
     def _add(self, kind: str, schema: pa.Schema, columns: dict[str, Any], size: int = 0) -> None:
         arrays = [_array(columns[name], one.type) for name, one in zip(schema.names, schema, strict=True)]
         table = pa.table(arrays, schema=schema)
-        self._tables.setdefault(kind, []).append(table)
+        self.tables.setdefault(kind, []).append(table)
         self._rows += len(table)
         self._bytes += size
 
@@ -373,40 +421,31 @@ def _length(texts: sources.Documents | sources.Queries) -> int:
     return sum(array.nbytes for array in (texts.texts, *texts.extra))
 
 
-def _files(folder: Path, kind: str) -> list[Path]:
-    """The files of a kind, in order."""
-    return sorted(folder.glob(f"{kind}-*.arrow"))
-
-
-def _noted(folder: Path) -> tuple[int, Counter[str]]:
-    """How many batches are there, and what was read with them."""
-    number, totals = 0, Counter[str]()
-    while (note := folder / f"read-{number:06d}.json").is_file():
-        totals = Counter(json.loads(note.read_text()))
-        number += 1
-    return number, totals
-
-
 def extra_columns(names: tuple[str, ...]) -> list[str]:
     """What columns of `data.extra` are called in the parts."""
     return [EXTRA + name for name in names]
 
 
-class Spool:
-    """Texts and extra columns at ascending positions, mapped."""
+class Texts:
+    """Texts and extra columns of documents at ascending positions, those of one file open.
 
-    def __init__(self, folder: Path, names: tuple[str, ...], *, corpus: bool) -> None:
-        columns = ["text", *extra_columns(names)]
-        self._tables = [open_table(path).select(columns) for path in _files(folder, "corpus" if corpus else "added")]
-        self._ends = np.cumsum([len(table) for table in self._tables], dtype=np.int64)
+    Args:
+        rows: of each file.
+        opened: opens the file at a place.
+    """
+
+    def __init__(self, rows: list[int], opened: Callable[[int], pa.Table]) -> None:
+        self._ends, self._opened = np.cumsum(rows, dtype=np.int64), opened
+        self._held: tuple[int, pa.Table] | None = None
 
     def take(self, positions: Ints) -> Iterator[tuple[slice, pa.Table]]:
         """The rows at `positions`, which ascend from call to call: of some of them, and of the next."""
         files = np.searchsorted(self._ends, positions, side="right")
-        for file in np.unique(files):
+        for file in np.unique(files).tolist():
+            if self._held is None or self._held[0] != file:
+                self._held = file, self._opened(file)
             here = slice(*np.searchsorted(files, [file, file + 1]))
             own = positions[here] - (self._ends[file - 1] if file else 0)
-            if own[-1] - own[0] == len(own) - 1:
-                yield here, self._tables[file].slice(int(own[0]), len(own))
-            else:
-                yield here, self._tables[file].take(pa.array(own))
+            table = self._held[1]
+            together = own[-1] - own[0] == len(own) - 1
+            yield here, table.slice(int(own[0]), len(own)) if together else table.take(pa.array(own))

@@ -1,7 +1,7 @@
-"""Readers of every kind of source: `read` streams its records, `files` and `revision` say what it is.
+"""Readers of every kind of source: `pieces` streams its rows, `files` and `revision` say what it is.
 
-Reading is one streaming pass whose memory is bounded by one batch. A wrong table raises InputError before the
-first record; a wrong row comes out as BadRow, and the caller decides whether to stop.
+Reading is one streaming pass whose memory is bounded by one piece. A wrong table raises InputError before the first
+piece; a wrong row comes out as BadRow, and the caller decides whether to stop.
 """
 
 from __future__ import annotations

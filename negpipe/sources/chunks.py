@@ -23,6 +23,7 @@ from negpipe.sources.records import BadRow, Place, RowError, raw_of
 _RAW_BYTES = 4096  # enough to show how a broken line begins
 _DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
 _LONG = 4300  # digits of a number, of which Python reads no more
+_MOST = 2**31 - 1  # bytes that Arrow's reader takes at a time
 _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
@@ -128,7 +129,7 @@ class JsonChunk:
 
         block = self.block.removeprefix(b"\xef\xbb\xbf") if self.first == 1 else self.block
         first, lines = self._first(block), _plain(block)
-        if first is None or lines is None:
+        if first is None or lines is None or len(block) >= _MOST:
             return None
         if not self.check.done:
             self.check(list(first), self.first)
@@ -178,8 +179,10 @@ def _plain(block: bytes) -> int | None:
     last = np.where(last == ord("\r"), array[ends - 2], last)
     if not ((array[starts] == ord("{")) & (last == ord("}"))).all():
         return None
-    # Half a surrogate pair is an escape, what else is no text is no UTF-8; Arrow takes Inf for a number, JSON does not.
+    # Half a surrogate pair is an escape, what else is no text is no UTF-8; Arrow takes Inf and -NaN for numbers.
     if _holds(array, b"\\", b"u", b"dD") or _holds(array, b"I", b"n", b"f", b" \t\r\n,]}"):
+        return None
+    if _holds(array, b"-", b"N"):
         return None
     opening = sum(np.count_nonzero(array == ord(sign)) for sign in "{[") - len(starts)
     if opening > _DEEP:

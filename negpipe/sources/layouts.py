@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -54,12 +54,8 @@ class _Reader:
     of_query: bool = False
     in_corpus: bool = False
 
-    def records(self) -> Iterator[Record]:
-        """The records of all rows, one by one."""
-        return chain.from_iterable(map(self.records_of, self.chunks))
-
     def pieces(self) -> Iterator[Piece]:
-        """The same, chunk by chunk."""
+        """The rows, chunk by chunk."""
         return (Piece(self, chunk) for chunk in self.chunks)
 
     def records_of(self, chunk: Chunk) -> Iterator[Record]:
@@ -117,20 +113,15 @@ def tables(data: schema.Data) -> list[Table]:
     return [*extra, Table(str(data.path), data.subset, data.split, data.revision)]
 
 
-def read(data: schema.Data) -> Iterator[Record]:
-    """All records of a source, in one pass, one by one.
+def pieces(data: schema.Data) -> Iterator[Piece]:
+    """A source, some rows at a time, in one pass; the same pieces each time.
 
-    Every table is opened before the first record comes, so that a missing file, split or column is known at once.
+    Every table is opened before the first piece comes, so that a missing file, split or column is known at once.
 
     Raises:
         ConfigError: a bad `data.text`, or no ids where judgments need them.
-        InputError: a table is missing or unreadable as a whole. Single bad rows are yielded as BadRow.
+        InputError: a table is missing or unreadable as a whole. Single bad rows are records, see BadRow.
     """
-    return chain.from_iterable([_started(reader.records()) for reader in _readers(data)])
-
-
-def pieces(data: schema.Data) -> Iterator[Piece]:
-    """The same records, some rows at a time; the same pieces each time. Raises what `read` does."""
     started = []
     for reader in _readers(data):
         found = reader.pieces()
@@ -141,6 +132,11 @@ def pieces(data: schema.Data) -> Iterator[Piece]:
                 break
         started.append(chain(first, found))
     return chain.from_iterable(started)
+
+
+def read(data: schema.Data) -> Iterator[Record]:
+    """The records of all pieces, one by one; raises what `pieces` does."""
+    return chain.from_iterable(piece.records() for piece in pieces(data))
 
 
 def _readers(data: schema.Data) -> list[_Reader]:
@@ -401,7 +397,3 @@ def _listed(values: Any, place: Place, field: str) -> list[Any]:
         return values
     problem = f"expected a list of texts, got {'null' if values is None else f'a {type(values).__name__}'}"
     raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')
-
-
-def _started(records: Iterator[Record]) -> Iterator[Record]:
-    return chain(list(islice(records, 1)), records)

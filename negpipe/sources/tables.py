@@ -92,9 +92,12 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, 1):
                 yield number, line
         except (EOFError, zlib.error, OSError) as error:
-            raise InputError(
-                f"the file cannot be read on ({error})", file=path, row=number + 1, remedy="Fetch or pack it again"
-            ) from None
+            raise _not_read(path, number + 1, error) from None
+
+
+def _not_read(path: str, row: int, error: Exception) -> InputError:
+    remedy = "Fetch or pack it again"
+    return InputError(f"the file cannot be read on ({error})", file=path, row=row, remedy=remedy)
 
 
 def _decoded(path: str) -> Iterator[str]:
@@ -112,30 +115,36 @@ def _jsonl(path: str, columns: Sequence[Column]) -> Chunks:
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, some at a time, with the number of the first."""
-    first, begun = 1, b""
+    """Whole lines, some at a time, with the number of the first; where they are cut depends on the content alone."""
+    first, waiting = 1, bytearray()
     with _open(path) as file:
         while True:
             try:
                 read = file.read(_BLOCK_BYTES)
-            except (EOFError, zlib.error, OSError):
-                break
-            end = read.rfind(b"\n") + 1
-            if end or not read:
-                block, begun = begun + read[:end], read[end:]
-                if block:
-                    yield first, block
-                    first += int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
-            else:
-                begun += read
+            except (EOFError, zlib.error, OSError) as error:
+                yield from _last_lines(path, first)
+                raise _not_read(path, first, error) from None
+            waiting += read
+            while waiting and (len(waiting) >= _BLOCK_BYTES or not read):
+                end = waiting.rfind(b"\n", 0, _BLOCK_BYTES) + 1 or waiting.find(b"\n", _BLOCK_BYTES) + 1
+                if not end and read:
+                    break  # a line that goes on
+                block = bytes(waiting[: end or len(waiting)])
+                del waiting[: len(block)]
+                yield first, block
+                first += int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
             if not read:
-                if begun:
-                    yield first, begun
                 return
-    # What can still be read, and the line at which it ends.
-    for number, line in _lines(path):
-        if number >= first:
-            yield number, line
+
+
+def _last_lines(path: str, first: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that can still be read before an error, which is raised where it is."""
+    lines: list[bytes] = []
+    try:
+        lines.extend(line for number, line in _lines(path) if number >= first)
+    except InputError:
+        yield first, b"".join(lines)
+        raise
 
 
 def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Chunks:

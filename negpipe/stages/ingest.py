@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +33,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from negpipe import sources
+from negpipe import __version__, sources
 from negpipe.config.schema import Config
 from negpipe.data import database
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import hashes
+from negpipe.engine import versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import DamagedError
 from negpipe.ingest import joins, rejected
-from negpipe.ingest.spool import Spool, ahead, extra_columns, kept, load
+from negpipe.ingest.spool import Spool, Texts, ahead, extra_columns, load, read
 from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
@@ -74,14 +74,16 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    """One part is made while that before it is written."""
+    """The source is read, and then one part made while that before it is written."""
     with closing(_parts(context)) as parts:
+        yield next(parts)  # what takes long can be interrupted in this thread
         yield from ahead(parts)
 
 
 def _parts(context: Context) -> Generator[Task]:
-    folder = context.store.path(f"{BOOKS}/ingest")
+    config, folder = context.config, context.store.path(f"{BOOKS}/ingest")
     folder.mkdir(parents=True, exist_ok=True)
+    spool = Spool(context.own.begun(_spool_key(context)))
     with (
         explained(folder),
         # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
@@ -89,21 +91,27 @@ def _parts(context: Context) -> Generator[Task]:
             prefix=f"spool-{unfinished.owner()}-", dir=folder, ignore_cleanup_errors=True
         ) as scratch,
         database.opened(Path(scratch), context.budget.share(0.5), "reading this source") as connection,
-        kept(context.run_dir / BOOKS / "ingest" / "spool", context.key) as spool,
     ):
-        config = context.config
-        load(config, connection, spool, context.budget.threads)
+        read(config, spool, context.budget.threads)
+        load(spool, connection)
         joins.check(config, connection)
         joins.join(config, connection)
-        for corpus in (True, False):
-            texts = Spool(spool, config.data.extra.corpus, corpus=corpus)
-            tables = chain.from_iterable(_documents(rows, texts) for rows in joins.documents(connection, corpus=corpus))
-            yield from _tasks("corpus" if corpus else "added", tables, context)
+        for kind in ("corpus", "added"):
+            texts = spool.texts(kind, config.data.extra.corpus)
+            of_kind = joins.documents(connection, corpus=kind == "corpus")
+            tables = (table for rows in of_kind for table in _documents(rows, texts))
+            yield from _tasks(kind, tables, context)
         extra = extra_columns(config.data.extra.queries)
         anchors = (_anchors(rows, extra) for rows in joins.anchors(connection, config.data.part_rows))
         yield from _tasks("anchors", anchors, context)
         yield from _tasks("namesakes", joins.namesakes(connection), context)
         yield _facts(context, connection, Path(scratch))
+
+
+def _spool_key(context: Context) -> str:
+    """What was read is gone on from where the same files are cut and read in the same way."""
+    read = context.config.data.model_dump(mode="json")
+    return key(context.key, read, versions.installed(("pyarrow", "datasets")), __version__)
 
 
 def _facts(context: Context, connection: duckdb.DuckDBPyConnection, spool: Path) -> Task:
@@ -117,7 +125,7 @@ def _facts(context: Context, connection: duckdb.DuckDBPyConnection, spool: Path)
     return replace(task, key=key(task.key, file_digest(listed)), payload={**task.payload, "rejected": listed})
 
 
-def _documents(rows: pa.Table, texts: Spool) -> Iterator[pa.Table]:
+def _documents(rows: pa.Table, texts: Texts) -> Iterator[pa.Table]:
     """Rows of the table of a corpus part, and what decides where it is cut."""
     for here, spooled in texts.take(rows["first"].to_numpy()):
         own = rows.slice(here.start, here.stop - here.start)

@@ -22,6 +22,7 @@ from negpipe.config.file import load_config
 from negpipe.data.texts import digests, hashes, normalize, normalized_hashes
 from negpipe.errors import InputError
 from negpipe.ingest import hashing, spool
+from negpipe.sources import tables
 
 WORDS = ["plain", "Two  blanks", "tab\tinside", "ÄÖÜ", "İstanbul", "ﬁne ﬁsh", "naïve", "\u3000wide", "Zwölf", "½"]
 
@@ -41,6 +42,11 @@ def build(folder: Path, documents: int, bad: int | None = None) -> Path:
 
 def parts(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "ingest").iterdir())
+
+
+def begun(folder: Path, name: str = "") -> list[Path]:
+    """What a pass has left to go on from."""
+    return sorted((folder / "run/.negpipe/ingest").glob(f"begun-*/{name}"))
 
 
 def mined(config: Path, *overrides: str) -> graph.Result:
@@ -66,42 +72,108 @@ def test_a_killed_pass_goes_on_behind_what_it_noted(
         "data.part_rows=16384",
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        notes = tmp_path / "run/.negpipe/ingest/spool"
         deadline = time.monotonic() + 60
-        while len(list(notes.glob("read-*.json"))) < 2:
+        while len(begun(tmp_path, "read-*.json")) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-    noted = json.loads(max(notes.glob("read-*.json")).read_text())
+    noted = json.loads(begun(tmp_path, "read-*.json")[-1].read_text())["totals"]
     assert 0 < noted["document"] < 60_000
     caplog.set_level("INFO")
     again = mined(config, allowed)
     assert f"goes on behind {noted['pieces']} pieces" in caplog.text
     assert again.stats == fresh.stats
     assert parts(again.run_dir) == parts(fresh.run_dir)
-    assert not notes.exists()
+    assert not begun(tmp_path)
     if bad is not None:
         listed = [(run.run_dir / "rejected.jsonl").read_bytes() for run in (fresh, again)]
         assert listed[0] == listed[1]
 
 
-def test_what_another_source_left_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_what_another_pass_left_is_not_gone_on_from(tmp_path: Path) -> None:
     config = build(tmp_path, 40)
-    left = tmp_path / "run/.negpipe/ingest/spool"
-    for name, key in (("another source", "f" * 16), ("nobody", None)):
-        left.mkdir(parents=True)
-        (left / "read-000000.json").write_text('{"pieces": 1, "document": 40}')
-        if key:
-            (left / "key.json").write_text(json.dumps(key))
-        assert mined(config, f"data.part_rows={2 + len(name)}").stats["ingest"]["rows"] == 40
-        assert not left.exists()
+    left = tmp_path / "run/.negpipe/ingest/begun-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "read-000000.json").write_text('{"totals": {"pieces": 1, "document": 40}, "rows": {"corpus": 40}}')
+    assert mined(config).stats["ingest"]["rows"] == 40
+    assert not left.exists()
+    left.mkdir()
+    assert mined(config).ran == () and not left.exists()  # nor is it kept where nothing is to be done
 
 
-def test_a_bad_row_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
-    config = build(tmp_path, 40, bad=20)
-    with pytest.raises(InputError, match=r"corpus.jsonl, row 21, field 'text'"):
-        mined(config)
-    assert not (tmp_path / "run/.negpipe/ingest/spool").exists()
+@pytest.mark.parametrize("note", ["", "{", '{"totals"'])
+def test_a_note_that_is_not_whole_is_none(note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build(tmp_path, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "load", lambda *_: 1 / 0)
+        patch.setattr("negpipe.stages.ingest.load", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mined(config)
+    (path,) = begun(tmp_path, "read-*.json")
+    path.write_text(note)
+    assert mined(config).stats["ingest"]["rows"] == 40
+
+
+def test_what_is_taken_away_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rival would, let in by a lock that does not work: rows must not be lost in silence."""
+    config = build(tmp_path, 40)
+    loaded, taken = spool.load, list[Path]()
+
+    def load(own: spool.Spool, database: Any) -> None:
+        if not taken:
+            taken.append(begun(tmp_path, "corpus-*")[0])
+            taken[0].unlink()
+        loaded(own, database)
+
+    monkeypatch.setattr("negpipe.stages.ingest.load", load)
+    assert mined(config).stats["ingest"]["rows"] == 40
+    assert taken and not begun(tmp_path)
+
+
+def test_a_bad_row_is_told_again_and_its_source_read_once_it_is_right(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"corpus.jsonl, row 21, field 'text'"):
+            mined(build(tmp_path, 40, bad=20))
+    assert mined(build(tmp_path, 40)).stats["ingest"]["rows"] == 40
+    assert not begun(tmp_path)
+
+
+class Reluctant:
+    """A file that gives less than it is asked for, and fails once it has given so much."""
+
+    def __init__(self, file: Any, fails: int | None = None) -> None:
+        self._file, self._left = file, fails
+
+    def read(self, size: int) -> bytes:
+        if self._left is not None and self._left <= 0:
+            raise OSError("the line is dead")
+        got: bytes = self._file.read(max(1, size // 3))
+        self._left = None if self._left is None else self._left - len(got)
+        return got
+
+    def __iter__(self) -> Any:
+        return iter(self._file)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def test_pieces_are_cut_by_their_content_however_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path, 2_000)
+    path, opened = str(tmp_path / "data/corpus.jsonl"), tables._open
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 10_000)
+    whole = list(tables._blocks(path))
+    assert len(whole) > 20 and max(len(block) for _, block in whole) <= 10_000
+    monkeypatch.setattr(tables, "_open", lambda path: Reluctant(opened(path)))
+    assert list(tables._blocks(path)) == whole
+    monkeypatch.setattr(tables, "_open", lambda path: Reluctant(opened(path), 50_000))
+    found: list[Any] = []
+    with pytest.raises(InputError, match=r"row \d+: the file cannot be read on \(the line is dead\)"):
+        found.extend(tables._blocks(path))
+    assert found == whole[: len(found)]
 
 
 # --- digests ----------------------------------------------------------------------------------------------

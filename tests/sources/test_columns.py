@@ -46,7 +46,8 @@ def one_by_one(texts: Documents | Queries | None) -> Iterator[tuple[Any, ...]]:
 def records_of(block: Block) -> Iterator[Any]:
     """The records of a block, kind by kind."""
     for documents, in_corpus in ((block.corpus, True), (block.added, False)):
-        yield from (Document(*named, in_corpus, extra) for *named, extra in one_by_one(documents))
+        for name, text, place, extra in one_by_one(documents):
+            yield Document(name, text, place, in_corpus, extra)
     yield from (Query(*values) for values in one_by_one(block.queries))
     if judged := block.judgments:
         sides = judged.queries.to_pylist(), judged.documents.to_pylist()
@@ -109,7 +110,22 @@ def test_bad_rows_are_the_same(fault: Fault, tmp_path: Path) -> None:
 # --- mutations --------------------------------------------------------------------------------------------
 
 TOKENS = [
-    *(b"NaN", b"Inf", b"-Infinity", b"1e999", b"-0", b"007", b"1.", b"true", b"null", b'""', b"[]", b"{}", b'"'),
+    *(
+        b"NaN",
+        b"Inf",
+        b"-Infinity",
+        b"-NaN",
+        b"1e999",
+        b"-0",
+        b"007",
+        b"1.",
+        b"true",
+        b"null",
+        b'""',
+        b"[]",
+        b"{}",
+        b'"',
+    ),
     *(
         b"\\u0000",
         b"\\ud800",
@@ -124,7 +140,7 @@ TOKENS = [
         b"\xff",
     ),
     *("\u00e9".encode(), "\u3000".encode(), "\ufeff".encode(), b"\r", b"\n", b"\n\n", b"\t", b" ", b",", b":"),
-    *(b"}{", b"}\n{", b"[" * 600 + b"]" * 600, b"9" * 4400, b'"x":{"y":[1,{"z":null}]},', b'"_id":"twice",'),
+    *(b"-NaN", b"}{", b"}\n{", b"[" * 600 + b"]" * 600, b"9" * 4400, b'"x":{"y":[1,{"z":null}]},', b'"_id":"twice",'),
     *(b'"text":5,', b'"text":null,', b"99999999999999999999", b"1.5", b'a"b', b'"a""b"', b"nan", b"1_0", b"0x1"),
 ]
 
