@@ -21,10 +21,12 @@ from typing import Any, BinaryIO
 
 from negpipe.config import machine
 from negpipe.config.file import load_config
+from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.engine.executors import local
-from negpipe.engine.pipeline import load_context
-from negpipe.engine.stage import Context, Task, run_task
+from negpipe.engine.fingerprint import DigestCache
+from negpipe.engine.manifest import Manifest
+from negpipe.engine.stage import Context, Task, cache_path, run_task
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.redaction import Redacting
 from negpipe.stages import STAGES
@@ -52,12 +54,10 @@ def main() -> None:
     head = messages.get()
     doing = str(head.get("stage"))
     try:
-        stage, config = STAGES[head["stage"]], load_config(head["config"])
+        stage, config = replace(STAGES[head["kind"]], name=head["stage"]), load_config(head["config"])
         if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
-        context = stage.within(load_context(config, STAGES, before=stage.name))
-        context = replace(context, granted=Budget(**head["budget"]))
-        _check_inputs(context, head["inputs"])
+        context = _context(config, stage.name, head)
         with stage.open(context) as shared:
             while True:
                 task = Task(**messages.get())
@@ -74,14 +74,20 @@ def main() -> None:
         answer(error="failed", text=f"{doing}: {type(error).__name__}: {error}")
 
 
-def _check_inputs(context: Context, expected: dict[str, str]) -> None:
-    """What this worker read from disk is what its tasks were planned on."""
-    for name, digest in expected.items():
-        if name in context.manifests and context.manifests[name].digest != digest:
+def _context(config: Config, stage: str, head: dict[str, Any]) -> Context:
+    """What the stage is run with: the very inputs that its tasks were planned on."""
+    run_dir = config.run_dir
+    context = Context(config, run_dir, DigestCache(cache_path(run_dir)), stage=stage, granted=Budget(**head["budget"]))
+    manifests: dict[str, Manifest] = {}
+    for name, (made_by, digest) in head["inputs"].items():
+        manifest = context.books(made_by).manifest()
+        if manifest is None or manifest.digest != digest:
             raise VanishedError(
-                f"the output of {name} in {context.run_dir} changed during the run: another process works on it."
+                f"the output of {made_by} in {run_dir} changed during the run: another process works on it."
                 " Stop that, then run the same command again"
             )
+        manifests[name] = manifest
+    return replace(context, manifests=manifests)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from negpipe import __version__
 from negpipe.config.schema import Config
 from negpipe.engine import shown
 from negpipe.engine.executors import inline, local
-from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
-from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, cache_path, linkable
+from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
@@ -292,15 +290,6 @@ def status(config: Config, graph: Graph) -> list[State]:
             if state.state == "current" and state.manifest:
                 context = context.after(stage, state.manifest)
     return states
-
-
-def load_context(config: Config, graph: Graph, before: str) -> Context:
-    """What a worker of stage `before` sees: the manifests of the stages ahead of it."""
-    context = Context(config, config.run_dir, DigestCache(cache_path(config.run_dir)))
-    for stage in takewhile(lambda stage: stage.name != before, graph.values()):
-        if manifest := context.books(stage.name).manifest():
-            context = context.after(stage, manifest)
-    return context
 
 
 def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Part], seconds: float) -> Manifest:

@@ -260,6 +260,7 @@ class Stage:
         remarks: what its statistics say beside counts: levels of logging, and sentences.
         misfit: (store, one of its parts) → what the headers of the part's files say that its record does not.
         provides: the name under which later stages find its output, where it takes another's place.
+        kind: the stage whose functions it has, by name, where it is a second one of a kind; a worker finds them by it.
         reads: the names by which its functions know its inputs, where those are others: a second search knows as encode
             what a second encode made.
     """
@@ -286,6 +287,7 @@ class Stage:
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
     misfit: Callable[[Store, Part], str | None] = _fits
     provides: str = ""
+    kind: str = ""
     reads: Mapping[str, str] = field(default_factory=dict)
 
     def within(self, context: Context) -> Context:

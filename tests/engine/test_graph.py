@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import small_source as small
 
 from negpipe.config.file import load_config
@@ -18,11 +19,18 @@ from negpipe.stages import STAGES
 def two_chains() -> Graph:
     """The five stages, and a second retriever's three before the last."""
     second = {
-        "encode": replace(STAGES["encode"], name="encode-b"),
-        "index": replace(STAGES["index"], name="index-b", inputs=("ingest", "encode-b"), reads={"encode": "encode-b"}),
+        "encode": replace(STAGES["encode"], name="encode-b", kind="encode"),
+        "index": replace(
+            STAGES["index"],
+            name="index-b",
+            kind="index",
+            inputs=("ingest", "encode-b"),
+            reads={"encode": "encode-b"},
+        ),
         "search": replace(
             STAGES["search"],
             name="search-b",
+            kind="search",
             inputs=("ingest", "encode-b", "index-b"),
             reads={"encode": "encode-b", "index": "index-b"},
         ),
@@ -41,8 +49,10 @@ def names(config: Config, stage: str) -> set[str]:
     return {path.name for path in (config.run_dir / stage).iterdir()}
 
 
-def test_two_stages_of_one_kind_make_parts_under_their_own_names(tmp_path: Path) -> None:
-    config, graph = config_in(tmp_path), two_chains()
+@pytest.mark.parametrize("executor", ["inline", "local"])
+def test_two_stages_of_one_kind_make_parts_under_their_own_names(executor: str, tmp_path: Path) -> None:
+    workers = [f"executor.kind={executor}", "executor.workers=2", "resources.cpus=2"]
+    config, graph = load_config(config_in(tmp_path).model_dump(mode="json"), workers), two_chains()
     made = pipeline.mine(config, graph)
     assert made.ran == tuple(graph)
     for kind in ("encode", "index"):

@@ -156,7 +156,8 @@ def test_a_file_system_without_locks_is_warned_of(whole: Run, tmp_path: Path) ->
 
 
 def test_a_worker_refuses_manifests_its_tasks_were_not_planned_on(whole: Run) -> None:
-    head = {"stage": "search", "config": whole.config, "run_dir": str(whole.folder), "inputs": {"encode": "another"}}
+    head = {"kind": "search", "stage": "search", "config": whole.config, "budget": {"memory": 2**30}}
+    head |= {"inputs": {"encode": ["encode", "another"]}}
     command = [sys.executable, "-m", "negpipe.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdin is not None

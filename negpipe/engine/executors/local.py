@@ -222,10 +222,11 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
         threading.Thread(target=serve, args=arguments, daemon=True).start()
     worker.send(
         {
+            "kind": stage.kind or stage.name,
             "stage": stage.name,
             "config": context.config.model_dump(mode="json"),
             "budget": asdict(context.budget),
-            "inputs": {manifest.stage: manifest.digest for manifest in context.manifests.values()},
+            "inputs": {name: [manifest.stage, manifest.digest] for name, manifest in context.manifests.items()},
         }
     )
     return worker
