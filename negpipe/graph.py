@@ -39,6 +39,10 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
         raise ConfigError(
             f"mining.score: no stage makes a score called {config.mining.score!r}, there is {' and '.join(scores)}"
         )
+    if config.mining.score != DENSE and config.mining.draws:
+        raise ConfigError(
+            f"mining.score: random negatives have no {config.mining.score} score: set mining.num_random: 0"
+        )
     return pipeline.mine(config, stages(rescore), **options)
 
 

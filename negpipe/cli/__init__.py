@@ -20,14 +20,14 @@ from negpipe.cli import calibrate  # isort: split
 
 from negpipe.cli import report  # isort: split
 
-from negpipe.cli import config, upkeep
+from negpipe.cli import config, maintenance
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.config import machine
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
-__all__ = ["app", "audit", "calibrate", "config", "main", "planning", "report", "results", "run", "upkeep"]
+__all__ = ["app", "audit", "calibrate", "config", "main", "maintenance", "planning", "report", "results", "run"]
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def audit(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    from negpipe.cli import console, tables
+    from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
     from negpipe.review import measures
@@ -78,7 +78,7 @@ def audit(
     if json_file is not None:
         write_json(json_file, found.document())
     failed = chosen.failed(found.findings)
-    tables.show_audit(found, {one.check for one in failed})
+    printed.show_audit(found, {one.check for one in failed})
     if failed:
         listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)
         raise NegpipeError(f"the audit of {found.source} failed: {listed}")

@@ -30,7 +30,7 @@ def quality(
     import dataclasses
     import json
 
-    from negpipe.cli import console, tables
+    from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.review import measures
 
@@ -39,7 +39,7 @@ def quality(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
     else:
-        tables.show_quality(found)
+        printed.show_quality(found)
 
 
 @app.command()
@@ -80,7 +80,7 @@ def calibrate(
     import dataclasses
     import json
 
-    from negpipe.cli import console, tables
+    from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import ConfigError
     from negpipe.review import measures
@@ -117,7 +117,7 @@ def calibrate(
             )
         )
     else:
-        tables.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
+        printed.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
         where = [settings.run_dir / measures.CALIBRATION, *([plot] if plot else [])]
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
 

@@ -54,7 +54,7 @@ def diff(
     """
     import json
 
-    from negpipe.cli import console, tables
+    from negpipe.cli import console, printed
     from negpipe.review.diff import compare, source_of
 
     console.set_up_logging(checked(log_format), debug=debug)
@@ -62,4 +62,4 @@ def diff(
     if as_json:
         typer.echo(json.dumps(found.document(), allow_nan=False))
     else:
-        tables.show_difference(found)
+        printed.show_difference(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from negpipe.engine.budget import Budget
-from negpipe.errors import ConfigError
+from negpipe.errors import BudgetError
 
 if TYPE_CHECKING:
     import duckdb
@@ -24,7 +24,7 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
         work: what it is opened for, as a subject ("the audit").
 
     Raises:
-        ConfigError: DuckDB needs more memory, whatever it spills.
+        BudgetError: DuckDB needs more memory, whatever it spills.
     """
     import duckdb
 
@@ -37,10 +37,12 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
     try:
         yield database
     except duckdb.OutOfMemoryException as error:
-        raise ConfigError(
+        raise BudgetError(
             f"{work} may use {budget.memory // 2**20:,} MiB for its database, and needs more"
             f" ({str(error).splitlines()[0]}): raise resources.memory_budget, for this command alone with"
-            " --set resources.memory_budget=1GiB"
+            " --set resources.memory_budget=1GiB",
+            there=budget.memory,
+            remedy="--set resources.memory_budget=1GiB",
         ) from None
     finally:
         database.close()

@@ -1,7 +1,7 @@
 """What one task may use, and the one refusal of what does not fit.
 
-Memory is counted here and nowhere else: code that holds arrays says how many bytes a row takes and how many are taken
-whatever the rows, and a `Budget` says how many rows fit, or refuses.
+Code that holds arrays says how many bytes a row takes and how many are taken whatever the rows; a `Budget` says how
+many rows fit, or refuses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Budget:
     Attributes:
         memory: bytes of working memory beyond the libraries.
         threads: that compute.
-        gpu: whether the task computes on a GPU.
+        gpu: whether the task may compute on a GPU; to one that may not, none is shown.
     """
 
     memory: int

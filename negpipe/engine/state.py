@@ -97,7 +97,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
             lines.append(f"the output of {name} changed")
             continue
         if name not in old:
-            if "index.kind" not in changed:  # which brings settings of its own
+            if not any(other in old for other in changed):  # one that changed may bring others of its own
                 lines.append(f"{name} is new")
             continue
         before, after = old[name], fresh[name]

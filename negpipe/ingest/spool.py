@@ -191,7 +191,7 @@ def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[st
 class _Read:
     """A piece of the source: its records in columns, with hashes, or one by one; and what ended their reading."""
 
-    records: sources.Block | list[sources.Record]
+    records: sources.RecordColumns | list[sources.Record]
     error: Exception | None = None
     hashes: tuple[Future[pa.RecordBatch] | None, ...] = ()
     """Of the texts of corpus, added and queries."""
@@ -243,7 +243,7 @@ class _Batch:
             InputError: there are more bad rows than may be.
             Exception: what ended the reading of the piece.
         """
-        if isinstance(read.records, sources.Block):
+        if isinstance(read.records, sources.RecordColumns):
             self._add_block(read.records, [one and one.result() for one in read.hashes])
         else:
             self._add_records(read.records)
@@ -265,7 +265,7 @@ class _Batch:
         self.totals[name] += count
         return np.arange(first, first + count)
 
-    def _add_block(self, block: sources.Block, hashes: list[pa.RecordBatch | None]) -> None:
+    def _add_block(self, block: sources.RecordColumns, hashes: list[pa.RecordBatch | None]) -> None:
         # A judgment that names a text shares it with its query or document.
         named: dict[int, pa.Array] = {}
         for documents, kind, own in ((block.corpus, "corpus", hashes[0]), (block.added, "added", hashes[1])):

@@ -30,7 +30,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Source:
+class Lookup:
     """What filters look things up in: the config, ingest's documents, and what other anchors of the same text have."""
 
     config: Config
@@ -51,7 +51,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Block:
+class Grid:
     """n lines of k documents each that a filter looks at.
 
     Attributes:
@@ -63,7 +63,7 @@ class Block:
         spared: (n, k) which documents are no positive of a namesake, whatever is known; None: none.
     """
 
-    source: Source
+    source: Lookup
     anchors: pa.Table
     anchor: Ints
     rows: Ints
@@ -88,7 +88,7 @@ class Block:
         return hashes
 
 
-Masking = Callable[[Block], Mask]
+Masking = Callable[[Grid], Mask]
 """(n, k): which documents of a block are dropped."""
 
 
@@ -106,7 +106,7 @@ class Filter:
     """
 
     name: str
-    opened: Callable[[Source], Masking | None]
+    opened: Callable[[Lookup], Masking | None]
     explain: Callable[[Mining, float, float], str]
     sees: Literal["documents", "scores", "pairs"] = "documents"
 
@@ -115,12 +115,12 @@ def _says(text: str) -> Callable[[Mining, float, float], str]:
     return lambda mining, score, reference: text
 
 
-def _positive(by_id: bool) -> Callable[[Source], Masking | None]:
-    def opened(source: Source) -> Masking | None:
+def _positive(by_id: bool) -> Callable[[Lookup], Masking | None]:
+    def opened(source: Lookup) -> Masking | None:
         # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
         return mask if {"positive_id", "positive_text"} & set(source.mining.exclude) else None
 
-    def mask(block: Block) -> Mask:
+    def mask(block: Grid) -> Mask:
         (known, offsets), (judged, _) = block.known, ragged(block.anchors["known_by_id"])
         kept = judged if by_id else ~judged
         ends: Ints = np.concatenate([[0], np.cumsum(kept)])[offsets].astype(np.int64)
@@ -129,16 +129,16 @@ def _positive(by_id: bool) -> Callable[[Source], Masking | None]:
     return opened
 
 
-def _positive_normalized(source: Source) -> Masking | None:
-    def mask(block: Block) -> Mask:
+def _positive_normalized(source: Lookup) -> Masking | None:
+    def mask(block: Grid) -> Mask:
         known, offsets = block.known
         return rules.contains(block.normalized, source.corpus.numbers("normalized", known), offsets, block.anchor)
 
     return mask if "positive_normalized" in source.mining.exclude else None
 
 
-def _shared_anchor(source: Source) -> Masking | None:
-    def mask(block: Block) -> Mask:
+def _shared_anchor(source: Lookup) -> Masking | None:
+    def mask(block: Grid) -> Mask:
         texts, lists = np.unique(block.texts, return_inverse=True)
         shared, offsets = source.namesakes.of(texts)
         found = rules.contains(block.rows, shared, offsets, lists)
@@ -152,18 +152,18 @@ def _shared_anchor(source: Source) -> Masking | None:
     return mask if "shared_anchor" in source.mining.exclude else None
 
 
-def _anchor_text(source: Source) -> Masking | None:
+def _anchor_text(source: Lookup) -> Masking | None:
     if "anchor_text" not in source.mining.exclude:
         return None
     return lambda block: block.normalized == block.texts[:, None]
 
 
-def _excluded_file(source: Source) -> Masking | None:
+def _excluded_file(source: Lookup) -> Masking | None:
     if source.mining.exclude_file is None:
         return None
     named = verdicts.resolve(verdicts.read(Path(source.mining.exclude_file)), source.corpus)
 
-    def mask(block: Block) -> Mask:
+    def mask(block: Grid) -> Mask:
         lists = [named.get(identity, []) for identity in block.anchors["id"].to_pylist()]
         offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
         return rules.contains(
@@ -173,22 +173,22 @@ def _excluded_file(source: Source) -> Masking | None:
     return mask if named else None
 
 
-def _near_duplicate(source: Source) -> Masking | None:
+def _near_duplicate(source: Lookup) -> Masking | None:
     finder = source.duplicates
     if finder is None:
         return None
 
-    def mask(block: Block) -> Mask:
+    def mask(block: Grid) -> Mask:
         owner = np.repeat(block.anchor, block.rows.shape[1])
         return finder.find(block.rows.ravel(), owner, *block.known).reshape(block.rows.shape)
 
     return mask
 
 
-def _cutoff(setting: str, mask: Callable[[Mining, float, Floats, Floats], Mask]) -> Callable[[Source], Masking | None]:
+def _cutoff(setting: str, mask: Callable[[Mining, float, Floats, Floats], Mask]) -> Callable[[Lookup], Masking | None]:
     """A filter with a number: (settings, number, scores, references as a column) → mask, in float32."""
 
-    def opened(source: Source) -> Masking | None:
+    def opened(source: Lookup) -> Masking | None:
         mining, limit = source.mining, getattr(source.mining, setting)
         return None if limit is None else lambda block: mask(mining, limit, block.scores, block.references[:, None])
 
@@ -213,7 +213,7 @@ _relative_margin = _cutoff(
 )
 
 
-def _invalid_score(_: Source) -> Masking:
+def _invalid_score(_: Lookup) -> Masking:
     return lambda block: ~np.isfinite(block.scores)
 
 
@@ -279,35 +279,35 @@ def filter_of(code: int) -> Filter | None:
 class Filters:
     """The filters that a config asks for, opened."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Lookup) -> None:
         self._source = source
         opened = [(one, one.opened(source)) for one in FILTERS]
         self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
         self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
 
     def of_documents(self, anchors: pa.Table, anchor: Ints, rows: Ints, spared: Mask | None = None) -> Fates:
-        """Which documents their anchor's unit must not have, whatever the score; see `Block` for the arguments.
+        """Which documents their anchor's unit must not have, whatever the score; see `Grid` for the arguments.
 
         Returns:
             (n, k) uint8, the code of the first filter that drops a document, 0 where none does.
         """
         nothing = np.empty((0, 0), np.float32)
-        block = Block(self._source, anchors, anchor, rows, nothing, nothing, spared)
+        block = Grid(self._source, anchors, anchor, rows, nothing, nothing, spared)
         return self._first("documents", block, np.zeros(rows.shape, np.uint8))
 
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
         """The same by the filters that take long, of (p,) rows; (p,)."""
         nothing = np.empty((0, 0), np.float32)
-        block = Block(self._source, anchors, anchor, rows[:, None], nothing, nothing)
+        block = Grid(self._source, anchors, anchor, rows[:, None], nothing, nothing)
         return self._first("pairs", block, np.zeros((len(rows), 1), np.uint8))[:, 0]
 
     def of_scores(
         self, anchors: pa.Table, anchor: Ints, rows: Ints, scores: Floats, references: Floats, dropped: Fates
     ) -> Fates:
         """The same with the filters that see scores, where nothing in `dropped` says so yet."""
-        return self._first("scores", Block(self._source, anchors, anchor, rows, scores, references), dropped.copy())
+        return self._first("scores", Grid(self._source, anchors, anchor, rows, scores, references), dropped.copy())
 
-    def _first(self, sees: str, block: Block, codes: Fates) -> Fates:
+    def _first(self, sees: str, block: Grid, codes: Fates) -> Fates:
         for own, code, mask in self._asked:
             if own == sees:
                 np.copyto(codes, np.uint8(code), where=(codes == 0) & mask(block))

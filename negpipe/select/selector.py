@@ -146,7 +146,7 @@ class Selector:
         threads: int = 1,
     ) -> None:
         self._config, self._corpus = config, corpus
-        self._source = filters.Source(config, corpus, namesakes, threads)
+        self._source = filters.Lookup(config, corpus, namesakes, threads)
         self.filters = filters.Filters(self._source)
         self._searchable, self._vectors = searchable, vectors
         names = {field.name for field in fields(rules.Rules)}

@@ -10,7 +10,6 @@ from negpipe.sources.identity import files, revision
 from negpipe.sources.layouts import Piece, pieces, read
 from negpipe.sources.records import (
     BadRow,
-    Block,
     Document,
     Documents,
     Judgment,
@@ -19,11 +18,11 @@ from negpipe.sources.records import (
     Queries,
     Query,
     Record,
+    RecordColumns,
 )
 
 __all__ = [
     "BadRow",
-    "Block",
     "Document",
     "Documents",
     "Judgment",
@@ -33,6 +32,7 @@ __all__ = [
     "Queries",
     "Query",
     "Record",
+    "RecordColumns",
     "files",
     "pieces",
     "read",

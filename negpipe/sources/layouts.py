@@ -19,7 +19,6 @@ from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, grad
 from negpipe.sources.places import Table, locate, near
 from negpipe.sources.records import (
     BadRow,
-    Block,
     Document,
     Documents,
     Judgment,
@@ -28,13 +27,14 @@ from negpipe.sources.records import (
     Queries,
     Query,
     Record,
+    RecordColumns,
     RowError,
     raw_of,
 )
 from negpipe.sources.tables import Chunks, all_splits, chunks
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
-_BuildAll: TypeAlias = Callable[[Columns], Block | None]
+_BuildAll: TypeAlias = Callable[[Columns], RecordColumns | None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Piece:
     _reader: _Reader
     _chunk: Chunk
 
-    def block(self) -> Block | None:
+    def block(self) -> RecordColumns | None:
         """Their records in columns; None: they have to be looked at one by one."""
         columns = self._chunk.columns()
         return None if columns is None else self._reader.build_all(columns)
@@ -238,7 +238,7 @@ def _documents(table: Table, data: schema.Data, template: Template, *, pool: boo
         except RowError as error:
             return (error.row._replace(id=identity, in_corpus=True),)
 
-    def build_all(columns: Columns) -> Block | None:
+    def build_all(columns: Columns) -> RecordColumns | None:
         values = columns.values
         named: list[str] | None = None
         if name is not None:
@@ -250,7 +250,7 @@ def _documents(table: Table, data: schema.Data, template: Template, *, pool: boo
         rendered, more = template.render_all(values[:end]), extras_of(values[end:])
         if rendered is None or more is None:
             return None
-        return Block(corpus=Documents(named, rendered, more, columns.file, columns.rows))
+        return RecordColumns(corpus=Documents(named, rendered, more, columns.file, columns.rows))
 
     wanted = [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]
     return _Reader(chunks(table, wanted), build, build_all, in_corpus=True)
@@ -267,12 +267,12 @@ def _queries(table: Table, data: schema.Data) -> _Reader:
         identity = id_of(values[0], place, names.query_id)
         return (_query(identity, values[1], place, names.query_text, values[2:], extra),)
 
-    def build_all(columns: Columns) -> Block | None:
+    def build_all(columns: Columns) -> RecordColumns | None:
         ids, texts = ids_of(columns.values[0]), texts_of(columns.values[1])
         more = extras_of(columns.values[2:])
         if ids is None or texts is None or more is None:
             return None
-        return Block(queries=Queries(ids, texts, more, columns.file, columns.rows))
+        return RecordColumns(queries=Queries(ids, texts, more, columns.file, columns.rows))
 
     wanted = [Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text")]
     return _Reader(chunks(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, build_all, of_query=True)
@@ -284,12 +284,14 @@ def _judgments(judgments: Chunks, split: str, names: schema.Columns) -> _Reader:
         document = id_of(values[1], place, names.qrels_corpus_id)
         return (Judgment(query, document, grade_of(values[2], place, names.grade), split, place, False, False),)
 
-    def build_all(columns: Columns) -> Block | None:
+    def build_all(columns: Columns) -> RecordColumns | None:
         queries, documents = (ids_of(one) for one in columns.values[:2])
         grades = grades_of(columns.values[2])
         if queries is None or documents is None or grades is None:
             return None
-        return Block(judgments=Judgments(queries, documents, grades, split, columns.file, columns.rows, False, False))
+        return RecordColumns(
+            judgments=Judgments(queries, documents, grades, split, columns.file, columns.rows, False, False)
+        )
 
     return _Reader(judgments, build, build_all)
 
@@ -315,7 +317,7 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
         query = _query(query_id, values[0], place, names.anchor, values[of_query:of_document], extra.queries)
         return (document, query, *_judged_pair(query, document, data.split))
 
-    def build_all(columns: Columns) -> Block | None:
+    def build_all(columns: Columns) -> RecordColumns | None:
         values = columns.values
         query_ids = ids_of(values[2]) if names.anchor_id else None
         document_ids = ids_of(values[of_query - 1]) if names.positive_id else None
@@ -342,7 +344,7 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
             *by_text,
         )
         asked = Queries(query_ids, queries, about_queries, *place)
-        return Block(positives if in_corpus else None, None if in_corpus else positives, asked, judged)
+        return RecordColumns(positives if in_corpus else None, None if in_corpus else positives, asked, judged)
 
     return _Reader(chunks(table, wanted), build, build_all, of_query=True, in_corpus=in_corpus)
 

@@ -110,7 +110,7 @@ class BadRow(NamedTuple):
 Record: TypeAlias = Document | Query | Judgment | BadRow
 
 
-class Block(NamedTuple):
+class RecordColumns(NamedTuple):
     """Records of consecutive rows in which nothing is wrong, in columns; `added` are not in the corpus."""
 
     corpus: Documents | None = None

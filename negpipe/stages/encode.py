@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from negpipe.config.schema import Config, Encoder
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
+from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -294,6 +295,12 @@ def _libraries(config: Config) -> tuple[str, ...]:
     return ("numpy",) if config.encoder.backend == "precomputed" else encoders.libraries(config.encoder)
 
 
+def _resources(context: Context) -> Budget:
+    """A worker's share, and a GPU where the model may take one."""
+    encoder = context.config.encoder
+    return replace(context.budget, gpu=encoder.backend != "precomputed" and encoder.device != "cpu")
+
+
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     """What `index.kind: auto` means, once the sizes are known."""
     rows, anchors = (
@@ -316,5 +323,6 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
+    resources=_resources,
     place=lambda config: "worker" if config.encoder.backend == "precomputed" else "apart",
 )

@@ -19,7 +19,7 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.data.texts import digests, hashes, normalize, text_id
 from negpipe.engine.manifest import Books, Part
-from negpipe.errors import ConfigError
+from negpipe.errors import BudgetError
 from negpipe.ingest import joins, spool
 from negpipe.stages import ingest
 
@@ -203,8 +203,9 @@ def test_too_little_memory_names_the_setting(tmp_path: Path) -> None:
     small.build(tmp_path)
     config = load_config(small.settings(tmp_path))
     resources = config.resources.model_copy(update={"memory_budget": 2**20})  # less than a config may say
-    with pytest.raises(ConfigError, match=r"may use 0 MiB .*raise resources.memory_budget"):
+    with pytest.raises(BudgetError, match=r"resources\.memory_budget") as refused:
         graph.mine(config.model_copy(update={"resources": resources}), only="ingest")
+    assert refused.value.there == 2**19
 
 
 # --- what is not mined --------------------------------------------------------------------------------

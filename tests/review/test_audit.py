@@ -22,7 +22,7 @@ from real_runs import Run
 from small_source import run as negpipe
 
 from negpipe.engine.budget import Budget
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import BudgetError, ConfigError, InputError
 from negpipe.review import audit
 
 WANTED = 3
@@ -411,8 +411,9 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
         for i in range(9000)
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    with pytest.raises(ConfigError, match=r"may use 2 MiB .*resources.memory_budget=1GiB"):
+    with pytest.raises(BudgetError, match=r"resources\.memory_budget") as refused:
         audit.audit(file, audit.Options(columns={}, budget=Budget(2 * 2**20)))
+    assert refused.value.there == 2 * 2**20
 
 
 def test_policy() -> None:

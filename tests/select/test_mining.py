@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import oracle_mining as oracle
+import pyarrow.parquet as pq
 import pytest
+import small_source as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negpipe.config.schema import Mining
+from negpipe.engine.manifest import Books
 from negpipe.select import filters, rules
 from negpipe.select.filters import CODES, FILTERS, NAMES
 from negpipe.select.rules import Fate, Rules
@@ -27,7 +35,7 @@ def select(rows: Any, scores: Any, reference: Any, dropped: Any, uniform: Any, a
     """What becomes of candidates: the filters that see scores, then the choice."""
     mining = Mining.model_construct(**{"relative_margin": None, "exclude": ()} | applied)
     nothing: Any = None
-    opened = filters.Filters(filters.Source(SimpleNamespace(mining=mining), nothing, nothing))  # type: ignore[arg-type]
+    opened = filters.Filters(filters.Lookup(SimpleNamespace(mining=mining), nothing, nothing))  # type: ignore[arg-type]
     codes = opened.of_scores(nothing, np.arange(len(rows)), rows, scores, reference, dropped)
     own = {name: value for name, value in applied.items() if name in Rules.__dataclass_fields__}
     return rules.select(rows, scores, reference, codes, uniform, Rules(**own))
@@ -131,6 +139,31 @@ def test_weighted_draws_agree_with_the_oracle(block: dict[str, Any]) -> None:
 def test_codes_are_the_columns_of_the_counts() -> None:
     assert sorted(CODES.values()) == list(range(len(CODES)))
     assert [CODES[name] for name in NAMES] == list(range(len(CODES)))
+
+
+def test_a_filter_is_added_in_one_file(tmp_path: Path) -> None:
+    """Its column in the ledger, its count and its sentence follow from the list."""
+    shutil.copytree(Path(filters.__file__).parents[1], tmp_path / "copy/negpipe")
+    path = tmp_path / "copy/negpipe/select/filters.py"
+    added = '    Filter("odd_row", lambda _: lambda own: own.rows % 2 == 1, _says("an odd row")),\n    Filter("near_dup'
+    path.write_text(path.read_text().replace('    Filter("near_dup', added, 1))
+    small.build(tmp_path)
+    config = small.write_config(tmp_path)
+
+    def run(*words: object) -> str:
+        command = [sys.executable, "-m", "negpipe", *map(str, words), "--set", "executor.kind=inline"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "odd row" in run("mine", config)
+    part = Books(tmp_path / "run", "triplets").manifest().parts[0]  # type: ignore[union-attr]
+    ledger = pq.read_table(tmp_path / "run" / part.file("ledger").path)
+    names = ledger.column_names
+    assert sum(ledger["dropped_odd_row"].to_pylist()) > 0
+    assert names.index("dropped_excluded_file") + 1 == names.index("dropped_odd_row")
+    assert "an odd row" in run("explain", config, "--anchor", "q1")
 
 
 def test_filters_stand_in_the_order_in_which_they_are_asked_or_counted() -> None:

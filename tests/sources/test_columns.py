@@ -19,7 +19,7 @@ from bad_data import sources as sound_sources
 from negpipe import sources
 from negpipe.config.schema import Data
 from negpipe.errors import InputError
-from negpipe.sources import BadRow, Block, Document, Documents, Judgment, Place, Queries, Query
+from negpipe.sources import BadRow, Document, Documents, Judgment, Place, Queries, Query, RecordColumns
 
 FAULTS = list(faults())
 Outcome = tuple[dict[str, list[Any]], str | None]
@@ -43,7 +43,7 @@ def one_by_one(texts: Documents | Queries | None) -> Iterator[tuple[Any, ...]]:
         yield name, text, Place(texts.file, row), tuple(more)
 
 
-def records_of(block: Block) -> Iterator[Any]:
+def records_of(block: RecordColumns) -> Iterator[Any]:
     """The records of a block, kind by kind."""
     for documents, in_corpus in ((block.corpus, True), (block.added, False)):
         for name, text, place, extra in one_by_one(documents):

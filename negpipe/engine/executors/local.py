@@ -206,6 +206,8 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
     folder = context.run_dir / BOOKS / "logs"
     log = folder / f"{stage.name}-{number}.log"
     environment = os.environ | dict.fromkeys(_THREADS, str(context.budget.threads)) | {"PYTHONUNBUFFERED": "1"}
+    if not context.budget.gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         errors = log.open("wb")
