@@ -69,9 +69,13 @@ def content(run_dir: Path) -> dict[str, str]:
     ledger = [path for path in paths if path.parent.name == "ledger"]
     return {
         "triplets": digest(sorted((run_dir / "triplets").glob("*.parquet"))),
-        "ledger": digest(ledger, lambda name: name != "shortage_reason"),
+        "ledger": digest(ledger, lambda name: name not in ("shortage_reason", *ADDED)),
         "shortage_reason": digest(ledger, lambda name: name == "shortage_reason"),
     }
+
+
+ADDED = ("dropped_anchor_id",)
+"""Columns of the ledger for reasons that the old edition did not know; what they drop shows in the other columns."""
 
 
 def digest(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda name: True) -> str:

@@ -17,7 +17,7 @@ Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what
 - positive: positive_id, positive_text, positive_normalized, shared_anchor (a positive of an anchor with the same text)
 - duplicate: near_duplicate (of a positive), repeated_negative, duplicate_row
 - score: non_finite, above_positive
-- text: anchor_text (the negative is the anchor's own), empty_text
+- text: anchor_text (the negative is the anchor's own), anchor_id (the anchor itself, by its id), empty_text
 - shortage, missing_id, hub (a document is the negative of unusually many anchors)
 - any: all of them
 

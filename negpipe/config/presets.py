@@ -27,6 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "strict": False,
         "relative_margin": None,
         "exclude": ("positive_id", "positive_text"),
+        "anchor_id": "never",
         "on_shortage": "keep",
     },
     # `scripts/hn_mine.py` of FlagEmbedding 1.4. Two lines of one query are one anchor here, so that the positive of
@@ -42,6 +43,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "strict": False,
         "relative_margin": None,
         "exclude": ("positive_id", "positive_text", "anchor_text"),
+        "anchor_id": "never",
         "on_shortage": "random",
     },
     # `recipes/retrieval/mine_hard_negatives.py` of NeMo Automodel with hard_neg_margin 0.95, type perc. It looks at
@@ -59,6 +61,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "strict": False,
         "relative_margin": 0.05,
         "exclude": ("positive_id",),
+        "anchor_id": "never",
         "on_shortage": "keep",
     },
     # TopK-PercPos at 95 % of NV-Retriever (Moreira et al. 2024, https://arxiv.org/abs/2407.15831): every pair has its
@@ -75,6 +78,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "strict": True,
         "relative_margin": 0.05,
         "exclude": ("positive_id", "positive_text"),
+        "anchor_id": "never",
         "on_shortage": "keep",
     },
 }

@@ -314,6 +314,12 @@ class Mining(_Model):
         ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
         description="What is never a negative.",
     )
+    anchor_id: Literal["contained", "always", "never"] = Field(
+        "contained",
+        description="Whether a document with the anchor's own id, no known positive of it, is left out. contained:"
+        " where its normalised text equals or contains the anchor's, or the other way round, as equal ids alone prove"
+        " nothing.",
+    )
     exclude_file: str | None = Field(
         None,
         description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",

@@ -68,6 +68,14 @@ class Candidates:
         """The first `depth` candidates of each anchor."""
         return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth])
 
+    def without(self, dropped: npt.NDArray[np.bool_]) -> Candidates:
+        """The same without some candidates, (n, k); those behind them move up."""
+        order = np.argsort(dropped, axis=1, kind="stable")
+        rows, scores = np.take_along_axis(self.rows, order, axis=1), np.take_along_axis(self.scores, order, axis=1)
+        gone = np.take_along_axis(dropped, order, axis=1)
+        rows[gone], scores[gone] = -1, -np.inf
+        return replace(self, rows=rows, scores=scores)
+
     def take(self, anchors: Rows) -> Candidates:
         """Some of the anchors."""
         owned, offsets = members(self.offsets, anchors)

@@ -149,8 +149,9 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
     heads = _batches(
         database,
         """
-        select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, [a.source_row] as source_rows,
-            a.d1 as cut, a.d2 from anchors a left join numbered n using (d1, d2) order by a.number""",
+        select a.id, a.text, a.extra, a.normalized, coalesce(n.row, -1) as self_row, coalesce(i.row, -1) as same_id,
+            [a.source_row] as source_rows, a.d1 as cut, a.d2
+        from anchors a left join numbered n using (d1, d2) left join ids i on i.id = a.id order by a.number""",
         min(rows, BATCH),
     )
     low = 0

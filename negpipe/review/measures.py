@@ -69,6 +69,7 @@ def quality_of(
     """The same for anchors whose candidates and units the caller reads."""
     vectors = [context.path(part, "vectors") for part in context.manifest("encode").of_kind("anchors")]
     random = quality.random_scores(vectors, opened.vectors, opened.searchable, context.config.seed)
+    slices = (opened.selector.without_itself(found, units) for found, units in slices)
     return quality.measure(slices, random, min(context.config.depth, opened.searchable))
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from negpipe.config.schema import Config, Mining
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, ragged
+from negpipe.data.texts import normalize
 from negpipe.select import duplicates, rules, verdicts
 from negpipe.select.rules import Fate, Fates
 
@@ -158,6 +159,27 @@ def _anchor_text(source: Lookup) -> Masking | None:
     return lambda block: block.normalized == block.texts[:, None]
 
 
+def _anchor_id(source: Lookup) -> Masking | None:
+    """Sets in which the query is itself a document: of two separate numberings, equal ids say nothing."""
+    if source.mining.anchor_id == "never":
+        return None
+
+    def mask(grid: Grid) -> Mask:
+        found: Mask = grid.rows == grid.anchors["same_id"].to_numpy()[grid.anchor][:, None]
+        found &= grid.rows >= 0
+        if found.any():
+            found &= ~rules.contains(grid.rows, *grid.known, grid.anchor)
+        if source.mining.anchor_id == "contained":
+            line, column = np.nonzero(found)
+            asked = grid.anchors["text"].take(pa.array(grid.anchor[line])).to_pylist()
+            documents = source.corpus.strings("text", grid.rows[line, column]).to_pylist()
+            pairs = ((normalize(one), normalize(other)) for one, other in zip(asked, documents, strict=True))
+            found[line, column] = [bool(one and other) and (one in other or other in one) for one, other in pairs]
+        return found
+
+    return mask
+
+
 def _excluded_file(source: Lookup) -> Masking | None:
     if source.mining.exclude_file is None:
         return None
@@ -253,6 +275,7 @@ FILTERS = (
     ),
     Filter("shared_anchor", _shared_anchor, _says("a positive of another anchor with the same text")),
     Filter("anchor_text", _anchor_text, _says("the anchor's own text")),
+    Filter("anchor_id", _anchor_id, _says("the anchor itself, by its id")),
     Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
     Filter("near_duplicate", _near_duplicate, _says("nearly the text of a positive"), sees="pairs"),
     Filter("invalid_score", _invalid_score, _says("the score is no finite number"), sees="scores"),
@@ -306,6 +329,13 @@ class Filters:
     ) -> Fates:
         """The same with the filters that see scores, where nothing in `dropped` says so yet."""
         return self._first("scores", Grid(self._source, anchors, anchor, rows, scores, references), dropped.copy())
+
+    def dropped_by(self, name: str, anchors: pa.Table, rows: Ints) -> Mask:
+        """Which of (n, k) rows one filter of documents drops, whatever comes before it."""
+        nothing = np.empty((0, 0), np.float32)
+        grid = Grid(self._source, anchors, np.arange(len(rows)), rows, nothing, nothing)
+        masks = [mask for _, code, mask in self._asked if code == _CODES[name]]
+        return masks[0](grid) if masks else np.zeros(rows.shape, np.bool_)
 
     def _first(self, sees: str, block: Grid, codes: Fates) -> Fates:
         for own, code, mask in self._asked:

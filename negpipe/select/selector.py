@@ -352,6 +352,14 @@ class Selector:
             negative_sources=joined(units.negative_sources, np.full(len(rows), SOURCES.index("random"), np.uint8)),
         )
 
+    def without_itself(self, found: Candidates, units: Units) -> tuple[Candidates, Units]:
+        """The same without the document that is the anchor itself (`mining.anchor_id`), which stands in ranks."""
+        itself = self.filters.dropped_by("anchor_id", units.anchors, found.rows)
+        if not itself.any():
+            return found, units
+        found = found.without(itself)
+        return found, replace(units, positive_ranks=_ranks(found))
+
     def _check_shortage(self, units: Units) -> None:
         wanted = self._config.mining.wanted
         short = units.counts < wanted

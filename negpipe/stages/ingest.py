@@ -5,13 +5,13 @@ positives the corpus lacked; every problem of the input is found before anything
 through a spool on disk and everything that must be joined through DuckDB, which spills: memory holds
 one part, whatever the corpus.
 
-Parts are Arrow IPC files of four kinds. `corpus` and `added` (positives from elsewhere): id, text,
-hashes of id and normalised text, the other ids of the row, its rows in the source. `anchors`: id, text,
-hashes, rows and grades of its positives, rows of all its known positives, the row that equals its own text
-(-1: none), its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all
-their known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on
-who else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the
-first row that has the text or id.
+Parts are Arrow IPC files of four kinds. `corpus` and `added` (positives from elsewhere): id, text, hashes of id and
+normalised text, the other ids of the row, its rows in the source. `anchors`: id, text, hashes, rows and grades of its
+positives, rows of all its known positives, the row that equals its own text and the row that has its own id (-1: none),
+its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all their known
+positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who else asks
+the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the first row
+that has the text or id.
 Rows that were left out are listed in `rejected.jsonl`.
 """
 
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
+_PARTS = 3  # their keys cover their content: what another version makes alike is kept
 _COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
 
 
@@ -223,7 +224,7 @@ def _task(kind: str, table: pa.Table) -> Task:
             "characters": pc.sum(pc.utf8_length(table["text"])).as_py(),
         }
     content = to_bytes(table.drop_columns([name for name in ("cut", "d2") if name in table.column_names]))
-    name = key("ingest", VERSION, kind, hashlib.sha256(content).hexdigest())
+    name = key("ingest", _PARTS, kind, hashlib.sha256(content).hexdigest())
     return Task(name, kind, table.num_rows, {"content": content, "meta": meta})
 
 

@@ -66,6 +66,8 @@ def faulty(seed: int) -> list[Row]:
         negatives = [document(draw.uniform(0.1, 0.9)) for _ in range(count)]
         if draw.random() < 0.2:
             negatives.append(negatives[0])
+        if draw.random() < 0.1:  # as where queries are documents: with a title in front
+            negatives.append(Document(f"q{number}", f"A title. {anchor}", 0.5))
         name = draw.choices([f"q{number}", None], [30, 1])[0]
         row = Row(name, anchor, [Document(f"d{number}", texts[number], 0.8)], negatives)
         rows += [row] * draw.choices([1, 2], [9, 1])[0]
@@ -162,6 +164,9 @@ def why(row: Row, one: Document, own: dict[str, list[Document]], asks: dict[str,
         return "shared_anchor"
     if text is not None and text in asks[row.anchor_id]:
         return "anchor_text"
+    asked = normal(row.anchor or "")
+    if one.id == row.anchor_id and text and asked and (text in asked or asked in text):
+        return "anchor_id"
     if text is not None and any(likeness(text, normal(d.text or "")) >= 0.9 for d in mine):
         return "near_duplicate"
     return None

@@ -1,9 +1,9 @@
 """The checks: each finds rows or documents, counts them and shows some.
 
 A negative counts under one reason to be a false one, the first of positive_id, positive_text,
-positive_normalized, shared_anchor, anchor_text and near_duplicate that applies. A row that repeats an earlier one
-counts as that, and nothing in it as a repeated negative. All positives of an anchor in the file, and in the qrels
-where there are any, are its positives: an anchor is its id, or its exact text where the file has no ids.
+positive_normalized, shared_anchor, anchor_text, anchor_id and near_duplicate that applies. A row that repeats an
+earlier one counts as that, and nothing in it as a repeated negative. All positives of an anchor in the file, and in the
+qrels where there are any, are its positives: an anchor is its id, or its exact text where the file has no ids.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CHECKS: Mapping[str, str] = {
     "positive_normalized": "the same but for case, white space or Unicode form",
     "shared_anchor": "the negative is a positive of another anchor with the same text",
     "anchor_text": "the negative is the anchor's own text",
+    "anchor_id": "the negative has the anchor's id, and its text within or around the anchor's",
     "near_duplicate": "the negative is nearly the text of a positive of its anchor",
     "repeated_negative": "the negative stands there already for the same anchor and positive",
     "duplicate_row": "the row repeats an earlier one",
@@ -37,10 +38,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "positive": ("positive_id", "positive_text", "positive_normalized", "shared_anchor"),
     "duplicate": ("near_duplicate", "repeated_negative", "duplicate_row"),
     "score": ("non_finite", "above_positive"),
-    "text": ("anchor_text", "empty_text"),
+    "text": ("anchor_text", "anchor_id", "empty_text"),
     "any": tuple(CHECKS),
 }
-_FALSE = ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text", "near_duplicate")
+_FALSE = (*GROUPS["positive"], "anchor_text", "anchor_id", "near_duplicate")
 _HUB = 10  # anchors; fewer make no hub
 _SHOWN = 300  # characters of a text in an example
 
@@ -93,6 +94,10 @@ def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
         create table asked as select doc, text, id, document, n from negatives join askers using (a);
         create table of_namesakes as select doc from asked x
             where {shared_id} or (x.text, x.n) in (select text, n from shared);
+        create table themselves as select x.doc from negatives x join entries e using (row)
+            join normal d on d.h = x.h join normal q on q.h = e.h
+            where x.id = e.anchor_id and '' not in (d.normalized, q.normalized)
+            and (contains(d.normalized, q.normalized) or contains(q.normalized, d.normalized));
         create table false_negatives as
         select x.doc, x.row, case
             when {by_id} then 'positive_id'
@@ -100,6 +105,7 @@ def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
             when (x.a, x.n) in (select a, n from positives) then 'positive_normalized'
             when x.doc in (select doc from of_namesakes) then 'shared_anchor'
             when (x.a, x.n) in (select a, n from anchors) then 'anchor_text'
+            when x.doc in (select doc from themselves) then 'anchor_id'
             when (x.a, x.h) in (select a, h from near) then 'near_duplicate'
             end as reason
         from negatives x where reason is not null;
@@ -145,7 +151,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
                     f" join negatives using (doc, row) join near using (a, h) where reason = '{check}'"
                 ),
             )
-        missing = check == "positive_id" and not _ids(layout)
+        missing = check in ("positive_id", "anchor_id") and not _ids(layout)
         return (
             "negatives",
             0 if missing else negatives,
