@@ -32,7 +32,7 @@ class _Model(BaseModel):
 class Table(_Model):
     """Where one table is: a file, a URL or a hub dataset."""
 
-    path: str = Field(description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz), URL or hub dataset name.")
+    path: str = Field(description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz or .zst), URL or hub dataset name.")
     subset: str | None = Field(None, description="Hub dataset configuration.")
     split: str = Field("train", description="Hub dataset split.")
 

@@ -158,11 +158,15 @@ class Template:
     def columns(self) -> list[Column]:
         return [Column(name, "data.text", required=name != OPTIONAL) for name in self.names]
 
+    def _spares(self, name: str) -> bool:
+        """Whether a column may be null: a title, or one of several, as the others make a text."""
+        return name == OPTIONAL or len(self.names) > 1
+
     def render_all(self, columns: Sequence[Values]) -> pa.Array | None:
         """`render` of columns. None: somewhere it would raise."""
         named: dict[str, pa.Array] = {}
         for name, column in zip(self.names, columns, strict=True):
-            if column.kind not in ("text", "null") or (column.array.null_count and name != OPTIONAL):
+            if column.kind not in ("text", "null") or (column.array.null_count and not self._spares(name)):
                 return None
             named[name] = pc.fill_null(column.array.cast(pa.large_string()), "")
         pieces: list[Any] = []
@@ -174,13 +178,13 @@ class Template:
     def render(self, values: Sequence[Any], place: Place) -> str:
         """The text of a document from the values of `names`. Raises RowError: empty, null or not strings."""
         for name, value in zip(self.names, values, strict=True):
-            if not isinstance(value, str):
-                if value is None and name == OPTIONAL:
-                    values = ["" if v is None and n == OPTIONAL else v for n, v in zip(self.names, values, strict=True)]
-                else:
-                    text_of(value, place, name)
-        text = self.pattern.format(*values).strip()
+            if not isinstance(value, str) and not (value is None and self._spares(name)):
+                text_of(value, place, name)
+        text = self.pattern.format(*(value or "" for value in values)).strip()
         if not text:
+            for name, value in zip(self.names, values, strict=True):
+                if value is None and name != OPTIONAL:
+                    text_of(value, place, name)
             field = self.names[-1] if len(self.names) > 1 else self.names[0]
             raise RowError("empty_text", f"the text made by '{self.source}' is empty", place, field, _EMPTY_REMEDY)
         return text

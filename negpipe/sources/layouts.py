@@ -16,7 +16,7 @@ from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
 from negpipe.sources.chunks import Chunk, Column, Columns
 from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, grades_of, id_of, ids_of, text_of, texts_of
-from negpipe.sources.places import Table, locate, near
+from negpipe.sources.places import PACKED, Table, locate, near
 from negpipe.sources.records import (
     BadRow,
     Document,
@@ -156,14 +156,14 @@ def _beir(data: schema.Data) -> list[Table]:
         remedy = "Give its folder or a hub dataset, or set data.format: columns and name three files"
         raise InputError("a BEIR source is a folder or a hub dataset", file=path, remedy=remedy)
     found = {name: _either(folder / f"{name}.jsonl") for name in ("corpus", "queries")}
-    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
+    qrels = sorted(file for packed in ("", *PACKED) for file in folder.glob(f"qrels/*.tsv{packed}"))
     is_repository = kind == "hub" or (folder / "README.md").is_file()
     if not is_repository or (found["corpus"] and (folder / "qrels").is_dir()):
         for name, file in found.items():
             if file is None:
                 remedy = "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/; a dataset repository has README.md"
                 raise InputError("there is no such file", file=str(folder / f"{name}.jsonl"), remedy=remedy)
-        splits = [file.name.removesuffix(".gz").removesuffix(".tsv") for file in qrels]
+        splits = [file.name.rpartition(".tsv")[0] for file in qrels]
         if data.split not in splits:
             raise _no_split(str(folder / "qrels" / f"{data.split}.tsv"), data.split, splits)
         return [
@@ -178,7 +178,7 @@ def _beir(data: schema.Data) -> list[Table]:
 
 
 def _either(file: Path) -> Path | None:
-    return next((path for path in (file, Path(f"{file}.gz")) if path.is_file()), None)
+    return next((path for packed in ("", *PACKED) if (path := Path(f"{file}{packed}")).is_file()), None)
 
 
 def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
@@ -311,11 +311,22 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
 
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query_id = id_of(values[2], place, names.anchor_id) if names.anchor_id else None
-        document_id = id_of(values[of_query - 1], place, names.positive_id) if names.positive_id else None
         about_document = extra_of(values[of_document:], extra.corpus, place)
-        document = _document(document_id, values[1], place, names.positive, in_corpus, about_document)
         query = _query(query_id, values[0], place, names.anchor, values[of_query:of_document], extra.queries)
-        return (document, query, *_judged_pair(query, document, data.split))
+        texts = values[1] if isinstance(values[1], list) else [values[1]]
+        ids: list[Any] = [None] * len(texts)
+        if names.positive_id:
+            ids = values[of_query - 1] if isinstance(values[1], list) else [values[of_query - 1]]
+            if not isinstance(ids, list) or len(ids) != len(texts):
+                problem = f"{len(texts)} positives need a list of as many ids"
+                raise RowError("type", problem, place, names.positive_id, "Write one id a positive")
+            ids = [id_of(identity, place, names.positive_id) for identity in ids]
+        documents = [
+            _document(identity, text, place, names.positive, in_corpus, about_document)
+            for identity, text in zip(ids, texts, strict=True)
+        ]
+        judged = [_judged_pair(query, document, data.split) for document in documents]
+        return (*documents, query, *chain.from_iterable(judged))
 
     def build_all(columns: Columns) -> RecordColumns | None:
         values = columns.values
@@ -397,5 +408,7 @@ def _judged_pair(query: Query | BadRow, document: Document | BadRow, split: str)
 def _listed(values: Any, place: Place, field: str) -> list[Any]:
     if isinstance(values, list):
         return values
+    if isinstance(values, str):  # one text, as many write it
+        return [values]
     problem = f"expected a list of texts, got {'null' if values is None else f'a {type(values).__name__}'}"
     raise RowError("type", problem, place, field, f'Write "{field}": ["..."], a list even for one text')

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 from negpipe.errors import InputError
 
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""Extensions of compressed files."""
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -50,7 +52,9 @@ def bare_name(path: str) -> str:
 
 
 def extension_of(path: str) -> str:
-    """The extension that tells the kind of a file; .gz is looked through, except on Parquet."""
-    name = bare_name(path)
-    extension = PurePosixPath(name.removesuffix(".gz")).suffix
-    return ".parquet.gz" if extension == ".parquet" and name.endswith(".gz") else extension
+    """The extension that tells the kind of a file; that of a compressed one is looked through, except on Parquet."""
+    name = PurePosixPath(bare_name(path))
+    if name.suffix not in PACKED:
+        return name.suffix
+    inner = PurePosixPath(name.stem).suffix
+    return inner + name.suffix if inner == ".parquet" else inner

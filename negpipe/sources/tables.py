@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import logging
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -19,13 +20,14 @@ import numpy as np
 from negpipe.errors import InputError
 from negpipe.sources import hub
 from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, FieldsChunk, JsonChunk, Rows, decoded
-from negpipe.sources.places import EXTENSIONS, Table, bare_name, extension_of, locate
+from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate
 from negpipe.sources.records import Place, RowError
 
 __all__ = ["Chunk", "Chunks", "Column", "Rows", "all_splits", "chunks", "rows"]
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
+_CUT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
@@ -59,7 +61,9 @@ def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
     extension = extension_of(table.path)
     if extension not in EXTENSIONS:
         raise InputError(
-            f"unknown kind of file '{extension}'", file=table.path, remedy=f"Known: {', '.join(EXTENSIONS)}, also .gz"
+            f"unknown kind of file '{extension}'",
+            file=table.path,
+            remedy=f"Known: {', '.join(EXTENSIONS)}, also with {', '.join(PACKED)}",
         )
     _log.info("reading %s", table.path)
     yield from _READERS[extension](table.path, columns)
@@ -75,7 +79,7 @@ def _open(path: str) -> Any:
     import fsspec
 
     try:
-        file = fsspec.open(path, "rb", compression="gzip" if bare_name(path).endswith(".gz") else None).open()
+        file = _unpacked(fsspec.open(path, "rb").open())
     except FileNotFoundError:
         raise InputError("there is no such file", file=path, remedy="Check the address") from None
     except (ImportError, ValueError) as error:
@@ -85,13 +89,33 @@ def _open(path: str) -> Any:
     return io.BufferedReader(file, 2**20) if "://" in path else file
 
 
+def _unpacked(file: Any) -> Any:
+    """What a file holds, by its first bytes: a name may say nothing, or something else."""
+    import bz2
+    import gzip
+
+    begin = file.read(6)
+    file.seek(0)
+    if begin.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if begin.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    if begin.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMAFile(file)
+    if begin.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 2**20)
+    return file
+
+
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     with _open(path) as file:
         try:
             for number, line in enumerate(file, 1):
                 yield number, line
-        except (EOFError, zlib.error, OSError) as error:
+        except _CUT as error:
             raise _not_read(path, number + 1, error) from None
 
 
@@ -121,7 +145,7 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
         while True:
             try:
                 read = file.read(_BLOCK_BYTES)
-            except (EOFError, zlib.error, OSError) as error:
+            except _CUT as error:
                 yield from _last_lines(path, first)
                 raise _not_read(path, first, error) from None
             waiting += read

@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         ["corpus.jsonl, row 4, field 'text'", "empty", "data.on_empty: skip"],
     ),
     "null document": (
-        edit_line("corpus.jsonl", 4, text=None),
+        edit_line("corpus.jsonl", 4, title="", text=None),
         "",
         ["corpus.jsonl, row 4, field 'text'", "null", "data.on_empty: skip"],
     ),
@@ -269,7 +269,7 @@ def test_window_smaller_than_the_negatives_asked_for(fresh: Path) -> None:
 
 
 def test_empty_texts_are_left_out_and_counted(fresh: Path) -> None:
-    edit_line("corpus.jsonl", 1, text=None)(fresh)  # d0, the positive of q0
+    edit_line("corpus.jsonl", 1, title="", text=None)(fresh)  # d0, the positive of q0
     edit_line("corpus.jsonl", 20, title="", text="   ")(fresh)
     edit_line("queries.jsonl", 3, text="")(fresh)
     result = mine(fresh / "config.yaml", ["data.on_empty=skip"])

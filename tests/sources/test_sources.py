@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
-from collections.abc import Iterator
+import lzma
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -404,12 +407,76 @@ def test_invalid_text_inside_parquet() -> None:
         sources.read(data(format="pairs", path="p.parquet"))
 
 
-def test_flagembedding_positives_must_be_lists() -> None:
-    write("f.jsonl", [{"query": "q", "pos": "p"}, {"query": "q", "pos": ["p", 3]}])
-    string, number = (r for r in sources.read(data(format="flagembedding", path="f.jsonl")) if isinstance(r, BadRow))
-    assert "f.jsonl, row 1, field 'pos': expected a list of texts, got a str" in str(string.error)
-    assert 'Write "pos": ["..."]' in str(string.error)
+def test_flagembedding_positives_are_lists_or_one_text() -> None:
+    write(
+        "f.jsonl", [{"query": "q", "pos": "p", "neg": "n"}, {"query": "q", "pos": ["p", 3]}, {"query": "q", "pos": 5}]
+    )
+    records = list(sources.read(data(format="flagembedding", path="f.jsonl")))
+    assert [r.text for r in records if isinstance(r, Document) and r.place.row == 1] == ["p", "n"]
+    number, alone = (r for r in records if isinstance(r, BadRow))
     assert "f.jsonl, row 2, field 'pos': expected a text, got 3" in str(number.error)
+    assert "f.jsonl, row 3, field 'pos': expected a list of texts, got a int" in str(alone.error)
+    assert 'Write "pos": ["..."]' in str(alone.error)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_a_list_is_that_many_positives_of_one_anchor(ending: str) -> None:
+    rows = [{"anchor": "q", "positive": ["one", "two"], "ids": ["1", "2"]}, {"anchor": "r", "positive": [], "ids": []}]
+    if ending == ".jsonl":
+        write("p.jsonl", rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), "p.parquet")
+    found = list(sources.read(data(format="pairs", path=f"p{ending}", columns={"positive_id": "ids"})))
+    assert [record[:2] for record in found if isinstance(record, Document)] == [("1", "one"), ("2", "two")]
+    assert [record[:2] for record in found if isinstance(record, Judgment)] == [("q", "1"), ("q", "2")]
+    write("short.jsonl", [{"anchor": "q", "positive": ["one", "two"], "ids": ["1"]}])
+    (bad,) = sources.read(data(format="pairs", path="short.jsonl", columns={"positive_id": "ids"}))
+    assert isinstance(bad, BadRow) and "field 'ids': 2 positives need a list of as many ids" in str(bad.error)
+
+
+def packed(kind: str, content: bytes) -> bytes:
+    if kind == "zst":
+        stream = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(stream, "zstd") as file:
+            file.write(content)
+        return bytes(stream.getvalue())
+    pack: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return pack[kind](content)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_packed_files_are_read_whatever_their_names_say(kind: str) -> None:
+    folder = Path(beir())
+    plain_records = plain(sources.read(data(path=str(folder))))
+    for path in [*folder.glob("*.jsonl"), *folder.glob("qrels/*.tsv")]:
+        content = packed(kind, path.read_bytes())
+        path.unlink()
+        path.with_name(f"{path.name}.{kind}").write_bytes(content)
+    assert plain(sources.read(data(path=str(folder)))) == plain_records
+    for path in [*folder.glob("*.jsonl.*"), *folder.glob("qrels/*.tsv.*")]:
+        path.rename(path.with_suffix(""))
+    assert plain(sources.read(data(path=str(folder)))) == plain_records
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_a_packed_file_that_was_cut_is_an_error(kind: str) -> None:
+    rows = [{"anchor": f"query {i}", "positive": f"{random.Random(i).random()} {i}"} for i in range(3000)]
+    content = packed(kind, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    Path(f"cut.jsonl.{kind}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"cut.jsonl.{kind}, row \d+: the file cannot be read on"):
+        list(sources.read(data(format="pairs", path=f"cut.jsonl.{kind}")))
+
+
+@pytest.mark.parametrize("rows", [[{"text": None}, {}], [{"text": None}, {"text": "x"}]])
+def test_a_title_alone_makes_a_document(rows: list[dict[str, Any]]) -> None:
+    """As a title with an empty text does; with neither there is none."""
+    sound = {"_id": "s", "title": "sound", "text": "text"}
+    corpus = [sound, *({"_id": f"d{i}", "title": f"title {i}"} | row for i, row in enumerate(rows))]
+    read = list(sources.read(data(path=beir(corpus=[*corpus, {"_id": "n", "title": None, "text": None}]))))
+    texts = [record.text for record in read if isinstance(record, Document)]
+    assert texts == ["sound text", "title 0", f"title 1{' x' if len(rows[1]) else ''}"]
+    (bad,) = (record for record in read if isinstance(record, BadRow))
+    assert bad.id == "n" and "field 'text': the text is null or absent" in str(bad.error)
 
 
 def test_qrels_need_documents_with_ids() -> None:
