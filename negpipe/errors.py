@@ -90,6 +90,13 @@ class RecallError(NegpipeError):
     code = "recall"
 
 
+class RowsError(NegpipeError):
+    """There are fewer rows than `output.min_rows` asks for."""
+
+    exit_code = 1
+    code = "rows"
+
+
 class StorageError(NegpipeError):
     """The file system refused a write: no space, read-only, no permission."""
 
@@ -126,6 +133,7 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
         MissingStageError,
         TaskFailedError,
         RecallError,
+        RowsError,
         StorageError,
         LockedError,
         DamagedError,

@@ -19,6 +19,7 @@ from negpipe.cli.app import (
     typed,
     with_option,
 )
+from negpipe.errors import RowsError
 
 
 def _mine(
@@ -34,6 +35,7 @@ def _mine(
     from negpipe import graph
     from negpipe.cli import console, summary
     from negpipe.config.file import load_config
+    from negpipe.stages.triplets import advice
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
@@ -53,6 +55,13 @@ def _mine(
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
         summary.show_result(result, typed())
+    if "triplets" in result.stats and only in (None, "triplets"):
+        rows, least = result.stats["triplets"]["rows"], settings.output.min_rows
+        if rows < least:
+            raise RowsError(
+                f"{rows:,} rows, output.min_rows asks for {least:,}. {advice(result.stats['triplets'])}, or set"
+                f" output.min_rows={rows}"
+            )
 
 
 @app.command()

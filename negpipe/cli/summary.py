@@ -19,6 +19,7 @@ from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
 from negpipe.stages import STAGES
+from negpipe.stages.triplets import advice, is_short
 from negpipe.store import view
 
 _SAMPLE_TEXTS = 5
@@ -127,15 +128,16 @@ def _show_drops(stats: dict[str, Any]) -> None:
 
 def _show_next(result: Result, typed: str) -> None:
     stats = result.stats["triplets"]
-    too_strict = stats["drops"].get("relative_margin", 0) > stats["candidates"] / 2
-    other = "mining.range_min=10" if too_strict else "mining.relative_margin=0.1"
+    other = "mining.relative_margin=0.1"
     program = _program()
     lines = [
         ("which settings leak least", f"{program} calibrate {typed}"),
         ("how every stage stands", f"{program} status {typed}"),
         ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
     ]
-    if other.partition("=")[0] not in typed:
+    if is_short(stats):
+        lines.insert(0, ("more rows", advice(stats)))
+    elif other.partition("=")[0] not in typed:
         lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} --set {other}"))
     console.out.print("\nNext")
     for what, command in lines:

@@ -32,7 +32,9 @@ class _Model(BaseModel):
 class Table(_Model):
     """Where one table is: a file, a URL or a hub dataset."""
 
-    path: str = Field(description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz or .zst), URL or hub dataset name.")
+    path: str = Field(
+        description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz, .zst), URL or hub dataset name."
+    )
     subset: str | None = Field(None, description="Hub dataset configuration.")
     split: str = Field("train", description="Hub dataset split.")
 
@@ -399,6 +401,9 @@ class Output(_Model):
     extra_columns: tuple[str, ...] | None = Field(None, description="Which of data.extra rows have; null: all of them.")
     rows_per_file: int | None = Field(
         None, ge=1, description="Rows a Parquet file, the last of a part may have fewer; null: one file a part."
+    )
+    min_rows: int = Field(
+        1, ge=0, description="Fewer rows end `mine` and `triplets` with exit code 1; they are complete all the same."
     )
     report: bool = Field(True, description="Make RUN_DIR/report.html at the end of `mine`; changes no row.")
 

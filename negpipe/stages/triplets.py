@@ -59,7 +59,7 @@ def _settings(config: Config) -> dict[str, Any]:
     values["search.depth"] = config.depth  # of candidates that were stored deeper, no more are looked at
     if not config.data.add_positives:  # deeper and random ones come from the others
         values["data.add_positives"] = False
-    output = config.output.model_dump(mode="json", exclude={"report"})
+    output = config.output.model_dump(mode="json", exclude={"report", "min_rows"})
     return values | {f"output.{name}": value for name, value in output.items()}
 
 
@@ -337,6 +337,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
         "rows": sum(part.rows for part in parts),
         "candidates": candidates_seen,
         "negatives": taken - own_positives,
+        "wanted": sum(part.meta["units"] for part in parts) * context.config.mining.wanted,
         "own_positives": own_positives,
         "random_negatives": random,
         "searched_deeper": searched_deeper,
@@ -352,10 +353,35 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    if not stats["rows"]:
+    made, wanted = stats["negatives"] + stats["random_negatives"], stats.get("wanted", 0)
+    if is_short(stats):
         drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
-        yield logging.WARNING, f"not one row could be made, candidates were dropped: {drops or 'there were none'}"
+        what = f"{made:,} of {wanted:,} negatives asked for" if stats["rows"] else "not one row could be made"
+        yield logging.WARNING, f"{what}; candidates were dropped: {drops or 'there were none'}. {advice(stats)}"
     yield from approximate.remarks(stats)
+
+
+_ADVICE = {
+    "relative_margin": "Set a smaller mining.relative_margin, or null",
+    "absolute_margin": "Set a smaller mining.absolute_margin, or null",
+    "max_score": "Set a higher mining.max_score",
+    "min_score": "Set a lower mining.min_score",
+    "before_window": "Set a smaller mining.range_min",
+    "after_window": "Set a larger mining.range_max",
+    "shortage": "Set mining.on_shortage: keep",
+    "near_duplicate": "Set a higher mining.near_duplicate, or search deeper (search.depth)",
+}
+
+
+def is_short(stats: Mapping[str, Any]) -> bool:
+    """Whether there is no row, or less than half of the negatives that were asked for."""
+    return not stats["rows"] or stats["negatives"] + stats["random_negatives"] < stats.get("wanted", 0) / 2
+
+
+def advice(stats: Mapping[str, Any]) -> str:
+    """What gives more rows: it depends on the rule that dropped most."""
+    most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
+    return _ADVICE.get(most, "Search deeper: set a larger search.depth")
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

@@ -76,6 +76,11 @@ def recall(folder: Path) -> Iterator[Arguments]:
     yield ["mine", *(word for setting in kind for word in ("--set", setting))]
 
 
+def rows(folder: Path) -> Iterator[Arguments]:
+    yield ["mine", "--set", "mining.max_score=-1"]
+    yield ["mine", "--set", "mining.max_score=-1"]  # also where nothing is to be done
+
+
 def task_failed(folder: Path) -> Iterator[Arguments]:
     """Every worker is killed as it starts."""
     (folder / "sitecustomize.py").write_text("import os\n\nos.kill(os.getpid(), 9)\n", encoding="utf-8")
@@ -109,6 +114,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "damaged": (damaged, 5, ["files in", "are damaged", "--repair"]),
     "failed": (failed_audit, 1, ["the audit of", "failed: shortage"]),
     "recall": (recall, 1, ["does not surely reach index.min_recall 1.0", "nprobe 1: recall 0.", "index.kind: stream"]),
+    "rows": (rows, 1, ["0 rows, output.min_rows asks for 1", "mining.max_score", "output.min_rows=0"]),
     "task-failed": (task_failed, 1, ["encode: the worker for part", "died 3 times", "signal SIGKILL", "Its log, "]),
     "usage": (usage, 2, ["No such option"]),
     "unexpected": (unexpected, 1, ["unexpected ZeroDivisionError", "This is a bug", "--debug"]),

@@ -1,0 +1,51 @@
+"""No rows, or few, are not "done": the rule that dropped most is named, and what gives more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small_source as small
+
+from negpipe import graph
+from negpipe.config.file import load_config
+
+RULES = {
+    "relative_margin": (["mining.relative_margin=99"], "a smaller mining.relative_margin"),
+    "absolute_margin": (["mining.absolute_margin=9"], "a smaller mining.absolute_margin"),
+    "max_score": (["mining.max_score=-9"], "a higher mining.max_score"),
+    "min_score": (["mining.min_score=9"], "a lower mining.min_score"),
+    "before_window": (["mining.range_min=39", "mining.range_max=60"], "a smaller mining.range_min"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_that_dropped_most_is_named_with_what_helps(
+    rule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.build(tmp_path)
+    overrides, helps = RULES[rule]
+    graph.mine(load_config(small.settings(tmp_path), ["mining.max_depth=0", *overrides]))
+    (warning,) = [record.message for record in caplog.records if "candidates were dropped" in record.message]
+    assert f"dropped: {rule.replace('_', ' ')}" in warning and helps in warning
+
+
+def test_enough_rows_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small.build(tmp_path)
+    result = graph.mine(load_config(small.settings(tmp_path), ["mining.relative_margin=null"]))
+    assert result.stats["triplets"]["negatives"] == result.stats["triplets"]["wanted"]
+    assert "candidates were dropped" not in caplog.text
+
+
+def test_fewer_rows_than_asked_for_are_a_failure_that_repeats_nothing(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    config = small.write_config(tmp_path)
+    most = graph.mine(load_config(str(config))).stats["triplets"]["rows"]
+    for least, code in ((most, 0), (most + 1, 1), (0, 0)):
+        done = small.run("mine", config, "--set", f"output.min_rows={least}")
+        assert done.code == code
+        assert "triplets: up to date" in done.err  # it is no part of what rows are
+    assert (
+        f"{most} rows, output.min_rows asks for {most + 1}"
+        in small.run("triplets", config, "--set", f"output.min_rows={most + 1}").err
+    )
