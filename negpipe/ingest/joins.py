@@ -6,6 +6,7 @@ multiplies: one side of each has a key at most once, so time grows with the rows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,16 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
         assert row is not None
         what, which = ("query", row[0]) if row[4] else ("document", row[1])
+        remedy = f"Add the {what}, or set data.on_unknown_id: skip to leave such judgments out"
+        if re.fullmatch(r"\d+\.0", which):
+            remedy = (
+                f"It looks like a float that pandas made of an id: read and write ids as texts (dtype=str). {remedy}"
+            )
         error = InputError(
             f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in all)",
             file=row[2],
             row=row[3],
-            remedy=f"Add the {what}, or set data.on_unknown_id: skip to leave such judgments out",
+            remedy=remedy,
         )
         raise too_many(error, config.data.max_bad_rows)
     database.execute(f"""

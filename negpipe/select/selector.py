@@ -278,6 +278,7 @@ class Selector:
         else:
             dropped = dropped[:, :depth].copy()
         uniform = self._uniform(anchors, rows)
+        own: Mask | None = None
         if self._config.output.include_positives:
             # Positives of other splits, and copies of a positive, would still be false negatives.
             own = rules.contains(rows, found.positives, found.offsets)
@@ -292,6 +293,8 @@ class Selector:
                 at = anchor[some]
                 block = rows[at], scores[at], reference[some]
                 codes = self.filters.of_scores(anchors, at, *block, dropped[some])
+                if own is not None:  # what is asked for is not cut off
+                    codes[own[at]] = Fate.TAKEN
                 numbers = None if uniform is None else uniform[at]
                 fates[some] = rules.select(*block, codes, numbers, self.rules)
 
@@ -301,7 +304,7 @@ class Selector:
             if self.rules.sampling_strategy != "top":
                 matters.append(Fate.NOT_SAMPLED)
             waiting = np.ones(fates.shape, np.bool_)
-            if self._config.output.include_positives:
+            if own is not None:
                 waiting &= ~own[anchor]
             # Who comes in for one that is dropped may have to be dropped too; the others are never asked about.
             while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):

@@ -31,7 +31,7 @@ from negpipe.sources.records import (
     RowError,
     raw_of,
 )
-from negpipe.sources.tables import Chunks, all_splits, chunks
+from negpipe.sources.tables import Chunks, all_splits, chunks, judgments
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
 _BuildAll: TypeAlias = Callable[[Columns], RecordColumns | None]
@@ -208,13 +208,13 @@ def _judged(data: schema.Data, template: Template) -> list[_Reader]:
         if table.split is None and locate(table.path) in ("hub", "folder"):
             by_split |= all_splits(table, wanted)
         else:
-            by_split[table.split if data.format == "beir" and table.split else data.split] = chunks(table, wanted)
+            by_split[table.split if data.format == "beir" and table.split else data.split] = judgments(table, wanted)
     if data.split not in by_split:
         raise _no_split(judged[0].path, data.split, list(by_split))
     return [
         _documents(corpus, data, template, pool=False),
         _queries(queries, data),
-        *(_judgments(judgments, split, names) for split, judgments in by_split.items()),
+        *(_judgments(rows_of, split, names) for split, rows_of in by_split.items()),
     ]
 
 
@@ -278,7 +278,7 @@ def _queries(table: Table, data: schema.Data) -> _Reader:
     return _Reader(chunks(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, build_all, of_query=True)
 
 
-def _judgments(judgments: Chunks, split: str, names: schema.Columns) -> _Reader:
+def _judgments(judged: Chunks, split: str, names: schema.Columns) -> _Reader:
     def build(place: Place, values: Sequence[Any]) -> Sequence[Record]:
         query = id_of(values[0], place, names.qrels_query_id)
         document = id_of(values[1], place, names.qrels_corpus_id)
@@ -293,7 +293,7 @@ def _judgments(judgments: Chunks, split: str, names: schema.Columns) -> _Reader:
             judgments=Judgments(queries, documents, grades, split, columns.file, columns.rows, False, False)
         )
 
-    return _Reader(judgments, build, build_all)
+    return _Reader(judged, build, build_all)
 
 
 def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:

@@ -69,6 +69,36 @@ def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
     yield from _READERS[extension](table.path, columns)
 
 
+def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
+    """The rows of a table of relevance judgments, which may be as TREC writes them: query, 0, document, grade."""
+    if locate(table.path) == "file" and _is_trec(table.path):
+        _log.info("reading %s, relevance judgments as TREC writes them", table.path)
+        return _trec(table.path, columns)
+    return chunks(table, columns)
+
+
+def _is_trec(path: str) -> bool:
+    with _open(path) as file:
+        try:
+            begin: list[bytes] = file.read(_BLOCK_BYTES).split(b"\n", 1)[0].split()
+        except _CUT:
+            return False
+    return len(begin) == 4 and begin[1] in (b"0", b"Q0")
+
+
+def _trec(path: str, columns: Sequence[Column]) -> Chunks:
+    query, document, grade = (column.name for column in columns)
+    gathered: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(_decoded(path), 1):
+        if fields := line.split():
+            gathered.append((number, fields))
+        if len(gathered) == _ROWS:
+            yield FieldsChunk(path, gathered, [query, "", document, grade], columns)
+            gathered = []
+    if gathered:
+        yield FieldsChunk(path, gathered, [query, "", document, grade], columns)
+
+
 def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
     """The rows of every split of a dataset, by split."""
     splits = hub.load(table.path, table.subset, table.revision)
@@ -214,12 +244,6 @@ def _tsv(path: str, columns: Sequence[Column]) -> Chunks:
 
 def _header_hint(header: list[str], delimiter: str) -> str:
     name = {",": "commas", "\t": "tabs"}[delimiter]
-    parts = delimiter.join(header).split()
-    if len(parts) == 4 and parts[1] in ("0", "Q0"):
-        return (
-            "This looks like TREC qrels: put the header query-id, corpus-id, score in front, drop the second column"
-            f" and separate by {name}"
-        )
     if len(header) == 1 and any(sign in header[0] for sign in "\t,; "):
         return f"The fields are not separated by {name}: write them so, or use the file's right extension"
     if header[-1].replace(".", "").isdecimal():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import small_source as small
 
 from negpipe import graph
 from negpipe.config.file import load_config
+from negpipe.errors import InputError
 
 RULES = {
     "relative_margin": (["mining.relative_margin=99"], "a smaller mining.relative_margin"),
@@ -28,6 +30,26 @@ def test_the_rule_that_dropped_most_is_named_with_what_helps(
     graph.mine(load_config(small.settings(tmp_path), ["mining.max_depth=0", *overrides]))
     (warning,) = [record.message for record in caplog.records if "candidates were dropped" in record.message]
     assert f"dropped: {rule.replace('_', ' ')}" in warning and helps in warning
+
+
+def test_positives_that_were_asked_for_are_not_cut_off(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    overrides = [
+        "output.format=n-tuple",
+        "output.include_positives=true",
+        "mining.num_negatives=1",
+        "mining.min_score=9",
+    ]
+    result = graph.mine(load_config(small.settings(tmp_path), overrides))
+    rows = pq.read_table(result.triplets).to_pylist()
+    assert rows and all(row["negative_1_id"] == row["positive_id"] for row in rows)
+
+
+def test_ids_that_went_through_pandas_get_the_hint(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    small.write_qrels(tmp_path / "data/qrels/train.tsv", [("1.0", "d1", 1)])
+    with pytest.raises(InputError, match=r"unknown query id '1\.0'.*dtype=str"):
+        graph.mine(load_config(small.settings(tmp_path)), only="ingest")
 
 
 def test_enough_rows_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

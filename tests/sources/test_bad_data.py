@@ -313,7 +313,6 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
     "tsv: separated by commas": ("beir", put("qrels/train.tsv", b"query-id,corpus-id,score"), 1, ["separated by tabs"]),
     "tsv: separated by spaces": ("beir", put("qrels/train.tsv", b"query-id corpus-id score"), 1, ["separated by tabs"]),
     "tsv: no header": ("beir", put("qrels/train.tsv", b"q0\td0\t1"), 1, ["no such column", "no header"]),
-    "tsv: TREC's": ("beir", put("qrels/train.tsv", b"q0 0 d0 1"), 1, ["TREC qrels"]),
     "csv: no header": ("csv", put("qrels.csv", b"q0,d0,1"), 1, ["no such column", "no header"]),
     "csv: a column twice": ("csv", put("qrels.csv", b"query-id,corpus-id,corpus-id"), 1, ["two columns", "Rename"]),
     "jsonl: other names": ("jsonl", named("_id", "id", "queries.jsonl"), 1, ["field '_id'", "data.columns.query_id"]),

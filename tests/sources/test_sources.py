@@ -339,7 +339,6 @@ def test_an_empty_text_keeps_its_id_and_its_side() -> None:
 
 
 NO_HEADER = {"qrels": "q1\td1\t1\n"}
-TREC = {"qrels": "q1 0 d1 1\n"}
 COMMAS = {"qrels": QRELS.replace("\t", ",")}
 QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
 
@@ -348,7 +347,6 @@ QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
     ("parts", "message"),
     [
         (NO_HEADER, r"train.tsv, row 1, field 'query-id': there is no such column.*no header"),
-        (TREC, r"train.tsv, row 1, field 'query-id': .*TREC qrels: put the header"),
         (COMMAS, r"train.tsv, row 1, field 'query-id': .*not separated by tabs"),
         (QUOTES, r"train.tsv, row 3: broken quoting"),
         ({"qrels": ""}, r"train.tsv, row 1: the file is empty"),
@@ -432,6 +430,22 @@ def test_a_list_is_that_many_positives_of_one_anchor(ending: str) -> None:
     write("short.jsonl", [{"anchor": "q", "positive": ["one", "two"], "ids": ["1"]}])
     (bad,) = sources.read(data(format="pairs", path="short.jsonl", columns={"positive_id": "ids"}))
     assert isinstance(bad, BadRow) and "field 'ids': 2 positives need a list of as many ids" in str(bad.error)
+
+
+@pytest.mark.parametrize("sign", [" ", "\t", "   "])
+@pytest.mark.parametrize("name", ["qrels.txt", "qrels.tsv", "qrels", "qrels.trec.gz"])
+def test_judgments_as_trec_writes_them_are_read_as_they_are(name: str, sign: str) -> None:
+    write("corpus.jsonl", [{"_id": "0007", "title": "", "text": "one"}])
+    write("queries.jsonl", [{"_id": "0001", "text": "which?"}])
+    lines = [sign.join(row) for row in (("0001", "0", "0007", "2"), ("0001", "0", "0008", "0"), ("0001", "0", "9"))]
+    content = ("\r\n".join(lines) + "\n").encode()
+    Path(name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    source = data(format="columns", corpus="corpus.jsonl", queries="queries.jsonl", qrels=name)
+    read = list(sources.read(source))
+    judged = [record[:3] for record in read if isinstance(record, Judgment)]
+    assert judged == [("0001", "0007", 2.0), ("0001", "0008", 0.0)]
+    (bad,) = (record for record in read if isinstance(record, BadRow))
+    assert f"{name}, row 3: 3 fields, but the header names 4" in str(bad.error)
 
 
 def packed(kind: str, content: bytes) -> bytes:
