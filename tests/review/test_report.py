@@ -267,7 +267,7 @@ def test_fewer_anchors_are_looked_at_where_there_are_many(folder: Path) -> None:
     [
         ["output.format=n-tuple", "output.include_positives=true"],
         ["output.format=labeled-list", "output.ids=false", "mining.margin_reference=each", "mining.num_random=2"],
-        ["mining.min_score=99"],
+        ["mining.min_score=99", "output.min_rows=0"],
         ["index.kind=IVF2,Flat", "index.min_recall=0.5", "search.depth=16", "mining.range_max=10"],
     ],
 )
