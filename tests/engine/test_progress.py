@@ -56,10 +56,10 @@ def test_a_terminal_shows_a_bar_with_the_same(tiny: Path, tmp_path: Path, monkey
 def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOG_SECONDS", 0)
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 10)
-    scarce = ("search.depth=10", "mining.max_score=-9", "mining.max_depth=40", "data.part_rows=99")
+    scarce = ("search.depth=10", "mining.max_score=-9", "mining.max_depth=40", "data.part_rows=99", "output.min_rows=0")
     overrides = [part for setting in scarce for part in ("--set", setting)]
     outcome = small.run("mine", small.build(tmp_path), *overrides)
     assert outcome.code == 0, outcome.err
-    assert "not one row could be made, candidates were dropped: max score" in " ".join(outcome.err.split())
+    assert "not one row could be made; candidates were dropped: max score" in " ".join(outcome.err.split())
     said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
     assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
