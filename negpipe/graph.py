@@ -41,7 +41,8 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
         )
     if config.mining.score != DENSE and config.mining.draws:
         raise ConfigError(
-            f"mining.score: random negatives have no {config.mining.score} score: set mining.num_random: 0"
+            f"mining.score: random negatives have no {config.mining.score} score: set mining.num_random: 0, and not"
+            " mining.on_shortage: random"
         )
     return pipeline.mine(config, stages(rescore), **options)
 

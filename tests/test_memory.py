@@ -147,7 +147,7 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
     # Exports choose by the same code, and say the same.
     less = ("--set", "resources.memory_budget=64MiB")
     outcome = small.run("export", tmp_path / "mined.yaml", "--to", "jsonl", "--out", tmp_path / "out", *less)
-    assert outcome.code == 2 and "choosing from 9,000 candidates an anchor" in outcome.err
+    assert outcome.code == 2 and "choosing from 9,000 candidates per anchor" in outcome.err
 
 
 EVERY = (["ingest"], ["encode"], ["index"], ["search"], ["triplets"], ["export", "--to", "flagembedding"])

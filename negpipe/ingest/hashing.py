@@ -10,10 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +30,37 @@ def hashed(texts: pa.Array) -> pa.RecordBatch:
     return pa.record_batch([pa.array(column) for column in columns], schema=_HASHES)
 
 
+class _Process:
+    """One beside this, that is asked for one column at a time."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "negpipe.ingest.hashing"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._asked = pa.ipc.new_stream(pa.PythonFile(self.process.stdin, "w"), _TEXTS)
+        self._answers: pa.RecordBatchReader | None = None
+
+    def hashed(self, texts: pa.Array) -> pa.RecordBatch:
+        """Raises OSError, ArrowException or StopIteration: it is gone."""
+        assert self.process.stdin is not None
+        try:
+            self._asked.write_batch(pa.record_batch([texts.cast(pa.large_string())], schema=_TEXTS))
+            self.process.stdin.flush()
+            if self._answers is None:  # what it writes begins with its first answer
+                self._answers = pa.ipc.open_stream(pa.PythonFile(self.process.stdout, "r"))
+            return self._answers.read_next_batch()
+        except BaseException:  # nothing it still says is an answer to what comes next
+            self.process.kill()
+            raise
+
+
 class Hasher:
     """Digests of many texts, some of which are made ahead."""
 
-    def __init__(self, processes: int) -> None:
-        self._beside = processes > 1
-        self._pool = ThreadPoolExecutor(processes)
+    def __init__(self, threads: int) -> None:
+        self._pool, self._beside = ThreadPoolExecutor(threads), threads > 1
         self._seen = 0
         self._local = threading.local()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, texts: pa.Array) -> Future[pa.RecordBatch]:
         """`hashed`, once it is there."""
@@ -50,50 +70,19 @@ class Hasher:
     def close(self) -> None:
         """End the processes."""
         self._pool.shutdown(cancel_futures=True)
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.wait()
 
     def _asked(self, texts: pa.Array) -> pa.RecordBatch:
-        with suppress(OSError, pa.ArrowException, StopIteration):  # a process that was killed: it is done here
-            process, out, answers = self._streams()
-            try:
-                out.write_batch(pa.record_batch([texts.cast(pa.large_string())], schema=_TEXTS))
-                process.stdin.flush()
-                batch: pa.RecordBatch = answers().read_next_batch()
-                if len(batch) == len(texts):
-                    return batch
-            except BaseException:  # nothing it still says is an answer to what comes next
-                process.kill()
-                raise
+        """By this thread's process."""
+        with suppress(OSError, pa.ArrowException, StopIteration):  # one that was killed: it is done here
+            if not hasattr(self._local, "process"):
+                self._local.process = _Process()
+                self.processes.append(self._local.process.process)
+            batch: pa.RecordBatch = self._local.process.hashed(texts)
+            return batch
         return hashed(texts)
-
-    def _streams(self) -> Any:
-        """Of this thread's process."""
-        if not hasattr(self._local, "streams"):
-            command = [sys.executable, "-m", "negpipe.ingest.hashing"]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._processes.append(process)
-            out = pa.ipc.new_stream(pa.PythonFile(process.stdin, "w"), _TEXTS)
-            opened: list[pa.RecordBatchReader] = []
-
-            def answers() -> pa.RecordBatchReader:
-                if not opened:  # what it writes begins with its first answer
-                    opened.append(pa.ipc.open_stream(pa.PythonFile(process.stdout, "r")))
-                return opened[0]
-
-            self._local.streams = process, out, answers
-        return self._local.streams
-
-
-@contextmanager
-def hasher(processes: int) -> Iterator[Hasher]:
-    """A `Hasher`, closed at the end."""
-    made = Hasher(processes)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def main() -> None:

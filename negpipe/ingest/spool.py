@@ -11,7 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -28,7 +28,7 @@ from negpipe.data.tables import EXTRA, open_table, write
 from negpipe.data.texts import ids_of, text_id
 from negpipe.errors import DamagedError, VanishedError
 from negpipe.ingest import rejected
-from negpipe.ingest.hashing import Hasher, hashed, hasher
+from negpipe.ingest.hashing import Hasher, hashed
 from negpipe.store.files import publish, remove, write_json
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def read(config: Config, spool: Spool, threads: int) -> None:
                 spool.drop()
                 raise VanishedError("the source has less than was read of it before: run the same command again")
             piece.skip()
-    with ThreadPoolExecutor(1) as writing, hasher(threads) as hashes:
+    with ThreadPoolExecutor(1) as writing, closing(Hasher(threads)) as hashes:
         written: Future[None] | None = None
         for batch in _batches(config, pieces, spool.totals, hashes):
             if written:
@@ -291,10 +291,12 @@ class _Batch:
         skipped: list[sources.BadRow] = []
         for record in records:
             if isinstance(record, sources.Document):
-                row = int(self._next("document", 1)[0]) if record.in_corpus else -1
+                row = self.totals["document"] if record.in_corpus else -1
+                self.totals["document"] += record.in_corpus
                 documents["corpus" if record.in_corpus else "added"].append((row, record))
             elif isinstance(record, sources.Query):
-                queries.append((int(self._next("query", 1)[0]), record))
+                queries.append((self.totals["query"], record))
+                self.totals["query"] += 1
             elif isinstance(record, sources.Judgment):
                 judgments.append(record)
             else:
@@ -302,9 +304,9 @@ class _Batch:
                 skipped.append(record)
         for kind, numbered in documents.items():
             if numbered:
-                self._add_documents(kind, *_in_columns(sources.Documents, numbered, self._config.data.extra.corpus))
+                self._add_documents(kind, *_in_columns(numbered, self._config.data.extra.corpus))
         if queries:
-            self._add_queries(*_in_columns(sources.Queries, queries, self._config.data.extra.queries))
+            self._add_queries(*_in_columns(queries, self._config.data.extra.queries))
         if judgments:
             self._add_judgments(
                 sources.Judgments(
@@ -351,7 +353,7 @@ class _Batch:
         }
         self._add("skipped", _TABLES["skipped"], columns)
 
-    def _add_documents(self, kind: str, documents: sources.Documents, rows: Ints, hashes: Any = None) -> pa.Array:
+    def _add_documents(self, kind: str, documents: sources.TextColumns, rows: Ints, hashes: Any = None) -> pa.Array:
         """Add documents of these rows of the source; returns their ids."""
         names = ["text", *extra_columns(self._config.data.extra.corpus)]
         nothing = [pa.nulls(len(rows))] * (len(names) - 1)
@@ -365,7 +367,7 @@ class _Batch:
         self._add(kind, schema, columns, _length(documents))
         return of_text["id"]
 
-    def _add_queries(self, queries: sources.Queries, rows: Ints, hashes: Any = None) -> pa.Array:
+    def _add_queries(self, queries: sources.TextColumns, rows: Ints, hashes: Any = None) -> pa.Array:
         """Add queries of these rows of the source; returns their ids."""
         of_text = _of_texts(queries, hashes)
         more = [column.to_pylist() for column in queries.extra]
@@ -382,7 +384,7 @@ class _Batch:
         self._add("judgments", _TABLES["judgments"], columns)
 
 
-def _in_columns(kind: Any, numbered: Sequence[tuple[int, Any]], extra: tuple[str, ...]) -> tuple[Any, Ints]:
+def _in_columns(numbered: Sequence[tuple[int, Any]], extra: tuple[str, ...]) -> tuple[sources.TextColumns, Ints]:
     """Documents or queries of one file in columns, and their rows in the source."""
     rows, records = zip(*numbered, strict=True)
     ids = _by_id([(one.text if one.id is None else one.id, one.id is None) for one in records])
@@ -391,7 +393,7 @@ def _in_columns(kind: Any, numbered: Sequence[tuple[int, Any]], extra: tuple[str
     more = [pa.array(column, pa.string()) for column in columns]
     places = np.array([one.place.row for one in records])
     texts = pa.array([one.text for one in records], pa.large_string())
-    return kind(ids, texts, more, records[0].place.file, places), np.array(rows)
+    return sources.TextColumns(ids, texts, more, records[0].place.file, places), np.array(rows)
 
 
 def _by_id(names: list[tuple[str, bool]]) -> pa.Array:
@@ -403,7 +405,7 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-def _of_texts(texts: sources.Documents | sources.Queries, hashes: pa.RecordBatch | None) -> dict[str, Any]:
+def _of_texts(texts: sources.TextColumns, hashes: pa.RecordBatch | None) -> dict[str, Any]:
     hashes = hashes or hashed(texts.texts)
     ids = texts.ids
     if ids is None:
@@ -416,7 +418,7 @@ def _of_texts(texts: sources.Documents | sources.Queries, hashes: pa.RecordBatch
     }
 
 
-def _length(texts: sources.Documents | sources.Queries) -> int:
+def _length(texts: sources.TextColumns) -> int:
     """Bytes of texts and extra columns."""
     return sum(array.nbytes for array in (texts.texts, *texts.extra))
 

@@ -64,7 +64,7 @@ class Grid:
         spared: (n, k) which documents are no positive of a namesake, whatever is known; None: none.
     """
 
-    source: Lookup
+    lookup: Lookup
     anchors: pa.Table
     anchor: Ints
     rows: Ints
@@ -80,7 +80,7 @@ class Grid:
     @cached_property
     def normalized(self) -> Hashes:
         """(n, k) hashes of the documents' normalised texts."""
-        return self.source.corpus.numbers("normalized", np.maximum(self.rows, 0))
+        return self.lookup.corpus.numbers("normalized", np.maximum(self.rows, 0))
 
     @cached_property
     def texts(self) -> Hashes:
@@ -90,7 +90,7 @@ class Grid:
 
 
 Masking = Callable[[Grid], Mask]
-"""(n, k): which documents of a block are dropped."""
+"""(n, k): which documents of a grid are dropped."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,19 @@ class Filter:
 
     Attributes:
         name: the reason, as the ledger and `explain` name it.
-        opened: its mask over a block; None where the config does not ask for it.
+        opened: its mask over a grid; None where the config does not ask for it.
         explain: (settings, the candidate's score, the reference) → why, in words and numbers.
         sees: documents: what an anchor and a document are; drawn documents pass through it too. scores: the scores of a
             unit as well. pairs: like documents, but takes so long that it is asked last, and only of those that pass
             everything else and matter to the choice.
+        helps: what a user sets to have it drop fewer.
     """
 
     name: str
     opened: Callable[[Lookup], Masking | None]
     explain: Callable[[Mining, float, float], str]
     sees: Literal["documents", "scores", "pairs"] = "documents"
+    helps: str = ""
 
 
 def _says(text: str) -> Callable[[Mining, float, float], str]:
@@ -117,51 +119,51 @@ def _says(text: str) -> Callable[[Mining, float, float], str]:
 
 
 def _positive(by_id: bool) -> Callable[[Lookup], Masking | None]:
-    def opened(source: Lookup) -> Masking | None:
+    def opened(lookup: Lookup) -> Masking | None:
         # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
-        return mask if {"positive_id", "positive_text"} & set(source.mining.exclude) else None
+        return mask if {"positive_id", "positive_text"} & set(lookup.mining.exclude) else None
 
-    def mask(block: Grid) -> Mask:
-        (known, offsets), (judged, _) = block.known, ragged(block.anchors["known_by_id"])
+    def mask(grid: Grid) -> Mask:
+        (known, offsets), (judged, _) = grid.known, ragged(grid.anchors["known_by_id"])
         kept = judged if by_id else ~judged
         ends: Ints = np.concatenate([[0], np.cumsum(kept)])[offsets].astype(np.int64)
-        return rules.contains(block.rows, known[kept], ends, block.anchor)
+        return rules.contains(grid.rows, known[kept], ends, grid.anchor)
 
     return opened
 
 
-def _positive_normalized(source: Lookup) -> Masking | None:
-    def mask(block: Grid) -> Mask:
-        known, offsets = block.known
-        return rules.contains(block.normalized, source.corpus.numbers("normalized", known), offsets, block.anchor)
+def _positive_normalized(lookup: Lookup) -> Masking | None:
+    def mask(grid: Grid) -> Mask:
+        known, offsets = grid.known
+        return rules.contains(grid.normalized, lookup.corpus.numbers("normalized", known), offsets, grid.anchor)
 
-    return mask if "positive_normalized" in source.mining.exclude else None
+    return mask if "positive_normalized" in lookup.mining.exclude else None
 
 
-def _shared_anchor(source: Lookup) -> Masking | None:
-    def mask(block: Grid) -> Mask:
-        texts, lists = np.unique(block.texts, return_inverse=True)
-        shared, offsets = source.namesakes.of(texts)
-        found = rules.contains(block.rows, shared, offsets, lists)
-        if "positive_normalized" in source.mining.exclude:
-            found |= rules.contains(block.normalized, source.corpus.numbers("normalized", shared), offsets, lists)
+def _shared_anchor(lookup: Lookup) -> Masking | None:
+    def mask(grid: Grid) -> Mask:
+        texts, lists = np.unique(grid.texts, return_inverse=True)
+        shared, offsets = lookup.namesakes.of(texts)
+        found = rules.contains(grid.rows, shared, offsets, lists)
+        if "positive_normalized" in lookup.mining.exclude:
+            found |= rules.contains(grid.normalized, lookup.corpus.numbers("normalized", shared), offsets, lists)
         if found.any():
             # Its own positives are among what its text has, and barred by other reasons or not at all.
-            found &= ~rules.contains(block.rows, *block.known, block.anchor)
-        return found if block.spared is None else found & ~block.spared
+            found &= ~rules.contains(grid.rows, *grid.known, grid.anchor)
+        return found if grid.spared is None else found & ~grid.spared
 
-    return mask if "shared_anchor" in source.mining.exclude else None
+    return mask if "shared_anchor" in lookup.mining.exclude else None
 
 
-def _anchor_text(source: Lookup) -> Masking | None:
-    if "anchor_text" not in source.mining.exclude:
+def _anchor_text(lookup: Lookup) -> Masking | None:
+    if "anchor_text" not in lookup.mining.exclude:
         return None
-    return lambda block: block.normalized == block.texts[:, None]
+    return lambda grid: grid.normalized == grid.texts[:, None]
 
 
-def _anchor_id(source: Lookup) -> Masking | None:
+def _anchor_id(lookup: Lookup) -> Masking | None:
     """Sets in which the query is itself a document: of two separate numberings, equal ids say nothing."""
-    if source.mining.anchor_id == "never":
+    if lookup.mining.anchor_id == "never":
         return None
 
     def mask(grid: Grid) -> Mask:
@@ -169,10 +171,10 @@ def _anchor_id(source: Lookup) -> Masking | None:
         found &= grid.rows >= 0
         if found.any():
             found &= ~rules.contains(grid.rows, *grid.known, grid.anchor)
-        if source.mining.anchor_id == "contained":
+        if lookup.mining.anchor_id == "contained":
             line, column = np.nonzero(found)
             asked = grid.anchors["text"].take(pa.array(grid.anchor[line])).to_pylist()
-            documents = source.corpus.strings("text", grid.rows[line, column]).to_pylist()
+            documents = lookup.corpus.strings("text", grid.rows[line, column]).to_pylist()
             pairs = ((normalize(one), normalize(other)) for one, other in zip(asked, documents, strict=True))
             found[line, column] = [bool(one and other) and (one in other or other in one) for one, other in pairs]
         return found
@@ -180,29 +182,29 @@ def _anchor_id(source: Lookup) -> Masking | None:
     return mask
 
 
-def _excluded_file(source: Lookup) -> Masking | None:
-    if source.mining.exclude_file is None:
+def _excluded_file(lookup: Lookup) -> Masking | None:
+    if lookup.mining.exclude_file is None:
         return None
-    named = verdicts.resolve(verdicts.read(Path(source.mining.exclude_file)), source.corpus)
+    named = verdicts.resolve(verdicts.read(Path(lookup.mining.exclude_file)), lookup.corpus)
 
-    def mask(block: Grid) -> Mask:
-        lists = [named.get(identity, []) for identity in block.anchors["id"].to_pylist()]
+    def mask(grid: Grid) -> Mask:
+        lists = [named.get(identity, []) for identity in grid.anchors["id"].to_pylist()]
         offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in lists])]).astype(np.int64)
         return rules.contains(
-            block.rows, np.array([row for rows in lists for row in rows], np.int64), offsets, block.anchor
+            grid.rows, np.array([row for rows in lists for row in rows], np.int64), offsets, grid.anchor
         )
 
     return mask if named else None
 
 
-def _near_duplicate(source: Lookup) -> Masking | None:
-    finder = source.duplicates
+def _near_duplicate(lookup: Lookup) -> Masking | None:
+    finder = lookup.duplicates
     if finder is None:
         return None
 
-    def mask(block: Grid) -> Mask:
-        owner = np.repeat(block.anchor, block.rows.shape[1])
-        return finder.find(block.rows.ravel(), owner, *block.known).reshape(block.rows.shape)
+    def mask(grid: Grid) -> Mask:
+        owner = np.repeat(grid.anchor, grid.rows.shape[1])
+        return finder.find(grid.rows.ravel(), owner, *grid.known).reshape(grid.rows.shape)
 
     return mask
 
@@ -210,9 +212,9 @@ def _near_duplicate(source: Lookup) -> Masking | None:
 def _cutoff(setting: str, mask: Callable[[Mining, float, Floats, Floats], Mask]) -> Callable[[Lookup], Masking | None]:
     """A filter with a number: (settings, number, scores, references as a column) → mask, in float32."""
 
-    def opened(source: Lookup) -> Masking | None:
-        mining, limit = source.mining, getattr(source.mining, setting)
-        return None if limit is None else lambda block: mask(mining, limit, block.scores, block.references[:, None])
+    def opened(lookup: Lookup) -> Masking | None:
+        mining, limit = lookup.mining, getattr(lookup.mining, setting)
+        return None if limit is None else lambda grid: mask(mining, limit, grid.scores, grid.references[:, None])
 
     return opened
 
@@ -236,7 +238,7 @@ _relative_margin = _cutoff(
 
 
 def _invalid_score(_: Lookup) -> Masking:
-    return lambda block: ~np.isfinite(block.scores)
+    return lambda grid: ~np.isfinite(grid.scores)
 
 
 def _compared(score: float, over: bool, strict: bool, limit: float, detail: str, setting: str) -> str:
@@ -277,12 +279,30 @@ FILTERS = (
     Filter("anchor_text", _anchor_text, _says("the anchor's own text")),
     Filter("anchor_id", _anchor_id, _says("the anchor itself, by its id")),
     Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
-    Filter("near_duplicate", _near_duplicate, _says("nearly the text of a positive"), sees="pairs"),
-    Filter("invalid_score", _invalid_score, _says("the score is no finite number"), sees="scores"),
-    Filter("max_score", _max_score, _above_max, sees="scores"),
-    Filter("min_score", _min_score, _below_min, sees="scores"),
-    Filter("absolute_margin", _absolute_margin, _within_absolute, sees="scores"),
-    Filter("relative_margin", _relative_margin, _within_relative, sees="scores"),
+    Filter(
+        "near_duplicate",
+        _near_duplicate,
+        _says("nearly the text of a positive"),
+        sees="pairs",
+        helps="Set a higher mining.near_duplicate, or search deeper (search.depth)",
+    ),
+    Filter("invalid_score", _invalid_score, _says("the score is not a finite number"), sees="scores"),
+    Filter("max_score", _max_score, _above_max, sees="scores", helps="Set a higher mining.max_score"),
+    Filter("min_score", _min_score, _below_min, sees="scores", helps="Set a lower mining.min_score"),
+    Filter(
+        "absolute_margin",
+        _absolute_margin,
+        _within_absolute,
+        sees="scores",
+        helps="Set a smaller mining.absolute_margin, or null",
+    ),
+    Filter(
+        "relative_margin",
+        _relative_margin,
+        _within_relative,
+        sees="scores",
+        helps="Set a smaller mining.relative_margin, or null",
+    ),
 )
 
 _CODES = {one.name: rules.FILTERED + place for place, one in enumerate(FILTERS)}
@@ -294,6 +314,15 @@ NAMES = tuple(sorted(CODES, key=CODES.__getitem__))
 """The same by code."""
 
 
+HELPS = {
+    **{one.name: one.helps for one in FILTERS if one.helps},
+    "before_window": "Set a smaller mining.range_min",
+    "after_window": "Set a larger mining.range_max",
+    "shortage": "Set mining.on_shortage: keep",
+}
+"""What a user sets to have a reason drop fewer."""
+
+
 def filter_of(code: int) -> Filter | None:
     """The filter that drops with a code; None: none does."""
     return FILTERS[code - rules.FILTERED] if code >= rules.FILTERED else None
@@ -302,9 +331,9 @@ def filter_of(code: int) -> Filter | None:
 class Filters:
     """The filters that a config asks for, opened."""
 
-    def __init__(self, source: Lookup) -> None:
-        self._source = source
-        opened = [(one, one.opened(source)) for one in FILTERS]
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        opened = [(one, one.opened(lookup)) for one in FILTERS]
         self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
         self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
 
@@ -315,30 +344,30 @@ class Filters:
             (n, k) uint8, the code of the first filter that drops a document, 0 where none does.
         """
         nothing = np.empty((0, 0), np.float32)
-        block = Grid(self._source, anchors, anchor, rows, nothing, nothing, spared)
-        return self._first("documents", block, np.zeros(rows.shape, np.uint8))
+        grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, spared)
+        return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
         """The same by the filters that take long, of (p,) rows; (p,)."""
         nothing = np.empty((0, 0), np.float32)
-        block = Grid(self._source, anchors, anchor, rows[:, None], nothing, nothing)
-        return self._first("pairs", block, np.zeros((len(rows), 1), np.uint8))[:, 0]
+        grid = Grid(self._lookup, anchors, anchor, rows[:, None], nothing, nothing)
+        return self._first("pairs", grid, np.zeros((len(rows), 1), np.uint8))[:, 0]
 
     def of_scores(
         self, anchors: pa.Table, anchor: Ints, rows: Ints, scores: Floats, references: Floats, dropped: Fates
     ) -> Fates:
         """The same with the filters that see scores, where nothing in `dropped` says so yet."""
-        return self._first("scores", Grid(self._source, anchors, anchor, rows, scores, references), dropped.copy())
+        return self._first("scores", Grid(self._lookup, anchors, anchor, rows, scores, references), dropped.copy())
 
     def dropped_by(self, name: str, anchors: pa.Table, rows: Ints) -> Mask:
         """Which of (n, k) rows one filter of documents drops, whatever comes before it."""
         nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self._source, anchors, np.arange(len(rows)), rows, nothing, nothing)
+        grid = Grid(self._lookup, anchors, np.arange(len(rows)), rows, nothing, nothing)
         masks = [mask for _, code, mask in self._asked if code == _CODES[name]]
         return masks[0](grid) if masks else np.zeros(rows.shape, np.bool_)
 
-    def _first(self, sees: str, block: Grid, codes: Fates) -> Fates:
+    def _first(self, sees: str, grid: Grid, codes: Fates) -> Fates:
         for own, code, mask in self._asked:
             if own == sees:
-                np.copyto(codes, np.uint8(code), where=(codes == 0) & mask(block))
+                np.copyto(codes, np.uint8(code), where=(codes == 0) & mask(grid))
         return codes

@@ -20,15 +20,14 @@ from negpipe.sources.places import PACKED, Table, locate, near
 from negpipe.sources.records import (
     BadRow,
     Document,
-    Documents,
     Judgment,
     Judgments,
     Place,
-    Queries,
     Query,
     Record,
     RecordColumns,
     RowError,
+    TextColumns,
     raw_of,
 )
 from negpipe.sources.tables import Chunks, all_splits, chunks, judgments
@@ -250,7 +249,7 @@ def _documents(table: Table, data: schema.Data, template: Template, *, pool: boo
         rendered, more = template.render_all(values[:end]), extras_of(values[end:])
         if rendered is None or more is None:
             return None
-        return RecordColumns(corpus=Documents(named, rendered, more, columns.file, columns.rows))
+        return RecordColumns(corpus=TextColumns(named, rendered, more, columns.file, columns.rows))
 
     wanted = [*ids, *template.columns(), *_extra(extra, "data.extra.corpus")]
     return _Reader(chunks(table, wanted), build, build_all, in_corpus=True)
@@ -272,7 +271,7 @@ def _queries(table: Table, data: schema.Data) -> _Reader:
         more = extras_of(columns.values[2:])
         if ids is None or texts is None or more is None:
             return None
-        return RecordColumns(queries=Queries(ids, texts, more, columns.file, columns.rows))
+        return RecordColumns(queries=TextColumns(ids, texts, more, columns.file, columns.rows))
 
     wanted = [Column(names.query_id, "data.columns.query_id"), Column(names.query_text, "data.columns.query_text")]
     return _Reader(chunks(table, [*wanted, *_extra(extra, "data.extra.queries")]), build, build_all, of_query=True)
@@ -344,7 +343,7 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
         ):
             return None
         place = columns.file, columns.rows
-        positives = Documents(document_ids, documents, about_documents, *place)
+        positives = TextColumns(document_ids, documents, about_documents, *place)
         by_text = query_ids is None, document_ids is None
         judged = Judgments(
             queries if query_ids is None else query_ids,
@@ -354,7 +353,7 @@ def _pairs(table: Table, data: schema.Data, in_corpus: bool) -> _Reader:
             *place,
             *by_text,
         )
-        asked = Queries(query_ids, queries, about_queries, *place)
+        asked = TextColumns(query_ids, queries, about_queries, *place)
         return RecordColumns(positives if in_corpus else None, None if in_corpus else positives, asked, judged)
 
     return _Reader(chunks(table, wanted), build, build_all, of_query=True, in_corpus=in_corpus)

@@ -59,18 +59,8 @@ class Judgment(NamedTuple):
     document_by_text: bool
 
 
-class Documents(NamedTuple):
-    """Documents in columns, (n,) each; see `Document`. `places`: their numbers in the file."""
-
-    ids: pa.Array | None
-    texts: pa.Array
-    extra: list[pa.Array]
-    file: str
-    places: npt.NDArray[np.int64]
-
-
-class Queries(NamedTuple):
-    """Queries in columns, (n,) each; see `Query`."""
+class TextColumns(NamedTuple):
+    """Documents or queries of one file in columns, (n,) each; see `Document`. `places`: their numbers in the file."""
 
     ids: pa.Array | None
     texts: pa.Array
@@ -113,9 +103,9 @@ Record: TypeAlias = Document | Query | Judgment | BadRow
 class RecordColumns(NamedTuple):
     """Records of consecutive rows in which nothing is wrong, in columns; `added` are not in the corpus."""
 
-    corpus: Documents | None = None
-    added: Documents | None = None
-    queries: Queries | None = None
+    corpus: TextColumns | None = None
+    added: TextColumns | None = None
+    queries: TextColumns | None = None
     judgments: Judgments | None = None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import logging
 import lzma
 import zlib
@@ -19,23 +18,19 @@ import numpy as np
 
 from negpipe.errors import InputError
 from negpipe.sources import hub
-from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, FieldsChunk, JsonChunk, Rows, decoded
+from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, FieldsChunk, JsonChunk, decoded
 from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate
 from negpipe.sources.records import Place, RowError
 
-__all__ = ["Chunk", "Chunks", "Column", "Rows", "all_splits", "chunks", "rows"]
+__all__ = ["Chunks", "all_splits", "chunks", "judgments"]
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
+_LINE_BYTES = 4096  # of a first line, that tell a layout
 _CUT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
-
-
-def rows(table: Table, columns: Sequence[Column]) -> Rows:
-    """The rows of a table, one after the other; see `chunks`."""
-    return itertools.chain.from_iterable(chunk.rows() for chunk in chunks(table, columns))
 
 
 def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
@@ -80,7 +75,7 @@ def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
 def _is_trec(path: str) -> bool:
     with _open(path) as file:
         try:
-            begin: list[bytes] = file.read(_BLOCK_BYTES).split(b"\n", 1)[0].split()
+            begin: list[bytes] = file.readline(_LINE_BYTES).split()
         except _CUT:
             return False
     return len(begin) == 4 and begin[1] in (b"0", b"Q0")
@@ -109,23 +104,21 @@ def _open(path: str) -> Any:
     import fsspec
 
     try:
-        file = _unpacked(fsspec.open(path, "rb").open())
+        return _unpacked(io.BufferedReader(fsspec.open(path, "rb").open(), 2**20))
     except FileNotFoundError:
         raise InputError("there is no such file", file=path, remedy="Check the address") from None
     except (ImportError, ValueError) as error:
         raise InputError("this kind of address cannot be opened", file=path, remedy=str(error)) from None
     except OSError as error:
         raise InputError(f"the file cannot be opened ({error})", file=path, remedy="Check address and rights") from None
-    return io.BufferedReader(file, 2**20) if "://" in path else file
 
 
-def _unpacked(file: Any) -> Any:
-    """What a file holds, by its first bytes: a name may say nothing, or something else."""
+def _unpacked(file: io.BufferedReader) -> Any:
+    """What a file holds, by its first bytes: a name may say nothing, or something else. Some files cannot seek."""
     import bz2
     import gzip
 
-    begin = file.read(6)
-    file.seek(0)
+    begin = file.peek(6)
     if begin.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)
     if begin.startswith(b"BZh"):

@@ -35,7 +35,7 @@ from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stag
 from negpipe.errors import InputError
 from negpipe.rows import formats
 from negpipe.select import deeper, rules, verdicts
-from negpipe.select.filters import CODES, DROPS
+from negpipe.select.filters import CODES, DROPS, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import headers
@@ -153,7 +153,7 @@ def _check_memory(context: Context) -> None:
     fewer = "lower executor.workers, or " if context.workers > 1 else ""
     context.budget.require(
         chosen + written,
-        f"choosing from {max(depth, deepest):,} candidates an anchor, and writing rows ({-(-written // 2**20)} MiB),",
+        f"choosing from {max(depth, deepest):,} candidates per anchor, and writing rows ({-(-written // 2**20)} MiB),",
         fewer + remedy,
     )
     if deepest and "encode" in context.manifests:
@@ -361,18 +361,6 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     yield from approximate.remarks(stats)
 
 
-_ADVICE = {
-    "relative_margin": "Set a smaller mining.relative_margin, or null",
-    "absolute_margin": "Set a smaller mining.absolute_margin, or null",
-    "max_score": "Set a higher mining.max_score",
-    "min_score": "Set a lower mining.min_score",
-    "before_window": "Set a smaller mining.range_min",
-    "after_window": "Set a larger mining.range_max",
-    "shortage": "Set mining.on_shortage: keep",
-    "near_duplicate": "Set a higher mining.near_duplicate, or search deeper (search.depth)",
-}
-
-
 def is_short(stats: Mapping[str, Any]) -> bool:
     """Whether there is no row, or less than half of the negatives that were asked for."""
     return not stats["rows"] or stats["negatives"] + stats["random_negatives"] < stats.get("wanted", 0) / 2
@@ -381,7 +369,7 @@ def is_short(stats: Mapping[str, Any]) -> bool:
 def advice(stats: Mapping[str, Any]) -> str:
     """What gives more rows: it depends on the rule that dropped most."""
     most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
-    return _ADVICE.get(most, "Search deeper: set a larger search.depth")
+    return HELPS.get(most, "Search deeper: set a larger search.depth")
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

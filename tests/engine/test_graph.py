@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_source as small
 
+from negpipe import graph as front
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.engine import pipeline, upkeep
+from negpipe.engine.executors.local import environment
+from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books
-from negpipe.engine.stage import Graph
+from negpipe.engine.stage import Context, Graph
+from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
+from negpipe.stages.rescore import rescore
 
 
 def two_chains() -> Graph:
@@ -86,3 +92,26 @@ def test_damage_is_found_and_made_good_by_the_stage_that_has_it(tmp_path: Path) 
     assert "encode-b" in ran and "encode" not in ran and "search" not in ran
     assert path.read_bytes() == content
     assert upkeep.superseded(config, graph) == []
+
+
+def test_a_worker_sees_what_its_tasks_were_granted(tmp_path: Path) -> None:
+    """Threads of its share, and a GPU where the stage states one."""
+    config = load_config(
+        config_in(tmp_path).model_dump(mode="json"), ["executor.kind=local", "executor.workers=2", "resources.cpus=6"]
+    )
+    context = Context(config, config.run_dir, DigestCache(tmp_path / "digests.json"))
+    for stage in STAGES.values():
+        budget = stage.within(context).budget
+        shown = environment(budget)
+        assert shown["OMP_NUM_THREADS"] == str(budget.threads) == ("6" if stage.name == "ingest" else "3")
+        assert shown["CUDA_VISIBLE_DEVICES"] == ""  # vectors are brought
+    for device, hidden in ((None, False), ("cuda:1", False), ("cpu", True)):
+        encoder = config.encoder.model_copy(update={"backend": "flagembedding", "device": device})
+        own = replace(context, config=config.model_copy(update={"encoder": encoder}))
+        assert ("CUDA_VISIBLE_DEVICES" in environment(STAGES["encode"].within(own).budget)) is hidden
+
+
+def test_random_negatives_are_refused_beside_another_score(tmp_path: Path) -> None:
+    config = load_config(small.settings(tmp_path), ["mining.score=teacher", "mining.num_random=1"])
+    with pytest.raises(ConfigError, match="random negatives have no teacher score"):
+        front.mine(config, rescore=rescore(lambda pairs: np.zeros(len(pairs), np.float32), "zeros"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,14 @@ def test_processes_beside_say_the_same_and_may_be_killed(monkeypatch: pytest.Mon
     monkeypatch.setattr(hashing, "_MANY", 0)
     columns = [texts(2_000, seed) for seed in range(6)]
     expected = [hashing.hashed(column) for column in columns]
-    with hashing.hasher(2) as hasher:
+    with closing(hashing.Hasher(2)) as hasher:
         assert [one.result() for one in [hasher(column) for column in columns]] == expected
-        assert 1 <= len(hasher._processes) <= 2
-        for process in hasher._processes:
+        assert 1 <= len(hasher.processes) <= 2
+        for process in hasher.processes:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         assert [hasher(column).result() for column in columns] == expected
-    assert all(process.poll() is not None for process in hasher._processes)
+    assert all(process.poll() is not None for process in hasher.processes)
 
 
 def test_a_process_beside_ends_with_the_one_that_asks() -> None:

@@ -145,8 +145,9 @@ def test_a_filter_is_added_in_one_file(tmp_path: Path) -> None:
     """Its column in the ledger, its count and its sentence follow from the list."""
     shutil.copytree(Path(filters.__file__).parents[1], tmp_path / "copy/negpipe")
     path = tmp_path / "copy/negpipe/select/filters.py"
-    added = '    Filter("odd_row", lambda _: lambda own: own.rows % 2 == 1, _says("an odd row")),\n    Filter("near_dup'
-    path.write_text(path.read_text().replace('    Filter("near_dup', added, 1))
+    before = '    Filter("excluded_file"'
+    added = '    Filter("odd_row", lambda _: lambda grid: grid.rows % 2 == 1, _says("an odd row")),\n'
+    path.write_text(path.read_text().replace(before, added + before, 1))
     small.build(tmp_path)
     config = small.write_config(tmp_path)
 
@@ -162,7 +163,7 @@ def test_a_filter_is_added_in_one_file(tmp_path: Path) -> None:
     ledger = pq.read_table(tmp_path / "run" / part.file("ledger").path)
     names = ledger.column_names
     assert sum(ledger["dropped_odd_row"].to_pylist()) > 0
-    assert names.index("dropped_excluded_file") + 1 == names.index("dropped_odd_row")
+    assert names.index("dropped_odd_row") + 1 == names.index("dropped_excluded_file")
     assert "an odd row" in run("explain", config, "--anchor", "q1")
 
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Context, Stage, Task
 from negpipe.errors import TaskFailedError, error_of
 from negpipe.store.files import BOOKS, bytes_in, explained
@@ -202,12 +203,15 @@ class _Crew:
                 )
 
 
+def environment(budget: Budget) -> dict[str, str]:
+    """What a worker's libraries see of the machine: so many threads, and no GPU where its tasks state none."""
+    shown = {} if budget.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return dict.fromkeys(_THREADS, str(budget.threads)) | {"PYTHONUNBUFFERED": "1"} | shown
+
+
 def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worker:
     folder = context.run_dir / BOOKS / "logs"
     log = folder / f"{stage.name}-{number}.log"
-    environment = os.environ | dict.fromkeys(_THREADS, str(context.budget.threads)) | {"PYTHONUNBUFFERED": "1"}
-    if not context.budget.gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         errors = log.open("wb")
@@ -217,7 +221,7 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=os.environ | environment(context.budget),
         )
     worker = _Worker(process, log)
     for serve, arguments in ((_write, (worker,)), (_read, (worker, lines))):

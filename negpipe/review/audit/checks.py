@@ -27,7 +27,7 @@ CHECKS: Mapping[str, str] = {
     "near_duplicate": "the negative is nearly the text of a positive of its anchor",
     "repeated_negative": "the negative stands there already for the same anchor and positive",
     "duplicate_row": "the row repeats an earlier one",
-    "non_finite": "the score is missing or no finite number",
+    "non_finite": "the score is missing or not a finite number",
     "above_positive": "the negative scores above its positive",
     "shortage": "fewer negatives than wanted",
     "empty_text": "the text is missing or blank",
