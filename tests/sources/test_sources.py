@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
@@ -18,7 +19,7 @@ import pytest
 from negpipe import sources
 from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
-from negpipe.sources import BadRow, Document, Judgment, Query
+from negpipe.sources import BadRow, Document, Judgment, Query, tables
 
 CORPUS = [{"_id": "d1", "title": "One", "text": "first"}, {"_id": "d2", "title": "", "text": " second "}]
 QUERIES = [{"_id": "q1", "text": "which?"}]
@@ -470,6 +471,29 @@ def test_packed_files_are_read_whatever_their_names_say(kind: str) -> None:
     for path in [*folder.glob("*.jsonl.*"), *folder.glob("qrels/*.tsv.*")]:
         path.rename(path.with_suffix(""))
     assert plain(sources.read(data(path=str(folder)))) == plain_records
+
+
+class Once(io.RawIOBase):
+    """A stream that can be read once, from start to end, as of a server that knows no ranges."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def readinto(self, buffer: Any) -> int:
+        return self._content.readinto(buffer)
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zst"])
+def test_a_stream_that_cannot_seek_is_unpacked(kind: str) -> None:
+    content = b"".join(json.dumps({"anchor": f"q{i}", "positive": f"d{i}"}).encode() + b"\n" for i in range(90_000))
+    stream = io.BufferedReader(Once(packed(kind, content) if kind else content))
+    assert tables._unpacked(stream).read() == content
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
