@@ -113,7 +113,7 @@ def _open(path: str) -> Any:
         raise InputError(f"the file cannot be opened ({error})", file=path, remedy="Check address and rights") from None
 
 
-def _unpacked(file: io.BufferedReader) -> Any:
+def _unpacked(file: Any) -> Any:
     """What a file holds, by its first bytes: a name may say nothing, or something else. Some files cannot seek."""
     import bz2
     import gzip
