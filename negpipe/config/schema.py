@@ -29,18 +29,48 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Table(_Model):
-    """Where one table is: a file, a URL or a hub dataset."""
+class Dialect(_Model):
+    """How CSV and TSV files are written."""
 
-    path: str = Field(
-        description="File (.jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz, .zst), URL or hub dataset name."
+    header: tuple[str, ...] | None = Field(
+        None,
+        description="Names of the columns of files without a header, for example [id, text]; null: the first line.",
+    )
+    quoting: Literal["standard", "none"] = Field(
+        "standard", description="standard: fields may be in double quotes. none: a quote is a sign like others."
+    )
+    delimiter: str | None = Field(
+        None, description="tab, comma, semicolon, pipe or one sign; null: a comma in .csv, else a tab."
+    )
+
+    @model_validator(mode="after")
+    def _sign(self) -> Dialect:
+        if self.delimiter is not None and len(self.sign(self.delimiter)) != 1:
+            raise ValueError(f"delimiter '{self.delimiter}': write tab, comma, semicolon, pipe or one sign")
+        if self.header is not None and len({*self.header}) < max(1, len(self.header)):
+            raise ValueError("header: name every column once")
+        return self
+
+    def sign(self, otherwise: str) -> str:
+        """The delimiter, `otherwise` where none is set."""
+        name = self.delimiter or otherwise
+        return {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}.get(name, name)
+
+
+class Table(_Model):
+    """Where one table is: files, a URL or a hub dataset."""
+
+    path: str | tuple[str, ...] = Field(
+        description="File (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz, .bz2, .xz, .zst), a pattern such as"
+        " docs-*.jsonl, a list of files, URL or hub dataset name."
     )
     subset: str | None = Field(None, description="Hub dataset configuration.")
     split: str = Field("train", description="Hub dataset split.")
+    table: Dialect | None = Field(None, description="How its CSV or TSV files are written; null: as data.table says.")
 
 
 def _table(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    return {"path": value} if isinstance(value, str | list | tuple) else value
 
 
 _Table = Annotated[Table, BeforeValidator(_table)]
@@ -59,6 +89,13 @@ class Columns(_Model):
     positive: str = Field("positive", description="Positive text of a pair row.")
     anchor_id: str | None = Field(None, description="Anchor id of a pair row; null: a digest of the text.")
     positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
+    negative: str | None = Field(
+        "negative", description="Negative texts that pair rows bring, also negative_1, negative_2 …; null: not read."
+    )
+    negative_id: str | None = Field(None, description="Their ids, also negative_1_id …; null: digests of the texts.")
+    label: str | None = Field(
+        None, description="Grades of the positives of a pair row, a number or as many in a list; null: 1."
+    )
 
 
 class Extra(_Model):
@@ -81,13 +118,29 @@ class Extra(_Model):
 class Data(_Model):
     """Corpus, anchors and known positives."""
 
-    format: Literal["beir", "pairs", "columns", "flagembedding"] = Field(
+    format: Literal[
+        "auto",
         "beir",
-        description="beir: folder or hub dataset with corpus, queries, qrels. pairs: rows of anchor and positive"
-        " text. columns: three tables, by column names. flagembedding: JSONL of query, pos, neg.",
+        "mteb",
+        "columns",
+        "llama_index",
+        "pairs",
+        "flagembedding",
+        "tevatron",
+        "dpr",
+        "ms-swift",
+        "nemo",
+        "pylate",
+    ] = Field(
+        "auto",
+        description="auto: what data.path looks like, as `negpipe inspect` says. beir: folder or hub dataset with"
+        " corpus, queries, qrels. mteb: one repository with all three. pairs: rows of anchor and positive text."
+        " columns: three tables, by column names. Others: as these programs write it.",
     )
-    path: str | None = Field(None, description="Local folder or file, URL, or hub dataset name.")
-    subset: str | None = Field(None, description="Hub dataset configuration (pairs).")
+    path: str | tuple[str, ...] | None = Field(
+        None, description="Local folder or file, a pattern such as rows-*.jsonl, a list of files, URL, or hub dataset."
+    )
+    subset: str | None = Field(None, description="Hub dataset configuration (of mteb: what comes before -corpus).")
     revision: str | None = Field(None, description="Hub dataset revision; null: the newest.")
     corpus: _Table | None = Field(
         None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding)."
@@ -95,6 +148,7 @@ class Data(_Model):
     queries: _Table | None = Field(None, description="Query table (columns).")
     qrels: _Table | None = Field(None, description="Relevance table (columns).")
     columns: Columns = Columns()
+    table: Dialect = Dialect()
     split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")
     text: str = Field("{title} {text}", description="How a document's columns make its text.")
     extra: Extra = Field(Extra(), description="Columns to carry along: rows have them as positive_title, anchor_lang.")
@@ -112,12 +166,13 @@ class Data(_Model):
 
     @model_validator(mode="after")
     def _paths(self) -> Data:
-        if self.format == "columns":
-            missing = [name for name in ("corpus", "queries", "qrels") if getattr(self, name) is None]
-            if missing:
-                raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
-        elif self.path is None:
+        missing = [name for name in ("corpus", "queries", "qrels") if getattr(self, name) is None]
+        if self.format == "columns" and missing:
+            raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
+        if self.format not in ("auto", "columns") and self.path is None:
             raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+        if self.format == "auto" and self.path is None and missing:
+            raise ValueError("the source is missing: give data.path, or data.corpus, data.queries and data.qrels")
         if self.format == "flagembedding" and self.extra.corpus and self.corpus is None:
             raise ValueError("data.extra.corpus needs data.corpus: texts in lists of pos and neg have no columns")
         return self
@@ -299,6 +354,16 @@ class Mining(_Model):
         "min",
         description="Which positive score margins refer to: the anchor's lowest, its highest, or each positive's own,"
         " with negatives of its own.",
+    )
+    given_negatives: Literal["ignore", "first", "keep"] = Field(
+        "ignore",
+        description="Negatives that the source brings. ignore: documents like others. first: taken before mined ones."
+        " keep: beside them, all of them.",
+    )
+    judged: Literal["allow", "prefer", "only"] = Field(
+        "allow",
+        description="Documents judged for the anchor with a grade below data.min_grade. allow: candidates like others."
+        " prefer: taken first. only: nothing else is taken.",
     )
     score: str = Field(
         "dense",

@@ -44,10 +44,15 @@ def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
     documents, queries, judgments = (
         _count(database, f"select count(*) from {table}") for table in ("documents", "queries", "judgments")
     )
-    name = config.data.path or "the source"
+    name = _named(config) or "the source"
     for count, what in ((documents, "document"), (queries, "query"), (judgments, "relevance judgment")):
         if not count:
             raise InputError(f"{name} holds no {what}", remedy="Check data.path, data.format and data.columns")
+
+
+def _named(config: Config) -> str | None:
+    path = config.data.path
+    return path if path is None or isinstance(path, str) else ", ".join(path)
 
 
 def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
@@ -107,7 +112,7 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
             f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
-            file=config.data.path,
+            file=_named(config),
             field="data.split",
             remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
         )

@@ -145,7 +145,7 @@ def read(config: Config, spool: Spool, threads: int) -> None:
         ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
         VanishedError: it is not the source that was begun.
     """
-    pieces = sources.pieces(config.data)
+    pieces = sources.pieces(config.data, config.mining.given_negatives != "ignore")
     if before := spool.totals["pieces"]:
         logger.info("goes on behind %d pieces of the source that were read before", before)
         for _ in range(before):
@@ -312,7 +312,7 @@ class _Batch:
                 sources.Judgments(
                     _by_id([(one.query, one.query_by_text) for one in judgments]),
                     _by_id([(one.document, one.document_by_text) for one in judgments]),
-                    [float(one.grade) for one in judgments],
+                    [one.grade if one.grade is None else float(one.grade) for one in judgments],
                     judgments[0].split,
                     judgments[0].place.file,
                     np.array([one.place.row for one in judgments]),

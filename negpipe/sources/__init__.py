@@ -1,13 +1,17 @@
 """Readers of every kind of source: `pieces` streams its rows, `files` and `revision` say what it is.
 
+`recognized` says what layout a source has where the config leaves that open; all others ask it.
+
 Reading is one streaming pass whose memory is bounded by one piece. A wrong table raises InputError before the first
 piece; a wrong row comes out as BadRow, and the caller decides whether to stop.
 """
 
 from __future__ import annotations
 
+from negpipe.sources.guess import recognized
 from negpipe.sources.identity import files, revision
-from negpipe.sources.layouts import Piece, pieces, read
+from negpipe.sources.readers import Piece
+from negpipe.sources.reading import pieces, read
 from negpipe.sources.records import (
     BadRow,
     Document,
@@ -34,5 +38,6 @@ __all__ = [
     "files",
     "pieces",
     "read",
+    "recognized",
     "revision",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from negpipe.errors import InputError
 from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
+_log = logging.getLogger(__name__)
 _RAW_BYTES = 4096  # enough to show how a broken line begins
 _DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
 _LONG = 4300  # digits of a number, of which Python reads no more
@@ -28,11 +30,16 @@ _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
 class Column(NamedTuple):
-    """A wanted column: its name in the table and the config key that names it."""
+    """A wanted column: its name in the table, the config key that names it, and other names, where that is absent."""
 
     name: str
     key: str
     required: bool = True
+    others: tuple[str, ...] = ()
+
+    def among(self, there: Sequence[str]) -> str | None:
+        """Which of the columns there are it is."""
+        return next((name for name in (self.name, *self.others) if name in there), None)
 
 
 class Row(NamedTuple):
@@ -76,23 +83,28 @@ class Chunk(Protocol):
 
 @dataclass
 class Check:
-    """Whether the wanted columns are in a table; `done` once it was asked."""
+    """Whether the wanted columns are in a table, and what they are called there; `there`: its columns, once known."""
 
     columns: Sequence[Column]
     file: str
+    names: list[str] = field(default_factory=list, init=False)
+    there: list[str] = field(default_factory=list, init=False)
     done: bool = field(default=False, init=False)
 
-    def __call__(self, there: Sequence[str], row: int | None = None, hint: str = "") -> None:
+    def __call__(self, there: Sequence[str], row: int | None = None, hint: str = "") -> Check:
         """Raises InputError: a column is missing, or there twice."""
-        self.done = True
+        self.there, self.done = list(there), True
         for column in self.columns:
-            if column.required and column.name not in there:
+            name = column.among(there)
+            if column.required and name is None:
                 remedy = f"Columns here: {', '.join(there)}. {hint or f'Name the right one in {column.key}'}"
                 raise InputError("there is no such column", file=self.file, row=row, field=column.name, remedy=remedy)
-            if list(there).count(column.name) > 1:
-                raise InputError(
-                    "two columns have this name", file=self.file, row=row, field=column.name, remedy="Rename one"
-                )
+            if self.there.count(name or "") > 1:
+                raise InputError("two columns have this name", file=self.file, row=row, field=name, remedy="Rename one")
+            if name not in (None, column.name):
+                _log.info("%s: takes the column '%s' for %s ('%s')", self.file, name, column.key, column.name)
+            self.names.append(name or column.name)
+        return self
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,10 @@ class JsonChunk:
     file: str
     first: int
     block: bytes
-    wanted: Sequence[Column]
     check: Check
 
     def rows(self) -> Rows:
         """See `Chunk`."""
-        names = [column.name for column in self.wanted]
         for number, line in enumerate(io.BytesIO(self.block), self.first):
             if line.isspace():
                 continue
@@ -120,7 +130,7 @@ class JsonChunk:
                 continue
             if not self.check.done:
                 self.check(list(row), number)
-            yield Row(place, [row.get(name) for name in names], text)
+            yield Row(place, [row.get(name) for name in self.check.names], text)
 
     def columns(self) -> Columns | None:
         """See `Chunk`."""
@@ -133,7 +143,7 @@ class JsonChunk:
             return None
         if not self.check.done:
             self.check(list(first), self.first)
-        names = list(dict.fromkeys(column.name for column in self.wanted))
+        names = list(dict.fromkeys(self.check.names))
         types = {str: pa.string(), int: pa.int64(), float: pa.float64(), type(None): pa.string()}
         kinds = [types.get(type(first.get(name))) for name in names]
         if None in kinds:
@@ -152,11 +162,12 @@ class JsonChunk:
         if table.num_rows != lines:
             return None
         rows = np.arange(self.first, self.first + table.num_rows)
-        return _columns(self.file, rows, {name: table[name] for name in names}, self.wanted)
+        return _columns(self.file, rows, {name: table[name] for name in names}, self.check.names)
 
     def skip(self) -> None:
         """See `Chunk`."""
-        self.check.done = True
+        if not self.check.done:  # the first row says what the columns are called
+            next((row for row in self.rows() if isinstance(row, Row)), None)
 
     def _first(self, block: bytes) -> dict[str, Any] | None:
         """The object of the first line."""
@@ -216,13 +227,45 @@ def _is_text(block: bytes) -> bool:
 
 
 @dataclass(frozen=True)
+class ElementsChunk:
+    """Elements of a JSON text, and the number of the first; those of an object have its keys."""
+
+    file: str
+    first: int
+    elements: list[tuple[str | None, str]]
+    check: Check
+
+    def rows(self) -> Rows:
+        """See `Chunk`."""
+        for number, (name, text) in enumerate(self.elements, self.first):
+            place = Place(self.file, number)
+            try:
+                row = _object(text if name is None else f'{{"key": {json.dumps(name)}, "value": {text}}}', place)
+            except RowError as error:
+                yield error.row._replace(raw=raw_of(text))
+                continue
+            if not self.check.done:
+                self.check(list(row), number)
+            yield Row(place, [row.get(name) for name in self.check.names], text)
+
+    def columns(self) -> Columns | None:
+        """See `Chunk`."""
+        return None
+
+    def skip(self) -> None:
+        """See `Chunk`."""
+        if not self.check.done:
+            next((row for row in self.rows() if isinstance(row, Row)), None)
+
+
+@dataclass(frozen=True)
 class FieldsChunk:
     """Rows of a text file with a header: where each begins, and its fields."""
 
     file: str
     fields: list[tuple[int, list[str]]]
     header: list[str]
-    wanted: Sequence[Column]
+    check: Check
 
     def rows(self) -> Rows:
         """See `Chunk`."""
@@ -252,26 +295,25 @@ class FieldsChunk:
         """See `Chunk`."""
 
     def _places(self) -> list[int | None]:
-        return [self.header.index(column.name) if column.name in self.header else None for column in self.wanted]
+        return [self.header.index(name) if name in self.header else None for name in self.check.names]
 
 
 @dataclass(frozen=True)
 class ArrowChunk:
-    """A batch of Arrow rows, and the number of the first; `names` are the wanted columns that there are."""
+    """A batch of Arrow rows, and the number of the first; it has those of the wanted columns that there are."""
 
     file: str
     first: int
     batch: Any
-    names: list[str]
-    wanted: Sequence[Column]
+    check: Check
 
     def rows(self) -> Rows:
         """See `Chunk`."""
         values = [
-            _values(self.batch.column(column.name), self.file, self.first, column.name)
-            if column.name in self.names
+            _values(self.batch.column(name), self.file, self.first, name)
+            if name in self.batch.schema.names
             else repeat(None)
-            for column in self.wanted
+            for name in self.check.names
         ]
         for row, cells in enumerate(zip(*values, strict=False), self.first):
             yield Row(Place(self.file, row), cells, cells)
@@ -279,13 +321,14 @@ class ArrowChunk:
     def columns(self) -> Columns | None:
         """See `Chunk`."""
         rows = np.arange(self.first, self.first + self.batch.num_rows)
-        return _columns(self.file, rows, {name: self.batch.column(name) for name in self.names}, self.wanted)
+        there = {name: self.batch.column(name) for name in self.batch.schema.names}
+        return _columns(self.file, rows, there, self.check.names)
 
     def skip(self) -> None:
         """See `Chunk`."""
 
 
-def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[Column]) -> Columns | None:
+def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[str]) -> Columns | None:
     import pyarrow as pa
 
     known: dict[str, Values] = {}
@@ -306,7 +349,7 @@ def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], want
         else:
             return None
     nothing = Values("null", pa.nulls(len(rows)))
-    return Columns(file, rows, [known.get(column.name, nothing) for column in wanted])
+    return Columns(file, rows, [known.get(name, nothing) for name in wanted])
 
 
 def _values(column: Any, file: str, first: int, field: str) -> list[Any]:

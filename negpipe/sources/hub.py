@@ -7,11 +7,15 @@ download resumes, a second reading needs no network, and memory does not grow wi
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from negpipe.config import safe_yaml
 from negpipe.engine.fingerprint import key
 from negpipe.errors import InputError
 from negpipe.sources.places import near
@@ -40,10 +44,62 @@ def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
     try:
         found = datasets.load_dataset(name, subset, revision=revision, **afresh)
     except Exception as error:  # the library lets network, parser and builder errors of many kinds through
-        remedy = "Check the folder's README.md (configs) and its data files" if local else _remedy(path)
         what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
-        raise InputError(f"{what} cannot be loaded ({_short(error)})", file=path, remedy=remedy) from error
+        raise _not_loaded(what, path, error) from error
     return dict(found)
+
+
+@lru_cache(64)
+def subsets(path: str, revision: str | None) -> list[str]:
+    """The names of a dataset's configs; those that README.md states, of a local folder.
+
+    Raises:
+        InputError: it is not found, or cannot be asked for.
+    """
+    if Path(path).is_dir():
+        return _stated(Path(path) / "README.md")
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(path, revision=revision))
+    except Exception as error:  # as in `load`
+        raise _not_loaded("this dataset", path, error) from error
+
+
+def _stated(readme: Path) -> list[str]:
+    if not readme.is_file():
+        return []
+    _, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---")
+    try:
+        front = safe_yaml.load(rest.partition("\n---")[0])
+    except ValueError:
+        return []
+    configs = front.get("configs") if isinstance(front, dict) else None
+    return [str(one["config_name"]) for one in configs or [] if isinstance(one, dict) and "config_name" in one]
+
+
+def _not_loaded(what: str, path: str, error: Exception) -> InputError:
+    if problem := _cache_problem():
+        return problem
+    remedy = "Check the folder's README.md (configs) and its data files" if Path(path).is_dir() else _remedy(path)
+    return InputError(f"{what} cannot be loaded ({_short(error)})", file=path, remedy=remedy)
+
+
+def _cache_problem() -> InputError | None:
+    """That the library's cache, and not the data, is what fails; None: it can be written."""
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return None
+    except OSError as error:
+        named = next(
+            (name for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME") if name in os.environ), "HF_HOME"
+        )
+        problem = f"the cache of datasets cannot be written ({error.strerror or error})"
+        return InputError(problem, file=str(cache), field=named, remedy=f"Set {named} to a folder that can be written")
 
 
 def _state(folder: Path) -> str:

@@ -12,7 +12,8 @@ from negpipe.config import schema
 from negpipe.errors import InputError
 from negpipe.redaction import redact
 from negpipe.sources import hub
-from negpipe.sources.layouts import tables
+from negpipe.sources.guess import recognized
+from negpipe.sources.layouts import tables_of
 from negpipe.sources.places import locate
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def files(data: schema.Data) -> list[str] | None:
     None where nothing is local. Raises InputError: a local path that does not exist.
     """
     found: set[str] = set()
-    for path in {table.path for table in tables(data)}:
+    for path in {path for table, _ in tables_of(recognized(data)) for path in table.paths}:
         kind = locate(path)
         if kind == "file":
             found.add(str(Path(path).absolute()))
@@ -44,13 +45,14 @@ def revision(data: schema.Data) -> str:
         InputError: not found, or it cannot be asked for.
     """
     names = set()
-    for table in tables(data):
-        kind = locate(table.path)
-        if kind == "hub":
-            commit = hub.commit(table.path, table.subset, table.revision)
-            names.add(f"{table.path}@{commit} ({table.subset}, {table.split})")
-        elif kind == "url":
-            names.add(f"{redact(table.path)}@{_version(table.path)}")
+    for table, _ in tables_of(recognized(data)):
+        for path in table.paths:
+            kind = locate(path)
+            if kind == "hub":
+                commit = hub.commit(path, table.subset, table.revision)
+                names.add(f"{path}@{commit} ({table.subset}, {table.split})")
+            elif kind == "url":
+                names.add(f"{redact(path)}@{_version(path)}")
     return "; ".join(sorted(names))
 
 

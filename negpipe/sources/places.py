@@ -1,25 +1,74 @@
-"""What a path of the config names: a local file, a local folder, a remote file or a hub dataset."""
+"""What a path of the config names: local or remote files, a local folder or a hub dataset."""
 
 from __future__ import annotations
 
 import difflib
+import glob
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+from negpipe.config.schema import Dialect
 from negpipe.errors import InputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
-EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
 class Table(NamedTuple):
-    """Where a table is. `split` None: the only split of a dataset; it says nothing about a file."""
+    """Where a table is, and how its files are written.
 
-    path: str
+    Attributes:
+        paths: files that hold it one after the other; or one folder or hub dataset.
+        split: None: the only split of a dataset; it says nothing about a file.
+        dialect: of CSV and TSV files.
+        inside: the key of a JSON object that holds the rows, in a list, or in an object as `key` and `value`.
+    """
+
+    paths: tuple[str, ...]
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    dialect: Dialect = Dialect()
+    inside: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The first of its paths, by which it is named."""
+        return self.paths[0]
+
+    @property
+    def kind(self) -> Literal["file", "folder", "url", "hub"]:
+        """See `locate`."""
+        return locate(self.path)
+
+
+def paths_of(named: str | Sequence[str]) -> tuple[str, ...]:
+    """What a path of the config, a pattern such as `docs-*.jsonl.gz`, or a list of them, names, in order.
+
+    Raises InputError: a pattern that nothing fits.
+    """
+    return tuple(path for one in ([named] if isinstance(named, str) else named) for path in _expanded(one))
+
+
+def _expanded(path: str) -> Iterator[str]:
+    if not any(sign in path for sign in "*?[") or Path(path).exists():
+        yield path
+        return
+    if "://" in path:
+        import fsspec
+
+        if path.startswith(("http://", "https://")):  # where a question mark begins the query
+            yield path
+            return
+        filesystem, pattern = fsspec.core.url_to_fs(path)
+        found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
+    else:
+        found = [name for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 absolute or not
+    if not found:
+        raise InputError("no file fits this pattern", file=path, remedy=near(path) or "Check the config's data section")
+    yield from found
 
 
 def locate(path: str) -> Literal["file", "folder", "url", "hub"]:

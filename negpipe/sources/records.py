@@ -18,7 +18,7 @@ from negpipe.errors import InputError
 
 
 class Place(NamedTuple):
-    """Where something stands: `row` is the 1-based line of a text file, the 0-based row of Parquet or a dataset."""
+    """Where something stands: `row` is the 1-based line of a text file, else the 0-based row or element of a list."""
 
     file: str
     row: int
@@ -48,11 +48,14 @@ class Query(NamedTuple):
 
 
 class Judgment(NamedTuple):
-    """A graded (query, document) pair of one split; `*_by_text`: that side holds the text instead of the id."""
+    """A graded (query, document) pair of one split; `*_by_text`: that side holds the text instead of the id.
+
+    `grade` None: the source brings the document as a negative.
+    """
 
     query: str
     document: str
-    grade: float
+    grade: float | None
     split: str
     place: Place
     query_by_text: bool
@@ -74,7 +77,7 @@ class Judgments(NamedTuple):
 
     queries: pa.Array
     documents: pa.Array
-    grades: list[float]
+    grades: Sequence[float | None]
     split: str
     file: str
     places: npt.NDArray[np.int64]

@@ -1,6 +1,6 @@
-"""Rows of any table: a JSON Lines, CSV, TSV or Parquet file, local or remote, or a split of a dataset.
+"""Rows of any table: JSON, JSON Lines, CSV, TSV or Parquet files, local or remote, or a split of a dataset.
 
-Memory is bounded by one line or one batch. What is wrong with a whole table raises InputError when its first
+Memory is bounded by one line, element or batch. What is wrong with a whole table raises InputError when its first
 row is asked for; what is wrong with one row comes out as a BadRow.
 """
 
@@ -8,29 +8,37 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from negpipe.errors import InputError
 from negpipe.sources import hub
-from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, FieldsChunk, JsonChunk, decoded
+from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, Row, decoded
+from negpipe.sources.elements import elements, keys
 from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate
 from negpipe.sources.records import Place, RowError
 
-__all__ = ["Chunks", "all_splits", "chunks", "judgments"]
+__all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgments", "keys_of"]
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
+_ELEMENTS = 256  # of a JSON list, that make a chunk
 _LINE_BYTES = 4096  # of a first line, that tell a layout
-_CUT = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_NAME = 64  # characters, more than a column's name has
+_CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+"""Errors of a packed file that ends too soon or is damaged, and of one that is no UTF-16."""
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
+_Reader: TypeAlias = Callable[[Check, Table], Chunks]
+"""Reads the file that the check names."""
 
 
 def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
@@ -39,43 +47,92 @@ def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
     Raises:
         InputError: no such file, split or column, unknown extension, unreadable content.
     """
-    kind = locate(table.path)
-    if kind in ("hub", "folder"):
-        splits = hub.load(table.path, table.subset, table.revision)
-        if table.split is None and len(splits) > 1 and "train" not in splits:
-            raise InputError(
-                f"there are several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Name one"
-            )
-        split = table.split or ("train" if "train" in splits else next(iter(splits)))
-        if split not in splits:
-            raise InputError(
-                f"there is no split '{split}'", file=table.path, field="split", remedy=f"Splits: {', '.join(splits)}"
-            )
-        yield from _dataset(table, split, splits[split], columns)
-        return
-    extension = extension_of(table.path)
-    if extension not in EXTENSIONS:
+    for path in table.paths:
+        if locate(path) in ("hub", "folder"):
+            one = table._replace(paths=(path,))
+            split, dataset = _split(one)
+            yield from _dataset(one, split, dataset, columns)
+        else:
+            _log.info("reading %s", path)
+            yield from _reader(path)(Check(columns, path), table)
+
+
+def column_names(table: Table) -> list[str]:
+    """The columns of a table: those of its first row, where it is JSON; none if it holds no row.
+
+    Raises:
+        InputError: as `chunks` does.
+    """
+    if table.kind in ("hub", "folder"):
+        return list(_split(table)[1].column_names)
+    check = Check([], table.path)
+    for chunk in _reader(table.path)(check, table):
+        if next((row for row in chunk.rows() if isinstance(row, Row)), None):
+            break
+    return check.there
+
+
+def inside(path: str, key: str) -> list[str]:
+    """The texts of the elements of a key of a file's one JSON object.
+
+    Raises InputError: it is none, or has no such key.
+    """
+    with _open(path) as file:
+        return [text for _, text in elements(file, path, key)]
+
+
+def keys_of(path: str) -> list[str]:
+    """The keys of a file that is one JSON object; none if it is not."""
+    with _open(path) as file:
+        try:
+            return keys(file, path)
+        except (*_CUT, InputError):
+            return []
+
+
+def _split(table: Table) -> tuple[str, Any]:
+    """The split of a dataset that is read, and its rows."""
+    splits = hub.load(table.path, table.subset, table.revision)
+    if table.split is None and len(splits) > 1 and "train" not in splits:
+        raise InputError(
+            f"there are several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Name one"
+        )
+    split = table.split or ("train" if "train" in splits else next(iter(splits)))
+    if split not in splits:
+        raise InputError(
+            f"there is no split '{split}'", file=table.path, field="split", remedy=f"Splits: {', '.join(splits)}"
+        )
+    return split, splits[split]
+
+
+def _reader(path: str) -> _Reader:
+    """What reads a file, by its extension."""
+    extension = extension_of(path)
+    if extension not in _READERS:
         raise InputError(
             f"unknown kind of file '{extension}'",
-            file=table.path,
+            file=path,
             remedy=f"Known: {', '.join(EXTENSIONS)}, also with {', '.join(PACKED)}",
         )
-    _log.info("reading %s", table.path)
-    yield from _READERS[extension](table.path, columns)
+    return _READERS[extension]
 
 
 def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
     """The rows of a table of relevance judgments, which may be as TREC writes them: query, 0, document, grade."""
-    if locate(table.path) == "file" and _is_trec(table.path):
-        _log.info("reading %s, relevance judgments as TREC writes them", table.path)
-        return _trec(table.path, columns)
-    return chunks(table, columns)
+    for path in table.paths:
+        if locate(path) in ("file", "url") and _is_trec(path):
+            _log.info("reading %s, relevance judgments as TREC writes them", path)
+            yield from _trec(path, columns)
+        else:
+            # What the columns of other tables are called says nothing of these.
+            plain = table.dialect.model_copy(update={"header": None})
+            yield from chunks(table._replace(paths=(path,), dialect=plain), columns)
 
 
 def _is_trec(path: str) -> bool:
     with _open(path) as file:
         try:
-            begin: list[bytes] = file.readline(_LINE_BYTES).split()
+            begin: list[bytes] = file.readline(_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").split()
         except _CUT:
             return False
     return len(begin) == 4 and begin[1] in (b"0", b"Q0")
@@ -83,15 +140,30 @@ def _is_trec(path: str) -> bool:
 
 def _trec(path: str, columns: Sequence[Column]) -> Chunks:
     query, document, grade = (column.name for column in columns)
+    header = [query, "", document, grade]
+    lines = ((number, line.split()) for number, line in enumerate(_decoded(path), 1))
+    return _gathered((row for row in lines if row[1]), header, Check(columns, path)(header))
+
+
+def _gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: Check) -> Chunks:
+    """Rows of fields, some at a time; those before an error come before it is raised."""
     gathered: list[tuple[int, list[str]]] = []
-    for number, line in enumerate(_decoded(path), 1):
-        if fields := line.split():
-            gathered.append((number, fields))
-        if len(gathered) == _ROWS:
-            yield FieldsChunk(path, gathered, [query, "", document, grade], columns)
-            gathered = []
-    if gathered:
-        yield FieldsChunk(path, gathered, [query, "", document, grade], columns)
+    characters = 0
+    while True:
+        try:
+            row = next(rows, None)
+        except InputError:
+            if gathered:
+                yield FieldsChunk(check.file, gathered, header, check)
+            raise
+        if row is None or len(gathered) == _ROWS or characters >= _BLOCK_BYTES:
+            if gathered:
+                yield FieldsChunk(check.file, gathered, header, check)
+            gathered, characters = [], 0
+        if row is None:
+            return
+        gathered.append(row)
+        characters += sum(map(len, row[1]))
 
 
 def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
@@ -104,7 +176,7 @@ def _open(path: str) -> Any:
     import fsspec
 
     try:
-        return _unpacked(io.BufferedReader(fsspec.open(path, "rb").open(), 2**20))
+        return _as_utf8(_unpacked(io.BufferedReader(fsspec.open(path, "rb").open(), 2**20)))
     except FileNotFoundError:
         raise InputError("there is no such file", file=path, remedy="Check the address") from None
     except (ImportError, ValueError) as error:
@@ -132,6 +204,19 @@ def _unpacked(file: Any) -> Any:
     return file
 
 
+def _as_utf8(file: Any) -> Any:
+    """A file of UTF-16, which its first bytes tell, as UTF-8."""
+    try:
+        begin = file.peek(2)[:2]
+    except _CUT:  # whoever reads it says so
+        return file
+    if begin not in (b"\xff\xfe", b"\xfe\xff"):
+        return file
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.transcoding_input_stream(pa.PythonFile(file, "r"), "utf-16", "utf-8"), 2**20)
+
+
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     with _open(path) as file:
@@ -155,10 +240,48 @@ def _decoded(path: str) -> Iterator[str]:
             raise error.row.error from None
 
 
-def _jsonl(path: str, columns: Sequence[Column]) -> Chunks:
-    check = Check(columns, path)
-    for first, block in _blocks(path):
-        yield JsonChunk(path, first, block, columns, check)
+def _json(check: Check, table: Table) -> Chunks:
+    if table.inside or _is_whole(check.file):
+        yield from _elements(check, table.inside)
+        return
+    for first, block in _blocks(check.file):
+        yield JsonChunk(check.file, first, block, check)
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file is a JSON list, or objects that run over several lines, and no lines of JSON."""
+    with _open(path) as file:
+        try:
+            begin = file.read(_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        except _CUT:
+            return False
+    first, ended, rest = begin.partition(b"\n")
+    if first[:1] not in (b"[", b"{") or not (ended or first[:1] == b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return first[:1] == b"[" or not rest.lstrip().startswith(b"{")
+    return first[:1] == b"[" and not rest.strip()
+
+
+def _elements(check: Check, inside: str | None) -> Chunks:
+    gathered: list[tuple[str | None, str]] = []
+    first = 0
+    with _open(check.file) as file:
+        try:
+            for element in elements(file, check.file, inside):
+                gathered.append(element)
+                if len(gathered) == _ELEMENTS:
+                    yield ElementsChunk(check.file, first, gathered, check)
+                    first, gathered = first + len(gathered), []
+        except (*_CUT, InputError) as error:
+            yield ElementsChunk(check.file, first, gathered, check)
+            if isinstance(error, InputError):
+                raise
+            raise _not_read(check.file, first + len(gathered), error) from None
+    if gathered:
+        yield ElementsChunk(check.file, first, gathered, check)
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
@@ -194,80 +317,87 @@ def _last_lines(path: str, first: int) -> Iterator[tuple[int, bytes]]:
         raise
 
 
-def _csv(path: str, columns: Sequence[Column], delimiter: str = ",") -> Chunks:
+def _separated(otherwise: str) -> _Reader:
+    """What reads a text file of fields; `otherwise`: their delimiter, where none is set."""
+
+    def read(check: Check, table: Table) -> Chunks:
+        dialect, path = table.dialect, check.file
+        delimiter = dialect.sign(otherwise)
+        rows = (_fields if dialect.quoting == "none" else _quoted)(path, delimiter)
+        begin = next(rows, None)
+        if begin is None:
+            raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header")
+        start, first = begin
+        header = list(dialect.header or first)
+        check(header, start, "" if dialect.header else _header_hint(first, delimiter))
+        # A file that has the header all the same begins with it.
+        yield from _gathered(rows if first == header else chain([begin], rows), header, check)
+
+    return read
+
+
+def _fields(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line, in which a quote means nothing."""
+    for number, line in enumerate(_decoded(path), 1):
+        if text := line.rstrip("\r\n"):
+            yield number, text.split(delimiter)
+
+
+def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each row, which may be in quotes and run over several lines."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
     # strict: a quote in the wrong place is an error instead of a text silently joined to the next rows
     reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    gathered: list[tuple[int, list[str]]] = []
-    characters = 0
     while True:
         start = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
-            break
-        except (csv.Error, InputError) as error:
-            if header is not None and gathered:
-                yield FieldsChunk(path, gathered, header, columns)
-            if isinstance(error, InputError):
-                raise
-            remedy = "Put fields that hold quotes or line ends in quotes and double the quotes inside, or use JSONL"
+            return
+        except csv.Error as error:
+            remedy = (
+                "If quotes are signs like others here, set data.table.quoting: none; else put fields that hold quotes"
+                " or line ends in quotes and double the quotes inside"
+            )
             raise InputError(f"broken quoting ({error})", file=path, row=start, remedy=remedy) from None
-        if not fields:
-            continue
-        if header is None:
-            header = fields
-            Check(columns, path)(header, start, _header_hint(header, delimiter))
-            continue
-        gathered.append((start, fields))
-        characters += sum(map(len, fields))
-        if len(gathered) == _ROWS or characters >= _BLOCK_BYTES:
-            yield FieldsChunk(path, gathered, header, columns)
-            gathered, characters = [], 0
-    if header is None:
-        raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header")
-    if gathered:
-        yield FieldsChunk(path, gathered, header, columns)
-
-
-def _tsv(path: str, columns: Sequence[Column]) -> Chunks:
-    return _csv(path, columns, "\t")
+        if fields:
+            yield start, fields
 
 
 def _header_hint(header: list[str], delimiter: str) -> str:
-    name = {",": "commas", "\t": "tabs"}[delimiter]
+    name = {",": "commas", "\t": "tabs"}.get(delimiter, repr(delimiter))
     if len(header) == 1 and any(sign in header[0] for sign in "\t,; "):
-        return f"The fields are not separated by {name}: write them so, or use the file's right extension"
-    if header[-1].replace(".", "").isdecimal():
-        return "The file seems to have no header: its first line names the columns"
+        return f"The fields are not separated by {name}: set data.table.delimiter"
+    if any(len(cell) > _NAME or cell.replace(".", "").isdecimal() for cell in header):
+        return (
+            "The file seems to have no header: name its columns in data.table.header, for example"
+            f" [{', '.join(['id', 'text', *(f'c{at}' for at in range(3, len(header) + 1))][: len(header)])}]"
+        )
     return ""
 
 
-def _parquet(path: str, columns: Sequence[Column]) -> Chunks:
+def _parquet(check: Check, _: Table) -> Chunks:
     import pyarrow
     import pyarrow.parquet
 
-    with _open(path) as file:
+    with _open(check.file) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            Check(columns, path)(parquet.schema_arrow.names)
-            names = _there(columns, parquet.schema_arrow.names)
+            check(parquet.schema_arrow.names)
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
             size = _rows_of(sum(group.total_byte_size for group in groups), parquet.metadata.num_rows)
-            yield from _arrow(parquet.iter_batches(size, columns=names), names, columns, path)
+            yield from _arrow(parquet.iter_batches(size, columns=_there(check)), check)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             problem = f"not a readable Parquet file ({error})"
-            raise InputError(problem, file=path, remedy="Fetch or write it again") from None
+            raise InputError(problem, file=check.file, remedy="Fetch or write it again") from None
 
 
 def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) -> Chunks:
     place = f"{table.path} ({', '.join(filter(None, (table.subset, split)))})"
-    Check(columns, place)(dataset.column_names)
+    check = Check(columns, place)(dataset.column_names)
     _log.info("reading %s", place)
-    names = _there(columns, dataset.column_names)
-    wanted = dataset.select_columns(names).with_format("arrow")
-    yield from _arrow(wanted.iter(_rows_of(wanted.data.nbytes, len(wanted))), names, columns, place)
+    wanted = dataset.select_columns(_there(check)).with_format("arrow")
+    yield from _arrow(wanted.iter(_rows_of(wanted.data.nbytes, len(wanted))), check)
 
 
 def _rows_of(size: int, rows: int) -> int:
@@ -275,22 +405,24 @@ def _rows_of(size: int, rows: int) -> int:
     return max(16, min(_ROWS, _BLOCK_BYTES * rows // max(1, size)))
 
 
-def _arrow(batches: Iterable[Any], names: list[str], columns: Sequence[Column], file: str) -> Chunks:
+def _arrow(batches: Iterable[Any], check: Check) -> Chunks:
     first = 0
     for batch in batches:
-        yield ArrowChunk(file, first, batch, names, columns)
+        yield ArrowChunk(check.file, first, batch, check)
         first += batch.num_rows
 
 
-def _there(columns: Sequence[Column], there: Sequence[str]) -> list[str]:
+def _there(check: Check) -> list[str]:
     """The wanted columns that there are, each once: one column may be wanted for two things."""
-    return list(dict.fromkeys(column.name for column in columns if column.name in there))
+    return list(dict.fromkeys(name for name in check.names if name in check.there))
 
 
-_READERS: dict[str, Callable[[str, Sequence[Column]], Chunks]] = {
-    ".jsonl": _jsonl,
-    ".json": _jsonl,
-    ".csv": _csv,
-    ".tsv": _tsv,
+_READERS: dict[str, _Reader] = {
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".txt": _separated("\t"),
     ".parquet": _parquet,
 }

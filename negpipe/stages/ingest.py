@@ -45,6 +45,7 @@ from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stag
 from negpipe.errors import DamagedError
 from negpipe.ingest import joins, rejected
 from negpipe.ingest.spool import Spool, Texts, ahead, extra_columns, load, read
+from negpipe.sources.places import locate, paths_of
 from negpipe.stages import headers
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, explained, file_digest, write_all
@@ -62,6 +63,8 @@ _COPIES = 5  # of a part: its rows, joined, as they are written, and those of th
 
 def _settings(config: Config) -> dict[str, Any]:
     data = config.data
+    if data.format != "auto" or (data.path and locate(paths_of(data.path)[0]) in ("file", "folder")):
+        data = sources.recognized(data)
     # Where the data lies is circumstance; what it holds is in the sources' digests.
     tables = {name: {"path"} for name in ("corpus", "queries", "qrels") if getattr(data, name)}
     kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, **tables})

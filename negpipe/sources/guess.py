@@ -1,0 +1,162 @@
+"""What a source is, where `data.format` is auto: by the names of files, of a repository's configs, and of columns."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from negpipe.config import schema
+from negpipe.errors import ConfigError, InputError
+from negpipe.sources import hub, layouts
+from negpipe.sources.places import EXTENSIONS, Table, extension_of, locate, paths_of
+from negpipe.sources.readers import column
+from negpipe.sources.tables import column_names, keys_of
+
+_log = logging.getLogger(__name__)
+
+_ROWS = (
+    ("flagembedding", {"query", "pos"}),
+    ("tevatron", {"positive_passages"}),
+    ("tevatron", {"positive_document_ids"}),
+    ("dpr", {"question", "positive_ctxs"}),
+    ("ms-swift", {"messages", "positive_messages"}),
+)
+"""Columns that tell a layout of rows."""
+
+
+def recognized(data: schema.Data) -> schema.Data:
+    """The source with what `auto` stands for.
+
+    Raises:
+        InputError: nothing is there, or it looks like nothing that is known.
+        ConfigError: what it looks like does not go with the other settings.
+    """
+    if data.format == "columns" and _is_one_object(data):
+        return _with(data, {"format": "llama_index", "path": data.corpus and data.corpus.path})
+    if data.format != "auto":
+        return data
+    found = _looked_at(data)
+    return _with(data, found)
+
+
+def _with(data: schema.Data, found: dict[str, Any]) -> schema.Data:
+    try:
+        return schema.Data.model_validate(data.model_dump() | found)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"data: {problem} (the source looks like data.format: {found['format']})") from None
+
+
+def _is_one_object(data: schema.Data) -> bool:
+    """Whether the three tables are one JSON object with all of them."""
+    named = {one.path for one in (data.corpus, data.queries, data.qrels) if one}
+    [path] = named if len(named) == 1 else [None]
+    return isinstance(path, str) and Path(path).is_file() and _object(path) == "llama_index"
+
+
+def _looked_at(data: schema.Data) -> dict[str, Any]:
+    if data.path is None:
+        return {"format": "columns"}
+    paths = paths_of(data.path)
+    kind = locate(paths[0])
+    if kind == "folder" and len(paths) == 1:
+        return _folder(data, Path(paths[0]))
+    if kind == "hub":
+        return _repository(data, paths[0])
+    if kind == "file" and (whole := _object(paths[0])):
+        return {"format": whole}
+    return _rows(data, Table(paths, data.subset, data.split, data.revision, data.table))
+
+
+def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:
+    names = {file.name.partition(".")[0] for file in folder.iterdir() if extension_of(file.name) in EXTENSIONS}
+    there = {entry.name for entry in folder.iterdir()}
+    if layouts.is_beir(folder):
+        judged = next(iter(layouts.qrels(folder).values()))
+        return {"format": "beir" if judged.exists() else "mteb"}
+    if (folder / "README.md").is_file() and (subsets := hub.subsets(str(folder), None)):
+        return _configs(data, str(folder), subsets)
+    if {"queries", "documents", "train"} <= names:
+        return {"format": "pylate"}
+    train = next((folder / name for name in sorted(there) if name.startswith("train.")), None)
+    if "corpus" in there and train is not None and _object(str(train)) == "nemo":
+        return {"format": "nemo", "path": str(train)}
+    if train is not None:
+        pool = next((str(folder / name) for name in sorted(there) if name.startswith("corpus.")), None)
+        at = {"path": str(train), "corpus": pool and {"path": pool}}
+        return _rows(data, Table((str(train),), dialect=data.table)) | (
+            at if data.corpus is None else at | {"corpus": data.corpus}
+        )
+    if Path(f"{str(folder).rstrip('/')}-qrels").is_dir():
+        return {"format": "beir"}
+    files = sorted(there)
+    shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
+    raise InputError(
+        f"this folder is of no known layout (it holds {shown or 'nothing'})",
+        file=str(folder),
+        field="data.format",
+        remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format, and see"
+        " `negpipe inspect`",
+    )
+
+
+def _repository(data: schema.Data, path: str) -> dict[str, Any]:
+    try:
+        subsets = hub.subsets(path, data.revision)
+    except InputError:
+        return {"format": "beir"}  # whose reader says what is missing
+    return _configs(data, path, subsets)
+
+
+def _configs(data: schema.Data, path: str, subsets: list[str]) -> dict[str, Any]:
+    """A repository, by its configs."""
+    before = f"{data.subset}-" if data.subset else ""
+    if {before + "corpus", before + "queries"} <= {*subsets}:
+        judged = {before + "qrels", before + "default"} & {*subsets}
+        return {"format": "mteb" if judged else "beir"}
+    if {"queries", "documents", "train"} <= {*subsets}:
+        return {"format": "pylate"}
+    return _rows(data, Table((path,), data.subset, data.split, data.revision))
+
+
+@lru_cache(64)
+def _stated(path: str, _: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(keys_of(path))
+
+
+def _object(path: str) -> str | None:
+    """The layout of a file that is one JSON object with tables in it."""
+    if extension_of(path) not in (".json", ".jsonl", ".ndjson") or not Path(path).is_file():
+        return None
+    about = Path(path).stat()
+    keys = {*_stated(path, (about.st_size, about.st_mtime_ns))}
+    if {"queries", "corpus", "relevant_docs"} <= keys:
+        return "llama_index"
+    return "nemo" if {"corpus", "data"} <= keys else None
+
+
+def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
+    """A table of rows, by its columns."""
+    names = column_names(table)
+    for layout, columns in _ROWS:
+        if columns <= {*names}:
+            return {"format": layout}
+    wanted = (column(data, "anchor"), column(data, "positive"))
+    if all(one.among(names) for one in wanted):
+        own: dict[str, str] = {key: key for key in ("anchor_id", "positive_id", "label") if key in names}
+        if any(name.startswith("negative") and name.endswith("_id") for name in names):
+            own |= {"negative_id": "negative_id"}
+        if "labels" in names:
+            own |= {"label": "labels"}
+        stated = {key: value for key, value in data.columns.model_dump().items() if value is not None}
+        return {"format": "pairs", "columns": own | stated}
+    raise InputError(
+        f"the rows are of no known layout (columns: {', '.join(names) or 'none'})",
+        file=table.path,
+        field="data.format",
+        remedy="Set data.format: pairs and name the columns in data.columns.anchor and data.columns.positive",
+    )

@@ -1,0 +1,49 @@
+"""A whole source, read once from its first table to its last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+
+from negpipe.config import schema
+from negpipe.sources.guess import recognized
+from negpipe.sources.layouts import tables_of
+from negpipe.sources.readers import Piece
+from negpipe.sources.records import Record
+
+_log = logging.getLogger(__name__)
+
+
+def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
+    """A source, some rows at a time, in one pass; the same pieces each time.
+
+    Every table is opened before the first piece comes, so that a missing file, split or column is known at once.
+
+    Args:
+        data: the source.
+        given: negatives that it brings are judgments without a grade.
+
+    Raises:
+        ConfigError: a bad `data.text`, or no ids where judgments need them.
+        InputError: a table is missing or unreadable as a whole. Single bad rows are records, see BadRow.
+    """
+    known = recognized(data)
+    if known.format != data.format:
+        _log.info("the source is read as data.format: %s", known.format)
+    started = []
+    for table, role in tables_of(known, given):
+        for reader in role(table):
+            found = reader.pieces()
+            first: list[Piece] = []
+            for piece in found:
+                first.append(piece)
+                if next(piece.records(), None):  # a row was looked at: the columns are there
+                    break
+            started.append(chain(first, found))
+    return chain.from_iterable(started)
+
+
+def read(data: schema.Data, given: bool = False) -> Iterator[Record]:
+    """The records of all pieces, one by one; raises what `pieces` does."""
+    return chain.from_iterable(piece.records() for piece in pieces(data, given))
