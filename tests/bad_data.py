@@ -217,8 +217,8 @@ _GRADES: list[tuple[str, Any, str, str, str]] = [
     ("a boolean", True, "is not a number", "for example 1 or 0", "type"),
 ]
 _LISTS: list[tuple[str, Any, str, str, str]] = [
-    ("a number", 7, "expected a list of texts, got a int", "a list even for one text", "type"),
-    ("an object", {"a": "b"}, "expected a list of texts, got a dict", "a list even for one text", "type"),
+    ("a number", 7, "expected a text, got 7", "Write a string", "type"),
+    ("an object", {"a": "b"}, "expected a text, got an object", "Write a string", "type"),
     ("of a number", [7], "expected a text, got 7", "Write a string", "type"),
     ("of a list", [["x"]], "a list", "Write a string", "type"),
     ("of null", [None], "null or absent", EMPTY, "empty_text"),

@@ -74,7 +74,12 @@ ConfigArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a setting: --set mining.num_negatives=5 (repeatable).", callback=_keep),
+    typer.Option(
+        "--set",
+        help="Override a setting: --set mining.num_negatives=5 (repeatable). In quotes where it holds blanks or braces:"
+        " --set 'data.text={title} {text}'.",
+        callback=_keep,
+    ),
 ]
 LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
 BadRowsOption = Annotated[

@@ -40,7 +40,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
 
     Args:
         source: path, name in configs/, or the mapping itself.
-        overrides: `key.path=value` strings; the value is parsed as YAML.
+        overrides: `key.path=value` strings; the value is parsed as YAML, but taken as it stands where the setting is a
+            text and YAML makes something else of it.
 
     Raises:
         ConfigError: with one line a problem, each with its place in the file.
@@ -83,10 +84,24 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: '{folder}' holds a value, not settings")
         node = child
+    is_text = _is_text([*folders, leaf])
     try:
         node[leaf] = safe_yaml.load(value)
     except ValueError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        if not is_text:
+            raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        node[leaf] = value
+    if is_text and not isinstance(node[leaf], str | None):
+        node[leaf] = value
+
+
+def _is_text(path: list[str]) -> bool:
+    """Whether a setting is a text, or null: `{text}` is then no mapping, and 1e5 no number."""
+    model: type[BaseModel] | None = Config
+    for folder in path[:-1]:
+        model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
+    field = model.model_fields.get(path[-1]) if model else None
+    return field is not None and {*(get_args(field.annotation) or (field.annotation,))} <= {str, type(None)}
 
 
 def _explain(problem: Any) -> str:

@@ -7,7 +7,10 @@ extra corpus. Judgments come for all splits there are, because what is positive 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +28,10 @@ Role: TypeAlias = Callable[[Table], list[Reader]]
 Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[Table, Role]]]
 """(data, whether given negatives are kept) → the tables in reading order."""
 
+_log = logging.getLogger(__name__)
+
+_SAYS_MORE = re.compile(r"(hard_?)?neg|labels?$")
+"""Columns of pairs that say which passages are no positives."""
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 
 
@@ -45,10 +52,10 @@ def tables_of(data: schema.Data, given: bool = False) -> list[tuple[Table, Role]
 # --- tables of their own for corpus, queries and judgments ---------------------------------------------
 
 
-def _documents(data: schema.Data, *, pool: bool = False) -> Role:
-    if data.columns.corpus_id is None and not pool:
+def _documents(data: schema.Data) -> Role:
+    if data.columns.corpus_id is None:
         raise ConfigError("data.columns.corpus_id: null works with pairs only: qrels name documents by their id")
-    return lambda table: [readers.documents(table, data, pool=pool)]
+    return lambda table: [readers.documents(table, data)]
 
 
 def _queries(data: schema.Data) -> Role:
@@ -229,14 +236,21 @@ def _pooled(fields: Callable[[schema.Data, Table], Fields]) -> Layout:
     def layout(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
         source, pool = _source(data), data.corpus
 
+        @cache
+        def of_rows() -> Fields:
+            return fields(data, source)
+
         def role(table: Table) -> list[Reader]:
-            of_row = fields(data, table)
+            of_row = of_rows()
             if of_row.by_id and pool is None:
                 remedy = "Name the table of the documents in data.corpus"
                 raise InputError("its rows name documents by id", file=table.path, field="data.corpus", remedy=remedy)
             return [anchored(table, data, of_row, in_corpus=pool is None, given=given)]
 
-        extra = [(_table(data, pool), _documents(data, pool=True))] if pool else []
+        def of_pool(table: Table) -> list[Reader]:
+            return [readers.documents(table, data, pool=not of_rows().by_id)]
+
+        extra = [(_table(data, pool), of_pool)] if pool else []
         return [*extra, (source, role)]
 
     return layout
@@ -250,7 +264,13 @@ def _pair(data: schema.Data, table: Table) -> Fields:
         if (name := getattr(names, key))
     }
     label = Column(names.label, "data.columns.label") if names.label else None
-    negatives = tuple(_negatives(names, column_names(table))) if names.negative else ()
+    there = column_names(table)
+    negatives = tuple(_negatives(names, there)) if names.negative else ()
+    read = {one.column.name for one in negatives} | {names.label, names.positive, names.anchor}
+    unread = [name for name in there if name not in read and _SAYS_MORE.match(name) and not name.endswith("_id")]
+    if unread:
+        remedy = "data.columns.negative and data.columns.label name such columns"
+        _log.warning("%s: not read: %s. %s", table.path, ", ".join(unread), remedy)
     positives = Passages(column(data, "positive"), ids.get("positive_id"))
     return Fields(column(data, "anchor"), ids.get("anchor_id"), (positives,), negatives, label, extra=data.extra.corpus)
 

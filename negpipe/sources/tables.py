@@ -260,8 +260,10 @@ def _is_whole(path: str) -> bool:
         return False
     try:
         json.loads(first)
+    except UnicodeDecodeError:
+        return False
     except (ValueError, RecursionError):
-        return first[:1] == b"[" or not rest.lstrip().startswith(b"{")
+        return first[:1] == b"[" or bool(rest.strip() and not rest.lstrip().startswith(b"{"))
     return first[:1] == b"[" and not rest.strip()
 
 

@@ -64,10 +64,10 @@ def test_unknown_keys_get_the_nearest_known_name(override: str, message: str) ->
         ("encoder.model=null", ["encoder: backend 'flagembedding' needs encoder.model"]),
         ("encoder.backend=precomputed", ["encoder: backend 'precomputed' needs encoder.corpus_vectors and"]),
         ("encoder.query_max_length=1", ["encoder.query_max_length: ", "(got 1)"]),
-        ("data.path=null", ["data: format 'beir' needs data.path"]),
+        ("data.path=null", ["data: the source is missing: give data.path"]),
         ("data.format=columns", ["data: format 'columns' needs data.corpus"]),
         ("data.format=bier", ["data.format: ", "'beir'", "(got 'bier')"]),
-        ("data.corpus=5", ["data.corpus: expected settings, some of path, split, subset (got 5)"]),
+        ("data.corpus=5", ["data.corpus: expected settings, some of path, split, subset, table (got 5)"]),
         ("mining=5", ["mining: expected settings, some of ", "num_negatives", "(got 5)"]),
         ("executor.workers=0", ["executor.workers: ", "(got 0)"]),
         ("resources.memory_budget=1MB", ["resources.memory_budget: 1,000,000 bytes are too few: set 64MiB or more"]),
@@ -139,6 +139,27 @@ def test_the_last_override_wins_and_the_mapping_given_stays_as_it_was() -> None:
     given = copy.deepcopy(LEAST)
     assert load_config(given, ["seed=1", "seed=2", "data.corpus.path=x.jsonl"]).seed == 2
     assert given == LEAST
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.text={title} {text}", "{title} {text}"),
+        ("data.text={text}", "{text}"),
+        ("data.text='{text}'", "{text}"),
+        ("data.split=2024", "2024"),
+        ("encoder.model=1e5", "1e5"),
+        ("encoder.query_instruction=Query: ", "Query: "),
+        ("encoder.query_instruction=[x", "[x"),
+        ("data.columns.corpus_id=null", None),
+        ("data.path=[a, b]", ("a", "b")),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(override: str, value: Any) -> None:
+    config: Any = load_config(LEAST, [override])
+    for name in override.partition("=")[0].split("."):
+        config = getattr(config, name)
+    assert config == value
 
 
 @pytest.mark.parametrize(

@@ -315,9 +315,9 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
     "tsv: no header": ("beir", put("qrels/train.tsv", b"q0\td0\t1"), 1, ["no such column", "no header"]),
     "csv: no header": ("csv", put("qrels.csv", b"q0,d0,1"), 1, ["no such column", "no header"]),
     "csv: a column twice": ("csv", put("qrels.csv", b"query-id,corpus-id,corpus-id"), 1, ["two columns", "Rename"]),
-    "jsonl: other names": ("jsonl", named("_id", "id", "queries.jsonl"), 1, ["field '_id'", "data.columns.query_id"]),
+    "jsonl: other names": ("jsonl", named("_id", "name", "queries.jsonl"), 1, ["field '_id'", "data.columns.query_id"]),
     "parquet: other names": ("parquet", named("text", "body", "corpus.parquet"), None, ["field 'text'", "data.text"]),
-    "pairs: other names": ("pairs", named("anchor", "query", "p.jsonl"), 1, ["field 'anchor'", "data.columns.anchor"]),
+    "pairs: other names": ("pairs", named("anchor", "asked", "p.jsonl"), 1, ["field 'anchor'", "data.columns.anchor"]),
     "pool: other names": ("candidate pool", named("text", "body", "pool.jsonl"), 1, ["field 'text'", "data.text"]),
     "flagembedding: no pos": (
         "flagembedding",

@@ -213,13 +213,13 @@ def test_columns_from_a_dataset_repository() -> None:
 def test_pairs() -> None:
     write("p.csv", "anchor,positive\na,b\na,\n,c\n")
     assert plain(sources.read(data(format="pairs", path="p.csv"))) == [
+        ("query", None, "a"),
         ("document", None, "b", True),
-        ("query", None, "a"),
         ("train", "a", "b", 1.0, True),
-        ("empty_text", 3, "positive", None, False),
         ("query", None, "a"),
-        ("document", None, "c", True),
+        ("empty_text", 3, "positive", None, False),
         ("empty_text", 4, "anchor", None, True),
+        ("document", None, "c", True),
     ]
 
 
@@ -229,8 +229,8 @@ def test_pairs_with_ids_and_a_corpus_from_a_dataset_repository() -> None:
     columns = {"anchor_id": "qid", "positive_id": "did"}
     assert plain(sources.read(data(format="pairs", path="pairs", columns=columns, corpus="pool.jsonl"))) == [
         ("document", "e", "extra", True),
-        ("document", "D", "b", False),
         ("query", "1", "a"),
+        ("document", "D", "b", False),
         ("train", "1", "D", 1.0, False),
     ]
     mixed = sources.read(data(format="pairs", path="pairs", columns={"anchor_id": "qid"}))
@@ -352,11 +352,11 @@ QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
         (QUOTES, r"train.tsv, row 3: broken quoting"),
         ({"qrels": ""}, r"train.tsv, row 1: the file is empty"),
         ({"qrels": QRELS.encode() + b"q1\td\xff\t1\n"}, r"train.tsv, row 3: invalid UTF-8 at byte 4"),
-        ({"qrels": QRELS.replace("corpus-id", "doc")}, r"field 'corpus-id': .*query-id, doc, score.*qrels_corpus_id"),
+        ({"qrels": QRELS.replace("corpus-id", "what")}, r"field 'corpus-id': .*query-id, what, score.*qrels_corpus_id"),
         ({"qrels": QRELS.replace("score", "corpus-id")}, r"field 'corpus-id': two columns have this name"),
-        ({"corpus": [{"_id": "1", "body": "x"}]}, r"corpus.jsonl, row 1, field 'text': .*_id, body.*data.text"),
-        ({"corpus": [{"id": "1", "text": "x"}]}, r"corpus.jsonl, row 1, field '_id': .*data.columns.corpus_id"),
-        ({"queries": [{"_id": "1", "query": "x"}]}, r"queries.jsonl, row 1, field 'text': .*data.columns.query_text"),
+        ({"corpus": [{"_id": "1", "words": "x"}]}, r"corpus.jsonl, row 1, field 'text': .*_id, words.*data.text"),
+        ({"corpus": [{"name": "1", "text": "x"}]}, r"corpus.jsonl, row 1, field '_id': .*data.columns.corpus_id"),
+        ({"queries": [{"_id": "1", "asked": "x"}]}, r"queries.jsonl, row 1, field 'text': .*data.columns.query_text"),
     ],
 )
 def test_a_bad_table_ends_the_reading(parts: dict[str, Any], message: str) -> None:
@@ -366,14 +366,14 @@ def test_a_bad_table_ends_the_reading(parts: dict[str, Any], message: str) -> No
 
 def test_missing_things_name_what_is_near() -> None:
     beir("data/scifact")
-    write("data/notes.txt", "x")
+    write("data/notes.md", "x")
     Path("data/cut.jsonl.gz").write_bytes(gzip.compress(b'{"anchor": "a", "positive": "b"}\n' * 99)[:-9])
     Path("data/fake.parquet").write_bytes(b"nothing of the kind")
     for path, message in {
         "./data/scifct": r"\./data/scifct: there is no such file or folder.*Near it: data/scifact",
         "data/scifact/corpora.jsonl": r"corpora.jsonl: there is no such file.*corpus.jsonl",
         "data/scifct": r"data/scifct: this dataset cannot be loaded.*without internet.*Near it: data/scifact",
-        "data/notes.txt": r"notes.txt: unknown kind of file '.txt'.*Known: .jsonl",
+        "data/notes.md": r"notes.md: unknown kind of file '.md'.*Known: .jsonl",
         "data/cut.jsonl.gz": r"cut.jsonl.gz, row \d+: the file cannot be read on",
         "data/fake.parquet": r"fake.parquet: not a readable Parquet file",
         "nowhere://x/p.jsonl": r"nowhere://x/p.jsonl: this kind of address cannot be opened",
@@ -384,16 +384,16 @@ def test_missing_things_name_what_is_near() -> None:
         sources.revision(data(format="pairs", path="data/scifct"))
     Path("data/scifact/queries.jsonl").unlink()
     with pytest.raises(InputError, match=r"data/scifact/queries.jsonl: there is no such file.*A BEIR folder has"):
-        sources.read(data(path="data/scifact"))
-    with pytest.raises(InputError, match=r"notes.txt: a BEIR source is a folder.*data.format: columns"):
-        sources.read(data(path="data/notes.txt"))
+        sources.read(data(format="beir", path="data/scifact"))
+    with pytest.raises(InputError, match=r"notes.md: a BEIR source is a folder.*data.format: columns"):
+        sources.read(data(format="beir", path="data/notes.md"))
 
 
 def test_a_repository_without_judgments_beside_it() -> None:
     repository("alone")
     Path("alone-qrels").rename("elsewhere")
     with pytest.raises(InputError, match=r"alone-qrels: there is no such folder.*data.format: columns"):
-        sources.read(data(path="alone"))
+        sources.read(data(format="beir", path="alone"))
 
 
 def test_invalid_text_inside_parquet() -> None:
@@ -414,8 +414,7 @@ def test_flagembedding_positives_are_lists_or_one_text() -> None:
     assert [r.text for r in records if isinstance(r, Document) and r.place.row == 1] == ["p", "n"]
     number, alone = (r for r in records if isinstance(r, BadRow))
     assert "f.jsonl, row 2, field 'pos': expected a text, got 3" in str(number.error)
-    assert "f.jsonl, row 3, field 'pos': expected a list of texts, got a int" in str(alone.error)
-    assert 'Write "pos": ["..."]' in str(alone.error)
+    assert "f.jsonl, row 3, field 'pos': expected a text, got 5" in str(alone.error)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
@@ -430,7 +429,7 @@ def test_a_list_is_that_many_positives_of_one_anchor(ending: str) -> None:
     assert [record[:2] for record in found if isinstance(record, Judgment)] == [("q", "1"), ("q", "2")]
     write("short.jsonl", [{"anchor": "q", "positive": ["one", "two"], "ids": ["1"]}])
     (bad,) = sources.read(data(format="pairs", path="short.jsonl", columns={"positive_id": "ids"}))
-    assert isinstance(bad, BadRow) and "field 'ids': 2 positives need a list of as many ids" in str(bad.error)
+    assert isinstance(bad, BadRow) and "field 'ids': 2 positives need a list of as many" in str(bad.error)
 
 
 @pytest.mark.parametrize("sign", [" ", "\t", "   "])
