@@ -10,6 +10,8 @@ from typer.exceptions import TyperException
 
 from negpipe.cli import run  # isort: split
 
+from negpipe.cli import inspect  # isort: split
+
 from negpipe.cli import planning  # isort: split
 
 from negpipe.cli import results  # isort: split
@@ -27,7 +29,19 @@ from negpipe.config import machine
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
-__all__ = ["app", "audit", "calibrate", "config", "main", "maintenance", "planning", "report", "results", "run"]
+__all__ = [
+    "app",
+    "audit",
+    "calibrate",
+    "config",
+    "inspect",
+    "main",
+    "maintenance",
+    "planning",
+    "report",
+    "results",
+    "run",
+]
 
 
 def main() -> None:

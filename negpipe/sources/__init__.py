@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from negpipe.sources.guess import recognized
 from negpipe.sources.identity import files, revision
+from negpipe.sources.places import NoSplitError
 from negpipe.sources.readers import Piece
-from negpipe.sources.reading import pieces, read
+from negpipe.sources.reading import pieces, read, readers
 from negpipe.sources.records import (
     BadRow,
     Document,
@@ -23,21 +24,25 @@ from negpipe.sources.records import (
     RecordColumns,
     TextColumns,
 )
+from negpipe.sources.tables import column_names
 
 __all__ = [
     "BadRow",
     "Document",
     "Judgment",
     "Judgments",
+    "NoSplitError",
     "Piece",
     "Place",
     "Query",
     "Record",
     "RecordColumns",
     "TextColumns",
+    "column_names",
     "files",
     "pieces",
     "read",
+    "readers",
     "recognized",
     "revision",
 ]

@@ -69,7 +69,7 @@ def _looked_at(data: schema.Data) -> dict[str, Any]:
         return _repository(data, paths[0])
     if kind == "file" and (whole := _object(paths[0])):
         return {"format": whole}
-    return _rows(data, Table(paths, data.subset, data.split, data.revision, data.table))
+    return _rows(data, Table(paths, data.subset, None, data.revision, data.table))
 
 
 def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:

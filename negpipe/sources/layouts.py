@@ -19,7 +19,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, readers
 from negpipe.sources.anchored import Fields, Passages, anchored
 from negpipe.sources.chunks import Column
-from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
+from negpipe.sources.places import EXTENSIONS, PACKED, NoSplitError, Table, extension_of, locate, near, paths_of
 from negpipe.sources.readers import Reader, column
 from negpipe.sources.tables import column_names, inside
 
@@ -137,9 +137,9 @@ def _file(data: schema.Data, file: Path) -> Table:
     return Table((str(file),), dialect=data.table)
 
 
-def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
+def _no_split(file: str, split: str, there: Sequence[str]) -> NoSplitError:
     remedy = f"Splits here: {', '.join(there) or 'none'}. Name one in data.split"
-    return InputError(f"there are no judgments for the split '{split}'", file=file, field="split", remedy=remedy)
+    return NoSplitError(f"there are no judgments for the split '{split}'", file, there, remedy)
 
 
 def _one(data: schema.Data) -> tuple[str, ...]:
@@ -227,7 +227,8 @@ def _rows(data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) ->
 
 def _source(data: schema.Data) -> Table:
     """The table of `data.path`."""
-    return Table(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
+    table = Table(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
+    return table if table.kind in ("hub", "folder") else table._replace(split=None)
 
 
 def _pooled(fields: Callable[[schema.Data, Table], Fields]) -> Layout:

@@ -16,6 +16,14 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
+class NoSplitError(InputError):
+    """The split that is asked for is not there, but `splits` are."""
+
+    def __init__(self, problem: str, file: str, splits: Sequence[str], remedy: str) -> None:
+        super().__init__(problem, file=file, field="split", remedy=remedy)
+        self.splits = list(splits)
+
+
 class Table(NamedTuple):
     """Where a table is, and how its files are written.
 
@@ -37,6 +45,13 @@ class Table(NamedTuple):
     def path(self) -> str:
         """The first of its paths, by which it is named."""
         return self.paths[0]
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        of = ", ".join(filter(None, (self.inside, self.subset, self.split)))
+        return f"{self.path}{more}" + (f" ({of})" if of else "")
 
     @property
     def kind(self) -> Literal["file", "folder", "url", "hub"]:

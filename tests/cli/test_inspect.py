@@ -1,0 +1,67 @@
+"""`inspect` says what a source is, and the config that it writes mines it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_source as small
+import yaml
+
+from negpipe.config.file import load_config
+from negpipe.sources import recognized
+
+pytestmark = pytest.mark.cases
+
+
+def inspected(*words: str) -> dict[str, Any]:
+    outcome = small.run("inspect", *words, "--json")
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out)
+    return found
+
+
+def triplets(path: Path, rows: int) -> None:
+    lines = [{"anchor": f"q{n % 3}", "positive": f"p{n}", "negative": f"other {n}"} for n in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"anchor": "q0", "positive": 5}]))
+
+
+def test_what_is_in_a_source(tmp_path: Path) -> None:
+    triplets(tmp_path / "rows.jsonl", 7)
+    found = inspected(str(tmp_path / "rows.jsonl"))
+    assert found["data"] == {"format": "pairs", "path": str(tmp_path / "rows.jsonl")}
+    assert found["documents"]["count"] == 14 and found["documents"]["most"] == len("other 0")
+    assert (found["judgments"], found["given"], found["odd"]) == ({"train": 7}, 7, {"type": 1})
+    assert found["positives"] == {"2": 2, "3": 1} and found["whole"]
+    assert "row 8" in found["examples"][0]
+    few = inspected(str(tmp_path / "rows.jsonl"), "--rows", "4")
+    assert not few["whole"] and few["documents"]["count"] < 14
+
+
+def test_a_split_that_is_not_there_gives_way(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    folder = Path(small.settings(tmp_path)["data"]["path"])
+    (folder / "qrels" / "train.tsv").rename(folder / "qrels" / "dev.tsv")
+    assert inspected(str(folder))["data"]["split"] == "dev"
+
+
+def test_the_written_config_reads_the_source(tmp_path: Path) -> None:
+    triplets(tmp_path / "rows.jsonl", 9)
+    written = tmp_path / "my.yaml"
+    outcome = small.run("inspect", str(tmp_path / "rows.jsonl"), "--write", str(written))
+    assert outcome.code == 0 and f"negpipe mine {written}" in outcome.out
+    config = load_config(written)
+    assert recognized(config.data) == config.data and yaml.safe_load(written.read_text())["run_dir"]
+    outcome = small.run("ingest", str(written), "--set", f"run_dir={tmp_path / 'run'}", "--max-bad-rows", "1")
+    assert outcome.code == 0, outcome.err
+    again = small.run("inspect", str(tmp_path / "rows.jsonl"), "--write", str(written))
+    assert again.code == 2 and load_config(written) == config
+
+
+@pytest.mark.parametrize("path", ["nowhere/at/all", "letters.md"])
+def test_what_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
+    (tmp_path / "letters.md").write_text("x")
+    outcome = small.run("inspect", str(tmp_path / path))
+    assert outcome.code == 3 and path in outcome.err
