@@ -147,6 +147,9 @@ class Data(_Model):
     )
     queries: _Table | None = Field(None, description="Query table (columns).")
     qrels: _Table | None = Field(None, description="Relevance table (columns).")
+    streaming: bool = Field(
+        False, description="Read hub datasets as they come, without a copy on this disk: for those larger than it."
+    )
     columns: Columns = Columns()
     table: Dialect = Dialect()
     split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")

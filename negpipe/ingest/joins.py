@@ -6,6 +6,7 @@ multiplies: one side of each has a key at most once, so time grows with the rows
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from negpipe.ingest.rejected import too_many
 
 if TYPE_CHECKING:
     import duckdb
+
+logger = logging.getLogger(__name__)
 
 BATCH = 8192
 
@@ -107,7 +110,13 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         where id in (select query from positives);
         create table known as
         select number, row, bool_or(by_id) as by_id from good join anchors on query = id group by number, row;
+        create table refused as
+        select j.query, d.row, max(j.grade) as grade, min(j.rowid) as n from judgments j join ids d on j.document = d.id
+        where j.grade is null or j.grade < {config.data.min_grade} group by j.query, d.row;
+        create table contradicted as select * from refused semi join good using (query, row);
+        delete from refused using contradicted c where refused.query = c.query and refused.row = c.row;
     """)
+    _tell_contradictions(database)
     if not _count(database, "select count(*) from anchors"):
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
@@ -115,6 +124,22 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
             file=_named(config),
             field="data.split",
             remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
+        )
+
+
+def _tell_contradictions(database: duckdb.DuckDBPyConnection) -> None:
+    """Say that documents are judged relevant in one place and not in another, of a split or of several."""
+    if count := _count(database, "select count(*) from contradicted"):
+        example = database.execute("""
+            select j.query, j.document, j.file, j.line, j.grade from contradicted join judgments j on j.rowid = n
+            order by n limit 1""").fetchone()
+        assert example is not None
+        query, document, file, line, grade = example
+        said = "brought as a negative" if grade is None else f"judged {grade:g}"
+        logger.warning(
+            "%d documents are judged relevant in one place and not in another: they count as positives."
+            " Document %r is %s for query %r in %s, row %d",
+            *(count, document, said, query, file, line),
         )
 
 
@@ -150,11 +175,12 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
     Yields:
         tables of up to `rows` anchors: they hold texts, of any length.
     """
-    positives, known = (
+    positives, known, refused = (
         _Followers(_batches(database, _sorted(database, query)))
         for query in (
             "select number, row, grade from positives join anchors on query = id order by number, n",
             "select number, row, by_id from known order by number, row",
+            "select number, row, grade from refused join anchors on query = id order by number, row",
         )
     )
     heads = _batches(
@@ -171,6 +197,7 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
         lists = positives.take(low, high, {"positives": "row", "grades": "grade"}) | known.take(
             low, high, {"known": "row", "known_by_id": "by_id"}
         )
+        lists |= refused.take(low, high, {"refused": "row", "refused_grades": "grade"})
         yield _with(pa.Table.from_batches([batch]), lists)
         low = high
 
@@ -210,6 +237,8 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
         " join askers a on j.query = a.id join ids d on j.document = d.id"
         f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
+        "refused": "select count(*) from refused where grade is not null",
+        "given_negatives": "select count(*) from refused where grade is null",
         "unknown_judgments": "select count(*) from unknown_judgments",
         "skipped_empty": "select count(*) from skipped where kind = 'empty_text'",
         "rejected_rows": "select (select count(*) from skipped) + (select count(*) from unknown_judgments)",

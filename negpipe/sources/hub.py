@@ -23,8 +23,8 @@ from negpipe.sources.places import near
 _log = logging.getLogger(__name__)
 
 
-def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
-    """Every split of a hub dataset or of a local dataset folder, memory-mapped, by name.
+def load(path: str, subset: str | None, revision: str | None, *, streaming: bool = False) -> dict[str, Any]:
+    """Every split of a hub dataset or of a local dataset folder, memory-mapped or streaming, by name.
 
     Raises:
         InputError: not found, no such subset or revision, no network, or the data cannot be read.
@@ -42,7 +42,7 @@ def load(path: str, subset: str | None, revision: str | None) -> dict[str, Any]:
         afresh["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state(Path(path))}")
     name = str(Path(path).resolve()) if local else path
     try:
-        found = datasets.load_dataset(name, subset, revision=revision, **afresh)
+        found = datasets.load_dataset(name, subset, revision=revision, streaming=streaming, **afresh)
     except Exception as error:  # the library lets network, parser and builder errors of many kinds through
         what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
         raise _not_loaded(what, path, error) from error

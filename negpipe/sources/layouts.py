@@ -46,7 +46,8 @@ def tables_of(data: schema.Data, given: bool = False) -> list[tuple[Table, Role]
         ConfigError: no ids where judgments need them.
         InputError: a local path that does not exist, or a folder that is not what `data.format` says.
     """
-    return LAYOUTS[data.format](data, given)
+    found = LAYOUTS[data.format](data, given)
+    return [(table._replace(streaming=data.streaming), role) for table, role in found]
 
 
 # --- tables of their own for corpus, queries and judgments ---------------------------------------------

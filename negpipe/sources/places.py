@@ -32,6 +32,7 @@ class Table(NamedTuple):
         split: None: the only split of a dataset; it says nothing about a file.
         dialect: of CSV and TSV files.
         inside: the key of a JSON object that holds the rows, in a list, or in an object as `key` and `value`.
+        streaming: a dataset is read as it comes, without a copy on this disk.
     """
 
     paths: tuple[str, ...]
@@ -40,6 +41,7 @@ class Table(NamedTuple):
     revision: str | None = None
     dialect: Dialect = Dialect()
     inside: str | None = None
+    streaming: bool = False
 
     @property
     def path(self) -> str:

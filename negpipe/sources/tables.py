@@ -29,6 +29,7 @@ __all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgment
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
+_STREAMED = 1024  # of a dataset whose size is not known
 _ELEMENTS = 256  # of a JSON list, that make a chunk
 _LINE_BYTES = 4096  # of a first line, that tell a layout
 _NAME = 64  # characters, more than a column's name has
@@ -64,7 +65,7 @@ def column_names(table: Table) -> list[str]:
         InputError: as `chunks` does.
     """
     if table.kind in ("hub", "folder"):
-        return list(_split(table)[1].column_names)
+        return _columns_of(_split(table)[1])
     check = Check([], table.path)
     for chunk in _reader(table.path)(check, table):
         if next((row for row in chunk.rows() if isinstance(row, Row)), None):
@@ -92,7 +93,7 @@ def keys_of(path: str) -> list[str]:
 
 def _split(table: Table) -> tuple[str, Any]:
     """The split of a dataset that is read, and its rows."""
-    splits = hub.load(table.path, table.subset, table.revision)
+    splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
     if table.split is None and len(splits) > 1 and "train" not in splits:
         raise InputError(
             f"there are several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Name one"
@@ -167,7 +168,7 @@ def _gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: C
 
 def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
     """The rows of every split of a dataset, by split."""
-    splits = hub.load(table.path, table.subset, table.revision)
+    splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
     return {split: _dataset(table, split, dataset, columns) for split, dataset in splits.items()}
 
 
@@ -395,10 +396,16 @@ def _parquet(check: Check, _: Table) -> Chunks:
 
 def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) -> Chunks:
     place = f"{table.path} ({', '.join(filter(None, (table.subset, split)))})"
-    check = Check(columns, place)(dataset.column_names)
+    check = Check(columns, place)(_columns_of(dataset))
     _log.info("reading %s", place)
     wanted = dataset.select_columns(_there(check)).with_format("arrow")
-    yield from _arrow(wanted.iter(_rows_of(wanted.data.nbytes, len(wanted))), check)
+    rows = _STREAMED if table.streaming else _rows_of(wanted.data.nbytes, len(wanted))
+    yield from _arrow(wanted.iter(rows), check)
+
+
+def _columns_of(dataset: Any) -> list[str]:
+    # A stream may not know them before its first row.
+    return list(dataset.column_names or next(iter(dataset.take(1)), ()))
 
 
 def _rows_of(size: int, rows: int) -> int:

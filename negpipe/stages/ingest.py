@@ -7,10 +7,11 @@ one part, whatever the corpus.
 
 Parts are Arrow IPC files of four kinds. `corpus` and `added` (positives from elsewhere): id, text, hashes of id and
 normalised text, the other ids of the row, its rows in the source. `anchors`: id, text, hashes, rows and grades of its
-positives, rows of all its known positives, the row that equals its own text and the row that has its own id (-1: none),
-its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all their known
-positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who else asks
-the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the first row
+positives, rows of all its known positives, rows and grades of what is refused: judged below `data.min_grade` in any
+split, or brought as a negative (grade null), the row that equals its own text and the row that has its own id (-1:
+none), its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all their
+known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who
+else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the first row
 that has the text or id.
 Rows that were left out are listed in `rejected.jsonl`.
 """
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 _PARTS = 3  # their keys cover their content: what another version makes alike is kept
 _COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
 
@@ -67,8 +68,10 @@ def _settings(config: Config) -> dict[str, Any]:
         data = sources.recognized(data)
     # Where the data lies is circumstance; what it holds is in the sources' digests.
     tables = {name: {"path"} for name in ("corpus", "queries", "qrels") if getattr(data, name)}
-    kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, **tables})
-    return {f"data.{name}": value for name, value in kept.items()}
+    kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, "streaming": True, **tables})
+    # Whether the negatives that it brings are told from other documents; how they are taken, triplets decides.
+    given = {} if config.mining.given_negatives == "ignore" else {"given_negatives": True}
+    return {f"data.{name}": value for name, value in kept.items()} | given
 
 
 def _sources(context: Context) -> dict[str, str]:
@@ -114,7 +117,7 @@ def _parts(context: Context) -> Generator[Task]:
 
 def _spool_key(context: Context) -> str:
     """What was read is gone on from where the same files are cut and read in the same way."""
-    read = context.config.data.model_dump(mode="json")
+    read = [context.config.data.model_dump(mode="json"), context.config.mining.given_negatives != "ignore"]
     return key(context.key, read, versions.installed(("pyarrow", "datasets")), __version__)
 
 

@@ -453,6 +453,9 @@ def test_every_layout_gives_the_same_source(layout: Any, seed: int, tmp_path: Pa
     written = layout(draw, source, tmp_path / "in")
     named = schema.Data.model_validate(written.settings)
     assert found(named, written.carries) == expected(source, written.carries)
+    if layout in (mteb, pylate):
+        streamed = named.model_copy(update={"streaming": True})
+        assert found(streamed, written.carries) == expected(source, written.carries)
     guessed = {key: value for key, value in written.settings.items() if key not in ("format", "columns")}
     if "path" in guessed:
         assert sources.recognized(schema.Data.model_validate(guessed)).format == named.format
