@@ -776,7 +776,7 @@ def test_hub_is_pushed_when_asked(mined: Run, tmp_path: Path, monkeypatch: pytes
         ({"to": "jsonl", "shard_rows": 0}, "1 or more"),
         ({"to": "nemo", "out": "train.json"}, "name of a folder"),
         ({"to": "tevatron", "out": "train.jsonl"}, "name of a folder"),
-        ({"to": "trec-run", "out": "run.txt"}, r"ends in \.trec"),
+        ({"to": "trec-run", "out": "run.txt"}, r"a file, with \.trec"),
         ({"to": "jsonl", "out": "x.jsonl", "shard_rows": 5}, "names one file"),
         ({"to": "jsonl", "out": "x.jsonl", "compress": True}, "ends in .gz"),
     ],

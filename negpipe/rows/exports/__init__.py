@@ -99,7 +99,7 @@ class Options:
         several = self.run or self.shard_rows is not None
         yield self.single and several, f"--out {self.out} names one file, --shard-rows and --run make several"
         file = self.out.suffix in _FILE_SUFFIXES and not self.single
-        other = f", or one that ends in {self.layout.suffix}" if self.layout.suffix else ""
+        other = f", or of a file, with {self.layout.suffix}" if self.layout.suffix else ""
         yield file, f"--out {self.out} is no file of {self.to}: give the name of a folder, without a suffix{other}"
         plain = self.single and self.compress and self.out.suffix != ".gz"
         yield plain, f"--gzip: give --out a name that ends in .gz, not {self.out.name}"
