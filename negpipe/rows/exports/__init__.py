@@ -194,7 +194,7 @@ def export(
             raise InputError(
                 f"none of {tally.units:,} anchors has the negatives that a row of '{options.to}' needs",
                 field="mining",
-                remedy="Widen the window or the margins, or ask for fewer negatives",
+                remedy="Widen the window, lower the margins, or ask for fewer negatives",
             )
         if options.to == "hub":
             _write_card(folder, config, options, written, tally, counts, encoder)

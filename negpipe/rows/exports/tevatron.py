@@ -3,8 +3,8 @@
 tevatron: version 3. train.jsonl has query_id, query_text, positive_document_ids and negative_document_ids, corpus.jsonl
 the documents they name (docid, text). README.md names both as configs, `train` and `corpus`. Scores ride along in
 columns that its loader does not look at.
-tevatron-passages: version 2, which version 3 still reads. query_id, query, positive_passages and negative_passages of
-docid, title, text. Each passage carries its score, which Tevatron's distillation reads.
+tevatron-passages: the older layout, which version 3 still reads. query_id, query, positive_passages and
+negative_passages of docid, title, text. Each passage carries its score, which Tevatron's distillation reads.
 
 Titles are part of the text, as `data.text` says, so `title` is empty. On request `run.tsv` holds the ranking that
 search stored, before any exclusion: query id, document id and score, best first.
