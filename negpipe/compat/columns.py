@@ -21,6 +21,8 @@ def columns_of(dataset: Any) -> Mapping[str, Sequence[Any]]:
         # Each is read where it is asked for.
         return {name: dataset[name] for name in dataset.column_names}
     if isinstance(dataset, pd.DataFrame):
+        if twice := dataset.columns[dataset.columns.duplicated()].tolist():
+            raise ValueError(f"dataset: it has several columns {twice[0]!r}: give each a name of its own")
         return {str(name): values.tolist() for name, values in dataset.items()}
     if isinstance(dataset, Mapping):
         splits = [name for name, split in dataset.items() if isinstance(split, Dataset | IterableDataset)]
