@@ -16,13 +16,19 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="flagembedding, nemo, tevatron, distillation, sentence-transformers, jsonl or hub.", metavar="LAYOUT"
+            help="flagembedding, nemo, tevatron, tevatron-passages, ms-swift, ms-swift-reranker, distillation, pylate,"
+            " trec-run, sentence-transformers, jsonl or hub.",
+            metavar="LAYOUT",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make; or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to make; or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet, NAME.trec.")
+    ],
     shard_rows: Annotated[int | None, typer.Option(help="Rows a file, at most; by default all in one.")] = None,
-    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON.")] = False,
-    run: Annotated[bool, typer.Option("--run", help="tevatron: write run.tsv, the stored ranking, too.")] = False,
+    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON, and runs.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="tevatron, tevatron-passages: write run.tsv, the stored ranking, too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     push_to_hub: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from negpipe.compat.columns import columns_of, pair_of, pairs, texts_of
 from negpipe.errors import InputError
 from negpipe.store import view
 from negpipe.store.files import publish
@@ -31,7 +32,7 @@ class Pairs:
 
     Attributes:
         columns: the names of the anchor column and of the positive column.
-        rows: (anchor, positive), one a row of the dataset.
+        rows: (anchor, positive), one a row of the dataset, or several where it has a list of positives.
         corpus: further documents.
     """
 
@@ -40,27 +41,17 @@ class Pairs:
     corpus: list[str]
 
     @classmethod
-    def of(cls, dataset: Dataset, anchor: str | None, positive: str | None, corpus: list[str] | None) -> Pairs:
-        """Read a dataset; a name that it does not have stands for its first, or its second column.
+    def of(cls, dataset: Any, anchor: str | None, positive: str | None, corpus: Any = None) -> Pairs:
+        """Read a dataset; the columns that are not named are its first two.
 
         Raises:
-            ValueError: no rows, too few columns, or something that is no text.
+            ValueError: see `columns`; or there are no rows.
         """
-        names = dataset.column_names
-        if len(dataset) == 0:
+        columns = columns_of(dataset)
+        if not any(len(values) for values in columns.values()):
             raise ValueError("the dataset is empty: it needs rows of an anchor and a positive")
-        if positive not in names and len(names) < 2:
-            raise ValueError(f"the dataset needs two columns, anchors and positives; it has {', '.join(names)}")
-        columns = (
-            anchor if anchor is not None and anchor in names else names[0],
-            positive if positive is not None and positive in names else names[1],
-        )
-        anchors, positives = (list(dataset[name]) for name in columns)
-        for where, texts in ((columns[0], anchors), (columns[1], positives), ("corpus", corpus or [])):
-            for at, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise ValueError(f"'{where}', row {at}: expected a text, found {text!r}")
-        return cls(columns, list(zip(anchors, positives, strict=True)), corpus or [])
+        names = pair_of(list(columns), anchor, positive)
+        return cls(names, pairs(columns, *names), texts_of(corpus))
 
     @cached_property
     def anchors(self) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -28,7 +28,8 @@ from negpipe.encoders.given import identity
 from negpipe.stages.rescore import rescore
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,11 @@ Format = Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"]
 
 
 def mine_hard_negatives(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataFrame,
     model: Any,
     anchor_column_name: str | None = None,
     positive_column_name: str | None = None,
-    corpus: list[str] | None = None,
+    corpus: Sequence[str] | None = None,
     cross_encoder: Any = None,
     range_min: int = 0,
     range_max: int | None = None,
@@ -78,6 +79,10 @@ def mine_hard_negatives(
     needs a main guard, as there. A zero vector has a cosine of 0 with everything, as there.
 
     Args:
+        dataset: as there; or a stream of rows (read to its end), a dict of lists, a dict of one split, a list of
+            dicts, a pandas DataFrame. A list in the positive column stands for that many positives.
+        anchor_column_name: None: the first column. A name that there is not is an error, where sentence-transformers
+            takes the first column; `positive_column_name` alike, with the second.
         run_dir: where the stages work; what is there already is not done again. None: a temporary folder, removed.
         seed: of `sampling_strategy="random"`.
 

@@ -49,6 +49,7 @@ from negpipe.data.tables import EXTRA, Rows, dictionary, within
 from negpipe.select.selector import SOURCES, Units
 
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 GROUP_BYTES = 32 * 2**20
 _ALL = -1
@@ -85,6 +86,13 @@ def tables(slices: Iterable[Units], corpus: Rows, config: Config) -> Iterator[tu
             made = _table(units, corpus, rows.slice(start, stop), config)
             yield max(0, written + stop - start - 1) // limit if limit else 0, made
             written += stop - start
+
+
+def has_rows(units: Units, config: Config) -> Mask:
+    """(u,) whether the config's format has rows for a unit: it has all the negatives that a row needs."""
+    name, wanted = config.output.format, config.mining.wanted
+    all_of_them = name == "n-tuple" or config.mining.on_shortage == "drop"
+    return units.counts >= (wanted if all_of_them else name != "labeled-pair")
 
 
 def write(file: BinaryIO, groups: Iterable[pa.Table]) -> int:
@@ -158,10 +166,9 @@ class _Rows:
 
 def _arranged(units: Units, config: Config) -> _Rows:
     """The rows of the config's format."""
-    name, wanted = config.output.format, config.mining.wanted
+    name, kept = config.output.format, has_rows(units, config)
     positives, negatives = np.diff(units.positive_offsets), np.diff(units.negative_offsets)
     first = len(units.positives) + units.negative_offsets[:-1]
-    kept = negatives >= (wanted if config.mining.on_shortage == "drop" else 0)
     if name == "labeled-pair":
         lengths = (positives + negatives) * kept
         unit = np.repeat(np.arange(len(kept)), lengths)
@@ -169,7 +176,6 @@ def _arranged(units: Units, config: Config) -> _Rows:
         after = place - positives[unit]
         documents = np.where(after < 0, units.positive_offsets[unit] + place, first[unit] + after)
         return _Rows(unit, documents, np.arange(len(unit) + 1))
-    kept &= negatives >= (wanted if name == "n-tuple" else 1)
     unit = np.repeat(np.arange(len(kept)), positives)
     positive = np.flatnonzero(kept[unit])
     unit = unit[positive]

@@ -71,6 +71,11 @@ class Units:
         """(u,) how many negatives each unit got."""
         return np.diff(self.negative_offsets)
 
+    @property
+    def given_up(self) -> Mask:
+        """(u,) whether a unit had negatives, but too few, and gave them up (on_shortage drop)."""
+        return np.asarray((self.fates == Fate.SHORTAGE).any(axis=1))
+
     def only_negatives(self) -> Units:
         """The same without the positives that `output.include_positives` ranks among the negatives."""
         # Units of pairs have but one positive each: what counts are all of the anchor.

@@ -11,8 +11,8 @@ positives, rows of all its known positives, rows and grades of what is refused: 
 split, or brought as a negative (grade null), the row that equals its own text and the row that has its own id (-1:
 none), its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all their
 known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who
-else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the first row
-that has the text or id.
+else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the
+first row that has the text or id.
 Rows that were left out are listed in `rejected.jsonl`.
 """
 

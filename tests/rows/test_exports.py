@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small_source
 import yaml
 from beir_data import tricky_folder, write_vectors
 from datasets import Dataset, disable_progress_bars, load_dataset
@@ -51,6 +53,16 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "executor": {"kind": "inline"},
         }
     )
+    run.mine()
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A source without traps: every id is one word."""
+    folder = tmp_path_factory.mktemp("plain")
+    small_source.build(folder)
+    run = Run(small_source.settings(folder))
     run.mine()
     return run
 
@@ -121,6 +133,30 @@ def from_nemo(out: Path) -> Counter[Triplet]:
 def from_tevatron(out: Path) -> Counter[Triplet]:
     return Counter(
         triplet
+        for row in opened(str(out), "train")
+        for triplet in crossed(
+            row["query_id"],
+            zip(row["positive_document_ids"], row["positive_scores"], strict=True),
+            zip(row["negative_document_ids"], row["negative_scores"], strict=True),
+        )
+    )
+
+
+def from_swift(out: Path) -> Counter[Triplet]:
+    return Counter(
+        triplet
+        for row in opened(str(out))
+        for triplet in crossed(
+            row["query_id"],
+            zip(row["positive_ids"], row["positive_scores"], strict=True),
+            zip(row["negative_ids"], row["negative_scores"], strict=True),
+        )
+    )
+
+
+def from_passages(out: Path) -> Counter[Triplet]:
+    return Counter(
+        triplet
         for row in opened(str(out))
         for triplet in crossed(
             row["query_id"], scored(row["positive_passages"], "docid"), scored(row["negative_passages"], "docid")
@@ -153,6 +189,9 @@ READERS: dict[str, Callable[[Path], Counter[Triplet]]] = {
     "flagembedding": from_flagembedding,
     "nemo": from_nemo,
     "tevatron": from_tevatron,
+    "tevatron-passages": from_passages,
+    "ms-swift": from_swift,
+    "ms-swift-reranker": from_swift,
     "distillation": from_distillation,
     "jsonl": from_rows,
     "hub": from_rows,
@@ -267,27 +306,146 @@ def test_nemo_finds_every_document(mined: Run, tmp_path: Path, shard_rows: int |
 # --- Tevatron -------------------------------------------------------------------------------------------
 
 
-def test_tevatron_passages_and_run(mined: Run, tmp_path: Path) -> None:
-    export(mined, "tevatron", tmp_path / "out", run=True)
-    documents, queries = source_texts(mined)
-    for row in opened(str(tmp_path / "out")):
-        assert row["query"] == queries[row["query_id"]]
-        for passage in row["positive_passages"] + row["negative_passages"]:
-            assert (passage["title"], passage["text"]) == ("", documents[passage["docid"]])
+class TevatronTrainDataset:
+    """Tevatron 3's `TrainDataset`, after its documentation and source: text in, the first epoch of a group out.
 
-    ids = mined.tables("documents")["id"].to_pylist()
-    anchors = mined.tables("anchors")["id"].to_pylist()
-    stored = [row for file in mined.files("search") for row in pq.read_table(file).to_pylist()]
-    expected = [
+    As there, the arguments are names and configs for `load_dataset`, and any positive and negative may be drawn.
+    """
+
+    def __init__(self, name: str, config: str | None, corpus_name: str | None, corpus_config: str | None) -> None:
+        self.rows = opened(name, config)
+        self.corpus = opened(corpus_name, corpus_config) if corpus_name else None
+        docids = self.corpus["docid"] if self.corpus is not None else []
+        self.place = {docid: at for at, docid in enumerate(docids)}
+
+    def text(self, docid: str) -> str:
+        assert self.corpus is not None
+        return str(self.corpus[self.place[docid]]["text"])
+
+    def groups(self) -> Iterator[tuple[str, set[str], set[str]]]:
+        for row in self.rows:
+            if "positive_passages" in row:
+                sides = (row["positive_passages"], row["negative_passages"])
+                yield row["query"], *({f"{p['title']} {p['text']}".strip() for p in side} for side in sides)
+            else:
+                ids = row["positive_document_ids"], row["negative_document_ids"]
+                yield row["query_text"], *({self.text(docid) for docid in side} for side in ids)
+
+
+def texts_of_triplets(run: Run) -> dict[str, tuple[set[str], set[str]]]:
+    """Query → texts of its positives, of its negatives, in the rows of `triplets`."""
+    documents, queries = source_texts(run)
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for anchor, positive, negative, *_ in mined_triplets(run):
+        positives, negatives = found.setdefault(queries[anchor], (set(), set()))
+        positives.add(documents[positive])
+        negatives.add(documents[negative])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_rows": 20}, {"compress": True}])
+def test_tevatron_resolves_ids_in_its_corpus(mined: Run, tmp_path: Path, options: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    export(mined, "tevatron", out, **options)
+    dataset = TevatronTrainDataset(str(out), "train", str(out), "corpus")
+    assert {query: sides for query, *sides in dataset.groups()} == {
+        query: list(sides) for query, sides in texts_of_triplets(mined).items()
+    }
+    named = {name for row in dataset.rows for side in ("positive", "negative") for name in row[f"{side}_document_ids"]}
+    assert named == set(dataset.place), "the corpus holds what is named, each once"
+    assert len(dataset.place) == len(dataset.corpus or ())
+
+
+def test_tevatron_passages_are_whole(mined: Run, tmp_path: Path) -> None:
+    export(mined, "tevatron-passages", tmp_path / "out")
+    dataset = TevatronTrainDataset(str(tmp_path / "out"), None, None, None)
+    assert {query: tuple(sides) for query, *sides in dataset.groups()} == texts_of_triplets(mined)
+
+
+@pytest.mark.parametrize("to", ["tevatron", "tevatron-passages"])
+def test_tevatron_has_the_ranking_on_request(mined: Run, tmp_path: Path, to: str) -> None:
+    export(mined, to, tmp_path / "out", run=True)
+    lines = (tmp_path / "out" / "run.tsv").read_text("utf-8").splitlines()
+    assert [
+        (query, document, float(score)) for query, document, score in (line.split("\t") for line in lines)
+    ] == stored_ranking(mined)
+
+
+def stored_ranking(run: Run) -> list[tuple[str, str, float]]:
+    """Anchor, document and score of all candidates, as search left them."""
+    ids = run.tables("documents")["id"].to_pylist()
+    anchors = run.tables("anchors")["id"].to_pylist()
+    stored = [row for file in run.files("search") for row in pq.read_table(file).to_pylist()]
+    return [
         (anchor, ids[row], float(score))
         for anchor, found in zip(anchors, stored, strict=True)
         for row, score in zip(found["rows"], found["score_dense"], strict=True)
         if row >= 0
     ]
-    lines = (tmp_path / "out" / "run.tsv").read_text("utf-8").splitlines()
-    assert [
-        (query, document, float(score)) for query, document, score in (line.split("\t") for line in lines)
-    ] == expected
+
+
+# --- TREC -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run.trec", "run.trec.gz", "folder"])
+def test_trec_run_holds_every_candidate(plain: Run, tmp_path: Path, name: str) -> None:
+    """Read by ir-measures, which takes trec_eval's files; anchors without a negative are in it too."""
+    import ir_measures
+
+    done = export(plain, "trec-run", tmp_path / name, "mining.max_score=-100")
+    file = tmp_path / name / "run.trec" if name == "folder" else tmp_path / name
+    text = gzip.decompress(file.read_bytes()).decode() if name.endswith("gz") else file.read_text("utf-8")
+    expected = stored_ranking(plain)
+    read: Any = ir_measures.read_trec_run  # untyped
+    assert [(row.query_id, row.doc_id, row.score) for row in read(text)] == expected
+    assert (done.rows, done.left_out) == (len(expected), 0)
+    fields = [line.split(" ") for line in text.splitlines()]
+    assert {(q0, tag) for _, q0, _, _, _, tag in fields} == {("Q0", "negpipe")}
+    for _, group in groupby(fields, key=lambda line: line[0]):
+        ranks = [int(rank) for _, _, _, rank, _, _ in group]
+        assert ranks == list(range(1, len(ranks) + 1))
+
+
+def test_an_id_that_a_run_cannot_hold_is_named(tmp_path: Path) -> None:
+    """A space ends a field of a TREC run: nothing is written; Tevatron's ends fields with tabs."""
+    documents = small_source.documents()
+    documents[1]["_id"] = "d 1"
+    small_source.build(tmp_path / "source", documents)
+    run = Run({**small_source.settings(tmp_path / "source"), "mining": {"range_max": 40, "num_negatives": 39}})
+    run.mine()
+    with pytest.raises(InputError, match="'d 1'") as caught:
+        export(run, "trec-run", tmp_path / "run.trec")
+    assert caught.value.remedy
+    assert not (tmp_path / "run.trec").exists()
+    export(run, "tevatron", tmp_path / "tevatron", run=True)
+    assert "\td 1\t" in (tmp_path / "tevatron" / "run.tsv").read_text("utf-8")
+
+
+# --- ms-swift -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("to", "role"), [("ms-swift", "user"), ("ms-swift-reranker", "assistant")])
+def test_swift_messages(mined: Run, tmp_path: Path, to: str, role: str) -> None:
+    """What its template makes of a row, after its documentation and `TemplateInputs.from_dict`."""
+    done = export(mined, to, tmp_path / "train.jsonl")
+    known: dict[str, tuple[set[str], set[str]]] = {}
+    pairs = set()
+    for row in opened("json", data_files=str(tmp_path / "train.jsonl")):
+        prefixes = ("rejected_", "positive_", "negative_")
+        chosen = {name: value for name, value in row.items() if not name.startswith(prefixes)}
+        (query,) = chosen["messages"]
+        assert query["role"] == "user"
+        assert len(row["positive_messages"]) == 1, "embedding training takes exactly one"
+        positives, negatives = known.setdefault(query["content"], (set(), set()))
+        for side, texts in (("positive", positives), ("negative", negatives)):
+            for messages in row[f"{side}_messages"]:
+                (document,) = messages
+                # Embedding: each text by itself. Reranking: appended to the query's messages, where roles alternate.
+                assert document["role"] == role
+                texts.add(document["content"])
+        pairs.add((query["content"], row["positive_messages"][0][0]["content"]))
+    assert known == texts_of_triplets(mined)
+    assert len(pairs) == done.rows
 
 
 # --- distillation ---------------------------------------------------------------------------------------
@@ -307,34 +465,77 @@ def test_distillation_tables_join(mined: Run, tmp_path: Path, shard_rows: int | 
     assert all(len(row["document_ids"]) == len(row["scores"]) > 1 for row in scores)
 
 
+def test_sentence_transformers_resolves_and_distils(mined: Run, tmp_path: Path, tiny: Path) -> None:
+    """Trained for a step straight from ids: its `resolve_ids` puts the texts in, the scores are the labels."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import resolve_ids
+
+    export(mined, "distillation", tmp_path / "out", "mining.on_shortage=drop")
+    train, queries, documents = (opened(str(tmp_path / "out"), name) for name in ("train", "queries", "documents"))
+    texts, questions = source_texts(mined)
+    ids = train.to_list()
+    train.set_transform(resolve_ids({"query_id": queries, "document_ids": documents}))
+    for row, resolved in zip(ids, train, strict=True):
+        assert resolved == {
+            "query": questions[row["query_id"]],
+            **{f"document_{at}": texts[name] for at, name in enumerate(row["document_ids"], 1)},
+            "scores": row["scores"],
+        }
+    model = SentenceTransformer(str(tiny), device="cpu")
+    train_a_step(model, train, losses.DistillKLDivLoss(model), tmp_path)
+
+
+class KDProcessing:
+    """PyLate's `KDProcessing` and the labels of its collator, after their source."""
+
+    def __init__(self, queries: Dataset, documents: Dataset, n_ways: int = 32) -> None:
+        self.queries = dict(zip(queries["query_id"], queries["text"], strict=True))
+        self.documents = dict(zip(documents["document_id"], documents["text"], strict=True))
+        self.n_ways = n_ways
+
+    def transform(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        cut = {name: [own[: self.n_ways] for own in examples[name]] for name in ("document_ids", "scores")}
+        return {
+            "query": [self.queries[name] for name in examples["query_id"]],
+            "documents": [[self.documents[name] for name in own] for own in cut["document_ids"]],
+            "scores": cut["scores"],
+        }
+
+
+def test_pylate_batches_its_export(mined: Run, tmp_path: Path) -> None:
+    """Its collator stacks the scores of a batch: pairs that lack negatives are left out, and counted as such."""
+    import torch
+
+    done = export(mined, "pylate", tmp_path / "out")
+    train, queries, documents = (opened(str(tmp_path / "out"), name) for name in ("train", "queries", "documents"))
+    train.set_transform(KDProcessing(queries, documents).transform)
+    batch = train[:]
+    assert torch.tensor(batch["scores"]).shape == (done.rows, 4)
+    texts, questions = source_texts(mined)
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for anchor, positive, negative, *_ in mined_triplets(mined):
+        wanted.setdefault((questions[anchor], texts[positive]), set()).add(texts[negative])
+    full = {(*pair, *sorted(negatives)) for pair, negatives in wanted.items() if len(negatives) == 3}
+    rows = zip(batch["query"], batch["documents"], strict=True)
+    assert {(query, own[0], *sorted(own[1:])) for query, own in rows} == full
+    assert set(queries["text"]) == {row[0] for row in full}
+    per_anchor = Counter(anchor for anchor, _ in {(row[0], row[2]) for row in mined_triplets(mined)})
+    assert done.short == sum(count < 3 for count in per_anchor.values()) > 0
+    assert done.without == done.units - len(per_anchor) > 0
+
+
 # --- Sentence Transformers ------------------------------------------------------------------------------
 
 
-def test_sentence_transformers_trains_on_its_export(mined: Run, tmp_path: Path, tiny: Path) -> None:
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.sentence_transformer import losses
+def train_a_step(model: Any, dataset: Dataset, loss: Any, folder: Path) -> None:
+    from sentence_transformers import CrossEncoderTrainer, CrossEncoderTrainingArguments, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.cross_encoder import CrossEncoder
 
-    done = export(mined, "sentence-transformers", tmp_path / "out")
-    dataset = opened("parquet", data_dir=str(tmp_path / "out"))
-    assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2", "negative_3"]
-    documents, queries = source_texts(mined)
-    wanted: dict[tuple[str, str], list[str]] = {}
-    columns = ["anchor_id", "positive_id", "negative_id"]
-    for row in pq.read_table(mined.folder / "triplets", columns=columns).to_pylist():
-        pair = queries[row["anchor_id"]], documents[row["positive_id"]]
-        wanted.setdefault(pair, []).append(documents[row["negative_id"]])
-    full = Counter((*pair, *negatives) for pair, negatives in wanted.items() if len(negatives) == 3)
-    assert 0 < len(full) < len(wanted), "no pair is short: nothing is shown of those that are"
-    assert Counter(tuple(row.values()) for row in dataset) == full
-    assert done.rows == full.total()
-
-    model = SentenceTransformer(str(tiny), device="cpu")
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "trained"),
+    crossed = isinstance(model, CrossEncoder)
+    arguments = (CrossEncoderTrainingArguments if crossed else Arguments)(
+        output_dir=str(folder / "trained"),
         max_steps=1,
         per_device_train_batch_size=4,
         use_cpu=True,
@@ -342,15 +543,89 @@ def test_sentence_transformers_trains_on_its_export(mined: Run, tmp_path: Path, 
         save_strategy="no",
         disable_tqdm=True,
     )
-    loss = losses.MultipleNegativesRankingLoss(model)
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
-    assert math.isfinite(trainer.train().training_loss)
+    trainer = CrossEncoderTrainer if crossed else SentenceTransformerTrainer
+    done = trainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    assert math.isfinite(done.training_loss)
+
+
+COLUMNS = {
+    "triplet": ["anchor", "positive", "negative"],
+    "n-tuple": ["anchor", "positive", "negative_1", "negative_2", "negative_3"],
+    "labeled-pair": ["anchor", "positive", "label"],
+    "labeled-list": ["anchor", "positive", "labels"],
+}
+
+
+@pytest.mark.parametrize("form", COLUMNS)
+@pytest.mark.parametrize("draws", [False, True])
+def test_sentence_transformers_follows_the_format(mined: Run, tmp_path: Path, form: str, draws: bool) -> None:
+    """The rows of `triplets`, without a column that its trainer would take for an input."""
+    run = mined.copied(tmp_path / "run")
+    overrides = [f"output.format={form}", *(["mining.num_negatives=2", "mining.num_random=1"] if draws else [])]
+    run.mine(*overrides)
+    done = export(run, "sentence-transformers", tmp_path / "train.parquet", *overrides)
+    dataset = opened("parquet", data_files=str(tmp_path / "train.parquet"))
+    assert dataset.column_names == COLUMNS[form]
+    rows = pq.read_table(run.folder / "triplets")
+    assert set(rows.column_names) > set(COLUMNS[form])
+    assert dataset.to_list() == rows.select(COLUMNS[form]).to_pylist()
+    assert done.rows == rows.num_rows
+    anchors = Counter(row["anchor_id"] for row in rows.to_pylist())
+    assert done.units - done.left_out == len(anchors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", COLUMNS)
+def test_sentence_transformers_trains_on_its_export(mined: Run, tmp_path: Path, tiny: Path, form: str) -> None:
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+    from sentence_transformers.cross_encoder import losses as of_pairs
+    from sentence_transformers.sentence_transformer import losses
+
+    export(mined, "sentence-transformers", tmp_path / "out", f"output.format={form}")
+    dataset = opened("parquet", data_dir=str(tmp_path / "out"))
+    if form.startswith("labeled"):
+        folder = tmp_path / "plain"
+        shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("modules.json", "1_Pooling"))
+        scorer = CrossEncoder(str(folder), num_labels=1, device="cpu")
+        loss = of_pairs.BinaryCrossEntropyLoss if form == "labeled-pair" else of_pairs.LambdaLoss
+        train_a_step(scorer, dataset, loss(scorer), tmp_path)
+    else:
+        model = SentenceTransformer(str(tiny), device="cpu")
+        train_a_step(model, dataset, losses.MultipleNegativesRankingLoss(model), tmp_path)
+
+
+# --- what is left out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("form", COLUMNS)
+@pytest.mark.parametrize("shortage", ["keep", "drop"])
+def test_what_is_left_out_is_counted_by_reason(plain: Run, tmp_path: Path, to: str, form: str, shortage: str) -> None:
+    """Anchors without any candidate within the cutoff, and some with one or two of three: counted by hand."""
+    least = "mining.min_score=0.55"
+    export(plain, "flagembedding", tmp_path / "kept.jsonl", least)
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text("utf-8").splitlines()]
+    counts = {row["query_id"]: len(row["neg"]) for row in kept}
+    anchors = plain.tables("anchors").num_rows
+    none, some = anchors - len(counts), sum(count < 3 for count in counts.values())
+    assert min(none, some, len(counts) - some) > 0
+
+    overrides = (least, f"output.format={form}", f"mining.on_shortage={shortage}")
+    done = export(plain, to, tmp_path / "out", *overrides)
+    by_format = to in ("jsonl", "hub", "sentence-transformers")
+    all_needed = shortage == "drop" or form == "n-tuple" or to == "pylate"
+    expected = none, some if all_needed else 0
+    if to == "trec-run" or (by_format and form == "labeled-pair" and shortage == "keep"):
+        expected = 0, 0
+    assert (done.without, done.short) == expected
+    assert done.units == anchors
 
 
 # --- JSON, shards, gzip ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", [name for name, layout in exports.LAYOUTS.items() if layout.json])
+@pytest.mark.parametrize("to", [name for name in LAYOUTS if exports.LAYOUTS[name].text and name != "trec-run"])
 def test_json_is_strict_and_negatives_are_never_empty(mined: Run, tmp_path: Path, to: str) -> None:
     def refused(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -361,9 +636,10 @@ def test_json_is_strict_and_negatives_are_never_empty(mined: Run, tmp_path: Path
     rows = [json.loads(text)] if to == "nemo" else [json.loads(line) for line in text.split("\n")[:-1]]
     json.loads(json.dumps(rows, allow_nan=False), parse_constant=refused)
     for row in rows[0]["data"] if to == "nemo" else rows:
-        for name in ("pos", "neg", "pos_doc", "neg_doc", "positive_passages", "negative_passages"):
-            assert row.get(name) != []
-            assert isinstance(row.get(name, []), list)
+        for name, value in row.items():
+            if name.startswith(("pos", "neg")) and to != "jsonl":
+                assert isinstance(value, list)
+                assert value
 
 
 def test_a_score_that_is_no_number_is_null() -> None:
@@ -375,7 +651,7 @@ def test_a_score_that_is_no_number_is_null() -> None:
     assert documents.score_lists == [[0.5], [None, None]]
 
 
-@pytest.mark.parametrize("to", ["jsonl", "flagembedding", "tevatron"])
+@pytest.mark.parametrize("to", ["jsonl", "flagembedding", "tevatron-passages", "ms-swift"])
 def test_shards_and_gzip_hold_the_same_rows(mined: Run, tmp_path: Path, to: str) -> None:
     done = export(mined, to, tmp_path / "whole")
     export(mined, to, tmp_path / "shards", shard_rows=37, compress=True)
@@ -404,7 +680,7 @@ def test_parquet_shards_hold_the_same_rows(mined: Run, tmp_path: Path, to: str) 
 @pytest.mark.parametrize("to", LAYOUTS)
 def test_the_same_run_gives_the_same_bytes(mined: Run, tmp_path: Path, to: str) -> None:
     for name in ("first", "second"):
-        export(mined, to, tmp_path / name, compress=exports.LAYOUTS[to].json)
+        export(mined, to, tmp_path / name, compress=exports.LAYOUTS[to].text)
     first, second = (
         {
             file.relative_to(tmp_path / name): file.read_bytes()
@@ -457,7 +733,7 @@ def test_hub_folder_has_a_card_and_is_not_pushed(mined: Run, tmp_path: Path, mon
     assert all(f"| digest of {name} | {digest} |" in body for name, digest in digests.items())
 
 
-@pytest.mark.parametrize("to", ["hub", "distillation"])
+@pytest.mark.parametrize("to", ["hub", "distillation", "tevatron"])
 def test_a_new_export_is_not_taken_for_the_old(mined: Run, tmp_path: Path, to: str) -> None:
     """`datasets` tells local folders with a README apart by nothing else than its YAML."""
     for negatives in (1, 2):
@@ -498,7 +774,9 @@ def test_hub_is_pushed_when_asked(mined: Run, tmp_path: Path, monkeypatch: pytes
         ({"to": "nemo", "run": True}, "tevatron has"),
         ({"to": "jsonl", "push_to_hub": "me/x"}, "--to hub"),
         ({"to": "jsonl", "shard_rows": 0}, "1 or more"),
-        ({"to": "nemo", "out": "train.json"}, "writes a folder"),
+        ({"to": "nemo", "out": "train.json"}, "name of a folder"),
+        ({"to": "tevatron", "out": "train.jsonl"}, "name of a folder"),
+        ({"to": "trec-run", "out": "run.txt"}, r"a file, with \.trec"),
         ({"to": "jsonl", "out": "x.jsonl", "shard_rows": 5}, "names one file"),
         ({"to": "jsonl", "out": "x.jsonl", "compress": True}, "ends in .gz"),
     ],

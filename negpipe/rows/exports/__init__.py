@@ -1,7 +1,7 @@
 """Exports: units → the exact files that a trainer's own loader opens.
 
-Guarantees, for every layout: ids and scores as `triplets` has them, where the layout has room; no unit
-without a negative (those are left out and counted); no NaN or Infinity in JSON; the output appears whole
+Guarantees, for every layout: ids and scores as `triplets` has them, where the layout has room; units without the
+negatives that a row needs are left out and counted, by reason; no NaN or Infinity in JSON; the output appears whole
 under its name or not at all; memory holds one block of units, whatever the size of the corpus and the output.
 """
 
@@ -19,7 +19,7 @@ from negpipe.config.schema import Config
 from negpipe.data import moments
 from negpipe.data.tables import Rows
 from negpipe.errors import ConfigError, InputError
-from negpipe.rows.exports import card, distillation, flagembedding, nemo, rows, tevatron
+from negpipe.rows.exports import card, distillation, flagembedding, nemo, ranking, rows, swift, tevatron
 from negpipe.rows.exports.blocks import Slices
 from negpipe.rows.exports.files import published
 from negpipe.rows.exports.job import Job, Layout, described
@@ -30,12 +30,17 @@ LAYOUTS: Mapping[str, Layout] = {
     "flagembedding": flagembedding.LAYOUT,
     "nemo": nemo.LAYOUT,
     "tevatron": tevatron.LAYOUT,
+    "tevatron-passages": tevatron.PASSAGES,
+    "ms-swift": swift.EMBEDDING,
+    "ms-swift-reranker": swift.RERANKER,
     "distillation": distillation.LAYOUT,
+    "pylate": distillation.PYLATE,
+    "trec-run": ranking.LAYOUT,
     "sentence-transformers": rows.SENTENCE_TRANSFORMERS,
     "jsonl": rows.JSONL,
     "hub": rows.HUB,
 }
-_FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+_FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".trec", ".run", ".txt", ".tsv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,8 @@ class Options:
         to: name of the layout.
         out: the folder to make; or a file, where its suffix is the layout's and one file holds everything.
         shard_rows: rows a file, at most.
-        compress: gzip JSON.
-        run: tevatron: write the stored ranking too.
+        compress: gzip text.
+        run: tevatron, tevatron-passages: write the stored ranking too.
         force: replace what is at `out`.
         push_to_hub: hub: repository to upload to; it is made private if it is new.
 
@@ -76,7 +81,7 @@ class Options:
     def single(self) -> bool:
         """Whether `out` names a file."""
         suffix, name = self.layout.suffix, self.out.name
-        return suffix is not None and (name.endswith(suffix) or (self.layout.json and name.endswith(f"{suffix}.gz")))
+        return suffix is not None and (name.endswith(suffix) or (self.layout.text and name.endswith(f"{suffix}.gz")))
 
     @property
     def gzip(self) -> bool:
@@ -85,13 +90,17 @@ class Options:
     def _problems(self) -> Iterator[tuple[bool, str]]:
         yield self.to not in LAYOUTS, f"--to {self.to}: expected one of {', '.join(LAYOUTS)}"
         yield self.shard_rows is not None and self.shard_rows < 1, "--shard-rows: expected 1 or more"
-        yield self.compress and not self.layout.json, f"--gzip: {self.to} writes Parquet, which is compressed already"
-        yield self.run and not self.layout.runs, f"--run: {self.to} has no run file, tevatron has"
+        yield self.compress and not self.layout.text, f"--gzip: {self.to} writes Parquet, which is compressed already"
+        yield (
+            self.run and not self.layout.runs,
+            f"--run: {self.to} has no run file, tevatron has; see --to trec-run",
+        )
         yield self.push_to_hub is not None and self.to != "hub", f"--push-to-hub goes with --to hub, not {self.to}"
         several = self.run or self.shard_rows is not None
         yield self.single and several, f"--out {self.out} names one file, --shard-rows and --run make several"
         file = self.out.suffix in _FILE_SUFFIXES and not self.single
-        yield file, f"--out {self.out} looks like a file, {self.to} writes a folder: give a name without a suffix"
+        other = f", or of a file, with {self.layout.suffix}" if self.layout.suffix else ""
+        yield file, f"--out {self.out} is no file of {self.to}: give the name of a folder, without a suffix{other}"
         plain = self.single and self.compress and self.out.suffix != ".gz"
         yield plain, f"--gzip: give --out a name that ends in .gz, not {self.out.name}"
 
@@ -101,19 +110,22 @@ class _Tally:
     """What went by."""
 
     units: int = 0
-    left_out: int = 0
+    without: int = 0
+    short: int = 0
     negatives: int = 0
     unscored: int = 0
     scores: dict[str, list[moments.Moments]] = field(default_factory=lambda: {"positives": [], "negatives": []})
 
-    def watch(self, slices: Slices) -> Slices:
+    def watch(self, slices: Slices, layout: Layout, config: Config) -> Slices:
         for found, ranked in slices:
             units = ranked.only_negatives()
-            negatives = units.counts
-            used = np.repeat(negatives > 0, np.diff(units.positive_offsets))
+            left_out = ~layout.has_rows(ranked, config)
+            none = (units.counts == 0) & ~units.given_up
+            used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             known = np.isfinite(units.negative_scores)
-            self.units += len(negatives)
-            self.left_out += int(np.count_nonzero(negatives == 0))
+            self.units += len(left_out)
+            self.without += int(np.count_nonzero(left_out & none))
+            self.short += int(np.count_nonzero(left_out & ~none))
             self.negatives += len(known)
             self.unscored += int(np.count_nonzero(~known))
             self.scores["positives"].append(moments.of(units.positive_scores[used]))
@@ -123,12 +135,24 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: rows (lines, records) and units, of which those without a negative were left out."""
+    """What was written.
+
+    Attributes:
+        rows: lines or records.
+        units: anchors; with `margin_reference: each`, pairs of anchor and positive.
+        without: units that were left out, since they have no negative.
+        short: units that were left out, since they have too few.
+    """
 
     out: Path
     rows: int
     units: int
-    left_out: int
+    without: int
+    short: int
+
+    @property
+    def left_out(self) -> int:
+        return self.without + self.short
 
 
 def export(
@@ -156,27 +180,38 @@ def export(
         _check_place(options, root)
     tally = _Tally()
     with published(options.out, single=options.single, force=options.force) as folder:
-        job = Job(config, corpus, tally.watch(slices), folder, options.shard_rows, options.gzip, options.run)
+        job = Job(
+            config,
+            corpus,
+            tally.watch(slices, options.layout, config),
+            folder,
+            options.shard_rows,
+            options.gzip,
+            options.run,
+        )
         written = options.layout.write(job)
         if not written:
             raise InputError(
                 f"none of {tally.units:,} anchors has the negatives that a row of '{options.to}' needs",
                 field="mining",
-                remedy="Widen the window or the margins, or ask for fewer negatives",
+                remedy="Widen the window, lower the margins, or ask for fewer negatives",
             )
         if options.to == "hub":
             _write_card(folder, config, options, written, tally, counts, encoder)
+    done = Exported(options.out, written, tally.units, tally.without, tally.short)
+    reasons = ((done.without, "without a negative"), (done.short, "with too few negatives"))
     logger.info(
-        "export: %s rows of %s anchors%s in %s",
+        "export: %s rows of %s %s in %s%s",
         f"{written:,}",
-        f"{tally.units - tally.left_out:,}",
-        f", {tally.left_out:,} without a negative left out," if tally.left_out else "",
+        f"{done.units - done.left_out:,}",
+        "pairs" if config.mining.margin_reference == "each" else "anchors",
         options.out,
+        "".join(f"; {count:,} {reason} left out" for count, reason in reasons if count),
     )
     _warn(options, tally)
     if options.push_to_hub is not None:
         _push(options.out, options.push_to_hub)
-    return Exported(options.out, written, tally.units, tally.left_out)
+    return done
 
 
 def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, str]:
@@ -208,7 +243,7 @@ def _warn(options: Options, tally: _Tally) -> None:
     if tally.unscored:
         logger.warning("export: %s of %s negatives have no score (null)", f"{tally.unscored:,}", f"{tally.negatives:,}")
     if options.gzip and not options.layout.reads_gzip:
-        logger.warning("export: the loader of %s opens plain files only: unpack before training", options.to)
+        logger.warning("export: the loader of %s opens plain files only: unpack them first", options.to)
 
 
 def _write_card(
@@ -227,7 +262,12 @@ def _write_card(
         folder,
         config,
         name=options.push_to_hub or "FOLDER_OR_REPOSITORY",
-        counts={"rows": written, **counts, "anchors or pairs without a negative, left out": tally.left_out},
+        counts={
+            "rows": written,
+            **counts,
+            "anchors or pairs without a negative, left out": tally.without,
+            "anchors or pairs with too few negatives, left out": tally.short,
+        },
         scores={side: moments.summary(moments.merge(pieces)) for side, pieces in tally.scores.items()},
         encoder=encoder,
         columns=[(column.name, str(column.type)) for column in schema],

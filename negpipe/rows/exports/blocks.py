@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negpipe.config.schema import Config
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, members
 from negpipe.select.selector import Units
 
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Slices = Iterable[tuple[Candidates, Units]]
 
@@ -95,13 +97,22 @@ class Block:
         return np.repeat(np.arange(len(count)), count), np.arange(len(self.positives.rows))
 
 
-def blocks(slices: Slices, corpus: Rows) -> Iterator[Block]:
-    """All units that have a negative, in order; a ranking that includes positives goes without them here."""
+def has_negatives(ranked: Units, config: Config) -> Mask:
+    """(u,) whether a unit has a negative; a ranking that includes positives goes without them here."""
+    return ranked.only_negatives().counts > 0
+
+
+def has_all_negatives(ranked: Units, config: Config) -> Mask:
+    """(u,) whether a unit has all the negatives that were asked for."""
+    return ranked.only_negatives().counts >= config.mining.wanted
+
+
+def blocks(slices: Slices, corpus: Rows, fewest: int = 1) -> Iterator[Block]:
+    """All units that have so many negatives, in order; a ranking that includes positives goes without them here."""
     for _, ranked in slices:
         units = ranked.only_negatives()
-        positives, negatives = np.diff(units.positive_offsets), np.diff(units.negative_offsets)
-        kept = np.flatnonzero((positives > 0) & (negatives > 0))
-        ends = np.cumsum((positives + negatives)[kept])
+        kept = np.flatnonzero(units.counts >= fewest)
+        ends = np.cumsum((np.diff(units.positive_offsets) + units.counts)[kept])
         start = 0
         while start < len(kept):
             room = _DOCUMENTS + (ends[start - 1] if start else 0)

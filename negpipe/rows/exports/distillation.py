@@ -3,6 +3,9 @@
 queries (query_id, text) and documents (document_id, text) are the texts, `train` in scores/ has one row an
 (anchor, positive) pair: query_id, document_ids with the positive first, scores aligned. README.md names the
 three as configs, so that `load_dataset(PATH, "train")` and its like open them.
+
+distillation: every pair with a negative. pylate: pairs that have all negatives, since PyLate stacks the scores of a
+batch, and so does sentence-transformers' `resolve_ids` unless it keeps lists.
 """
 
 from __future__ import annotations
@@ -11,11 +14,10 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
-from negpipe.rows.exports.blocks import Block, blocks
+from negpipe.rows.exports.blocks import Block, blocks, has_all_negatives
 from negpipe.rows.exports.files import ParquetFiles
-from negpipe.rows.exports.front import configs
+from negpipe.rows.exports.front import write_configs
 from negpipe.rows.exports.job import Job, Layout
 from negpipe.rows.exports.referenced import Referenced
 
@@ -24,14 +26,14 @@ _SCORES = pa.schema({"query_id": pa.string(), "document_ids": pa.list_(pa.string
 _CONFIGS = {"train": "scores/*.parquet", "queries": "queries/*.parquet", "documents": "documents/*.parquet"}
 
 
-def _write(job: Job) -> int:
+def _write(job: Job, fewest: int = 1) -> int:
     referenced = Referenced(job.corpus)
     last = None
     with (
         ParquetFiles(job.folder / "queries", "train", _QUERIES, shard_rows=job.shard_rows) as queries,
         ParquetFiles(job.folder / "scores", "train", _SCORES, shard_rows=job.shard_rows) as scores,
     ):
-        for block in blocks(job.slices, job.corpus):
+        for block in blocks(job.slices, job.corpus, fewest):
             referenced.add(block)
             # With `margin_reference: each` an anchor has several units, one after another.
             fresh = [name != before for before, name in pairwise([last, *block.ids])]
@@ -39,8 +41,7 @@ def _write(job: Job) -> int:
             queries.write(block.anchors.filter(pa.array(fresh)).rename_columns(["query_id", "text"]).cast(_QUERIES))
             scores.write(_scores(block))
     referenced.write(job.folder / "documents", "train", "document_id", job.shard_rows)
-    front = yaml.safe_dump({"configs": configs(job.folder, _CONFIGS)}, sort_keys=False)
-    (job.folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
+    write_configs(job.folder, _CONFIGS)
     return scores.rows
 
 
@@ -60,3 +61,4 @@ def _scores(block: Block) -> pa.Table:
 
 
 LAYOUT = Layout(_write)
+PYLATE = Layout(lambda job: _write(job, job.config.mining.wanted), has_rows=has_all_negatives)

@@ -1,11 +1,11 @@
-"""Writing an export: JSON and Parquet files, in shards on request, under a final name only when whole."""
+"""Writing an export: text and Parquet files, in shards on request, under a final name only when whole."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,11 +63,16 @@ class _Shards:
         self.rows += rows
 
 
-class JsonFiles(_Shards):
-    """Objects in UTF-8 JSON, one a line. Never NaN or Infinity: such a number raises ValueError.
+def as_json(objects: Iterable[Any]) -> Iterator[str]:
+    """Each as JSON, on one line. Never NaN or Infinity: such a number raises ValueError."""
+    return (json.dumps(value, ensure_ascii=False, allow_nan=False) for value in objects)
+
+
+class TextFiles(_Shards):
+    """Rows of UTF-8 text, one a line.
 
     Args:
-        head: what every file begins with; `joint` stands between objects, `tail` at the end.
+        head: what every file begins with; `joint` stands between rows, `tail` at the end.
         compress: gzip, the same bytes every time.
     """
 
@@ -88,7 +93,7 @@ class JsonFiles(_Shards):
         self._file: TextIO | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> JsonFiles:
+    def __enter__(self) -> TextFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -96,13 +101,13 @@ class JsonFiles(_Shards):
             self._close()
         self._stack.close()
 
-    def write(self, objects: list[dict[str, Any]]) -> None:
-        for value in objects:
+    def write(self, rows: Iterable[str]) -> None:
+        for row in rows:
             if self._room == 0:
                 self._close()
             file = self._file or self._open()
             file.write(self._joint if self._in_shard else self._head)
-            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            file.write(row)
             self._count(1)
 
     def _open(self) -> TextIO:

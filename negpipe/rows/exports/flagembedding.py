@@ -7,12 +7,12 @@ so ids ride along; `pos` is always a list, `neg` is never empty.
 from __future__ import annotations
 
 from negpipe.rows.exports.blocks import blocks
-from negpipe.rows.exports.files import JsonFiles
+from negpipe.rows.exports.files import TextFiles, as_json
 from negpipe.rows.exports.job import Job, Layout
 
 
 def _write(job: Job) -> int:
-    with JsonFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for block in blocks(job.slices, job.corpus):
             pos, neg = block.positives, block.negatives
             columns = {
@@ -25,8 +25,8 @@ def _write(job: Job) -> int:
                 "pos_ids": pos.id_lists,
                 "neg_ids": neg.id_lists,
             }
-            files.write([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+            files.write(as_json(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
         return files.rows
 
 
-LAYOUT = Layout(_write, json=True, suffix=".jsonl", reads_gzip=False)
+LAYOUT = Layout(_write, text=True, suffix=".jsonl", reads_gzip=False)

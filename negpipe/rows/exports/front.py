@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from negpipe.engine.fingerprint import digest
 from negpipe.store.files import file_digest
 
@@ -25,3 +27,9 @@ def configs(folder: Path, patterns: Mapping[str, str]) -> list[dict[str, Any]]:
         }
         for name, pattern in patterns.items()
     ]
+
+
+def write_configs(folder: Path, patterns: Mapping[str, str]) -> None:
+    """Write a README.md that names the configs and says no more."""
+    front = yaml.safe_dump({"configs": configs(folder, patterns)}, sort_keys=False)
+    (folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from negpipe.config.schema import Config
 from negpipe.data.tables import Rows
 from negpipe.redaction import redacted
-from negpipe.rows.exports.blocks import Slices
+from negpipe.rows.exports.blocks import Slices, has_negatives
+from negpipe.select.selector import Units
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Job:
         slices: all anchors, in order; can be walked once.
         folder: an empty folder.
         shard_rows: rows a file, at most; None: one file.
-        compress: gzip JSON.
+        compress: gzip text.
         run: write the ranking that search stored too.
     """
 
@@ -40,17 +44,19 @@ class Layout:
 
     Attributes:
         write: writes a job, returns the rows written.
-        json: its rows are JSON, so they can be gzipped.
+        text: its rows are lines of text, so they can be gzipped.
         suffix: what the one file of an export without shards ends with; None: it is always several.
         reads_gzip: whether its trainer's own loader opens gzip.
         runs: whether it has a place for the ranking.
+        has_rows: (u,) which units its rows are of; the others are left out and counted.
     """
 
     write: Callable[[Job], int]
-    json: bool = False
+    text: bool = False
     suffix: str | None = None
     reads_gzip: bool = True
     runs: bool = False
+    has_rows: Callable[[Units, Config], npt.NDArray[np.bool_]] = has_negatives
 
 
 def described(config: Config) -> dict[str, Any]:

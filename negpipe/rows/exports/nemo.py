@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from negpipe.rows.exports.blocks import Documents, blocks
-from negpipe.rows.exports.files import JsonFiles
+from negpipe.rows.exports.files import TextFiles, as_json
 from negpipe.rows.exports.job import Job, Layout, described
 from negpipe.rows.exports.referenced import Referenced
 
@@ -23,7 +23,7 @@ def _write(job: Job) -> int:
     top = {"corpus": [{"path": "./corpus/"}], "mining": {"args": described(job.config)}}
     head = json.dumps(top, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "data": [\n'
     referenced = Referenced(job.corpus)
-    with JsonFiles(
+    with TextFiles(
         job.folder,
         "train",
         shard_rows=job.shard_rows,
@@ -37,10 +37,10 @@ def _write(job: Job) -> int:
             referenced.add(block)
             rows = zip(block.ids, block.texts, _documents(block.positives), _documents(block.negatives), strict=True)
             files.write(
-                [
+                as_json(
                     {"question_id": name, "question": text, "corpus_id": CORPUS_ID, "pos_doc": pos, "neg_doc": neg}
                     for name, text, pos, neg in rows
-                ]
+                )
             )
     referenced.write(job.folder / "corpus", "train", "id", None)
     about = {"class": "TextQADataset", "corpus_id": CORPUS_ID}
@@ -53,4 +53,4 @@ def _documents(documents: Documents) -> list[list[dict[str, Any]]]:
     return [[{"id": name, "score": score} for name, score in zip(*own, strict=True)] for own in lists]
 
 
-LAYOUT = Layout(_write, json=True, reads_gzip=False)
+LAYOUT = Layout(_write, text=True, reads_gzip=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,20 @@ class Referenced:
         self._seen[block.positives.rows] = True
         self._seen[block.negatives.rows] = True
 
-    def write(self, folder: Path, stem: str, id_column: str, shard_rows: int | None) -> None:
-        """Write id and text of each, in the order of the corpus."""
+    def tables(self, id_column: str) -> Iterator[pa.Table]:
+        """Id and text of each, in the order of the corpus."""
         rows = np.flatnonzero(self._seen)
-        schema = pa.schema({id_column: pa.string(), "text": pa.string()})
-        with ParquetFiles(folder, stem, schema, shard_rows=shard_rows) as files:
-            for start in range(0, len(rows), _ROWS):
-                here = rows[start : start + _ROWS]
-                columns = {id_column: self._corpus.strings("id", here), "text": self._corpus.strings("text", here)}
-                files.write(pa.table(columns).cast(schema))
+        for start in range(0, len(rows), _ROWS):
+            here = rows[start : start + _ROWS]
+            columns = {id_column: self._corpus.strings("id", here), "text": self._corpus.strings("text", here)}
+            yield pa.table(columns).cast(_schema(id_column))
+
+    def write(self, folder: Path, stem: str, id_column: str, shard_rows: int | None) -> None:
+        """Write them as Parquet."""
+        with ParquetFiles(folder, stem, _schema(id_column), shard_rows=shard_rows) as files:
+            for table in self.tables(id_column):
+                files.write(table)
+
+
+def _schema(id_column: str) -> pa.Schema:
+    return pa.schema({id_column: pa.string(), "text": pa.string()})

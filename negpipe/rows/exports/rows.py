@@ -1,30 +1,23 @@
 """The training rows themselves, as `output.format` lays them out: what `triplets/` holds, for other readers.
 
 jsonl: an object a row. hub: Parquet in data/, for a dataset repository. sentence-transformers: Parquet of
-anchor, positive, negative_1 … negative_n, whatever the config's format, without a further column, since its
-trainer takes every column as an input; pairs that lack negatives are left out. All open with
+the texts and the label alone, since its trainer takes every other column as an input. All open with
 `datasets.load_dataset`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe.config.schema import Config
 from negpipe.rows import formats
-from negpipe.rows.exports.blocks import Slices
-from negpipe.rows.exports.files import JsonFiles, shard_name
+from negpipe.rows.exports.files import TextFiles, as_json, shard_name
 from negpipe.rows.exports.job import Job, Layout
-
-logger = logging.getLogger(__name__)
 
 
 def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
@@ -36,10 +29,10 @@ def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
 
 
 def _jsonl(job: Job) -> int:
-    with JsonFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for _, table in _tables(job, job.config):
             names, columns = table.column_names, [_values(column) for column in _finite(table).columns]
-            files.write([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)])
+            files.write(as_json(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)))
         return files.rows
 
 
@@ -70,36 +63,30 @@ def _or_null(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
 
 
-def _parquet(job: Job, config: Config, folder: str) -> int:
+def _parquet(job: Job, tables: Iterator[tuple[int, pa.Table]], folder: str) -> int:
     rows = 0
     (job.folder / folder).mkdir(exist_ok=True)
-    for number, group in groupby(_tables(job, config), key=lambda pair: pair[0]):
+    for number, group in groupby(tables, key=lambda pair: pair[0]):
         with (job.folder / folder / shard_name("train", ".parquet", number, job.shard_rows)).open("wb") as file:
             rows += formats.write(file, (table for _, table in group))
     return rows
 
 
 def _hub(job: Job) -> int:
-    return _parquet(job, job.config, "data")
+    return _parquet(job, _tables(job, job.config), "data")
 
 
 def _sentence_transformers(job: Job) -> int:
-    texts = {"format": "n-tuple", "ids": False, "scores": False, "ranks": False, "grades": False, "extra_columns": ()}
-    output = job.config.output.model_copy(update=texts)
-    pairs = 0
-
-    def counted() -> Slices:
-        nonlocal pairs
-        for found, units in job.slices:
-            pairs += int(np.diff(units.positive_offsets)[np.diff(units.negative_offsets) > 0].sum())
-            yield found, units
-
-    rows = _parquet(replace(job, slices=counted()), job.config.model_copy(update={"output": output}), ".")
-    if rows < pairs:
-        logger.info("export: %s of %s pairs left out, they have too few negatives", f"{pairs - rows:,}", f"{pairs:,}")
-    return rows
+    plain = {"ids": False, "scores": False, "ranks": False, "grades": False, "extra_columns": ()}
+    config = job.config.model_copy(update={"output": job.config.output.model_copy(update=plain)})
+    return _parquet(job, ((number, _inputs(table)) for number, table in _tables(job, config)), ".")
 
 
-JSONL = Layout(_jsonl, json=True, suffix=".jsonl")
-HUB = Layout(_hub)
-SENTENCE_TRANSFORMERS = Layout(_sentence_transformers, suffix=".parquet")
+def _inputs(table: pa.Table) -> pa.Table:
+    """The same without what tells random negatives from mined ones."""
+    return table.select([name for name in table.column_names if name not in ("source", "sources")])
+
+
+JSONL = Layout(_jsonl, text=True, suffix=".jsonl", has_rows=formats.has_rows)
+HUB = Layout(_hub, has_rows=formats.has_rows)
+SENTENCE_TRANSFORMERS = Layout(_sentence_transformers, suffix=".parquet", has_rows=formats.has_rows)

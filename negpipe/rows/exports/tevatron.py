@@ -1,35 +1,59 @@
-"""Tevatron's training JSONL: query_id, query, positive_passages and negative_passages of docid, title, text.
+"""Tevatron's training JSONL, one line a unit.
 
-One line a unit. Each passage carries its score, which Tevatron's distillation reads. Titles are part of the
-text, as `data.text` says, so `title` is empty. On request `run.tsv` holds the ranking that search stored,
-before any exclusion: query id, document id and score, best first.
+tevatron: version 3. train.jsonl has query_id, query_text, positive_document_ids and negative_document_ids, corpus.jsonl
+the documents they name (docid, text). README.md names both as configs, `train` and `corpus`. Scores ride along in
+columns that its loader does not look at.
+tevatron-passages: the older layout, which version 3 still reads. query_id, query, positive_passages and
+negative_passages of docid, title, text. Each passage carries its score, which Tevatron's distillation reads.
+
+Titles are part of the text, as `data.text` says, so `title` is empty. On request `run.tsv` holds the ranking that
+search stored, before any exclusion: query id, document id and score, best first.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from negpipe.data.tables import Rows
-from negpipe.errors import InputError
 from negpipe.rows.exports.blocks import Documents, Slices, blocks
-from negpipe.rows.exports.files import JsonFiles
+from negpipe.rows.exports.files import TextFiles, as_json
+from negpipe.rows.exports.front import write_configs
 from negpipe.rows.exports.job import Job, Layout
-
-_ANCHORS = 64  # at a time, to the run file
+from negpipe.rows.exports.ranking import ranking
+from negpipe.rows.exports.referenced import Referenced
 
 
 def _write(job: Job) -> int:
-    slices = _with_run(job) if job.run else job.slices
-    with JsonFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
-        for block in blocks(slices, job.corpus):
+    referenced = Referenced(job.corpus)
+    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+        for block in blocks(_slices(job), job.corpus):
+            referenced.add(block)
+            pos, neg = block.positives, block.negatives
+            columns = {
+                "query_id": block.ids,
+                "query_text": block.texts,
+                "positive_document_ids": pos.id_lists,
+                "negative_document_ids": neg.id_lists,
+                "positive_scores": pos.score_lists,
+                "negative_scores": neg.score_lists,
+            }
+            files.write(as_json(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
+    # As JSON too: `datasets` reads all configs of a folder by one of its readers.
+    with TextFiles(job.folder, "corpus", shard_rows=job.shard_rows, compress=job.compress) as corpus:
+        for table in referenced.tables("docid"):
+            corpus.write(as_json(table.to_pylist()))
+    write_configs(job.folder, {"train": "train*.jsonl*", "corpus": "corpus*.jsonl*"})
+    return files.rows
+
+
+def _write_passages(job: Job) -> int:
+    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+        for block in blocks(_slices(job), job.corpus):
             rows = zip(block.ids, block.texts, _passages(block.positives), _passages(block.negatives), strict=True)
             files.write(
-                [
+                as_json(
                     {"query_id": name, "query": text, "positive_passages": positives, "negative_passages": negatives}
                     for name, text, positives, negatives in rows
-                ]
+                )
             )
         return files.rows
 
@@ -42,28 +66,19 @@ def _passages(documents: Documents) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _with_run(job: Job) -> Slices:
-    """The slices; whoever walks them writes the run file on the way."""
-    with (job.folder / "run.tsv").open("w", encoding="utf-8", newline="") as file:
+def _slices(job: Job) -> Slices:
+    """The slices; where the ranking is asked for, whoever walks them writes the run file on the way."""
+    if not job.run:
+        yield from job.slices
+        return
+    with TextFiles(job.folder, "run", suffix=".tsv", shard_rows=None, compress=False) as files:
         for found, units in job.slices:
-            names = units.anchors["id"].to_pylist()
-            for start in range(0, len(names), _ANCHORS):
-                here = slice(start, start + _ANCHORS)
-                file.writelines(_ranking(names[here], found.rows[here], found.scores[here], job.corpus))
+            files.write(
+                f"{anchor}\t{document}\t{score}"
+                for anchor, document, _, score in ranking(found, units, job.corpus, "\t\n\r")
+            )
             yield found, units
 
 
-def _ranking(anchors: list[str], rows: np.ndarray, scores: np.ndarray, corpus: Rows) -> list[str]:
-    anchor, rank = np.nonzero(rows >= 0)
-    documents = corpus.strings("id", rows[anchor, rank]).to_pylist()
-    lines = zip(anchor.tolist(), documents, scores[anchor, rank].tolist(), strict=True)
-    return [f"{_field(anchors[at])}\t{_field(document)}\t{score}\n" for at, document, score in lines]
-
-
-def _field(name: str) -> str:
-    if any(mark in name for mark in "\t\n\r"):
-        raise InputError(f"the id {name!r} has a tab or a line break, a run file cannot hold it", remedy="Omit --run")
-    return name
-
-
-LAYOUT = Layout(_write, json=True, suffix=".jsonl", runs=True)
+LAYOUT = Layout(_write, text=True, runs=True)
+PASSAGES = Layout(_write_passages, text=True, suffix=".jsonl", runs=True)
