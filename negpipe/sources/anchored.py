@@ -108,7 +108,9 @@ class _Anchored:
         """Of one row; raises RowError where it is bad as a whole."""
         row, fields = dict(zip(self.asked, values, strict=True)), self.fields
         about = len(values) - len(fields.extra)
-        identity = fields.anchor_id and id_of(row[fields.anchor_id], place, fields.anchor_id.name)
+        identity = None
+        if fields.anchor_id and (fields.anchor_id.required or row[fields.anchor_id] is not None):
+            identity = id_of(row[fields.anchor_id], place, fields.anchor_id.name)
         query: Query | BadRow | None = None
         if fields.anchor:
             names = self.data.extra.queries

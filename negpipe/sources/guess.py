@@ -120,6 +120,9 @@ def _configs(data: schema.Data, path: str, subsets: list[str]) -> dict[str, Any]
         return {"format": "mteb" if judged else "beir"}
     if {"queries", "documents", "train"} <= {*subsets}:
         return {"format": "pylate"}
+    if {"train", "corpus"} <= {*subsets} and data.corpus is None and data.subset is None:  # rows that name documents
+        table = Table((path,), "train", data.split, data.revision)
+        return {"subset": "train", "corpus": {"path": path, "subset": "corpus"}} | _rows(data, table)
     return _rows(data, Table((path,), data.subset, data.split, data.revision))
 
 

@@ -291,19 +291,15 @@ def _negatives(names: schema.Columns, there: Sequence[str]) -> Iterator[Passages
         yield Passages(Column(name, "data.columns.negative", required=False), ids)
 
 
-def _named(
-    key: str, anchor: str, positives: Sequence[str], negatives: Sequence[str], anchor_id: str | None = None
-) -> Callable[[schema.Data, Table], Fields]:
-    """Rows with columns of these names, of which only the anchor and the first of positives are always there."""
+def _named(key: str, anchor: str, positives: str, *negatives: str) -> Callable[[schema.Data, Table], Fields]:
+    """Rows with columns of these names, and ids beside them where there are some."""
 
-    def fields(data: schema.Data, _: Table) -> Fields:
-        def several(names: Sequence[str], required: bool) -> tuple[Passages, ...]:
-            return tuple(Passages(Column(name, key, required and name == names[0])) for name in names)
+    def passages(name: str, required: bool) -> Passages:
+        return Passages(Column(name, key, required), Column(f"{name}_ids", key, required=False))
 
-        identity = None if anchor_id is None else Column(anchor_id, key)
-        return Fields(Column(anchor, key), identity, several(positives, True), several(negatives, False))
-
-    return fields
+    rest = tuple(passages(name, False) for name in negatives)
+    fields = Fields(Column(anchor, key), Column("query_id", key, required=False), (passages(positives, True),), rest)
+    return lambda data, table: fields
 
 
 def _tevatron(data: schema.Data, table: Table) -> Fields:
@@ -363,10 +359,10 @@ LAYOUTS: dict[str, Layout] = {
     "llama_index": _llama_index,
     "pylate": _pylate,
     "pairs": _pooled(_pair),
-    "flagembedding": _pooled(_named(_FLAGEMBEDDING, "query", ["pos"], ["neg"])),
+    "flagembedding": _pooled(_named(_FLAGEMBEDDING, "query", "pos", "neg")),
     "tevatron": _pooled(_tevatron),
-    "dpr": _pooled(_named(_DPR, "question", ["positive_ctxs"], ["hard_negative_ctxs", "negative_ctxs"])),
-    "ms-swift": _pooled(_named(_SWIFT, "messages", ["positive_messages"], ["negative_messages"])),
+    "dpr": _pooled(_named(_DPR, "question", "positive_ctxs", "hard_negative_ctxs", "negative_ctxs")),
+    "ms-swift": _pooled(_named(_SWIFT, "messages", "positive_messages", "negative_messages")),
     "nemo": _nemo,
 }
 """By their names in `data.format`."""
