@@ -165,8 +165,8 @@ def growing(out: Path, *, single: bool) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with everything in it, as far as it can be."""
-    if path.is_dir():
+    """Delete a file, a link, or a folder with everything in it, as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

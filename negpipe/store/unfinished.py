@@ -55,13 +55,13 @@ def _is_abandoned(path: Path, own: bool) -> bool:
     store is shared: it counts as dead after a day without a write.
     """
     named = _NAME.fullmatch(path.name)
-    if named is None or path.is_symlink():
+    if named is None:
         return False
     pid, started, place = named.groups()
     if place == _place() and started is not None:
         return own if int(pid) == os.getpid() else not _alive(int(pid), int(started))
     newest = 0.0
-    for inner in (path, *path.rglob("*")):
+    for inner in (path, *(() if path.is_symlink() else path.rglob("*"))):
         with suppress(OSError):
             newest = max(newest, inner.lstat().st_mtime)
     return time.time() - newest > _DAY

@@ -86,10 +86,22 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
     (tmp_path / ".export.tmp").mkdir()
-    link = temporary(tmp_path)
-    link.symlink_to(tmp_path / "x.tmp")
     remove_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*names, ".export.tmp", link.name}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, ".export.tmp"}
+
+
+def test_a_link_that_is_left_over_goes_without_what_it_points_at(tmp_path: Path) -> None:
+    """The pointer to rows is a link under such a name until it is moved into place."""
+    folder, file, inside = tmp_path / "folder", tmp_path / "file", tmp_path / "run"
+    folder.mkdir()
+    inside.mkdir()
+    for path in (folder / "kept", file):
+        path.touch()
+    for target in (folder, file, tmp_path / "nothing"):
+        temporary(inside).symlink_to(target)
+    remove_temporaries(inside)
+    assert not list(inside.iterdir())
+    assert (folder / "kept").exists() and file.exists()
 
 
 def test_a_file_that_is_being_published_has_such_a_name(tmp_path: Path) -> None:
