@@ -23,9 +23,15 @@ Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what
 
 A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a
 CONFIG where one is given. Columns are found by usual names (anchor or query, positive or pos, negative or neg or
-negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number.
+negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number, a dot
+leads into objects (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and PyLate are read too.
 Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
 negative_rank, rank.
+
+NeMo's checklist for mined sets, done by hand there, and what answers it here: question ids unique and documents exist
+(duplicate_row, missing_id; unknown ids are refused with a CONFIG); no positive or sibling positive among negatives
+(positive); negatives unique in a row (repeated_negative); scores finite (non_finite); enough distinct negatives
+(shortage); corpus and lineage known (RUN_DIR/audit.json names the run that it was made of).
 
 Exit code 1 when a chosen check fails.
 
@@ -42,7 +48,7 @@ def audit(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Rows of any miner: .parquet, .jsonl, .jsonl.gz, .csv, .tsv, or a folder of .parquet."),
+        typer.Option(help="Rows of any miner: .parquet, .jsonl, .jsonl.gz, .json, .csv, .tsv, or a folder."),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Which column holds what.", metavar="FIELD=COLUMN,…", show_default=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from negpipe.errors import ConfigError, InputError
+from negpipe.review.audit import foreign
 
 if TYPE_CHECKING:
     import duckdb
@@ -37,7 +39,7 @@ class Layout:
 
     Attributes:
         files: Parquet files, in order; a file of another kind is copied into one.
-        columns: field → its columns, each with whether it holds lists.
+        columns: field → its columns in SQL, each with whether it holds lists.
     """
 
     files: Sequence[Path]
@@ -68,13 +70,13 @@ class Layout:
         if not columns:
             return f"null::{kind}[]"
         if len(columns) == 1 and columns[0][1]:
-            return f"{quoted(columns[0][0])}::{kind}[]"
-        return f"[{', '.join(f'{quoted(name)}::{kind}' for name, _ in columns)}]"
+            return f"{columns[0][0]}::{kind}[]"
+        return f"[{', '.join(f'{value}::{kind}' for value, _ in columns)}]"
 
     def value_of(self, field: str) -> str:
         """The field as an SQL text."""
         columns = self.columns.get(field, ())
-        return f"{quoted(columns[0][0])}::varchar" if columns else "null::varchar"
+        return f"{columns[0][0]}::varchar" if columns else "null::varchar"
 
 
 def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mapping[str, str], scratch: Path) -> Layout:
@@ -82,8 +84,9 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
 
     Args:
         database: reads it.
-        source: the file, or a folder of Parquet files.
-        mapping: field → column, what is not found by its usual name; `#` stands for a number.
+        source: the file, or a folder of Parquet files, or what `foreign` reads.
+        mapping: field → column, what is not found by its usual name; `#` stands for a number, a dot leads into an
+            object or a list of them.
         scratch: where a file that is not Parquet is copied to.
 
     Raises:
@@ -95,18 +98,31 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
     for field in mapping:
         if field not in FIELDS:
             raise ConfigError(f"--columns {field}=…: '{field}' is none of {', '.join(FIELDS)}")
-    files = _files(source)
+    plain = scratch / "rows.parquet"
+    foreign_rows = None if mapping else foreign.recognized(source)
+    files = [plain] if foreign_rows else _files(source)
     try:
-        if files[0].suffix != ".parquet":
-            table, files = _text_table(source), [scratch / "rows.parquet"]
-            database.execute(f"copy (select * from {table}) to '{quoted_path(files[0])}' (compression lz4)")
+        if foreign_rows:
+            foreign.flatten(database, foreign_rows, plain)
+        elif files[0].suffix != ".parquet":
+            table, files = _text_table(source), [plain]
+            database.execute(f"copy (select * from {table}) to '{quoted_path(plain)}' (compression lz4)")
         described = database.execute(f"describe select * from '{quoted_path(files[0])}'").fetchall()
+        nested = {name: _nested(database, files[0], name) for name in mapping.values() if "." in name}
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
         raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=str(source)) from None
     types = {row[0]: row[1] for row in described}
-    columns = {field: _found(field, mapping.get(field), types, source) for field in FIELDS}
+    inside = {name: found for name, found in nested.items() if found and name not in types}
+    types |= {name: kind for name, (_, kind) in inside.items()}
+    columns = {
+        field: [
+            (inside[name][0] if name in inside else quoted(name), is_list)
+            for name, is_list in _found(field, mapping.get(field), types, source)
+        ]
+        for field in FIELDS
+    }
     missing = [field for field in ("anchor", "positive") if not columns[field]]
     if not columns["negative"] and not columns["label"]:
         missing.append("negative")
@@ -133,6 +149,23 @@ def quoted_path(path: Path) -> str:
     return str(path).replace("'", "''")
 
 
+def _nested(database: duckdb.DuckDBPyConnection, file: Path, name: str) -> tuple[str, str] | None:
+    """What a name with dots leads to, in SQL, and its type; None: nothing."""
+    import duckdb
+
+    first, *keys = name.split(".")
+    value, kind = quoted(first), ""
+    with suppress(duckdb.BinderException):
+        for key in [None, *keys]:
+            if key is not None:
+                of_list = kind.endswith("[]")
+                value = f"[entry.{quoted(key)} for entry in {value}]" if of_list else f"{value}.{quoted(key)}"
+            described = database.execute(f"describe select {value} as v from '{quoted_path(file)}'").fetchone()
+            kind = str(described[1]) if described else ""
+        return value, kind
+    return None
+
+
 def _files(source: Path) -> list[Path]:
     if not source.exists():
         raise InputError("there is no such file", file=str(source), remedy="Fix the path")
@@ -145,7 +178,8 @@ def _files(source: Path) -> list[Path]:
 def _text_table(source: Path) -> str:
     name = source.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        return f"read_json('{quoted_path(source)}', format='newline_delimited')"
+        form = "newline_delimited" if name.endswith(".jsonl") else "auto"
+        return f"read_json('{quoted_path(source)}', format='{form}')"
     if name.endswith((".csv", ".tsv")):
         return f"read_csv('{quoted_path(source)}', header=true, max_line_size=67108864)"
     raise InputError("expected .parquet, .jsonl, .jsonl.gz, .csv or .tsv", file=str(source))

@@ -1,0 +1,91 @@
+"""Rows of other programs, whose passages are objects, messages or ids, are audited like plain ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_source as small
+from real_runs import Run
+
+from negpipe.config.file import load_config
+from negpipe.errors import InputError
+from negpipe.review import audit, finished
+from negpipe.rows import exports
+
+pytestmark = pytest.mark.cases
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Known positives are among the negatives."""
+    folder = tmp_path_factory.mktemp("leaky")
+    small.build(folder)
+    run = Run(small.settings(folder))
+    run.mine("mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=8")
+    return run
+
+
+def findings(path: Path, **columns: str) -> dict[str, int]:
+    found = audit.audit(path, audit.Options(columns=columns))
+    counted = {one.check: one.count for one in found.findings if one.of}
+    return counted | {name: getattr(found, name) for name in ("anchors", "negatives")}
+
+
+def exported(run: Run, to: str, out: Path) -> Path:
+    overrides = ["mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=8"]
+    finished.export(load_config(run.config, overrides), exports.Options(to=to, out=out))
+    return out
+
+
+@pytest.mark.parametrize("to", ["tevatron", "tevatron-passages", "ms-swift", "nemo", "pylate"])
+def test_other_layouts_give_the_same_findings(to: str, leaky: Run, tmp_path: Path) -> None:
+    plain = findings(exported(leaky, "flagembedding", tmp_path / "plain") / "train.jsonl")
+    out = exported(leaky, to, tmp_path / "out")
+    found = findings(out / "train.jsonl" if to in ("tevatron-passages", "ms-swift") else out)
+    leaks, there = (sum(one.get(f"positive_{how}", 0) for how in ("id", "text")) for one in (found, plain))
+    assert there > 0
+    if to in ("pylate", "ms-swift"):  # which have a row for each positive
+        assert found["anchors"] == plain["anchors"] and leaks >= there
+    else:
+        same = {*found} & {*plain}  # these hold no scores
+        assert {"positive_id", "anchors", "negatives", "shortage"} <= same
+        assert {name: found[name] for name in same} == {name: plain[name] for name in same}
+
+
+def test_a_dot_leads_into_objects(leaky: Run, tmp_path: Path) -> None:
+    file = exported(leaky, "tevatron-passages", tmp_path / "out") / "train.jsonl"
+    columns = {"anchor": "query", "anchor_id": "query_id"}
+    for side in ("positive", "negative"):
+        columns |= {side: f"{side}_passages.text", f"{side}_id": f"{side}_passages.docid"}
+        columns |= {f"{side}_score": f"{side}_passages.score"}
+    plain = findings(exported(leaky, "flagembedding", tmp_path / "plain") / "train.jsonl")
+    assert findings(file, **columns) == plain
+    with pytest.raises(InputError) as caught:
+        findings(file, **columns | {"negative": "negative_passages.words"})
+    assert caught.value.field == "--columns negative"
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    def passage(text: Any) -> list[dict[str, Any]]:
+        return [{"docid": str(text), "text": text}]
+
+    rows = [
+        {"query_id": str(n), "query": f"q{n}", "positive_passages": passage("p"), "negative_passages": passage(text)}
+        for n, text in enumerate(["fine", 5, "good"])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as caught:
+        findings(path)
+    assert (caught.value.file, caught.value.row) == (str(path), 2)
+    ids = tmp_path / "nemo"
+    (ids / "corpus").mkdir(parents=True)
+    (ids / "corpus" / "docs.jsonl").write_text('{"id": "d", "text": "x"}\n')
+    question = {"question_id": "1", "question": "q", "pos_doc": [{"id": "d"}], "neg_doc": [{"id": "lost"}]}
+    (ids / "train.json").write_text(json.dumps({"corpus": [{"path": "corpus"}], "data": [question]}))
+    with pytest.raises(InputError) as caught:
+        findings(ids)
+    assert caught.value.row == 0 and "'lost'" in str(caught.value)
