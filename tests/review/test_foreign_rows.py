@@ -17,6 +17,8 @@ from negpipe.rows import exports
 
 pytestmark = pytest.mark.cases
 
+LEAKY = ["mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=30", "mining.range_max=40"]
+
 
 @pytest.fixture(scope="module")
 def leaky(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -24,7 +26,7 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("leaky")
     small.build(folder)
     run = Run(small.settings(folder))
-    run.mine("mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=8")
+    run.mine(*LEAKY)
     return run
 
 
@@ -35,8 +37,7 @@ def findings(path: Path, **columns: str) -> dict[str, int]:
 
 
 def exported(run: Run, to: str, out: Path) -> Path:
-    overrides = ["mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=8"]
-    finished.export(load_config(run.config, overrides), exports.Options(to=to, out=out))
+    finished.export(load_config(run.config, LEAKY), exports.Options(to=to, out=out))
     return out
 
 
