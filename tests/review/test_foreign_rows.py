@@ -17,16 +17,16 @@ from negpipe.rows import exports
 
 pytestmark = pytest.mark.cases
 
-LEAKY = ["mining.exclude=[]", "mining.anchor_id=never", "mining.num_negatives=30", "mining.range_max=40"]
+MANY = ["mining.num_negatives=30", "mining.range_max=40"]
 
 
 @pytest.fixture(scope="module")
-def leaky(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Known positives are among the negatives."""
-    folder = tmp_path_factory.mktemp("leaky")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Some of the negatives are nearly positives."""
+    folder = tmp_path_factory.mktemp("mined")
     small.build(folder)
     run = Run(small.settings(folder))
-    run.mine(*LEAKY)
+    run.mine(*MANY)
     return run
 
 
@@ -37,32 +37,28 @@ def findings(path: Path, **columns: str) -> dict[str, int]:
 
 
 def exported(run: Run, to: str, out: Path) -> Path:
-    finished.export(load_config(run.config, LEAKY), exports.Options(to=to, out=out))
+    finished.export(load_config(run.config, MANY), exports.Options(to=to, out=out))
     return out
 
 
 @pytest.mark.parametrize("to", ["tevatron", "tevatron-passages", "ms-swift", "nemo", "pylate"])
-def test_other_layouts_give_the_same_findings(to: str, leaky: Run, tmp_path: Path) -> None:
-    plain = findings(exported(leaky, "flagembedding", tmp_path / "plain") / "train.jsonl")
-    out = exported(leaky, to, tmp_path / "out")
+def test_other_layouts_give_the_same_findings(to: str, mined: Run, tmp_path: Path) -> None:
+    plain = findings(exported(mined, "flagembedding", tmp_path / "plain") / "train.jsonl")
+    out = exported(mined, to, tmp_path / "out")
     found = findings(out / "train.jsonl" if to in ("tevatron-passages", "ms-swift") else out)
-    leaks, there = (sum(one.get(f"positive_{how}", 0) for how in ("id", "text")) for one in (found, plain))
-    assert there > 0
-    if to in ("pylate", "ms-swift"):  # which have a row for each positive
-        assert found["anchors"] == plain["anchors"] and leaks >= there
-    else:
-        same = {*found} & {*plain}  # these hold no scores
-        assert {"positive_id", "anchors", "negatives", "shortage"} <= same
-        assert {name: found[name] for name in same} == {name: plain[name] for name in same}
+    assert plain["near_duplicate"] > 0
+    same = {*found} & {*plain}  # these hold no scores, ms-swift no ids
+    assert {"near_duplicate", "positive_text", "anchors", "negatives", "shortage", "hub"} <= same
+    assert {name: found[name] for name in same} == {name: plain[name] for name in same}
 
 
-def test_a_dot_leads_into_objects(leaky: Run, tmp_path: Path) -> None:
-    file = exported(leaky, "tevatron-passages", tmp_path / "out") / "train.jsonl"
+def test_a_dot_leads_into_objects(mined: Run, tmp_path: Path) -> None:
+    file = exported(mined, "tevatron-passages", tmp_path / "out") / "train.jsonl"
     columns = {"anchor": "query", "anchor_id": "query_id"}
     for side in ("positive", "negative"):
         columns |= {side: f"{side}_passages.text", f"{side}_id": f"{side}_passages.docid"}
         columns |= {f"{side}_score": f"{side}_passages.score"}
-    plain = findings(exported(leaky, "flagembedding", tmp_path / "plain") / "train.jsonl")
+    plain = findings(exported(mined, "flagembedding", tmp_path / "plain") / "train.jsonl")
     assert findings(file, **columns) == plain
     with pytest.raises(InputError) as caught:
         findings(file, **columns | {"negative": "negative_passages.words"})
