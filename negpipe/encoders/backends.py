@@ -135,6 +135,7 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
     """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
 
     model = SentenceTransformer(
         path,
@@ -146,12 +147,14 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
 
     if encoder.truncate_dim is not None:
         model.truncate_dim = None  # what the model's folder asks for gives way
+    inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
     instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}
     tasks = {kind: {"task": TASKS[kind]} if routed(encoder, path) else {} for kind in KINDS}
 
     def call(texts: list[str], kind: Kind) -> Any:
         prompt, texts = _instructed(instructions[kind], texts)
-        model.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
+        for module in filter(_takes_length, inputs):
+            module.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
         found = model.encode(
             texts,
             prompt=prompt,
@@ -163,8 +166,14 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
         )
         return found.float().cpu().numpy()
 
-    tokenizers = {id(one): one for module in model.modules() if (one := getattr(module, "tokenizer", None)) is not None}
+    tokenizers = {id(one): one for module in inputs if (one := getattr(module, "tokenizer", None)) is not None}
     return Library(model, call, [*tokenizers.values()], model.get_embedding_dimension())
+
+
+def _takes_length(module: Any) -> bool:
+    """Whether it cuts texts at a length; a static embedding reads them whole."""
+    own = getattr(type(module), "max_seq_length", None)
+    return own.fset is not None if isinstance(own, property) else hasattr(module, "max_seq_length")
 
 
 def _instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:

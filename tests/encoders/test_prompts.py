@@ -17,8 +17,11 @@ from real_runs import Run, encoding_here
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
+from negpipe.config.file import load_config
 from negpipe.encoders import prompts
+from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, InputError
+from negpipe.review.report import facts
 
 QUERY, DOCUMENT = "find the file: ", "text of a file: "
 NAMED: dict[str, dict[str, Any]] = {
@@ -106,16 +109,18 @@ def test_prompts_that_cannot_be_read(prompted: Prompted) -> None:
     assert caught.value.file and caught.value.remedy
 
 
-def test_routes_of_queries_and_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_routes_of_queries_and_documents(tmp_path: Path, static: bool) -> None:
     """The query's way through the model is another one than the document's, as in asymmetric models."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Router, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+    from tokenizers import Tokenizer
 
-    ways = []
-    for seed in (1, 2):
-        way = Transformer(str(build_tiny_model(tmp_path / str(seed), seed=seed)))
-        ways.append([way, Pooling(32, "mean")])
+    models = [build_tiny_model(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    ways: list[list[Any]] = [[Transformer(str(model)), Pooling(32, "mean")] for model in models]
+    if static:
+        ways[0] = [StaticEmbedding(Tokenizer.from_file(str(models[0] / "tokenizer.json")), embedding_dim=32)]
     folder = tmp_path / "routed"
     SentenceTransformer(modules=[Router.for_query_document(*ways)], device="cpu").save_pretrained(str(folder))
     vectors = {kind: ours(folder, kind) for kind in prompts.KINDS}
@@ -168,6 +173,12 @@ def test_a_run_says_which_prompts_it_used(prompted: Prompted, tmp_path: Path, ca
     assert manifest["stats"]["prompts"] == {"query_prompt": QUERY, "passage_prompt": DOCUMENT}
     said = [record.message for record in caplog.records if record.message.startswith("encode: the model's own")]
     assert [QUERY in line for line in said] == [True, False] and DOCUMENT in said[1]
+
+    book = Books(run.folder, "encode").manifest()
+    assert book is not None
+    shown = facts.encoder(load_config(run.config), book)
+    assert (shown["query_prompt"], shown["passage_prompt"]) == (QUERY, DOCUMENT)
+    assert shown["documents cut"].startswith("0 of 40") and shown["documents with the vector of another"] == "0 of 40"
 
     keys = {part["kind"]: part["key"] for part in run.parts("encode")}
     mined(tmp_path, prompted(NAMED["both"]), "encoder.query_prompt_name=query")
