@@ -149,7 +149,7 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
         model.truncate_dim = None  # what the model's folder asks for gives way
     inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
     instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}
-    tasks = {kind: {"task": TASKS[kind]} if routed(encoder, path) else {} for kind in KINDS}
+    routes = routed(encoder, path)
 
     def call(texts: list[str], kind: Kind) -> Any:
         prompt, texts = _instructed(instructions[kind], texts)
@@ -162,7 +162,7 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
             show_progress_bar=False,
             convert_to_tensor=True,
             normalize_embeddings=False,
-            **tasks[kind],
+            **({"task": TASKS[kind]} if routes else {}),
         )
         return found.float().cpu().numpy()
 

@@ -14,9 +14,10 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
 
     Only one in Rust keeps that; any other one is left alone, and nothing is known of its cuts.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    tokenise = getattr(tokenizer, "_encode_plus", None)
+    if tokenise is None or not getattr(tokenizer, "is_fast", False):
         return
-    tokenise, special = tokenizer._encode_plus, tokenizer.num_special_tokens_to_add()
+    special = tokenizer.num_special_tokens_to_add()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         batch = tokenise(*args, **kwargs)

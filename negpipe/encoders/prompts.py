@@ -7,11 +7,12 @@ what is put before texts is part of what tells vectors apart, and is known befor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
@@ -70,19 +71,18 @@ def prompts(folder: str) -> dict[str, str]:
     Raises:
         InputError: they cannot be read.
     """
-    settings = _read(Path(folder) / _FILE)
+    settings = _read(Path(folder) / _FILE, _Settings, _Settings())
     # A model of another type is loaded without them.
-    if settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
-        return {}
-    return {name: text or "" for name, text in (settings.get("prompts") or {}).items()}
+    named = settings.prompts if settings.model_type == "SentenceTransformer" else None
+    return {name: text or "" for name, text in (named or {}).items()}
 
 
 def routed(encoder: schema.Encoder, folder: str) -> bool:
     """Whether the model has a Router, which sends queries and documents through modules of their own."""
     if encoder.backend != "sentence-transformers":
         return False
-    modules = _read(Path(folder) / "modules.json", default=[])
-    return any(str(module.get("type")).rpartition(".")[2] in _ROUTERS for module in modules)
+    modules = _read(Path(folder) / "modules.json", list[_Module], [])
+    return any(module.type.rpartition(".")[2] in _ROUTERS for module in modules)
 
 
 def of_the_model(encoder: schema.Encoder, folder: str) -> dict[str, str]:
@@ -108,10 +108,25 @@ def unused(encoder: schema.Encoder, folder: str) -> Iterator[str]:
             )
 
 
-def _read(file: Path, default: Any = None) -> Any:
+class _Settings(BaseModel):
+    prompts: dict[str, str | None] | None = None
+    model_type: str = "SentenceTransformer"
+
+
+class _Module(BaseModel):
+    type: str = ""
+
+
+def _read(file: Path, kind: Any, default: Any) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return TypeAdapter(kind).validate_json(file.read_bytes())
     except FileNotFoundError:
-        return {} if default is None else default
-    except ValueError as error:
-        raise InputError(f"not readable JSON: {error}", file=str(file), remedy="Fetch the model again") from None
+        return default
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            str(first["msg"]),
+            file=str(file),
+            field=".".join(map(str, first["loc"])) or None,
+            remedy="Fetch the model again, or mend the file",
+        ) from None

@@ -42,7 +42,7 @@ VERSION = 1
 _PROMPT_NAMES = {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
 _NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors", *_PROMPT_NAMES}
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
-_COUNTED, _BLOCK = 2**24, 1024  # vectors whose hashes are held, and vectors that are read at a time
+_COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
 _MANY = 0.1  # share of tokens lost, or of documents with the vector of another, that is warned of
 
 

@@ -101,12 +101,21 @@ def test_an_unknown_name_lists_those_there_are(prompted: Prompted, kind: encoder
     assert all(name in str(caught.value) for name in ("quary", "query", "document", "cluster"))
 
 
-def test_prompts_that_cannot_be_read(prompted: Prompted) -> None:
-    folder = prompted({})
-    (folder / "config_sentence_transformers.json").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize("content", ["{", "[]", '{"prompts": ["query: "]}', '{"prompts": {"query": 3}}'])
+def test_prompts_that_cannot_be_read(prompted: Prompted, content: str) -> None:
+    file = prompted({}) / "config_sentence_transformers.json"
+    file.write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        prompts.prompts(str(folder))
-    assert caught.value.file and caught.value.remedy
+        prompts.prompts(str(file.parent))
+    assert caught.value.file == str(file) and caught.value.remedy
+    assert (caught.value.field or "").startswith("prompts") is ("prompts" in content)
+
+
+def test_modules_that_cannot_be_read(prompted: Prompted) -> None:
+    folder = prompted({})
+    (folder / "modules.json").write_text('["Router"]', encoding="utf-8")
+    with pytest.raises(InputError, match="Fetch the model again"):
+        prompts.routed(settings(folder, "sentence-transformers"), str(folder))
 
 
 @pytest.mark.parametrize("static", [False, True])
