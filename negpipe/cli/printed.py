@@ -13,6 +13,7 @@ from negpipe.review.calibrate.recommend import percent
 from negpipe.review.diff import Change, Difference
 from negpipe.review.quality import Distribution, Quality
 from negpipe.review.wording import clean_text
+from negpipe.stages import encode
 
 
 def table(title: str, *columns: str) -> Table:
@@ -43,6 +44,7 @@ def show_quality(found: Quality) -> None:
         lines.append(f"{found.outscored:.1%} of the negatives score above their positive.")
     if found.separation is not None:
         lines.append(f"A positive scores above a random document in {found.separation:.1%} of cases.")
+    lines += [f"{one.problem}: {one.remedy}." for one in encode.defects(found.vectors)]
     out.print("\n" + "\n".join(lines), markup=False)
 
 

@@ -24,6 +24,7 @@ from negpipe.compat.dataset import Floats, Pairs, unwrapped, write_vectors
 from negpipe.config import presets
 from negpipe.config.file import load_config
 from negpipe.data.candidates import DENSE, TEACHER
+from negpipe.encoders import prompts
 from negpipe.encoders.given import identity
 from negpipe.stages.rescore import rescore
 
@@ -111,6 +112,8 @@ def mine_hard_negatives(
     _check_window(range_min, range_max, num_negatives)
     if getattr(model, "similarity_fn_name", None) in ("euclidean", "manhattan"):
         raise ValueError(f"similarity '{model.similarity_fn_name}': the search knows cosine and dot products")
+    _check_prompt_name("query", model, query_prompt_name, query_prompt)
+    _check_prompt_name("corpus", model, corpus_prompt_name, corpus_prompt)
 
     settings = {
         "mining": {
@@ -164,6 +167,11 @@ def mine_hard_negatives(
             result = graph.mine(here, rescore=between)
         logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
         return pairs.dataset(result.triplets, output_format, output_scores)
+
+
+def _check_prompt_name(side: str, model: Any, name: str | None, prompt: str | None) -> None:
+    if name is not None and prompt is None and name not in getattr(model, "prompts", (name,)):
+        raise ValueError(f"{side}_prompt_name: {prompts.unknown(name, model.prompts)}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

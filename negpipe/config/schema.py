@@ -209,6 +209,14 @@ class Encoder(_Model):
     query_instruction_format: str = Field("{}{}", description="How instruction and anchor are joined.")
     passage_instruction: str | None = Field(None, description="Put before every document.")
     passage_instruction_format: str = Field("{}{}", description="How instruction and document are joined.")
+    query_prompt_name: str | None = Field(
+        None,
+        description="Name of the model's own prompt that is put before every anchor; null: the one that Sentence"
+        " Transformers' encode_query takes, with flagembedding none. query_instruction wins, '' there means none.",
+    )
+    passage_prompt_name: str | None = Field(
+        None, description="The same for documents: encode_document, passage_instruction."
+    )
     query_max_length: int = Field(64, ge=4, description="Tokens of an anchor.")
     passage_max_length: int = Field(512, ge=4, description="Tokens of a document.")
     batch_size: int = Field(32, ge=1, description="Texts a forward pass; part of the identity, it changes bits.")
@@ -219,6 +227,9 @@ class Encoder(_Model):
         " 2048, or 32 batches where that is more.",
     )
     normalize: bool = Field(True, description="Scale every vector to length 1, so that scores are cosines.")
+    truncate_dim: int | None = Field(
+        None, ge=1, description="Numbers of a vector to keep (Matryoshka), the first; scaled again by normalize."
+    )
     storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
     precision: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="What the model computes in; float16 and bfloat16 are for GPUs."

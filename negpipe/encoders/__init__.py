@@ -3,9 +3,9 @@
 Importing this package, and resolving a model, imports neither torch nor a model library.
 """
 
-from negpipe.encoders.backends import Kind
 from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.encode import Encoder, libraries, load, provenance
 from negpipe.encoders.models import Model, resolve_model
+from negpipe.encoders.prompts import Kind
 
 __all__ = ["Encoder", "Kind", "Model", "OnBatch", "libraries", "load", "provenance", "resolve_model"]

@@ -1,8 +1,8 @@
 """The model libraries, each behind the same two things: a module and a function.
 
 A backend returns the module whose forward runs one batch, and the function that encodes the texts
-of one call: (n, d) in any float type, in the order of the texts, not normalised. Instructions and
-lengths of queries and passages come from the config alone, never from a library's default.
+of one call: (n, d) in any float type, in the order of the texts, not normalised. Lengths of queries and passages
+come from the config alone, never from a library's default; what is put before them says `prompts`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,35 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from negpipe.config import schema
+from negpipe.encoders.prompts import KINDS, TASKS, Instruction, Kind, instruction, routed
 from negpipe.errors import ConfigError
 
-Kind = Literal["passage", "query"]
 Call = Callable[[list[str], Kind], Any]
 
 
-def flagembedding(encoder: schema.Encoder, path: str, device: str) -> tuple[Any, Call]:
+@dataclass(frozen=True)
+class Library:
+    """A model as its library has it.
+
+    Attributes:
+        module: its forward runs one batch.
+        call: encodes the texts of one call.
+        tokenizers: that it uses, of transformers or others.
+        width: numbers of its vectors; None where the library does not tell.
+    """
+
+    module: Any
+    call: Call
+    tokenizers: list[Any]
+    width: int | None
+
+
+def flagembedding(encoder: schema.Encoder, path: str, device: str) -> Library:
     """FlagEmbedding's own model classes, chosen by config, by the model's files or by its name.
 
     Raises:
@@ -29,6 +47,7 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> tuple[Any,
     from FlagEmbedding import FlagAutoModel
 
     model_class, pooling = class_and_pooling(encoder, path)
+    query, passage = (instruction(encoder, path, kind) for kind in KINDS)
     model = FlagAutoModel.from_finetuned(
         path,
         model_class=model_class,
@@ -38,10 +57,10 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> tuple[Any,
         use_bf16=encoder.precision == "bfloat16",
         devices=device,
         trust_remote_code=encoder.trust_remote_code,
-        query_instruction_for_retrieval=encoder.query_instruction,
-        query_instruction_format=encoder.query_instruction_format,
-        passage_instruction_for_retrieval=encoder.passage_instruction,
-        passage_instruction_format=encoder.passage_instruction_format,
+        query_instruction_for_retrieval=query.text,
+        query_instruction_format=query.form,
+        passage_instruction_for_retrieval=passage.text,
+        passage_instruction_format=passage.form,
         query_max_length=encoder.query_max_length,
         passage_max_length=encoder.passage_max_length,
         batch_size=encoder.batch_size,
@@ -52,7 +71,8 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> tuple[Any,
         found = model.encode_queries(texts) if kind == "query" else model.encode_corpus(texts)
         return found["dense_vecs"] if isinstance(found, dict) else found
 
-    return model.model, call
+    width = getattr(getattr(model.model, "config", None), "hidden_size", None)
+    return Library(model.model, call, [model.tokenizer], width)
 
 
 def class_and_pooling(encoder: schema.Encoder, path: str) -> tuple[str, str]:
@@ -111,10 +131,11 @@ def _silence(model: Any) -> None:
             vars(sys.modules[base.__module__]).update(tqdm=plain, trange=lambda *span, **_: range(*span))
 
 
-def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> tuple[Any, Call]:
+def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Library:
     """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
 
     model = SentenceTransformer(
         path,
@@ -124,9 +145,16 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> tu
         model_kwargs={"dtype": getattr(torch, encoder.precision)},
     )
 
+    if encoder.truncate_dim is not None:
+        model.truncate_dim = None  # what the model's folder asks for gives way
+    inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
+    instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}
+    routes = routed(encoder, path)
+
     def call(texts: list[str], kind: Kind) -> Any:
-        prompt, texts = _instructed(encoder, texts, kind)
-        model.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
+        prompt, texts = _instructed(instructions[kind], texts)
+        for module in filter(_takes_length, inputs):
+            module.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
         found = model.encode(
             texts,
             prompt=prompt,
@@ -134,20 +162,25 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> tu
             show_progress_bar=False,
             convert_to_tensor=True,
             normalize_embeddings=False,
+            **({"task": TASKS[kind]} if routes else {}),
         )
         return found.float().cpu().numpy()
 
-    return model, call
+    tokenizers = {id(one): one for module in inputs if (one := getattr(module, "tokenizer", None)) is not None}
+    return Library(model, call, [*tokenizers.values()], model.get_embedding_dimension())
 
 
-def _instructed(encoder: schema.Encoder, texts: list[str], kind: Kind) -> tuple[str, list[str]]:
-    """The prompt before each text, and the texts; an empty prompt also keeps the model's own default away."""
-    query = kind == "query"
-    instruction = encoder.query_instruction if query else encoder.passage_instruction
-    form = encoder.query_instruction_format if query else encoder.passage_instruction_format
-    if instruction is None:
+def _takes_length(module: Any) -> bool:
+    """Whether it cuts texts at a length; a static embedding reads them whole."""
+    own = getattr(type(module), "max_seq_length", None)
+    return own.fset is not None if isinstance(own, property) else hasattr(module, "max_seq_length")
+
+
+def _instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
+    """The prompt before each text, and the texts; an empty prompt also keeps the library's own choice away."""
+    if instruction.text is None:
         return "", texts
-    form = form.replace("\\n", "\n")  # As FlagEmbedding reads it.
+    form = instruction.form.replace("\\n", "\n")  # As FlagEmbedding reads it.
     if form.endswith("{}"):
-        return form.format(instruction, ""), texts
-    return "", [form.format(instruction, text) for text in texts]
+        return form.format(instruction.text, ""), texts
+    return "", [form.format(instruction.text, text) for text in texts]

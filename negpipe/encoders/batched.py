@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.config import schema
-from negpipe.encoders.backends import Call, Kind
+from negpipe.encoders.backends import Library
+from negpipe.encoders.cuts import OnCut, watch
+from negpipe.encoders.prompts import Kind
+from negpipe.encoders.vectors import truncated
 from negpipe.errors import InputError, TaskFailedError
 
 OnBatch = Callable[[int, int], None]
@@ -30,19 +33,22 @@ class Batched:
 
     Args:
         encoder: the settings.
-        module: its forward runs one batch.
-        call: the library's function, see `negpipe.encoders.backends`.
+        library: the model in its library.
         ahead: tokenise a call while the one before computes. For a model on a GPU: on a CPU it gains nothing, and the
             memory of a second thread is lost. FlagEmbedding alone tokenises a whole call before its first pass.
     """
 
-    def __init__(self, encoder: schema.Encoder, module: Any, call: Call, *, ahead: bool) -> None:
-        self._encoder, self._call = encoder, call
-        self._forward, module.forward = module.forward, self._pass
+    def __init__(self, encoder: schema.Encoder, library: Library, *, ahead: bool) -> None:
+        self._encoder, self._call = encoder, library.call
+        self._forward, library.module.forward = library.module.forward, self._pass
+        for tokenizer in library.tokenizers:
+            watch(tokenizer, self._cut)
         self._ahead = 1 if ahead else 0  # calls
         self._current = threading.local()
 
-    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Iterator[Vectors]:
+    def encode(
+        self, texts: Sequence[str], kind: Kind, on_batch: OnBatch, on_cut: OnCut | None = None
+    ) -> Iterator[Vectors]:
         """See `negpipe.encoders.Encoder.encode`."""
         if not texts:
             raise ValueError("encode needs at least one text")
@@ -52,7 +58,7 @@ class Batched:
             try:
                 for start in range(0, len(texts), step):
                     after = turns[-1][0].tokenised if turns else None
-                    turn = _Turn(start, list(texts[start : start + step]), kind, on_batch, after)
+                    turn = _Turn(start, list(texts[start : start + step]), kind, on_batch, on_cut, after)
                     run = partial(self._run, turn)
                     turns.append((turn, pool.submit(run).result if self._ahead else run))
                     if len(turns) > self._ahead:
@@ -78,7 +84,7 @@ class Batched:
 
     def _result(self, turn: _Turn, run: Callable[[], Vectors]) -> Vectors:
         turn.begin.set()
-        vectors = run()
+        vectors = truncated(run(), self._encoder.truncate_dim)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         bad = ~(np.isfinite(lengths) & (lengths > 0))
         if bad.any():
@@ -114,6 +120,10 @@ class Batched:
         turn.on_batch(rows, 0 if mask is None else int(mask.sum()))
         return output
 
+    def _cut(self, texts: int, tokens: int) -> None:
+        if self._current.turn.on_cut:
+            self._current.turn.on_cut(texts, tokens)
+
     def _failed(self, turn: _Turn, rows: int, width: int, reason: str) -> TaskFailedError:
         return TaskFailedError(
             f"the model failed on a batch of {rows} texts of {width} tokens: {reason}."
@@ -126,9 +136,16 @@ class _Turn:
     """One call of the library."""
 
     def __init__(
-        self, start: int, texts: list[str], kind: Kind, on_batch: OnBatch, after: threading.Event | None
+        self,
+        start: int,
+        texts: list[str],
+        kind: Kind,
+        on_batch: OnBatch,
+        on_cut: OnCut | None,
+        after: threading.Event | None,
     ) -> None:
-        self.start, self.texts, self.kind, self.on_batch, self.after = start, texts, kind, on_batch, after
+        self.start, self.texts, self.kind, self.on_batch, self.on_cut = start, texts, kind, on_batch, on_cut
+        self.after = after
         self.left, self.held = len(texts), None  # texts without a vector; the output of the trial
         self.tokenised, self.begin, self.dropped = threading.Event(), threading.Event(), False
 

@@ -14,23 +14,31 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from negpipe.config import schema
-from negpipe.encoders.backends import Kind, flagembedding, sentence_transformers
+from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
+from negpipe.encoders.cuts import OnCut
+from negpipe.encoders.prompts import Kind
+from negpipe.encoders.vectors import check_width
 from negpipe.errors import ConfigError, InputError
 
 
 class Encoder(Protocol):
     """A loaded model."""
 
-    def encode(self, texts: Sequence[str], kind: Kind, on_batch: OnBatch) -> Iterator[Vectors]:
+    def encode(
+        self, texts: Sequence[str], kind: Kind, on_batch: OnBatch, on_cut: OnCut | None = None
+    ) -> Iterator[Vectors]:
         """Vectors of texts, of length 1 where `encoder.normalize` is set: (m, d) float32 of the first m, of the next …
 
         Args:
             texts: at least one; without instruction, it is put before them here.
             kind: which instruction and which maximum length apply.
             on_batch: called after every forward pass with its texts and its tokens (padding not counted).
+            on_cut: called whenever some were tokenised, with how many of them were cut at the maximum length and the
+                tokens that these lost; never where the tokenizer does not tell.
 
         Raises:
+            ConfigError: the vectors are narrower than `encoder.truncate_dim`.
             InputError: a vector is zero or not finite; `row` is the text's offset in `texts`.
             TaskFailedError: the model failed on a batch, for example for lack of memory.
             ValueError: `texts` is empty.
@@ -41,7 +49,7 @@ def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
     """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads.
 
     Raises:
-        ConfigError: device, precision, model class or pooling do not fit.
+        ConfigError: device, precision, model class, pooling, prompt or `encoder.truncate_dim` do not fit.
         InputError: the folder does not load as a model.
     """
     # Every new shape of a batch makes new CPU kernels. Keeping the usual 1024 of them gains no time, and pins the
@@ -55,7 +63,7 @@ def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
     device = _device(encoder)
     backend = flagembedding if encoder.backend == "flagembedding" else sentence_transformers
     try:
-        module, call = backend(encoder, path, device)
+        library = backend(encoder, path, device)
     except ConfigError:
         raise
     except Exception as error:  # Loaders raise whatever the files, or code that came with them, make them raise.
@@ -64,7 +72,9 @@ def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
             file=path,
             remedy="Check encoder.model, encoder.model_class and encoder.trust_remote_code, or fetch the model again",
         ) from error
-    return Batched(encoder, module, call, ahead=device != "cpu" and encoder.backend == "flagembedding")
+    if library.width is not None:
+        check_width(library.width, encoder.truncate_dim)
+    return Batched(encoder, library, ahead=device != "cpu" and encoder.backend == "flagembedding")
 
 
 def libraries(encoder: schema.Encoder) -> tuple[str, ...]:

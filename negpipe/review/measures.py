@@ -25,7 +25,7 @@ from negpipe.review import audit, calibrate, quality
 from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trials
 from negpipe.review.finished import current, searched, selected
 from negpipe.select.selector import Units, rows_of
-from negpipe.stages import STAGES
+from negpipe.stages import STAGES, encode
 from negpipe.stages.triplets import Shared, open_selection, part_files
 from negpipe.store.files import publish, write_json
 
@@ -70,7 +70,8 @@ def quality_of(
     vectors = [context.path(part, "vectors") for part in context.manifest("encode").of_kind("anchors")]
     random = quality.random_scores(vectors, opened.vectors, opened.searchable, context.config.seed)
     slices = (opened.selector.without_itself(found, units) for found, units in slices)
-    return quality.measure(slices, random, min(context.config.depth, opened.searchable))
+    measured = quality.measure(slices, random, min(context.config.depth, opened.searchable))
+    return replace(measured, vectors=encode.counted(context.manifest("encode").stats))
 
 
 def calibrate_settings(

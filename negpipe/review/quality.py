@@ -12,8 +12,8 @@ Metrics come from ir-measures (trec_eval's code, MS MARCO's for MRR). What is fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Quality:
         scores: of (anchor, document) pairs: positive, negative (as the config selects them), random, and the
             positive's less the negative's. Cosines where `encoder.normalize` is set.
         outscored: share of negatives that score above the positive their margins refer to.
+        vectors: what encode counted: texts cut at the maximum length, documents with equal vectors.
         separation: of a positive and a random document drawn alike, how often the positive scores higher.
     """
 
@@ -78,6 +79,7 @@ class Quality:
     scores: dict[str, Distribution]
     outscored: float | None
     separation: float | None
+    vectors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure(slices: Iterable[tuple[Candidates, Units]], random: Floats, depth: int) -> Quality:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -24,7 +24,9 @@ from negpipe.ann import auto
 from negpipe.config.schema import Config, Encoder
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
+from negpipe.encoders import prompts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
+from negpipe.encoders.vectors import check_width, truncated
 from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Manifest, Part
@@ -37,14 +39,19 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 VERSION = 1
-_NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors"}
-_PRECOMPUTED = {"backend", "normalize", "storage"}
+_PROMPT_NAMES = {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
+_NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors", *_PROMPT_NAMES}
+_PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
+_COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
+_MANY = 0.1  # share of tokens lost, or of documents with the vector of another, that is warned of
 
 
 def _settings(config: Config) -> dict[str, Any]:
     values = config.encoder.model_dump(mode="json", exclude=_NOT_IDENTITY)
     if config.encoder.backend == "precomputed":
         values = {name: value for name, value in values.items() if name in _PRECOMPUTED}
+    if config.encoder.truncate_dim is None:  # as before there was such a setting
+        del values["truncate_dim"]
     return {f"encoder.{name}": value for name, value in values.items()}
 
 
@@ -57,7 +64,9 @@ def _settings_of(config: Config, kind: str) -> dict[str, Any]:
 def _sources(context: Context) -> dict[str, str]:
     encoder = context.config.encoder
     if encoder.backend != "precomputed":
-        return {"encoder.model": encoders.resolve_model(encoder, context.digest_file).digest}
+        model = encoders.resolve_model(encoder, context.digest_file)
+        own = prompts.of_the_model(encoder, model.path)
+        return {"encoder.model": model.digest} | {f"encoder.{name}": value for name, value in own.items()}
     digests = {}
     for name in ("corpus_vectors", "anchor_vectors"):
         path = Path(getattr(encoder, name))
@@ -81,7 +90,19 @@ def _check(context: Context) -> None:
 def _plan(context: Context) -> Iterator[Task]:
     if context.config.encoder.trust_remote_code:
         logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
+    if context.config.encoder.backend != "precomputed":
+        _tell_prompts(context)
     yield from _tasks(context)
+
+
+def _tell_prompts(context: Context) -> None:
+    """What the model's prompts come to, before hours are spent on it."""
+    encoder = context.config.encoder
+    folder = encoders.resolve_model(encoder, context.digest_file).path
+    for name, value in prompts.of_the_model(encoder, folder).items():
+        logger.info("encode: the model's own %s: %r", name.replace("_", " "), value)
+    for sentence in prompts.unused(encoder, folder):
+        logger.warning("encode: %s", sentence)
 
 
 def made_of(context: Context) -> Iterator[Part]:
@@ -98,7 +119,9 @@ def _tasks(context: Context) -> Iterator[Task]:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]
         else:
-            input_digest = [sources["encoder.model"], part.meta["texts"]]
+            own = (f"encoder.{'query' if part.kind == 'anchors' else 'passage'}_prompt", "encoder.routes")
+            decided = [sources[name] for name in own if name in sources]
+            input_digest = [sources["encoder.model"], part.meta["texts"], *decided]
         role = "anchors" if part.kind == "anchors" else "passages"
         name = key("encode", VERSION, role, _settings_of(context.config, part.kind), input_digest)
         yield Task(name, part.kind, part.rows, {"part": part.file("table").path})
@@ -124,8 +147,11 @@ class _Model:
             seconds = max(time.monotonic() - started, 1e-9)
             progress(rows, f"{seen / seconds:,.0f} texts/s, {meta['tokens'] / seconds:,.0f} tokens/s")
 
+        def on_cut(texts: int, tokens: int) -> None:
+            meta["cut"], meta["tokens_lost"] = meta.get("cut", 0) + texts, meta.get("tokens_lost", 0) + tokens
+
         try:
-            yield from self.encoder.encode(asked, "query" if task.kind == "anchors" else "passage", on_batch)
+            yield from self.encoder.encode(asked, "query" if task.kind == "anchors" else "passage", on_batch, on_cut)
         except InputError as error:
             if error.row is None:
                 raise
@@ -139,6 +165,7 @@ class _Brought:
 
     corpus: VectorFile
     anchors: VectorFile
+    truncate_dim: int | None
     provenance: dict[str, str]
     check: Callable[[int], None]
 
@@ -148,7 +175,7 @@ class _Brought:
         vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
         meta["differing_duplicates"] = differing
         progress(table.num_rows, "")
-        yield vectors
+        yield truncated(vectors, self.truncate_dim)
 
     def place(self, task: Task, table: Any) -> dict[str, Any]:
         file = self._file(task)
@@ -162,8 +189,15 @@ class _Brought:
 
 
 def brought_dimension(context: Context) -> int:
-    """Numbers of the vectors that the user brings."""
-    return dimension_of(Path(str(context.config.encoder.corpus_vectors)), "encoder.corpus_vectors", context.budget)
+    """Numbers of the vectors that the user brings, cut as the config asks.
+
+    Raises:
+        ConfigError: they are narrower than that.
+    """
+    encoder = context.config.encoder
+    width = dimension_of(Path(str(encoder.corpus_vectors)), "encoder.corpus_vectors", context.budget)
+    check_width(width, encoder.truncate_dim)
+    return encoder.truncate_dim or width
 
 
 def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
@@ -186,7 +220,7 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
                 field="encoder.anchor_vectors",
                 remedy="Bring both from the same model",
             )
-        yield _Brought(corpus, anchors, {}, lambda dimension: None)
+        yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         encoder = encoders.load(config, model.path, context.budget.threads)
@@ -280,7 +314,7 @@ def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dic
     return InputError(f"{whose} is {what}", remedy="Fix the vector, or remove the text", **place)
 
 
-def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
+def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     dimensions = {part.meta["dimension"] for part in parts}
     if len(dimensions) > 1:
         raise InputError(f"vectors have different dimensions: {sorted(dimensions)}", remedy="Use one model for all")
@@ -288,7 +322,94 @@ def _stats(_: Context, parts: list[Part]) -> dict[str, Any]:
     for name in ("tokens", "differing_duplicates"):
         if any(name in part.meta for part in parts):
             stats[name] = sum(part.meta.get(name, 0) for part in parts)
-    return stats
+    encoder = context.config.encoder
+    sides = {
+        "documents": ([part for part in parts if part.kind != "anchors"], encoder.passage_max_length),
+        "anchors": ([part for part in parts if part.kind == "anchors"], encoder.query_max_length),
+    }
+    cut = {side: _cut(own, length) for side, (own, length) in sides.items() if any("cut" in part.meta for part in own)}
+    own = {name.removeprefix("encoder."): text for name, text in _sources(context).items() if name.endswith("_prompt")}
+    known = {"prompts": own, "cut": cut, "equal": _equal(context, sides["documents"][0])}
+    return stats | {name: value for name, value in known.items() if value}
+
+
+def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
+    """How many texts were cut and what they lost; parts of before it was counted are left out."""
+    known = [part for part in parts if "cut" in part.meta]
+    lost, kept = (sum(part.meta[name] for part in known) for name in ("tokens_lost", "tokens"))
+    return {
+        "texts": sum(part.meta["cut"] for part in known),
+        "of": sum(part.rows for part in known),
+        "max_length": max_length,
+        "lost": lost / max(1, lost + kept),
+    }
+
+
+def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
+    """How many documents have the vector of another one; of very many, as many as a sample of vectors tells."""
+    vectors = ann.open_parts([context.path(part, "vectors") for part in parts])
+    step = 1 + vectors.rows // _COUNTED
+    sampled = [np.empty(0, np.int64)]
+    for _, block in vectors.blocks(_BLOCK):
+        hashes = np.fromiter((hash(vector.tobytes()) for vector in block), np.int64, len(block))
+        sampled.append(hashes[hashes % step == 0])
+    counts = np.unique(np.concatenate(sampled), return_counts=True)[1]
+    return {"documents": int(counts[counts > 1].sum()) * step, "of": vectors.rows}
+
+
+def counted(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the statistics, what `defects` needs."""
+    return {name: stats[name] for name in ("cut", "equal") if name in stats}
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Why vectors stand for less than their texts.
+
+    Attributes:
+        share: of tokens that were lost, or of the documents concerned.
+        problem: what is wrong.
+        remedy: what gives fewer of them.
+    """
+
+    share: float
+    problem: str
+    remedy: str
+
+    @property
+    def many(self) -> bool:
+        """Whether it is to be warned of."""
+        return self.share >= _MANY
+
+
+def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
+    """Those that the statistics tell of."""
+    for side, setting in (("documents", "encoder.passage_max_length"), ("anchors", "encoder.query_max_length")):
+        cut = stats.get("cut", {}).get(side)
+        if cut and cut["texts"]:
+            yield Defect(
+                cut["lost"],
+                f"{cut['texts']:,} of {cut['of']:,} {side} were cut at {cut['max_length']} tokens"
+                f" ({_percent(cut['lost'])} of all their tokens lost)",
+                f"raise {setting} as far as the model goes, or split the {side}",
+            )
+    equal = stats.get("equal")
+    if equal and equal["documents"]:
+        yield Defect(
+            equal["documents"] / equal["of"],
+            f"{equal['documents']:,} of {equal['of']:,} documents have the very vector of another one, so no search"
+            " tells them apart",
+            "see what their texts have in common, and that the vectors are whole",
+        )
+
+
+def _percent(share: float) -> str:
+    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")
+
+
+def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    for one in defects(stats):
+        yield logging.WARNING if one.many else logging.INFO, f"{one.problem}: {one.remedy}"
 
 
 def _libraries(config: Config) -> tuple[str, ...]:
@@ -319,6 +440,7 @@ STAGE = Stage(
     open=_open,
     run=_run,
     settle=_settle,
+    remarks=_remarks,
     misfit=headers.misfit,
     libraries=_libraries,
     stats=_stats,

@@ -38,7 +38,7 @@ from negpipe.select import deeper, rules, verdicts
 from negpipe.select.filters import CODES, DROPS, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
-from negpipe.stages import headers
+from negpipe.stages import encode, headers
 from negpipe.stages.index import recall_window
 from negpipe.store.store import Store
 
@@ -349,6 +349,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
             side: moments.summary(moments.merge([part.meta["scores"][side] for part in parts]))
             for side in ("positive", "negative")
         },
+        "vectors": encode.counted(context.manifest("encode").stats),
     }
 
 
@@ -357,7 +358,11 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     if is_short(stats):
         drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
         what = f"{made:,} of {wanted:,} negatives asked for" if stats["rows"] else "not one row could be made"
-        yield logging.WARNING, f"{what}; candidates were dropped: {drops or 'there were none'}. {advice(stats)}"
+        causes = "".join(f"; {one.problem}" for one in _causes(stats))
+        yield (
+            logging.WARNING,
+            f"{what}; candidates were dropped: {drops or 'there were none'}{causes}. {advice(stats)}",
+        )
     yield from approximate.remarks(stats)
 
 
@@ -367,9 +372,15 @@ def is_short(stats: Mapping[str, Any]) -> bool:
 
 
 def advice(stats: Mapping[str, Any]) -> str:
-    """What gives more rows: it depends on the rule that dropped most."""
+    """What gives more rows: vectors that stand for their whole texts, and less of the rule that dropped most."""
     most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
-    return HELPS.get(most, "Search deeper: set a larger search.depth")
+    remedies = [one.remedy.capitalize() for one in _causes(stats)]
+    return ". ".join([*remedies, HELPS.get(most, "Search deeper: set a larger search.depth")])
+
+
+def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:
+    """What makes every rule drop more than it should: vectors that stand for less than their texts."""
+    return [one for one in encode.defects(stats.get("vectors", {})) if one.many]
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

@@ -289,6 +289,46 @@ def test_prompts(world: World, prompted: Any, run_dir: Path) -> None:
     assert all(abs(one[0] - two[0]) > 1e-4 for one, two in itertools.combinations(made, 2))
 
 
+@pytest.mark.parametrize("side", ["query", "corpus"])
+def test_a_prompt_that_the_model_does_not_name_is_refused_at_once(world: World, prompted: Any, side: str) -> None:
+    with pytest.raises(ValueError, match=f"{side}_prompt_name.*'quary'.*query, document, ask, say"):
+        both(world, model=prompted, **{f"{side}_prompt_name": "quary"})
+
+
+def test_prompts_of_a_folder_give_the_rows_that_a_run_gives(world: World, folder: Path, tmp_path: Path) -> None:
+    """One rule: the stages encode a folder's texts as the drop-in has the library do it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from sentence_transformers import SentenceTransformer
+
+    model = shutil.copytree(folder, tmp_path / "prompted")
+    prompts = {"query": "find: ", "document": "text: "}
+    (model / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
+    texts = [text for text in dict.fromkeys(positive for _, positive in world.pairs) if text.strip() == text != ""]
+    pairs = {"anchor": [f"which is number {i}" for i in range(len(texts))], "positive": texts}
+    pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
+    library = SentenceTransformer(str(model), device="cpu")
+    ours = negpipe.mine_hard_negatives(dataset_of(pairs), library, num_negatives=2, output_scores=True, verbose=False)
+    result = negpipe.mine(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "data": {"format": "pairs", "path": str(tmp_path / "pairs.parquet")},
+            "encoder": {"backend": "sentence-transformers", "model": str(model), "storage": "float32"},
+            "mining": {"compat": "sentence-transformers", "num_negatives": 2},
+            "output": {"report": False},
+        }
+    )
+    assert result.stats["encode"]["prompts"] == {"query_prompt": "find: ", "passage_prompt": "text: "}
+    rows = [row for path in sorted(result.triplets.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    mined = {(row["anchor"], row["positive"], row["negative"]): row["scores"] for row in ours}
+    stages = {
+        (row["anchor"], row["positive"], row["negative"]): [row["positive_score"], row["negative_score"]]
+        for row in rows
+    }
+    assert mined.keys() == stages.keys() and mined
+    np.testing.assert_allclose([stages[key] for key in mined], [*mined.values()], atol=1e-4)
+
+
 @pytest.mark.parametrize("cutoff", [{"relative_margin": 0.02}, {"min_score": 0.4}])
 def test_a_real_cross_encoder(
     world: World, prompted: Any, cross_encoder: Any, run_dir: Path, cutoff: dict[str, float]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,24 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from model_vectors import BACKENDS, TEXTS, ignore, loaded, settings, sha256
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
 from negpipe.config import schema
+from negpipe.encoders import backends
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
 from negpipe.errors import ConfigError, InputError, TaskFailedError
-
-BACKENDS = ["flagembedding", "sentence-transformers"]
-TEXTS = [f"{'the list of file names is returned as text ' * (number % 7)}item {number}" for number in range(45)]
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def ignore(texts: int, tokens: int) -> None:
-    pass
 
 
 def recorder(texts_seen: list[int], tokens_seen: list[int]) -> encoders.OnBatch:
@@ -42,24 +31,6 @@ def recorder(texts_seen: list[int], tokens_seen: list[int]) -> encoders.OnBatch:
         tokens_seen.append(tokens)
 
     return record
-
-
-def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) -> schema.Encoder:
-    return schema.Encoder.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
-
-
-class Whole:
-    """An encoder whose blocks are put together."""
-
-    def __init__(self, encoder: encoders.Encoder) -> None:
-        self.blocks = encoder.encode
-
-    def encode(self, texts: list[str], kind: encoders.Kind, on_batch: encoders.OnBatch) -> Any:
-        return np.concatenate(list(self.blocks(texts, kind, on_batch)))
-
-
-def loaded(encoder: schema.Encoder) -> Whole:
-    return Whole(encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +103,6 @@ def test_instruction_format_with_the_text_first(tiny: Path, backend: str) -> Non
     )
     expected, _ = by_hand(tiny, [f"find\n{text} (end)" for text in TEXTS[:3]], 64, "mean")
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-
-
-def test_a_models_default_prompt_is_not_put_before_texts(copy: Path) -> None:
-    prompts = {"prompts": {"query": "list of names: "}, "default_prompt_name": "query"}
-    (copy / "config_sentence_transformers.json").write_text(json.dumps(prompts))
-    vectors = loaded(settings(copy, "sentence-transformers")).encode(TEXTS[:3], "query", ignore)
-    np.testing.assert_allclose(vectors, by_hand(copy, TEXTS[:3], 64, "mean")[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,7 +229,8 @@ class Library:
         self.passes: list[int] = []
         self._at_pass = at_pass
         self._local = threading.local()
-        self.encoder = Batched(schema.Encoder(model="none", batch_size=4, call_texts=128), self, self._call, ahead=True)
+        library = backends.Library(self, self._call, [], None)
+        self.encoder = Batched(schema.Encoder(model="none", batch_size=4, call_texts=128), library, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))

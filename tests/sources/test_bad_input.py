@@ -337,7 +337,7 @@ def test_a_window_beyond_the_corpus_is_known_before_anything_is_encoded(fresh: P
 
 def test_a_text_the_model_gives_no_vector_for_is_named_by_its_id(fresh: Path) -> None:
     class Failing:
-        def encode(self, texts: Any, kind: Any, on_batch: Any) -> Any:
+        def encode(self, texts: Any, kind: Any, on_batch: Any, on_cut: Any = None) -> Any:
             raise InputError("the vector of this text is zero", row=3, remedy="Look at the text")
             yield
 

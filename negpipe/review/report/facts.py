@@ -59,6 +59,7 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
     )
 
 
+_PROMPTS = ("encoder.query_prompt", "encoder.passage_prompt", "encoder.routes")  # inputs that are no digests
 _COMMIT = 40  # characters; a model of the hub is told by its commit, another one by a digest of its files
 
 
@@ -71,13 +72,18 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     facts |= {
         name.removeprefix("encoder.") + (" (commit)" if len(digest) == _COMMIT else " (digest)"): digest[:16]
         for name, digest in manifest.inputs.items()
-        if name.startswith("encoder.")
+        if name.startswith("encoder.") and name not in _PROMPTS
     }
+    facts |= {name.removeprefix("encoder."): manifest.inputs[name] for name in _PROMPTS if name in manifest.inputs}
     shown = ("revision", "pooling", "query_instruction", "passage_instruction", "query_max_length")
     facts |= {
         name: str(getattr(own, name)) for name in (*shown, "passage_max_length") if getattr(own, name) and own.model
     }
     facts["vectors"] = f"{manifest.stats['dimension']} numbers, {own.storage}"
+    for side, cut in manifest.stats.get("cut", {}).items():
+        facts[f"{side} cut"] = f"{cut['texts']:,} of {cut['of']:,}, {cut['lost']:.1%} of all tokens lost"
+    if equal := manifest.stats.get("equal"):
+        facts["documents with the vector of another"] = f"{equal['documents']:,} of {equal['of']:,}"
     ran = manifest.parts[0].provenance if manifest.parts else {}
     ran = {**ran, **ran.get("libraries", {})}
     libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")

@@ -218,14 +218,20 @@ def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, st
     """Facts for the card: the encoder, and what tells its files or vectors from others.
 
     Args:
-        digests: of the model (a hub model's is its resolved revision) or of the vectors, by setting.
+        digests: of the model (a hub model's is its resolved revision) or of the vectors, and the model's own prompts,
+            by setting.
     """
     named = {
         "backend": config.encoder.backend,
         "model": described(config)["encoder"].get("model", "precomputed vectors"),
     }
     revision = len(digests.get("encoder.model", "")) == 40
-    names = {"encoder.model": "resolved revision" if revision else "digest of the model's files"}
+    names = {
+        "encoder.model": "resolved revision" if revision else "digest of the model's files",
+        "encoder.query_prompt": "the model's own query prompt",
+        "encoder.passage_prompt": "the model's own passage prompt",
+        "encoder.routes": "the model's own routes",
+    }
     return named | {names.get(name, f"digest of {name}"): digest for name, digest in digests.items()}
 
 

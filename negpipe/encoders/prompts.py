@@ -1,0 +1,132 @@
+"""What is put before texts: the instruction of the config, or a prompt that the model names.
+
+By default Sentence Transformers' own `encode_query` and `encode_document` decide: they take the prompts
+"query" and "document", nothing where the model names none of that name. Neither torch nor a library is imported:
+what is put before texts is part of what tells vectors apart, and is known before the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from negpipe.config import schema
+from negpipe.errors import ConfigError, InputError
+
+Kind = Literal["passage", "query"]
+KINDS: tuple[Kind, ...] = ("query", "passage")
+
+TASKS: Mapping[Kind, str] = {"query": "query", "passage": "document"}
+"""What Sentence Transformers calls the kinds: the names of its default prompts and of a Router's routes."""
+
+_FILE = "config_sentence_transformers.json"
+_ROUTERS = ("Router", "Asym")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What is put before texts.
+
+    Attributes:
+        text: None where nothing is.
+        form: how it and the text are joined, with two {}.
+        prompt: its name, where it is a prompt of the model.
+    """
+
+    text: str | None = None
+    form: str = "{}{}"
+    prompt: str | None = None
+
+
+def instruction(encoder: schema.Encoder, folder: str, kind: Kind) -> Instruction:
+    """What the config, or else the model in a folder, puts before texts of a kind.
+
+    Raises:
+        ConfigError: the config names a prompt that the model does not.
+        InputError: the model's prompts cannot be read.
+    """
+    own: str | None = getattr(encoder, f"{kind}_instruction")
+    if own is not None:
+        return Instruction(own, getattr(encoder, f"{kind}_instruction_format"))
+    named, name = prompts(folder), getattr(encoder, f"{kind}_prompt_name")
+    if name is not None and name not in named:
+        raise ConfigError(f"encoder.{kind}_prompt_name: {unknown(name, named)}")
+    if name is None and encoder.backend == "sentence-transformers":
+        name = TASKS[kind]
+    return Instruction(named[name], prompt=name) if named.get(name) else Instruction()
+
+
+def unknown(name: str, named: Mapping[str, str]) -> str:
+    """What to say of a prompt that a model does not name."""
+    return f"the model names no prompt '{name}'; it names {', '.join(named) or 'none'}"
+
+
+def prompts(folder: str) -> dict[str, str]:
+    """The prompts that a model's folder names, as Sentence Transformers reads them.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    settings = _read(Path(folder) / _FILE, _Settings, _Settings())
+    # A model of another type is loaded without them.
+    named = settings.prompts if settings.model_type == "SentenceTransformer" else None
+    return {name: text or "" for name, text in (named or {}).items()}
+
+
+def routed(encoder: schema.Encoder, folder: str) -> bool:
+    """Whether the model has a Router, which sends queries and documents through modules of their own."""
+    if encoder.backend != "sentence-transformers":
+        return False
+    modules = _read(Path(folder) / "modules.json", list[_Module], [])
+    return any(module.type.rpartition(".")[2] in _ROUTERS for module in modules)
+
+
+def of_the_model(encoder: schema.Encoder, folder: str) -> dict[str, str]:
+    """What the model, and not the config, decides about its texts: part of what tells vectors apart."""
+    chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
+    texts = {f"{kind}_prompt": one.text for kind, one in chosen.items() if one.prompt is not None and one.text}
+    return texts | ({"routes": ", ".join(TASKS.values())} if routed(encoder, folder) else {})
+
+
+def unused(encoder: schema.Encoder, folder: str) -> Iterator[str]:
+    """Sentences on texts that get no prompt though the model names some which nothing uses."""
+    named = prompts(folder)
+    chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
+    left = [name for name, text in named.items() if text and name not in {one.prompt for one in chosen.values()}]
+    for kind, one in chosen.items():
+        says_none = named.get(TASKS[kind]) == ""
+        asked = getattr(encoder, f"{kind}_prompt_name") is not None
+        if left and one.text is None and not says_none and not asked:
+            what = "anchors" if kind == "query" else "documents"
+            yield (
+                f"no prompt is put before {what}, though the model names {', '.join(map(repr, left))}: set"
+                f" encoder.{kind}_prompt_name to the one that is for {what}, or encoder.{kind}_instruction: '' for none"
+            )
+
+
+class _Settings(BaseModel):
+    prompts: dict[str, str | None] | None = None
+    model_type: str = "SentenceTransformer"
+
+
+class _Module(BaseModel):
+    type: str = ""
+
+
+def _read(file: Path, kind: Any, default: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return default
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            str(first["msg"]),
+            file=str(file),
+            field=".".join(map(str, first["loc"])) or None,
+            remedy="Fetch the model again, or mend the file",
+        ) from None

@@ -1,0 +1,129 @@
+"""Texts cut at the model's length, counted against a tokenizer that cuts nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_source as small
+from model_vectors import BACKENDS, TEXTS, ignore, settings
+from real_runs import Run, encoding_here
+
+from negpipe import encoders, graph
+from negpipe.config.file import load_config
+
+
+def lengths(folder: Path, texts: list[str]) -> list[int]:
+    """Tokens of whole texts, with the two special ones."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+
+
+@pytest.mark.parametrize("limit", [8, 20, 128])
+@pytest.mark.parametrize("call_texts", [None, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_are_those_of_an_uncut_tokenisation(
+    tiny: Path, backend: str, call_texts: int | None, limit: int
+) -> None:
+    encoder = settings(tiny, backend, passage_max_length=limit, call_texts=call_texts)
+    cuts: list[tuple[int, int]] = []
+    kept: list[int] = []
+    model = encoders.load(encoder, str(tiny), threads=1)
+    list(model.encode(TEXTS, "passage", lambda rows, tokens: kept.append(tokens), lambda *cut: cuts.append(cut)))
+    whole = lengths(tiny, TEXTS)
+    assert sum(texts for texts, _ in cuts) == sum(length > limit for length in whole)
+    assert sum(tokens for _, tokens in cuts) == sum(max(0, length - limit) for length in whole)
+    assert sum(kept) == sum(min(length, limit) for length in whole)
+
+
+def test_counting_changes_no_bit(tiny: Path) -> None:
+    from FlagEmbedding import FlagModel
+
+    encoder = settings(tiny, passage_max_length=12, normalize=False)
+    ours = np.concatenate(list(encoders.load(encoder, str(tiny), 1).encode(TEXTS, "passage", ignore)))
+    plain = FlagModel(
+        str(tiny),
+        pooling_method="mean",
+        use_fp16=False,
+        devices="cpu",
+        normalize_embeddings=False,
+        batch_size=8,
+        passage_max_length=12,
+    )
+    assert ours.tobytes() == np.asarray(plain.encode_corpus(TEXTS)).tobytes()
+
+
+def encoded(folder: Path, model: Path, corpus: list[dict[str, Any]], *overrides: str) -> tuple[Run, graph.Result]:
+    small.build(folder, corpus)
+    encoder = {"backend": "sentence-transformers", "model": str(model), "passage_max_length": 16}
+    run = Run(small.settings(folder) | {"encoder": encoder})
+    with encoding_here():
+        return run, run.mine("mining.relative_margin=0.05", "mining.max_depth=0", "output.min_rows=0", *overrides)
+
+
+@pytest.fixture
+def alike() -> list[dict[str, Any]]:
+    """Documents that begin with the same words, and then differ; the first two are short."""
+    head = "the list of names of the file is returned as text in the error " * 2
+    long = [{"_id": f"d{i}", "title": "", "text": f"{head} and that is name {i}"} for i in range(2, small.DOCUMENTS)]
+    return [{"_id": f"d{i}", "title": "", "text": f"name {i}"} for i in range(2)] + long
+
+
+@pytest.mark.cases
+def test_no_rows_name_the_cut_as_the_cause(
+    tiny: Path, tmp_path: Path, alike: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, result = encoded(tmp_path, tiny, alike)
+    whole = lengths(tiny, [document["text"] for document in alike])
+    cut = result.stats["encode"]["cut"]["documents"]
+    assert (cut["texts"], cut["of"], cut["max_length"]) == (38, 40, 16)
+    assert cut["lost"] == pytest.approx(sum(max(0, length - 16) for length in whole) / sum(whole))
+    assert result.stats["encode"]["equal"] == {"documents": 38, "of": 40}
+    assert result.stats["triplets"]["vectors"]["cut"]["documents"] == cut
+    warned = {
+        record.message.partition(":")[0]: record.message
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "passage_max_length" in record.message
+    }
+    assert {*warned} == {"encode", "triplets"}
+    assert all("38 of 40 documents" in message for message in warned.values())
+    assert not {"tokens_lost", "cut", "equal"} & {*run.manifest("encode")["settings"]}
+
+    path = small.write_config(tmp_path)
+    path.write_text(json.dumps(run.config), encoding="utf-8")
+    overrides = ["--set", "mining.relative_margin=0.05", "--set", "mining.max_depth=0"]
+    outcome = small.run("quality", path, *overrides)
+    assert outcome.code == 0 and "38 of 40 documents were cut at 16 tokens" in outcome.out
+    document = json.loads(small.run("quality", path, "--json", *overrides).out)
+    assert document["vectors"]["equal"] == {"documents": 38, "of": 40}
+    # Nothing is left to do, and that the rows are too few is said all the same.
+    again = small.run("mine", path, *overrides, "--set", "output.min_rows=9")
+    assert again.code == 1 and "encoder.passage_max_length" in again.out + again.err
+
+
+def test_whole_texts_are_not_warned_of(
+    tiny: Path, tmp_path: Path, alike: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, result = encoded(tmp_path, tiny, alike, "encoder.passage_max_length=128")
+    assert result.stats["encode"]["cut"]["documents"] == {"texts": 0, "of": 40, "max_length": 128, "lost": 0.0}
+    assert result.stats["encode"]["equal"]["documents"] == 0
+    assert "max_length" not in caplog.text
+
+
+def test_equal_vectors_that_the_user_brings_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small.build(tmp_path)
+    vectors = np.load(tmp_path / "corpus.npy")
+    vectors[[3, 5]] = vectors[1]
+    vectors[4] = vectors[7]
+    np.save(tmp_path / "corpus.npy", vectors)
+    caplog.set_level(logging.INFO, logger="negpipe")
+    result = graph.mine(load_config(small.settings(tmp_path)))
+    assert result.stats["encode"]["equal"] == {"documents": 5, "of": 40}
+    assert "cut" not in result.stats["encode"]
+    assert [record.levelno for record in caplog.records if "5 of 40 documents" in record.message] == [logging.WARNING]
