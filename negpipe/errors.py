@@ -5,6 +5,8 @@ A message says what happened, where (file, row, field) and what to do about it, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from negpipe.redaction import redact
 
 
@@ -39,7 +41,7 @@ class InputError(NegpipeError):
     """A source file, dataset, model or vector file is wrong or missing.
 
     `file`, `row` (1-based line of a text file, 0-based row of a binary one) and `field` are put in
-    front of the message where they are known; `remedy` goes behind it.
+    front of the message where they are known; `remedy` goes behind it. `there`: what there is instead, to choose from.
     """
 
     exit_code = 3
@@ -53,7 +55,9 @@ class InputError(NegpipeError):
         row: int | None = None,
         field: str | None = None,
         remedy: str | None = None,
+        there: Sequence[str] = (),
     ) -> None:
+        self.there = list(there)
         file = redact(file) if file else file
         self.problem, self.file, self.row, self.field, self.remedy = redact(problem), file, row, field, remedy
         place = ", ".join(

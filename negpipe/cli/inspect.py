@@ -48,6 +48,7 @@ def init(
             "--write", help="The config to write; else NAME.yaml here.", metavar="FILE.yaml", show_default=False
         ),
     ] = None,
+    log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
     """Write a config that mines a source: short for negpipe inspect NAME --write NAME.yaml.
@@ -56,7 +57,7 @@ def init(
     """
     from negpipe.cli import console
 
-    console.set_up_logging("plain", debug=debug)
+    console.set_up_logging(checked(log_format), debug=debug)
     _inspect([path], "train", None, None, write or Path(f"{_named(path)}.yaml"), _ROWS, as_json=False)
 
 

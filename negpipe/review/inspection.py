@@ -11,6 +11,7 @@ import numpy as np
 
 from negpipe import sources
 from negpipe.config import schema
+from negpipe.errors import InputError
 from negpipe.sources import BadRow, Document, Query
 
 _SHOWN = 10  # odd rows
@@ -79,10 +80,10 @@ def inspect(data: schema.Data, rows: int) -> Inspection:
     data = sources.recognized(data)
     try:
         return _inspected(data, rows)
-    except sources.NoSplitError as error:
-        if not error.splits:
+    except InputError as error:
+        if error.field != "split" or not error.there:
             raise
-        return _inspected(data.model_copy(update={"split": error.splits[0]}), rows)
+        return _inspected(data.model_copy(update={"split": error.there[0]}), rows)
 
 
 def _inspected(data: schema.Data, rows: int) -> Inspection:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from negpipe.sources.guess import recognized
 from negpipe.sources.identity import files, revision
-from negpipe.sources.places import NoSplitError
 from negpipe.sources.readers import Piece
 from negpipe.sources.reading import pieces, read, readers
 from negpipe.sources.records import (
@@ -31,7 +30,6 @@ __all__ = [
     "Document",
     "Judgment",
     "Judgments",
-    "NoSplitError",
     "Piece",
     "Place",
     "Query",

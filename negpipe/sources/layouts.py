@@ -19,7 +19,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, readers
 from negpipe.sources.anchored import Fields, Passages, anchored
 from negpipe.sources.chunks import Column
-from negpipe.sources.places import EXTENSIONS, PACKED, NoSplitError, Table, extension_of, locate, near, paths_of
+from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
 from negpipe.sources.readers import Reader, column
 from negpipe.sources.tables import column_names, inside
 
@@ -138,9 +138,10 @@ def _file(data: schema.Data, file: Path) -> Table:
     return Table((str(file),), dialect=data.table)
 
 
-def _no_split(file: str, split: str, there: Sequence[str]) -> NoSplitError:
+def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
     remedy = f"Splits here: {', '.join(there) or 'none'}. Name one in data.split"
-    return NoSplitError(f"there are no judgments for the split '{split}'", file, there, remedy)
+    problem = f"there are no judgments for the split '{split}'"
+    return InputError(problem, file=file, field="split", remedy=remedy, there=there)
 
 
 def _one(data: schema.Data) -> tuple[str, ...]:

@@ -16,14 +16,6 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
-class NoSplitError(InputError):
-    """The split that is asked for is not there, but `splits` are."""
-
-    def __init__(self, problem: str, file: str, splits: Sequence[str], remedy: str) -> None:
-        super().__init__(problem, file=file, field="split", remedy=remedy)
-        self.splits = list(splits)
-
-
 class Table(NamedTuple):
     """Where a table is, and how its files are written.
 
@@ -70,15 +62,15 @@ def paths_of(named: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _expanded(path: str) -> Iterator[str]:
-    if not any(sign in path for sign in "*?[") or Path(path).exists():
+    remote = "://" in path
+    # Of an address a question mark begins the query, and the web lists no files.
+    patterns = "" if path.startswith(("http://", "https://")) else "*[" if remote else "*?["
+    if not any(sign in path for sign in patterns) or Path(path).exists():
         yield path
         return
-    if "://" in path:
+    if remote:
         import fsspec
 
-        if path.startswith(("http://", "https://")):  # where a question mark begins the query
-            yield path
-            return
         filesystem, pattern = fsspec.core.url_to_fs(path)
         found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
     else:

@@ -22,7 +22,7 @@ from negpipe.errors import InputError
 from negpipe.sources import hub
 from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, Row, decoded
 from negpipe.sources.elements import elements, keys
-from negpipe.sources.places import EXTENSIONS, PACKED, NoSplitError, Table, extension_of, locate
+from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate
 from negpipe.sources.records import Place, RowError
 
 __all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgments", "keys_of"]
@@ -100,8 +100,8 @@ def _split(table: Table) -> tuple[str, Any]:
         )
     split = table.split or ("train" if "train" in splits else next(iter(splits)))
     if split not in splits:
-        there = list(splits)
-        raise NoSplitError(f"there is no split '{split}'", table.path, there, f"Splits: {', '.join(there)}")
+        problem, remedy = f"there is no split '{split}'", f"Splits: {', '.join(splits)}"
+        raise InputError(problem, file=table.path, field="split", remedy=remedy, there=list(splits))
     return split, splits[split]
 
 

@@ -574,3 +574,18 @@ def test_a_cache_that_cannot_be_written_is_named_by_its_variable(
     with pytest.raises(InputError) as caught:
         read(**written.settings)
     assert caught.value.field == "HF_HOME"
+
+
+def test_a_pattern_of_remote_files_names_them_all() -> None:
+    import fsspec
+
+    files = {f"memory://set/rows-{n}.jsonl.gz": {"anchor": f"q{n}", "positive": f"p{n}"} for n in (2, 0, 1)}
+    for path, row in files.items():
+        with fsspec.open(path, "wb", compression="gzip") as file:
+            file.write(json.dumps(row).encode())
+    assert text_of(read(path="memory://set/rows-*.jsonl.gz")) == ["p0", "p1", "p2"]
+    data = schema.Data(path="memory://set/rows-*.jsonl.gz")
+    before = sources.revision(data)
+    with fsspec.open("memory://set/rows-1.jsonl.gz", "wb", compression="gzip") as file:
+        file.write(json.dumps({"anchor": "q", "positive": "another"}).encode())
+    assert sources.revision(data) != before
