@@ -90,12 +90,12 @@ def _of_the_anchor(grid: Grid, values: Hashes, column: str) -> Mask:
 
 def shares(mining: Mining, score: float, reference: float) -> str:
     """Why `never_same` drops."""
-    return f"the same {' or '.join(mining.never_same)} as a known positive or the anchor (never_same)"
+    return f"shares {' or '.join(mining.never_same)} with a known positive or the anchor (never_same)"
 
 
 def differs(mining: Mining, score: float, reference: float) -> str:
     """Why `only_same` drops."""
-    return f"not the same {' and '.join(mining.only_same)} as a known positive or the anchor (only_same)"
+    return f"does not share {' and '.join(mining.only_same)} (only_same)"
 
 
 def where(lookup: Lookup) -> Masking | None:

@@ -98,11 +98,17 @@ def conditions(config: Config) -> list[Condition]:
     return found
 
 
+def columns_of(asked: Sequence[Condition], config: Config) -> dict[str, dict[str, str]]:
+    """Of each side, the columns that conditions name → what they are called in ingest's tables."""
+    names = sorted(name for name in set().union(*(one.names for one in asked)) if len(name) == 2)
+    return {side: {name: _stored(name, side, config) for own, name in names if own == side} for side in SIDES}
+
+
 class Database:
     """Evaluates conditions.
 
     Attributes:
-        columns: of each side, the columns that are named → what they are called in ingest's tables.
+        columns: as `columns_of`.
         numbers: the names of `NUMBERS` that are.
 
     Raises:
@@ -110,12 +116,8 @@ class Database:
     """
 
     def __init__(self, config: Config, asked: Sequence[Condition]) -> None:
-        names = sorted(set().union(*(one.names for one in asked)))
-        self.numbers = [name[0] for name in names if len(name) == 1]
-        self.columns = {
-            side: {name[1]: _stored(name[1], side, config) for name in names if name[0] == side and len(name) == 2}
-            for side in SIDES
-        }
+        self.numbers = [name for name in NUMBERS if any((name,) in one.names for one in asked)]
+        self.columns = columns_of(asked, config)
         self._text = str(config.mining.where)
         self._query = f"select ({' and '.join(f'({one.sql})' for one in asked)}) as holds from cells"
         self._database = _connect()
