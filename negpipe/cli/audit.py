@@ -19,6 +19,7 @@ Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what
 - score: non_finite, above_positive
 - text: anchor_text (the negative is the anchor's own), anchor_id (the anchor itself, by its id), empty_text
 - shortage, missing_id, hub (a document is the negative of unusually many anchors)
+- rules: never_same, only_same, where (those of the config's mining settings that are set)
 - any: all of them
 
 A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a

@@ -22,6 +22,9 @@ _OWN_NAMES = ("id", "score", "rank", "grade")
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+ANCHOR = "anchor."
+"""Comes before a column's name in `mining.never_same` and `only_same`: the anchor's own."""
+
 Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
 
 
@@ -113,6 +116,15 @@ class Extra(_Model):
                 if names.count(name) > 1:
                     raise ValueError(f"{side} names '{name}' twice")
         return self
+
+    def require(self, side: str, column: str, setting: str) -> None:
+        """Raise ValueError where a column that a setting needs is not kept: corpus or queries."""
+        kept = getattr(self, side)
+        if column not in kept:
+            whole = ", ".join((*kept, column))
+            raise ValueError(
+                f"{setting} needs the column '{column}', which is not kept: set data.extra.{side}: [{whole}]"
+            )
 
 
 class Data(_Model):
@@ -405,6 +417,23 @@ class Mining(_Model):
         None,
         description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
     )
+    never_same: tuple[str, ...] = Field(
+        (),
+        description="Columns of data.extra, such as [doc]: drop candidates that share the value of one with a known"
+        " positive, or with the anchor where it has the column. anchor.NAME: with the anchor alone. A null equals"
+        " nothing.",
+    )
+    only_same: tuple[str, ...] = Field(
+        (),
+        description="Columns of data.extra, such as [lang]: drop candidates that do not share the value of each with a"
+        " known positive. anchor.NAME: with the anchor.",
+    )
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="Drop candidates for which this SQL condition does not hold, over anchor.NAME, positive.NAME and"
+        " candidate.NAME (id, text and the columns of data.extra, all texts), score, rank and positive_score.",
+    )
     near_duplicate: float | None = Field(
         None,
         gt=0,
@@ -589,6 +618,15 @@ class Config(_Model):
         for name in self.output.extra_columns or ():
             if name not in kept:
                 raise ValueError(f"output.extra_columns: '{name}' is not kept: add it to data.extra.corpus or .queries")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_by_column(self) -> Config:
+        for setting in ("never_same", "only_same"):
+            for name in getattr(self.mining, setting):
+                column = name.removeprefix(ANCHOR)
+                for side in ("corpus", "queries") if name.startswith(ANCHOR) else ("corpus",):
+                    self.data.extra.require(side, column, f"mining.{setting}: '{name}'")
         return self
 
     def resolved(self, max_positives: int) -> Config:

@@ -121,6 +121,14 @@ class Rows:
             out[where] = columns[part].to_numpy()[flat[where] - self.starts[part]]
         return out.reshape(rows.shape)
 
+    def hashes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """`hashed` of a text column at `rows` (any shape, every row valid), in that shape; each text is read once."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        out = np.empty(len(unique), np.uint64)
+        for part, where in self._by_part(unique):
+            out[where] = hashed(self._tables[part][column].take(pa.array(unique[where] - self.starts[part])))
+        return out[inverse].reshape(rows.shape)
+
     def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
         """A text column at `rows` (1-D, any order, repeats welcome; each text is read once)."""
         return self.encoded([column], rows)[0].dictionary_decode()
@@ -165,6 +173,15 @@ class Rows:
         order = np.argsort(parts.astype(np.min_scalar_type(len(self._tables))), kind="stable")
         bounds = np.searchsorted(parts[order], np.arange(len(self._tables) + 1))
         return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
+
+
+def hashed(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """64-bit digests of texts, of each that differs once; 0 for a null, which equals nothing."""
+    encoded = texts.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    digested = np.append(hashes(encoded.dictionary), np.uint64(0))
+    places: npt.NDArray[np.int32] = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()
+    found: npt.NDArray[np.uint64] = digested[places]
+    return found
 
 
 def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: bool) -> pa.DictionaryArray:

@@ -24,6 +24,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.review import audit, calibrate, quality
 from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trials
 from negpipe.review.finished import current, searched, selected
+from negpipe.select import columns
 from negpipe.select.selector import Units, rows_of
 from negpipe.stages import STAGES, encode
 from negpipe.stages.triplets import Shared, open_selection, part_files
@@ -188,12 +189,22 @@ def _qrels(context: Context) -> audit.Qrels:
                     columns = {"anchor_id": some["id"].take(at), "anchor": some["text"].take(at)}
                     yield pa.table({**columns, "document": rows, "text": corpus.strings("text", rows)})
 
-    def named() -> Iterator[pa.Table]:
+    def of_documents(names: list[str]) -> Iterator[pa.Table]:
         for start, path in zip(corpus.starts.tolist(), parts, strict=False):
-            table = open_table(path).select(["id", "other_ids"])
+            table = open_table(path).select(names)
             yield table.append_column("document", pa.array(np.arange(start, start + table.num_rows)))
 
-    return audit.Qrels(str(context.run_dir), positives(), named())
+    def of_anchors(names: list[str]) -> Iterator[pa.Table]:
+        for part in read.of_kind("anchors"):
+            table = open_table(context.path(part, "table"))
+            own = {name: table[name] for name in names}
+            yield pa.table({"anchor_id": table["id"], "anchor": table["text"], **own})
+
+    asked = None
+    if columns.unset(context.config.mining) != columns.NAMES:
+        named = audit.rules.named(context.config)
+        asked = audit.Rules(context.config, of_documents(named["corpus"]), of_anchors(named["queries"]))
+    return audit.Qrels(str(context.run_dir), positives(), of_documents(["id", "other_ids"]), asked)
 
 
 def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | None = None) -> None:

@@ -21,7 +21,7 @@ from negpipe.config.schema import Config, Mining
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, ragged
 from negpipe.data.texts import normalize
-from negpipe.select import duplicates, rules, verdicts
+from negpipe.select import columns, duplicates, rules, verdicts
 from negpipe.select.rules import Fate, Fates
 
 Ints = npt.NDArray[np.int64]
@@ -62,6 +62,7 @@ class Grid:
         scores: (n, k), for filters that see scores.
         references: (n,) the positive score that margins refer to, NaN where there is none; likewise.
         spared: (n, k) which documents are no positive of a namesake, whatever is known; None: none.
+        positives: (n,) row of the positive that `references` are of, -1 where there is none; where scores are seen.
     """
 
     lookup: Lookup
@@ -71,6 +72,7 @@ class Grid:
     scores: Floats
     references: Floats
     spared: Mask | None = None
+    positives: Ints | None = None
 
     @cached_property
     def known(self) -> tuple[Ints, Ints]:
@@ -104,6 +106,7 @@ class Filter:
         sees: documents: what an anchor and a document are; drawn documents pass through it too. scores: the scores of a
             unit as well. pairs: like documents, but takes so long that it is asked last, and only of those that pass
             everything else and matter to the choice.
+        drawn: of one that sees scores, the mask over drawn documents, which have none yet.
         helps: what a user sets to have it drop fewer.
     """
 
@@ -111,6 +114,7 @@ class Filter:
     opened: Callable[[Lookup], Masking | None]
     explain: Callable[[Mining, float, float], str]
     sees: Literal["documents", "scores", "pairs"] = "documents"
+    drawn: Callable[[Lookup], Masking | None] = lambda lookup: None
     helps: str = ""
 
 
@@ -280,6 +284,18 @@ FILTERS = (
     Filter("anchor_id", _anchor_id, _says("the anchor itself, by its id")),
     Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
     Filter(
+        "never_same",
+        columns.never_same,
+        columns.shares,
+        helps="Name fewer columns in mining.never_same, or search deeper (search.depth)",
+    ),
+    Filter(
+        "only_same",
+        columns.only_same,
+        columns.differs,
+        helps="Name fewer columns in mining.only_same, or search deeper (search.depth)",
+    ),
+    Filter(
         "near_duplicate",
         _near_duplicate,
         _says("nearly the text of a positive"),
@@ -287,6 +303,14 @@ FILTERS = (
         helps="Set a higher mining.near_duplicate, or search deeper (search.depth)",
     ),
     Filter("invalid_score", _invalid_score, _says("the score is not a finite number"), sees="scores"),
+    Filter(
+        "where",
+        columns.where,
+        lambda mining, score, reference: f"not {mining.where} (where)",
+        sees="scores",
+        drawn=columns.where_drawn,
+        helps="Set a weaker mining.where, or search deeper (search.depth)",
+    ),
     Filter("max_score", _max_score, _above_max, sees="scores", helps="Set a higher mining.max_score"),
     Filter("min_score", _min_score, _below_min, sees="scores", helps="Set a lower mining.min_score"),
     Filter(
@@ -334,7 +358,9 @@ class Filters:
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
         opened = [(one, one.opened(lookup)) for one in FILTERS]
+        self._asked: list[tuple[str, int, Masking]]
         self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
+        self._asked += [("drawn", _CODES[one.name], mask) for one in FILTERS if (mask := one.drawn(lookup))]
         self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
 
     def of_documents(self, anchors: pa.Table, anchor: Ints, rows: Ints, spared: Mask | None = None) -> Fates:
@@ -347,6 +373,12 @@ class Filters:
         grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, spared)
         return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
+    def of_drawn(self, anchors: pa.Table, anchor: Ints, rows: Ints, positives: Ints) -> Fates:
+        """The same of documents that are drawn and have no scores yet."""
+        nothing = np.empty((0, 0), np.float32)
+        grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
+        return self._first("drawn", grid, self.of_documents(anchors, anchor, rows))
+
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
         """The same by the filters that take long, of (p,) rows; (p,)."""
         nothing = np.empty((0, 0), np.float32)
@@ -354,10 +386,18 @@ class Filters:
         return self._first("pairs", grid, np.zeros((len(rows), 1), np.uint8))[:, 0]
 
     def of_scores(
-        self, anchors: pa.Table, anchor: Ints, rows: Ints, scores: Floats, references: Floats, dropped: Fates
+        self,
+        anchors: pa.Table,
+        anchor: Ints,
+        rows: Ints,
+        scores: Floats,
+        references: Floats,
+        dropped: Fates,
+        positives: Ints | None = None,
     ) -> Fates:
         """The same with the filters that see scores, where nothing in `dropped` says so yet."""
-        return self._first("scores", Grid(self._lookup, anchors, anchor, rows, scores, references), dropped.copy())
+        grid = Grid(self._lookup, anchors, anchor, rows, scores, references, positives=positives)
+        return self._first("scores", grid, dropped.copy())
 
     def dropped_by(self, name: str, anchors: pa.Table, rows: Ints) -> Mask:
         """Which of (n, k) rows one filter of documents drops, whatever comes before it."""

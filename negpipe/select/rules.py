@@ -113,24 +113,29 @@ def contains(
     return found
 
 
-def reference_scores(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Scores:
-    """The positive score that sets each unit's margins.
+def reference_positives(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Rows:
+    """Which positive sets each unit's margins.
 
     Args:
-        scores: float32, the scores of all units' positives.
+        scores: float32, the scores of all units' positives; NaN comes before all numbers.
         offsets: (n + 1,) int64.
-        which: min: the lowest of the unit's positives. max: the highest.
+        which: min: the lowest of the unit's positives. max: the highest. Of equals the first.
 
     Returns:
-        (n,) float32, NaN for a unit without positives.
+        (n,) int64, places in `scores`, -1 for a unit without positives.
     """
-    reference = np.full(len(offsets) - 1, np.nan, np.float32)
-    filled = np.diff(offsets) > 0
-    if filled.any():
-        # reduceat cannot see empty segments; without them each start is the end of the one before.
-        reduce = np.minimum if which == "min" else np.maximum
-        reference[filled] = reduce.reduceat(scores[: offsets[-1]], offsets[:-1][filled])
-    return reference
+    counts = np.diff(offsets)
+    keys = scores[offsets[0] : offsets[-1]]
+    keys = np.where(np.isnan(keys), -np.inf, keys if which == "min" else -keys)
+    order = offsets[0] + np.lexsort((keys, np.repeat(np.arange(len(counts)), counts)))
+    places = np.full(len(counts), -1, np.int64)
+    places[counts > 0] = order[offsets[:-1][counts > 0] - offsets[0]]
+    return places
+
+
+def reference_scores(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Scores:
+    """The scores of `reference_positives`: (n,) float32, NaN for a unit without positives."""
+    return np.append(scores, np.float32(np.nan))[reference_positives(scores, offsets, which)]
 
 
 def uniform(seed: int, anchor_hash: Hashes, document_hash: Hashes) -> Doubles:

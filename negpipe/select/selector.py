@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -272,9 +272,8 @@ class Selector:
             reference = found.positive_scores
         else:
             anchor, offsets = np.arange(len(found.rows)), found.offsets
-            reference = rules.reference_scores(
-                found.positive_scores, offsets, "max" if self._config.mining.margin_reference == "max" else "min"
-            )
+            reference = rules.reference_scores(found.positive_scores, offsets, self._reference)
+        positives = self._reference_rows(found.positives, found.positive_scores, offsets)
         depth = self._config.mining.depth or found.rows.shape[1]
         assert isinstance(depth, int), "the config is not resolved"
         rows, scores = found.rows[:, :depth], found.scores[:, :depth]
@@ -297,7 +296,7 @@ class Selector:
             for some in (units[low : low + step] for low in range(0, len(units), step)):
                 at = anchor[some]
                 block = rows[at], scores[at], reference[some]
-                codes = self.filters.of_scores(anchors, at, *block, dropped[some])
+                codes = self.filters.of_scores(anchors, at, *block, dropped[some], positives[some])
                 if own is not None:  # what is asked for is not cut off
                     codes[own[at]] = Fate.TAKEN
                 numbers = None if uniform is None else uniform[at]
@@ -328,12 +327,13 @@ class Selector:
             wanted += np.maximum(settings.num_negatives - mined, 0)
         if settings.on_shortage == "drop":
             wanted[mined < settings.num_negatives] = 0
+        positives = self._reference_rows(units.positives, units.positive_scores, units.positive_offsets)
         known, known_offsets = ragged(units.anchors["known"])
         itself = units.anchors["self_row"].to_numpy()
 
         def barred(some: Ints, rows: Ints) -> Mask:
             anchor = units.anchor[some]
-            out = self.filters.of_documents(units.anchors, anchor, rows) > 0
+            out = self.filters.of_drawn(units.anchors, anchor, rows, positives[some]) > 0
             out |= rules.contains(rows, known, known_offsets, anchor)
             out |= rules.contains(rows, units.negatives, units.negative_offsets, some)
             out |= rows == itself[anchor, None]
@@ -379,6 +379,14 @@ class Selector:
             field="mining.on_shortage",
             remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
         )
+
+    @property
+    def _reference(self) -> Literal["min", "max"]:
+        return "max" if self._config.mining.margin_reference == "max" else "min"
+
+    def _reference_rows(self, positives: Ints, scores: Floats, offsets: Ints) -> Ints:
+        """(u,) row of the positive that each unit's margins refer to, -1 for one without positives."""
+        return np.append(positives, -1)[rules.reference_positives(scores, offsets, self._reference)]
 
     def _uniform(self, anchors: pa.Table, rows: Ints) -> npt.NDArray[np.float64] | None:
         if self._config.mining.sampling_strategy == "top":

@@ -34,7 +34,8 @@ from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import InputError
 from negpipe.rows import formats
-from negpipe.select import deeper, rules, verdicts
+from negpipe.select import columns, deeper, rules, verdicts
+from negpipe.select.conditions import Database, conditions
 from negpipe.select.filters import CODES, DROPS, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
@@ -46,6 +47,7 @@ VERSION = 5
 _ROWS, LEDGER, DEEPER = "rows", "ledger", "deeper"
 """What a part's files are to it, and their folders."""
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
+_COLUMN = 64  # more where rules by a column look up values
 _FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
 
 
@@ -54,6 +56,8 @@ def _settings(config: Config) -> dict[str, Any]:
     # A fixed order, whatever the order in the file.
     values["mining.exclude"] = sorted(config.mining.exclude)
     del values["mining.exclude_file"], values["mining.compat"]
+    for name in columns.unset(config.mining):  # rows and ledger are those of before there were any
+        del values[f"mining.{name}"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
     values["search.depth"] = config.depth  # of candidates that were stored deeper, no more are looked at
@@ -77,6 +81,8 @@ def _check(context: Context) -> None:
     _sources(context)
     if context.config.mining.exclude_file:
         verdicts.read(Path(context.config.mining.exclude_file))
+    if asked := conditions(context.config):
+        Database(context.config, asked)
     if "index" in context.manifests:
         recall_window(context)
     if "ingest" not in context.manifests:
@@ -140,12 +146,15 @@ def _check_memory(context: Context) -> None:
     again = min(largest * deepest, max(candidates.CELLS, deepest))
     written = 5 * min(formats.GROUP_BYTES, texts)
 
+    mining = context.config.mining
+    cell = _CELL + (0 if columns.unset(mining) == columns.NAMES else _COLUMN)
+
     def takes(cells: int) -> int:
-        if context.config.mining.margin_reference != "each":
-            return cells * _CELL
+        if mining.margin_reference != "each":
+            return cells * cell
         # On average, an anchor is looked at for each of its positives; some at a time.
         units = int(cells * read.stats["positives"] / max(1, read.stats["anchors"]))
-        return max(cells, min(units, candidates.CELLS)) * _CELL + units * _FATE
+        return max(cells, min(units, candidates.CELLS)) * cell + units * _FATE
 
     chosen = takes(max(stored, again))
     helping = {_shallower(context.config, read.stats["max_positives"]): stored, "set mining.max_depth: 0": again}
@@ -293,7 +302,8 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     candidates_seen = width - counts[:, Fate.PADDING]
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
-    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items()}
+    unset = columns.unset(config.mining)
+    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in unset}
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),

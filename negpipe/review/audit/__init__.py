@@ -17,12 +17,13 @@ import pyarrow as pa
 
 from negpipe.data.database import opened
 from negpipe.engine.budget import DEFAULT, Budget
-from negpipe.review.audit import checks, load, near
+from negpipe.review.audit import checks, load, near, rules
 from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
 from negpipe.review.audit.columns import Layout, layout_of
 from negpipe.review.audit.policy import Policy, policy
+from negpipe.review.audit.rules import Rules
 
-__all__ = ["CHECKS", "GROUPS", "Audit", "Finding", "Layout", "Options", "Policy", "Qrels", "audit", "policy"]
+__all__ = ["CHECKS", "GROUPS", "Audit", "Finding", "Layout", "Options", "Policy", "Qrels", "Rules", "audit", "policy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,13 @@ class Qrels:
         name: where it comes from, for messages.
         positives: tables of anchor_id, anchor, document (a number), text; a row a judgment.
         documents: tables of document (its number), id, other_ids (list); a row a document.
+        rules: the rules by a column, where the config asks for one.
     """
 
     name: str
     positives: Iterable[pa.Table]
     documents: Iterable[pa.Table]
+    rules: Rules | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Audit:
         source: file or folder.
         rows, anchors, positives, negatives: how many there are; documents count once a row.
         qrels: whether the rows were also compared to qrels.
-        findings: one a check, in the order of `CHECKS`; a check that the columns do not allow has `of` 0.
+        findings: one a check, in the order of `CHECKS`, and one a rule that the config asks for; those that the columns
+            do not allow have `of` 0.
     """
 
     source: str
@@ -108,10 +112,14 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
         load.rows(database, found, str(source))
         if qrels is not None:
             load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)
+        asked = qrels.rules if qrels is not None else None
+        if asked is not None:
+            rules.load(database, asked, found)
         load.texts(database, with_qrels=qrels is not None)
         near.compare(database, options.near, options.budget.threads)
         checks.prepare(database, found)
         limits = checks.Limits(options.negatives, options.hub_share, options.examples)
         findings = [checks.run(database, name, found, limits) for name in CHECKS]
+        findings += checks.run_rules(database, asked, found, limits) if asked is not None else ()
         counts = load.counts(database)
     return Audit(str(source), **counts, qrels=qrels is not None, findings=findings)

@@ -8,11 +8,14 @@ qrels where there are any, are its positives: an anchor is its id, or its exact 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from negpipe.errors import InputError
+from negpipe.review.audit import rules
 from negpipe.review.audit.columns import Layout
+from negpipe.review.audit.rules import RULES, Rules
 
 if TYPE_CHECKING:
     import duckdb
@@ -39,7 +42,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "duplicate": ("near_duplicate", "repeated_negative", "duplicate_row"),
     "score": ("non_finite", "above_positive"),
     "text": ("anchor_text", "anchor_id", "empty_text"),
-    "any": tuple(CHECKS),
+    "rules": tuple(RULES),
+    "any": (*CHECKS, *RULES),
 }
 _FALSE = (*GROUPS["positive"], "anchor_text", "anchor_id", "near_duplicate")
 _HUB = 10  # anchors; fewer make no hub
@@ -130,12 +134,33 @@ def _named(owner: str, positives: str, column: str) -> str:
 
 def run(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> Finding:
     """Count what a check finds, and fetch examples."""
-    unit, of, found = _query(database, check, layout, limits)
+    return _finding(database, check, CHECKS[check], limits, *_query(database, check, layout, limits))
+
+
+def run_rules(database: duckdb.DuckDBPyConnection, asked: Rules, layout: Layout, limits: Limits) -> Iterator[Finding]:
+    """The same for the rules that a config asks for.
+
+    Raises:
+        InputError: `mining.where` cannot be evaluated for a row.
+    """
+    import duckdb
+
+    known = _number(database, "select count(document) from negatives")
+    for check, query in rules.queries(asked, layout):
+        try:
+            yield _finding(database, check, RULES[check], limits, "negatives", known if query else 0, query or "")
+        except duckdb.ConversionException as error:
+            raise InputError(str(error).splitlines()[0], field=f"mining.{check}") from None
+
+
+def _finding(
+    database: duckdb.DuckDBPyConnection, check: str, about: str, limits: Limits, unit: str, of: int, found: str
+) -> Finding:
     if not of:
-        return Finding(check, CHECKS[check], unit, 0, 0, [])
+        return Finding(check, about, unit, 0, 0, [])
     total = _number(database, f"select count(*) from ({found})")
     examples = _examples(database, f"{found} order by row, doc limit {limits.examples}") if total else []
-    return Finding(check, CHECKS[check], unit, total, of, examples)
+    return Finding(check, about, unit, total, of, examples)
 
 
 def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> tuple[str, int, str]:

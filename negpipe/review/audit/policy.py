@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from negpipe.errors import ConfigError
-from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
+from negpipe.review.audit.checks import GROUPS, Finding
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ def policy(text: str | None) -> Policy:
     allowed: dict[str, float] = {}
     for item in text.split(",") if text else []:
         name, equals, share = item.strip().partition("=")
-        names = GROUPS.get(name, (name,) if name in CHECKS else ())
+        names = GROUPS.get(name, (name,) if name in GROUPS["any"] else ())
         if not names:
             raise ConfigError(
-                f"--fail-on {text}: there is no check '{name}'. Checks: {', '.join(CHECKS)}."
+                f"--fail-on {text}: there is no check '{name}'. Checks: {', '.join(GROUPS['any'])}."
                 f" Groups: {', '.join(GROUPS)}"
             )
         try:

@@ -1,0 +1,150 @@
+"""Rules by a column: what a candidate must, or must not, have in common with the anchor and its positives.
+
+Columns are those that `data.extra` keeps, and are looked up by row: memory holds the values of the documents looked at.
+A null equals nothing. `never_same` and `only_same` ask whether any known positive matches, `where` sees the positive
+that margins refer to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.config.schema import ANCHOR, Mining
+from negpipe.data.tables import EXTRA, hashed
+from negpipe.select import rules
+from negpipe.select.conditions import Condition, Database, conditions
+
+if TYPE_CHECKING:
+    from negpipe.select.filters import Grid, Lookup, Masking
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+NAMES = ("never_same", "only_same", "where")
+"""The rules, as settings and as reasons."""
+_CELL, _BLOCK = 64, 2**25  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
+
+
+def unset(mining: Mining) -> tuple[str, ...]:
+    """Those of the rules that a config does not set."""
+    return tuple(name for name in NAMES if not getattr(mining, name))
+
+
+def never_same(lookup: Lookup) -> Masking | None:
+    """Drops what shares the value of one of the columns."""
+    names = lookup.mining.never_same
+
+    def mask(grid: Grid) -> Mask:
+        kept = lookup.config.data.extra.queries
+        shared = np.zeros(grid.rows.shape, np.bool_)
+        for name in names:
+            column = EXTRA + name.removeprefix(ANCHOR)
+            values = _values(grid, column)
+            if not name.startswith(ANCHOR):
+                shared |= _of_a_positive(grid, values, column)
+            if column.removeprefix(EXTRA) in kept:
+                shared |= _of_the_anchor(grid, values, column)
+        return shared
+
+    return mask if names else None
+
+
+def only_same(lookup: Lookup) -> Masking | None:
+    """Drops what does not share the value of each of the columns."""
+    names = lookup.mining.only_same
+
+    def mask(grid: Grid) -> Mask:
+        differs = np.zeros(grid.rows.shape, np.bool_)
+        for name in names:
+            column = EXTRA + name.removeprefix(ANCHOR)
+            same = _of_the_anchor if name.startswith(ANCHOR) else _of_a_positive
+            differs |= ~same(grid, _values(grid, column), column)
+        return differs
+
+    return mask if names else None
+
+
+def _values(grid: Grid, column: str) -> Hashes:
+    return grid.lookup.corpus.hashes(column, np.maximum(grid.rows, 0))
+
+
+def _of_a_positive(grid: Grid, values: Hashes, column: str) -> Mask:
+    known, offsets = grid.known
+    own = grid.lookup.corpus.hashes(column, known)
+    ends: Ints = np.concatenate([[0], np.cumsum(own != 0)])[offsets].astype(np.int64)
+    return rules.contains(values, own[own != 0], ends, grid.anchor)
+
+
+def _of_the_anchor(grid: Grid, values: Hashes, column: str) -> Mask:
+    own = hashed(grid.anchors[column])[grid.anchor][:, None]
+    same: Mask = (values == own) & (own != 0)
+    return same
+
+
+def shares(mining: Mining, score: float, reference: float) -> str:
+    """Why `never_same` drops."""
+    return f"shares {' or '.join(mining.never_same)} with a known positive or the anchor (never_same)"
+
+
+def differs(mining: Mining, score: float, reference: float) -> str:
+    """Why `only_same` drops."""
+    return f"does not share {' and '.join(mining.only_same)} (only_same)"
+
+
+def where(lookup: Lookup) -> Masking | None:
+    """Drops what the condition does not hold for."""
+    return _unless(lookup, conditions(lookup.config))
+
+
+def where_drawn(lookup: Lookup) -> Masking | None:
+    """The same for documents without scores: of conditions joined by `and`, those that name none."""
+    return _unless(lookup, [one for one in conditions(lookup.config) if not one.scored])
+
+
+def _unless(lookup: Lookup, asked: Sequence[Condition]) -> Masking | None:
+    if not asked:
+        return None
+    database = Database(lookup.config, asked)
+    candidate = database.columns["candidate"].values()
+
+    def mask(grid: Grid) -> Mask:
+        line, column = np.nonzero(grid.rows >= 0)
+        rows = grid.rows[line, column]
+        # Candidates are looked at in blocks, so that their texts stay within bounds.
+        size = sum((lookup.corpus.sizes(name, rows) for name in candidate), np.full(rows.shape, _CELL))
+        cuts = np.flatnonzero(np.diff(np.cumsum(size) // _BLOCK)) + 1
+        dropped = np.zeros(grid.rows.shape, np.bool_)
+        for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
+            at = line[low:high], column[low:high]
+            dropped[at] = ~_holds(database, grid, *at)
+        return dropped
+
+    return mask
+
+
+def _holds(database: Database, grid: Grid, line: Ints, column: Ints) -> Mask:
+    """Whether the conditions hold for some cells of a grid."""
+    assert grid.positives is not None
+    corpus, (lines, place) = grid.lookup.corpus, np.unique(line, return_inverse=True)
+    named, positives = database.columns, grid.positives[lines]
+    anchors = grid.anchors.select(list(dict.fromkeys(named["anchor"].values()))).take(pa.array(grid.anchor[lines]))
+    of_lines = {
+        "anchor": [anchors[name].combine_chunks().dictionary_encode() for name in named["anchor"].values()],
+        "positive": corpus.encoded(list(named["positive"].values()), np.maximum(positives, 0)),
+    }
+    there = {"anchor": None, "positive": positives[place] < 0}
+    texts = {side: [one.take(pa.array(place, mask=there[side])) for one in found] for side, found in of_lines.items()}
+    texts["candidate"] = corpus.encoded(list(named["candidate"].values()), grid.rows[line, column])
+    numbers: dict[str, Callable[[], npt.NDArray[Any]]] = {
+        "score": lambda: grid.scores[line, column],
+        "rank": lambda: column,
+        "positive_score": lambda: grid.references[line],
+    }
+    return database.hold(len(line), texts, {name: pa.array(numbers[name]()) for name in database.numbers})

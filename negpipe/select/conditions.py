@@ -1,0 +1,245 @@
+"""`mining.where`: a condition on anchor, positive and candidate, read, checked and evaluated by DuckDB.
+
+It is one SQL expression over the names that exist: no table, no subquery, no aggregate, no function whose result may
+change, and the database that evaluates it holds nothing and reaches no file. A null is not true.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe.config.schema import Config
+from negpipe.data.tables import EXTRA
+from negpipe.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import duckdb
+
+Mask = npt.NDArray[np.bool_]
+
+SIDES = {"anchor": "queries", "positive": "corpus", "candidate": "corpus"}
+"""Whose columns can be named, and which of `data.extra` they are."""
+NUMBERS: Mapping[str, pa.DataType] = {"score": pa.float32(), "rank": pa.int64(), "positive_score": pa.float32()}
+_OWN = ("id", "text")
+_PLAIN = (
+    "CASE",
+    "CAST",
+    "COLUMN_REF",
+    "COMPARISON",
+    "CONJUNCTION",
+    "CONSTANT",
+    "FUNCTION",
+    "BETWEEN",
+    "OPERATOR",
+    "TYPE",
+)
+_LIMITS: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": False,
+    "lock_configuration": True,
+    "memory_limit": "128MiB",
+    "temp_directory": "",
+    "threads": 1,
+}
+_TEXTS = "Columns are texts: a number is try_cast(candidate.year as integer), null where there is none"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of the conditions that `and` joins.
+
+    Attributes:
+        sql: as DuckDB writes it.
+        names: what it names, such as (candidate, lang) or (score,).
+    """
+
+    sql: str
+    names: frozenset[tuple[str, ...]]
+
+    @property
+    def scored(self) -> bool:
+        """Whether it names a score or a rank."""
+        return any(len(name) == 1 for name in self.names)
+
+
+def conditions(config: Config) -> list[Condition]:
+    """The conditions of `mining.where`.
+
+    Raises:
+        ConfigError: it is not one expression over what there is.
+    """
+    text = config.mining.where
+    if text is None:
+        return []
+    with _connect() as database:
+        statement, plain = _parse(database, text), _parse(database, "true")
+        node, rest = statement["node"], {**plain["node"], "select_list": None}
+        # Nothing stands beside the expression, such as a table.
+        if {**node, "select_list": None} != rest or len(node["select_list"]) != 1 or node["select_list"][0]["alias"]:
+            raise _refusal(text, "expected one condition, such as candidate.lang = anchor.lang and score < 0.8")
+        (whole,) = node["select_list"]
+        _check(whole, text, database)
+        joined = whole["children"] if whole["type"] == "CONJUNCTION_AND" else [whole]
+        found = []
+        for one in joined:
+            tree = {"error": False, "statements": [{**statement, "node": {**node, "select_list": [one]}}]}
+            sql = _value(database, "select json_deserialize_sql(?::json)", json.dumps(tree)).removeprefix("SELECT ")
+            names = {tuple(part["column_names"]) for part in _parts(one) if part["class"] == "COLUMN_REF"}
+            for name in sorted(names):
+                _check_name(name, config)
+            found.append(Condition(sql, frozenset(names)))
+    return found
+
+
+def columns_of(asked: Sequence[Condition], config: Config) -> dict[str, dict[str, str]]:
+    """Of each side, the columns that conditions name → what they are called in ingest's tables."""
+    names = sorted(name for name in set().union(*(one.names for one in asked)) if len(name) == 2)
+    return {side: {name: _stored(name, side, config) for own, name in names if own == side} for side in SIDES}
+
+
+class Database:
+    """Evaluates conditions.
+
+    Attributes:
+        columns: as `columns_of`.
+        numbers: the names of `NUMBERS` that are.
+
+    Raises:
+        ConfigError: types do not fit, or what the conditions say is neither true nor false.
+    """
+
+    def __init__(self, config: Config, asked: Sequence[Condition]) -> None:
+        self.numbers = [name for name in NUMBERS if any((name,) in one.names for one in asked)]
+        self.columns = columns_of(asked, config)
+        self._text = str(config.mining.where)
+        self._query = f"select ({' and '.join(f'({one.sql})' for one in asked)}) as holds from cells"
+        self._database = _connect()
+        columns: dict[str, pa.DataType] = {
+            side: pa.struct([(name, pa.large_string()) for name in own]) for side, own in self.columns.items() if own
+        }
+        columns |= {name: NUMBERS[name] for name in self.numbers} | {"cell": pa.int64()}
+        import duckdb
+
+        self._database.register("cells", pa.schema(list(columns.items())).empty_table())
+        try:
+            kind = self._database.sql(self._query).types[0]
+        except duckdb.Error as error:
+            raise _refusal(self._text, f"{_first_line(error)}. {_TEXTS}") from None
+        if str(kind) != "BOOLEAN":
+            raise _refusal(self._text, f"it is a {kind}, expected a condition that is true or false")
+
+    def hold(self, count: int, texts: Mapping[str, Sequence[pa.Array]], numbers: Mapping[str, pa.Array]) -> Mask:
+        """Whether all conditions are true.
+
+        Args:
+            count: how many pairs.
+            texts: side → values of its columns, in the order of `columns`, one a pair.
+            numbers: those that are named, one a pair.
+
+        Raises:
+            InputError: a value cannot be converted.
+        """
+        import duckdb
+
+        cells: dict[str, pa.Array] = {
+            side: pa.StructArray.from_arrays(values, names=list(self.columns[side]))
+            for side, values in texts.items()
+            if values
+        }
+        self._database.register("cells", pa.table({**cells, **numbers, "cell": pa.array(np.arange(count))}))
+        try:
+            found = self._database.sql(self._query).to_arrow_table()["holds"]
+        except duckdb.Error as error:
+            raise InputError(_first_line(error), field="mining.where", remedy=_TEXTS) from None
+        return np.asarray(found.combine_chunks().fill_null(False).to_numpy(zero_copy_only=False))
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    import duckdb
+
+    return duckdb.connect(config=_LIMITS)
+
+
+def _parse(database: duckdb.DuckDBPyConnection, text: str) -> Any:
+    tree = json.loads(_value(database, "select json_serialize_sql(?)", f"select {text}"))
+    if tree["error"]:
+        raise _refusal(text, tree["error_message"])
+    if len(tree["statements"]) != 1:
+        raise _refusal(text, "it is more than one expression")
+    return tree["statements"][0]
+
+
+def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
+    """Refuses what is no plain expression, and functions that say something else another time."""
+    for part in _parts(whole):
+        if part["class"] not in _PLAIN:
+            raise _refusal(text, f"a {part['class'].lower()} cannot stand in it")
+        if part["class"] == "FUNCTION":
+            name = part["function_name"]
+            pure = _value(
+                database,
+                "select coalesce(bool_and(function_type = 'scalar' and stability = 'CONSISTENT'), false)"
+                " from duckdb_functions() where function_name = ?",
+                name,
+            )
+            if not pure or name.startswith("current_"):
+                raise _refusal(text, f"'{name}' is no function that can stand in it")
+
+
+def _check_name(name: tuple[str, ...], config: Config) -> None:
+    shown, text = ".".join(name), str(config.mining.where)
+    if name in [(number,) for number in NUMBERS]:
+        return
+    if len(name) != 2 or name[0] not in SIDES:
+        known = [*NUMBERS, *(f"{side}.{own}" for side in SIDES for own in (*_OWN, *_kept(side, config)))]
+        near = difflib.get_close_matches(shown, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; texts stand in single quotes"
+        raise _refusal(text, f"there is no '{shown}': {hint}")
+    if name[1] not in _OWN:
+        try:
+            config.data.extra.require(SIDES[name[0]], name[1], f"mining.where: '{shown}'")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _kept(side: str, config: Config) -> tuple[str, ...]:
+    kept: tuple[str, ...] = getattr(config.data.extra, SIDES[side])
+    return kept
+
+
+def _stored(name: str, side: str, config: Config) -> str:
+    return EXTRA + name if name in _kept(side, config) else name
+
+
+def _parts(tree: Any) -> Iterator[Any]:
+    """The expressions in a serialised one."""
+    waiting = [tree]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if "class" in part:
+                yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _value(database: duckdb.DuckDBPyConnection, query: str, value: str) -> Any:
+    row = database.execute(query, [value]).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _refusal(text: str, problem: str) -> ConfigError:
+    return ConfigError(f"mining.where ({text}): {problem}")
