@@ -44,6 +44,11 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
             f"mining.score: random negatives have no {config.mining.score} score: set mining.num_random: 0, and not"
             " mining.on_shortage: random"
         )
+    if config.mining.score != DENSE and config.mining.prefers:
+        raise ConfigError(
+            f"mining.score: negatives that the source names may have no {config.mining.score} score: set"
+            " mining.given_negatives: ignore and mining.judged: allow"
+        )
     return pipeline.mine(config, stages(rescore), **options)
 
 

@@ -115,6 +115,8 @@ def _show_drops(stats: dict[str, Any]) -> None:
     rows = {"seen": stats["candidates"], "taken": stats["negatives"]}
     if stats["own_positives"]:
         rows["ranked: own positives"] = stats["own_positives"]
+    if stats.get("preferred_negatives"):
+        rows["before: given or judged"] = stats["preferred_negatives"]
     rows |= {f"dropped: {name.replace('_', ' ')}": count for name, count in stats["drops"].items()}
     for label, count in rows.items():
         table.add_row(label, f"{count:,}", f"{count / max(1, stats['candidates']):.1%}")

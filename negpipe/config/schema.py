@@ -474,6 +474,11 @@ class Mining(_Model):
         return self.num_negatives + self.num_random
 
     @property
+    def prefers(self) -> bool:
+        """Whether negatives that the source names may be among them."""
+        return self.given_negatives != "ignore" or self.judged != "allow"
+
+    @property
     def draws(self) -> bool:
         """Whether random negatives may be among them."""
         return self.num_random > 0 or self.on_shortage == "random"
@@ -500,7 +505,9 @@ class Output(_Model):
     ids: bool = Field(True, description="Ids beside the texts.")
     scores: bool = Field(True, description="Scores of positives and negatives.")
     ranks: bool = Field(True, description="Raw ranks, null beyond the stored depth.")
-    grades: bool = Field(False, description="Relevance grades of the positives.")
+    grades: bool = Field(
+        False, description="Relevance grades; null, in labelled rows 0, for negatives that nobody judged."
+    )
     include_positives: bool = Field(
         False,
         description="An anchor's own positives are candidates too: n-tuple then holds the ranking as it was found, to"
@@ -611,6 +618,19 @@ class Config(_Model):
             case {"output": {"include_positives": True}}:
                 return {**tree, "mining": {**(tree.get("mining") or {}), "relative_margin": None}}
         return tree
+
+    @model_validator(mode="after")
+    def _preferred(self) -> Config:
+        if self.mining.given_negatives == "keep" and self.output.format == "n-tuple":
+            raise ValueError(
+                "mining.given_negatives: keep takes all there are, for which the columns of output.format: n-tuple have"
+                " no room: take another format, or given_negatives: first"
+            )
+        if self.mining.judged == "only" and self.mining.draws:
+            raise ValueError(
+                "mining.judged: only leaves no random negatives: set mining.num_random: 0, and not on_shortage: random"
+            )
+        return self
 
     @model_validator(mode="after")
     def _extra(self) -> Config:

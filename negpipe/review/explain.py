@@ -20,11 +20,12 @@ from negpipe.data.tables import Rows, open_table
 from negpipe.errors import InputError
 from negpipe.select.filters import CODES, NAMES, filter_of
 from negpipe.select.rules import Fate
-from negpipe.select.selector import PartFiles, Selector, Units
+from negpipe.select.selector import SOURCES, PartFiles, Selector, Units
 
 Ints = npt.NDArray[np.int64]
 
 _NEAR = 3
+_SAYS = {"random": "a random negative", "given": "brought by the source", "judged": "judged not relevant"}
 # What no filter dropped.
 _PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, Fate.SHORTAGE)
 
@@ -116,12 +117,13 @@ def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corp
     rule = _Rule(fates, [document.score for document in documents], float(units.references[number]), selector)
     named = [(NAMES[code], rule(rank)) for rank, code in enumerate(fates.tolist())]
     unranked = units.negative_ranks[chosen] < 0
-    random = _documents(
+    more = _documents(
         corpus,
         units.negatives[chosen][unranked],
         units.negative_scores[chosen][unranked],
         units.negative_ranks[chosen][unranked],
     )
+    reasons = [_SAYS.get(SOURCES[source], "") for source in units.negative_sources[chosen][unranked].tolist()]
     return Unit(
         positives=_documents(corpus, units.positives[own], units.positive_scores[own], units.positive_ranks[own]),
         reference=_number(float(units.references[number])),
@@ -131,7 +133,7 @@ def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corp
                 Candidate(**vars(document), fate=fate, rule=why)
                 for document, (fate, why) in zip(documents, named, strict=True)
             ),
-            *(Candidate(**vars(document), fate="taken", rule="a random negative") for document in random),
+            *(Candidate(**vars(document), fate="taken", rule=why) for document, why in zip(more, reasons, strict=True)),
         ],
     )
 
@@ -160,6 +162,8 @@ class _Rule:
         code, score, rules = int(self._fates[rank]), self._scores[rank], self._rules
         if dropped := filter_of(code):
             return dropped.explain(self._mining, math.nan if score is None else score, self._reference)
+        if code == Fate.PREFERRED:
+            return "taken before others: brought by the source, or judged not relevant"
         place = f"{'survivor' if rules.rank_over == 'survivors' else 'rank'} {self._ranks[rank]}"
         if code == Fate.BEFORE_WINDOW:
             return f"{place} < {rules.range_min} (range_min)"

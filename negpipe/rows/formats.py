@@ -16,10 +16,11 @@ With `mining.on_shortage: drop`, units that lack negatives have no rows in any f
 
 Beside these columns stand, each on request: ids and `data.extra` columns of a text under its own name
 (`anchor_id`, `negative_2_title`); a row's numbers as below, lists in the order of the row's documents.
-A rank is null beyond the stored depth and for random negatives, a negative's grade is 0. Where random negatives are
-asked for, the source says `mined` or `random`, and is null for a positive.
+A rank is null beyond the stored depth and for random negatives. A negative that nobody judged has no grade in triplets,
+and the grade 0 in labelled rows, whose grades a loss reads. Where negatives may be random, given or judged, the source
+says so, or `mined`, and is null for a positive.
 
-    triplet       positive_score, negative_score, negative_rank, positive_grade, source
+    triplet       positive_score, negative_score, negative_rank, positive_grade, negative_grade, source
     n-tuple       scores, ranks, positive_grade, sources
     labeled-pair  score, rank, grade, source
     labeled-list  scores, ranks, grades, sources
@@ -60,6 +61,7 @@ _NUMBERS: dict[str, dict[str, tuple[str, int]]] = {
         "negative_score": ("score", 1),
         "negative_rank": ("rank", 1),
         "positive_grade": ("grade", 0),
+        "negative_grade": ("grade", 1),
         "source": ("source", 1),
     },
     "n-tuple": {
@@ -264,8 +266,11 @@ def _numbers(units: Units, rows: _Rows, config: Config) -> dict[str, pa.Array]:
     if output.ranks:
         values["rank"] = pa.array(ranks.astype(np.int32), mask=ranks < 0)
     if output.grades:
-        values["grade"] = pa.array(np.concatenate([units.grades, np.zeros(len(units.negatives), np.float32)]))
-    if config.mining.draws:
+        grades = np.concatenate([units.grades, units.negative_grades])
+        unknown = np.isnan(grades)
+        labelled = output.format.startswith("labeled")
+        values["grade"] = pa.array(np.where(unknown, 0, grades)) if labelled else pa.array(grades, mask=unknown)
+    if config.mining.draws or config.mining.prefers:
         sources = np.concatenate([np.zeros(len(units.positives), np.uint8), units.negative_sources])
         negative = np.arange(len(sources)) >= len(units.positives)
         codes = pa.array(sources.astype(np.int32), mask=~negative)

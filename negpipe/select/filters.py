@@ -201,6 +201,19 @@ def _excluded_file(lookup: Lookup) -> Masking | None:
     return mask if named else None
 
 
+def _not_judged(lookup: Lookup) -> Masking | None:
+    """Where documents that somebody found not relevant are the only negatives."""
+
+    def mask(grid: Grid) -> Mask:
+        refused, offsets = ragged(grid.anchors["refused"])
+        grades, _ = ragged(grid.anchors["refused_grades"])
+        judged = ~np.isnan(grades.astype(np.float64))
+        ends: Ints = np.concatenate([[0], np.cumsum(judged)])[offsets].astype(np.int64)
+        return ~rules.contains(grid.rows, refused[judged], ends, grid.anchor)
+
+    return mask if lookup.mining.judged == "only" else None
+
+
 def _near_duplicate(lookup: Lookup) -> Masking | None:
     finder = lookup.duplicates
     if finder is None:
@@ -296,6 +309,9 @@ FILTERS = (
         helps="Name fewer columns in mining.only_same, or search deeper (search.depth)",
     ),
     Filter(
+        "not_judged", _not_judged, _says("not judged for the anchor (judged only)"), helps="Set mining.judged: prefer"
+    ),
+    Filter(
         "near_duplicate",
         _near_duplicate,
         _says("nearly the text of a positive"),
@@ -329,10 +345,11 @@ FILTERS = (
     ),
 )
 
+_NOT_DROPPED = (Fate.TAKEN, Fate.PADDING, Fate.PREFERRED)
 _CODES = {one.name: rules.FILTERED + place for place, one in enumerate(FILTERS)}
-DROPS = _CODES | {fate.name.lower(): int(fate) for fate in Fate if fate not in (Fate.TAKEN, Fate.PADDING)}
+DROPS = _CODES | {fate.name.lower(): int(fate) for fate in Fate if fate not in _NOT_DROPPED}
 """Codes of the drop reasons, in their precedence."""
-CODES = {"taken": int(Fate.TAKEN), "padding": int(Fate.PADDING)} | DROPS
+CODES = {fate.name.lower(): int(fate) for fate in _NOT_DROPPED} | DROPS
 """Codes of all that can become of a candidate."""
 NAMES = tuple(sorted(CODES, key=CODES.__getitem__))
 """The same by code."""
@@ -345,6 +362,11 @@ HELPS = {
     "shortage": "Set mining.on_shortage: keep",
 }
 """What a user sets to have a reason drop fewer."""
+
+
+def unset(mining: Mining) -> set[str]:
+    """Reasons of rules that a config does not set and that came after its rows and ledger had their form."""
+    return {*columns.unset(mining)} | ({"not_judged"} if mining.judged != "only" else set())
 
 
 def filter_of(code: int) -> Filter | None:

@@ -40,6 +40,7 @@ class Fate(IntEnum):
     AFTER_WINDOW = 3
     NOT_SAMPLED = 4
     SHORTAGE = 5
+    PREFERRED = 6
 
 
 FILTERED = len(Fate)
@@ -173,6 +174,7 @@ def select(
     dropped: Fates,
     uniform: Doubles | None,
     rules: Rules,
+    wanted: Rows | None = None,
 ) -> Fates:
     """The fate of every candidate. Those taken stand in the order of their columns.
 
@@ -180,9 +182,11 @@ def select(
         rows: (n, k) int64, -1 where there is no candidate.
         scores: (n, k) float32; what stands at padding is ignored.
         reference: (n,) float32, the positive score p; NaN where there is none.
-        dropped: (n, k) uint8, the code of the filter that drops a candidate, 0 where none does.
+        dropped: (n, k) uint8, the code of the filter that drops a candidate, or of one that is taken without being
+            looked at here, 0 where neither is.
         uniform: (n, k) float64 in (0, 1); None for `top`, which draws nothing.
         rules: what to apply.
+        wanted: (n,) int64, how many are taken of each unit; None: `rules.num_negatives`.
 
     Returns:
         (n, k) uint8 codes.
@@ -199,10 +203,15 @@ def select(
     _drop(fates, rank < rules.range_min, Fate.BEFORE_WINDOW)
     _drop(fates, rank >= rules.range_max, Fate.AFTER_WINDOW)
 
-    taken = _take(fates == Fate.TAKEN, _keys(scores, reference[:, None], uniform, rules), rules.num_negatives)
+    eligible, keys = fates == Fate.TAKEN, _keys(scores, reference[:, None], uniform, rules)
+    numbers = np.full(len(rows), rules.num_negatives) if wanted is None else wanted
+    taken = np.zeros(fates.shape, np.bool_)
+    for number in np.unique(numbers[numbers > 0]).tolist():
+        some = np.flatnonzero(numbers == number) if numbers.min() < number else slice(None)
+        taken[some] = _take(eligible[some], None if keys is None else keys[some], number)
     _drop(fates, ~taken, Fate.NOT_SAMPLED)
     if rules.on_shortage == "drop":
-        short = taken.sum(axis=1, keepdims=True) < rules.num_negatives
+        short = (taken.sum(axis=1) < numbers)[:, None]
         _drop(fates, short, Fate.SHORTAGE)
     return fates
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,17 @@ from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Deeper
 from negpipe.data.namesakes import Namesakes
-from negpipe.data.tables import Rows, open_table, ragged
+from negpipe.data.tables import Rows, members, open_table, ragged
 from negpipe.errors import InputError
-from negpipe.select import filters, randoms, rules
+from negpipe.select import filters, preferred, randoms, rules
+from negpipe.select.preferred import Preferred
 from negpipe.select.rules import Fate
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-SOURCES = ("mined", "random")
+SOURCES = ("mined", "random", "given", "judged")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Units:
         anchor: (u,) row of `anchors` of each unit.
         positives: rows of all units' positives, ragged by `positive_offsets` (u + 1,); scores and grades alike.
         positive_ranks: raw rank of each positive, -1 beyond the depth.
-        negatives: rows of all units' negatives, the mined by rank, then the random as drawn, ragged by
+        negatives: rows of all units' negatives, the preferred, the mined by rank, then the random as drawn, ragged by
             `negative_offsets` (u + 1,); scores alike.
-        negative_ranks: raw rank of each negative, -1 for random ones.
+        negative_ranks: raw rank of each negative, -1 for random ones and beyond the depth.
         negative_sources: uint8, place in `SOURCES` of each negative.
         fates: (u, k) uint8, what became of each candidate.
         references: (u,) the positive score that each unit's margins refer to, NaN where there is none.
@@ -70,6 +71,26 @@ class Units:
     def counts(self) -> Ints:
         """(u,) how many negatives each unit got."""
         return np.diff(self.negative_offsets)
+
+    def of_source(self, *names: str) -> Ints:
+        """(u,) how many negatives of each unit are from some of `SOURCES`."""
+        some = np.isin(self.negative_sources, [SOURCES.index(name) for name in names])
+        return np.diff(np.concatenate([[0], np.cumsum(some)])[self.negative_offsets])
+
+    @property
+    def negative_grades(self) -> Floats:
+        """(m,) the grade of each negative that was judged for its anchor, below `data.min_grade`; else NaN."""
+        refused, offsets = ragged(self.anchors["refused"])
+        judged, _ = ragged(self.anchors["refused_grades"])
+        grades = np.full(len(self.negatives), np.nan, np.float32)
+        if len(refused):
+            anchor = np.repeat(self.anchor, self.counts)
+            width = int(max(refused.max(), self.negatives.max(initial=0))) + 1
+            keys = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * width + refused
+            wanted = anchor * width + self.negatives
+            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)  # lists ascend, so keys do
+            grades = np.where(keys[place] == wanted, judged.astype(np.float32)[place], np.float32(np.nan))
+        return grades
 
     @property
     def given_up(self) -> Mask:
@@ -113,6 +134,8 @@ class Choice:
         reference: (u,) as `Units.references`.
         rows: (n, k) the candidates of each anchor; scores alike.
         fates: (u, k) what became of them for each unit.
+        preferred: negatives of each anchor that are taken before.
+        wanted: (u,) how many are to be taken beside those.
     """
 
     anchor: Ints
@@ -121,6 +144,8 @@ class Choice:
     rows: Ints
     scores: Floats
     fates: npt.NDArray[np.uint8]
+    preferred: Preferred
+    wanted: Ints
 
     @property
     def taken(self) -> Ints:
@@ -216,10 +241,12 @@ class Selector:
         return candidates.read(part.candidates, table["id"], part.deeper, depth=self.depth, score=score)
 
     def _units(self, part: PartFiles, table: pa.Table, found: Candidates) -> Units:
-        units = self.select(rows_of(table, found.anchors), found)
-        if self._config.mining.draws:
-            units = self._with_random(units, ann.open_parts([part.vectors]).take(found.anchors))
-        return units
+        anchors, mining = rows_of(table, found.anchors), self._config.mining
+        if not (mining.prefers or mining.draws):
+            return self.select(anchors, found)
+        vectors = ann.open_parts([part.vectors]).take(found.anchors)
+        units = self.select(anchors, found, vectors)
+        return self._with_random(units, vectors) if mining.draws else units
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
         """Anchors of a slice that lack negatives and may find them among deeper candidates, ascending."""
@@ -231,22 +258,22 @@ class Selector:
         # Most find what they need among the first candidates: only the others are looked at whole.
         for width in (2 * (self.rules.range_min + wanted) + 16, found.rows.shape[1]):
             chosen = self.choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
-            short = short[np.unique(chosen.anchor[chosen.taken < wanted])]
+            short = short[np.unique(chosen.anchor[chosen.taken < chosen.wanted])]
         return short
 
-    def select(self, anchors: pa.Table, found: Candidates) -> Units:
-        """Choose mined negatives for a slice of anchors."""
+    def select(self, anchors: pa.Table, found: Candidates, vectors: Floats | None = None) -> Units:
+        """Choose preferred and mined negatives for a slice of anchors; the preferred are scored by `vectors`."""
         grades, _ = ragged(anchors["grades"])
         chosen = self.choose(anchors, found)
         unit, column = np.nonzero(chosen.fates == Fate.TAKEN)
         taken = chosen.anchor[unit], column
-        return Units(
+        units = Units(
             anchors=anchors,
             anchor=chosen.anchor,
             positives=found.positives,
             positive_offsets=chosen.offsets,
             positive_scores=found.positive_scores,
-            positive_ranks=_ranks(found),
+            positive_ranks=_ranks(found.rows, found.positives, found.offsets),
             grades=grades.astype(np.float32),
             negatives=chosen.rows[taken],
             negative_offsets=np.concatenate([[0], np.cumsum(chosen.taken)]),
@@ -256,6 +283,32 @@ class Selector:
             fates=chosen.fates,
             references=chosen.reference,
         )
+        return self._with_preferred(units, chosen, found, vectors) if len(chosen.preferred.rows) else units
+
+    def _with_preferred(self, units: Units, chosen: Choice, found: Candidates, vectors: Floats | None) -> Units:
+        """The units with preferred negatives, before the mined ones."""
+        assert vectors is not None
+        at, offsets = members(chosen.preferred.offsets, units.anchor)
+        if self.rules.on_shortage == "drop":
+            whole = np.repeat(units.counts >= chosen.wanted, np.diff(offsets))
+            at, offsets = _where(at, offsets, whole)
+        unit = np.repeat(np.arange(len(units.anchor)), np.diff(offsets))
+        rows, sources = chosen.preferred.rows[at], chosen.preferred.sources[at]
+        scores = ann.score_pairs(vectors, self._documents, (units.anchor[unit], rows))
+        ranks = _ranks(found.rows, chosen.preferred.rows, chosen.preferred.offsets)[at]
+        return _joined(_Negatives(unit, rows, scores, ranks, sources), units, before=True)
+
+    def _preferred(self, anchors: pa.Table, found: Candidates) -> Preferred:
+        """The negatives of a slice of anchors that are taken before any other is looked at."""
+        asked = preferred.asked_for(anchors, self._config.mining)
+        if not len(asked.rows):
+            return asked
+        owner, rows = np.repeat(np.arange(len(asked.counts)), asked.counts), asked.rows[:, None]
+        allowed = (self.filters.of_documents(anchors, owner, rows) == 0)[:, 0]
+        allowed &= (asked.rows < self._searchable) & (asked.rows != anchors["self_row"].to_numpy()[owner])
+        if self.filters.has_pairs and allowed.any():
+            allowed[allowed] = self.filters.of_pairs(anchors, owner[allowed], asked.rows[allowed]) == 0
+        return preferred.best(asked, allowed, _ranks(found.rows, asked.rows, asked.offsets), self._config.mining)
 
     def choose(self, anchors: pa.Table, found: Candidates, dropped: rules.Fates | None = None) -> Choice:
         """What becomes of every candidate of a slice of anchors; random negatives are not among them.
@@ -265,14 +318,7 @@ class Selector:
             found: their candidates.
             dropped: what `Filters.of_documents` says of those looked at, where the caller knows it already.
         """
-        each = self._config.mining.margin_reference == "each"
-        if each:
-            anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
-            offsets = np.arange(len(anchor) + 1)
-            reference = found.positive_scores
-        else:
-            anchor, offsets = np.arange(len(found.rows)), found.offsets
-            reference = rules.reference_scores(found.positive_scores, offsets, self._reference)
+        anchor, offsets, reference = self._references(found)
         positives = self._reference_rows(found.positives, found.positive_scores, offsets)
         depth = self._config.mining.depth or found.rows.shape[1]
         assert isinstance(depth, int), "the config is not resolved"
@@ -281,13 +327,17 @@ class Selector:
             dropped = self.filters.of_documents(anchors, np.arange(len(rows)), rows)
         else:
             dropped = dropped[:, :depth].copy()
+        first = self._preferred(anchors, found)
+        wanted = (self.rules.num_negatives - first.instead(self._config.mining))[anchor]
+        if len(first.rows):
+            dropped[rules.contains(rows, first.rows, first.offsets)] = Fate.PREFERRED
         uniform = self._uniform(anchors, rows)
         own: Mask | None = None
         if self._config.output.include_positives:
             # Positives of other splits, and copies of a positive, would still be false negatives.
             own = rules.contains(rows, found.positives, found.offsets)
             dropped[own] = Fate.TAKEN
-        if each:
+        if self._config.mining.margin_reference == "each":
             dropped = dropped[anchor]
         fates = np.empty(dropped.shape, np.uint8)
 
@@ -300,7 +350,7 @@ class Selector:
                 if own is not None:  # what is asked for is not cut off
                     codes[own[at]] = Fate.TAKEN
                 numbers = None if uniform is None else uniform[at]
-                fates[some] = rules.select(*block, codes, numbers, self.rules)
+                fates[some] = rules.select(*block, codes, numbers, self.rules, wanted[some])
 
         select(np.arange(len(anchor)))
         if self.filters.has_pairs:
@@ -317,7 +367,15 @@ class Selector:
                 codes = self.filters.of_pairs(anchors, anchor[unit], rows[anchor[unit], column])
                 dropped[unit, column] = np.where(codes, codes, dropped[unit, column])
                 select(np.unique(unit[codes > 0]))
-        return Choice(anchor, offsets, reference, rows, scores, fates)
+        return Choice(anchor, offsets, reference, rows, scores, fates, first, wanted)
+
+    def _references(self, found: Candidates) -> tuple[Ints, Ints, Floats]:
+        """The units of a slice: the anchor of each, where its positives begin, and the score that margins refer to."""
+        if self._config.mining.margin_reference == "each":
+            anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
+            return anchor, np.arange(len(anchor) + 1), found.positive_scores
+        reference = rules.reference_scores(found.positive_scores, found.offsets, self._reference)
+        return np.arange(len(found.rows)), found.offsets, reference
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
         """The units with random negatives, behind the mined ones."""
@@ -346,19 +404,8 @@ class Selector:
         rows, offsets = randoms.draw(self._config.seed, identity, wanted, self._searchable, barred)
         unit = np.repeat(np.arange(len(mined)), np.diff(offsets))
         scores = ann.score_pairs(vectors, self._documents, (units.anchor[unit], rows))
-        order = np.argsort(np.concatenate([np.repeat(np.arange(len(mined)), mined), unit]), kind="stable")
-
-        def joined(of_mined: npt.NDArray[Any], of_random: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.concatenate([of_mined, of_random])[order]
-
-        return replace(
-            units,
-            negatives=joined(units.negatives, rows),
-            negative_offsets=units.negative_offsets + offsets,
-            negative_scores=joined(units.negative_scores, scores),
-            negative_ranks=joined(units.negative_ranks, np.full(len(rows), -1)),
-            negative_sources=joined(units.negative_sources, np.full(len(rows), SOURCES.index("random"), np.uint8)),
-        )
+        sources = np.full(len(rows), SOURCES.index("random"), np.uint8)
+        return _joined(_Negatives(unit, rows, scores, np.full(len(rows), -1), sources), units)
 
     def without_itself(self, found: Candidates, units: Units) -> tuple[Candidates, Units]:
         """The same without the document that is the anchor itself (`mining.anchor_id`), which stands in ranks."""
@@ -366,7 +413,7 @@ class Selector:
         if not itself.any():
             return found, units
         found = found.without(itself)
-        return found, replace(units, positive_ranks=_ranks(found))
+        return found, replace(units, positive_ranks=_ranks(found.rows, found.positives, found.offsets))
 
     def _check_shortage(self, units: Units) -> None:
         wanted = self._config.mining.wanted
@@ -401,21 +448,50 @@ def rows_of(table: pa.Table, rows: Ints) -> pa.Table:
     return table.slice(int(rows[0]) if len(rows) else 0, len(rows)) if together else table.take(pa.array(rows))
 
 
-def _ranks(found: Candidates) -> Ints:
-    """Raw rank of every positive, -1 beyond the depth."""
-    ranks = np.full(len(found.positives), -1, np.int64)
-    counts, depth = np.diff(found.offsets), max(1, found.rows.shape[1])
+class _Negatives(NamedTuple):
+    """Negatives of units, (m,) each: their unit, ascending, and as in `Units`."""
+
+    unit: Ints
+    rows: Ints
+    scores: Floats
+    ranks: Ints
+    sources: npt.NDArray[np.uint8]
+
+
+def _joined(more: _Negatives, units: Units, *, before: bool = False) -> Units:
+    """The units with more negatives, before or behind those they have."""
+    own = np.repeat(np.arange(len(units.anchor)), units.counts)
+    order = np.argsort(np.concatenate([more.unit, own] if before else [own, more.unit]), kind="stable")
+
+    def joined(there: npt.NDArray[Any], new: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate([new, there] if before else [there, new])[order]
+
+    counts = np.bincount(more.unit, minlength=len(units.anchor))
+    return replace(
+        units,
+        negatives=joined(units.negatives, more.rows),
+        negative_offsets=units.negative_offsets + np.concatenate([[0], np.cumsum(counts)]),
+        negative_scores=joined(units.negative_scores, more.scores),
+        negative_ranks=joined(units.negative_ranks, more.ranks),
+        negative_sources=joined(units.negative_sources, more.sources),
+    )
+
+
+def _ranks(found: Ints, rows: Ints, offsets: Ints) -> Ints:
+    """Raw rank of every row among its anchor's candidates, -1 beyond the depth; `rows` are ragged by `offsets`."""
+    ranks = np.full(len(rows), -1, np.int64)
+    counts, depth = np.diff(offsets), max(1, found.shape[1])
     anchor = np.repeat(np.arange(len(counts)), counts)
     few = np.flatnonzero(counts[anchor] <= rules.LONG)
     step = max(1, candidates.CELLS // depth)
     for here in (few[low : low + step] for low in range(0, len(few), step)):
-        hit = found.rows[anchor[here]] == found.positives[here, None]
+        hit = found[anchor[here]] == rows[here, None]
         ranks[here] = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
     for at in np.flatnonzero(counts > rules.LONG):
-        own, rows = slice(*found.offsets[at : at + 2]), found.rows[at]
-        order = np.argsort(rows)
-        place = order[np.minimum(np.searchsorted(rows, found.positives[own], sorter=order), len(rows) - 1)]
-        ranks[own] = np.where(rows[place] == found.positives[own], place, -1)
+        own, there = slice(*offsets[at : at + 2]), found[at]
+        order = np.argsort(there)
+        place = order[np.minimum(np.searchsorted(there, rows[own], sorter=order), len(there) - 1)]
+        ranks[own] = np.where(there[place] == rows[own], place, -1)
     return ranks
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from negpipe import ann
 from negpipe.ann import approximate
-from negpipe.config.schema import Config
+from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates, moments
 from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
@@ -36,7 +36,7 @@ from negpipe.errors import InputError
 from negpipe.rows import formats
 from negpipe.select import columns, deeper, rules, verdicts
 from negpipe.select.conditions import Database, conditions
-from negpipe.select.filters import CODES, DROPS, HELPS
+from negpipe.select.filters import CODES, DROPS, HELPS, unset
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import encode, headers
@@ -58,6 +58,9 @@ def _settings(config: Config) -> dict[str, Any]:
     del values["mining.exclude_file"], values["mining.compat"]
     for name in columns.unset(config.mining):  # rows and ledger are those of before there were any
         del values[f"mining.{name}"]
+    for name in ("given_negatives", "judged"):  # likewise
+        if values[f"mining.{name}"] == Mining.model_fields[name].default:
+            del values[f"mining.{name}"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
     values["search.depth"] = config.depth  # of candidates that were stored deeper, no more are looked at
@@ -275,6 +278,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             "short": int(np.count_nonzero(book["short"].to_numpy(zero_copy_only=False))),
             "own_positives": own_positives,
             "random": int(np.sum(book["random"].to_numpy())),
+            "preferred": int(np.sum(book["preferred"].to_numpy())) if context.config.mining.prefers else 0,
             "searched_deeper": searched_deeper,
             "texts_compared": int(pairs),
             "scores": {side: moments.merge(pieces) for side, pieces in scores.items()},
@@ -302,8 +306,9 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     candidates_seen = width - counts[:, Fate.PADDING]
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
-    unset = columns.unset(config.mining)
-    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in unset}
+    hidden = unset(config.mining)
+    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in hidden}
+    preferred = {"preferred": units.of_source("given", "judged")} if config.mining.prefers else {}
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),
@@ -312,7 +317,8 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
             "taken": counts[:, Fate.TAKEN],
             **reasons,
             "deepest_rank": pa.array(deepest, mask=deepest < 0),
-            "random": units.counts - counts[:, Fate.TAKEN],
+            **preferred,
+            "random": units.of_source("random"),
             "short": units.counts < config.mining.wanted,
             "shortage_reason": pa.array(
                 _shortage_reasons(units, counts, candidates_seen >= shared.searchable, config), pa.string()
@@ -338,9 +344,10 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
             fates[name] = fates.get(name, 0) + count
     fates.pop("padding", None)
     candidates_seen, taken = sum(fates.values()), fates.pop("taken", 0)
-    own_positives, random, searched_deeper, compared = (
+    fates.pop("preferred", None)
+    own_positives, random, preferred, searched_deeper, compared = (
         sum(part.meta[name] for part in parts)
-        for name in ("own_positives", "random", "searched_deeper", "texts_compared")
+        for name in ("own_positives", "random", "preferred", "searched_deeper", "texts_compared")
     )
     recall = recall_window(context)
     return ({"recall_window": recall} if recall else {}) | {
@@ -350,6 +357,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
         "wanted": sum(part.meta["units"] for part in parts) * context.config.mining.wanted,
         "own_positives": own_positives,
         "random_negatives": random,
+        "preferred_negatives": preferred,
         "searched_deeper": searched_deeper,
         "texts_compared": compared,
         "seconds_comparing": round(sum(part.provenance.get("seconds_comparing", 0.0) for part in parts), 1),
@@ -364,7 +372,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    made, wanted = stats["negatives"] + stats["random_negatives"], stats.get("wanted", 0)
+    made, wanted = negatives_of(stats), stats.get("wanted", 0)
     if is_short(stats):
         drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
         what = f"{made:,} of {wanted:,} negatives asked for" if stats["rows"] else "not one row could be made"
@@ -378,7 +386,12 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
 
 def is_short(stats: Mapping[str, Any]) -> bool:
     """Whether there is no row, or less than half of the negatives that were asked for."""
-    return not stats["rows"] or stats["negatives"] + stats["random_negatives"] < stats.get("wanted", 0) / 2
+    return not stats["rows"] or negatives_of(stats) < stats.get("wanted", 0) / 2
+
+
+def negatives_of(stats: Mapping[str, Any]) -> int:
+    """All there are: mined, random and preferred."""
+    return sum(stats.get(name, 0) for name in ("negatives", "random_negatives", "preferred_negatives"))
 
 
 def advice(stats: Mapping[str, Any]) -> str:

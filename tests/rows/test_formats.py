@@ -73,11 +73,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return Rows(paths)
 
 
+REFUSED = {3: 0.0, 5: -1.0, 7: None, 21: 0.5}
+"""Documents that are judged below the least grade for every other anchor, or brought as negatives (no grade)."""
+
+
+def judged(anchor: int, doc: Doc) -> float | None:
+    return doc.grade if doc.source is None else REFUSED.get(doc.row) if anchor % 2 else None
+
+
 def units_of(units: list[Unit]) -> Units:
     anchors = {
         "id": [f"q{at}" for at in range(ANCHORS)],
         "text": [f"question {at // 2}" for at in range(ANCHORS)],  # pairs of anchors with one text
         EXTRA + "lang": ["en" if at % 2 else None for at in range(ANCHORS)],
+        "refused": pa.array([[*REFUSED] if at % 2 else [] for at in range(ANCHORS)], pa.list_(pa.int64())),
+        "refused_grades": pa.array(
+            [[*REFUSED.values()] if at % 2 else [] for at in range(ANCHORS)], pa.list_(pa.float64())
+        ),
     }
     positives = [doc for unit in units for doc in unit.positives]
     negatives = [doc for unit in units for doc in unit.negatives]
@@ -177,7 +189,7 @@ def row(anchor: int, docs: list[Doc], config: Config) -> dict[str, Any]:
         "label": labels if output.format.startswith("labeled") else None,
         "score": [doc.score for doc in docs] if output.scores else None,
         "rank": [doc.rank for doc in docs] if output.ranks else None,
-        "grade": [doc.grade for doc in docs] if output.grades else None,
+        "grade": [judged(anchor, doc) for doc in docs] if output.grades else None,
         "source": [doc.source for doc in docs] if config.mining.on_shortage == "random" else None,
     }
     for name, values in numbers.items():
@@ -185,8 +197,12 @@ def row(anchor: int, docs: list[Doc], config: Config) -> dict[str, Any]:
             continue
         if name == "grade" and not output.format.startswith("labeled"):
             made["positive_grade"] = values[0]
+            if output.format == "triplet":
+                made["negative_grade"] = values[1]
         elif output.format == "labeled-pair":
-            made[name] = values[0]
+            made[name] = (values[0] or 0.0) if name == "grade" else values[0]
+        elif name == "grade":
+            made["grades"] = [value or 0.0 for value in values]
         elif output.format != "triplet":
             made[name + "s"] = values
         elif name == "source":

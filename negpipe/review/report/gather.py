@@ -190,8 +190,9 @@ def _per_unit(context: Context, made: Manifest) -> npt.NDArray[np.int64]:
     files = [context.store.path(file.path) for part in made.parts for file in part.all(LEDGER)]
     counts = [np.empty(0, np.int64)]
     for path in files:
-        book = pq.read_table(path, columns=["taken", "random"])
-        counts.append(book["taken"].to_numpy() + book["random"].to_numpy())
+        there = [name for name in ("taken", "preferred", "random") if name in pq.read_schema(path).names]
+        book = pq.read_table(path, columns=there)
+        counts.append(np.sum([book[name].to_numpy() for name in there], axis=0))
     return np.concatenate(counts)
 
 
