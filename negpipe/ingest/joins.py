@@ -237,7 +237,7 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
         " join askers a on j.query = a.id join ids d on j.document = d.id"
         f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
-        "refused": "select count(*) from refused where grade is not null",
+        "judged_not_relevant": "select count(*) from refused where grade is not null",
         "given_negatives": "select count(*) from refused where grade is null",
         "unknown_judgments": "select count(*) from unknown_judgments",
         "skipped_empty": "select count(*) from skipped where kind = 'empty_text'",

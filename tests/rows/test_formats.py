@@ -167,6 +167,15 @@ def expected(units: list[Unit], config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def grades(anchor: int, docs: list[Doc], form: str) -> dict[str, Any]:
+    known = [judged(anchor, doc) for doc in docs]
+    if form == "labeled-list":
+        return {"grades": [grade or 0.0 for grade in known]}
+    if form == "labeled-pair":
+        return {"grade": known[0] or 0.0}
+    return {"positive_grade": known[0]} | ({"negative_grade": known[1]} if form == "triplet" else {})
+
+
 def row(anchor: int, docs: list[Doc], config: Config) -> dict[str, Any]:
     output, many = config.output, config.output.format == "labeled-list"
     one_list = [("positive", docs)] if many else []
@@ -189,20 +198,16 @@ def row(anchor: int, docs: list[Doc], config: Config) -> dict[str, Any]:
         "label": labels if output.format.startswith("labeled") else None,
         "score": [doc.score for doc in docs] if output.scores else None,
         "rank": [doc.rank for doc in docs] if output.ranks else None,
-        "grade": [judged(anchor, doc) for doc in docs] if output.grades else None,
+        "grade": [] if output.grades else None,
         "source": [doc.source for doc in docs] if config.mining.on_shortage == "random" else None,
     }
     for name, values in numbers.items():
         if values is None:
             continue
-        if name == "grade" and not output.format.startswith("labeled"):
-            made["positive_grade"] = values[0]
-            if output.format == "triplet":
-                made["negative_grade"] = values[1]
+        if name == "grade":
+            made |= grades(anchor, docs, output.format)
         elif output.format == "labeled-pair":
-            made[name] = (values[0] or 0.0) if name == "grade" else values[0]
-        elif name == "grade":
-            made["grades"] = [value or 0.0 for value in values]
+            made[name] = values[0]
         elif output.format != "triplet":
             made[name + "s"] = values
         elif name == "source":
