@@ -98,6 +98,12 @@ def conditions(config: Config) -> list[Condition]:
     return found
 
 
+def check(config: Config) -> None:
+    """Raises ConfigError where `mining.where` cannot be evaluated, whatever the data."""
+    if asked := conditions(config):
+        Database(config, asked)
+
+
 def columns_of(asked: Sequence[Condition], config: Config) -> dict[str, dict[str, str]]:
     """Of each side, the columns that conditions name → what they are called in ingest's tables."""
     names = sorted(name for name in set().union(*(one.names for one in asked)) if len(name) == 2)

@@ -34,8 +34,7 @@ from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import InputError
 from negpipe.rows import formats
-from negpipe.select import columns, deeper, rules, verdicts
-from negpipe.select.conditions import Database, conditions
+from negpipe.select import columns, conditions, deeper, rules, verdicts
 from negpipe.select.filters import CODES, DROPS, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
@@ -81,8 +80,7 @@ def _check(context: Context) -> None:
     _sources(context)
     if context.config.mining.exclude_file:
         verdicts.read(Path(context.config.mining.exclude_file))
-    if asked := conditions(context.config):
-        Database(context.config, asked)
+    conditions.check(context.config)
     if "index" in context.manifests:
         recall_window(context)
     if "ingest" not in context.manifests:

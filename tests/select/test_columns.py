@@ -45,14 +45,19 @@ class Source:
                 "_id": f"d{at}",
                 "title": "",
                 "text": f"document {at}",
-                "doc": one([None, *(f"m{n}" for n in range(7))]),
+                "doc": one([None, "", *(f"m{n}" for n in range(7))]),
                 "lang": one(["de", "en", "fr", None]),
                 "year": one([1990, 2000, 2010, "n/a", None]),
             }
             for at in range(DOCUMENTS)
         ]
         self.queries = [
-            {"_id": f"q{at}", "text": f"query {at}", "doc": one(["m0", "m1", None]), "lang": one(["de", "en", None])}
+            {
+                "_id": f"q{at}",
+                "text": f"query {at}",
+                "doc": one(["m0", "m1", "", None]),
+                "lang": one(["de", "en", None]),
+            }
             for at in range(QUERIES)
         ]
         self.positives: dict[str, list[int]] = {}
@@ -130,7 +135,7 @@ def fate(source: Source, rules: Row, at: int, row: int, rank: int, positive: int
         values = [] if "." in name else [one[column] for one in known]
         if "." in name or (or_anchor and column in query):
             values.append(query[column])
-        return document[column] is not None and document[column] in values
+        return document[column] not in (None, "") and document[column] in values
 
     if any(shared(name, or_anchor=True) for name in rules.get("never_same", ())):
         return "never_same"
@@ -409,6 +414,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(
     with pytest.raises(ConfigError) as refused:
         graph.mine(load_config(tree))
     assert named in str(refused.value)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    assert small.run("config", "check", path).code == 2
     assert not list((tmp_path / "run").glob("ingest/*"))
 
 
