@@ -29,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 NAMES = ("never_same", "only_same", "where")
 """The rules, as settings and as reasons."""
-_CELL, _BLOCK = 64, 2**25  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
+_CELL, _BLOCK = 64, 2**23  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
 
 
 def unset(mining: Mining) -> tuple[str, ...]:
