@@ -19,7 +19,7 @@ from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
 from negpipe.review import finished, measures
 from negpipe.review.audit import Options
-from negpipe.select import columns
+from negpipe.select import columns, conditions
 from negpipe.stages import STAGES
 
 DOCUMENTS, QUERIES, WANTED = 90, 24, 4
@@ -380,6 +380,7 @@ def test_calibrate_keeps_to_the_rules(source: Source) -> None:
         ({"where": "candidate.lang = english"}, "single quotes"),
         ({"where": "candidate.year < 2000"}, "try_cast"),
         ({"where": "score"}, "FLOAT"),
+        ({"where": "candidate.lang and score < 0.5"}, "VARCHAR"),
         ({"where": "score <"}, "syntax"),
         *(
             ({"where": text}, "mining.where")
@@ -401,6 +402,7 @@ def test_calibrate_keeps_to_the_rules(source: Source) -> None:
                 "row_number() over () > 1",
                 "candidate = anchor",
                 "columns(*)",
+                "not " * 900 + "true",
                 "$1",
             )
         ),
@@ -418,6 +420,13 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(
     path.write_text(json.dumps(tree), encoding="utf-8")
     assert small.run("config", "check", path).code == 2
     assert not list((tmp_path / "run").glob("ingest/*"))
+
+
+def test_columns_whose_names_differ_by_case_are_not_mistaken(source: Source) -> None:
+    extra = {"corpus": ["lang", "Lang"]}
+    with pytest.raises(ConfigError, match="Lang"):
+        conditions.check(config_of(source, {"where": 'candidate.lang = candidate."Lang"'}, data={"extra": extra}))
+    conditions.check(config_of(source, {"where": "candidate.\"Lang\" = 'de'"}, data={"extra": extra}))
 
 
 def test_a_value_that_cannot_be_converted_is_named(source: Source) -> None:
