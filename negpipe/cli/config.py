@@ -22,9 +22,10 @@ def config_check(
     """
     from negpipe.cli import console
     from negpipe.config.file import find_config, load_config
+    from negpipe.select import conditions
 
     console.set_up_logging(checked(log_format), debug=debug)
-    load_config(config, overrides)
+    conditions.check(load_config(config, overrides))
     console.out.print(f"{find_config(config)} is valid.", markup=False)
 
 

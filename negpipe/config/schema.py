@@ -420,8 +420,8 @@ class Mining(_Model):
     never_same: tuple[str, ...] = Field(
         (),
         description="Columns of data.extra, such as [doc]: drop candidates that share the value of one with a known"
-        " positive, or with the anchor where it has the column. anchor.NAME: with the anchor alone. A null equals"
-        " nothing.",
+        " positive, or with the anchor where it has the column. anchor.NAME: with the anchor alone. A null or an"
+        " empty text equals nothing.",
     )
     only_same: tuple[str, ...] = Field(
         (),

@@ -135,6 +135,8 @@ class Rows:
 
     def encoded(self, columns: Sequence[str], rows: npt.NDArray[np.int64]) -> list[pa.DictionaryArray]:
         """Text columns at `rows` (1-D, any order, repeats welcome), each text read and held once."""
+        if not columns:
+            return []
         unique, inverse = np.unique(rows, return_inverse=True)
         codes = pa.array(inverse.astype(np.int32))
         where = [
@@ -176,9 +178,10 @@ class Rows:
 
 
 def hashed(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """64-bit digests of texts, of each that differs once; 0 for a null, which equals nothing."""
+    """64-bit digests of values, of each that differs once; 0 for a null or an empty text (CSV knows no null)."""
     encoded = texts.cast(pa.large_string()).combine_chunks().dictionary_encode()
     digested = np.append(hashes(encoded.dictionary), np.uint64(0))
+    digested[:-1][pc.equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)] = 0
     places: npt.NDArray[np.int32] = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()
     found: npt.NDArray[np.uint64] = digested[places]
     return found

@@ -1,8 +1,8 @@
 """Rules by a column: what a candidate must, or must not, have in common with the anchor and its positives.
 
 Columns are those that `data.extra` keeps, and are looked up by row: memory holds the values of the documents looked at.
-A null equals nothing. `never_same` and `only_same` ask whether any known positive matches, `where` sees the positive
-that margins refer to.
+A null or an empty text equals nothing. `never_same` and `only_same` ask whether any known positive matches, `where`
+sees the positive that margins refer to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 NAMES = ("never_same", "only_same", "where")
 """The rules, as settings and as reasons."""
-_CELL, _BLOCK = 64, 2**25  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
+_CELL, _BLOCK = 64, 2**23  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
 
 
 def unset(mining: Mining) -> tuple[str, ...]:

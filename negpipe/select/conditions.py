@@ -95,7 +95,16 @@ def conditions(config: Config) -> list[Condition]:
             for name in sorted(names):
                 _check_name(name, config)
             found.append(Condition(sql, frozenset(names)))
+    for side, own in columns_of(found, config).items():
+        if len({name.lower() for name in own}) < len(own):
+            raise _refusal(text, f"names of SQL have no case, so only one of {side}.{', '.join(own)} can stand in it")
     return found
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where `mining.where` cannot be evaluated, whatever the data."""
+    if asked := conditions(config):
+        Database(config, asked)
 
 
 def columns_of(asked: Sequence[Condition], config: Config) -> dict[str, dict[str, str]]:
@@ -127,13 +136,14 @@ class Database:
         columns |= {name: NUMBERS[name] for name in self.numbers} | {"cell": pa.int64()}
         import duckdb
 
-        self._database.register("cells", pa.schema(list(columns.items())).empty_table())
         try:
-            kind = self._database.sql(self._query).types[0]
+            self._database.register("cells", pa.schema(list(columns.items())).empty_table())
+            kinds = self._database.sql(f"select {', '.join(f'({one.sql})' for one in asked)} from cells").types
         except duckdb.Error as error:
             raise _refusal(self._text, f"{_first_line(error)}. {_TEXTS}") from None
-        if str(kind) != "BOOLEAN":
-            raise _refusal(self._text, f"it is a {kind}, expected a condition that is true or false")
+        for one, kind in zip(asked, kinds, strict=True):
+            if str(kind) != "BOOLEAN":
+                raise _refusal(self._text, f"{one.sql} is a {kind}, expected a condition that is true or false")
 
     def hold(self, count: int, texts: Mapping[str, Sequence[pa.Array]], numbers: Mapping[str, pa.Array]) -> Mask:
         """Whether all conditions are true.
@@ -168,7 +178,10 @@ def _connect() -> duckdb.DuckDBPyConnection:
 
 
 def _parse(database: duckdb.DuckDBPyConnection, text: str) -> Any:
-    tree = json.loads(_value(database, "select json_serialize_sql(?)", f"select {text}"))
+    try:
+        tree = json.loads(_value(database, "select json_serialize_sql(?)", f"select {text}"))
+    except RecursionError:
+        raise _refusal(text, "it is nested too deeply") from None
     if tree["error"]:
         raise _refusal(text, tree["error_message"])
     if len(tree["statements"]) != 1:
@@ -190,7 +203,7 @@ def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
                 name,
             )
             if not pure or name.startswith("current_"):
-                raise _refusal(text, f"'{name}' is no function that can stand in it")
+                raise _refusal(text, f"'{name}' cannot stand in it: it is unknown, or no plain function of a row")
 
 
 def _check_name(name: tuple[str, ...], config: Config) -> None:

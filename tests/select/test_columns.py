@@ -19,7 +19,7 @@ from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
 from negpipe.review import finished, measures
 from negpipe.review.audit import Options
-from negpipe.select import columns
+from negpipe.select import columns, conditions
 from negpipe.stages import STAGES
 
 DOCUMENTS, QUERIES, WANTED = 90, 24, 4
@@ -45,14 +45,19 @@ class Source:
                 "_id": f"d{at}",
                 "title": "",
                 "text": f"document {at}",
-                "doc": one([None, *(f"m{n}" for n in range(7))]),
+                "doc": one([None, "", *(f"m{n}" for n in range(7))]),
                 "lang": one(["de", "en", "fr", None]),
                 "year": one([1990, 2000, 2010, "n/a", None]),
             }
             for at in range(DOCUMENTS)
         ]
         self.queries = [
-            {"_id": f"q{at}", "text": f"query {at}", "doc": one(["m0", "m1", None]), "lang": one(["de", "en", None])}
+            {
+                "_id": f"q{at}",
+                "text": f"query {at}",
+                "doc": one(["m0", "m1", "", None]),
+                "lang": one(["de", "en", None]),
+            }
             for at in range(QUERIES)
         ]
         self.positives: dict[str, list[int]] = {}
@@ -130,7 +135,7 @@ def fate(source: Source, rules: Row, at: int, row: int, rank: int, positive: int
         values = [] if "." in name else [one[column] for one in known]
         if "." in name or (or_anchor and column in query):
             values.append(query[column])
-        return document[column] is not None and document[column] in values
+        return document[column] not in (None, "") and document[column] in values
 
     if any(shared(name, or_anchor=True) for name in rules.get("never_same", ())):
         return "never_same"
@@ -375,6 +380,7 @@ def test_calibrate_keeps_to_the_rules(source: Source) -> None:
         ({"where": "candidate.lang = english"}, "single quotes"),
         ({"where": "candidate.year < 2000"}, "try_cast"),
         ({"where": "score"}, "FLOAT"),
+        ({"where": "candidate.lang and score < 0.5"}, "VARCHAR"),
         ({"where": "score <"}, "syntax"),
         *(
             ({"where": text}, "mining.where")
@@ -396,6 +402,7 @@ def test_calibrate_keeps_to_the_rules(source: Source) -> None:
                 "row_number() over () > 1",
                 "candidate = anchor",
                 "columns(*)",
+                "not " * 900 + "true",
                 "$1",
             )
         ),
@@ -409,7 +416,17 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(
     with pytest.raises(ConfigError) as refused:
         graph.mine(load_config(tree))
     assert named in str(refused.value)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    assert small.run("config", "check", path).code == 2
     assert not list((tmp_path / "run").glob("ingest/*"))
+
+
+def test_columns_whose_names_differ_by_case_are_not_mistaken(source: Source) -> None:
+    extra = {"corpus": ["lang", "Lang"]}
+    with pytest.raises(ConfigError, match="Lang"):
+        conditions.check(config_of(source, {"where": 'candidate.lang = candidate."Lang"'}, data={"extra": extra}))
+    conditions.check(config_of(source, {"where": "candidate.\"Lang\" = 'de'"}, data={"extra": extra}))
 
 
 def test_a_value_that_cannot_be_converted_is_named(source: Source) -> None:

@@ -101,19 +101,17 @@ def _text(text: str) -> str:
 
 
 def _same(name: str, config: Config, *, or_anchor: bool) -> str:
-    """Whether the candidate shares a column with a known positive or the anchor; a null shares nothing."""
+    """Whether the candidate shares a column with a known positive or the anchor; null and '' share nothing."""
     column, value = quoted(EXTRA + name.removeprefix(ANCHOR)), _candidate(name)
-    of_anchor = f"(x.a, {value}) in (select a, {column} from asks where {column} is not null)"
-    of_positive = (
-        f"(x.a, {value}) in (select a, {column} from known join facts using (document) where {column} is not null)"
-    )
+    of_anchor = f"(x.a, {value}) in (select a, {column} from asks where {column} != '')"
+    of_positive = f"(x.a, {value}) in (select a, {column} from known join facts using (document) where {column} != '')"
     if name.startswith(ANCHOR):
         same = of_anchor
     elif or_anchor and name in config.data.extra.queries:
         same = f"({of_positive} or {of_anchor})"
     else:
         same = of_positive
-    return f"({value} is not null and {same})"
+    return f"(coalesce({value}, '') != '' and {same})"
 
 
 def _where(config: Config, layout: Layout) -> str | None:
