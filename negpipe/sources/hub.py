@@ -49,15 +49,17 @@ def load(path: str, subset: str | None, revision: str | None, *, streaming: bool
     return dict(found)
 
 
-@lru_cache(64)
 def subsets(path: str, revision: str | None) -> list[str]:
     """The names of a dataset's configs; those that README.md states, of a local folder.
 
     Raises:
         InputError: it is not found, or cannot be asked for.
     """
-    if Path(path).is_dir():
-        return _stated(Path(path) / "README.md")
+    return _stated(Path(path) / "README.md") if Path(path).is_dir() else _asked(path, revision)
+
+
+@lru_cache(64)
+def _asked(path: str, revision: str | None) -> list[str]:
     import datasets
 
     try:
