@@ -29,11 +29,6 @@ leads into objects (positive=positive_passages.text). Data of Tevatron, DPR, ms-
 Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
 negative_rank, rank.
 
-NeMo's checklist for mined sets, done by hand there, and what answers it here: question ids unique and documents exist
-(duplicate_row, missing_id; unknown ids are refused with a CONFIG); no positive or sibling positive among negatives
-(positive); negatives unique in a row (repeated_negative); scores finite (non_finite); enough distinct negatives
-(shortage); corpus and lineage known (RUN_DIR/audit.json names the run that it was made of).
-
 Exit code 1 when a chosen check fails.
 
 Example: negpipe audit scifact.yaml --fail-on positive,duplicate,shortage=0.05

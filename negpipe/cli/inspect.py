@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def init(
 
 
 def _named(path: str) -> str:
-    return Path(path.rstrip("/")).name.partition(".")[0] or "source"
+    return re.sub(r"[^\w-]+", "", Path(path.rstrip("/")).name.partition(".")[0]) or "source"
 
 
 def _inspect(

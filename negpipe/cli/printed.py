@@ -111,6 +111,13 @@ def _cells(one: Estimate) -> list[str]:
     ]
 
 
+_NEMO = """
+NeMo's checklist for mined sets, and the checks here that answer it: question ids unique, documents exist:
+duplicate_row, missing_id (with a CONFIG unknown ids are refused). No positive or sibling positive among negatives:
+positive_id, positive_text, positive_normalized, shared_anchor. Negatives unique in a row: repeated_negative. Scores
+finite: non_finite. Enough distinct negatives: shortage. Corpus and lineage known: the run's audit.json names it."""
+
+
 def show_audit(found: Audit, failed: set[str]) -> None:
     """Counts of every check, and examples of what was found."""
     compared = "the qrels and each other" if found.qrels else "each other (no qrels: name a CONFIG to compare to them)"
@@ -129,6 +136,7 @@ def show_audit(found: Audit, failed: set[str]) -> None:
         else:
             rows.add_row(one.check, "", "", "", "not checked: no such column", style="dim")
     out.print(rows)
+    out.print(_NEMO, style="dim", markup=False)
     for one in found.findings:
         if one.examples:
             out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)

@@ -186,6 +186,8 @@ class Data(_Model):
             raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
         if self.format not in ("auto", "columns") and self.path is None:
             raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+        if self.path is not None and not self.path:
+            raise ValueError("data.path names nothing")
         if self.format == "auto" and self.path is None and missing:
             raise ValueError("the source is missing: give data.path, or data.corpus, data.queries and data.qrels")
         if self.format == "flagembedding" and self.extra.corpus and self.corpus is None:

@@ -111,7 +111,8 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         create table known as
         select number, row, bool_or(by_id) as by_id from good join anchors on query = id group by number, row;
         create table refused as
-        select j.query, d.row, max(j.grade) as grade, min(j.rowid) as n from judgments j join ids d on j.document = d.id
+        select j.query, d.row, if(bool_or(j.grade is null), null, max(j.grade)) as grade, min(j.rowid) as n
+        from judgments j join ids d on j.document = d.id
         where j.grade is null or j.grade < {config.data.min_grade} group by j.query, d.row;
         create table contradicted as select * from refused semi join good using (query, row);
         delete from refused using contradicted c where refused.query = c.query and refused.row = c.row;

@@ -300,13 +300,13 @@ FILTERS = (
         "never_same",
         columns.never_same,
         columns.shares,
-        helps="Name fewer columns in mining.never_same, or search deeper (search.depth)",
+        helps="Name fewer columns in mining.never_same, or search deeper (mining.max_depth, search.depth)",
     ),
     Filter(
         "only_same",
         columns.only_same,
         columns.differs,
-        helps="Name fewer columns in mining.only_same, or search deeper (search.depth)",
+        helps="Name fewer columns in mining.only_same, or search deeper (mining.max_depth, search.depth)",
     ),
     Filter(
         "not_judged", _not_judged, _says("not judged for the anchor (judged only)"), helps="Set mining.judged: prefer"
@@ -316,7 +316,7 @@ FILTERS = (
         _near_duplicate,
         _says("nearly the text of a positive"),
         sees="pairs",
-        helps="Set a higher mining.near_duplicate, or search deeper (search.depth)",
+        helps="Set a higher mining.near_duplicate, or search deeper (mining.max_depth, search.depth)",
     ),
     Filter("invalid_score", _invalid_score, _says("the score is not a finite number"), sees="scores"),
     Filter(
@@ -325,23 +325,29 @@ FILTERS = (
         lambda mining, score, reference: f"not {mining.where} (where)",
         sees="scores",
         drawn=columns.where_drawn,
-        helps="Set a weaker mining.where, or search deeper (search.depth)",
+        helps="Set a weaker mining.where, or search deeper (mining.max_depth, search.depth)",
     ),
-    Filter("max_score", _max_score, _above_max, sees="scores", helps="Set a higher mining.max_score"),
+    Filter(
+        "max_score",
+        _max_score,
+        _above_max,
+        sees="scores",
+        helps="Set a higher mining.max_score, or search deeper (mining.max_depth, search.depth)",
+    ),
     Filter("min_score", _min_score, _below_min, sees="scores", helps="Set a lower mining.min_score"),
     Filter(
         "absolute_margin",
         _absolute_margin,
         _within_absolute,
         sees="scores",
-        helps="Set a smaller mining.absolute_margin, or null",
+        helps="Set a smaller mining.absolute_margin, or null, or search deeper (mining.max_depth, search.depth)",
     ),
     Filter(
         "relative_margin",
         _relative_margin,
         _within_relative,
         sees="scores",
-        helps="Set a smaller mining.relative_margin, or null",
+        helps="Set a smaller mining.relative_margin, or null, or search deeper (mining.max_depth, search.depth)",
     ),
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from negpipe.sources.guess import recognized
 from negpipe.sources.identity import files, revision
+from negpipe.sources.places import extension_of
 from negpipe.sources.readers import Piece
 from negpipe.sources.reading import pieces, read, readers
 from negpipe.sources.records import (
@@ -23,7 +24,7 @@ from negpipe.sources.records import (
     RecordColumns,
     TextColumns,
 )
-from negpipe.sources.tables import column_names
+from negpipe.sources.tables import column_names, opened
 
 __all__ = [
     "BadRow",
@@ -37,7 +38,9 @@ __all__ = [
     "RecordColumns",
     "TextColumns",
     "column_names",
+    "extension_of",
     "files",
+    "opened",
     "pieces",
     "read",
     "readers",

@@ -5,6 +5,7 @@ A passage is a text, a chat's messages, an object with a text and perhaps an id 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Fields(NamedTuple):
         label: grades of the positives, a number or as many in a list; None: 1.
         by_id: passages are ids of documents that have a table of their own.
         extra: columns that say more of the row's positives.
+        watched: names of columns that count as well, which no later row may bring.
     """
 
     anchor: Column | None
@@ -59,6 +61,7 @@ class Fields(NamedTuple):
     label: Column | None = None
     by_id: bool = False
     extra: tuple[str, ...] = ()
+    watched: re.Pattern[str] | None = None
 
 
 def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) -> Reader:
@@ -79,7 +82,7 @@ def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool
     asked += extra_columns(fields.extra, "data.extra.corpus", required=in_corpus)
     reading = _Anchored(data, fields, asked, in_corpus, given, Template.compile(data.text))
     return Reader(
-        chunks(table, asked),
+        chunks(table, asked, fields.watched),
         reading.records,
         reading.columns if reading.is_plain() else lambda _: None,
         of_query=fields.anchor is not None,
@@ -134,7 +137,7 @@ class _Anchored:
         self, one: Passages, row: dict[Column, Any], positive: bool, place: Place
     ) -> Iterator[tuple[Any, str | None, Any]]:
         """The passages of a column, with their ids and grades."""
-        if row[one.column] is None and not one.column.required:
+        if not one.column.required and row[one.column] in (None, ""):  # no such passage: CSV knows no null
             return
         passages = _many(row[one.column])[one.part]
         ids: list[str | None] = [None] * len(passages)
@@ -143,7 +146,8 @@ class _Anchored:
             named = _as_many(_many(row[one.ids])[one.part], len(passages), place, one.ids)
             ids[:] = [id_of(value, place, one.ids.name) for value in named]
         if positive and self.fields.label:
-            grades = _as_many(_many(row[self.fields.label]), len(passages), place, self.fields.label)
+            known = _as_many(_many(row[self.fields.label]), len(passages), place, self.fields.label)
+            grades = [float(grade) if isinstance(grade, bool) else grade for grade in known]
         yield from zip(passages, ids, grades, strict=True)
 
     def _passage(

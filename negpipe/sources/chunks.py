@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -26,6 +26,7 @@ _RAW_BYTES = 4096  # enough to show how a broken line begins
 _DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
 _LONG = 4300  # digits of a number, of which Python reads no more
 _MOST = 2**31 - 1  # bytes that Arrow's reader takes at a time
+_KEY = re.compile(rb'"(\w{1,40})"\s*:', re.ASCII)
 _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
@@ -83,10 +84,15 @@ class Chunk(Protocol):
 
 @dataclass
 class Check:
-    """Whether the wanted columns are in a table, and what they are called there; `there`: its columns, once known."""
+    """Whether the wanted columns are in a table, and what they are called there; `there`: its columns, once known.
+
+    `watched`: of JSON, whose rows may differ, columns that may not come after the first row without having been in it.
+    """
 
     columns: Sequence[Column]
     file: str
+    watched: re.Pattern[str] | None = None
+    _late: set[str] = field(default_factory=set, init=False)
     names: list[str] = field(default_factory=list, init=False)
     there: list[str] = field(default_factory=list, init=False)
     done: bool = field(default=False, init=False)
@@ -103,8 +109,32 @@ class Check:
                 raise InputError("two columns have this name", file=self.file, row=row, field=name, remedy="Rename one")
             if name not in (None, column.name):
                 _log.info("%s: takes the column '%s' for %s ('%s')", self.file, name, column.key, column.name)
+            if name != column.name:  # another of its names would be overlooked
+                self._late |= {column.name, *column.others} - {*self.there}
             self.names.append(name or column.name)
         return self
+
+    def row(self, there: Iterable[str], place: Place) -> None:
+        """Raises InputError: a row has a column that counts, which the first has not."""
+        for name in there:
+            if name not in self.there and (name in self._late - {*self.names} or self._is_watched(name)):
+                problem, remedy = (
+                    "the first row has no such column",
+                    "Write it in every row, with null where it is empty",
+                )
+                raise InputError(problem, file=self.file, row=place.row, field=name, remedy=remedy)
+
+    def may_differ(self, block: bytes) -> bool:
+        """Whether lines of JSON may have such a column."""
+        if any(json.dumps(name).encode() in block for name in self._late - {*self.names}):
+            return True
+        if self.watched is None:
+            return False
+        names = {found[1].decode() for found in _KEY.finditer(block)} - {*self.there}
+        return any(map(self._is_watched, names))
+
+    def _is_watched(self, name: str) -> bool:
+        return self.watched is not None and self.watched.match(name) is not None
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,7 @@ class JsonChunk:
                 continue
             if not self.check.done:
                 self.check(list(row), number)
+            self.check.row(row, place)
             yield Row(place, [row.get(name) for name in self.check.names], text)
 
     def columns(self) -> Columns | None:
@@ -143,6 +174,8 @@ class JsonChunk:
             return None
         if not self.check.done:
             self.check(list(first), self.first)
+        if self.check.may_differ(block):
+            return None
         names = list(dict.fromkeys(self.check.names))
         types = {str: pa.string(), int: pa.int64(), float: pa.float64(), type(None): pa.string()}
         kinds = [types.get(type(first.get(name))) for name in names]
@@ -246,6 +279,7 @@ class ElementsChunk:
                 continue
             if not self.check.done:
                 self.check(list(row), number)
+            self.check.row(row, place)
             yield Row(place, [row.get(name) for name in self.check.names], text)
 
     def columns(self) -> Columns | None:

@@ -41,16 +41,20 @@ def elements(file: Any, path: str, inside: str | None = None) -> Iterator[tuple[
                 raise InputError("there is no such key", file=path, field=inside, remedy="Set data.format")
             text.value()
             text.passes(",")
-    if text.passes("["):
-        yield from ((None, element) for element in _listed(text))
-    elif inside is not None:
-        text.take("{", "a list or an object begins")
+    if inside is not None and text.sign() == "{":
+        text.take("{", "an object begins")
         while (name := text.key()) is not None:
             yield name, text.value()
             text.passes(",")
+    elif inside is not None:
+        text.take("[", "a list or an object begins")
+        yield from ((None, element) for element in _listed(text))
     else:
         while text.sign():
-            yield None, text.value()
+            if text.passes("["):
+                yield from ((None, element) for element in _listed(text))
+            else:
+                yield None, text.value()
 
 
 def keys(file: Any, path: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,34 +75,50 @@ def _looked_at(data: schema.Data) -> dict[str, Any]:
 
 
 def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:
-    names = {file.name.partition(".")[0] for file in folder.iterdir() if extension_of(file.name) in EXTENSIONS}
-    there = {entry.name for entry in folder.iterdir()}
     if layouts.is_beir(folder):
-        judged = next(iter(layouts.qrels(folder).values()))
-        return {"format": "beir" if judged.exists() else "mteb"}
-    if (folder / "README.md").is_file() and (subsets := hub.subsets(str(folder), None)):
+        return {"format": "beir"}
+    if subsets := hub.subsets(str(folder), None):
         return _configs(data, str(folder), subsets)
-    if {"queries", "documents", "train"} <= names:
+    tables = {name: layouts.either(folder, name) for name in ("queries", "documents", "corpus", "train", data.split)}
+    if tables["queries"] and tables["documents"] and tables["train"]:
         return {"format": "pylate"}
-    train = next((folder / name for name in sorted(there) if name.startswith("train.")), None)
-    if "corpus" in there and train is not None and _object(str(train)) == "nemo":
-        return {"format": "nemo", "path": str(train)}
-    if train is not None:
-        pool = next((str(folder / name) for name in sorted(there) if name.startswith("corpus.")), None)
-        at = {"path": str(train), "corpus": pool and {"path": pool}}
-        return _rows(data, Table((str(train),), dialect=data.table)) | (
-            at if data.corpus is None else at | {"corpus": data.corpus}
-        )
+    rows = tables[data.split]
+    if rows and _object(str(rows)) == "nemo":
+        return {"format": "nemo", "path": str(rows)}
+    if rows:
+        found = {"path": str(rows)} | _rows(data, Table((str(rows),), dialect=data.table))
+        pool = {"corpus": {"path": str(tables["corpus"])}} if tables["corpus"] and data.corpus is None else {}
+        return found | pool
     if Path(f"{str(folder).rstrip('/')}-qrels").is_dir():
         return {"format": "beir"}
-    files = sorted(there)
-    shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
+    return _rows_of_folder(data, folder)
+
+
+def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
+    """A folder of files that hold rows one after the other, or of a dataset that states no configs."""
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+    files = [str(folder / name) for name in there if extension_of(name) in EXTENSIONS and (folder / name).is_file()]
+    named = [name for name in there if re.match(r"(train|test|dev|valid)", name)]
+    if named and len(files) == len(there):
+        splits = sorted({name.partition(".")[0] for name in named})
+        remedy = f"Splits here: {', '.join(splits)}. Name one in data.split"
+        raise InputError(
+            f"there are no rows of the split '{data.split}'",
+            file=str(folder),
+            field="split",
+            remedy=remedy,
+            there=splits,
+        )
+    if files and len(files) == len(there):
+        return {"path": files} | _rows(data, Table(tuple(files), dialect=data.table))
+    with suppress(InputError):
+        return _rows(data, Table((str(folder),), data.subset, data.split))
+    shown = ", ".join(there[:8]) + (" …" if len(there) > 8 else "")
     raise InputError(
         f"this folder is of no known layout (it holds {shown or 'nothing'})",
         file=str(folder),
         field="data.format",
-        remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format, and see"
-        " `negpipe inspect`",
+        remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format",
     )
 
 
@@ -156,7 +174,10 @@ def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
         if "labels" in names:
             own |= {"label": "labels"}
         stated = {key: value for key, value in data.columns.model_dump().items() if value is not None}
-        return {"format": "pairs", "columns": own | stated}
+        named: dict[str, str] = own | stated
+        if label := named.get("label"):
+            _log.info("%s: grades of positives are taken from the column '%s' (data.columns.label)", table.path, label)
+        return {"format": "pairs", "columns": named}
     raise InputError(
         f"the rows are of no known layout (columns: {', '.join(names) or 'none'})",
         file=table.path,

@@ -22,6 +22,8 @@ from negpipe.sources.places import near
 
 _log = logging.getLogger(__name__)
 
+_NO_DATA = {".git", ".cache", "__pycache__"}
+
 
 def load(path: str, subset: str | None, revision: str | None, *, streaming: bool = False) -> dict[str, Any]:
     """Every split of a hub dataset or of a local dataset folder, memory-mapped or streaming, by name.
@@ -42,6 +44,9 @@ def load(path: str, subset: str | None, revision: str | None, *, streaming: bool
         afresh["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{_state(Path(path))}")
     name = str(Path(path).resolve()) if local else path
     try:
+        if local and any((Path(path) / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)  # what `save_to_disk` wrote
+            return dict(saved) if isinstance(saved, dict) else {"train": saved}
         found = datasets.load_dataset(name, subset, revision=revision, streaming=streaming, **afresh)
     except Exception as error:  # the library lets network, parser and builder errors of many kinds through
         what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
@@ -104,12 +109,22 @@ def _cache_problem() -> InputError | None:
         return InputError(problem, file=str(cache), field=named, remedy=f"Set {named} to a folder that can be written")
 
 
+def files(folder: Path) -> list[Path]:
+    """Every file of a local folder, behind links too, but for what version control and tools keep there."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(set(folders) - _NO_DATA)
+        seen.add(real)
+        found += [Path(root, name) for name in sorted(names)]
+    return found
+
+
 def _state(folder: Path) -> str:
     """A name for a local folder as it is now, for a cache of its own: the library's is shared by all folders of one
     name, takes over the columns of another or of an earlier state, and is written by all who read them.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in files(folder)]
     return key(str(folder.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 

@@ -21,21 +21,19 @@ _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "md5", "checksum", "LastModified
 _WEAK_KEYS = ("mtime", "created", "size")
 
 
-def files(data: schema.Data) -> list[str] | None:
-    """The local files the source reads, absolute and sorted; of a dataset folder every file but hidden ones.
+def files(data: schema.Data) -> list[list[str]]:
+    """The local files of each table of the source, absolute, in reading order; of a dataset folder every file.
 
-    None where nothing is local. Raises InputError: a local path that does not exist.
+    Raises InputError: a local path that does not exist.
     """
-    found: set[str] = set()
-    for path in {path for table, _ in tables_of(recognized(data)) for path in table.paths}:
-        kind = locate(path)
-        if kind == "file":
-            found.add(str(Path(path).absolute()))
-        elif kind == "folder":
-            folder = Path(path).absolute()
-            inside = (file for file in folder.rglob("*") if file.is_file())
-            found |= {str(file) for file in inside if not _hidden(file.relative_to(folder))}
-    return sorted(found) or None
+    return [[file for path in table.paths for file in _local(path)] for table, _ in tables_of(recognized(data))]
+
+
+def _local(path: str) -> list[str]:
+    kind = locate(path)
+    if kind == "file":
+        return [str(Path(path).absolute())]
+    return [str(file) for file in hub.files(Path(path).absolute())] if kind == "folder" else []
 
 
 def revision(data: schema.Data) -> str:
@@ -54,10 +52,6 @@ def revision(data: schema.Data) -> str:
             elif kind == "url":
                 names.add(f"{redact(path)}@{_version(path)}")
     return "; ".join(sorted(names))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _version(url: str) -> str:

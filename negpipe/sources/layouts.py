@@ -19,7 +19,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, readers
 from negpipe.sources.anchored import Fields, Passages, anchored
 from negpipe.sources.chunks import Column
-from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
+from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
 from negpipe.sources.readers import Reader, column
 from negpipe.sources.tables import column_names, inside
 
@@ -30,8 +30,10 @@ Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[Table, Role]]]
 
 _log = logging.getLogger(__name__)
 
-_SAYS_MORE = re.compile(r"(hard_?)?neg|labels?$")
-"""Columns of pairs that say which passages are no positives."""
+_SAYS_MORE = re.compile(r"(hard_?)?neg|(labels?|scores?|similarity|relevance|grades?)$")
+"""Columns of pairs that may say which passages are no positives."""
+_METADATA, _TABLES = "merlin_metadata.json", set(EXTENSIONS) - {".txt", ".trec", ".qrels"}
+"""Of NeMo's corpora: what is no document, and the files that are."""
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 
 
@@ -84,7 +86,7 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         remedy = "Give its folder or a hub dataset, or set data.format: columns and name three files"
         raise InputError("a BEIR source is a folder or a hub dataset", file=path, remedy=remedy)
     if (kind == "folder" and is_beir(folder)) or not (kind == "hub" or (folder / "README.md").is_file()):
-        found = {name: _either(folder, name) or folder / f"{name}.jsonl" for name in ("corpus", "queries")}
+        found = {name: either(folder, name) or folder / f"{name}.jsonl" for name in ("corpus", "queries")}
         for file in found.values():
             if not file.is_file():
                 remedy = "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/; a dataset repository has README.md"
@@ -95,7 +97,10 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         roles = (_documents(data), _queries(data))
         return [
             *((_file(data, file), role) for file, role in zip(found.values(), roles, strict=True)),
-            *((_file(data, file)._replace(split=split), _judged(data, split)) for split, file in splits.items()),
+            *(
+                (_without_header(_file(data, file), None)._replace(split=split), _judged(data, split))
+                for split, file in splits.items()
+            ),
         ]
     judged = path.rstrip("/") + "-qrels"
     if kind == "folder" and not Path(judged).is_dir():
@@ -110,13 +115,19 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
 
 def is_beir(folder: Path) -> bool:
     """Whether a local folder has a corpus and judgments in files."""
-    return _either(folder, "corpus") is not None and bool(qrels(folder))
+    return either(folder, "corpus") is not None and bool(qrels(folder))
 
 
 def qrels(folder: Path) -> dict[str, Path]:
     """The judgments of each split."""
-    named = {_bare(file): file for file in sorted(folder.glob("qrels/*")) if extension_of(str(file)) in EXTENSIONS}
-    single = _either(folder, "qrels")
+    files = [file for file in folder.glob("qrels/*") if extension_of(str(file)) in EXTENSIONS]
+    named: dict[str, Path] = {}
+    for file in sorted(files, key=lambda file: (_bare(file), EXTENSIONS.index(extension_of(str(file))))):
+        if _bare(file).lower() == "readme":
+            continue
+        if (first := named.setdefault(_bare(file), file)) != file:
+            _log.warning("%s is not read: %s has judgments of that split", file, first.name)
+    single = either(folder, "qrels")
     return named or ({_FIRST_SPLIT: single} if single else {})
 
 
@@ -127,8 +138,8 @@ def _bare(file: Path) -> str:
     return name.rpartition(".")[0]
 
 
-def _either(folder: Path, name: str) -> Path | None:
-    """The file of a table in a folder, whatever its kind."""
+def either(folder: Path, name: str) -> Path | None:
+    """The file that holds a table in a folder, whatever its kind; None: there is none."""
     files = [file for file in folder.glob(f"{name}.*") if extension_of(str(file)) in EXTENSIONS]
     by_kind = sorted(files, key=lambda file: (EXTENSIONS.index(extension_of(str(file))), len(file.name), file.name))
     return next((file for file in by_kind if _bare(file) == name), None)
@@ -136,6 +147,11 @@ def _either(folder: Path, name: str) -> Path | None:
 
 def _file(data: schema.Data, file: Path) -> Table:
     return Table((str(file),), dialect=data.table)
+
+
+def _without_header(table: Table, own: schema.Dialect | None) -> Table:
+    """Judgments: what the columns of other tables are called says nothing of theirs."""
+    return table if own else table._replace(dialect=table.dialect.model_copy(update={"header": None}))
 
 
 def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
@@ -164,12 +180,13 @@ def _mteb(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         )
         raise InputError(f"the dataset has no subset '{before}{missing[0]}'", file=path, remedy=remedy)
     roles = {"corpus": _documents(data), "queries": _queries(data), judged: _judged_splits(data)}
-    return [(Table((path,), before + name, revision=data.revision), role) for name, role in roles.items()]
+    split = {judged: None}
+    return [(Table((path,), before + name, split.get(name, ALL), data.revision), role) for name, role in roles.items()]
 
 
 def _columns(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
     assert data.corpus and data.queries and data.qrels, "the schema asks for them"
-    judged = _table(data, data.qrels)
+    judged = _without_header(_table(data, data.qrels), data.qrels.table)
     splits = judged.split is None and judged.kind in ("hub", "folder")
     return [
         (_table(data, data.corpus), _documents(data)),
@@ -213,7 +230,7 @@ def _pylate(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
         "queries": _queries(named),
         "train": _rows(data, fields, in_corpus=False, given=given),
     }
-    files = {name: _either(Path(path), name) for name in roles}
+    files = {name: either(Path(path), name) for name in roles}
     return [
         (_file(data, file) if (file := files[name]) else Table((path,), name, revision=data.revision), role)
         for name, role in roles.items()
@@ -275,7 +292,8 @@ def _pair(data: schema.Data, table: Table) -> Fields:
         remedy = "data.columns.negative and data.columns.label name such columns"
         _log.warning("%s: not read: %s. %s", table.path, ", ".join(unread), remedy)
     positives = Passages(column(data, "positive"), ids.get("positive_id"))
-    return Fields(column(data, "anchor"), ids.get("anchor_id"), (positives,), negatives, label, extra=data.extra.corpus)
+    anchor, extra = column(data, "anchor"), data.extra.corpus
+    return Fields(anchor, ids.get("anchor_id"), (positives,), negatives, label, extra=extra, watched=_SAYS_MORE)
 
 
 def _negatives(names: schema.Columns, there: Sequence[str]) -> Iterator[Passages]:
@@ -311,14 +329,15 @@ def _tevatron(data: schema.Data, table: Table) -> Fields:
     )
     query = Column("query_text", key, others=("query",)) if by_id else Column("query", key, others=("query_text",))
     given = (Passages(Column(negatives, key, required=False)),)
-    return Fields(query, Column("query_id", key), (Passages(Column(positives, key)),), given, by_id=by_id)
+    identity = Column("query_id", key, required=False)
+    return Fields(query, identity, (Passages(Column(positives, key)),), given, by_id=by_id)
 
 
 def _nemo(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
     paths = _one(data)
     file = paths[0]
     if locate(file) == "folder":
-        file = str(_either(Path(file), "train") or Path(file) / "train.json")
+        file = str(either(Path(file), "train") or Path(file) / "train.json")
     key = "data.path (nemo rows have question_id, question, pos_doc and neg_doc)"
     fields = Fields(
         Column("question", key),
@@ -336,17 +355,21 @@ def _nemo(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
 
 def _nemo_corpus(file: str) -> list[str]:
     """The files of the corpora that a train.json names."""
-    folders = [Path(file).parent / str(entry["path"]) for entry in map(json.loads, inside(file, "corpus"))]
-    files = [
-        str(path)
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-        if extension_of(path.name) in EXTENSIONS and path.name != "merlin_metadata.json"
-    ]
-    if not files:
-        remedy = "Put its documents there (train.parquet of id and text), or name them in data.corpus"
-        raise InputError("the corpus has no documents", file=str(folders[0] if folders else file), remedy=remedy)
-    return files
+    entries = [json.loads(text) for text in inside(file, "corpus")]
+    named = [str(entry.get("path") or "") if isinstance(entry, dict) else str(entry) for entry in entries]
+    if not all(named) or not named:
+        remedy = 'Write "corpus": [{"path": "./corpus/"}], or name the documents in data.corpus'
+        raise InputError("the corpora are no list of paths", file=file, field="corpus", remedy=remedy)
+    found: list[str] = []
+    for folder in dict.fromkeys((Path(file).parent / one).resolve() for one in named):
+        files = [
+            str(path) for path in hub.files(folder) if extension_of(path.name) in _TABLES and path.name != _METADATA
+        ]
+        if not files:
+            remedy = "Put its documents there (train.parquet of id and text), or name them in data.corpus"
+            raise InputError("the corpus has no documents", file=str(folder), remedy=remedy)
+        found += files
+    return found
 
 
 _DPR = "data.path (DPR rows have question, positive_ctxs and hard_negative_ctxs)"

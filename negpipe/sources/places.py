@@ -13,7 +13,11 @@ from negpipe.errors import InputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trec", ".qrels", ".parquet")
+
+
+ALL = "all"
+"""All splits of a dataset, one after the other."""
 
 
 class Table(NamedTuple):
@@ -21,7 +25,7 @@ class Table(NamedTuple):
 
     Attributes:
         paths: files that hold it one after the other; or one folder or hub dataset.
-        split: None: the only split of a dataset; it says nothing about a file.
+        split: None: the only split of a dataset, ALL: all of them; it says nothing about a file.
         dialect: of CSV and TSV files.
         inside: the key of a JSON object that holds the rows, in a list, or in an object as `key` and `value`.
         streaming: a dataset is read as it comes, without a copy on this disk.
@@ -58,7 +62,8 @@ def paths_of(named: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises InputError: a pattern that nothing fits.
     """
-    return tuple(path for one in ([named] if isinstance(named, str) else named) for path in _expanded(one))
+    every = [named] if isinstance(named, str) else named
+    return tuple(path for one in every for path in _expanded(str(Path(one).expanduser()) if one[:1] == "~" else one))
 
 
 def _expanded(path: str) -> Iterator[str]:

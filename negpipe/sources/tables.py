@@ -11,27 +11,31 @@ import io
 import json
 import logging
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from negpipe.errors import InputError
 from negpipe.sources import hub
-from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, Row, decoded
+from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, decoded
 from negpipe.sources.elements import elements, keys
-from negpipe.sources.places import EXTENSIONS, PACKED, Table, extension_of, locate
-from negpipe.sources.records import Place, RowError
+from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate
+from negpipe.sources.records import BadRow, Place, RowError
 
-__all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgments", "keys_of"]
+__all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgments", "keys_of", "opened"]
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
 _STREAMED = 1024  # of a dataset whose size is not known
 _ELEMENTS = 256  # of a JSON list, that make a chunk
+_FIRST = 64  # rows in which columns are looked for
 _LINE_BYTES = 4096  # of a first line, that tell a layout
+_TREC_FIELDS, _RUN_FIELDS = 4, 6
+_WHOLE_BYTES = 2**20  # likewise, of JSON
 _NAME = 64  # characters, more than a column's name has
 _CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 """Errors of a packed file that ends too soon or is damaged, and of one that is no UTF-16."""
@@ -42,8 +46,8 @@ _Reader: TypeAlias = Callable[[Check, Table], Chunks]
 """Reads the file that the check names."""
 
 
-def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
-    """Consecutive rows of a table, some at a time.
+def chunks(table: Table, columns: Sequence[Column], watched: re.Pattern[str] | None = None) -> Chunks:
+    """Consecutive rows of a table, some at a time; `watched`: see `Check`.
 
     Raises:
         InputError: no such file, split or column, unknown extension, unreadable content.
@@ -55,22 +59,30 @@ def chunks(table: Table, columns: Sequence[Column]) -> Chunks:
             yield from _dataset(one, split, dataset, columns)
         else:
             _log.info("reading %s", path)
-            yield from _reader(path)(Check(columns, path), table)
+            yield from _reader(path)(Check(columns, path, watched), table)
 
 
 def column_names(table: Table) -> list[str]:
-    """The columns of a table: those of its first row, where it is JSON; none if it holds no row.
+    """The columns of a table, of all its files; those of the first row where they are JSON.
 
     Raises:
-        InputError: as `chunks` does.
+        InputError: as `chunks` does, and where no row can be read.
     """
-    if table.kind in ("hub", "folder"):
-        return _columns_of(_split(table)[1])
-    check = Check([], table.path)
-    for chunk in _reader(table.path)(check, table):
-        if next((row for row in chunk.rows() if isinstance(row, Row)), None):
-            break
-    return check.there
+    found: dict[str, None] = {}
+    for path in table.paths:
+        if locate(path) in ("hub", "folder"):
+            found |= dict.fromkeys(_columns_of(_split(table._replace(paths=(path,)))[1]))
+            continue
+        check, bad = Check([], path), None
+        for chunk in _reader(path)(check, table):
+            rows = list(islice(chunk.rows(), _FIRST))
+            bad = bad or next((row for row in rows if isinstance(row, BadRow)), None)
+            if check.done or bad:
+                break
+        if bad and not check.done:
+            raise bad.error
+        found |= dict.fromkeys(check.there)
+    return list(found)
 
 
 def inside(path: str, key: str) -> list[str]:
@@ -78,13 +90,13 @@ def inside(path: str, key: str) -> list[str]:
 
     Raises InputError: it is none, or has no such key.
     """
-    with _open(path) as file:
+    with opened(path) as file:
         return [text for _, text in elements(file, path, key)]
 
 
 def keys_of(path: str) -> list[str]:
     """The keys of a file that is one JSON object; none if it is not."""
-    with _open(path) as file:
+    with opened(path) as file:
         try:
             return keys(file, path)
         except (*_CUT, InputError):
@@ -94,6 +106,11 @@ def keys_of(path: str) -> list[str]:
 def _split(table: Table) -> tuple[str, Any]:
     """The split of a dataset that is read, and its rows."""
     splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
+    if table.split == ALL and ALL not in splits:
+        import datasets
+
+        whole = list(splits.values())
+        return ALL, whole[0] if len(whole) == 1 else datasets.concatenate_datasets(whole)
     if table.split is None and len(splits) > 1 and "train" not in splits:
         raise InputError(
             f"there are several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Name one"
@@ -120,22 +137,25 @@ def _reader(path: str) -> _Reader:
 def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
     """The rows of a table of relevance judgments, which may be as TREC writes them: query, 0, document, grade."""
     for path in table.paths:
-        if locate(path) in ("file", "url") and _is_trec(path):
+        fields = _fields_of(path) if locate(path) in ("file", "url") else []
+        if len(fields) == _RUN_FIELDS and fields[1] == b"Q0":
+            remedy = "Judgments are: query, 0, document, grade"
+            raise InputError("this is a ranking (a TREC run), no relevance judgments", file=path, row=1, remedy=remedy)
+        if len(fields) == _TREC_FIELDS and fields[1] in (b"0", b"Q0"):
             _log.info("reading %s, relevance judgments as TREC writes them", path)
             yield from _trec(path, columns)
         else:
-            # What the columns of other tables are called says nothing of these.
-            plain = table.dialect.model_copy(update={"header": None})
-            yield from chunks(table._replace(paths=(path,), dialect=plain), columns)
+            yield from chunks(table._replace(paths=(path,)), columns)
 
 
-def _is_trec(path: str) -> bool:
-    with _open(path) as file:
+def _fields_of(path: str) -> list[bytes]:
+    """What blanks separate in the first line."""
+    with opened(path) as file:
         try:
-            begin: list[bytes] = file.readline(_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").split()
+            begin: bytes = file.readline(_LINE_BYTES)
         except _CUT:
-            return False
-    return len(begin) == 4 and begin[1] in (b"0", b"Q0")
+            return []
+    return begin.removeprefix(b"\xef\xbb\xbf").split()
 
 
 def _trec(path: str, columns: Sequence[Column]) -> Chunks:
@@ -172,7 +192,12 @@ def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
     return {split: _dataset(table, split, dataset, columns) for split, dataset in splits.items()}
 
 
-def _open(path: str) -> Any:
+def opened(path: str) -> Any:
+    """A file of bytes, local or remote, unpacked and in UTF-8 where its first bytes say that it is not.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
     import fsspec
 
     try:
@@ -219,7 +244,7 @@ def _as_utf8(file: Any) -> Any:
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     number = 0
-    with _open(path) as file:
+    with opened(path) as file:
         try:
             for number, line in enumerate(file, 1):
                 yield number, line
@@ -250,9 +275,9 @@ def _json(check: Check, table: Table) -> Chunks:
 
 def _is_whole(path: str) -> bool:
     """Whether a file is a JSON list, or objects that run over several lines, and no lines of JSON."""
-    with _open(path) as file:
+    with opened(path) as file:
         try:
-            begin = file.read(_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+            begin = file.read(_WHOLE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
         except _CUT:
             return False
     first, ended, rest = begin.partition(b"\n")
@@ -270,7 +295,7 @@ def _is_whole(path: str) -> bool:
 def _elements(check: Check, inside: str | None) -> Chunks:
     gathered: list[tuple[str | None, str]] = []
     first = 0
-    with _open(check.file) as file:
+    with opened(check.file) as file:
         try:
             for element in elements(file, check.file, inside):
                 gathered.append(element)
@@ -289,7 +314,7 @@ def _elements(check: Check, inside: str | None) -> Chunks:
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
     """Whole lines, some at a time, with the number of the first; where they are cut depends on the content alone."""
     first, waiting = 1, bytearray()
-    with _open(path) as file:
+    with opened(path) as file:
         while True:
             try:
                 read = file.read(_BLOCK_BYTES)
@@ -372,8 +397,8 @@ def _header_hint(header: list[str], delimiter: str) -> str:
         return f"The fields are not separated by {name}: set data.table.delimiter"
     if any(len(cell) > _NAME or cell.replace(".", "").isdecimal() for cell in header):
         return (
-            "The file seems to have no header: name its columns in data.table.header, for example"
-            f" [{', '.join(['id', 'text', *(f'c{at}' for at in range(3, len(header) + 1))][: len(header)])}]"
+            "The file seems to have no header: name its columns in data.table.header or, of one table alone, in its"
+            f" own, such as data.qrels.table.header, {len(header)} names such as [id, text]"
         )
     return ""
 
@@ -382,7 +407,7 @@ def _parquet(check: Check, _: Table) -> Chunks:
     import pyarrow
     import pyarrow.parquet
 
-    with _open(check.file) as file:
+    with opened(check.file) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             check(parquet.schema_arrow.names)
@@ -431,6 +456,6 @@ _READERS: dict[str, _Reader] = {
     ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
-    ".txt": _separated("\t"),
+    **dict.fromkeys((".txt", ".trec", ".qrels"), _separated("\t")),
     ".parquet": _parquet,
 }

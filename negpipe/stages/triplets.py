@@ -306,7 +306,10 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
     hidden = unset(config.mining)
     reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in hidden}
-    preferred = {"preferred": units.of_source("given", "judged")} if config.mining.prefers else {}
+    preferred: dict[str, npt.NDArray[np.int64]] = {}
+    if config.mining.prefers:
+        judged = np.concatenate([[0], np.cumsum(~np.isnan(units.negative_grades))])[units.negative_offsets]
+        preferred = {"preferred": units.of_source("given", "judged"), "judged": np.diff(judged)}
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),

@@ -12,6 +12,8 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import InputError
 
+pytestmark = pytest.mark.cases
+
 RULES = {
     "relative_margin": (["mining.relative_margin=99"], "a smaller mining.relative_margin"),
     "absolute_margin": (["mining.absolute_margin=9"], "a smaller mining.absolute_margin"),

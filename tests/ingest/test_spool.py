@@ -164,13 +164,13 @@ class Reluctant:
 
 def test_pieces_are_cut_by_their_content_however_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path, 2_000)
-    path, opened = str(tmp_path / "data/corpus.jsonl"), tables._open
+    path, opened = str(tmp_path / "data/corpus.jsonl"), tables.opened
     monkeypatch.setattr(tables, "_BLOCK_BYTES", 10_000)
     whole = list(tables._blocks(path))
     assert len(whole) > 20 and max(len(block) for _, block in whole) <= 10_000
-    monkeypatch.setattr(tables, "_open", lambda path: Reluctant(opened(path)))
+    monkeypatch.setattr(tables, "opened", lambda path: Reluctant(opened(path)))
     assert list(tables._blocks(path)) == whole
-    monkeypatch.setattr(tables, "_open", lambda path: Reluctant(opened(path), 50_000))
+    monkeypatch.setattr(tables, "opened", lambda path: Reluctant(opened(path), 50_000))
     found: list[Any] = []
     with pytest.raises(InputError, match=r"row \d+: the file cannot be read on \(the line is dead\)"):
         found.extend(tables._blocks(path))

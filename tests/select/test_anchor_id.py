@@ -19,6 +19,8 @@ from negpipe.review import explain, finished, measures
 from negpipe.review.audit import Options
 from negpipe.stages.triplets import open_selection
 
+pytestmark = pytest.mark.cases
+
 COUNT = 30
 
 

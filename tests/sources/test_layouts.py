@@ -9,6 +9,7 @@ import lzma
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from real_runs import Run
 
 from negpipe import sources
 from negpipe.config import schema
@@ -462,6 +464,32 @@ def test_every_layout_gives_the_same_source(layout: Any, seed: int, tmp_path: Pa
     assert found(schema.Data.model_validate(guessed), written.carries) == expected(source, written.carries)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("seed", [20, 21])
+def test_every_layout_gives_the_same_tables(layout: Any, seed: int, tmp_path: Path) -> None:
+    draw = random.Random(f"{layout.__name__} {seed}")
+    source = made(draw)
+    written = layout(draw, source, tmp_path / "in")
+    encoder = {"backend": "precomputed", "corpus_vectors": "none.npy", "anchor_vectors": "none.npy"}
+    config = {"run_dir": str(tmp_path / "run"), "data": written.settings, "encoder": encoder}
+    run = Run(config | {"mining": {"given_negatives": "first"}})
+    run.mine(only="ingest")
+    texts = [(row["text"], row["id"]) for row in run.tables("documents").to_pylist()]
+    wanted = expected(source, written.carries)
+    if "corpus" in wanted:
+        assert {*texts} == wanted["corpus"]
+    anchors = run.tables("anchors").to_pylist()
+    positives = {(row["text"], row["id"]): {texts[at] for at in row["positives"]} for row in anchors}
+    assert positives == wanted["positives"]
+    assert {*positives} == wanted["queries"]
+    given = {}
+    for row in anchors:
+        some = zip(row["refused"], row["refused_grades"], strict=True)
+        if brought := {texts[at] for at, grade in some if grade is None}:
+            given[row["text"], row["id"]] = brought
+    assert given == wanted["negatives"]
+
+
 # --- what is wrong -------------------------------------------------------------------------------------
 
 
@@ -589,3 +617,152 @@ def test_a_pattern_of_remote_files_names_them_all() -> None:
     with fsspec.open("memory://set/rows-1.jsonl.gz", "wb", compression="gzip") as file:
         file.write(json.dumps({"anchor": "q", "positive": "another"}).encode())
     assert sources.revision(data) != before
+
+
+# --- what rows, files and folders may hide -------------------------------------------------------------
+
+
+def rows_file(path: Path, *rows: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "name"),
+    [
+        ({"anchor": "a", "positive": "p"}, {"anchor": "b", "positive": "q", "label": 0}, "label"),
+        ({"anchor": "a", "positive": "p"}, {"anchor": "b", "positive": "q", "negative": "n"}, "negative"),
+        ({"query": "a", "positive": "p"}, {"anchor": "b", "positive": "q"}, "anchor"),
+        (
+            {"anchor": "a", "positive": "p", "negative_1": "n"},
+            {"anchor": "b", "positive": "q", "negative_1": "n", "negative_2": "m"},
+            "negative_2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("rows_between", [0, 20000])
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_column_that_comes_late_is_no_row_lost(
+    first: Any, later: Any, name: str, rows_between: int, ending: str, tmp_path: Path
+) -> None:
+    rows = [first, *([first] * rows_between), later]
+    path = tmp_path / f"rows.{ending}"
+    path.write_text(json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as caught:
+        list(sources.read(schema.Data(path=str(path)), given=True))
+    assert (caught.value.field, caught.value.row) == (name, len(rows) - (ending == "json"))
+    pieces = (piece.block() for piece in sources.pieces(schema.Data(path=str(path)), given=True))
+    assert None in list(islice(pieces, len(rows))) or ending == "json", "the fast way leaves it to the slow one"
+
+
+def test_judgments_whose_grade_comes_late(tmp_path: Path) -> None:
+    corpus = rows_file(tmp_path / "c.jsonl", {"_id": "d1", "text": "x"}, {"_id": "d2", "text": "y"})
+    queries = rows_file(tmp_path / "q.jsonl", {"_id": "q1", "text": "why"})
+    for name in ("rel", "score"):
+        qrels = rows_file(tmp_path / "j.jsonl", {"qid": "q1", "docid": "d1"}, {"qid": "q1", "docid": "d2", name: 0})
+        settings: dict[str, Any] = {"corpus": corpus, "queries": queries, "qrels": qrels}
+        if name == "rel":
+            with pytest.raises(InputError) as caught:
+                read(**settings)
+            assert (caught.value.field, caught.value.row) == ("rel", 2)
+        else:
+            assert [one.grade for one in read(**settings) if isinstance(one, Judgment)] == [1.0, 0.0]
+
+
+def test_what_one_file_of_several_brings_counts(tmp_path: Path) -> None:
+    one = rows_file(tmp_path / "l1.jsonl", {"anchor": "a", "positive": "p"})
+    other = rows_file(tmp_path / "l2.jsonl", {"anchor": "b", "positive": "q", "negative": "n"})
+    records = read(path=[one, other])
+    assert [record.grade for record in records if isinstance(record, Judgment)] == [1.0, 1.0, None]
+
+
+def test_lists_one_after_the_other_are_all_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    row = {"anchor": "a", "positive": "p"}
+    path.write_text(json.dumps([row, row], indent=1) + "\n" + json.dumps([{"anchor": "c", "positive": "r"}]))
+    assert text_of(read(path=str(path))) == ["p", "p", "r"]
+    path.write_text(json.dumps([row]) + " x")
+    with pytest.raises(InputError) as caught:
+        read(path=str(path))
+    assert (caught.value.file, caught.value.row) == (str(path), 1)
+
+
+def test_the_split_of_a_folder_of_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows_file(tmp_path / "set" / f"{split}.jsonl", {"anchor": "a", "positive": split})
+    for split in ("train", "test"):
+        assert text_of(read(path=str(tmp_path / "set"), split=split)) == [split]
+    with pytest.raises(InputError) as caught:
+        read(path=str(tmp_path / "set"), split="dev")
+    assert caught.value.field == "split" and caught.value.there == ["test", "train"]
+
+
+def test_a_folder_of_files_is_read_in_their_order(tmp_path: Path) -> None:
+    for n in (1, 0, 2):
+        rows_file(tmp_path / "set" / f"part-{n}.jsonl", {"anchor": "a", "positive": f"p{n}"})
+    (tmp_path / "set" / "_SUCCESS").touch()
+    assert text_of(read(path=str(tmp_path / "set"))) == ["p0", "p1", "p2"]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"anchor": "a", "positive": "p"}]).save_to_disk(str(tmp_path / "set"))
+    assert text_of(read(path=str(tmp_path / "set"))) == ["p"]
+
+
+def test_every_split_of_a_corpus_is_corpus(tmp_path: Path) -> None:
+    source = made(random.Random(3))
+    written = mteb(random.Random(4), source, tmp_path / "in")
+    (old,) = (tmp_path / "in" / "corpus").glob("*.parquet")
+    pq.write_table(
+        pa.table({"_id": ["more"], "id": ["more"], "title": [""], "text": ["more"]}), old.with_name("b.parquet")
+    )
+    readme = tmp_path / "in" / "README.md"
+    readme.write_text(
+        readme.read_text().replace(
+            "  data_files:\n  - path: corpus/*.parquet\n",
+            f"  data_files:\n  - path: corpus/b.parquet\n    split: train\n  - path: corpus/{old.name}\n",
+        )
+    )
+    assert len(text_of(read(**written.settings))) == len(source.documents) + 1
+
+
+def test_judgments_with_names_of_their_own(tmp_path: Path) -> None:
+    corpus = rows_file(tmp_path / "c.jsonl", {"_id": "d1", "text": "x"})
+    queries = rows_file(tmp_path / "q.jsonl", {"_id": "q1", "text": "why"})
+    (tmp_path / "j.tsv").write_text("q1\td1\t2\n")
+    qrels = {"path": str(tmp_path / "j.tsv"), "table": {"header": ["query-id", "corpus-id", "score"]}}
+    records = read(corpus=corpus, queries=queries, qrels=qrels)
+    assert [record.grade for record in records if isinstance(record, Judgment)] == [2.0]
+    with pytest.raises(InputError) as caught:
+        read(corpus=corpus, queries=queries, qrels=qrels["path"])
+    assert "data.qrels.table.header" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "corpus", [{"path": "corp"}, ["corp"], "corp", None, [], [{"path": "lost"}], [{"path": "c"}, {}]]
+)
+def test_corpora_of_nemo_that_are_not_there(corpus: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path / "c" / "docs.jsonl", {"id": "d", "text": "x"})
+    question = {"question_id": "1", "question": "q", "pos_doc": [{"id": "d"}]}
+    (tmp_path / "train.json").write_text(json.dumps({"corpus": corpus, "data": [question]}))
+    with pytest.raises(InputError):
+        read(format="nemo", path=str(tmp_path / "train.json"))
+    twice = [{"path": "c"}, {"path": "./c/"}]
+    (tmp_path / "c" / "NOTES.txt").write_text("no table")
+    (tmp_path / "train.json").write_text(json.dumps({"corpus": twice, "data": [question]}))
+    assert text_of(read(path=str(tmp_path))) == ["x"]
+
+
+def test_cells_that_hold_nothing_and_labels_that_are_true(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("anchor,positive,negative_1,negative_2\na,p,n,\nb,q,n,m\n")
+    records = read(path=str(tmp_path / "r.csv"))
+    assert not [record for record in records if isinstance(record, BadRow)]
+    assert len([record for record in records if isinstance(record, Judgment) and record.grade is None]) == 3
+    pq.write_table(
+        pa.table({"anchor": ["a", "a"], "positive": ["p", "q"], "label": [True, False]}), tmp_path / "r.parquet"
+    )
+    records = read(path=str(tmp_path / "r.parquet"))
+    assert [record.grade for record in records if isinstance(record, Judgment)] == [1.0, 0.0]

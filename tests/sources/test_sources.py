@@ -169,10 +169,9 @@ def test_a_dataset_repository_goes_through_load_dataset() -> None:
     assert found[:2500] == [("document", str(i), f"t{i} x{i}", True) for i in range(2500)]
     assert found[2500:2502] == [("query", "7", "seven?"), ("query", "8", "eight?")]
     assert sorted(found[2502:]) == [("test", "8", "3", 2.0, False), ("train", "7", "2400", 1.0, False)]
-    assert [Path(file).name for file in sources.files(source) or []] == [
-        *("README.md", "test.tsv", "train.tsv"),
-        *("README.md", "corpus.jsonl.gz", "queries.jsonl.gz"),
-    ]
+    repo = ["README.md", "corpus.jsonl.gz", "queries.jsonl.gz"]
+    named = [[Path(file).name for file in files] for files in sources.files(source)]
+    assert named == [repo, repo, ["README.md", "test.tsv", "train.tsv"]]
     assert sources.revision(source) == ""
     write("repo/queries.jsonl.gz", [{"_id": "8", "text": "changed?"}])
     assert ("query", "8", "changed?") in plain(sources.read(source))
@@ -263,7 +262,7 @@ def test_remote_files_are_read_and_told_apart_by_version() -> None:
     put("one")
     first = sources.revision(source)
     assert ("document", None, "one", True) in plain(sources.read(source))
-    assert sources.files(source) is None
+    assert sources.files(source) == [[]]
     assert sources.revision(source) == first
     put("three")
     assert sources.revision(source) != first
@@ -277,15 +276,26 @@ def test_a_missing_title_is_empty_and_titles_may_be_null() -> None:
     assert texts == [("1", "a"), ("2", "b"), ("3", "c")]
 
 
-def test_files_are_absolute_and_sorted(tmp_path: Path) -> None:
+def test_files_are_absolute_and_in_reading_order(tmp_path: Path) -> None:
     assert sources.files(data(path=beir())) == [
-        str(tmp_path / "set" / name) for name in ("corpus.jsonl", "qrels/train.tsv", "queries.jsonl")
+        [str(tmp_path / "set" / name)] for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv")
     ]
+
+
+def test_files_behind_links_and_hidden_ones_are_files_of_a_folder(tmp_path: Path) -> None:
+    write("real/train.jsonl", [{"anchor": "a", "positive": "p"}])
+    write("set/.more/x.jsonl", "{}")
+    write("set/.git/index", "not looked at")
+    Path("set/data").symlink_to(tmp_path / "real")
+    Path("set/data/again").symlink_to(tmp_path / "set")  # a circle
+    (files,) = sources.files(data(format="pairs", path="set"))
+    assert {str(Path(file).relative_to(tmp_path)) for file in files} >= {"set/.more/x.jsonl", "set/data/train.jsonl"}
+    assert not any(".git" in file for file in files)
 
 
 def test_a_pinned_hub_revision_needs_no_network() -> None:
     source = data(format="pairs", path="nobody/nothing", revision="a" * 40)
-    assert sources.files(source) is None
+    assert sources.files(source) == [[]]
     assert "a" * 40 in sources.revision(source)
 
 
@@ -505,6 +515,7 @@ def test_a_packed_file_that_was_cut_is_an_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [[{"text": None}, {}], [{"text": None}, {"text": "x"}]])
+@pytest.mark.cases
 def test_a_title_alone_makes_a_document(rows: list[dict[str, Any]]) -> None:
     """As a title with an empty text does; with neither there is none."""
     sound = {"_id": "s", "title": "sound", "text": "text"}

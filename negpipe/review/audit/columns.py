@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from negpipe import sources
 from negpipe.errors import ConfigError, InputError
 from negpipe.review.audit import foreign
 
@@ -30,6 +32,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "negative_rank": ("negative_rank",),
     "rank": ("rank", "ranks"),
 }
+_COPIED = 2**22  # bytes at a time
 _LISTED = 12  # columns that a message names
 
 
@@ -105,7 +108,7 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
         if foreign_rows:
             foreign.flatten(database, foreign_rows, plain)
         elif files[0].suffix != ".parquet":
-            table, files = _text_table(source), [plain]
+            table, files = _text_table(source, scratch), [plain]
             database.execute(f"copy (select * from {table}) to '{quoted_path(plain)}' (compression lz4)")
         described = database.execute(f"describe select * from '{quoted_path(files[0])}'").fetchall()
         nested = {name: _nested(database, files[0], name) for name in mapping.values() if "." in name}
@@ -115,6 +118,13 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
         raise InputError(f"cannot be read: {str(error).splitlines()[0]}", file=str(source)) from None
     types = {row[0]: row[1] for row in described}
     inside = {name: found for name, found in nested.items() if found and name not in types}
+    for name, kind in types.items():
+        if kind == "JSON":  # a text here, a list there
+            value = quoted(name)
+            inside[name] = (
+                f"if(json_type({value}) = 'ARRAY', {value}::varchar[], if({value} is null, null, [{value}->>'$']))",
+                "VARCHAR[]",
+            )
     types |= {name: kind for name, (_, kind) in inside.items()}
     columns = {
         field: [
@@ -145,8 +155,8 @@ def quoted(name: str) -> str:
 
 
 def quoted_path(path: Path) -> str:
-    """A path within single quotes in SQL."""
-    return str(path).replace("'", "''")
+    """A path within single quotes in SQL, where it is no pattern."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path)).replace("'", "''")
 
 
 def _nested(database: duckdb.DuckDBPyConnection, file: Path, name: str) -> tuple[str, str] | None:
@@ -175,14 +185,22 @@ def _files(source: Path) -> list[Path]:
     return files
 
 
-def _text_table(source: Path) -> str:
-    name = source.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        form = "newline_delimited" if name.endswith(".jsonl") else "auto"
-        return f"read_json('{quoted_path(source)}', format='{form}')"
-    if name.endswith((".csv", ".tsv")):
-        return f"read_csv('{quoted_path(source)}', header=true, max_line_size=67108864)"
-    raise InputError("expected .parquet, .jsonl, .jsonl.gz, .csv or .tsv", file=str(source))
+def _text_table(source: Path, scratch: Path) -> str:
+    extension = sources.extension_of(str(source))
+    if extension not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
+        raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, packed or not", file=str(source))
+    # As ingest opens it: unpacked, and in UTF-8.
+    plain = scratch / f"plain{extension}"
+    with sources.opened(str(source)) as file, plain.open("wb") as copy:
+        try:
+            shutil.copyfileobj(file, copy, _COPIED)
+        except (EOFError, OSError, ValueError) as error:
+            raise InputError(f"cannot be read: {error}", file=str(source)) from None
+    if extension in (".csv", ".tsv", ".txt"):
+        return f"read_csv('{quoted_path(plain)}', header=true, max_line_size=67108864)"
+    with plain.open("rb") as file:
+        lines = file.read(1) != b"[" and extension != ".json"
+    return f"read_json('{quoted_path(plain)}', format='{'newline_delimited' if lines else 'auto'}')"
 
 
 def _found(field: str, wanted: str | None, types: Mapping[str, str], source: Path) -> list[tuple[str, bool]]:

@@ -63,6 +63,13 @@ def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) 
             database.execute(f"insert into {name} select * from piece")
     database.unregister("piece")
     for side, table in (("document", "passages"), ("anchor", "asked")):
+        twice = database.execute(
+            f"select id from {table} group by id having count(distinct text) > 1 order by id limit 1"
+        ).fetchone()
+        if twice:
+            problem = f"the {side} id {twice[0]!r} has several texts, so no id says which"
+            remedy = "Give every text its own id, or audit by texts: --columns positive=…,negative=…"
+            raise InputError(problem, file=str(data.path), remedy=remedy)
         unknown = database.execute(
             f"select {side}, file, row from listed where {side} not in (select id from {table}) order by n limit 1"
         ).fetchone()
