@@ -5,7 +5,6 @@ A passage is a text, a chat's messages, an object with a text and perhaps an id 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ class Fields(NamedTuple):
         label: grades of the positives, a number or as many in a list; None: 1.
         by_id: passages are ids of documents that have a table of their own.
         extra: columns that say more of the row's positives.
-        watched: names of columns that count as well, which no later row may bring.
+        watched: how names of columns begin that count as well, which no later row may bring.
     """
 
     anchor: Column | None
@@ -61,7 +60,7 @@ class Fields(NamedTuple):
     label: Column | None = None
     by_id: bool = False
     extra: tuple[str, ...] = ()
-    watched: re.Pattern[str] | None = None
+    watched: tuple[str, ...] = ()
 
 
 def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) -> Reader:

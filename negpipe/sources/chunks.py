@@ -26,7 +26,6 @@ _RAW_BYTES = 4096  # enough to show how a broken line begins
 _DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
 _LONG = 4300  # digits of a number, of which Python reads no more
 _MOST = 2**31 - 1  # bytes that Arrow's reader takes at a time
-_KEY = re.compile(rb'"(\w{1,40})"\s*:', re.ASCII)
 _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
@@ -86,12 +85,12 @@ class Chunk(Protocol):
 class Check:
     """Whether the wanted columns are in a table, and what they are called there; `there`: its columns, once known.
 
-    `watched`: of JSON, whose rows may differ, columns that may not come after the first row without having been in it.
+    `watched`: how columns begin that may not come after the first row, where rows may differ, without being in it.
     """
 
     columns: Sequence[Column]
     file: str
-    watched: re.Pattern[str] | None = None
+    watched: tuple[str, ...] = ()
     _late: set[str] = field(default_factory=set, init=False)
     names: list[str] = field(default_factory=list, init=False)
     there: list[str] = field(default_factory=list, init=False)
@@ -128,13 +127,13 @@ class Check:
         """Whether lines of JSON may have such a column."""
         if any(json.dumps(name).encode() in block for name in self._late - {*self.names}):
             return True
-        if self.watched is None:
+        if not self.watched:
             return False
-        names = {found[1].decode() for found in _KEY.finditer(block)} - {*self.there}
-        return any(map(self._is_watched, names))
+        keys = re.compile(rb'"((?:%s)\w*)"\s*:' % "|".join(self.watched).encode(), re.ASCII)
+        return any(found[1].decode() not in self.there for found in keys.finditer(block))
 
     def _is_watched(self, name: str) -> bool:
-        return self.watched is not None and self.watched.match(name) is not None
+        return name.startswith(self.watched) if self.watched else False
 
 
 @dataclass(frozen=True)

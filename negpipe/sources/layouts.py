@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,8 +29,8 @@ Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[Table, Role]]]
 
 _log = logging.getLogger(__name__)
 
-_SAYS_MORE = re.compile(r"(hard_?)?neg|(labels?|scores?|similarity|relevance|grades?)$")
-"""Columns of pairs that may say which passages are no positives."""
+_SAYS_MORE = ("neg", "hard_neg", "hardneg", "label", "score", "similarity", "relevance", "grade")
+"""How columns of pairs begin that may say which passages are no positives."""
 _METADATA, _TABLES = "merlin_metadata.json", set(EXTENSIONS) - {".txt", ".trec", ".qrels"}
 """Of NeMo's corpora: what is no document, and the files that are."""
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
@@ -287,7 +286,7 @@ def _pair(data: schema.Data, table: Table) -> Fields:
     there = column_names(table)
     negatives = tuple(_negatives(names, there)) if names.negative else ()
     read = {one.column.name for one in negatives} | {names.label, names.positive, names.anchor}
-    unread = [name for name in there if name not in read and _SAYS_MORE.match(name) and not name.endswith("_id")]
+    unread = [name for name in there if name not in read and name.startswith(_SAYS_MORE) and not name.endswith("_id")]
     if unread:
         remedy = "data.columns.negative and data.columns.label name such columns"
         _log.warning("%s: not read: %s. %s", table.path, ", ".join(unread), remedy)

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -46,7 +45,7 @@ _Reader: TypeAlias = Callable[[Check, Table], Chunks]
 """Reads the file that the check names."""
 
 
-def chunks(table: Table, columns: Sequence[Column], watched: re.Pattern[str] | None = None) -> Chunks:
+def chunks(table: Table, columns: Sequence[Column], watched: tuple[str, ...] = ()) -> Chunks:
     """Consecutive rows of a table, some at a time; `watched`: see `Check`.
 
     Raises:
