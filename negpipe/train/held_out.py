@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from negpipe.config.schema import Config
@@ -18,10 +19,21 @@ def _config(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"split": config.train.eval_split})})
 
 
+def _sources(context: Context) -> dict[str, str]:
+    with _split_named(context.config.data.split):
+        return ingest.STAGE.sources(context)
+
+
 def _plan(context: Context) -> Iterator[Task]:
-    split = context.config.data.split
-    try:
+    with _split_named(context.config.data.split):
         yield from ingest.STAGE.plan(context)
+
+
+@contextmanager
+def _split_named(split: str) -> Iterator[None]:
+    """A split that is not there is named by the setting that asks for it."""
+    try:
+        yield
     except InputError as error:
         if error.field != "split":
             raise
@@ -44,6 +56,7 @@ STAGE = replace(
     name="held_out",
     kind="ingest",
     config=_config,
+    sources=_sources,
     plan=_plan,
     settle=_settled,
     views=lambda _: {},

@@ -78,7 +78,7 @@ def train(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
     train, encoder = config.train, config.encoder
     assert train is not None
@@ -130,6 +130,7 @@ def train(
         ),
         callbacks=[watch],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for kind in KINDS:
         if prompts[kind]:
