@@ -116,6 +116,7 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the trainer would share batches among all GPUs that it sees
     watch = _watcher(folder, train, progress)
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -132,6 +133,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # In bfloat16, the trainer has put a wrapper around the model's forward.
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     for kind in KINDS:
         if prompts[kind]:
             model.prompts[TASKS[kind]] = prompts[kind]

@@ -140,7 +140,9 @@ def _check_room(context: Context) -> None:
     place = next(path for path in (context.run_dir, *context.run_dir.absolute().parents) if path.is_dir())
     books = place / BOOKS if (place / BOOKS).is_dir() else place
     remedy = "set run_dir to a folder on a larger disk"
-    files.check_room({books: CHECKPOINTS * _STATES * weights + 2 * weights}, "checkpoints and model take about", remedy)
+    begun = sum(map(files.bytes_in, (books / "train").glob("begun-*")))
+    needed = max(0, (CHECKPOINTS * _STATES + 2) * weights - begun)
+    files.check_room({books: needed}, "checkpoints and model take about", remedy)
 
 
 def _parameters(folder: Path) -> int:

@@ -161,6 +161,19 @@ def test_matryoshka_adds_the_loss_of_every_width(still: Path, tmp_path: Path) ->
         train(config_of(still, "triplet", matryoshka=[64]), tmp_path / "wide", rows)
 
 
+def test_bfloat16_is_close(still: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    rows, _ = write_rows(tmp_path, "triplet")
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        (tmp_path / precision).mkdir()
+        trained = train(config_of(still, "triplet", precision=precision), tmp_path / precision, rows)
+        losses.append(trained.log["loss"][0].as_py())
+        assert {str(values.dtype) for values in load_file(trained.folder / "model.safetensors").values()} == {"float32"}
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 class Crash(BaseException):
     """A process that ends in the middle."""
 
@@ -243,3 +256,20 @@ def test_flagembedding_s_pooling_is_the_one_that_is_trained(tiny: Path, tmp_path
     assert SentenceTransformer(str(trained.folder))[1].get_config_dict()["pooling_mode"] == "cls"
     after = retriever.as_trained(encoder, str(bare), trained.folder)
     assert (after.model_class, after.pooling) == ("encoder-only-base", "cls")
+
+
+def test_both_ways_of_a_router_are_trained(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    models = [build_tiny_model(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    ways = [[Transformer(str(model)), Pooling(32, "mean")] for model in models]
+    base = tmp_path / "routed"
+    SentenceTransformer(modules=[Router.for_query_document(*ways)], device="cpu").save_pretrained(str(base))
+    rows, _ = write_rows(tmp_path, "triplet")
+    trained = train(config_of(base, "triplet"), tmp_path, rows).folder
+    weights = [path.relative_to(base) for path in sorted(base.rglob("*.safetensors"))]
+    assert len(weights) == 2
+    for path in weights:
+        assert (trained / path).read_bytes() != (base / path).read_bytes()

@@ -114,6 +114,15 @@ def test_rows_of_other_settings_train_another_model(copy: Run) -> None:
     assert {state.state for state in graph.status(config)} == {"current"}
 
 
+def test_damage_is_made_good(copy: Run) -> None:
+    graph.train(config_of(copy))
+    (weights,) = (copy.folder / file["path"] for file in part(copy, "model")["files"] if "safetensors" in file["path"])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert graph.train(config_of(copy), repair=True).ran == ("train",)
+    assert weights.read_bytes() == content == (copy.folder / "model/model.safetensors").read_bytes()
+
+
 # --- judging ------------------------------------------------------------------------------------------
 
 
