@@ -26,7 +26,7 @@ from negpipe.train.comparison import METRICS
 
 Progress = Callable[[int, str], None]
 
-_ANCHORS = 1024  # that are searched at a time
+_ANCHORS, _BLOCK = 512, 4096  # anchors and documents that are compared at a time
 _DEPTH = max(int(name.partition("@")[2]) for name in METRICS)
 
 
@@ -65,18 +65,28 @@ def evaluate(
         anchors, table = ann.open_parts([vectors_of(part)]), open_table(context.path(part, "table"))
         for low in range(0, part.rows, _ANCHORS):
             own = table.slice(low, _ANCHORS)
-            found = ann.search_exact(
-                anchors.take(np.arange(low, low + own.num_rows)),
-                corpus,
-                min(_DEPTH, corpus.rows),
-                positives=(np.empty(0, np.int64), np.empty(0, np.int64)),
-                budget=budget,
-            )
+            rows = ranking(anchors.take(np.arange(low, low + own.num_rows)), corpus, _DEPTH)
             positives, offsets = ragged(own["positives"])
             grades, _ = ragged(own["grades"])
-            for name, of_each in quality.of_each(METRICS, found.rows, positives, offsets, grades).items():
+            for name, of_each in quality.of_each(METRICS, rows, positives, offsets, grades).items():
                 values[name].append(of_each)
     return {name: np.concatenate(pieces) for name, pieces in values.items()}
+
+
+def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -> npt.NDArray[np.int64]:
+    """(n, depth) best rows of every anchor by (-score, row), -1 beyond the corpus.
+
+    Plain products, and not `ann.search_exact`: this process has torch, which must not meet FAISS.
+    """
+    scores = np.full((len(anchors), depth), -np.inf, np.float32)
+    rows = np.full((len(anchors), depth), -1, np.int64)
+    for start, block in corpus.blocks(_BLOCK):
+        numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(anchors), len(block)))
+        both = np.concatenate([scores, anchors @ block.T], axis=1)
+        best = np.argsort(-both, axis=1, kind="stable")[:, :depth]  # rows ascend, so the lower one is first of equals
+        scores = np.take_along_axis(both, best, axis=1)
+        rows = np.take_along_axis(np.concatenate([rows, numbers], axis=1), best, axis=1)
+    return rows
 
 
 def anchor_ids(context: Context) -> list[str]:

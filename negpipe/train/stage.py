@@ -42,7 +42,6 @@ CARD = "README.md"
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "base", "guide"}  # what the last two name is in `_sources`
 _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"}
 _NOT_USED = {"encoder.storage"}
-_LIBRARIES = ("sentence-transformers", "FlagEmbedding", "accelerate", "transformers", "tokenizers", "torch", "numpy")
 _EXTRA = ("accelerate", "scipy")
 _STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
 
@@ -203,7 +202,7 @@ def _model_files(part: Part) -> dict[str, File]:
 
 def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
     device = encoders.provenance(context.config.encoder)
-    installed = versions.installed(_LIBRARIES)
+    installed = versions.installed(_libraries(context.config))
     folder = context.own.begun(key(task.key, installed, device["device_kind"]))
     run = _train if task.kind == "model" else _evaluate
     made = run(task, folder, context, publish, progress)
@@ -300,6 +299,10 @@ def _views(parts: Sequence[Part]) -> dict[str, Shown]:
     return {"model": shown}
 
 
+def _libraries(config: Config) -> tuple[str, ...]:
+    return (*encoders.libraries(config.encoder), "sentence-transformers", "accelerate")
+
+
 def _resources(context: Context) -> Budget:
     """All there is: nothing else runs meanwhile."""
     return replace(context.whole, gpu=context.config.encoder.device != "cpu")
@@ -319,7 +322,7 @@ STAGE = Stage(
     stats=_stats,
     remarks=_remarks,
     views=_views,
-    libraries=lambda _: _LIBRARIES,
+    libraries=_libraries,
     resources=_resources,
     place=lambda _: "apart",
 )

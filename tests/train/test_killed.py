@@ -29,6 +29,7 @@ def whole(mined: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     code, out, log = run.command("train", *STEPS)
     assert code == 0, log
     assert out.rstrip().splitlines()[-1].startswith("RESULT: ")
+    assert "faiss" not in (run.folder / ".negpipe/logs/train-0.log").read_text(encoding="utf-8")  # torch is there
     return run
 
 
