@@ -15,7 +15,7 @@ SET ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report
+VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train
 QUICKSTART := data/quickstart
 FAST := $(addprefix tests/,config data encoders select store)
 
@@ -30,7 +30,7 @@ setup: $(READY)  ## make .venv with the versions in constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,dev]'
 	@touch $@
 
 $(QUICKSTART): | $(READY)
@@ -50,6 +50,7 @@ audit:     ## check every training row against the qrels
 calibrate: ## measure how many hidden positives each setting takes as negatives
 quality:   ## recall, MRR, nDCG and MAP of the encoder
 report:    ## write report.html
+train:     ## fine-tune the encoder on the rows, and say whether it helped (a config with a section train)
 
 $(VERBS): $(READY)
 	@$(BIN)/negpipe $@ '$(CONFIG)' $(foreach pair,$(SET),--set '$(pair)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,27 @@ from negpipe.engine.upkeep import Inventory
 from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
 
-__all__ = ["Result", "clean", "inventory", "mine", "resolved", "stages", "status", "superseded"]
+__all__ = ["Result", "clean", "inventory", "mine", "of_kind", "resolved", "stages", "status", "superseded", "train"]
 
 
-def stages(rescore: Stage | None = None) -> Graph:
+def stages(config: Config) -> Graph:
+    """All that the config asks for: the five that mine, and those that train where there is a section `train`."""
+    return STAGES if config.train is None else _training()
+
+
+def of_kind(kind: str) -> Stage:
+    """The stage that has a kind's functions."""
+    return STAGES[kind] if kind in STAGES else _training()[kind]
+
+
+def _training() -> Graph:
+    """The five stages and those of `negpipe.train`, which is named and not imported: what it will hold beside them
+    (rounds of mining and training) runs graphs, so it lies above this module."""
+    graph: Graph = import_module("negpipe.train").with_training(STAGES)
+    return graph
+
+
+def _mining(rescore: Stage | None = None) -> Graph:
     """The five stages; `rescore` comes after search, and its candidates take the place of search's."""
     graph: dict[str, Stage] = {}
     for name, stage in STAGES.items():
@@ -29,11 +47,26 @@ def stages(rescore: Stage | None = None) -> Graph:
 
 
 def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Result:
-    """Bring the stages up to date, see `pipeline.mine`.
+    """Bring the stages that mine up to date, see `pipeline.mine`.
 
     Raises:
         ConfigError: also where `mining.score` names a score that no stage makes.
     """
+    return _run(config, _mining(rescore), rescore, options)
+
+
+def train(config: Config, **options: Any) -> Result:
+    """Bring all stages up to date, those that train too, see `pipeline.mine`.
+
+    Raises:
+        ConfigError: also where the config has no section `train`.
+    """
+    if config.train is None:
+        raise ConfigError("train: the config has no such section: add `train: {}` to train with its defaults")
+    return _run(config, stages(config), None, options)
+
+
+def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:
     scores = (DENSE, TEACHER) if rescore else (DENSE,)
     if options.get("only") in (None, "triplets") and config.mining.score not in scores:
         raise ConfigError(
@@ -49,27 +82,27 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
             f"mining.score: negatives that the source names may have no {config.mining.score} score: set"
             " mining.given_negatives: ignore and mining.judged: allow"
         )
-    return pipeline.mine(config, stages(rescore), **options)
+    return pipeline.mine(config, graph, **options)
 
 
 def status(config: Config) -> list[State]:
     """How every stage stands. Reads only."""
-    return pipeline.status(config, STAGES)
+    return pipeline.status(config, stages(config))
 
 
 def inventory(config: Config) -> Inventory:
     """What a run has on record, see `upkeep.inventory`."""
-    return upkeep.inventory(config, STAGES)
+    return upkeep.inventory(config, stages(config))
 
 
 def superseded(config: Config) -> list[tuple[Path, int]]:
     """What `clean` frees, see `upkeep.superseded`."""
-    return upkeep.superseded(config, STAGES)
+    return upkeep.superseded(config, stages(config))
 
 
 def clean(config: Config) -> int:
     """Delete what `superseded` lists. Returns the bytes freed."""
-    return upkeep.clean(config, STAGES)
+    return upkeep.clean(config, stages(config))
 
 
 def resolved(config: Config) -> tuple[Config, bool]:

@@ -19,6 +19,7 @@ import threading
 from dataclasses import replace
 from typing import Any, BinaryIO
 
+from negpipe import graph
 from negpipe.config import machine
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
@@ -29,7 +30,6 @@ from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context, Task, cache_path, run_task
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.redaction import Redacting
-from negpipe.stages import STAGES
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     head = messages.get()
     doing = str(head.get("stage"))
     try:
-        stage, config = replace(STAGES[head["kind"]], name=head["stage"]), load_config(head["config"])
+        stage, config = replace(graph.of_kind(head["kind"]), name=head["stage"]), load_config(head["config"])
         if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
         context = _context(config, stage.name, head)

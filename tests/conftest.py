@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import learnable
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config, tricky_folder
 from real_runs import Run
 from tiny_model import build_tiny_model
+
+from negpipe import graph
+from negpipe.config.file import load_config
 
 SCRIPT = """
 import json, sys
@@ -111,3 +115,22 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[object
 def undisturbed(scripted: tuple[Run, list[object]]) -> Run:
     """The run of the vectors that the user brings, from nothing and without a disturbance."""
     return scripted[0]
+
+
+@pytest.fixture(scope="session")
+def mined(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Rows to train on, and nothing trained."""
+    folder = tmp_path_factory.mktemp("mined")
+    run = Run(learnable.settings(folder / "run", learnable.build(folder / "beir"), tiny))
+    with learnable.training_here():
+        graph.mine(load_config(run.config))
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(mined: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same, trained for two steps."""
+    run = mined.copied(tmp_path_factory.mktemp("trained") / "run")
+    with learnable.training_here():
+        graph.train(load_config(run.config))
+    return run

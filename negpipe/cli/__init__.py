@@ -22,6 +22,8 @@ from negpipe.cli import calibrate  # isort: split
 
 from negpipe.cli import report  # isort: split
 
+from negpipe.cli import train  # isort: split
+
 from negpipe.cli import config, maintenance
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
@@ -41,6 +43,7 @@ __all__ = [
     "report",
     "results",
     "run",
+    "train",
 ]
 
 

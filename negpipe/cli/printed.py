@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from negpipe.review.diff import Change, Difference
 from negpipe.review.quality import Distribution, Quality
 from negpipe.review.wording import clean_text
 from negpipe.stages import encode
+from negpipe.train.comparison import of_document
 
 
 def table(title: str, *columns: str) -> Table:
@@ -142,6 +144,26 @@ def show_audit(found: Audit, failed: set[str]) -> None:
             out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)
             for example in one.examples:
                 out.print(clean_text(_example(example), 200), markup=False)
+
+
+def show_training(stats: dict[str, Any], model: Path) -> None:
+    """What was trained, its metrics before and after, and the result as the last line."""
+    loss = " to ".join(f"{value:.4f}" for value in stats["loss"])
+    steps = f"{stats['steps']:,} step{'s' * (stats['steps'] != 1)}"
+    out.print(f"{steps} on {stats['rows']:,} rows, loss {loss}. The model: {model}/\n", markup=False)
+    compared = [of_document(document) for document in stats["compared"]]
+    rows = table(f"{stats['held_out_anchors']:,} held-out anchors", "", "before", "after", "difference", "95 %", "")
+    for one in compared:
+        difference, interval = f"{one.after - one.before:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
+        rows.add_row(one.metric, f"{one.before:.4f}", f"{one.after:.4f}", difference, interval, one.verdict)
+    out.print(rows)
+    shared = stats["overlap"]
+    out.print(
+        f"\nTrained on too: {shared['anchors_trained_on']:,} of {shared['anchors']:,} held-out anchors,"
+        f" {shared['positives_trained_on']:,} of {shared['positives']:,} texts of their positives.\n",
+        markup=False,
+    )
+    out.print(compared[0].line, markup=False, soft_wrap=True)
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from negpipe import graph
 from negpipe.cli import console
 from negpipe.engine.pipeline import Result
 from negpipe.engine.state import State
@@ -18,7 +19,6 @@ from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
-from negpipe.stages import STAGES
 from negpipe.stages.triplets import advice, is_short
 from negpipe.store import view
 
@@ -178,7 +178,7 @@ def show_status(states: list[State]) -> None:
             console.out.print(f"{state.stage}: {state.reason}", markup=False)
         if state.versions:
             console.out.print(f"{state.stage}: {state.versions}", markup=False)
-        for _, remark in STAGES[state.stage].remarks(state.manifest.stats) if state.manifest else ():
+        for _, remark in graph.of_kind(state.stage).remarks(state.manifest.stats) if state.manifest else ():
             console.out.print(f"{state.stage}: {remark}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
             console.out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)

@@ -531,6 +531,57 @@ class Output(_Model):
         return self
 
 
+Loss = Literal[
+    "MultipleNegativesRankingLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CachedGISTEmbedLoss",
+    "MarginMSELoss",
+    "DistillKLDivLoss",
+]
+DISTILLING: tuple[Loss, ...] = ("MarginMSELoss", "DistillKLDivLoss")
+"""The losses that learn the scores of rows."""
+
+
+class Train(_Model):
+    """How a model is fine-tuned on the rows, and on what it is judged."""
+
+    kind: Literal["retriever"] = Field("retriever", description="What is trained: the encoder.")
+    base: str | None = Field(
+        None, description="Model to fine-tune, named as encoder.model is; null: the encoder's own model."
+    )
+    loss: Loss = Field(
+        "MultipleNegativesRankingLoss",
+        description="A loss of Sentence Transformers. All take output.format triplet and n-tuple; MarginMSELoss and"
+        " DistillKLDivLoss learn the rows' scores.",
+    )
+    guide: str | None = Field(
+        None, description="CachedGISTEmbedLoss: the model that judges negatives; null: the base, as it was."
+    )
+    epochs: float = Field(1, gt=0, description="Passes over the rows.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: as many as train.epochs takes.")
+    batch_size: int = Field(32, ge=2, description="Rows a batch; no text is twice in one.")
+    mini_batch_size: int = Field(32, ge=1, description="Cached losses: rows a forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches an optimizer step.")
+    learning_rate: float = Field(2e-5, gt=0, description="Highest learning rate; it falls linearly to 0.")
+    warmup: float = Field(0.1, ge=0, description="Steps until it is reached; below 1, a share of all steps.")
+    seed: int | None = Field(None, ge=0, description="Seed of batches and dropout; null: seed.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What the model computes in; weights are kept in float32. bfloat16: for hardware with it.",
+    )
+    matryoshka: tuple[int, ...] = Field(
+        (), description="Widths at which vectors are to be of use too, for example [256, 128, 64]."
+    )
+    checkpoint_steps: int = Field(500, ge=1, description="Steps from one checkpoint to the next.")
+    eval_split: str = Field("test", description="Qrels, or split of pair rows, on which the model is judged.")
+
+    @model_validator(mode="after")
+    def _widths(self) -> Train:
+        if min(self.matryoshka, default=1) < 1:
+            raise ValueError("matryoshka: a width is 1 or more")
+        return self
+
+
 def _seconds(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -600,6 +651,7 @@ class Config(_Model):
     search: Search = Search()
     mining: Mining = Mining()
     output: Output = Output()
+    train: Train | None = None
     executor: Executor = Executor()
     resources: Resources = Resources()
 
@@ -649,6 +701,33 @@ class Config(_Model):
                 column = name.removeprefix(ANCHOR)
                 for side in ("corpus", "queries") if name.startswith(ANCHOR) else ("corpus",):
                     self.data.extra.require(side, column, f"mining.{setting}: '{name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Config:
+        if self.train is None:
+            return self
+        loss, output = self.train.loss, self.output
+        if output.format not in ("triplet", "n-tuple"):
+            raise ValueError(
+                f"train.loss: {loss} takes output.format triplet or n-tuple, not {output.format}: set one of them"
+            )
+        if output.include_positives:
+            raise ValueError(
+                "train: a ranking with positives among its negatives is no training row:"
+                " set output.include_positives: false"
+            )
+        if loss in DISTILLING and not output.scores:
+            raise ValueError(f"train.loss: {loss} learns the rows' scores: set output.scores: true")
+        if self.train.base is None and self.encoder.backend == "precomputed":
+            raise ValueError("train.base: vectors that you bring have no model to train: name one")
+        if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
+            raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
+        if self.train.eval_split == self.data.split:
+            raise ValueError(
+                f"train.eval_split: '{self.train.eval_split}' is data.split too, which the model is trained on:"
+                " name a split that it never sees"
+            )
         return self
 
     def resolved(self, max_positives: int) -> Config:

@@ -152,7 +152,7 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
     routes = routed(encoder, path)
 
     def call(texts: list[str], kind: Kind) -> Any:
-        prompt, texts = _instructed(instructions[kind], texts)
+        prompt, texts = instructed(instructions[kind], texts)
         for module in filter(_takes_length, inputs):
             module.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
         found = model.encode(
@@ -176,7 +176,7 @@ def _takes_length(module: Any) -> bool:
     return own.fset is not None if isinstance(own, property) else hasattr(module, "max_seq_length")
 
 
-def _instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
+def instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
     """The prompt before each text, and the texts; an empty prompt also keeps the library's own choice away."""
     if instruction.text is None:
         return "", texts

@@ -178,6 +178,10 @@ class Made:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def _as_it_is(config: Config) -> Config:
+    return config
+
+
 def _nothing(_: Context) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -263,6 +267,7 @@ class Stage:
         kind: the stage whose functions it has, by name, where it is a second one of a kind; a worker finds them by it.
         reads: the names by which its functions know its inputs, where those are others: a second search knows as encode
             what a second encode made.
+        config: the config as its functions see it, where that differs: a second ingest reads another split.
     """
 
     name: str
@@ -289,9 +294,12 @@ class Stage:
     provides: str = ""
     kind: str = ""
     reads: Mapping[str, str] = field(default_factory=dict)
+    config: Callable[[Config], Config] = _as_it_is
 
     def within(self, context: Context) -> Context:
-        """What the stage's own functions are given: its name, its inputs as it knows them, what its tasks may use."""
+        """What the stage's own functions are given: its name, config and inputs as it knows them, what its tasks may
+        use."""
+        context = replace(context, config=self.config(context.config))
         known = {name: context.manifests[real] for name, real in self.reads.items() if real in context.manifests}
         granted = self.resources(context)
         return replace(context, stage=self.name, manifests={**context.manifests, **known}, granted=granted)

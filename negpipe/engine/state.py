@@ -80,6 +80,7 @@ class Identity:
 
 
 def identity_of(stage: Stage, context: Context) -> Identity:
+    context = stage.within(context)
     inputs = {name: context.manifest(name).digest for name in stage.inputs}
     return Identity(stage.name, stage.version, stage.settings(context.config), stage.sources(context), inputs)
 

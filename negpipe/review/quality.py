@@ -171,23 +171,41 @@ def distribution(values: Floats) -> Distribution:
 
 def _metrics(rows: Ints, positives: Ints, offsets: Ints, grades: npt.NDArray[Any]) -> dict[str, float]:
     """Sums over some anchors of every metric, by name."""
-    import ir_measures
-    from ir_measures import AP, RR, R, nDCG
-
     depth = rows.shape[1]
-    names = {R @ k: f"Recall@{k}" for k in sorted({*(k for k in _CUTOFFS if k < depth), depth})}
-    names |= {RR @ 10: "MRR@10", nDCG @ 10: "nDCG@10", AP @ depth: f"MAP@{depth}"}
-    down = [float(score) for score in range(depth, 0, -1)]
+    recall = [f"Recall@{k}" for k in sorted({*(k for k in _CUTOFFS if k < depth), depth})]
+    found = of_each([*recall, "MRR@10", "nDCG@10", f"MAP@{depth}"], rows, positives, offsets, grades)
+    return {name: sum(values.tolist()) for name, values in found.items()}
+
+
+def of_each(
+    metrics: Sequence[str], rows: Ints, positives: Ints, offsets: Ints, grades: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """(n,) values of every metric for each anchor.
+
+    Args:
+        metrics: Recall@k, MRR@k, nDCG@k, MAP@k.
+        rows: (n, depth) ranking, -1 beyond the corpus.
+        positives: relevant rows of all anchors, ragged by `offsets` (n + 1,), with their `grades`.
+    """
+    import ir_measures
+
+    kinds = {"Recall": "R", "MRR": "RR", "nDCG": "nDCG", "MAP": "AP"}
+    named = {ir_measures.parse_measure(f"{kinds[name]}@{k}"): f"{name}@{k}" for name, _, k in map(_parted, metrics)}
+    down = [float(score) for score in range(rows.shape[1], 0, -1)]
     run = {str(at): dict(zip(map(str, row[row >= 0].tolist()), down, strict=False)) for at, row in enumerate(rows)}
     gains = np.maximum(1, grades.astype(np.float64)).astype(np.int64)
     qrels = {
         str(at): dict(zip(map(str, positives[low:high].tolist()), gains[low:high].tolist(), strict=True))
         for at, (low, high) in enumerate(pairwise(offsets.tolist()))
     }
-    sums = dict.fromkeys(names.values(), 0.0)
-    for found in ir_measures.iter_calc(list(names), qrels, run):
-        sums[names[found.measure]] += found.value
-    return sums
+    values = {name: np.zeros(len(rows)) for name in metrics}
+    for found in ir_measures.iter_calc(list(named), qrels, run):
+        values[named[found.measure]][int(found.query_id)] = found.value
+    return values
+
+
+def _parted(metric: str) -> tuple[str, str, str]:
+    return metric.partition("@")
 
 
 def _rank_counts(ranks: Ints, depth: int) -> dict[str, int]:

@@ -1,32 +1,36 @@
-"""What people look at: `triplets/` and `rejected.jsonl` in the run directory, names that show parts of the store.
+"""What people look at: `triplets/`, `model/` and `rejected.jsonl` in the run directory, names that show parts of the
+store.
 
 A folder of parts is shown by a pointer, a relative symbolic link that changes in one step: whoever opens it sees the
 rows of one setting at every moment. It leads to `.NAME/VERSION/`, a folder of links to the parts (hard links, symbolic
 ones where the store is on another disk). A single file is shown by a link of its own. Files that people put into a
-shown folder are theirs: they move on to the next one.
+shown folder are theirs: they move on to the next one. Ours are told by their name, `PART`, or by the list beside them.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from negpipe.errors import StorageError
 from negpipe.store import unfinished
-from negpipe.store.files import explained, sync_folder
+from negpipe.store.files import explained, json_bytes, publish, sync_folder, write_all
 
 _ATTEMPTS = 20
 _RACES = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 _ASIDE = "old-"
 Entries = Mapping[str, Path]
 PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
-"""What the entries of a shown folder are called."""
+"""What the entries of a shown folder of rows are called."""
+_LIST = ".shown"
+"""In a folder whose entries are called otherwise: their names, in JSON."""
 
 
 def show(
@@ -79,26 +83,45 @@ def stale(run_dir: Path, name: str) -> Iterator[Path]:
     with suppress(OSError):
         for folder in sorted((run_dir / f".{name}").iterdir()):
             if folder.is_dir() and not folder.is_symlink() and folder.resolve() != current:
+                listed = [folder / entry for entry in _listed(folder)]
+                yield from (path for path in listed if path.is_file() and not _is_lone(path))
                 yield from (path for path in folder.iterdir() if PART.fullmatch(path.name) and not _is_lone(path))
+                if listed:
+                    yield folder / _LIST
 
 
 def drop_empty(run_dir: Path, name: str) -> None:
     """Remove folders that hold nothing any more."""
     with suppress(OSError):
         for folder in (run_dir / f".{name}").iterdir():
-            with suppress(OSError):
-                folder.rmdir()
+            within = sorted(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
+            for inner in [*reversed(within), folder]:
+                with suppress(OSError):
+                    inner.rmdir()
 
 
 def _filled(folder: Path, entries: Entries) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path in unfinished.left_over(folder):
         path.unlink(missing_ok=True)
+    if not all(map(PART.fullmatch, entries)):
+        names = json_bytes(sorted(entries))
+        publish(folder, _LIST, lambda file: write_all(file, names), len(names))
     for name, path in entries.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not _same(folder / name, path):
             _link(path, folder / name, in_folder=True)
     sync_folder(folder)
     return folder
+
+
+def _listed(folder: Path) -> list[str]:
+    """The entries of a folder, beside those that their names tell."""
+    try:
+        names = [PurePosixPath(name) for name in json.loads((folder / _LIST).read_bytes())]
+        return [str(name) for name in names if not name.is_absolute() and ".." not in name.parts]
+    except (OSError, TypeError, ValueError):
+        return []
 
 
 def _link(source: Path, name: Path, *, in_folder: bool) -> None:
@@ -151,13 +174,14 @@ def _stuck(place: Path, folder: Path, why: str | None) -> StorageError:
 
 
 def _move_on(before: Path, folder: Path, ours: Collection[str]) -> None:
-    """Take what is the user's along. Rows of an older setting, whoever made them, stay where they are."""
+    """Take what is the user's along. What was shown of an older setting, whoever made it, stays where it is."""
+    shown = {_LIST, *(name.partition("/")[0] for name in _listed(before))}
     for path in sorted(before.iterdir()):
         with suppress(OSError):
             if path.name in ours or unfinished.is_unfinished(path.name):
                 path.unlink()
             # A file that somebody on NFS still reads has a name of the system's and goes by itself.
-            elif not PART.fullmatch(path.name) and not path.name.startswith(".nfs"):
+            elif not (PART.fullmatch(path.name) or path.name in shown or path.name.startswith(".nfs")):
                 os.rename(path, _free(folder / path.name))
     with suppress(OSError):
         before.rmdir()

@@ -181,7 +181,7 @@ def test_margin_reference_and_threads_change_nothing(searched: Run) -> None:
 
 
 def test_interval_is_that_of_scipy() -> None:
-    from scipy import stats  # type: ignore[import-untyped]
+    from scipy import stats
 
     draw = np.random.default_rng(0)
     taken = draw.integers(1, 4, size=(1, 200)).astype(np.float32)

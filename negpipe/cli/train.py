@@ -1,0 +1,68 @@
+"""The command that trains: `train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import (
+    BadRowsOption,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    RebuildOption,
+    RehashOption,
+    SetOption,
+    app,
+    checked,
+    with_option,
+)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    fail_on: Annotated[
+        str | None, typer.Option(help="loss: exit code 1 where the model is worse than its base.", metavar="VERDICT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    max_bad_rows: BadRowsOption = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
+    ] = False,
+    rebuild: RebuildOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model on the rows, and say whether it finds more than its base did. Mines what is not up to date first.
+
+    It is judged on the queries of train.eval_split, against the whole corpus; the last line is the result. The model is
+    in RUN_DIR/model.
+
+    Example: negpipe train scifact.yaml --set train.batch_size=64 --fail-on loss
+    """
+    import json
+
+    from negpipe import graph
+    from negpipe.cli import console, printed
+    from negpipe.config.file import load_config
+    from negpipe.errors import ConfigError, NegpipeError
+    from negpipe.train.comparison import of_document
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    if fail_on not in (None, "loss"):
+        raise ConfigError(f"--fail-on {fail_on}: expected loss")
+    settings = load_config(config, with_option(overrides, "data.max_bad_rows", max_bad_rows))
+    made = graph.train(settings, reporter=console.reporter(log_format), rehash=rehash, repair=repair, rebuild=rebuild)
+    stats = made.stats["train"]
+    first = of_document(stats["compared"][0])
+    model = made.run_dir / "model"
+    if as_json:
+        typer.echo(json.dumps({"model": str(model), "verdict": first.verdict, **stats}, allow_nan=False))
+    else:
+        printed.show_training(stats, model)
+    if fail_on and first.verdict == "LOSS":
+        raise NegpipeError("the model is worse than its base (--fail-on loss)")

@@ -1,0 +1,76 @@
+"""The model's card: the library's own, with what negpipe knows beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from negpipe import __version__
+from negpipe.config.schema import Config
+from negpipe.engine.manifest import Manifest
+from negpipe.redaction import redacted
+
+_TYPES = {"nDCG@10": "ndcg_at_10", "MRR@10": "mrr_at_10", "Recall@10": "recall_at_10", "Recall@100": "recall_at_100"}
+"""What the hub calls the metrics."""
+
+
+def written(
+    library: Path, config: Config, rows: Manifest, compared: Sequence[Mapping[str, Any]], shared: Mapping[str, int]
+) -> str:
+    """The card.
+
+    Args:
+        library: the card that Sentence Transformers wrote.
+        config: what was run.
+        rows: the manifest of the rows that were trained on.
+        compared: every metric before and after, `Comparison.document`.
+        shared: what the held-out split shares with the rows, `Overlap`.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    assert config.train is not None
+    card = ModelCard.load(library)
+    card.data.model_name = getattr(card.data, "model_name", None) or "Retriever trained on mined negatives"
+    card.data.eval_results = [
+        EvalResult(
+            task_type="information-retrieval",
+            task_name="Information Retrieval",
+            dataset_type="held-out",
+            dataset_name=f"held-out split {config.train.eval_split}",
+            metric_type=_TYPES[one["metric"]],
+            metric_name=one["metric"],
+            metric_value=one["after"],
+        )
+        for one in compared
+    ]
+    table = "\n".join(
+        f"| {one['metric']} | {one['before']:.4f} | {one['after']:.4f} |"
+        f" {one['after'] - one['before']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f}) | {one['verdict']} |"
+        for one in compared
+    )
+    settings = yaml.safe_dump(redacted(config.model_dump(mode="json", exclude_none=True)), sort_keys=False)
+    section = f"""
+## Before and after
+
+On {compared[0]["anchors"]:,} queries of the split `{config.train.eval_split}`, by exact search of the whole corpus.
+Intervals are Student's, paired, 95 %.
+
+| metric | before | after | difference | |
+|---|---|---|---|---|
+{table}
+
+{shared["anchors_trained_on"]:,} of {shared["anchors"]:,} of these queries, and {shared["positives_trained_on"]:,} of
+{shared["positives"]:,} texts of their positives, are trained on too.
+
+## How it was made
+
+negpipe {__version__} mined the {rows.stats["rows"]:,} rows; their fingerprint is `{rows.digest}`.
+
+```yaml
+{settings.strip()}
+```
+"""
+    return f"{str(card).rstrip()}\n{section}"

@@ -1,0 +1,63 @@
+"""held_out: ingest once more, of the split that a model is judged on. Its corpus is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from negpipe.config.schema import Config
+from negpipe.engine.manifest import Manifest
+from negpipe.engine.stage import Context, Task
+from negpipe.errors import InputError
+from negpipe.stages import ingest
+
+
+def _config(config: Config) -> Config:
+    """The config whose anchors are the held-out ones."""
+    assert config.train is not None
+    return config.model_copy(update={"data": config.data.model_copy(update={"split": config.train.eval_split})})
+
+
+def _sources(context: Context) -> dict[str, str]:
+    with _split_named(context.config.data.split):
+        return ingest.STAGE.sources(context)
+
+
+def _plan(context: Context) -> Iterator[Task]:
+    with _split_named(context.config.data.split):
+        yield from ingest.STAGE.plan(context)
+
+
+@contextmanager
+def _split_named(split: str) -> Iterator[None]:
+    """A split that is not there is named by the setting that asks for it."""
+    try:
+        yield
+    except InputError as error:
+        if error.field != "split":
+            raise
+        there = [name for name in error.there if name != split]
+        raise InputError(
+            f"there is nothing to judge the model by: {error.problem}",
+            file=error.file,
+            field="train.eval_split",
+            remedy=f"Splits here: {', '.join(there) or 'none'}. Name one that is not trained on",
+            there=error.there,
+        ) from None
+
+
+def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
+    return config, ""  # how deep to search says the other ingest
+
+
+STAGE = replace(
+    ingest.STAGE,
+    name="held_out",
+    kind="ingest",
+    config=_config,
+    sources=_sources,
+    plan=_plan,
+    settle=_settled,
+    views=lambda _: {},
+)

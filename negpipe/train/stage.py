@@ -1,0 +1,328 @@
+"""train: rows → a model, and what they did to it.
+
+Two parts. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model shows it.
+`evaluation` has the scores of every held-out anchor before and after, and the model's card, which tells of both; it is
+made again, and the model is not, where only the held-out split changes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe import encoders
+from negpipe.config.schema import Config, Encoder
+from negpipe.data.tables import texts
+from negpipe.encoders import prompts
+from negpipe.engine import versions
+from negpipe.engine.budget import Budget
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import File, Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
+from negpipe.errors import ConfigError, InputError
+from negpipe.stages import encode
+from negpipe.store import files
+from negpipe.store.files import BOOKS, write_all
+from negpipe.train import card, overlap
+from negpipe.train.comparison import METRICS, compare
+
+VERSION = 1
+CARD = "README.md"
+_CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "base", "guide"}  # what the last two name is in `_sources`
+_OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"}
+_NOT_USED = {"encoder.storage"}
+_EXTRA = ("accelerate", "scipy")
+_STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
+
+
+def _config(config: Config) -> Config:
+    """The config whose encoder is the one that is trained."""
+    train, encoder = config.train, config.encoder
+    assert train is not None
+    if train.base is None:
+        return config
+    changed: dict[str, Any] = {"model": train.base, "revision": None, "model_class": None, "pooling": None}
+    if encoder.backend == "precomputed":
+        changed |= {"backend": "sentence-transformers"}
+    return config.model_copy(update={"encoder": encoder.model_copy(update=changed)})
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    assert config.train is not None
+    values = config.train.model_dump(mode="json", exclude=_CIRCUMSTANCE)
+    values["seed"] = config.seed if config.train.seed is None else config.train.seed
+    encoder = encode.STAGE.settings(config)
+    return {f"train.{name}": value for name, value in values.items()} | {
+        name: value for name, value in encoder.items() if name not in _NOT_USED
+    }
+
+
+def _sources(context: Context) -> dict[str, str]:
+    """The model that is trained, what it puts before texts, and its guide."""
+    encoder = context.config.encoder
+    base = _base(context)
+    own = {f"encoder.{name}": value for name, value in prompts.of_the_model(encoder, base.path).items()}
+    guide = {"train.guide": _guide(context).digest} if _guided(context.config) else {}
+    return {"train.base": base.digest} | own | guide
+
+
+def _base(context: Context) -> encoders.Model:
+    return _resolved(context, context.config.encoder, "train.base")
+
+
+def _guide(context: Context) -> encoders.Model:
+    train = context.config.train
+    assert train is not None
+    if train.guide is None:
+        return _base(context)
+    encoder = context.config.encoder.model_copy(
+        update={"backend": "sentence-transformers", "model": train.guide, "revision": None}
+    )
+    return _resolved(context, encoder, "train.guide")
+
+
+def _guided(config: Config) -> bool:
+    return config.train is not None and config.train.loss == "CachedGISTEmbedLoss"
+
+
+def _resolved(context: Context, encoder: Encoder, field: str) -> encoders.Model:
+    named = context.config.train is not None and getattr(context.config.train, field.partition(".")[2]) is not None
+    try:
+        return encoders.resolve_model(encoder, context.digest_file)
+    except InputError as error:
+        if not named:
+            raise
+        raise InputError(error.problem, file=error.file, field=field, remedy=error.remedy) from None
+
+
+def _check(context: Context) -> None:
+    """Everything that can be known before hours are spent."""
+    train = context.config.train
+    assert train is not None
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"train: {' and '.join(missing)} is not installed: run `pip install 'negpipe[train]'`")
+    _sources(context)
+    _check_room(context)
+    if "held_out" in context.manifests:
+        _check_held_out(context)
+    if "triplets" in context.manifests:
+        rows = context.manifest("triplets").stats["rows"]
+        if rows < train.batch_size:
+            raise InputError(
+                f"{rows:,} rows are too few for a batch of {train.batch_size:,}",
+                field="train.batch_size",
+                remedy="Mine more rows, or set a smaller batch",
+            )
+
+
+def _check_room(context: Context) -> None:
+    """Checkpoints and the model fit onto the disk.
+
+    Raises:
+        StorageError: they do not.
+    """
+    from negpipe.train.retriever import CHECKPOINTS
+
+    weights = 4 * _parameters(Path(_base(context).path))
+    place = next(path for path in (context.run_dir, *context.run_dir.absolute().parents) if path.is_dir())
+    books = place / BOOKS if (place / BOOKS).is_dir() else place
+    remedy = "set run_dir to a folder on a larger disk"
+    begun = sum(map(files.bytes_in, (books / "train").glob("begun-*")))
+    needed = max(0, (CHECKPOINTS * _STATES + 2) * weights - begun)
+    files.check_room({books: needed}, "checkpoints and model take about", remedy)
+
+
+def _parameters(folder: Path) -> int:
+    """How many weights a model has, as its files tell."""
+    count = 0
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count or sum(path.stat().st_size for path in folder.rglob("*.bin")) // 4
+
+
+def _check_held_out(context: Context) -> None:
+    """There is something to judge by, which was not trained on."""
+    if "ingest" not in context.manifests:
+        return
+    found, train = overlap.measure(context), context.config.train
+    assert train is not None
+    if found.anchors < 2:
+        raise InputError(
+            f"the split '{train.eval_split}' has {found.anchors} anchors with a positive, a comparison takes two",
+            field="train.eval_split",
+            remedy="Name a split with more judgments",
+        )
+    if found.anchors_trained_on == found.anchors:
+        raise InputError(
+            f"all {found.anchors:,} anchors of the split '{train.eval_split}' are trained on too",
+            field="train.eval_split",
+            remedy=f"Name a split with anchors that the split '{context.config.data.split}' has not",
+        )
+
+
+def _plan(context: Context) -> Iterator[Task]:
+    """The model, and once it is there its evaluation."""
+    train = context.config.train
+    assert train is not None
+    settings, sources = _settings(context.config), _sources(context)
+    triplets = context.manifest("triplets")
+    rows = [file for part in triplets.parts for file in part.all("rows")]
+    trained_by = {name: value for name, value in settings.items() if name not in _OF_EVALUATION}
+    name = key("train", VERSION, "model", trained_by, sources, [file.digest for file in rows])
+    count = triplets.stats["rows"]
+    total = train.steps * train.batch_size * train.gradient_accumulation if train.steps else int(train.epochs * count)
+    yield Task(name, "model", total, {"rows": [file.path for file in rows]})
+    part = context.own.part(name)
+    if part is None:
+        return
+    held_out = context.manifest("held_out")
+    judged = key("train", VERSION, "evaluation", settings, sources, part.identity(), held_out.digest)
+    paths = {name: file.path for name, file in _model_files(part).items()}
+    yield Task(judged, "evaluation", 2 * sum(part.rows for part in texts(held_out)), {"model": paths})
+
+
+def _model_files(part: Part) -> dict[str, File]:
+    """The files of a model by the names they have in its folder."""
+    return dict(zip(part.meta["names"], part.all("model"), strict=True))
+
+
+def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
+    device = encoders.provenance(context.config.encoder)
+    installed = versions.installed(_libraries(context.config))
+    folder = context.own.begun(key(task.key, installed, device["device_kind"]))
+    run = _train if task.kind == "model" else _evaluate
+    made = run(task, folder, context, publish, progress)
+    return replace(made, provenance=device | made.provenance)
+
+
+def _train(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
+    from negpipe.train import retriever
+
+    base = _base(context)
+    trained = retriever.train(
+        context.config,
+        [context.store.path(path) for path in task.payload["rows"]],
+        base.path,
+        _guide(context).path if _guided(context.config) else base.path,
+        folder,
+        threads=context.budget.threads,
+        progress=progress,
+    )
+    names = sorted(path.relative_to(trained.folder).as_posix() for path in trained.folder.rglob("*") if path.is_file())
+    for number, name in enumerate(names):
+        path = trained.folder / name
+        suffix = PurePosixPath(name).suffix or ".bin"
+
+        def write(target: Any, path: Path = path) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, target)
+
+        # The card tells of the time that training took.
+        publish(f"model-{number:05d}", suffix, write, needed=path.stat().st_size, aside=name == CARD)
+    publish("log", ".parquet", lambda file: pq.write_table(trained.log, file, compression="zstd"))
+    losses = trained.log["loss"].to_pylist()
+    facts = {"names": names, "dimension": trained.width, "steps": len(losses), "loss": [losses[0], losses[-1]]}
+    return Made(task.rows, facts, {"resumed_at_step": trained.resumed})
+
+
+def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
+    from negpipe.train import evaluation, retriever
+
+    encoder, base = context.config.encoder, _base(context).path
+    linked = folder / "model"
+    files.remove(linked)
+    for name, path in task.payload["model"].items():
+        (linked / name).parent.mkdir(parents=True, exist_ok=True)
+        (linked / name).symlink_to(context.store.path(path).resolve())
+    sides = {"before": (encoder, base), "after": (retriever.as_trained(encoder, base, linked), str(linked))}
+    values = {}
+    for side, (settings, path) in sides.items():
+        (folder / side).mkdir(exist_ok=True)
+        values[side] = evaluation.evaluate(
+            context, settings, path, folder / side, budget=context.budget, progress=progress
+        )
+    table = pa.table(
+        {"anchor_id": evaluation.anchor_ids(context)}
+        | {f"{name}_{side}": values[side][name] for name in METRICS for side in sides}
+    )
+    publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
+    compared = [compare(name, values["before"][name], values["after"][name]).document() for name in METRICS]
+    shared = asdict(overlap.measure(context))
+    told = card.written(linked / CARD, context.config, context.manifest("triplets"), compared, shared).encode()
+    publish("card", ".md", partial(write_all, data=told), needed=len(told), aside=True)
+    return Made(table.num_rows, {"compared": compared, "overlap": shared})
+
+
+def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
+    made = {part.kind: part for part in parts}
+    model, evaluation = made["model"].meta, made["evaluation"].meta
+    return {
+        "rows": context.manifest("triplets").stats["rows"],
+        "steps": model["steps"],
+        "dimension": model["dimension"],
+        "loss": model["loss"],
+        "held_out_anchors": made["evaluation"].rows,
+        **evaluation,
+    }
+
+
+def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    shared = stats["overlap"]
+    for what, of in (("anchors", "anchors"), ("positives", "texts of positives")):
+        if count := shared[f"{what}_trained_on"]:
+            share = f"{count / shared[what]:.0%}".replace("%", " %")
+            yield (
+                logging.WARNING,
+                f"{count:,} of {shared[what]:,} held-out {of} ({share}) are trained on too: scores on them tell less"
+                " of what is new",
+            )
+
+
+def _views(parts: Sequence[Part]) -> dict[str, Shown]:
+    shown: dict[str, File] = {}
+    for part in parts:
+        shown |= _model_files(part) if part.kind == "model" else {CARD: part.file("card")}
+    return {"model": shown}
+
+
+def _libraries(config: Config) -> tuple[str, ...]:
+    return (*encoders.libraries(config.encoder), "sentence-transformers", "accelerate")
+
+
+def _resources(context: Context) -> Budget:
+    """All there is: nothing else runs meanwhile."""
+    return replace(context.whole, gpu=context.config.encoder.device != "cpu")
+
+
+STAGE = Stage(
+    name="train",
+    version=VERSION,
+    inputs=("ingest", "held_out", "triplets"),
+    config=_config,
+    settings=_settings,
+    sources=_sources,
+    check=_check,
+    plan=_plan,
+    run=_run,
+    rounds=True,
+    stats=_stats,
+    remarks=_remarks,
+    views=_views,
+    libraries=_libraries,
+    resources=_resources,
+    place=lambda _: "apart",
+)
