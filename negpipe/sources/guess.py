@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,14 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
             remedy=remedy,
             there=splits,
         )
-    if files and len(files) == len(there):
-        return {"path": files} | _rows(data, Table(tuple(files), dialect=data.table))
-    with suppress(InputError):
-        return _rows(data, Table((str(folder),), data.subset, data.split))
+    try:
+        if files and len(files) == len(there):
+            return {"path": files} | _rows(data, Table(tuple(files), dialect=data.table))
+        if {"README.md", "data", "state.json", "dataset_dict.json"} & {*there}:
+            return _rows(data, Table((str(folder),), data.subset, data.split))
+    except InputError as error:
+        if error.field != "data.format":  # they are rows, but something is wrong with them
+            raise
     shown = ", ".join(there[:8]) + (" …" if len(there) > 8 else "")
     raise InputError(
         f"this folder is of no known layout (it holds {shown or 'nothing'})",
@@ -182,5 +185,9 @@ def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
         f"the rows are of no known layout (columns: {', '.join(names) or 'none'})",
         file=table.path,
         field="data.format",
-        remedy="Set data.format: pairs and name the columns in data.columns.anchor and data.columns.positive",
+        remedy=(
+            "The first line seems to be no header: name the columns in data.table.header"
+            if any(name.isdecimal() for name in names)
+            else "Set data.format: pairs and name the columns in data.columns.anchor and data.columns.positive"
+        ),
     )
