@@ -8,7 +8,6 @@ written of it; the saved model is loaded again, and gives the vector it gave bef
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from negpipe.config.schema import DISTILLING, Config, Encoder, Train
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
 from negpipe.errors import ConfigError, DamagedError, InputError, TaskFailedError
-from negpipe.store.files import remove, sync_folder
+from negpipe.store.files import remove, sync_folder, sync_tree
 
 Progress = Callable[[int, str], None]
 """Called with rows trained on since the last call, and a note."""
@@ -310,11 +309,8 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             place = folder / f"checkpoint-{state.global_step}"
+            sync_tree(place)
             (place / _WHOLE).touch()
-            for path in place.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
             sync_folder(place)
 
     return Watcher()

@@ -32,7 +32,7 @@ from negpipe.engine.manifest import File, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, InputError
 from negpipe.stages import encode
-from negpipe.store import files
+from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
@@ -244,10 +244,7 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
 
     encoder, base = context.config.encoder, _base(context).path
     linked = folder / "model"
-    files.remove(linked)
-    for name, path in task.payload["model"].items():
-        (linked / name).parent.mkdir(parents=True, exist_ok=True)
-        (linked / name).symlink_to(context.store.path(path).resolve())
+    view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
     sides = {"before": (encoder, base), "after": (retriever.as_trained(encoder, base, linked), str(linked))}
     values = {}
     for side, (settings, path) in sides.items():
