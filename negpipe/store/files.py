@@ -150,8 +150,7 @@ def growing(out: Path, *, single: bool) -> Iterator[Path]:
         try:
             yield folder
             made = next(folder.iterdir()) if single else folder
-            for path in [made, *made.rglob("*")]:
-                _sync(path)
+            sync_tree(made)
             if out.exists():
                 os.rename(out, old)
             os.rename(made, out)
@@ -172,12 +171,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        sync_folder(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def sync_tree(root: Path) -> None:
+    """Make a file, or a folder with everything in it, survive a power cut."""
+    for path in [root, *root.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:

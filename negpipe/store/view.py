@@ -115,12 +115,17 @@ def _filled(folder: Path, entries: Entries) -> Path:
     if not all(map(PART.fullmatch, entries)):
         names = json_bytes(sorted(entries))
         publish(folder, _LIST, lambda file: write_all(file, names), len(names))
+    fill(folder, entries)
+    sync_folder(folder)
+    return folder
+
+
+def fill(folder: Path, entries: Entries) -> None:
+    """Put links to files into a folder, by the names they are to have there, "1_Pooling/config.json"."""
     for name, path in entries.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not _same(folder / name, path):
             _link(path, folder / name, in_folder=True)
-    sync_folder(folder)
-    return folder
 
 
 def _listed(folder: Path) -> list[str]:

@@ -309,6 +309,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             place = folder / f"checkpoint-{state.global_step}"
+            sync_tree(place)
             (place / _WHOLE).touch()
             sync_all(place)
 
