@@ -225,13 +225,6 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     file.write(data)
 
 
-def sync_all(folder: Path) -> None:
-    """Sync everything in a folder, and the folder."""
-    for path in folder.rglob("*"):
-        _sync(path)
-    sync_folder(folder)
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from negpipe.errors import StorageError
 from negpipe.store import unfinished
-from negpipe.store.files import explained, json_bytes, publish, remove, sync_folder, write_all
+from negpipe.store.files import explained, json_bytes, publish, sync_folder, write_all
 
 _ATTEMPTS = 20
 _RACES = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
@@ -75,14 +75,6 @@ def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -
 def entries(folder: Path) -> list[Path]:
     """What a folder shows, in order; not what people put there."""
     return sorted(path for path in folder.iterdir() if PART.fullmatch(path.name))
-
-
-def linked(folder: Path, entries: Entries) -> None:
-    """Make a folder anew in which files have these names, for whoever reads a folder and not parts."""
-    remove(folder)
-    for name, path in entries.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(path, folder / name, in_folder=True)
 
 
 def stale(run_dir: Path, name: str) -> Iterator[Path]:

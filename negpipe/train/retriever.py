@@ -23,7 +23,7 @@ from negpipe.config.schema import DISTILLING, Config, Encoder, Train
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
 from negpipe.errors import ConfigError, DamagedError, InputError, TaskFailedError
-from negpipe.store.files import remove, sync_all
+from negpipe.store.files import remove, sync_folder, sync_tree
 
 Progress = Callable[[int, str], None]
 """Called with rows trained on since the last call, and a note."""
@@ -311,7 +311,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
             place = folder / f"checkpoint-{state.global_step}"
             sync_tree(place)
             (place / _WHOLE).touch()
-            sync_all(place)
+            sync_folder(place)
 
     return Watcher()
 

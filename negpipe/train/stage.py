@@ -244,7 +244,7 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
 
     encoder, base = context.config.encoder, _base(context).path
     linked = folder / "model"
-    view.linked(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
+    view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
     sides = {"before": (encoder, base), "after": (retriever.as_trained(encoder, base, linked), str(linked))}
     values = {}
     for side, (settings, path) in sides.items():
