@@ -67,6 +67,8 @@ def main() -> None:
     except TyperException as error:
         # Without a message it has shown the help already.
         message = error.format_message()
+        if "extra argument" in message and "--set" in arguments:
+            message += ". A value with blanks or braces stands in quotes: --set 'data.text={title} {text}'"
         sys.exit(_fail(message, "usage", error.exit_code, log_format) if message else error.exit_code)
     except Exception as error:
         hint = "" if debug else " Run the same command with --debug for the trace."

@@ -120,6 +120,8 @@ def _inspect(
         say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
     for example in found.examples:
         say(f"  {example}")
+    if found.odd:
+        say("Such rows end a run: mend them, or set data.max_bad_rows (of empty texts alone: data.on_empty=skip)")
     say(
         f"\nwritten to {write}: negpipe mine {write}"
         if write

@@ -54,6 +54,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         try:
             tree = safe_yaml.load(path.read_text(encoding="utf-8"))
         except ValueError as error:
+            if path.suffix in (".jsonl", ".csv", ".tsv"):
+                raise ConfigError(f"{path} holds data: negpipe inspect {path} --write my.yaml makes a config") from None
             raise ConfigError(f"{path} is not valid YAML: {error}") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -119,7 +121,21 @@ def _explain(problem: Any) -> str:
     return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
 
 
+_ELSEWHERE = {
+    "negative_number": "mining.num_negatives",
+    "num_hard_negatives": "mining.num_negatives",
+    "range_for_sampling": "mining.range_min and mining.range_max (10-210: 10 and 210)",
+    "hard_neg_margin": "mining.relative_margin (perc 0.95: 0.05) or mining.absolute_margin",
+    "margin": "mining.relative_margin or mining.absolute_margin",
+    "candidate_pool": "data.corpus",
+    "input_file": "data.path",
+}
+"""Other miners' keys; what each of those is called here."""
+
+
 def _hint(folders: list[Any], leaf: str) -> str:
+    if leaf in _ELSEWHERE:
+        return f"Here it is {_ELSEWHERE[leaf]}; mining.compat takes a whole setting over."
     elsewhere = [path for path in _paths(Config) if path.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"Did you mean '{' or '.join(elsewhere)}'?"

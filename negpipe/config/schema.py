@@ -339,6 +339,10 @@ class Search(_Model):
     )
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class Mining(_Model):
     """Which candidates become negatives."""
 
@@ -419,13 +423,13 @@ class Mining(_Model):
         None,
         description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
     )
-    never_same: tuple[str, ...] = Field(
+    never_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (),
         description="Columns of data.extra, such as [doc]: drop candidates that share the value of one with a known"
         " positive, or with the anchor where it has the column. anchor.NAME: with the anchor alone. A null or an"
         " empty text equals nothing.",
     )
-    only_same: tuple[str, ...] = Field(
+    only_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (),
         description="Columns of data.extra, such as [lang]: drop candidates that do not share the value of each with a"
         " known positive. anchor.NAME: with the anchor.",

@@ -108,7 +108,9 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         lines.append(
             f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
         )
-    return "; ".join(lines) or "its identity changed"
+    # What a setting brought along goes with it.
+    gone = [name for name in manifest.settings if name not in fresh] if not lines else []
+    return "; ".join([*lines, *(f"{name} is gone" for name in gone)]) or "its identity changed"
 
 
 def _shown(value: Any) -> str:

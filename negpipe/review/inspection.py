@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -13,6 +14,8 @@ from negpipe import sources
 from negpipe.config import schema
 from negpipe.errors import InputError
 from negpipe.sources import BadRow, Document, Query
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = 10  # odd rows
 _MODEL = {
@@ -83,6 +86,7 @@ def inspect(data: schema.Data, rows: int) -> Inspection:
     except InputError as error:
         if error.field != "split" or not error.there:
             raise
+        _log.warning("there is no split '%s', '%s' is read", data.split, error.there[0])
         return _inspected(data.model_copy(update={"split": error.there[0]}), rows)
 
 

@@ -13,6 +13,7 @@ from negpipe.errors import InputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
+_ENDING = 8  # characters of an ending, with its dot
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trec", ".qrels", ".parquet")
 
 
@@ -94,7 +95,9 @@ def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
         return "file"
     if local.is_dir():
         return "folder"
-    if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    # What has an ending and no namespace is no dataset of the hub.
+    typed_wrong = "/" not in path and 1 < len(Path(path).suffix) <= _ENDING and near(path)
+    if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1 or typed_wrong:
         raise InputError(
             "there is no such file or folder", file=path, remedy=near(path) or "Check the config's data section"
         )

@@ -70,7 +70,7 @@ def _settings(config: Config) -> dict[str, Any]:
     tables = {name: {"path"} for name in ("corpus", "queries", "qrels") if getattr(data, name)}
     kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, "streaming": True, **tables})
     # Whether the negatives that it brings are told from other documents; how they are taken, triplets decides.
-    given = {} if config.mining.given_negatives == "ignore" else {"given_negatives": True}
+    given = {} if config.mining.given_negatives == "ignore" else {"mining.given_negatives": "kept"}
     return {f"data.{name}": value for name, value in kept.items()} | given
 
 

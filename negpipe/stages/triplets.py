@@ -398,6 +398,13 @@ def negatives_of(stats: Mapping[str, Any]) -> int:
 def advice(stats: Mapping[str, Any]) -> str:
     """What gives more rows: vectors that stand for their whole texts, and less of the rule that dropped most."""
     most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
+    if not stats["rows"]:  # the rule that let least of what came to it pass
+        left, shares = stats["candidates"], {}
+        for reason in sorted(stats["drops"], key=CODES.__getitem__):
+            count = stats["drops"][reason]
+            shares[reason] = count / max(1, left), count
+            left -= count if CODES[reason] >= rules.FILTERED else 0
+        most = max((reason for reason in shares if reason in HELPS), key=shares.__getitem__, default=most)
     remedies = [one.remedy.capitalize() for one in _causes(stats)]
     return ". ".join([*remedies, HELPS.get(most, "Search deeper: set a larger search.depth")])
 

@@ -73,3 +73,15 @@ def test_fewer_rows_than_asked_for_are_a_failure_that_repeats_nothing(tmp_path: 
         f"{most} rows, output.min_rows asks for {most + 1}"
         in small.run("triplets", config, "--set", f"output.min_rows={most + 1}").err
     )
+
+
+def test_of_no_rows_the_rule_that_let_nothing_pass_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not the one before it, which dropped more."""
+    corpus = [{**row, "kind": "a" if at % 3 else "b"} for at, row in enumerate(small.documents())]
+    small.build(tmp_path, corpus)
+    settings = small.settings(tmp_path)
+    settings["data"]["extra"] = {"corpus": ["kind"]}
+    rules = ["mining.only_same=kind", "mining.where=candidate.kind = 'c'", "mining.max_depth=0", "mining.range_max=40"]
+    graph.mine(load_config(settings, rules))
+    (warning,) = [record.message for record in caplog.records if "candidates were dropped" in record.message]
+    assert "weaker mining.where" in warning
