@@ -237,6 +237,7 @@ def test_anchors_that_run_short_are_searched_deeper(source: Source, rules: Row, 
     assert chosen(rows_of(result.triplets)) == expected(source, rules, reference, end=8)[0]
 
 
+@pytest.mark.slow
 def test_parts_and_blocks_change_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     for rules in (RULES[5], RULES[-1]):
         rows = expected(source, rules, "min")[0]
@@ -280,6 +281,7 @@ def test_drawn_documents_keep_to_what_names_no_score(
 # --- what is said about it ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_explain_names_the_rule_of_every_candidate(source: Source) -> None:
     rules = {"never_same": ["doc"], "only_same": ["lang"], "where": "score < positive_score - 0.25 and rank >= 3"}
     config = config_of(source, rules, search={"depth": 128})
@@ -340,6 +342,7 @@ def negatives_of(source: Source, rows: list[Row], form: str, reference: str) -> 
     return found
 
 
+@pytest.mark.slow
 def test_a_score_in_a_rule_is_checked_by_the_rows_own(source: Source) -> None:
     text = "score < positive_score - 0.25 and rank >= 3"
     for settings in ({}, {"num_random": 5}):
@@ -356,6 +359,7 @@ def test_a_score_in_a_rule_is_checked_by_the_rows_own(source: Source) -> None:
     assert found["where"].count == len(rows)
 
 
+@pytest.mark.slow
 def test_calibrate_keeps_to_the_rules(source: Source) -> None:
     def taken(rules: Row) -> float:
         made = measures.calibrate_settings(config_of(source, rules, search={"depth": 128}))

@@ -26,6 +26,8 @@ from negpipe.errors import ConfigError, InputError, StorageError
 from negpipe.stages import STAGES
 from negpipe.train.comparison import METRICS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(mined: Run, tmp_path: Path) -> Iterator[Run]:
