@@ -78,7 +78,7 @@ def test_no_space_left_wherever_it_ends(finished: Path, tmp_path: Path) -> None:
     config, run_dir = small.build(tmp_path), tmp_path / "run"
     with mounted(run_dir, "-t", "tmpfs", "-o", "size=4k", "tmpfs") as mount:
         stopped = set()
-        for size in range(16, 1000, 16):
+        for size in range(16, 1000, 4):
             outcome = small.run("mine", config, "--log-format", "json")
             if outcome.code == 0:
                 break
