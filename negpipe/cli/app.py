@@ -97,6 +97,9 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an
 RehashOption = Annotated[
     bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")
 ]
+RepairOption = Annotated[
+    bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
+]
 RebuildOption = Annotated[
     bool,
     typer.Option(

@@ -121,7 +121,7 @@ def _inspect(
     for example in found.examples:
         say(f"  {example}")
     if found.odd:
-        say("Such rows end a run: mend them, or set data.max_bad_rows (of empty texts alone: data.on_empty=skip)")
+        say("Such rows end a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip)")
     say(
         f"\nwritten to {write}: negpipe mine {write}"
         if write

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from negpipe.cli.app import (
     BadRowsOption,
     ConfigArgument,
@@ -13,6 +9,7 @@ from negpipe.cli.app import (
     LogOption,
     RebuildOption,
     RehashOption,
+    RepairOption,
     SetOption,
     app,
     checked,
@@ -71,9 +68,7 @@ def mine(
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
     max_bad_rows: BadRowsOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
-    ] = False,
+    repair: RepairOption = False,
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:

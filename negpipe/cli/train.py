@@ -13,6 +13,7 @@ from negpipe.cli.app import (
     LogOption,
     RebuildOption,
     RehashOption,
+    RepairOption,
     SetOption,
     app,
     checked,
@@ -31,9 +32,7 @@ def train(
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
     max_bad_rows: BadRowsOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
-    ] = False,
+    repair: RepairOption = False,
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -128,5 +128,5 @@ def _read(file: Path, kind: Any, default: Any) -> Any:
             str(first["msg"]),
             file=str(file),
             field=".".join(map(str, first["loc"])) or None,
-            remedy="Fetch the model again, or mend the file",
+            remedy="Fetch the model again, or fix the file",
         ) from None

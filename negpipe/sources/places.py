@@ -15,8 +15,6 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
 _ENDING = 8  # characters of an ending, with its dot
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trec", ".qrels", ".parquet")
-
-
 ALL = "all"
 """All splits of a dataset, one after the other."""
 
@@ -80,7 +78,8 @@ def _expanded(path: str) -> Iterator[str]:
         filesystem, pattern = fsspec.core.url_to_fs(path)
         found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
     else:
-        found = [name for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 absolute or not
+        names = glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob also finds hidden files)
+        found = [name for name in sorted(names) if Path(name).is_file()]
     if not found:
         raise InputError("no file fits this pattern", file=path, remedy=near(path) or "Check the config's data section")
     yield from found

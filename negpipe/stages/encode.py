@@ -348,13 +348,15 @@ def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
 def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
     """How many documents have the vector of another one; of very many, as many as a sample of vectors tells."""
     vectors = ann.open_parts([context.path(part, "vectors") for part in parts])
-    step = 1 + vectors.rows // _COUNTED
-    sampled = [np.empty(0, np.int64)]
+    step = np.uint64(1 + vectors.rows // _COUNTED)
+    odd = np.random.default_rng(0).integers(2**64, size=vectors.dimension, dtype=np.uint64) | np.uint64(1)
+    sampled = [np.empty(0, np.uint64)]
     for _, block in vectors.blocks(_BLOCK):
-        hashes = np.fromiter((hash(vector.tobytes()) for vector in block), np.int64, len(block))
-        sampled.append(hashes[hashes % step == 0])
+        # A sum of odd multiples modulo 2^64: equal bits give equal numbers, in every process. Its upper half is mixed.
+        hashes = block.view(np.uint32).astype(np.uint64) @ odd
+        sampled.append(hashes[(hashes >> np.uint64(32)) % step == 0])
     counts = np.unique(np.concatenate(sampled), return_counts=True)[1]
-    return {"documents": int(counts[counts > 1].sum()) * step, "of": vectors.rows}
+    return {"documents": int(counts[counts > 1].sum()) * int(step), "of": vectors.rows}
 
 
 def counted(stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _sources(context: Context) -> dict[str, str]:
-    data = context.config.data
+    data = sources.recognized(context.config.data)
     # Of each table in its place: which file is what, and their order, is part of what is read.
     local = [[[Path(name).name, context.digest_file(Path(name))] for name in files] for files in sources.files(data)]
     return {"data.path": digest(local, sources.revision(data))}

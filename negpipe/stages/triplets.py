@@ -298,7 +298,10 @@ def _publish(publish: Publisher, config: Config, number: int, tables: Iterable[p
 
 
 def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared: Shared) -> pa.Table:
-    """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short."""
+    """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short.
+
+    Where given or judged negatives are asked for, also how many they are, and the grades of all that were judged.
+    """
     width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
     each = config.mining.margin_reference == "each"
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
@@ -306,10 +309,12 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
     hidden = unset(config.mining)
     reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in hidden}
-    preferred: dict[str, npt.NDArray[np.int64]] = {}
+    preferred: dict[str, Any] = {}
     if config.mining.prefers:
-        judged = np.concatenate([[0], np.cumsum(~np.isnan(units.negative_grades))])[units.negative_offsets]
-        preferred = {"preferred": units.of_source("given", "judged"), "judged": np.diff(judged)}
+        grades = units.negative_grades
+        ends = np.concatenate([[0], np.cumsum(~np.isnan(grades))])[units.negative_offsets]
+        judged = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(grades[~np.isnan(grades)]))
+        preferred = {"preferred": units.of_source("given", "judged"), "judged_grades": judged}
     return pa.table(
         {
             "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),

@@ -288,7 +288,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
 
     rows = train.batch_size * train.gradient_accumulation  # a step
 
-    class Watcher(TrainerCallback):  # type: ignore[misc]
+    class Watcher(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
         """Tells of progress, ends what went wrong, and says which checkpoints are whole."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -15,7 +15,7 @@ from test_parity import Model
 from negpipe import mine_hard_negatives
 from negpipe.compat.dataset import Pairs
 
-QUESTIONS = ["How is it mended?", "Who answers?", "How is it mended?", " spaced "]
+QUESTIONS = ["How is it repaired?", "Who answers?", "How is it repaired?", " spaced "]
 ANSWERS = ["With a patch.", "The porter.", "With a new tube.", ""]
 ROWS = list(zip(QUESTIONS, ANSWERS, strict=True))
 COLUMNS: dict[str, list[Any]] = {"question": QUESTIONS, "answer": ANSWERS}

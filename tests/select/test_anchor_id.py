@@ -108,6 +108,22 @@ def test_explain_names_it_and_ranks_leave_it_out(tmp_path: Path) -> None:
     assert without.ranks["0"] > 0 == with_itself.ranks["0"]
 
 
+def test_calibrate_takes_it_for_no_false_negative(tmp_path: Path) -> None:
+    """The anchor's own document is the nearest of all: where it stands in ranks, it is what a setting takes first."""
+    settings = build(tmp_path)
+    judged = [(f"arg-{i}", f"arg-{(i + more) % COUNT}", 1) for i in range(COUNT) for more in (1, 2)]
+    small.write_qrels(tmp_path / "data/qrels/train.tsv", judged)
+    scores: dict[str, float] = {}
+    for setting in ("never", "contained"):
+        overrides = ["mining.relative_margin=null", f"mining.anchor_id={setting}", "mining.range_max=20"]
+        config = load_config(settings, [*overrides, "mining.num_negatives=1"])
+        graph.mine(config)
+        first = measures.calibrate_settings(config).estimates[0]
+        assert first.score is not None
+        scores[setting] = first.score
+    assert scores["never"] == pytest.approx(1, abs=1e-3) and scores["contained"] < 0.95
+
+
 def test_audit_finds_it(tmp_path: Path) -> None:
     settings = build(tmp_path)
     for setting, expected in (("never", COUNT), ("contained", 0)):

@@ -110,6 +110,10 @@ def test_they_come_before_others(mode: str, seed: int, tmp_path: Path) -> None:
     (ledger,) = [pq.read_table(run.folder / "ledger")]
     counted = {row["anchor_id"]: row["preferred"] for row in ledger.to_pylist()}
     assert counted == {q: sum(source != "mined" for _, source, _ in found.get(q, [])) for q in counted}
+    for row in ledger.to_pylist():
+        grades = lists[row["anchor_id"]][2] if not given else {}
+        judged = [grades[d] for d, *_ in found.get(row["anchor_id"], []) if d in grades]
+        assert row["judged_grades"] == judged
     drops = [name for name in ledger.column_names if name.startswith("dropped_")]
     assert all(
         row["candidates"] - row["taken"] - sum(row[name] for name in drops) in (0, row["preferred"])

@@ -42,7 +42,7 @@ def recognized(source: Path) -> schema.Data | None:
 def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) -> None:
     """Write rows of anchor, anchor_id, and lists of positive, positive_id, negative and negative_id, as Parquet.
 
-    An id that is not stated is null; where none is, there is no such column. Order is that of the source.
+    An id that a row does not state is null; if no row states one, the column is left out. Rows keep their order.
 
     Raises:
         InputError: a row cannot be read, or names a document that is not there.
