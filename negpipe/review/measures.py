@@ -201,7 +201,7 @@ def _qrels(context: Context) -> audit.Qrels:
             yield pa.table({"anchor_id": table["id"], "anchor": table["text"], **own})
 
     asked = None
-    if columns.unset(context.config.mining) != columns.NAMES:
+    if columns.asked_for(context.config.mining):
         named = audit.rules.named(context.config)
         asked = audit.Rules(context.config, of_documents(named["corpus"]), of_anchors(named["queries"]))
     return audit.Qrels(str(context.run_dir), positives(), of_documents(["id", "other_ids"]), asked)

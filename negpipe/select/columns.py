@@ -32,9 +32,9 @@ NAMES = ("never_same", "only_same", "where")
 _CELL, _BLOCK = 64, 2**23  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
 
 
-def unset(mining: Mining) -> tuple[str, ...]:
-    """Those of the rules that a config does not set."""
-    return tuple(name for name in NAMES if not getattr(mining, name))
+def asked_for(mining: Mining) -> bool:
+    """Whether a config sets one of the rules."""
+    return any(getattr(mining, name) for name in NAMES)
 
 
 def never_same(lookup: Lookup) -> Masking | None:

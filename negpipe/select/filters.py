@@ -108,6 +108,7 @@ class Filter:
             everything else and matter to the choice.
         drawn: of one that sees scores, the mask over drawn documents, which have none yet.
         helps: what a user sets to have it drop fewer.
+        optional: the ledger has a column for it only where the config asks for it.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Filter:
     sees: Literal["documents", "scores", "pairs"] = "documents"
     drawn: Callable[[Lookup], Masking | None] = lambda lookup: None
     helps: str = ""
+    optional: bool = False
 
 
 def _says(text: str) -> Callable[[Mining, float, float], str]:
@@ -301,15 +303,21 @@ FILTERS = (
         columns.never_same,
         columns.shares,
         helps="Name fewer columns in mining.never_same, or search deeper (mining.max_depth, search.depth)",
+        optional=True,
     ),
     Filter(
         "only_same",
         columns.only_same,
         columns.differs,
         helps="Name fewer columns in mining.only_same, or search deeper (mining.max_depth, search.depth)",
+        optional=True,
     ),
     Filter(
-        "not_judged", _not_judged, _says("not judged for the anchor (judged only)"), helps="Set mining.judged: prefer"
+        "not_judged",
+        _not_judged,
+        _says("not judged for the anchor (judged only)"),
+        helps="Set mining.judged: prefer",
+        optional=True,
     ),
     Filter(
         "near_duplicate",
@@ -326,6 +334,7 @@ FILTERS = (
         sees="scores",
         drawn=columns.where_drawn,
         helps="Set a weaker mining.where, or search deeper (mining.max_depth, search.depth)",
+        optional=True,
     ),
     Filter(
         "max_score",
@@ -370,11 +379,6 @@ HELPS = {
 """What a user sets to have a reason drop fewer."""
 
 
-def unset(mining: Mining) -> set[str]:
-    """Reasons of rules that a config does not set and that came after its rows and ledger had their form."""
-    return {*columns.unset(mining)} | ({"not_judged"} if mining.judged != "only" else set())
-
-
 def filter_of(code: int) -> Filter | None:
     """The filter that drops with a code; None: none does."""
     return FILTERS[code - rules.FILTERED] if code >= rules.FILTERED else None
@@ -389,6 +393,9 @@ class Filters:
         self._asked: list[tuple[str, int, Masking]]
         self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
         self._asked += [("drawn", _CODES[one.name], mask) for one in FILTERS if (mask := one.drawn(lookup))]
+        unasked = {one.name for one, mask in opened if one.optional and not mask}
+        self.reasons = {name: code for name, code in DROPS.items() if name not in unasked}
+        """Codes of the drop reasons that the ledger has columns for."""
         self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
 
     def of_documents(self, anchors: pa.Table, anchor: Ints, rows: Ints, spared: Mask | None = None) -> Fates:

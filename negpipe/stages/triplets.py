@@ -35,7 +35,7 @@ from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stag
 from negpipe.errors import InputError
 from negpipe.rows import formats
 from negpipe.select import columns, conditions, deeper, rules, verdicts
-from negpipe.select.filters import CODES, DROPS, HELPS, unset
+from negpipe.select.filters import CODES, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
 from negpipe.stages import encode, headers
@@ -45,6 +45,8 @@ from negpipe.store.store import Store
 VERSION = 5
 _ROWS, LEDGER, DEEPER = "rows", "ledger", "deeper"
 """What a part's files are to it, and their folders."""
+_ADDED = (*columns.NAMES, "given_negatives", "judged")
+"""Settings that came after the key of this stage had its form."""
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 _COLUMN = 96  # more where rules by a column look up values, measured: 30 by never_same, 85 by where
 _FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
@@ -55,10 +57,8 @@ def _settings(config: Config) -> dict[str, Any]:
     # A fixed order, whatever the order in the file.
     values["mining.exclude"] = sorted(config.mining.exclude)
     del values["mining.exclude_file"], values["mining.compat"]
-    for name in columns.unset(config.mining):  # rows and ledger are those of before there were any
-        del values[f"mining.{name}"]
-    for name in ("given_negatives", "judged"):  # likewise
-        if values[f"mining.{name}"] == Mining.model_fields[name].default:
+    for name in _ADDED:  # at their defaults, rows and ledger are those of before there were any
+        if getattr(config.mining, name) == Mining.model_fields[name].default:
             del values[f"mining.{name}"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
@@ -148,7 +148,7 @@ def _check_memory(context: Context) -> None:
     written = 5 * min(formats.GROUP_BYTES, texts)
 
     mining = context.config.mining
-    cell = _CELL + (0 if columns.unset(mining) == columns.NAMES else _COLUMN)
+    cell = _CELL + (_COLUMN if columns.asked_for(mining) else 0)
 
     def takes(cells: int) -> int:
         if mining.margin_reference != "each":
@@ -307,8 +307,7 @@ def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared:
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
     candidates_seen = width - counts[:, Fate.PADDING]
     deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
-    hidden = unset(config.mining)
-    reasons = {f"dropped_{name}": counts[:, code] for name, code in DROPS.items() if name not in hidden}
+    reasons = {f"dropped_{name}": counts[:, code] for name, code in shared.selector.filters.reasons.items()}
     preferred: dict[str, Any] = {}
     if config.mining.prefers:
         grades = units.negative_grades
