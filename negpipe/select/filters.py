@@ -409,7 +409,7 @@ class Filters:
         return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
     def of_drawn(self, anchors: pa.Table, anchor: Ints, rows: Ints, positives: Ints) -> Fates:
-        """The same of documents that are drawn and have no scores yet."""
+        """The same of documents that are drawn, or preferred, whatever their scores."""
         nothing = np.empty((0, 0), np.float32)
         grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
         return self._first("drawn", grid, self.of_documents(anchors, anchor, rows))

@@ -304,7 +304,8 @@ class Selector:
         if not len(asked.rows):
             return asked
         owner, rows = np.repeat(np.arange(len(asked.counts)), asked.counts), asked.rows[:, None]
-        allowed = (self.filters.of_documents(anchors, owner, rows) == 0)[:, 0]
+        positives = self._reference_rows(found.positives, found.positive_scores, found.offsets)[owner]
+        allowed = (self.filters.of_drawn(anchors, owner, rows, positives) == 0)[:, 0]
         allowed &= (asked.rows < self._searchable) & (asked.rows != anchors["self_row"].to_numpy()[owner])
         if self.filters.has_pairs and allowed.any():
             allowed[allowed] = self.filters.of_pairs(anchors, owner[allowed], asked.rows[allowed]) == 0

@@ -16,7 +16,8 @@ from real_runs import Run
 
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError
-from negpipe.review import finished
+from negpipe.review import finished, measures
+from negpipe.review.audit import Options
 
 pytestmark = pytest.mark.cases
 
@@ -203,3 +204,20 @@ def test_two_splits_that_disagree_are_named(tmp_path: Path, caplog: pytest.LogCa
     }
     assert "d5" not in {row["negative_id"] for row in rows}
     assert json.loads(json.dumps(stats))["judgments_read"] == 5
+
+
+def test_a_condition_holds_for_them_as_far_as_it_names_no_score(tmp_path: Path) -> None:
+    lists = judged_lists(7)
+    run = built(tmp_path, lists, given=False)
+    corpus = [{**row, "kind": "a" if at % 2 else "b"} for at, row in enumerate(small.documents(DOCUMENTS))]
+    small.write_rows(tmp_path / "data/corpus.jsonl", corpus)
+    run.config["data"]["extra"] = {"corpus": ["kind"]}
+    overrides = ["mining.judged=prefer", "mining.where=candidate.kind = 'a' and score < -2"]
+    run.mine(*overrides)
+    found = {q: {row[0] for row in rows} for q, rows in negatives(run).items()}
+    kept = {q: {d for d in grades if int(d[1:]) % 2} for q, (*_, grades) in lists.items()}
+    assert {q: len(some) for q, some in found.items()} == {q: min(4, len(some)) for q, some in kept.items() if some}
+    assert all(found[q] <= kept[q] for q in found)
+    audited = measures.audit_rows(load_config(run.config, overrides), Options(columns={})).findings
+    (where,) = [one for one in audited if one.check == "where"]
+    assert where.of and not where.count

@@ -115,7 +115,7 @@ def _same(name: str, config: Config, *, or_anchor: bool) -> str:
 
 
 def _where(config: Config, layout: Layout) -> str | None:
-    """Random negatives have no rank, and are asked only what names no score."""
+    """Random, given and judged negatives are asked only what names no score; of these, random ones have no rank."""
     each = config.mining.margin_reference == "each"
     # A row of one labelled document does not say which positive its negative was chosen for.
     paired = not layout.pairs if each else layout.scored
@@ -128,6 +128,7 @@ def _where(config: Config, layout: Layout) -> str | None:
         for one in asked
         if one.scored
         and (ranked or not config.mining.draws)
+        and not config.mining.prefers  # a row does not say which of its negatives they are
         and (paired or not _of_a_positive(one))
         and all(known[name[0]] for name in one.names if len(name) == 1)
     ]
