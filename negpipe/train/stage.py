@@ -1,8 +1,9 @@
 """train: rows → a model, and what they did to it.
 
-Two parts. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model shows it.
-`evaluation` has the scores of every held-out anchor before and after, and the model's card, which tells of both; it is
-made again, and the model is not, where only the held-out split changes.
+Three parts. `base` has the scores of every held-out anchor before; it depends on no row, so that runs which share a
+store judge their base once. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model
+shows it. `evaluation` has the scores before and after, and the model's card, which tells of both; it is made again, and
+the model is not, where only the held-out split changes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
 
-VERSION = 1
+VERSION = 2
 CARD = "README.md"
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "base", "guide"}  # what the last two name is in `_sources`
 _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"}
@@ -175,11 +176,20 @@ def _check_held_out(context: Context) -> None:
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    """The model, and once it is there its evaluation."""
+    """What the base is worth, then the model, and once both are there its evaluation: one at a time, each has the
+    whole machine."""
     train = context.config.train
     assert train is not None
     settings, sources = _settings(context.config), _sources(context)
-    triplets = context.manifest("triplets")
+    held_out, triplets = context.manifest("held_out"), context.manifest("triplets")
+    judged = sum(part.rows for part in texts(held_out))
+    run = {name: value for name, value in settings.items() if name.startswith("encoder.")}
+    own = {name: value for name, value in sources.items() if name != "train.guide"}
+    base = key("train", VERSION, "base", run, own, held_out.digest)
+    yield Task(base, "base", judged, {})
+    before = context.own.part(base)
+    if before is None:
+        return
     rows = [file for part in triplets.parts for file in part.all("rows")]
     trained_by = {name: value for name, value in settings.items() if name not in _OF_EVALUATION}
     name = key("train", VERSION, "model", trained_by, sources, [file.digest for file in rows])
@@ -189,10 +199,10 @@ def _plan(context: Context) -> Iterator[Task]:
     part = context.own.part(name)
     if part is None:
         return
-    held_out = context.manifest("held_out")
-    judged = key("train", VERSION, "evaluation", settings, sources, part.identity(), held_out.digest)
     paths = {name: file.path for name, file in _model_files(part).items()}
-    yield Task(judged, "evaluation", 2 * sum(part.rows for part in texts(held_out)), {"model": paths})
+    of = [part.identity(), before.identity(), held_out.digest]
+    evaluation = key("train", VERSION, "evaluation", settings, sources, of)
+    yield Task(evaluation, "evaluation", judged, {"model": paths, "base": before.file("scores").path})
 
 
 def _model_files(part: Part) -> dict[str, File]:
@@ -204,7 +214,7 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
     device = encoders.provenance(context.config.encoder)
     installed = versions.installed(_libraries(context.config))
     folder = context.own.begun(key(task.key, installed, device["device_kind"]))
-    run = _train if task.kind == "model" else _evaluate
+    run = {"base": _judge_base, "model": _train, "evaluation": _evaluate}[task.kind]
     made = run(task, folder, context, publish, progress)
     return replace(made, provenance=device | made.provenance)
 
@@ -239,25 +249,38 @@ def _train(task: Task, folder: Path, context: Context, publish: Publisher, progr
     return Made(task.rows, facts, {"resumed_at_step": trained.resumed})
 
 
-def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
-    from negpipe.train import evaluation, retriever
+def _judge_base(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
+    from negpipe.train import evaluation
 
-    encoder, base = context.config.encoder, _base(context).path
-    linked = folder / "model"
+    table = _scores(context, context.config.encoder, _base(context).path, folder, progress)
+    table = table.add_column(0, "anchor_id", pa.array(evaluation.anchor_ids(context), pa.large_string()))
+    publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
+    return Made(table.num_rows)
+
+
+def _scores(context: Context, encoder: Encoder, path: str, folder: Path, progress: Progress) -> pa.Table:
+    """Every metric of each held-out anchor, a column each."""
+    from negpipe.train import evaluation
+
+    return pa.table(evaluation.evaluate(context, encoder, path, folder, budget=context.budget, progress=progress))
+
+
+def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
+    from negpipe.train import retriever
+
+    linked, vectors = folder / "model", folder / "vectors"
+    vectors.mkdir(exist_ok=True)
     view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
-    sides = {"before": (encoder, base), "after": (retriever.as_trained(encoder, base, linked), str(linked))}
-    values = {}
-    for side, (settings, path) in sides.items():
-        (folder / side).mkdir(exist_ok=True)
-        values[side] = evaluation.evaluate(
-            context, settings, path, folder / side, budget=context.budget, progress=progress
-        )
+    encoder = retriever.as_trained(context.config.encoder, _base(context).path, linked)
+    after = _scores(context, encoder, str(linked), vectors, progress)
+    before = pq.read_table(context.store.path(task.payload["base"]))
+    sides = {"before": before, "after": after}
     table = pa.table(
-        {"anchor_id": evaluation.anchor_ids(context)}
-        | {f"{name}_{side}": values[side][name] for name in METRICS for side in sides}
+        {"anchor_id": before["anchor_id"]}
+        | {f"{name}_{side}": scores[name] for name in METRICS for side, scores in sides.items()}
     )
     publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
-    compared = [compare(name, values["before"][name], values["after"][name]).document() for name in METRICS]
+    compared = [compare(name, *(table[f"{name}_{side}"].to_numpy() for side in sides)).document() for name in METRICS]
     shared = asdict(overlap.measure(context))
     told = card.written(linked / CARD, context.config, context.manifest("triplets"), compared, shared).encode()
     publish("card", ".md", partial(write_all, data=told), needed=len(told), aside=True)
@@ -292,7 +315,10 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:
     shown: dict[str, File] = {}
     for part in parts:
-        shown |= _model_files(part) if part.kind == "model" else {CARD: part.file("card")}
+        if part.kind == "model":
+            shown |= _model_files(part)
+        elif part.kind == "evaluation":
+            shown[CARD] = part.file("card")
     return {"model": shown}
 
 

@@ -39,8 +39,8 @@ def begun(run: Run, pattern: str) -> Callable[[], bool]:
 
 @pytest.mark.parametrize(
     ("pattern", "resumed"),
-    [("checkpoint-10/whole", True), ("before/*.npy", False)],
-    ids=["while it trains", "while it is judged"],
+    [("*.npy", False), ("checkpoint-10/whole", True), ("vectors/*.npy", False)],
+    ids=["while the base is judged", "while it trains", "while it is judged"],
 )
 def test_killed(pattern: str, resumed: bool, whole: Run, mined: Run, tmp_path: Path) -> None:
     run = mined.copied(tmp_path / "run")

@@ -215,6 +215,17 @@ def test_nothing_begun_is_left(trained: Run) -> None:
         assert graph.train(config_of(trained)).ran == ()
 
 
+def test_runs_that_share_a_store_judge_their_base_once(mined: Run, tmp_path: Path) -> None:
+    made = {}
+    with learnable.training_here():
+        for name, changed in {"one": {}, "other": {"seed": 7, "learning_rate": 1e-4}}.items():
+            train = {**mined.config["train"], **changed}
+            config = {**mined.config, "run_dir": str(tmp_path / name), "store": str(tmp_path / "store"), "train": train}
+            graph.train(load_config(config))
+            made[name] = {part["kind"]: part["key"] for part in Run(config).manifest("train")["parts"]}
+    assert {kind for kind in made["one"] if made["one"][kind] == made["other"][kind]} == {"base"}
+
+
 def test_same_everything_same_bytes(copy: Run, trained: Run) -> None:
     graph.train(config_of(copy))
     made = [
