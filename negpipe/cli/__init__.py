@@ -24,6 +24,8 @@ from negpipe.cli import report  # isort: split
 
 from negpipe.cli import train  # isort: split
 
+from negpipe.cli import ablate  # isort: split
+
 from negpipe.cli import config, maintenance
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
@@ -32,6 +34,7 @@ from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
 
 __all__ = [
+    "ablate",
     "app",
     "audit",
     "calibrate",

@@ -13,8 +13,9 @@ from negpipe.review.calibrate import METHODS, Calibration, Estimate, Recommendat
 from negpipe.review.calibrate.recommend import percent
 from negpipe.review.diff import Change, Difference
 from negpipe.review.quality import Distribution, Quality
-from negpipe.review.wording import clean_text
+from negpipe.review.wording import clean_text, duration
 from negpipe.stages import encode
+from negpipe.train.ablation import Ablation
 from negpipe.train.comparison import of_document
 
 
@@ -164,6 +165,41 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
         markup=False,
     )
     out.print(compared[0].line, markup=False, soft_wrap=True)
+
+
+def show_ablation(made: Ablation) -> None:
+    """Every arm, best first, and what can be said of them as the last line."""
+    metrics = [*made.base]
+    title = f"{made.anchors:,} held-out anchors; p: of no difference from the base, from the best arm"
+    columns = ("difference", "95 %", "p", "p best", "leak", "distance", "coverage", "rows", "time")
+    rows = table(title, "", *metrics, *columns)
+    rows.add_row("base", *(f"{value:.4f}" for value in made.base.values()))
+    for one in made.effects:
+        facts, first = made.facts[one.arm], metrics[0]
+        spread = one.spreads[first]
+        rows.add_row(
+            one.arm,
+            f"{one.means[first]:.4f}" + ("" if spread is None else f" ±{spread:.4f}"),
+            *(f"{one.means[name]:.4f}" for name in metrics[1:]),
+            f"{one.difference:+.4f}",
+            f"{one.low:+.4f} to {one.high:+.4f}",
+            _p(one.p_base),
+            "" if one.p_leader is None else _p(one.p_leader),
+            percent(facts["leak"]),
+            "" if facts["distance"] is None else f"{facts['distance']:.3f}",
+            f"{facts['coverage']:.0%}",
+            f"{facts['rows']:,.0f}",
+            duration(facts["seconds"]),
+        )
+    out.print(rows)
+    out.print(f"\nTable and cells: {made.folder}/\n", markup=False)
+    for cell, why in made.failed.items():
+        out.print(f"No result: {cell}: {why}", markup=False, style="red")
+    out.print(f"RESULT: {made.verdict}", markup=False, soft_wrap=True)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -558,6 +558,11 @@ class Train(_Model):
         description="A loss of Sentence Transformers. All take output.format triplet and n-tuple; MarginMSELoss and"
         " DistillKLDivLoss learn the rows' scores.",
     )
+    negatives: bool = Field(
+        True,
+        description="false: the rows' negatives are left out and those of the batch alone are learned from, to compare"
+        " with.",
+    )
     guide: str | None = Field(
         None, description="CachedGISTEmbedLoss: the model that judges negatives; null: the base, as it was."
     )
@@ -583,6 +588,47 @@ class Train(_Model):
     def _widths(self) -> Train:
         if min(self.matryoshka, default=1) < 1:
             raise ValueError("matryoshka: a width is 1 or more")
+        return self
+
+
+ArmSet = Literal[
+    "in-batch",
+    "random",
+    "peers",
+    "default",
+    "calibrated",
+    "configured",
+    "windows",
+    "margins",
+    "negatives",
+    "batch_sizes",
+    "losses",
+]
+
+
+class Ablate(_Model):
+    """Which settings are compared by the models they make."""
+
+    sets: tuple[ArmSet, ...] = Field(
+        ("in-batch", "random", "peers", "default"),
+        description="Arms that come with negpipe. in-batch: no mined negatives. random: random ones. peers: each"
+        " mining.compat. default: negpipe's own rules. calibrated: what calibrate recommends. configured: the config as"
+        " it is. windows, margins, negatives, batch_sizes, losses: the config with several values of one setting.",
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        {},
+        description="More arms: a name, and the settings that make it, such as {rank 10: {mining.range_min: 10}}.",
+    )
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=1, description="Every arm is mined and trained with each, as seed and train.seed."
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Ablate:
+        if not self.sets and not self.arms:
+            raise ValueError("sets and arms are both empty: name what is to be compared")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one stands there twice")
         return self
 
 
@@ -656,6 +702,7 @@ class Config(_Model):
     mining: Mining = Mining()
     output: Output = Output()
     train: Train | None = None
+    ablate: Ablate | None = None
     executor: Executor = Executor()
     resources: Resources = Resources()
 
@@ -721,6 +768,8 @@ class Config(_Model):
                 "train: a ranking with positives among its negatives is no training row:"
                 " set output.include_positives: false"
             )
+        if loss in DISTILLING and not self.train.negatives:
+            raise ValueError(f"train.negatives: {loss} learns the scores of negatives: set it to true")
         if loss in DISTILLING and not output.scores:
             raise ValueError(f"train.loss: {loss} learns the rows' scores: set output.scores: true")
         if self.train.base is None and self.encoder.backend == "precomputed":

@@ -192,6 +192,9 @@ def as_trained(encoder: Encoder, base: str, folder: Path) -> Encoder:
 
 
 def _text_columns(config: Config) -> list[str]:
+    assert config.train is not None
+    if not config.train.negatives:
+        return ["anchor", "positive"]
     if config.output.format == "triplet":
         return ["anchor", "positive", "negative"]
     return ["anchor", "positive", *(f"negative_{number}" for number in range(1, config.mining.wanted + 1))]

@@ -1,0 +1,60 @@
+"""The command that compares settings by the models they make: `ablate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import (
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    RebuildOption,
+    RehashOption,
+    RepairOption,
+    SetOption,
+    app,
+    checked,
+)
+
+
+@app.command()
+def ablate(
+    config: ConfigArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    repair: RepairOption = False,
+    rebuild: RebuildOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model for each of several settings of mining and each seed, and say which setting makes the best.
+
+    Which are compared says the section ablate. Texts are encoded and candidates searched once. What is made already is
+    left alone, so that a run that was stopped goes on. Everything is in RUN_DIR/ablation.
+
+    Example: negpipe ablate scifact.yaml --set 'ablate.sets=[in-batch, default, margins]' --set 'ablate.seeds=[1, 2]'
+    """
+    import json
+
+    from negpipe.cli import console, printed
+    from negpipe.config.file import load_config
+    from negpipe.errors import NegpipeError
+    from negpipe.train import ablation
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    made = ablation.ablate(
+        load_config(config, overrides),
+        reporter=console.reporter(log_format),
+        rehash=rehash,
+        repair=repair,
+        rebuild=rebuild,
+    )
+    if as_json:
+        typer.echo(json.dumps(made.document(), allow_nan=False))
+    else:
+        printed.show_ablation(made)
+    if made.failed:
+        raise NegpipeError(f"{len(made.failed)} cells have no result; the log says why: {', '.join(made.failed)}")

@@ -1,0 +1,143 @@
+"""What arms of an ablation do to a model, as far as the held-out anchors can tell.
+
+Every anchor has one value an arm: the mean over its seeds. Arms are compared on the same anchors, in pairs, by a
+permutation test of the mean difference (scipy.stats.permutation_test, two-sided), corrected for their number by Holm
+(statsmodels). The interval of a difference is Student's. Seeds differ by more than anchors tell: their spread stands
+beside the means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from negpipe.train.comparison import METRICS, compare
+
+Floats = npt.NDArray[np.float64]
+
+LEVEL = 0.05
+_RESAMPLES = 9999
+_SEEN = 1.96 + 0.84
+"""Standard errors that a difference must have to be found at `LEVEL` in four of five cases."""
+_AT_ONCE = 2_000_000  # numbers of resamples that are in memory
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One arm.
+
+    Attributes:
+        arm: its name.
+        seeds: models that were trained.
+        means, spreads: by metric, over anchors and seeds; standard deviation of the seeds' means, None of one seed.
+        difference, low, high: of the first metric from the base, with its interval of 95 %.
+        p_base, p_leader: of its difference from the base and from the leader, corrected; None: it is the leader itself.
+        seen: the smallest difference from the leader that these anchors would have shown.
+    """
+
+    arm: str
+    seeds: int
+    means: dict[str, float]
+    spreads: dict[str, float | None]
+    difference: float
+    low: float
+    high: float
+    p_base: float
+    p_leader: float | None
+    seen: float | None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def effects(arms: Mapping[str, Mapping[str, Floats]], base: Mapping[str, Floats], *, seed: int) -> list[Effect]:
+    """Compare arms with the base, and with the one whose mean of the first metric is highest.
+
+    Args:
+        arms: by name and metric, (seeds, anchors) values.
+        base: by metric, (anchors,) values of the model before training.
+        seed: of the permutations.
+
+    Returns:
+        the arms, best first; of equals, the one that comes first.
+    """
+    first = METRICS[0]
+    own = {name: values[first].mean(axis=0) for name, values in arms.items()}
+    ordered = sorted(own, key=lambda name: -own[name].mean())
+    leader, *others = ordered
+    p_base = dict(zip(ordered, _holm([_p(own[name], base[first], seed) for name in ordered]), strict=True))
+    p_leader = dict(zip(others, _holm([_p(own[leader], own[name], seed) for name in others]), strict=True))
+    made = []
+    for name in ordered:
+        compared = compare(first, base[first], own[name])
+        differences = own[leader] - own[name]
+        made.append(
+            Effect(
+                name,
+                len(arms[name][first]),
+                {metric: float(arms[name][metric].mean()) for metric in METRICS},
+                {metric: _spread(arms[name][metric]) for metric in METRICS},
+                compared.after - compared.before,
+                compared.low,
+                compared.high,
+                p_base[name],
+                p_leader.get(name),
+                None if name == leader else _SEEN * float(differences.std(ddof=1)) / math.sqrt(len(differences)),
+            )
+        )
+    return made
+
+
+def verdict(made: Sequence[Effect]) -> str:
+    """Which arm wins, where the tests say so."""
+    leader, *others = made
+    first = METRICS[0]
+    if leader.difference <= 0 or leader.p_base >= LEVEL:
+        return (
+            f"No arm is better than the base model: the best, '{leader.arm}', is at {leader.difference:+.4f} {first}."
+        )
+    alike = [one for one in others if one.p_leader is not None and one.p_leader >= LEVEL]
+    if not alike:
+        return f"'{leader.arm}' wins: {first} {leader.means[first]:.4f}, {leader.difference:+.4f} to the base."
+    named = ", ".join(f"'{one.arm}'" for one in alike)
+    seen = max(one.seen or 0.0 for one in alike)
+    return (
+        f"No difference found between '{leader.arm}' ({first} {leader.means[first]:.4f}) and {named}; the smallest that"
+        f" could be seen: {seen:.4f}."
+    )
+
+
+def _spread(values: Floats) -> float | None:
+    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None
+
+
+def _p(one: Floats, other: Floats, seed: int) -> float:
+    from scipy import stats
+
+    if np.array_equal(one, other):
+        return 1.0
+    tested = stats.permutation_test(
+        (one, other),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _AT_ONCE // len(one)),
+        rng=seed,
+    )
+    return float(tested.pvalue)
+
+
+def _holm(values: Sequence[float]) -> list[float]:
+    if not values:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    corrected: list[float] = multipletests(values, method="holm")[1].tolist()
+    return corrected
