@@ -1,9 +1,9 @@
 """Write the quickstart data: the Python standard library as a code search task, in a BEIR folder.
 
 One document is one function or method of the running Python's standard library: its source, exactly as
-written, less every docstring in it; its title is its dotted name. The name stands in the source anyway
-(`def dedent(`), and a reader of the mined rows recognises it. One query is the first paragraph of a
-docstring, and its positives are the functions that carry it.
+written, less every docstring in it; its title is its dotted name, its `module` the one it is in. The name
+stands in the source anyway (`def dedent(`), and a reader of the mined rows recognises it. One query is the
+first paragraph of a docstring, and its positives are the functions that carry it.
 
 Guaranteed:
 - No module is imported, nothing is downloaded, and one Python version always gives the same bytes. Which
@@ -51,11 +51,13 @@ class Function:
 
     Attributes:
         name: dotted, for example `json.decoder.JSONDecoder.decode`.
+        module: that it is in, for example `json.decoder`.
         source: its lines, decorators first, without indentation and docstrings.
         summary: first paragraph of its docstring, on one line.
     """
 
     name: str
+    module: str
     source: str
     summary: str
 
@@ -79,7 +81,7 @@ def stdlib_functions(stdlib: Path) -> Iterator[Function]:
             source = _without_docstrings(node, lines)
             if source is not None:
                 seen.add(name)
-                yield Function(name, source, summary)
+                yield Function(name, module, source, summary)
 
 
 def _modules(stdlib: Path) -> Iterator[Path]:
@@ -142,7 +144,9 @@ def write_beir(documents: list[list[Function]], folder: Path) -> int:
             query = queries.setdefault(function.summary.casefold(), function)
             positives[query.name][group[0].name] = None
 
-    _write_jsonl(folder / "corpus.jsonl", ((g[0].name, {"title": g[0].name, "text": g[0].source}) for g in documents))
+    firsts = (group[0] for group in documents)
+    corpus = ((one.name, {"title": one.name, "text": one.source, "module": one.module}) for one in firsts)
+    _write_jsonl(folder / "corpus.jsonl", corpus)
     _write_jsonl(folder / "queries.jsonl", ((f"q:{q.name}", {"text": q.summary}) for q in queries.values()))
     (folder / "qrels").mkdir()
     for split in ("train", "test"):

@@ -124,6 +124,7 @@ def test_code_is_one_function_without_docstrings(folder: Path) -> None:
         (function,) = ast.parse(row["text"]).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert row["title"].split(".")[-1] == function.name
+        assert row["title"].startswith(f"{row['module']}.")
         for node in ast.walk(function):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 assert ast.get_docstring(node) is None, row["_id"]

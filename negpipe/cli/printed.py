@@ -13,9 +13,10 @@ from negpipe.review.calibrate import METHODS, Calibration, Estimate, Recommendat
 from negpipe.review.calibrate.recommend import percent
 from negpipe.review.diff import Change, Difference
 from negpipe.review.quality import Distribution, Quality
-from negpipe.review.wording import clean_text, duration
+from negpipe.review.wording import clean_text
 from negpipe.stages import encode
-from negpipe.train.ablation import Ablation
+from negpipe.train import ablation_page
+from negpipe.train.ablation import TABLE, Ablation
 from negpipe.train.comparison import of_document
 
 
@@ -169,37 +170,15 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
 
 def show_ablation(made: Ablation) -> None:
     """Every arm, best first, and what can be said of them as the last line."""
-    metrics = [*made.base]
-    title = f"{made.anchors:,} held-out anchors; p: of no difference from the base, from the best arm"
-    columns = ("difference", "95 %", "p", "p best", "leak", "distance", "coverage", "rows", "time")
-    rows = table(title, "", *metrics, *columns)
-    rows.add_row("base", *(f"{value:.4f}" for value in made.base.values()))
-    for one in made.effects:
-        facts, first = made.facts[one.arm], metrics[0]
-        spread = one.spreads[first]
-        rows.add_row(
-            one.arm,
-            f"{one.means[first]:.4f}" + ("" if spread is None else f" ±{spread:.4f}"),
-            *(f"{one.means[name]:.4f}" for name in metrics[1:]),
-            f"{one.difference:+.4f}",
-            f"{one.low:+.4f} to {one.high:+.4f}",
-            _p(one.p_base),
-            "" if one.p_leader is None else _p(one.p_leader),
-            percent(facts["leak"]),
-            "" if facts["distance"] is None else f"{facts['distance']:.3f}",
-            f"{facts['coverage']:.0%}",
-            f"{facts['rows']:,.0f}",
-            duration(facts["seconds"]),
-        )
+    rows = table("", *ablation_page.head())
+    for row in ablation_page.rows(made):
+        rows.add_row(*row)
     out.print(rows)
-    out.print(f"\nTable and cells: {made.folder}/\n", markup=False)
+    files = ", ".join(str(made.folder / name) for name in (ablation_page.PAGE, ablation_page.MARKDOWN, TABLE))
+    out.print(f"\n{ablation_page.about(made)}\n\nWritten: {files}\n", markup=False, style="dim")
     for cell, why in made.failed.items():
         out.print(f"No result: {cell}: {why}", markup=False, style="red")
     out.print(f"RESULT: {made.verdict}", markup=False, soft_wrap=True)
-
-
-def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
 def _example(example: dict[str, Any]) -> str:

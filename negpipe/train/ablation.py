@@ -31,6 +31,7 @@ from negpipe.review.calibrate import Estimate, of_config, recommend
 from negpipe.review.wording import duration
 from negpipe.store.files import publish
 from negpipe.store.store import LocalStore
+from negpipe.train import ablation_page
 from negpipe.train.arms import CALIBRATED, Changes, arms, rules
 from negpipe.train.children import child
 from negpipe.train.comparison import METRICS
@@ -71,6 +72,7 @@ class Ablation:
         facts: by arm: changes, rows, coverage, distance, leak with its interval, seconds; each over the seeds.
         base: means of the metrics before training.
         anchors: held-out anchors.
+        seeds: by arm, the mean of the first metric of each seed.
         losses: by arm, of its first seed.
         failed: by cell, why there is no result.
     """
@@ -80,6 +82,7 @@ class Ablation:
     facts: dict[str, dict[str, Any]]
     base: dict[str, float]
     anchors: int
+    seeds: dict[str, list[float]]
     losses: dict[str, Floats]
     failed: dict[str, str]
 
@@ -114,11 +117,12 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
     """
     if config.train is None:
         raise ConfigError("train: the config has no such section: add `train: {}` to compare models with its defaults")
-    settings, folder = config.ablate or Ablate(), config.run_dir / FOLDER
+    folder = config.run_dir / FOLDER
     options["reporter"] = reporter
     # Known before anything runs; what calibration recommends goes with any config that mines.
     _configs(config, folder, arms(config, dict))
-    configs = _configs(config, folder, arms(config, lambda: _calibrated(config, folder, options)))
+    changes = arms(config, lambda: _calibrated(config, folder, options))
+    configs = _configs(config, folder, changes)
     made, failed = [], {}
     ran = seconds = 0.0
     for number, ((arm, seed), own) in enumerate(configs.items()):
@@ -139,7 +143,8 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
     if not made:
         raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
     found = _compared(config, folder, made, failed, reporter)
-    _write(found, settings)
+    _write(found)
+    ablation_page.write(found, {arm: json.dumps(own, ensure_ascii=False) for arm, own in changes.items()})
     return found
 
 
@@ -226,6 +231,7 @@ def _compared(
         facts,
         {name: float(values.mean()) for name, values in base.items()},
         len(base[METRICS[0]]),
+        {arm: values[METRICS[0]].mean(axis=1).tolist() for arm, values in scores.items()},
         {arm: own[0].losses for arm, own in by_arm.items()},
         failed,
     )
@@ -242,12 +248,11 @@ def _leak(config: Config, reporter: Reporter | None) -> Estimate | None:
         return None
 
 
-def _write(found: Ablation, settings: Ablate) -> None:
+def _write(found: Ablation) -> None:
     """The table, a row an arm."""
     rows = [*_rows(found)]
     table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
-    about = {"verdict": found.verdict, "base": json.dumps(found.base), "seeds": json.dumps(settings.seeds)}
-    table = table.replace_schema_metadata(about)
+    table = table.replace_schema_metadata({"verdict": found.verdict, "base": json.dumps(found.base)})
     publish(found.folder, TABLE, lambda file: pq.write_table(table, file, compression="zstd"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import learnable
+import markupsafe
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
-from negpipe.train import ablation
+from negpipe.train import ablation, ablation_page
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, effects, verdict
 
@@ -66,6 +67,20 @@ def test_means_and_spreads_are_those_of_the_cells(made: tuple[Run, ablation.Abla
     table = pq.read_table(found.folder / ablation.TABLE)
     assert table["arm"].to_pylist() == [one.arm for one in found.effects]
     assert table[METRICS[0]].to_pylist() == [one.means[METRICS[0]] for one in found.effects]
+
+
+def test_the_page_and_its_table_say_what_was_found(made: tuple[Run, ablation.Ablation]) -> None:
+    _, found = made
+    text = (found.folder / ablation_page.MARKDOWN).read_text(encoding="utf-8")
+    page = (found.folder / ablation_page.PAGE).read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [line[0] for line in lines] == ["arm", "base", *(one.arm for one in found.effects)]
+    for line, one in zip(lines[2:], found.effects, strict=True):
+        assert line[1] == f"{one.means[METRICS[0]]:.4f} ±{one.spreads[METRICS[0]]:.4f}"
+        assert all(f">{cell}<" in page for cell in line[1:4])
+    assert found.verdict in text and markupsafe.escape(found.verdict) in page
+    assert page.count("<svg") == page.count("</svg>") == len([*ablation_page._figures(found)])
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
 
 def test_texts_are_encoded_and_the_base_is_judged_once(made: tuple[Run, ablation.Ablation]) -> None:

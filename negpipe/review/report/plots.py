@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives an anchor"
 DROPS, HUBS, LEAK = "Candidates dropped, by reason", "Hubs", "Leak against hardness"
+WIDE, SMALL = (8.0, 5.0), (4.6, 2.9)
 _JOINED = 3  # bins of a distribution that make one of the figure
 # What is drawn in these is shown in the page's; those of `calibrate.draw_leak` are among them.
 _COLOURS = {
@@ -30,12 +31,12 @@ _COLOURS = {
     "#cc79a7": "var(--pink)",
     "#888888": "var(--grey)",
 }
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 SIDES = {
-    "positive": ("positives", _GREEN),
-    "negative": ("negatives", _ORANGE),
-    "random": ("random pairs", _GREY),
-    "positive - negative": ("positive minus negative", _BLUE),
+    "positive": ("positives", GREEN),
+    "negative": ("negatives", ORANGE),
+    "random": ("random pairs", GREY),
+    "positive - negative": ("positive minus negative", BLUE),
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -77,19 +78,20 @@ def draw(
     }
     if calibration is not None:
         paints[LEAK] = lambda axes: calibrate.draw_leak(axes, calibration)
-    return {title: _figure(title, paint) for title, paint in paints.items()}
+    return {title: figure(title, paint, WIDE if title == LEAK else SMALL) for title, paint in paints.items()}
 
 
-def _figure(title: str, paint: Callable[[Axes], object]) -> str:
+def figure(title: str, paint: Callable[[Axes], object], size: tuple[float, float]) -> str:
+    """An SVG element to stand in a page with `page.css`; `size` in inches, `title` names it within the page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     # Salted by its title: equal figures are equal files, and no two figures of a page share an id.
     with rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(8, 5) if title == LEAK else (4.6, 2.9), layout="constrained")
-        paint(figure.subplots())
+        drawn = Figure(figsize=size, layout="constrained")
+        paint(drawn.subplots())
         target = io.StringIO()
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+        drawn.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     return _inline(target.getvalue())
 
 
@@ -120,22 +122,22 @@ def _scores(axes: Axes, measured: Quality) -> None:
 
 
 def _ranks(axes: Axes, measured: Quality) -> None:
-    _bars(axes, list(measured.ranks), list(measured.ranks.values()), _GREEN)
+    _bars(axes, list(measured.ranks), list(measured.ranks.values()), GREEN)
     axes.set(xlabel="rank (0 is the nearest document)", ylabel="positives")
 
 
 def _per_anchor(axes: Axes, negatives: npt.NDArray[np.int64]) -> None:
     values, counts = np.unique(negatives, return_counts=True)
     if len(values) <= 12:
-        _bars(axes, [str(value) for value in values], counts.tolist(), _ORANGE)
+        _bars(axes, [str(value) for value in values], counts.tolist(), ORANGE)
     else:
-        axes.hist(negatives, bins=30, color=_ORANGE)
+        axes.hist(negatives, bins=30, color=ORANGE)
     axes.set(xlabel="negatives", ylabel="anchors")
 
 
 def _drops(axes: Axes, drops: Mapping[str, int]) -> None:
     names = [name.replace("_", " ") for name in drops]
-    bars = axes.barh(names, list(drops.values()), color=_BLUE)
+    bars = axes.barh(names, list(drops.values()), color=BLUE)
     axes.bar_label(bars, [f"{count:,}" for count in drops.values()], padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
@@ -148,7 +150,7 @@ def _hubs(axes: Axes, hubs: npt.NDArray[np.int64]) -> None:
     edges = 2 ** np.arange(int(np.log2(top)) + 2)
     counts = np.histogram(hubs, edges)[0].tolist()
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
-    _bars(axes, names, counts, _ORANGE)
+    _bars(axes, names, counts, ORANGE)
     axes.set(xlabel="anchors it is a negative of", ylabel="documents")
 
 
