@@ -15,7 +15,7 @@ SET ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train
+VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train ablate
 QUICKSTART := data/quickstart
 FAST := $(addprefix tests/,config data encoders select store)
 
@@ -51,13 +51,16 @@ calibrate: ## measure how many hidden positives each setting takes as negatives
 quality:   ## recall, MRR, nDCG and MAP of the encoder
 report:    ## write report.html
 train:     ## fine-tune the encoder on the rows, and say whether it helped (a config with a section train)
+ablate:    ## train with several settings, and compare the models (default: the quickstart, under ten minutes)
+
+ablate: CONFIG := $(if $(filter quickstart.yaml,$(CONFIG)),ablate.yaml,$(CONFIG))
 
 $(VERBS): $(READY)
 	@$(BIN)/negpipe $@ '$(CONFIG)' $(foreach pair,$(SET),--set '$(pair)')
 
 # The stages that read sources; any config but the default brings its own.
 ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
-mine ingest: | $(QUICKSTART)
+mine ingest ablate: | $(QUICKSTART)
 endif
 
 test: check  ## what has to pass before a commit: check, then all tests but the slow ones
