@@ -25,7 +25,9 @@ Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what
 A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a
 CONFIG where one is given. Columns are found by usual names (anchor or query, positive or pos, negative or neg or
 negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number, a dot
-leads into objects (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and PyLate are read too.
+leads into objects (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and PyLate are read too,
+and runs (TREC's `query Q0 document rank score tag`, Tevatron's three columns): with a CONFIG whose data they are of,
+every line is a negative of its anchor.
 Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
 negative_rank, rank.
 

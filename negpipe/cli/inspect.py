@@ -30,7 +30,7 @@ def inspect(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say what a source is: layout, tables, columns, counts, odd rows; and the config that mines it.
+    """Say what a source is: layout, tables, columns, counts, odd rows; and the config that mines it. Or what a run is.
 
     Example: negpipe inspect my/folder --write my.yaml && negpipe mine my.yaml
     """
@@ -80,11 +80,29 @@ def _inspect(
 
     import yaml
 
+    from negpipe import sources
     from negpipe.cli import console
     from negpipe.config.file import load_config
     from negpipe.errors import ConfigError
     from negpipe.review import inspection, wording
 
+    def say(line: str) -> None:
+        console.out.print(wording.visible(line), markup=False, highlight=False, soft_wrap=True)
+
+    ranking = inspection.ranking(paths[0], rows) if len(paths) == 1 and not write else None
+    if ranking and as_json:
+        typer.echo(json.dumps({"run": dataclasses.asdict(ranking)}))
+        return
+    if ranking:
+        first = "" if ranking.whole else f" (of the first {rows:,} lines)"
+        many = f"median {ranking.median:,}, fewest {ranking.fewest:,}, most {ranking.most:,}"
+        say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
+        say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents of an anchor: {many}{first}")
+        say(
+            "A run names candidates and no positives: nothing is mined from it alone. Beside a config of the data it is"
+        )
+        say(f"of, every line is checked as a negative of its anchor: negpipe audit CONFIG --file {paths[0]}")
+        return
     if write and write.exists():
         raise ConfigError(f"{write}: there is such a file already, name another with --write")
     source = {"path": paths[0] if len(paths) == 1 else paths, "split": split, "subset": subset}
@@ -99,9 +117,6 @@ def _inspect(
         found_in = dataclasses.asdict(found) | {"data": config["data"], "config": config}
         typer.echo(json.dumps(found_in, allow_nan=False))
         return
-
-    def say(line: str) -> None:
-        console.out.print(wording.visible(line), markup=False, highlight=False, soft_wrap=True)
 
     say(f"{paths[0]} is read as data.format: {found.data.format}")
     for table, columns in found.tables.items():

@@ -6,6 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,45 @@ class Inspection:
     def config(self, run_dir: str) -> dict[str, Any]:
         """A config that mines it."""
         return {"run_dir": run_dir, "data": _stated(self.data), "encoder": _MODEL}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What was found in the first lines of a run, which is no source.
+
+    Attributes:
+        kind: of `sources.RUNS`.
+        files: it is made of.
+        lines, anchors: that were read.
+        fewest, median, most: documents of an anchor.
+        whole: whether all lines were read.
+    """
+
+    kind: sources.Run
+    files: list[str]
+    lines: int
+    anchors: int
+    fewest: int
+    median: int
+    most: int
+    whole: bool
+
+
+def ranking(path: str, rows: int) -> Ranking | None:
+    """The first `rows` lines of a run; None: it is none.
+
+    Raises:
+        InputError: a line has other fields.
+    """
+    run = sources.run_of(path) if Path(path).exists() else None
+    if run is None:
+        return None
+    kind, files = run
+    lines = chain.from_iterable(sources.ranked(file, kind) for file in files)
+    counts = Counter(line.anchor for line in islice(lines, rows))
+    many = list(counts.values()) or [0]
+    found = (sum(many), len(counts), min(many), int(np.median(many)), max(many))
+    return Ranking(kind, files, *found, whole=next(lines, None) is None)
 
 
 def inspect(data: schema.Data, rows: int) -> Inspection:

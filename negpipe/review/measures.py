@@ -204,7 +204,8 @@ def _qrels(context: Context) -> audit.Qrels:
     if columns.asked_for(context.config.mining):
         named = audit.rules.named(context.config)
         asked = audit.Rules(context.config, of_documents(named["corpus"]), of_anchors(named["queries"]))
-    return audit.Qrels(str(context.run_dir), positives(), of_documents(["id", "other_ids"]), asked)
+    texts = audit.Texts(of_anchors([]), of_documents(["id", "other_ids", "text"]))
+    return audit.Qrels(str(context.run_dir), positives(), of_documents(["id", "other_ids"]), asked, texts)
 
 
 def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | None = None) -> None:

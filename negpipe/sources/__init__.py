@@ -25,8 +25,10 @@ from negpipe.sources.records import (
     TextColumns,
 )
 from negpipe.sources.tables import column_names, opened
+from negpipe.sources.trec import RUNS, Run, ranked, run_of
 
 __all__ = [
+    "RUNS",
     "BadRow",
     "Document",
     "Judgment",
@@ -36,14 +38,17 @@ __all__ = [
     "Query",
     "Record",
     "RecordColumns",
+    "Run",
     "TextColumns",
     "column_names",
     "extension_of",
     "files",
     "opened",
     "pieces",
+    "ranked",
     "read",
     "readers",
     "recognized",
     "revision",
+    "run_of",
 ]

@@ -16,6 +16,7 @@ from negpipe.sources import hub, layouts
 from negpipe.sources.places import EXTENSIONS, Table, extension_of, locate, paths_of
 from negpipe.sources.readers import column
 from negpipe.sources.tables import column_names, keys_of
+from negpipe.sources.trec import refuse_run
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def _looked_at(data: schema.Data) -> dict[str, Any]:
         return {"format": "columns"}
     paths = paths_of(data.path)
     kind = locate(paths[0])
+    refuse_run(paths[0], data.table)
     if kind == "folder" and len(paths) == 1:
         return _folder(data, Path(paths[0]))
     if kind == "hub":
@@ -187,7 +189,7 @@ def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
         field="data.format",
         remedy=(
             "The first line seems to be no header: name the columns in data.table.header"
-            if any(name.isdecimal() for name in names)
+            if any(name.replace(".", "").isdecimal() for name in names)
             else "Set data.format: pairs and name the columns in data.columns.anchor and data.columns.positive"
         ),
     )

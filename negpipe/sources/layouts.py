@@ -21,6 +21,7 @@ from negpipe.sources.chunks import Column
 from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
 from negpipe.sources.readers import Reader, column
 from negpipe.sources.tables import column_names, inside
+from negpipe.sources.trec import refuse_run
 
 Role: TypeAlias = Callable[[Table], list[Reader]]
 """What the rows of a table are: its readers."""
@@ -246,6 +247,7 @@ def _rows(data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) ->
 def _source(data: schema.Data) -> Table:
     """The table of `data.path`."""
     table = Table(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
+    refuse_run(table.path, table.dialect)
     return table if table.kind in ("hub", "folder") else table._replace(split=None)
 
 

@@ -26,7 +26,8 @@ from negpipe.sources.records import (
     TextColumns,
     raw_of,
 )
-from negpipe.sources.tables import Chunks, all_splits, chunks, judgments
+from negpipe.sources.tables import Chunks, all_splits, chunks
+from negpipe.sources.trec import judgments
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
 _BuildAll: TypeAlias = Callable[[Columns], RecordColumns | None]

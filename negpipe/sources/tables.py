@@ -25,18 +25,27 @@ from negpipe.sources.elements import elements, keys
 from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate
 from negpipe.sources.records import BadRow, Place, RowError
 
-__all__ = ["Chunks", "all_splits", "chunks", "column_names", "inside", "judgments", "keys_of", "opened"]
+__all__ = [
+    "CUT",
+    "Chunks",
+    "all_splits",
+    "chunks",
+    "column_names",
+    "decoded_lines",
+    "gathered",
+    "inside",
+    "keys_of",
+    "opened",
+]
 
 _ROWS = 8192  # of a chunk at most, where they are not lines of JSON
 _BLOCK_BYTES = 2**22  # of a chunk, about
 _STREAMED = 1024  # of a dataset whose size is not known
 _ELEMENTS = 256  # of a JSON list, that make a chunk
 _FIRST = 64  # rows in which columns are looked for
-_LINE_BYTES = 4096  # of a first line, that tell a layout
-_TREC_FIELDS, _RUN_FIELDS = 4, 6
-_WHOLE_BYTES = 2**20  # likewise, of JSON
+_WHOLE_BYTES = 2**20  # of JSON, that tell whether it is one text
 _NAME = 64  # characters, more than a column's name has
-_CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 """Errors of a packed file that ends too soon or is damaged, and of one that is no UTF-16."""
 _log = logging.getLogger(__name__)
 
@@ -98,7 +107,7 @@ def keys_of(path: str) -> list[str]:
     with opened(path) as file:
         try:
             return keys(file, path)
-        except (*_CUT, InputError):
+        except (*CUT, InputError):
             return []
 
 
@@ -133,38 +142,7 @@ def _reader(path: str) -> _Reader:
     return _READERS[extension]
 
 
-def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
-    """The rows of a table of relevance judgments, which may be as TREC writes them: query, 0, document, grade."""
-    for path in table.paths:
-        fields = _fields_of(path) if locate(path) in ("file", "url") else []
-        if len(fields) == _RUN_FIELDS and fields[1] == b"Q0":
-            remedy = "Judgments are: query, 0, document, grade"
-            raise InputError("this is a ranking (a TREC run), no relevance judgments", file=path, row=1, remedy=remedy)
-        if len(fields) == _TREC_FIELDS and fields[1] in (b"0", b"Q0"):
-            _log.info("reading %s, relevance judgments as TREC writes them", path)
-            yield from _trec(path, columns)
-        else:
-            yield from chunks(table._replace(paths=(path,)), columns)
-
-
-def _fields_of(path: str) -> list[bytes]:
-    """What blanks separate in the first line."""
-    with opened(path) as file:
-        try:
-            begin: bytes = file.readline(_LINE_BYTES)
-        except _CUT:
-            return []
-    return begin.removeprefix(b"\xef\xbb\xbf").split()
-
-
-def _trec(path: str, columns: Sequence[Column]) -> Chunks:
-    query, document, grade = (column.name for column in columns)
-    header = [query, "", document, grade]
-    lines = ((number, line.split()) for number, line in enumerate(_decoded(path), 1))
-    return _gathered((row for row in lines if row[1]), header, Check(columns, path)(header))
-
-
-def _gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: Check) -> Chunks:
+def gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: Check) -> Chunks:
     """Rows of fields, some at a time; those before an error come before it is raised."""
     gathered: list[tuple[int, list[str]]] = []
     characters = 0
@@ -232,7 +210,7 @@ def _as_utf8(file: Any) -> Any:
     """A file of UTF-16, which its first bytes tell, as UTF-8."""
     try:
         begin = file.peek(2)[:2]
-    except _CUT:  # whoever reads it says so
+    except CUT:  # whoever reads it says so
         return file
     if begin not in (b"\xff\xfe", b"\xfe\xff"):
         return file
@@ -247,7 +225,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
         try:
             for number, line in enumerate(file, 1):
                 yield number, line
-        except _CUT as error:
+        except CUT as error:
             raise _not_read(path, number + 1, error) from None
 
 
@@ -256,7 +234,12 @@ def _not_read(path: str, row: int, error: Exception) -> InputError:
     return InputError(f"the file cannot be read on ({error})", file=path, row=row, remedy=remedy)
 
 
-def _decoded(path: str) -> Iterator[str]:
+def decoded_lines(path: str) -> Iterator[str]:
+    """The lines of a text file.
+
+    Raises:
+        InputError: it cannot be read on, or is no UTF-8.
+    """
     for number, line in _lines(path):
         try:
             yield decoded(line, Place(path, number))
@@ -277,7 +260,7 @@ def _is_whole(path: str) -> bool:
     with opened(path) as file:
         try:
             begin = file.read(_WHOLE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        except _CUT:
+        except CUT:
             return False
     first, ended, rest = begin.partition(b"\n")
     if first[:1] not in (b"[", b"{") or not (ended or first[:1] == b"["):
@@ -301,7 +284,7 @@ def _elements(check: Check, inside: str | None) -> Chunks:
                 if len(gathered) == _ELEMENTS:
                     yield ElementsChunk(check.file, first, gathered, check)
                     first, gathered = first + len(gathered), []
-        except (*_CUT, InputError) as error:
+        except (*CUT, InputError) as error:
             yield ElementsChunk(check.file, first, gathered, check)
             if isinstance(error, InputError):
                 raise
@@ -317,7 +300,7 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
         while True:
             try:
                 read = file.read(_BLOCK_BYTES)
-            except _CUT as error:
+            except CUT as error:
                 yield from _last_lines(path, first)
                 raise _not_read(path, first, error) from None
             waiting += read
@@ -357,14 +340,14 @@ def _separated(otherwise: str) -> _Reader:
         header = list(dialect.header or first)
         check(header, start, "" if dialect.header else _header_hint(first, delimiter))
         # A file that has the header all the same begins with it.
-        yield from _gathered(rows if first == header else chain([begin], rows), header, check)
+        yield from gathered(rows if first == header else chain([begin], rows), header, check)
 
     return read
 
 
 def _fields(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The fields of each line, in which a quote means nothing."""
-    for number, line in enumerate(_decoded(path), 1):
+    for number, line in enumerate(decoded_lines(path), 1):
         if text := line.rstrip("\r\n"):
             yield number, text.split(delimiter)
 
@@ -373,7 +356,7 @@ def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The fields of each row, which may be in quotes and run over several lines."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
     # strict: a quote in the wrong place is an error instead of a text silently joined to the next rows
-    reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
         try:

@@ -22,8 +22,22 @@ from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
 from negpipe.review.audit.columns import Layout, layout_of
 from negpipe.review.audit.policy import Policy, policy
 from negpipe.review.audit.rules import Rules
+from negpipe.review.audit.runs import Texts
 
-__all__ = ["CHECKS", "GROUPS", "Audit", "Finding", "Layout", "Options", "Policy", "Qrels", "Rules", "audit", "policy"]
+__all__ = [
+    "CHECKS",
+    "GROUPS",
+    "Audit",
+    "Finding",
+    "Layout",
+    "Options",
+    "Policy",
+    "Qrels",
+    "Rules",
+    "Texts",
+    "audit",
+    "policy",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +70,14 @@ class Qrels:
         positives: tables of anchor_id, anchor, document (a number), text; a row a judgment.
         documents: tables of document (its number), id, other_ids (list); a row a document.
         rules: the rules by a column, where the config asks for one.
+        texts: of anchors and documents, which a run's ids need.
     """
 
     name: str
     positives: Iterable[pa.Table]
     documents: Iterable[pa.Table]
     rules: Rules | None = None
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
         tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder,
         opened(Path(folder), options.budget, "the audit") as database,
     ):
-        found = layout_of(database, source, options.columns, Path(folder))
+        found = layout_of(database, source, options.columns, Path(folder), qrels.texts if qrels else None)
         load.rows(database, found, str(source))
         if qrels is not None:
             load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)

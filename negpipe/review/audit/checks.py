@@ -207,7 +207,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
     if check == "above_positive":
         return (
             "negatives",
-            negatives if layout.scored else 0,
+            negatives if layout.scored and not layout.ranked else 0,
             (
                 "select x.row, x.doc, format('{:.4f} > {:.4f}', x.score, least) as detail from negatives x join"
                 " (select u, min(score) as least from documents join entries using (row) where positive"

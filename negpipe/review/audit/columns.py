@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from negpipe import sources
 from negpipe.errors import ConfigError, InputError
-from negpipe.review.audit import foreign
+from negpipe.review.audit import foreign, runs
 
 if TYPE_CHECKING:
     import duckdb
@@ -63,6 +63,11 @@ class Layout:
         return self.labelled and not self.columns["positive"][0][1]
 
     @property
+    def ranked(self) -> bool:
+        """Rows name candidates alone: positives are known from elsewhere, and have no scores."""
+        return not self.has("positive")
+
+    @property
     def scored(self) -> bool:
         """Whether documents have scores."""
         return any(map(self.has, ("score", "positive_score", "negative_score")))
@@ -82,15 +87,22 @@ class Layout:
         return f"{columns[0][0]}::varchar" if columns else "null::varchar"
 
 
-def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mapping[str, str], scratch: Path) -> Layout:
+def layout_of(
+    database: duckdb.DuckDBPyConnection,
+    source: Path,
+    mapping: Mapping[str, str],
+    scratch: Path,
+    texts: runs.Texts | None = None,
+) -> Layout:
     """Find the columns of a file.
 
     Args:
         database: reads it.
-        source: the file, or a folder of Parquet files, or what `foreign` reads.
+        source: the file, or a folder of Parquet files, or what `foreign` reads, or a run.
         mapping: field → column, what is not found by its usual name; `#` stands for a number, a dot leads into an
             object or a list of them.
         scratch: where a file that is not Parquet is copied to.
+        texts: what a run's ids stand for.
 
     Raises:
         ConfigError: the mapping names what is no field.
@@ -102,6 +114,9 @@ def layout_of(database: duckdb.DuckDBPyConnection, source: Path, mapping: Mappin
         if field not in FIELDS:
             raise ConfigError(f"--columns {field}=…: '{field}' is none of {', '.join(FIELDS)}")
     plain = scratch / "rows.parquet"
+    if not mapping and source.exists() and (run := sources.run_of(source)):
+        runs.flatten(database, run, texts, plain)
+        return Layout([plain], {name: [(name, False)] for name in runs.COLUMNS})
     foreign_rows = None if mapping else foreign.recognized(source)
     files = [plain] if foreign_rows else _files(source)
     try:

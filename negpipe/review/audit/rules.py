@@ -117,8 +117,8 @@ def _same(name: str, config: Config, *, or_anchor: bool) -> str:
 def _where(config: Config, layout: Layout) -> str | None:
     """Random, given and judged negatives are asked only what names no score; of these, random ones have no rank."""
     each = config.mining.margin_reference == "each"
-    # A row of one labelled document does not say which positive its negative was chosen for.
-    paired = not layout.pairs if each else layout.scored
+    # A run holds no positives; a row of one labelled document does not say which positive its negative was chosen for.
+    paired = not layout.ranked and (not layout.pairs if each else layout.scored)
     ranked = layout.has("rank") or layout.has("negative_rank")
     asked = conditions(config)
     held = [f"({one.sql})" for one in asked if not one.scored and (paired or not _of_a_positive(one))]
