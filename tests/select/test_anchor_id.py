@@ -108,20 +108,22 @@ def test_explain_names_it_and_ranks_leave_it_out(tmp_path: Path) -> None:
     assert without.ranks["0"] > 0 == with_itself.ranks["0"]
 
 
-def test_calibrate_takes_it_for_no_false_negative(tmp_path: Path) -> None:
-    """The anchor's own document is the nearest of all: where it stands in ranks, it is what a setting takes first."""
+def test_calibrate_leaves_it_out_of_ranks(tmp_path: Path) -> None:
+    """The anchor's own document is the nearest of all: without it, all is as if the window began behind it."""
     settings = build(tmp_path)
     judged = [(f"arg-{i}", f"arg-{(i + more) % COUNT}", 1) for i in range(COUNT) for more in (1, 2)]
     small.write_qrels(tmp_path / "data/qrels/train.tsv", judged)
-    scores: dict[str, float] = {}
-    for setting in ("never", "contained"):
-        overrides = ["mining.relative_margin=null", f"mining.anchor_id={setting}", "mining.range_max=20"]
-        config = load_config(settings, [*overrides, "mining.num_negatives=1"])
+    found = {}
+    for anchor_id, first in (("contained", 0), ("never", 0), ("never", 1)):
+        overrides = [f"mining.anchor_id={anchor_id}", f"mining.range_min={first}", "mining.range_max=20"]
+        config = load_config(settings, [*overrides, "mining.relative_margin=null", "mining.num_negatives=1"])
         graph.mine(config)
-        first = measures.calibrate_settings(config).estimates[0]
-        assert first.score is not None
-        scores[setting] = first.score
-    assert scores["never"] == pytest.approx(1, abs=1e-3) and scores["contained"] < 0.95
+        found[anchor_id, first] = measures.calibrate_settings(config).estimates[0]
+    without, itself, behind = found.values()
+    assert itself.score == pytest.approx(1, abs=1e-3) and itself.leak == 0
+    assert without.score is not None and without.score < 0.95
+    assert (without.leak, without.negatives, without.score) == (behind.leak, behind.negatives, behind.score)
+    assert without.rank is not None and behind.rank == without.rank + 1
 
 
 def test_audit_finds_it(tmp_path: Path) -> None:

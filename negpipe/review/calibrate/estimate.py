@@ -44,7 +44,7 @@ class Estimate:
         leak: share of false negatives among those taken; `lo` and `hi` hold it with 95 % confidence.
         leaking: anchors of which at least a part of a false negative is expected to be taken.
         negatives: expected number of negatives taken.
-        score, rank: means over them; ranks are raw, 0-based.
+        score, rank: means over them; ranks are raw, 0-based, without the anchor itself.
         distance: mean of the positive's score less theirs.
         coverage: share of the anchors that get all their negatives, whichever positive is shown.
     """
@@ -209,20 +209,25 @@ def _selectors(config: Config, setting: Setting, corpus: Rows, namesakes: Namesa
 
 @dataclass(frozen=True)
 class _Judged:
-    """What does not depend on a setting: why each candidate is excluded, and whether it is a suspect, both (t, k)."""
+    """What does not depend on a setting: why each candidate is excluded, whether it is a suspect, and its rank, (t, k).
+
+    A rank is that among all but the anchor itself (`mining.anchor_id`).
+    """
 
     excluded: npt.NDArray[np.uint8]
     suspects: Mask
+    ranks: npt.NDArray[np.int32]
 
 
 def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
     rows, every = trials.found.rows, np.arange(len(trials.found.rows))
     texts = corpus.numbers("normalized", np.maximum(rows, 0))
     suspects = rules.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
+    ranks = np.cumsum(~selector.filters.dropped_by("anchor_id", trials.anchors, rows), axis=1, dtype=np.int32) - 1
     if trials.shown is None:
-        return _Judged(selector.filters.of_documents(trials.anchors, every, rows), suspects)
+        return _Judged(selector.filters.of_documents(trials.anchors, every, rows), suspects, ranks)
     suspects &= texts != trials.shown[:, None]
-    return _Judged(selector.filters.of_documents(trials.anchors, every, rows, suspects), suspects)
+    return _Judged(selector.filters.of_documents(trials.anchors, every, rows, suspects), suspects, ranks)
 
 
 def _tried(
@@ -256,7 +261,7 @@ def _tried(
             false = (chosen & judged.suspects[trial, : chosen.shape[1]]).sum(axis=1)
             suspects += np.bincount(trial, false * weight, minlength=len(suspects))
             taken += np.bincount(trial, pool * weight, minlength=len(taken))
-            sums += _sums(choice, chosen, pool, weight)
+            sums += _sums(choice, chosen, judged.ranks[trial, : chosen.shape[1]], pool, weight)
             if width == whole:
                 short[waiting] += lacks
             waiting = waiting[lacks > 0]
@@ -264,13 +269,13 @@ def _tried(
     return sums / count, suspects / count, taken / count, short / count
 
 
-def _sums(choice: Choice, chosen: Mask, pool: Ints, weight: Doubles) -> Doubles:
+def _sums(choice: Choice, chosen: Mask, ranks: npt.NDArray[np.int32], pool: Ints, weight: Doubles) -> Doubles:
     """Sums over the chosen, each unit by its weight, in the order of `_SUMS`."""
     scores = np.where(chosen, choice.scores[choice.anchor], 0).sum(axis=1, dtype=np.float64)
-    ranks = chosen @ np.arange(chosen.shape[1], dtype=np.float64)
+    placed = np.where(chosen, ranks, 0).sum(axis=1, dtype=np.float64)
     referred = np.isfinite(choice.reference)
     distances = np.where(referred, pool * np.where(referred, choice.reference, 0) - scores, 0.0)
-    return np.array([weight @ values for values in (scores, ranks, distances, pool * referred)])
+    return np.array([weight @ values for values in (scores, placed, distances, pool * referred)])
 
 
 def _estimate(setting: Setting, own: npt.NDArray[np.float32], sums: Doubles, interval: Doubles) -> Estimate:
