@@ -102,6 +102,12 @@ def test_no_rows_name_the_cut_as_the_cause(
     assert outcome.code == 0 and "38 of 40 documents were cut at 16 tokens" in outcome.out
     document = json.loads(small.run("quality", path, "--json", *overrides).out)
     assert document["vectors"]["equal"] == {"documents": 38, "of": 40}
+    status = small.run("status", path, *overrides)
+    assert "encode: 38 of 40 documents were cut at 16 tokens" in status.out
+    report = small.run("report", path, *overrides, "--out", tmp_path / "report.html")
+    assert report.code == 0, report.err
+    lost = f"{cut['lost']:.1%} of all tokens lost"
+    assert f"38 of 40, {lost}" in (tmp_path / "report.html").read_text("utf-8")
     # Nothing is left to do, and that the rows are too few is said all the same.
     again = small.run("mine", path, *overrides, "--set", "output.min_rows=9")
     assert again.code == 1 and "encoder.passage_max_length" in again.out + again.err
