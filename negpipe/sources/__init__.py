@@ -24,7 +24,7 @@ from negpipe.sources.records import (
     RecordColumns,
     TextColumns,
 )
-from negpipe.sources.tables import column_names, opened
+from negpipe.sources.tables import column_names, is_whole, opened
 from negpipe.sources.trec import RUNS, Run, ranked, run_of
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "column_names",
     "extension_of",
     "files",
+    "is_whole",
     "opened",
     "pieces",
     "ranked",

@@ -34,6 +34,7 @@ __all__ = [
     "decoded_lines",
     "gathered",
     "inside",
+    "is_whole",
     "keys_of",
     "opened",
 ]
@@ -248,14 +249,14 @@ def decoded_lines(path: str) -> Iterator[str]:
 
 
 def _json(check: Check, table: Table) -> Chunks:
-    if table.inside or _is_whole(check.file):
+    if table.inside or is_whole(check.file):
         yield from _elements(check, table.inside)
         return
     for first, block in _blocks(check.file):
         yield JsonChunk(check.file, first, block, check)
 
 
-def _is_whole(path: str) -> bool:
+def is_whole(path: str) -> bool:
     """Whether a file is a JSON list, or objects that run over several lines, and no lines of JSON."""
     with opened(path) as file:
         try:

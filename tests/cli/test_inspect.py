@@ -60,6 +60,16 @@ def test_the_written_config_reads_the_source(tmp_path: Path) -> None:
     assert again.code == 2 and load_config(written) == config
 
 
+def test_init_writes_what_inspect_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triplets(tmp_path / "my rows.v1.jsonl", 9)
+    monkeypatch.chdir(tmp_path)
+    outcome = small.run("init", "my rows.v1.jsonl")
+    assert outcome.code == 0 and "negpipe mine myrows.yaml" in outcome.out
+    small.run("inspect", "my rows.v1.jsonl", "--write", "other.yaml")
+    assert Path("myrows.yaml").read_text("utf-8") == Path("other.yaml").read_text("utf-8")
+    assert small.run("init", "my rows.v1.jsonl").code == 2, "a config is not written over"
+
+
 @pytest.mark.parametrize("path", ["nowhere/at/all", "letters.md"])
 def test_what_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
     (tmp_path / "letters.md").write_text("x")

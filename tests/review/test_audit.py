@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -324,6 +325,9 @@ def test_what_is_mined_is_clean(mined: Run, tmp_path: Path, name: str) -> None:
     config = config_of(run, tmp_path)
     done = negpipe("audit", config, *options, "--fail-on", "positive,duplicate,score,text,missing_id")
     assert done.code == 0, done.out + done.err
+    _, _, answers = done.out.partition("NeMo's checklist")
+    named = set(re.findall(r"[a-z]+(?:_[a-z]+)+|shortage", answers))
+    assert {"missing_id", "positive_id", "repeated_negative", "non_finite", "shortage"} <= named <= set(audit.CHECKS)
     written = json.loads((run.folder / "audit.json").read_text("utf-8"))
     assert written["qrels"]
     assert written["checks"]["positive_id"]["of"] == written["negatives"] > 300

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_source as small
 from real_runs import Run
+from written_sources import (
+    dpr,
+    flagembedding,
+    labeled,
+    made,
+    ms_swift,
+    nemo,
+    pylate,
+    tevatron,
+    tevatron_ids,
+    tuples,
+)
 
 from negpipe.config.file import load_config
 from negpipe.errors import InputError
@@ -50,6 +63,26 @@ def test_other_layouts_give_the_same_findings(to: str, mined: Run, tmp_path: Pat
     same = {*found} & {*plain}  # these hold no scores, ms-swift no ids
     assert {"near_duplicate", "positive_text", "anchors", "negatives", "shortage", "hub"} <= same
     assert {name: found[name] for name in same} == {name: plain[name] for name in same}
+
+
+WITH_NEGATIVES = (tuples, labeled, flagembedding, tevatron, tevatron_ids, dpr, ms_swift, nemo, pylate)
+
+
+@pytest.mark.parametrize("layout", WITH_NEGATIVES, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_layout_with_negatives_is_read(layout: Any, seed: int, tmp_path: Path) -> None:
+    """In any kind of file that holds it, packed or not, in UTF-8 or UTF-16."""
+    draw = random.Random(f"{layout.__name__} {seed}")
+    source = made(draw)
+    path = Path(layout(draw, source, tmp_path / "in").settings["path"])
+    if layout in (tevatron_ids, pylate) and [*path.parent.rglob("*.tsv")]:
+        pytest.skip("of a table with quotes that mean nothing a config has to say so")
+    found = audit.audit(tmp_path / "in" if layout is tevatron_ids else path, audit.Options(columns={}))
+    times = [len(positives) if layout is tuples else 1 for positives, _ in source.judged.values()]
+    assert found.anchors == len(source.judged)
+    assert found.positives == sum(len(positives) for positives, _ in source.judged.values())
+    assert found.negatives == sum(n * len(some) for n, (_, some) in zip(times, source.judged.values(), strict=True))
+    assert not [one.check for one in found.findings if one.check.startswith("positive_") and one.count]
 
 
 def test_a_dot_leads_into_objects(mined: Run, tmp_path: Path) -> None:

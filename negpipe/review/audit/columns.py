@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -204,17 +205,17 @@ def _text_table(source: Path, scratch: Path) -> str:
     extension = sources.extension_of(str(source))
     if extension not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
         raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, packed or not", file=str(source))
-    # As ingest opens it: unpacked, and in UTF-8.
+    # As ingest opens it: unpacked, and in UTF-8 without a mark.
     plain = scratch / f"plain{extension}"
     with sources.opened(str(source)) as file, plain.open("wb") as copy:
         try:
+            copy.write(file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
             shutil.copyfileobj(file, copy, _COPIED)
         except (EOFError, OSError, ValueError) as error:
             raise InputError(f"cannot be read: {error}", file=str(source)) from None
     if extension in (".csv", ".tsv", ".txt"):
         return f"read_csv('{quoted_path(plain)}', header=true, max_line_size=67108864)"
-    with plain.open("rb") as file:
-        lines = file.read(1) != b"[" and extension != ".json"
+    lines = extension != ".json" and not sources.is_whole(str(plain))
     return f"read_json('{quoted_path(plain)}', format='{'newline_delimited' if lines else 'auto'}')"
 
 
