@@ -83,6 +83,18 @@ def test_always_takes_equal_ids_at_their_word(tmp_path: Path) -> None:
     assert dropped(mined(settings, "mining.anchor_id=always")[0]) == COUNT
 
 
+def test_random_draws_keep_to_it(tmp_path: Path) -> None:
+    """As many as there are documents but the positive and the anchor itself."""
+    settings = build(tmp_path)
+    found: dict[str, set[str]] = {}
+    for anchor_id in ("contained", "never"):
+        overrides = [f"mining.anchor_id={anchor_id}", "mining.num_negatives=0", f"mining.num_random={COUNT - 2}"]
+        rows = pq.read_table(graph.mine(load_config(settings, overrides)).triplets).to_pylist()
+        assert len(rows) == COUNT * (COUNT - 2)
+        found[anchor_id] = {row["anchor_id"] for row in rows if row["anchor_id"] == row["negative_id"]}
+    assert not found["contained"] and found["never"]
+
+
 @pytest.mark.parametrize("preset", ["sentence-transformers", "flagembedding", "nemo", "nv-retriever"])
 def test_other_miners_do_not_know_it(preset: str, tmp_path: Path) -> None:
     settings = build(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -85,7 +86,9 @@ def found(data: schema.Data, carries: frozenset[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("seed", range(12))
-def test_every_layout_gives_the_same_source(layout: Any, seed: int, tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_source(
+    layout: Any, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     draw = random.Random(f"{layout.__name__} {seed}")
     source = made(draw)
     written = layout(draw, source, tmp_path / "in")
@@ -97,7 +100,10 @@ def test_every_layout_gives_the_same_source(layout: Any, seed: int, tmp_path: Pa
     guessed = {key: value for key, value in written.settings.items() if key not in ("format", "columns")}
     if "path" in guessed:
         assert sources.recognized(schema.Data.model_validate(guessed)).format == named.format
+    caplog.clear()
+    caplog.set_level(logging.INFO, logger="negpipe")
     assert found(schema.Data.model_validate(guessed), written.carries) == expected(source, written.carries)
+    assert f"the source is read as data.format: {named.format}" in caplog.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
