@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,26 @@ def test_an_index_keeps_its_budget(tmp_path: Path) -> None:
         least, most = (peaks(folder, 64, [["index", *wanted], ["search", *wanted]]) for folder in folders)
         over = {stage: most[stage] - least[stage] for stage in most}
         assert all(megabytes <= 64 for megabytes in over.values()), (kind, over)
+
+
+@pytest.mark.slow
+def test_rules_by_a_column_keep_their_budget(tmp_path: Path) -> None:
+    """160 MB of values in two columns, which what a larger source takes beyond a small one could not hold."""
+    folders = [source(tmp_path / name, rows, 16, "a text") for name, rows in (("small", 6_000), ("large", 80_000))]
+    for folder in folders:
+        corpus = folder / "data/corpus.jsonl"
+        rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+        kinds = ({"doc": f"{at // 3} {'d' * 1000}", "lang": f"{at % 2} {'l' * 1000}"} for at in range(len(rows)))
+        small.write_rows(corpus, ({**row, **kind} for row, kind in zip(rows, kinds, strict=True)))
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings["data"]["extra"] = {"corpus": ["doc", "lang"]}
+        settings["search"] = {"depth": 64}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        peaks(folder, 1024, [["ingest"], ["encode"], ["index"], ["search"]])
+    rules = ["never_same=[doc]", "only_same=[lang]", "where=candidate.doc != positive.lang"]
+    mine = ["triplets", *(f"--set=mining.{rule}" for rule in rules)]
+    least, most = (peaks(folder, 256, [mine])["triplets"] for folder in folders)
+    assert most - least <= 100, (least, most)
 
 
 def source(folder: Path, documents: int, dimension: int, text: str) -> Path:
