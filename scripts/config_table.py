@@ -54,6 +54,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(part) for part in get_args(annotation) if part is not NoneType)
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
+    if origin is dict:
+        return "names, each with keys and values"
     return {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path"}.get(
         annotation, getattr(annotation, "__name__", str(annotation))
     )
@@ -65,7 +67,9 @@ def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(value)}]"
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, dict):
+        return "{}"
     return str(value) if value != "" else '""'
 
 
