@@ -546,6 +546,28 @@ DISTILLING: tuple[Loss, ...] = ("MarginMSELoss", "DistillKLDivLoss")
 """The losses that learn the scores of rows."""
 
 
+EVAL_SPLIT = "test"
+
+
+class Split(_Model):
+    """Anchors of `data.split` that are held out to judge by, for sets that have no split for it."""
+
+    test: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="With a section train.split: the share of the anchors of data.split that are held out, about, as"
+        " groups stay whole; they are mined from and trained on by nobody.",
+    )
+    by: str = Field(
+        "positive",
+        min_length=1,
+        description="positive: anchors that share a text, their own or a positive's, are on one side. A column of"
+        " data.extra.corpus: also those whose positives have the same value there.",
+    )
+    seed: int = Field(42, ge=0, description="Seed of the division, apart from seed: it is to stay where that changes.")
+
+
 class Train(_Model):
     """How a model is fine-tuned on the rows, and on what it is judged."""
 
@@ -582,13 +604,38 @@ class Train(_Model):
         (), description="Widths at which vectors are to be of use too, for example [256, 128, 64]."
     )
     checkpoint_steps: int = Field(500, ge=1, description="Steps from one checkpoint to the next.")
-    eval_split: str = Field("test", description="Qrels, or split of pair rows, on which the model is judged.")
+    eval_split: str | None = Field(
+        None,
+        description="Qrels, or split of pair rows, on which the model is judged; null: test, or the test side of"
+        " train.split.",
+    )
+    split: Split | None = None
+    license: str | None = Field(
+        None,
+        description="Licence that the model's card states, such as apache-2.0; null: the base's, where its own card"
+        " states one.",
+    )
 
     @model_validator(mode="after")
     def _widths(self) -> Train:
         if min(self.matryoshka, default=1) < 1:
             raise ValueError("matryoshka: a width is 1 or more")
         return self
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Train:
+        if self.split is not None and self.eval_split is not None:
+            raise ValueError(
+                f"train.split and eval_split ('{self.eval_split}') both say what the model is judged on: remove one"
+            )
+        return self
+
+    @property
+    def judge(self) -> tuple[str, str]:
+        """What the model is judged on, for people, and the setting that says so."""
+        if self.split is not None:
+            return "the test side of train.split", "train.split"
+        return f"the split '{self.eval_split or EVAL_SPLIT}'", "train.eval_split"
 
 
 ArmSet = Literal[
@@ -776,10 +823,13 @@ class Config(_Model):
             raise ValueError("train.base: vectors that you bring have no model to train: name one")
         if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
             raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
-        if self.train.eval_split == self.data.split:
+        if split := self.train.split:
+            if split.by != "positive":
+                self.data.extra.require("corpus", split.by, f"train.split.by: '{split.by}'")
+        elif (self.train.eval_split or EVAL_SPLIT) == self.data.split:
             raise ValueError(
-                f"train.eval_split: '{self.train.eval_split}' is data.split too, which the model is trained on:"
-                " name a split that it never sees"
+                f"train.eval_split: '{self.data.split}' is data.split too, which the model is trained on: name a split"
+                " that it never sees, or hold a part of this one out with train.split"
             )
         return self
 

@@ -113,7 +113,7 @@ def _hub(name: str, revision: str | None) -> Model:
     from huggingface_hub import snapshot_download
 
     # Many repositories hold the weights twice; the second copy is fetched only where it is the only one.
-    first = [f"*{suffix}" for suffix in sorted(_SUFFIXES - {".bin"})] + ["[0-9]_*/*.bin"]
+    first = [f"*{suffix}" for suffix in sorted(_SUFFIXES - {".bin"})] + ["[0-9]_*/*.bin", "README.md"]  # its card
     ignored = [f"{pattern}/*" for pattern in _EXPORTS]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=first, ignore_patterns=ignored))

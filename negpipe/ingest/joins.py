@@ -59,7 +59,7 @@ def _named(config: Config) -> str | None:
 
 
 def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
-    """Number the rows and resolve every judgment to (anchor, row)."""
+    """Number the rows and resolve every judgment to (query, row). Queries in `put_aside` are to be no anchors."""
     database.execute("""
         create table numbered as
         select *, row_number() over (order by not corpus, first) - 1 as row from (
@@ -106,10 +106,7 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
             any_value(normalized) as normalized, min(source_row) as source_row, arg_min(extra, source_row) as extra
         from queries group by id;
         create table positives as select * from good where split = {_quoted(config.data.split)};
-        create table anchors as select *, row_number() over (order by source_row) - 1 as number from askers
-        where id in (select query from positives);
-        create table known as
-        select number, row, bool_or(by_id) as by_id from good join anchors on query = id group by number, row;
+        create table put_aside (id varchar);
         create table refused as
         select j.query, d.row, if(bool_or(j.grade is null), null, max(j.grade)) as grade, min(j.rowid) as n
         from judgments j join ids d on j.document = d.id
@@ -118,7 +115,7 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         delete from refused using contradicted c where refused.query = c.query and refused.row = c.row;
     """)
     _tell_contradictions(database)
-    if not _count(database, "select count(*) from anchors"):
+    if not _count(database, "select count(*) from positives semi join askers on query = id"):
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
             f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
@@ -126,6 +123,16 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
             field="data.split",
             remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
         )
+
+
+def number(database: duckdb.DuckDBPyConnection) -> None:
+    """Number the anchors, and find all that they are known to have."""
+    database.execute("""
+        create table anchors as select *, row_number() over (order by source_row) - 1 as number from askers
+        where id in (select query from positives) and id not in (select id from put_aside);
+        create table known as
+        select number, row, bool_or(by_id) as by_id from good join anchors on query = id group by number, row;
+    """)
 
 
 def _tell_contradictions(database: duckdb.DuckDBPyConnection) -> None:
@@ -232,11 +239,11 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         "source_queries": "select (select count(*) from queries) + (select count(*) from skipped where of_query)",
         "duplicate_texts": "select (select count(*) from documents) - (select count(*) from numbered)",
         "queries_read": "select count(*) from askers",
-        "queries_without_positive": "select (select count(*) from askers) - (select count(*) from anchors)",
+        "queries_without_positive": "select count(*) from askers anti join positives on query = id",
         "judgments_read": "select count(*) from judgments",
         # By exact anchor text, repeated rows counted, as sentence-transformers does.
         "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
-        " join askers a on j.query = a.id join ids d on j.document = d.id"
+        " join anchors a on j.query = a.id join ids d on j.document = d.id"
         f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
         "judged_not_relevant": "select count(*) from refused where grade is not null",
         "given_negatives": "select count(*) from refused where grade is null",

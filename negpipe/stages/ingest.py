@@ -13,12 +13,14 @@ none), its row in the source. `namesakes`: hash of a normalised text that severa
 known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who
 else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the
 first row that has the text or id.
-Rows that were left out are listed in `rejected.jsonl`.
+Rows that were left out are listed in `rejected.jsonl`. With `train.split` the anchors are those of its training side,
+and `split/` lists the judgments of both.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -26,6 +28,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe import __version__, sources
-from negpipe.config.schema import Config
+from negpipe.config.schema import Config, Split
 from negpipe.data import database
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import hashes
@@ -43,8 +46,8 @@ from negpipe.engine import versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import DamagedError
-from negpipe.ingest import joins, rejected
+from negpipe.errors import ConfigError, DamagedError
+from negpipe.ingest import joins, rejected, split
 from negpipe.ingest.spool import Spool, Texts, ahead, extra_columns, load, read
 from negpipe.sources.places import locate, paths_of
 from negpipe.stages import headers
@@ -71,7 +74,13 @@ def _settings(config: Config) -> dict[str, Any]:
     kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, "streaming": True, **tables})
     # Whether the negatives that it brings are told from other documents; how they are taken, triplets decides.
     given = {} if config.mining.given_negatives == "ignore" else {"mining.given_negatives": "kept"}
-    return {f"data.{name}": value for name, value in kept.items()} | given
+    asked = _split(config)
+    divided = {"train.split": asked.model_dump(mode="json")} if asked else {}
+    return {f"data.{name}": value for name, value in kept.items()} | given | divided
+
+
+def _split(config: Config) -> Split | None:
+    return config.train.split if config.train else None
 
 
 def _sources(context: Context) -> dict[str, str]:
@@ -81,17 +90,28 @@ def _sources(context: Context) -> dict[str, str]:
     return {"data.path": digest(local, sources.revision(data))}
 
 
-def _plan(context: Context) -> Iterator[Task]:
-    """The source is read, and then one part made while that before it is written."""
-    with closing(_parts(context)) as parts:
+def _check(context: Context) -> None:
+    if _split(context.config) and importlib.util.find_spec("scipy") is None:
+        raise ConfigError("train.split: scipy is not installed: run `pip install 'negpipe[train]'`")
+
+
+def plan(context: Context, side: split.Side = "train") -> Iterator[Task]:
+    """The source is read, and then one part made while that before it is written.
+
+    Args:
+        context: what to read.
+        side: of `train.split`, where there is one, whose anchors are wanted.
+    """
+    with closing(_parts(context, side)) as parts:
         yield next(parts)  # what takes long can be interrupted in this thread
         yield from ahead(parts)
 
 
-def _parts(context: Context) -> Generator[Task]:
+def _parts(context: Context, side: split.Side) -> Generator[Task]:
     config, folder = context.config, context.store.path(f"{BOOKS}/ingest")
     folder.mkdir(parents=True, exist_ok=True)
-    spool = Spool(context.own.begun(_spool_key(context)))
+    begun = context.own.begun(_spool_key(context))
+    spool = Spool(begun)
     with (
         explained(folder),
         # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
@@ -104,6 +124,9 @@ def _parts(context: Context) -> Generator[Task]:
         load(spool, connection)
         joins.check(config, connection)
         joins.join(config, connection)
+        if _split(config):
+            split.divide(config, side, connection, spool, context.budget.share(0.5))
+        joins.number(connection)
         for kind in ("corpus", "added"):
             texts = spool.texts(kind, config.data.extra.corpus)
             of_kind = joins.documents(connection, corpus=kind == "corpus")
@@ -113,7 +136,8 @@ def _parts(context: Context) -> Generator[Task]:
         anchors = (_anchors(rows, extra) for rows in joins.anchors(connection, config.data.part_rows))
         yield from _tasks("anchors", anchors, context)
         yield from _tasks("namesakes", joins.namesakes(connection), context)
-        yield _facts(context, connection, Path(scratch))
+        # Its files are published when the database is gone.
+        yield _facts(context, side, connection, begun)
 
 
 def _spool_key(context: Context) -> str:
@@ -122,15 +146,24 @@ def _spool_key(context: Context) -> str:
     return key(context.key, read, versions.installed(("pyarrow", "datasets")), __version__)
 
 
-def _facts(context: Context, connection: duckdb.DuckDBPyConnection, spool: Path) -> Task:
-    """The task of the counts, a part of its own so that they are content like the rest, and of what was left out."""
-    task = _task("counts", pa.table({name: [n] for name, n in joins.counts(context.config, connection).items()}))
-    listed = spool / rejected.NAME
-    count = rejected.write(connection, listed)
-    if not count:
+def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnection, folder: Path) -> Task:
+    """The task of the counts, a part of its own so that they are content like the rest, and of what is listed for
+    people."""
+    config, listed = context.config, dict[str, Path]()
+    counts: dict[str, float] = {**joins.counts(config, connection)}
+    if asked := _split(config):
+        counts |= split.counts(asked, connection)
+        if side == "train":
+            listed |= {f"split-{name}": path for name, path in split.write(config, connection, folder).items()}
+    task = _task("counts", pa.table({name: [n] for name, n in counts.items()}))
+    if count := rejected.write(connection, folder / rejected.NAME):
+        listed["rejected"] = folder / rejected.NAME
+        logger.warning("%d rows of the source are left out: %s", count, context.run_dir / rejected.NAME)
+    if not listed:
         return task
-    logger.warning("%d rows of the source are left out: %s", count, context.run_dir / rejected.NAME)
-    return replace(task, key=key(task.key, file_digest(listed)), payload={**task.payload, "rejected": listed})
+    return replace(
+        task, key=key(task.key, *map(file_digest, listed.values())), payload={**task.payload, "listed": listed}
+    )
 
 
 def _documents(rows: pa.Table, texts: Texts) -> Iterator[pa.Table]:
@@ -252,10 +285,11 @@ def _joined(texts: pa.Array, between: str) -> str:
 def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progress) -> Made:
     content: pa.Buffer = task.payload["content"]
     publish("table", ".arrow", lambda file: write_all(file, memoryview(content)), needed=content.size)
-    if listed := task.payload.get("rejected"):
-        # Beside the counts and not a part itself: it says where rows stood, which no other stage depends on.
-        with listed.open("rb") as source:
-            publish("rejected", ".jsonl", lambda file: shutil.copyfileobj(source, file), aside=True)
+    for role, path in task.payload.get("listed", {}).items():
+        # Beside the counts and no parts themselves: they say where rows stood, or what anchors of the other side have,
+        # which no other stage depends on.
+        with path.open("rb") as source:
+            publish(role, path.suffix, partial(shutil.copyfileobj, source), aside=True)
     progress(task.rows, "")
     return Made(task.rows, task.payload["meta"])
 
@@ -284,7 +318,8 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:
     listed = [file for part in parts for file in part.all("rejected")]
-    return {rejected.NAME: listed[0] if listed else None}
+    sides = {f"{file.role.removeprefix('split-')}.parquet": file for part in parts for file in part.all("split")}
+    return {rejected.NAME: listed[0] if listed else None, split.NAME: sides or None}
 
 
 def _misfit(store: Store, part: Part) -> str | None:
@@ -297,9 +332,11 @@ STAGE = Stage(
     inputs=(),
     settings=_settings,
     sources=_sources,
-    plan=_plan,
+    check=_check,
+    plan=plan,
     run=_run,
     settle=_settle,
+    remarks=split.remarks,
     misfit=_misfit,
     views=_views,
     libraries=lambda _: ("duckdb", "pyarrow"),

@@ -65,7 +65,7 @@ def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -
     """Whether a name shows what it should."""
     place = run_dir / name
     if what is None:
-        return not os.path.lexists(place)
+        return not os.path.lexists(place) or (place.is_dir() and not place.is_symlink())  # the user's own
     if isinstance(what, Path):
         return _alike(place, what)
     pointed = place.is_symlink() and place.readlink() == Path(f".{name}", version)

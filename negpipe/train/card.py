@@ -9,21 +9,28 @@ from typing import Any
 import yaml
 
 from negpipe import __version__
-from negpipe.config.schema import Config
+from negpipe.config.schema import Config, Data
 from negpipe.engine.manifest import Manifest
 from negpipe.redaction import redacted
+from negpipe.sources.places import locate, paths_of
 
 _TYPES = {"nDCG@10": "ndcg_at_10", "MRR@10": "mrr_at_10", "Recall@10": "recall_at_10", "Recall@100": "recall_at_100"}
 """What the hub calls the metrics."""
 
 
 def written(
-    library: Path, config: Config, rows: Manifest, compared: Sequence[Mapping[str, Any]], shared: Mapping[str, int]
+    library: Path,
+    base: Path,
+    config: Config,
+    rows: Manifest,
+    compared: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, int],
 ) -> str:
     """The card.
 
     Args:
         library: the card that Sentence Transformers wrote.
+        base: the card of the model that was trained, which may not be there.
         config: what was run.
         rows: the manifest of the rows that were trained on.
         compared: every metric before and after, `Comparison.document`.
@@ -33,13 +40,16 @@ def written(
 
     assert config.train is not None
     card = ModelCard.load(library)
+    judge = config.train.judge[0]
+    card.data.license = config.train.license or _license(base)
+    card.data.datasets = _datasets(config.data) or card.data.datasets
     card.data.model_name = getattr(card.data, "model_name", None) or "Retriever trained on mined negatives"
     card.data.eval_results = [
         EvalResult(
             task_type="information-retrieval",
             task_name="Information Retrieval",
             dataset_type="held-out",
-            dataset_name=f"held-out split {config.train.eval_split}",
+            dataset_name=f"held-out: {judge}",
             metric_type=_TYPES[one["metric"]],
             metric_name=one["metric"],
             metric_value=one["after"],
@@ -55,7 +65,7 @@ def written(
     section = f"""
 ## Before and after
 
-On {compared[0]["anchors"]:,} queries of the split `{config.train.eval_split}`, by exact search of the whole corpus.
+On {compared[0]["anchors"]:,} queries of {judge}, by exact search of the whole corpus.
 Intervals are Student's, paired, 95 %.
 
 | metric | before | after | difference | |
@@ -74,3 +84,21 @@ negpipe {__version__} mined the {rows.stats["rows"]:,} rows; their fingerprint i
 ```
 """
     return f"{str(card).rstrip()}\n{section}"
+
+
+def _license(path: Path) -> str | None:
+    """What a card states as the licence; None: nothing, or nobody can read it."""
+    from huggingface_hub import ModelCard
+
+    try:
+        stated = ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        return None
+    return stated if isinstance(stated, str) else None
+
+
+def _datasets(data: Data) -> list[str]:
+    """Datasets of the hub that the rows come from."""
+    tables = (data.corpus, data.queries, data.qrels)
+    named = [data.path, *(table.path for table in tables if table)]
+    return sorted({path for one in named if one for path in paths_of(one) if locate(path) == "hub"})

@@ -1,4 +1,5 @@
-"""held_out: ingest once more, of the split that a model is judged on. Its corpus is whole."""
+"""held_out: ingest once more, of the split that a model is judged on, or of the test side of `train.split`. Its corpus
+is whole."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from negpipe.config.schema import Config
+from negpipe.config.schema import EVAL_SPLIT, Config
 from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context, Task
 from negpipe.errors import InputError
@@ -16,28 +17,33 @@ from negpipe.stages import ingest
 def _config(config: Config) -> Config:
     """The config whose anchors are the held-out ones."""
     assert config.train is not None
-    return config.model_copy(update={"data": config.data.model_copy(update={"split": config.train.eval_split})})
+    if config.train.split:
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"split": config.train.eval_split or EVAL_SPLIT})}
+    )
 
 
 def _sources(context: Context) -> dict[str, str]:
-    with _split_named(context.config.data.split):
+    with _split_named(context.config):
         return ingest.STAGE.sources(context)
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    with _split_named(context.config.data.split):
-        yield from ingest.STAGE.plan(context)
+    with _split_named(context.config):
+        yield from ingest.plan(context, "test")
 
 
 @contextmanager
-def _split_named(split: str) -> Iterator[None]:
+def _split_named(config: Config) -> Iterator[None]:
     """A split that is not there is named by the setting that asks for it."""
+    assert config.train is not None
     try:
         yield
     except InputError as error:
-        if error.field != "split":
+        if error.field != "split" or config.train.split:
             raise
-        there = [name for name in error.there if name != split]
+        there = [name for name in error.there if name != config.data.split]
         raise InputError(
             f"there is nothing to judge the model by: {error.problem}",
             file=error.file,
@@ -59,5 +65,6 @@ STAGE = replace(
     sources=_sources,
     plan=_plan,
     settle=_settled,
+    remarks=lambda _: (),
     views=lambda _: {},
 )

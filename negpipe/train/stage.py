@@ -40,8 +40,11 @@ from negpipe.train.comparison import METRICS, compare
 
 VERSION = 2
 CARD = "README.md"
-_CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "base", "guide"}  # what the last two name is in `_sources`
-_OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"}
+# What base and guide name is in `_sources`, what split and eval_split do in the inputs.
+_CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
+_OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"} | {
+    "train.license"  # the card, which is made with it, states it
+}
 _NOT_USED = {"encoder.storage"}
 _EXTRA = ("accelerate", "scipy")
 _STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
@@ -64,8 +67,9 @@ def _settings(config: Config) -> dict[str, Any]:
     values = config.train.model_dump(mode="json", exclude=_CIRCUMSTANCE)
     values["seed"] = config.seed if config.train.seed is None else config.train.seed
     encoder = encode.STAGE.settings(config)
+    stated = {"train.license": config.train.license} if config.train.license else {}
     return {f"train.{name}": value for name, value in values.items()} | {
-        name: value for name, value in encoder.items() if name not in _NOT_USED
+        name: value for name, value in (encoder | stated).items() if name not in _NOT_USED
     }
 
 
@@ -161,16 +165,17 @@ def _check_held_out(context: Context) -> None:
         return
     found, train = overlap.measure(context), context.config.train
     assert train is not None
+    judge, field = train.judge
     if found.anchors < 2:
         raise InputError(
-            f"the split '{train.eval_split}' has {found.anchors} anchors with a positive, a comparison takes two",
-            field="train.eval_split",
-            remedy="Name a split with more judgments",
+            f"{judge} has {found.anchors} anchors with a positive, a comparison takes two",
+            field=field,
+            remedy="Raise train.split.test" if train.split else "Name a split with more judgments",
         )
     if found.anchors_trained_on == found.anchors:
         raise InputError(
-            f"all {found.anchors:,} anchors of the split '{train.eval_split}' are trained on too",
-            field="train.eval_split",
+            f"all {found.anchors:,} anchors of {judge} are trained on too",
+            field=field,
             remedy=f"Name a split with anchors that the split '{context.config.data.split}' has not",
         )
 
@@ -282,7 +287,9 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
     publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
     compared = [compare(name, *(table[f"{name}_{side}"].to_numpy() for side in sides)).document() for name in METRICS]
     shared = asdict(overlap.measure(context))
-    told = card.written(linked / CARD, context.config, context.manifest("triplets"), compared, shared).encode()
+    told = card.written(
+        linked / CARD, Path(_base(context).path, CARD), context.config, context.manifest("triplets"), compared, shared
+    ).encode()
     publish("card", ".md", partial(write_all, data=told), needed=len(told), aside=True)
     return Made(table.num_rows, {"compared": compared, "overlap": shared})
 

@@ -1,0 +1,213 @@
+"""Anchors held out of mining, where a source has no split to judge a model by: whole groups of them, so that nothing of
+one side is on the other.
+
+Texts are grouped, normalised: an anchor's with those of its positives, and where `train.split.by` names a column, a
+positive's with that column's value. What is connected is one group. A number drawn from `train.split.seed` and the
+smallest hash among its positives' texts says its side, so where the source's rows stand, and what it holds beside the
+group, moves none. A group that is larger than all that is to be held out stays on the training side: by chance nearly
+nothing would be left to train on. Memory holds integers, some for each pair of anchor and positive.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negpipe.config.schema import Config, Split
+from negpipe.data.tables import EXTRA
+from negpipe.data.texts import hashes
+from negpipe.engine.budget import Budget
+from negpipe.errors import InputError
+from negpipe.ingest.spool import Spool
+
+if TYPE_CHECKING:
+    import duckdb
+
+Side = Literal["train", "test"]
+SIDES: tuple[Side, ...] = ("train", "test")
+Hashes = npt.NDArray[np.uint64]
+
+NAME = "split"
+"""What the run directory calls the folder that lists the judgments of both sides."""
+_BATCH = 8192
+_FAR = 0.5  # of the smaller side: so far off may the share come out without a warning
+_BYTES = 64  # of a tie or a text, while components are sought: SciPy holds the matrix twice, in float64
+
+
+def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spool: Spool, budget: Budget) -> None:
+    """Put the anchors of the other side aside.
+
+    Args:
+        config: with `train.split`.
+        side: whose anchors stay.
+        database: with what `joins.join` makes; gets a table `sides` (normalized, test, part: the group's number) of
+            the texts that are tied, and rows in `put_aside`.
+        spool: with the columns of documents.
+        budget: for the integers.
+
+    Raises:
+        InputError: one side has no anchor.
+        BudgetError: there are too many positives.
+    """
+    assert config.train is not None and config.train.split is not None
+    split = config.train.split
+    database.execute("""
+        create table tied as
+        select distinct q.normalized as text, n.normalized as other
+        from positives p join askers q on p.query = q.id join numbered n on p.row = n.row""")
+    if split.by != "positive":
+        for text, value in _values(config, split.by, database, spool):
+            database.register("values", pa.table({"text": text, "other": value}))
+            database.execute("insert into tied select * from values")
+            database.unregister("values")
+    database.execute("""
+        create table tied_texts as
+        with asked as (select normalized, count(*) as anchors from askers
+            where id in (select query from positives) group by normalized)
+        select text, row_number() over (order by text) - 1 as node, coalesce(anchors, 0) as anchors, text in (
+            select normalized from numbered semi join positives using (row)) as positive
+        from (select text from tied union select other from tied) left join asked on text = normalized""")
+    ties, texts = (_count(database, f"select count(*) from {table}") for table in ("tied", "tied_texts"))
+    budget.require(_BYTES * (ties + texts), f"dividing {ties:,} pairs of anchor and positive", "leave train.split out")
+    database.register("divided", _divided(split, database))
+    database.execute(f"""
+        create table sides as select * from divided;
+        insert into put_aside select id from askers join sides using (normalized) where test = {side == "train"}""")
+    database.unregister("divided")
+    _check(config, split, database)
+
+
+def _values(
+    config: Config, name: str, database: duckdb.DuckDBPyConnection, spool: Spool
+) -> Iterator[tuple[Hashes, Hashes]]:
+    """Hashes of positives' texts, and of what a column holds in every row with this text, where it holds something."""
+    for kind in ("corpus", "added"):
+        rows = database.execute(f"""
+            select position, normalized from documents
+            where corpus = {kind == "corpus"} and normalized in (
+                select normalized from numbered semi join positives using (row))
+            order by position""").fetchnumpy()
+        for here, spooled in spool.texts(kind, config.data.extra.corpus).take(rows["position"]):
+            values = spooled[EXTRA + name].to_pylist()
+            there = np.array([bool(value) for value in values], np.bool_)
+            # With the column's name, so that a value is no text.
+            yield rows["normalized"][here][there], hashes([f"{name}\0{value}" for value in values if value])
+
+
+def _divided(split: Split, database: duckdb.DuckDBPyConnection) -> pa.Table:
+    """Every tied text with its side and the number of its group."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    nodes = database.execute("select text, anchors, positive from tied_texts order by node").fetchnumpy()
+    ends = database.execute("""
+        select a.node::integer as a, b.node::integer as b
+        from tied t join tied_texts a on t.text = a.text join tied_texts b on t.other = b.text""").fetchnumpy()
+    size = len(nodes["text"])
+    ties = coo_array((np.ones(len(ends["a"])), (ends["a"], ends["b"])), shape=(size, size))
+    count, groups = connected_components(ties, directed=False)
+    positives = np.flatnonzero(nodes["positive"])
+    # Nodes ascend with the hash of their text, so the first of a group is its smallest; each group has a positive.
+    first = positives[np.unique(groups[positives], return_index=True)[1]]
+    drawn = np.concatenate(
+        [_drawn(split.seed, nodes["text"][first[at : at + _BATCH]]) for at in range(0, count, _BATCH)]
+    )
+    sizes = np.bincount(groups, nodes["anchors"])
+    test = (drawn < split.test) & (sizes <= largest(split.test, sizes.sum()))
+    return pa.table({"normalized": nodes["text"], "test": test[groups], "part": groups})
+
+
+def largest(share: float, anchors: float) -> float:
+    """Anchors that a group may have to be held out, where such a share of all is to be."""
+    return max(1, share * anchors)
+
+
+def _drawn(seed: int, texts: Hashes) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each text, and for nothing else."""
+    drawn: npt.NDArray[np.float64] = hashes([f"{seed} {text}" for text in texts.tolist()]) * np.float64(2.0**-64)
+    return drawn
+
+
+def _check(config: Config, split: Split, database: duckdb.DuckDBPyConnection) -> None:
+    found = counts(split, database)
+    anchors, groups, most = (found[name] for name in ("divided_anchors", "groups", "largest_group"))
+    if 0 < found["test_anchors"] < anchors:
+        return
+    if groups == 1:
+        tied = "positives" if split.by == "positive" else f"positives or a value of '{split.by}'"
+        problem = f"all {anchors:,} anchors are one group, as they share texts of {tied}: there is nothing to divide"
+        remedy = "Name a split to judge by in train.eval_split instead" + (
+            "" if split.by == "positive" else ", or divide by: positive"
+        )
+    else:
+        empty = "train" if found["test_anchors"] else "test"
+        problem = f"no anchor is on the {empty} side: of {groups:,} groups the largest has {most:,} of {anchors:,}"
+        remedy = "Set another share in train.split.test, or another train.split.seed"
+    raise InputError(problem, field="train.split", remedy=remedy)
+
+
+def counts(split: Split, database: duckdb.DuckDBPyConnection) -> dict[str, float]:
+    """Anchors and groups of both sides and of the test side, the anchors of the largest group, the share asked for."""
+    row = database.execute("""
+        select sum(size)::bigint, coalesce(sum(size) filter (test), 0)::bigint, count(*),
+            count(*) filter (test), max(size)
+        from (select part, any_value(test) as test, count(*) as size
+            from askers join sides using (normalized) where id in (select query from positives) group by part)
+    """).fetchone()
+    assert row is not None
+    names = ("divided_anchors", "test_anchors", "groups", "test_groups", "largest_group")
+    return {**dict(zip(names, map(int, row), strict=True)), "test_share": split.test}
+
+
+def remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """What the counts say to people, as a stage's remarks."""
+    if "test_share" not in stats:
+        return
+    share, test, anchors = (stats[name] for name in ("test_share", "test_anchors", "divided_anchors"))
+    groups, most = stats["groups"], stats["largest_group"]
+    yield (
+        logging.INFO,
+        f"train.split: {test:,} of {anchors:,} anchors are held out ({test / anchors:.1%}), {stats['test_groups']:,} of"
+        f" {groups:,} groups; the judgments of both sides are in {NAME}/",
+    )
+    if abs(test / anchors - share) > _FAR * min(share, 1 - share):
+        why = f"there are {groups:,} groups, the largest of {most:,}: another train.split.seed draws again"
+        if most > largest(share, anchors):
+            why = f"the largest of {groups:,} groups has {most:,} and stays whole to train on: raise train.split.test"
+        yield logging.WARNING, f"train.split: {share:.1%} of the anchors were to be held out, and {why}"
+
+
+def write(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> dict[Side, Path]:
+    """Write the judgments of `data.split`, as the source has them, of the anchors of either side: Parquet with the
+    columns query-id, corpus-id and score. Memory holds one batch."""
+    name = config.data.split.replace("'", "''")
+    files: dict[Side, Path] = {}
+    for side in SIDES:
+        files[side] = folder / f"{side}.parquet"
+        batches = (
+            database.cursor()
+            .sql(f"""
+            select j.query as "query-id", j.document as "corpus-id", max(j.grade) as score
+            from judgments j join askers q on j.query = q.id join sides s using (normalized)
+            where j.split = '{name}' and j.grade is not null and s.test = {side == "test"}
+                and j.query in (select query from positives) and j.document in (select id from ids)
+            group by all order by min(j.rowid)""")
+            .to_arrow_reader(_BATCH)
+        )
+        with pq.ParquetWriter(files[side], batches.schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    return files
+
+
+def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = database.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])
