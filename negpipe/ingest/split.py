@@ -64,9 +64,9 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
         from positives p join askers q on p.query = q.id join numbered n on p.row = n.row""")
     if split.by != "positive":
         for text, value in _values(config, split.by, database, spool):
-            database.register("values", pa.table({"text": text, "other": value}))
-            database.execute("insert into tied select * from values")
-            database.unregister("values")
+            database.register("named", pa.table({"text": text, "other": value}))
+            database.execute("insert into tied select * from named")
+            database.unregister("named")
     database.execute("""
         create table tied_texts as
         with asked as (select normalized, count(*) as anchors from askers
@@ -81,7 +81,7 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
         create table sides as select * from divided;
         insert into put_aside select id from askers join sides using (normalized) where test = {side == "train"}""")
     database.unregister("divided")
-    _check(config, split, database)
+    _check(split, database)
 
 
 def _values(
@@ -130,12 +130,12 @@ def largest(share: float, anchors: float) -> float:
 
 
 def _drawn(seed: int, texts: Hashes) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each text, and for nothing else."""
+    """A number from 0 to 1 for each text, and for nothing else."""
     drawn: npt.NDArray[np.float64] = hashes([f"{seed} {text}" for text in texts.tolist()]) * np.float64(2.0**-64)
     return drawn
 
 
-def _check(config: Config, split: Split, database: duckdb.DuckDBPyConnection) -> None:
+def _check(split: Split, database: duckdb.DuckDBPyConnection) -> None:
     found = counts(split, database)
     anchors, groups, most = (found[name] for name in ("divided_anchors", "groups", "largest_group"))
     if 0 < found["test_anchors"] < anchors:

@@ -200,5 +200,5 @@ def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
     names = ", ".join(repr(name) for _, name in near)
     return InputError(
         f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; near: {names}" if near else ""),
-        remedy="Anchors are the queries with a positive in data.split, of train.split those of its training side",
+        remedy="Anchors are the queries with a positive in data.split; train.split leaves some of them out",
     )

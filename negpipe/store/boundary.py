@@ -7,13 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from negpipe.errors import StorageError
-from negpipe.store.view import PART
+from negpipe.store.view import is_entry
 
 
 def _shows_a_part(entry: os.DirEntry[str], home: str) -> bool:
     """A link in a folder that is shown, see `view`: it is deleted and replaced, nothing is done through it."""
-    folder = Path(entry.path).parent.parent
-    return PART.fullmatch(entry.name) is not None and str(folder.parent) == home and folder.name.startswith(".")
+    place = Path(entry.path)
+    names = place.relative_to(home).parts if place.is_relative_to(home) else ()
+    return len(names) > 2 and names[0].startswith(".") and is_entry(Path(home, *names[:2]), "/".join(names[2:]))
 
 
 def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from negpipe.config.schema import Config
 from negpipe.engine.manifest import Books
 from negpipe.errors import BudgetError, ConfigError, InputError
 from negpipe.ingest import split
-from negpipe.stages import ingest
+from negpipe.stages import STAGES, ingest
 
 Judgment = tuple[str, str, float]
 
@@ -41,16 +41,16 @@ class Source:
 
     def write(self, folder: Path, draw: random.Random | None = None) -> Path:
         """A BEIR folder, its rows in random order where there is something to draw it with."""
-        rows = [
-            [{"_id": name, "text": text, "thread": thread} for name, (text, thread) in self.documents.items()],
-            [{"_id": name, "text": text} for name, text in self.queries.items()],
-            [*self.judged],
-        ]
-        for some in rows if draw else ():
-            draw.shuffle(some) if draw else None
-        small.write_rows(folder / "data/corpus.jsonl", rows[0])
-        small.write_rows(folder / "data/queries.jsonl", rows[1])
-        small.write_qrels(folder / "data/qrels/train.tsv", rows[2])
+        documents = [{"_id": name, "text": text, "thread": thread} for name, (text, thread) in self.documents.items()]
+        queries = [{"_id": name, "text": text} for name, text in self.queries.items()]
+        judged = [*self.judged]
+        if draw:
+            draw.shuffle(documents)
+            draw.shuffle(queries)
+            draw.shuffle(judged)
+        small.write_rows(folder / "data/corpus.jsonl", documents)
+        small.write_rows(folder / "data/queries.jsonl", queries)
+        small.write_qrels(folder / "data/qrels/train.tsv", judged)
         return folder
 
     @property
@@ -364,15 +364,9 @@ def test_files_that_are_listed_outlive_the_database(tmp_path: Path, monkeypatch:
         time.sleep(0.3 if arguments[0].kind == "counts" else 0)
         return run(*arguments)
 
-    monkeypatch.setitem(graph.STAGES, "ingest", _with(run=slow))
+    monkeypatch.setitem(STAGES, "ingest", replace(ingest.STAGE, run=slow))
     graph.mine(config_of(source), only="ingest")
     assert all(listed(source / "run").values())
-
-
-def _with(**changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(ingest.STAGE, **changes)
 
 
 @pytest.mark.slow

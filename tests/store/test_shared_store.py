@@ -210,3 +210,19 @@ def test_a_store_on_another_disk_is_shown_by_symbolic_links(tmp_path: Path, othe
     assert run.mine().ran == ()
     graph.clean(load_config(run.config))
     assert {state.state for state in run.states().values()} == {"current"}
+
+
+def test_so_are_files_with_names_of_their_own_and_no_other_link_leads_out(tmp_path: Path, other_disk: Path) -> None:
+    small.build(tmp_path)
+    train = {"base": "unused", "split": {"test": 0.5}}
+    run = Run(small.settings(tmp_path) | {"store": str(other_disk), "train": train})
+    run.mine(only="ingest")
+    shown = {path.name: path for path in (run.folder / "split").iterdir() if path.name != ".shown"}
+    assert {*shown} == {"train.parquet", "test.parquet"} and all(path.is_symlink() for path in shown.values())
+    assert run.mine(only="ingest").ran == ()
+    run.mine("train.split.seed=1", only="ingest")
+    graph.clean(load_config(run.config, ["train.split.seed=1"]))
+    assert run.mine("train.split.seed=1", only="ingest").ran == ()
+    (run.folder / "split/notes").symlink_to(other_disk)
+    with pytest.raises(StorageError, match="notes is a link that leads out"):
+        run.mine(only="ingest")
