@@ -214,7 +214,7 @@ def test_the_share_comes_out_over_many_groups(share: float, tmp_path: Path) -> N
     assert [level for level, _ in split.remarks(found.stats)] == [logging.INFO]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 5, 6, 7])  # the last three draw it for the test side
 def test_a_group_larger_than_what_is_held_out_is_trained_on(seed: int, tmp_path: Path) -> None:
     source = alone(100)
     source.judged += [(f"q{at}", "d0", 1) for at in range(1, 60)]
