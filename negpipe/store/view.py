@@ -77,6 +77,11 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if PART.fullmatch(path.name))
 
 
+def is_entry(folder: Path, name: str) -> bool:
+    """Whether a name in a folder that is shown, "1_Pooling/config.json", is of what it shows, and not a user's."""
+    return PART.fullmatch(name) is not None or name in _listed(folder)
+
+
 def stale(run_dir: Path, name: str) -> Iterator[Path]:
     """Links to parts in folders that a name does not show any more, and what killed runs left of them."""
     current = (run_dir / name).resolve()
