@@ -207,7 +207,8 @@ def show_rounds(made: Refreshed) -> None:
     out.print(rows)
     notes = [
         "difference: to the model before, with its 95 % interval. new: share of the negatives that the round before had"
-        " not. leak: estimated share of false negatives among them."
+        " not. leak: estimated share of false negatives among them, from"
+        f" {made.best.leak_anchors:,} anchors with several positives."
     ]
     notes += [f"No leak: {reason}." for reason in dict.fromkeys(one.leak_missing for one in made.rounds) if reason]
     notes += [

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, TABLE, BEST = "rounds", "rounds.parquet", "best"
 """The rounds' folder in the run directory; in it their table, and a link to the best of them."""
-_MEASURED = ("changed", "leak", "leak_low", "leak_high", "leak_missing")
+_MEASURED = ("changed", "leak", "leak_low", "leak_high", "leak_anchors", "leak_missing")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Round:
         dimension: numbers of the vectors that it mined with; `trained_dimension`: of those of the model it trained.
         changed: share of its negatives, pairs of anchor and document, that the round before had not; None: the first.
         leak: estimated share of false negatives among its negatives, see `calibrate`; `leak_low` and `leak_high` hold
-            it with 95 % confidence. None where it cannot be estimated, for the reason in `leak_missing`.
+            it with 95 % confidence, from `leak_anchors` anchors. None where it cannot be estimated, for the reason in
+            `leak_missing`.
         mined, trained: digests of its rows, and of its model and scores.
         measured: key of `changed` and `leak`.
         compared: every metric on the held-out split, of its model against the one before.
@@ -68,6 +69,7 @@ class Round:
     leak: float | None
     leak_low: float | None
     leak_high: float | None
+    leak_anchors: int
     leak_missing: str | None
     mined: str
     trained: str
@@ -199,16 +201,17 @@ def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str
         sides = (diff.source_of(str(one.run_dir)) for one in (before, run))
         difference = diff.compare(*sides, examples=0, budget=budget, scratch=run.run_dir)
         changed = 1 - difference.kept / difference.b.negatives
-    leak, low, high, missing = None, None, None, None
+    leak, low, high, anchors, missing = None, None, None, 0, None
     if run.mining.num_negatives:
         try:
             made = measures.calibrate_settings(run, lambda config: [calibrate.of_config(config)], reporter=reporter)
             leak, low, high = (getattr(made.estimates[0], name) for name in ("leak", "lo", "hi"))
+            anchors = made.anchors
         except InputError as error:
             missing = error.problem
     else:
         missing = "mining.num_negatives is 0: no negative was mined"
-    return dict(zip(_MEASURED, (changed, leak, low, high, missing), strict=True))
+    return dict(zip(_MEASURED, (changed, leak, low, high, anchors, missing), strict=True))
 
 
 def _not_risen(done: Sequence[Round]) -> str | None:
@@ -246,9 +249,9 @@ def _tell(one: Round) -> None:
     """What became of a round."""
     first = one.compared[0]
     scores = f"{first.metric} {first.after:.4f} against {first.before:.4f} before"
-    shares = [f"{one.changed:.1%} of the negatives are new"] if one.changed is not None else []
-    shares.append(f"no leak rate: {one.leak_missing}" if one.leak is None else f"leak {one.leak:.1%}")
-    logger.info("round %d: %s", one.number, ", ".join([scores, *shares]))
+    changed = "" if one.changed is None else f", {one.changed:.1%} of the negatives are new"
+    leak = f"leak {one.leak:.1%}" if one.leak is not None else f"no leak rate: {one.leak_missing}"
+    logger.info("round %d: %s%s, %s", one.number, scores, changed, leak)
     if one.trained_dimension != one.dimension:
         logger.warning(
             "round %d: vectors of the model that it trained have %d numbers, those that it mined with %d: rounds after"
@@ -266,9 +269,10 @@ def _write(path: Path, done: Sequence[Round]) -> None:
         for metric in one.compared:
             row |= {f"{metric.metric}_{name}": getattr(metric, name) for name in ("before", "after", "low", "high")}
         rows.append(row)
-    shares = {name: pa.string() if name == "leak_missing" else pa.float64() for name in _MEASURED}
     table = pa.Table.from_pylist(rows)
-    table = pa.table({name: table[name].cast(shares.get(name, table[name].type)) for name in table.column_names})
+    # A column of nulls alone has no type of its own.
+    kinds = dict.fromkeys(("changed", "leak", "leak_low", "leak_high"), pa.float64()) | {"leak_missing": pa.string()}
+    table = pa.table({name: table[name].cast(kinds.get(name, table[name].type)) for name in table.column_names})
     publish(path.parent, path.name, lambda file: pq.write_table(table, file, compression="zstd"))
 
 

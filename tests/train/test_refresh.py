@@ -138,8 +138,9 @@ def test_the_table_is_what_the_rounds_files_give(two: tuple[Run, Refreshed], tmp
         assert row["dimension"] == row["trained_dimension"] == 32
         # The round's config is one for every command.
         path = run.folder / f"rounds/{row['number']}.yaml"
-        found = json.loads(small.run("calibrate", path, "--json").out)["calibration"]["estimates"][0]
-        assert [row["leak"], row["leak_low"], row["leak_high"]] == [found[name] for name in ("leak", "lo", "hi")]
+        tried = json.loads(small.run("calibrate", path, "--json").out)["calibration"]
+        leak = [tried["estimates"][0][name] for name in ("leak", "lo", "hi")]
+        assert [row["leak"], row["leak_low"], row["leak_high"], row["leak_anchors"]] == [*leak, tried["anchors"]]
         assert row["leak"] > 0 and row["leak_missing"] is None
     first, second = (negatives(run, number) for number in (1, 2))
     assert [row["changed"] for row in rows] == [None, pytest.approx(len(second - first) / len(second))]
