@@ -205,10 +205,11 @@ def show_rounds(made: Refreshed) -> None:
             "best" if above and one is made.best else "",
         )
     out.print(rows)
+    anchors = f"{made.best.leak_anchors:,} anchor{'s' * (made.best.leak_anchors != 1)}"
     notes = [
         "difference: to the model before, with its 95 % interval. new: share of the negatives that the round before had"
         " not. leak: estimated share of false negatives among them, from"
-        f" {made.best.leak_anchors:,} anchors with several positives."
+        f" {anchors} with several positives."
     ]
     notes += [f"No leak: {reason}." for reason in dict.fromkeys(one.leak_missing for one in made.rounds) if reason]
     notes += [
