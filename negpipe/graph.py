@@ -16,7 +16,19 @@ from negpipe.engine.upkeep import Inventory
 from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
 
-__all__ = ["Result", "clean", "inventory", "mine", "of_kind", "resolved", "stages", "status", "superseded", "train"]
+__all__ = [
+    "Result",
+    "check_trains",
+    "clean",
+    "inventory",
+    "mine",
+    "of_kind",
+    "resolved",
+    "stages",
+    "status",
+    "superseded",
+    "train",
+]
 
 
 def stages(config: Config) -> Graph:
@@ -61,9 +73,18 @@ def train(config: Config, **options: Any) -> Result:
     Raises:
         ConfigError: also where the config has no section `train`.
     """
+    check_trains(config)
+    return _run(config, stages(config), None, options)
+
+
+def check_trains(config: Config) -> None:
+    """Refuse a config that says nothing of training.
+
+    Raises:
+        ConfigError: it has no section `train`.
+    """
     if config.train is None:
         raise ConfigError("train: the config has no such section: add `train: {}` to train with its defaults")
-    return _run(config, stages(config), None, options)
 
 
 def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:

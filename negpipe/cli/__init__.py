@@ -26,6 +26,8 @@ from negpipe.cli import train  # isort: split
 
 from negpipe.cli import ablate  # isort: split
 
+from negpipe.cli import refresh  # isort: split
+
 from negpipe.cli import config, maintenance
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
@@ -43,6 +45,7 @@ __all__ = [
     "main",
     "maintenance",
     "planning",
+    "refresh",
     "report",
     "results",
     "run",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -17,7 +17,10 @@ from negpipe.review.wording import clean_text
 from negpipe.stages import encode
 from negpipe.train import ablation_page
 from negpipe.train.ablation import TABLE, Ablation
-from negpipe.train.comparison import of_document
+from negpipe.train.comparison import METRICS, of_document
+
+if TYPE_CHECKING:
+    from negpipe.train.refresh import Refreshed
 
 
 def table(title: str, *columns: str) -> Table:
@@ -179,6 +182,46 @@ def show_ablation(made: Ablation) -> None:
     for cell, why in made.failed.items():
         out.print(f"No result: {cell}: {why}", markup=False, style="red")
     out.print(f"RESULT: {made.verdict}", markup=False, soft_wrap=True)
+
+
+def show_rounds(made: Refreshed) -> None:
+    """What every round made of the model before it, and the best one against the base as the last line."""
+    metric, base = METRICS[0], made.rounds[0].compared[0].before
+    title = f"{made.compared[0].anchors:,} held-out anchors"
+    rows = table(title, "round", metric, "difference", "95 %", "", "rows", "new", "leak", "")
+    above = made.best.score > base
+    rows.add_row("base", f"{base:.4f}", *[""] * 6, "" if above else "best")
+    for one in made.rounds:
+        first = one.compared[0]
+        rows.add_row(
+            str(one.number),
+            f"{first.after:.4f}",
+            f"{first.after - first.before:+.4f}",
+            f"{first.low:+.4f} to {first.high:+.4f}",
+            first.verdict,
+            f"{one.rows:,}",
+            "" if one.changed is None else percent(one.changed),
+            percent(one.leak),
+            "best" if above and one is made.best else "",
+        )
+    out.print(rows)
+    anchors = f"{made.best.leak_anchors:,} anchor{'s' * (made.best.leak_anchors != 1)}"
+    notes = [
+        "difference: to the model before, with its 95 % interval. new: share of the negatives that the round before had"
+        " not. leak: estimated share of false negatives among them, from"
+        f" {anchors} with several positives."
+    ]
+    notes += [f"No leak: {reason}." for reason in dict.fromkeys(one.leak_missing for one in made.rounds) if reason]
+    notes += [
+        f"The vectors of round {one.number}'s model have {one.trained_dimension} numbers, it was mined with vectors of"
+        f" {one.dimension}."
+        for one in made.rounds
+        if one.dimension != one.trained_dimension
+    ]
+    out.print("\n" + "\n".join(notes), style="dim", markup=False)
+    stopped = f"Stopped: {made.stopped}. " if made.stopped else ""
+    out.print(f"\n{stopped}The model of round {made.best.number}: {made.model}/\n", markup=False)
+    out.print(made.compared[0].line, markup=False, soft_wrap=True)
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -10,11 +10,14 @@ from negpipe.errors import StorageError
 from negpipe.store.view import is_entry
 
 
-def _shows_a_part(entry: os.DirEntry[str], home: str) -> bool:
-    """A link in a folder that is shown, see `view`: it is deleted and replaced, nothing is done through it."""
-    place = Path(entry.path)
-    names = place.relative_to(home).parts if place.is_relative_to(home) else ()
-    return len(names) > 2 and names[0].startswith(".") and is_entry(Path(home, *names[:2]), "/".join(names[2:]))
+def _shows_a_part(link: Path, home: str) -> bool:
+    """A link in a folder that is shown, see `view`: it is deleted and replaced, nothing is done through it.
+
+    In the run directory of a job with rounds, those of the rounds lie deeper.
+    """
+    inside = link.relative_to(home)
+    versions = [folder for folder in inside.parents if folder.parent.name.startswith(".")]
+    return any(is_entry(home / folder, inside.relative_to(folder).as_posix()) for folder in versions)
 
 
 def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> None:
@@ -36,7 +39,7 @@ def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> No
         place, inside = waiting.pop()
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.is_symlink() and not _shows_a_part(entry, home):
+                if entry.is_symlink() and not (inside == home and _shows_a_part(Path(entry.path), home)):
                     target = os.path.realpath(entry.path)
                     if target.startswith(inside.rstrip(os.sep) + os.sep):
                         continue

@@ -78,7 +78,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def is_entry(folder: Path, name: str) -> bool:
-    """Whether a folder that is or was shown has an entry of this name, "1_Pooling/config.json", as one of ours."""
+    """Whether a name in a folder that is shown, "1_Pooling/config.json", is of what it shows, and not a user's."""
     return PART.fullmatch(name) is not None or name in _listed(folder)
 
 

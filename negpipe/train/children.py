@@ -1,7 +1,7 @@
-"""Configs of the runs that a larger job is made of: rounds of `refresh`, arms of `ablate`.
+"""Runs that a larger job is made of: rounds of `refresh`, arms of `ablate`.
 
-Each is an ordinary config with a run directory of its own, and all of a job share a store: what is the same for them is
-made once.
+Each is an ordinary run with a config and a run directory of its own. All of a job share a store, so that what is the
+same for them is made once, and the source is read once.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
+from negpipe.engine import shown
+from negpipe.engine.manifest import Books
+from negpipe.engine.stage import Context, cache_path
+from negpipe.engine.state import digests_of
+from negpipe.store.files import publish, write_all
 
 STORE = "store"
 """The folder beside the run directories, where the config names no store."""
+_READING = ("ingest", "held_out")  # the stages that read the source
 
 
 def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
@@ -37,3 +44,24 @@ def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
             node[section] = node = node.get(section) or {}
         node[leaf] = value
     return load_config(tree)
+
+
+def inherit(config: Config, before: Config) -> None:
+    """Let a run that has not begun take over what another one of the same store has read of the source.
+
+    The run itself finds out whether it would have read the same; if not, it reads.
+    """
+    if config.store != before.store:
+        return
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache = cache_path(config.run_dir)
+    if not cache.exists() and cache_path(before.run_dir).exists():
+        digests = cache_path(before.run_dir).read_bytes()
+        publish(cache.parent, cache.name, lambda file: write_all(file, digests))
+    with digests_of(config) as cached:
+        context = Context(config, config.run_dir, cached)
+        for name in _READING:
+            own, others = Books(config.run_dir, name), Books(before.run_dir, name)
+            if own.content() is None and (manifest := others.manifest()):
+                shown.show(graph.of_kind(name), context, manifest)
+                own.write_manifest(manifest, None)

@@ -180,14 +180,15 @@ def load(encoder: Encoder, path: str, device: str) -> Any:
     return model
 
 
-def as_trained(encoder: Encoder, base: str, folder: Path) -> Encoder:
-    """The settings that run a trained model as its base was run."""
-    changed: dict[str, Any] = {"model": str(folder), "revision": None}
-    if encoder.backend == "flagembedding":
-        model_class, pooling = class_and_pooling(encoder, base)
-        # Only its dense vectors are trained, and only they are saved.
-        kind = "decoder-only-base" if model_class.startswith("decoder") else "encoder-only-base"
-        changed |= {"model_class": kind, "pooling": pooling}
+def as_trained(encoder: Encoder, folder: Path) -> Encoder:
+    """The settings that run a trained model as its base was run.
+
+    Args:
+        encoder: the settings of the base.
+        folder: of the trained model, which names its pooling itself. Only dense vectors are trained, and only they are
+            saved: what FlagEmbedding had another class for is an ordinary encoder or decoder from then on.
+    """
+    changed = {"model": str(folder), "revision": None, "model_class": None, "pooling": None}
     return encoder.model_copy(update=changed)
 
 

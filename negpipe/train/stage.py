@@ -276,7 +276,7 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
     linked, vectors = folder / "model", folder / "vectors"
     vectors.mkdir(exist_ok=True)
     view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
-    encoder = retriever.as_trained(context.config.encoder, _base(context).path, linked)
+    encoder = retriever.as_trained(context.config.encoder, linked)
     after = _scores(context, encoder, str(linked), vectors, progress)
     before = pq.read_table(context.store.path(task.payload["base"]))
     sides = {"before": before, "after": after}

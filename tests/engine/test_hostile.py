@@ -445,7 +445,17 @@ def test_a_worker_writes_no_secret_into_its_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["triplets", ".negpipe", ".negpipe/logs", ".negpipe/ingest", ".triplets-old", "encode/deep"]
+    "place",
+    [
+        "triplets",
+        ".negpipe",
+        ".negpipe/logs",
+        ".negpipe/ingest",
+        ".triplets-old",
+        ".model/0/config.json",
+        "rounds/1/.triplets/part-00000.parquet",
+        "encode/deep",
+    ],
 )
 def test_a_folder_that_leads_out_of_the_run_directory_is_refused(place: str, tmp_path: Path) -> None:
     config = small.build(tmp_path)

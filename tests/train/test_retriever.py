@@ -16,6 +16,7 @@ from tiny_model import build_tiny_model
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.encoders import resolve_model
+from negpipe.encoders.backends import class_and_pooling
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 from negpipe.train import retriever
@@ -254,8 +255,8 @@ def test_flagembedding_s_pooling_is_the_one_that_is_trained(tiny: Path, tmp_path
     rows, _ = write_rows(tmp_path, "triplet")
     trained = train(config.model_copy(update={"encoder": encoder}), tmp_path, rows)
     assert SentenceTransformer(str(trained.folder))[1].get_config_dict()["pooling_mode"] == "cls"
-    after = retriever.as_trained(encoder, str(bare), trained.folder)
-    assert (after.model_class, after.pooling) == ("encoder-only-base", "cls")
+    after = retriever.as_trained(encoder, trained.folder)
+    assert class_and_pooling(after, str(trained.folder)) == ("encoder-only-base", "cls")
 
 
 def test_both_ways_of_a_router_are_trained(tmp_path: Path) -> None:

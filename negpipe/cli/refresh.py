@@ -1,0 +1,67 @@
+"""The command that mines and trains in rounds: `refresh`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from negpipe.cli.app import (
+    BadRowsOption,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    RebuildOption,
+    RehashOption,
+    RepairOption,
+    SetOption,
+    app,
+    checked,
+    with_option,
+)
+
+
+@app.command()
+def refresh(
+    config: ConfigArgument,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of mining and training, at most.")] = 3,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(help="loss: exit code 1 where the best model is worse than its base.", metavar="VERDICT"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    overrides: SetOption = None,
+    log_format: LogOption = "plain",
+    rehash: RehashOption = False,
+    max_bad_rows: BadRowsOption = None,
+    repair: RepairOption = False,
+    rebuild: RebuildOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Mine with the current model, train it, mine again with the new one: until the held-out score does not rise.
+
+    Every round is a run in RUN_DIR/rounds/NUMBER, with its config in RUN_DIR/rounds/NUMBER.yaml; the best model is
+    RUN_DIR/rounds/best/model. What is done is not done again: the same command, with more --rounds too, goes on.
+
+    Example: negpipe refresh scifact.yaml --rounds 3 --set train.batch_size=64
+    """
+    import json
+
+    from negpipe.cli import console, printed
+    from negpipe.config.file import load_config
+    from negpipe.errors import ConfigError, NegpipeError
+    from negpipe.train.refresh import refresh
+
+    console.set_up_logging(checked(log_format), debug=debug)
+    if fail_on not in (None, "loss"):
+        raise ConfigError(f"--fail-on {fail_on}: expected loss")
+    settings = load_config(config, with_option(overrides, "data.max_bad_rows", max_bad_rows))
+    made = refresh(
+        settings, rounds, reporter=console.reporter(log_format), rehash=rehash, repair=repair, rebuild=rebuild
+    )
+    if as_json:
+        typer.echo(json.dumps(made.document(), allow_nan=False))
+    else:
+        printed.show_rounds(made)
+    if fail_on and made.compared[0].verdict == "LOSS":
+        raise NegpipeError("the best model is worse than its base (--fail-on loss)")

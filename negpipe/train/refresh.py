@@ -1,0 +1,310 @@
+"""Rounds of mining and training: each mines with the model that the one before trained, and trains it on.
+
+ANCE (Xiong et al. 2021, https://arxiv.org/abs/2007.00808), offline: negatives are renewed between trainings, not beside
+them. A round is an ordinary run in `RUN_DIR/rounds/NUMBER`, whose config lies beside it; what was made of it is not
+made again, so rounds that are done cost nothing, and one that was killed goes on where it was. The rounds share a
+store, and the source is read once. The same config and input give the same table, however often the work was cut short.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from negpipe import graph
+from negpipe.config import machine
+from negpipe.config.schema import Config
+from negpipe.engine.budget import Budget
+from negpipe.engine.fingerprint import digest
+from negpipe.engine.manifest import Books, Manifest
+from negpipe.engine.progress import Reporter, Silent
+from negpipe.errors import InputError, NegpipeError
+from negpipe.redaction import redacted
+from negpipe.review import calibrate, diff, measures
+from negpipe.store import unfinished
+from negpipe.store.files import publish, sync_folder, write_all
+from negpipe.store.lock import run_lock
+from negpipe.store.store import LocalStore
+from negpipe.train import retriever, stage
+from negpipe.train.children import child, inherit
+from negpipe.train.comparison import METRICS, Comparison, compare, of_document
+
+logger = logging.getLogger(__name__)
+
+FOLDER, TABLE, BEST = "rounds", "rounds.parquet", "best"
+"""The rounds' folder in the run directory; in it their table, and a link to the best of them."""
+_MEASURED = ("changed", "leak", "leak_low", "leak_high", "leak_anchors", "leak_missing")
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round made of the model before it.
+
+    Attributes:
+        number: from 1.
+        rows: that it was trained on.
+        dimension: numbers of the vectors that it mined with; `trained_dimension`: of those of the model it trained.
+        changed: share of its negatives, pairs of anchor and document, that the round before had not; None: the first.
+        leak: estimated share of false negatives among its negatives, see `calibrate`; `leak_low` and `leak_high` hold
+            it with 95 % confidence, from `leak_anchors` anchors. None where it cannot be estimated, for the reason in
+            `leak_missing`.
+        mined, trained: digests of its rows, and of its model and scores.
+        measured: key of `changed` and `leak`.
+        compared: every metric on the held-out split, of its model against the one before.
+    """
+
+    number: int
+    rows: int
+    dimension: int
+    trained_dimension: int
+    changed: float | None
+    leak: float | None
+    leak_low: float | None
+    leak_high: float | None
+    leak_anchors: int
+    leak_missing: str | None
+    mined: str
+    trained: str
+    measured: str
+    compared: tuple[Comparison, ...]
+
+    @property
+    def score(self) -> float:
+        """What rounds are judged by: the first of `METRICS`."""
+        return self.compared[0].after
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self) | {"compared": [one.document() for one in self.compared]}
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """All rounds.
+
+    Attributes:
+        rounds: in order, one at least.
+        best: the one whose model is best on the held-out split, the first of equals.
+        compared: every metric, of its model against the model that the first round began with.
+        stopped: why there are no more rounds than these; None: there are as many as were asked for.
+        model: folder of the best model.
+    """
+
+    rounds: tuple[Round, ...]
+    best: Round
+    compared: tuple[Comparison, ...]
+    stopped: str | None
+    model: Path
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "model": str(self.model),
+            "verdict": self.compared[0].verdict,
+            "best": self.best.number,
+            "stopped": self.stopped,
+            "compared": [one.document() for one in self.compared],
+            "rounds": [one.document() for one in self.rounds],
+        }
+
+
+def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **options: Any) -> Refreshed:
+    """Mine and train, again and again, until the held-out score does not rise.
+
+    Args:
+        config: with a section `train`; the first round is this config's own `train`.
+        rounds: how many there are to be at most, 1 or more.
+        reporter: where progress goes.
+        options: of every round, see `pipeline.mine`.
+
+    Raises:
+        ConfigError: also where the config has no section `train`.
+        LockedError: another process refreshes in this run directory.
+    """
+    graph.check_trains(config)
+    folder, stopped = config.run_dir / FOLDER, None
+    runs: list[Config] = []
+    done: list[Round] = []
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with run_lock(folder):
+        known = _known(folder / TABLE)
+        for number in range(1, rounds + 1):
+            before = runs[-1] if runs else None
+            run = _config_of(number, config, before)
+            model = run.encoder.model or "the vectors that are brought along"
+            logger.info("round %d of %d: mines with %s, in %s", number, rounds, model, run.run_dir)
+            named = _Named(f"round {number}, ", reporter or Silent())
+            stats = graph.train(run, reporter=named, **options).stats
+            runs.append(run)
+            done.append(_judged(number, run, before, stats, known, named))
+            _write(folder / TABLE, done)
+            _tell(done[-1])
+            if stopped := _not_risen(done):
+                logger.info("no round after this one: %s", stopped)
+                break
+        best = max(done, key=lambda one: one.score)
+        _point(folder / BEST, str(best.number))
+        compared = _against_base(runs[0], runs[best.number - 1])
+    return Refreshed(tuple(done), best, compared, stopped, folder / BEST / "model")
+
+
+def _config_of(number: int, config: Config, before: Config | None) -> Config:
+    """The config of a round, which is written beside its run directory, so that every command can be asked of it."""
+    changes: dict[str, Any] = {}
+    if before:
+        encoder = retriever.as_trained(stage.STAGE.config(before).encoder, before.run_dir / "model")
+        changes = {"encoder": encoder.model_dump(mode="json", exclude_unset=True), "train.base": None}
+    folder = config.run_dir / FOLDER
+    run = child(config, folder / str(number), changes)
+    text = yaml.safe_dump(redacted(run.model_dump(mode="json", exclude_unset=True)), sort_keys=False)
+    publish(folder, f"{number}.yaml", lambda file: write_all(file, text.encode()))
+    inherit(run, before or config)
+    return run
+
+
+def _judged(
+    number: int,
+    run: Config,
+    before: Config | None,
+    stats: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
+    reporter: Reporter,
+) -> Round:
+    mined, trained = (_manifest(run, name) for name in ("triplets", "train"))
+    measured = digest(mined.key, _manifest(before, "triplets").key if before else None, run.seed)
+    return Round(
+        number=number,
+        rows=stats["triplets"]["rows"],
+        dimension=stats["encode"]["dimension"],
+        trained_dimension=min(stats["train"]["dimension"], run.encoder.truncate_dim or stats["train"]["dimension"]),
+        **(known.get(measured) or _measure(run, before, reporter)),
+        mined=mined.digest,
+        trained=trained.digest,
+        measured=measured,
+        compared=tuple(of_document(one) for one in stats["train"]["compared"]),
+    )
+
+
+def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str, Any]:
+    """What `_MEASURED` names."""
+    changed = None
+    if before:
+        budget = Budget(run.resources.memory_budget, run.resources.cpus or machine.cores())
+        sides = (diff.source_of(str(one.run_dir)) for one in (before, run))
+        difference = diff.compare(*sides, examples=0, budget=budget, scratch=run.run_dir)
+        changed = 1 - difference.kept / difference.b.negatives
+    leak, low, high, anchors, missing = None, None, None, 0, None
+    if run.mining.num_negatives:
+        try:
+            made = measures.calibrate_settings(run, lambda config: [calibrate.of_config(config)], reporter=reporter)
+            leak, low, high = (getattr(made.estimates[0], name) for name in ("leak", "lo", "hi"))
+            anchors = made.anchors
+        except InputError as error:
+            missing = error.problem
+    else:
+        missing = "mining.num_negatives is 0: no negative was mined"
+    return dict(zip(_MEASURED, (changed, leak, low, high, anchors, missing), strict=True))
+
+
+def _not_risen(done: Sequence[Round]) -> str | None:
+    """Why there is to be no further round; None: the last one found more than any model before."""
+    *earlier, last = done
+    scores = [done[0].compared[0].before, *(one.score for one in earlier)]
+    if last.score > max(scores):
+        return None
+    best = scores.index(max(scores))
+    what = f"the model of round {best}" if best else "the base"
+    return f"round {last.number} does not raise {METRICS[0]}: {last.score:.4f}, and {what} has {max(scores):.4f}"
+
+
+def _against_base(first: Config, best: Config) -> tuple[Comparison, ...]:
+    """The best round's model against the base, anchor by anchor."""
+    before, after = _scores(first), _scores(best)
+    return tuple(
+        compare(name, before[f"{name}_before"].to_numpy(), after[f"{name}_after"].to_numpy()) for name in METRICS
+    )
+
+
+def _scores(run: Config) -> pa.Table:
+    (part,) = _manifest(run, "train").of_kind("evaluation")
+    return pq.read_table(LocalStore(run.store or run.run_dir).path(part.file("scores").path))
+
+
+def _manifest(run: Config, name: str) -> Manifest:
+    manifest = Books(run.run_dir, name).manifest()
+    if manifest is None:
+        raise NegpipeError(f"the output of {name} in {run.run_dir} is gone: run the command again")
+    return manifest
+
+
+def _tell(one: Round) -> None:
+    """What became of a round."""
+    first = one.compared[0]
+    scores = f"{first.metric} {first.after:.4f} against {first.before:.4f} before"
+    changed = "" if one.changed is None else f", {one.changed:.1%} of the negatives are new"
+    leak = f"leak {one.leak:.1%}" if one.leak is not None else f"no leak rate: {one.leak_missing}"
+    logger.info("round %d: %s%s, %s", one.number, scores, changed, leak)
+    if one.trained_dimension != one.dimension:
+        logger.warning(
+            "round %d: vectors of the model that it trained have %d numbers, those that it mined with %d: rounds after"
+            " it mine with vectors of another width",
+            one.number,
+            one.trained_dimension,
+            one.dimension,
+        )
+
+
+def _write(path: Path, done: Sequence[Round]) -> None:
+    rows = []
+    for one in done:
+        row = {name: value for name, value in asdict(one).items() if name != "compared"}
+        for metric in one.compared:
+            row |= {f"{metric.metric}_{name}": getattr(metric, name) for name in ("before", "after", "low", "high")}
+        rows.append(row)
+    table = pa.Table.from_pylist(rows)
+    # A column of nulls alone has no type of its own.
+    kinds = dict.fromkeys(("changed", "leak", "leak_low", "leak_high"), pa.float64()) | {"leak_missing": pa.string()}
+    table = pa.table({name: table[name].cast(kinds.get(name, table[name].type)) for name in table.column_names})
+    publish(path.parent, path.name, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, by its key."""
+    try:
+        rows = pq.read_table(path, columns=["measured", *_MEASURED]).to_pylist()
+    except (OSError, ValueError, LookupError):
+        return {}
+    return {row.pop("measured"): row for row in rows}
+
+
+def _point(link: Path, target: str) -> None:
+    """Let a link lead to another folder, in one step."""
+    temporary = unfinished.temporary(link.parent)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A reporter that says of which round a stage is."""
+
+    name: str
+    reporter: Reporter
+
+    def begin(self, stage: str, total: int, done: int) -> None:
+        self.reporter.begin(self.name + stage, total, done)
+
+    def advance(self, units: int, note: str) -> None:
+        self.reporter.advance(units, note)
+
+    def end(self) -> None:
+        self.reporter.end()
