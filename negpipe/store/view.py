@@ -150,24 +150,31 @@ def _link(source: Path, name: Path, *, in_folder: bool) -> None:
         temporary.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
 
+def point(link: Path, target: Path) -> None:
+    """Let a link lead to another file or folder, in one step."""
+    temporary = unfinished.temporary(link.parent)
+    try:
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(link.parent)
+
+
 def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[str]]) -> None:
     """Move the pointer, then what is the user's; each step may already have happened."""
     place, target = run_dir / name, Path(folder.parent.name, folder.name)
     for _ in range(_ATTEMPTS):
         if place.is_symlink() and place.readlink() == target:
             break
-        temporary = unfinished.temporary(run_dir)
         try:
             if place.is_dir() and not place.is_symlink():
                 os.rename(place, folder.parent / f"{_ASIDE}{uuid.uuid4().hex}")
-            temporary.symlink_to(target)
-            os.replace(temporary, place)
+            point(place, target)
         except OSError as error:
             # Where locks do not work, another process takes the same steps between ours.
             if error.errno not in _RACES:
                 raise _stuck(place, folder, error.strerror) from error
-        finally:
-            temporary.unlink(missing_ok=True)
     else:
         raise _stuck(place, folder, f"something is there again after {_ATTEMPTS} attempts")
     sync_folder(run_dir)

@@ -23,17 +23,16 @@ import pyarrow.parquet as pq
 
 from negpipe import graph
 from negpipe.config.schema import Ablate, Config
-from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter
 from negpipe.errors import ConfigError, InputError, RowsError, TaskFailedError
 from negpipe.review import measures
-from negpipe.review.calibrate import Estimate, of_config, recommend
+from negpipe.review.calibrate import recommend
 from negpipe.review.wording import duration
 from negpipe.store.files import publish
-from negpipe.store.store import LocalStore
+from negpipe.store.lock import run_lock
 from negpipe.train import ablation_page
 from negpipe.train.arms import CALIBRATED, Changes, arms, rules
-from negpipe.train.children import child
+from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, table
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, Floats, effects, verdict
 
@@ -113,22 +112,40 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
 
     Raises:
         ConfigError: the config has no section `train`, or the settings of an arm do not go with it.
+        LockedError: another process works on the same ablation.
         InputError: no cell came to an end; the message says why.
     """
-    if config.train is None:
-        raise ConfigError("train: the config has no such section: add `train: {}` to compare models with its defaults")
+    graph.check_trains(config)
     folder = config.run_dir / FOLDER
     options["reporter"] = reporter
     # Known before anything runs; what calibration recommends goes with any config that mines.
     _configs(config, folder, arms(config, dict))
-    changes = arms(config, lambda: _calibrated(config, folder, options))
-    configs = _configs(config, folder, changes)
-    made, failed = [], {}
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with run_lock(folder):
+        changes = arms(config, lambda: _calibrated(config, folder, options))
+        made, failed = _made(_configs(config, folder, changes), config, options)
+        if not made:
+            raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
+        found = _compared(config, folder, made, failed, reporter)
+        _write(found)
+        ablation_page.write(found, {arm: json.dumps(own, ensure_ascii=False) for arm, own in changes.items()})
+    return found
+
+
+def _made(
+    configs: Mapping[tuple[str, int], Config], config: Config, options: Mapping[str, Any]
+) -> tuple[list[Cell], dict[str, str]]:
+    """The cells, and why there is none of some."""
+    made: list[Cell] = []
+    failed: dict[str, str] = {}
+    before = config
     ran = seconds = 0.0
     for number, ((arm, seed), own) in enumerate(configs.items()):
         left = f", about {duration((len(configs) - number) * seconds / ran)} left" if ran else ""
         logger.info("ablate: cell %d of %d: %s, seed %d%s", number + 1, len(configs), arm, seed, left)
         started = time.monotonic()
+        inherit(own, before)
+        before = own
         try:
             result = graph.train(own, **options)
         except _SKIPPED as error:
@@ -140,12 +157,7 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         made.append(_cell(arm, seed, own))
         first = METRICS[0]
         logger.info("ablate: %s, seed %d: %s %.4f", arm, seed, first, made[-1].scores[first].mean())
-    if not made:
-        raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
-    found = _compared(config, folder, made, failed, reporter)
-    _write(found)
-    ablation_page.write(found, {arm: json.dumps(own, ensure_ascii=False) for arm, own in changes.items()})
-    return found
+    return made, failed
 
 
 def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict[tuple[str, int], Config]:
@@ -180,31 +192,18 @@ def _calibrated(config: Config, folder: Path, options: Mapping[str, Any]) -> Cha
 
 def _cell(arm: str, seed: int, config: Config) -> Cell:
     """Read what a cell made."""
-    store = LocalStore(config.store or config.run_dir)
-
-    def manifest(stage: str) -> Manifest:
-        found = Books(config.run_dir, stage, store).manifest()
-        assert found is not None, "the cell is made"
-        return found
-
-    def table(part: Part, role: str) -> pa.Table:
-        return pq.read_table(store.path(part.file(role).path))
-
-    trained, mined = manifest("train"), manifest("triplets")
-    (evaluation,), (model,) = trained.of_kind("evaluation"), trained.of_kind("model")
-    scores, base = (
-        {name: table(evaluation, "scores")[f"{name}_{side}"].to_numpy() for name in METRICS}
-        for side in ("after", "before")
-    )
+    found, mined = scores(config), manifest(config, "triplets")
+    after, base = ({name: found[f"{name}_{side}"].to_numpy() for name in METRICS} for side in ("after", "before"))
+    (model,) = manifest(config, "train").of_kind("model")
     stats = mined.stats
     means = [stats["scores"][side]["mean"] for side in ("positive", "negative")]
     facts = {
         "rows": stats["rows"],
-        "coverage": 1 - stats["short_anchors"] / max(1, manifest("ingest").stats["anchors"]),
+        "coverage": 1 - stats["short_anchors"] / max(1, manifest(config, "ingest").stats["anchors"]),
         "distance": None if None in means else means[0] - means[1],
         "seconds": sum(part.provenance["seconds"] for part in (*mined.parts, model)),
     }
-    return Cell(arm, seed, config, scores, base, table(model, "log")["loss"].to_numpy(), facts)
+    return Cell(arm, seed, config, after, base, table(config, "model", "log")["loss"].to_numpy(), facts)
 
 
 def _compared(
@@ -217,43 +216,42 @@ def _compared(
     for arm, own in by_arm.items():
         means: dict[str, Any] = {}
         for name in own[0].facts:
-            values = [cell.facts[name] for cell in own if cell.facts[name] is not None]
-            means[name] = float(np.mean(values)) if values else None
-        leak = _leak(own[0].config, reporter)
-        facts[arm] = means | {"leak": leak and leak.leak, "leak_low": leak and leak.lo, "leak_high": leak and leak.hi}
-    scores = {
+            known = [cell.facts[name] for cell in own if cell.facts[name] is not None]
+            means[name] = float(np.mean(known)) if known else None
+        facts[arm] = means | asdict(_leak(own[0].config, reporter))
+    values = {
         arm: {name: np.stack([cell.scores[name] for cell in own]) for name in METRICS} for arm, own in by_arm.items()
     }
     base = cells[0].base
     return Ablation(
         folder,
-        effects(scores, base, seed=config.seed),
+        effects(values, base, seed=config.seed),
         facts,
-        {name: float(values.mean()) for name, values in base.items()},
+        {name: float(each.mean()) for name, each in base.items()},
         len(base[METRICS[0]]),
-        {arm: values[METRICS[0]].mean(axis=1).tolist() for arm, values in scores.items()},
+        {arm: own[METRICS[0]].mean(axis=1).tolist() for arm, own in values.items()},
         {arm: own[0].losses for arm, own in by_arm.items()},
         failed,
     )
 
 
-def _leak(config: Config, reporter: Reporter | None) -> Estimate | None:
-    """The leak of a config's own setting; None: it mines none, or no anchor has a positive that can be hidden."""
-    if config.train is None or not config.train.negatives or not config.mining.num_negatives:
-        return None
-    try:
-        return measures.calibrate_settings(config, lambda own: [of_config(own)], reporter=reporter).estimates[0]
-    except InputError as error:
-        logger.warning("ablate: no leak is known: %s", error)
-        return None
+def _leak(config: Config, reporter: Reporter | None) -> Leak:
+    """Of what is trained on."""
+    assert config.train is not None
+    if not config.train.negatives:
+        return Leak(leak_missing="train.negatives is false: no mined negative is trained on")
+    return leak(config, reporter)
 
 
 def _write(found: Ablation) -> None:
     """The table, a row an arm."""
     rows = [*_rows(found)]
-    table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
-    table = table.replace_schema_metadata({"verdict": found.verdict, "base": json.dumps(found.base)})
-    publish(found.folder, TABLE, lambda file: pq.write_table(table, file, compression="zstd"))
+    about = {"verdict": found.verdict, "base": json.dumps(found.base)}
+    # A column of nulls alone has no type of its own.
+    kinds = {name: pa.string() if name in ("arm", "leak_missing") else pa.float64() for name in rows[0]}
+    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()}
+    made = pa.table(columns).replace_schema_metadata(about)
+    publish(found.folder, TABLE, lambda file: pq.write_table(made, file, compression="zstd"))
 
 
 def _rows(found: Ablation) -> Iterator[dict[str, Any]]:

@@ -7,17 +7,25 @@ same for them is made once, and the source is read once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.engine import shown
-from negpipe.engine.manifest import Books
+from negpipe.engine.manifest import Books, Manifest
+from negpipe.engine.progress import Reporter
 from negpipe.engine.stage import Context, cache_path
 from negpipe.engine.state import digests_of
+from negpipe.errors import InputError, NegpipeError
+from negpipe.review import calibrate, measures
 from negpipe.store.files import publish, write_all
+from negpipe.store.store import LocalStore
 
 STORE = "store"
 """The folder beside the run directories, where the config names no store."""
@@ -65,3 +73,55 @@ def inherit(config: Config, before: Config) -> None:
             if own.content() is None and (manifest := others.manifest()):
                 shown.show(graph.of_kind(name), context, manifest)
                 own.write_manifest(manifest, None)
+
+
+def manifest(run: Config, stage: str) -> Manifest:
+    """What a stage of a run has made.
+
+    Raises:
+        NegpipeError: it is not there.
+    """
+    found = Books(run.run_dir, stage).manifest()
+    if found is None:
+        raise NegpipeError(f"the output of {stage} in {run.run_dir} is gone: run the command again")
+    return found
+
+
+def table(run: Config, kind: str, role: str) -> pa.Table:
+    """A table of what training made: of the part of a kind, the file of a role."""
+    (part,) = manifest(run, "train").of_kind(kind)
+    return pq.read_table(LocalStore(run.store or run.run_dir).path(part.file(role).path))
+
+
+def scores(run: Config) -> pa.Table:
+    """Every metric of each held-out anchor, before and after."""
+    return table(run, "evaluation", "scores")
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Estimated share of false negatives among what a run mined, see `calibrate`.
+
+    Attributes:
+        leak: None where it cannot be estimated, for the reason in `leak_missing`.
+        leak_low, leak_high: hold it with 95 % confidence.
+        leak_anchors: from which it is.
+    """
+
+    leak: float | None = None
+    leak_low: float | None = None
+    leak_high: float | None = None
+    leak_anchors: int = 0
+    leak_missing: str | None = None
+
+
+def leak(run: Config, reporter: Reporter | None) -> Leak:
+    """What the run's own setting leaks, by positives that are hidden."""
+    if not run.mining.num_negatives:
+        return Leak(leak_missing="mining.num_negatives is 0: no negative was mined")
+    try:
+        made = measures.calibrate_settings(run, lambda config: [calibrate.of_config(config)], reporter=reporter)
+    except InputError as error:
+        return Leak(leak_missing=error.problem)
+    found = made.estimates[0]
+    return Leak(found.leak, found.lo, found.hi, made.anchors)

@@ -9,9 +9,8 @@ store, and the source is read once. The same config and input give the same tabl
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,21 @@ from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import digest
-from negpipe.engine.manifest import Books, Manifest
 from negpipe.engine.progress import Reporter, Silent
-from negpipe.errors import InputError, NegpipeError
 from negpipe.redaction import redacted
-from negpipe.review import calibrate, diff, measures
-from negpipe.store import unfinished
-from negpipe.store.files import publish, sync_folder, write_all
+from negpipe.review import diff
+from negpipe.store import view
+from negpipe.store.files import publish, write_all
 from negpipe.store.lock import run_lock
-from negpipe.store.store import LocalStore
 from negpipe.train import retriever, stage
-from negpipe.train.children import child, inherit
+from negpipe.train.children import Leak, child, inherit, leak, manifest, scores
 from negpipe.train.comparison import METRICS, Comparison, compare, of_document
 
 logger = logging.getLogger(__name__)
 
 FOLDER, TABLE, BEST = "rounds", "rounds.parquet", "best"
 """The rounds' folder in the run directory; in it their table, and a link to the best of them."""
-_MEASURED = ("changed", "leak", "leak_low", "leak_high", "leak_anchors", "leak_missing")
+_MEASURED = ("changed", *(field.name for field in fields(Leak)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
                 logger.info("no round after this one: %s", stopped)
                 break
         best = max(done, key=lambda one: one.score)
-        _point(folder / BEST, str(best.number))
+        view.point(folder / BEST, Path(str(best.number)))
         compared = _against_base(runs[0], runs[best.number - 1])
     return Refreshed(tuple(done), best, compared, stopped, folder / BEST / "model")
 
@@ -178,8 +174,8 @@ def _judged(
     known: Mapping[str, Mapping[str, Any]],
     reporter: Reporter,
 ) -> Round:
-    mined, trained = (_manifest(run, name) for name in ("triplets", "train"))
-    measured = digest(mined.key, _manifest(before, "triplets").key if before else None, run.seed)
+    mined, trained = (manifest(run, name) for name in ("triplets", "train"))
+    measured = digest(mined.key, manifest(before, "triplets").key if before else None, run.seed)
     return Round(
         number=number,
         rows=stats["triplets"]["rows"],
@@ -201,17 +197,7 @@ def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str
         sides = (diff.source_of(str(one.run_dir)) for one in (before, run))
         difference = diff.compare(*sides, examples=0, budget=budget, scratch=run.run_dir)
         changed = 1 - difference.kept / difference.b.negatives
-    leak, low, high, anchors, missing = None, None, None, 0, None
-    if run.mining.num_negatives:
-        try:
-            made = measures.calibrate_settings(run, lambda config: [calibrate.of_config(config)], reporter=reporter)
-            leak, low, high = (getattr(made.estimates[0], name) for name in ("leak", "lo", "hi"))
-            anchors = made.anchors
-        except InputError as error:
-            missing = error.problem
-    else:
-        missing = "mining.num_negatives is 0: no negative was mined"
-    return dict(zip(_MEASURED, (changed, leak, low, high, anchors, missing), strict=True))
+    return {"changed": changed} | asdict(leak(run, reporter))
 
 
 def _not_risen(done: Sequence[Round]) -> str | None:
@@ -227,22 +213,10 @@ def _not_risen(done: Sequence[Round]) -> str | None:
 
 def _against_base(first: Config, best: Config) -> tuple[Comparison, ...]:
     """The best round's model against the base, anchor by anchor."""
-    before, after = _scores(first), _scores(best)
+    before, after = scores(first), scores(best)
     return tuple(
         compare(name, before[f"{name}_before"].to_numpy(), after[f"{name}_after"].to_numpy()) for name in METRICS
     )
-
-
-def _scores(run: Config) -> pa.Table:
-    (part,) = _manifest(run, "train").of_kind("evaluation")
-    return pq.read_table(LocalStore(run.store or run.run_dir).path(part.file("scores").path))
-
-
-def _manifest(run: Config, name: str) -> Manifest:
-    manifest = Books(run.run_dir, name).manifest()
-    if manifest is None:
-        raise NegpipeError(f"the output of {name} in {run.run_dir} is gone: run the command again")
-    return manifest
 
 
 def _tell(one: Round) -> None:
@@ -283,14 +257,6 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, LookupError):
         return {}
     return {row.pop("measured"): row for row in rows}
-
-
-def _point(link: Path, target: str) -> None:
-    """Let a link lead to another folder, in one step."""
-    temporary = unfinished.temporary(link.parent)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
 
 
 @dataclass(frozen=True)
