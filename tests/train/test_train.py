@@ -256,7 +256,7 @@ def test_command(trained: Run, tmp_path: Path) -> None:
 
 def test_a_worse_model_fails_a_nightly_job_and_is_there_all_the_same(copy: Run, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    worse = {"steps": 40, "batch_size": 8, "learning_rate": 0.1}
+    worse = {"steps": 40, "batch_size": 8, "learning_rate": 1.0}
     path.write_text(json.dumps({**copy.config, "train": worse}), encoding="utf-8")
     shown = small.run("train", path, "--fail-on", "loss")
     assert shown.code == 1, shown.out
