@@ -1,16 +1,12 @@
 """Fine-tuning an encoder on rows with Sentence Transformers' trainer.
 
-Guarantees: no text is twice in a batch; anchors and documents are cut and prompted as the encoder's settings say; a run
-that was killed goes on from its last whole checkpoint, on a CPU to the same weights, bit for bit, as one that was not
-(on a GPU as far as its kernels repeat themselves); a loss or gradient that is not finite ends it before a checkpoint is
-written of it; the saved model is loaded again, and gives the vector it gave before.
+Guarantees, beside those of `trainer`: no text is twice in a batch; anchors and documents are cut and prompted as the
+encoder's settings say; the saved model is loaded again, and gives the vector it gave before.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import encoders
-from negpipe.config.schema import DISTILLING, Config, Encoder, Train
+from negpipe.config.schema import DISTILLING, Config, Encoder
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
-from negpipe.errors import ConfigError, DamagedError, InputError, TaskFailedError
-from negpipe.store.files import remove, sync_folder, sync_tree
+from negpipe.errors import ConfigError, InputError
+from negpipe.train import trainer
+from negpipe.train.trainer import Progress, Trained
 
-Progress = Callable[[int, str], None]
-"""Called with rows trained on since the last call, and a note."""
-
-CHECKPOINTS = 3
-"""That there may be at a time: two are kept while one is written."""
-_WHOLE = "whole"  # a file in a checkpoint that is on the disk to its last byte
 _POOLINGS = {"last_token": "lasttoken"}  # as Sentence Transformers calls them
 _PROBE = "a text to compare vectors by"
-_LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model.
-
-    Attributes:
-        folder: the saved model, as Sentence Transformers loads it.
-        log: a row a step: step, loss, learning_rate, gradient_norm.
-        width: numbers of its vectors.
-        resumed: the step from which this process went on; 0: from the start.
-    """
-
-    folder: Path
-    log: pa.Table
-    width: int
-    resumed: int
 
 
 def train(
@@ -72,55 +44,27 @@ def train(
         InputError: a row has no score to learn, or the model does not load.
         TaskFailedError: loss or gradient are not finite.
     """
-    import torch
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-    from transformers import PrinterCallback, set_seed
 
     train, encoder = config.train, config.encoder
     assert train is not None
-    torch.set_num_threads(threads)
-    device = encoders.provenance(encoder)["device"]
-    seed = config.seed if train.seed is None else train.seed
-    set_seed(seed)
+    device = trainer.begin(config, threads)
     model = load(encoder, base, device)
     width = int(model.get_embedding_dimension())
     if max(train.matryoshka, default=0) > width:
         raise ConfigError(f"train.matryoshka: vectors of {base} have {width} numbers: ask for no more")
-    texts = _text_columns(config)
-    kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in texts}
+    kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in _text_columns(config)}
     prompts = {kind: instructed(instruction(encoder, base, kind), [])[0] for kind in KINDS}
-    data = Dataset.from_file(str(_data(config, rows, kinds, base, folder)))
-    checkpoint = _last_checkpoint(folder)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=train.epochs,
-        max_steps=train.steps or -1,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
-        learning_rate=train.learning_rate,
-        warmup_steps=train.warmup,
-        bf16=train.precision == "bfloat16",
-        seed=seed,
-        data_seed=seed,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=train.checkpoint_steps,
-        save_total_limit=CHECKPOINTS - 1,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # the trainer would share batches among all GPUs that it sees
-    watch = _watcher(folder, train, progress)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
+    model, log, resumed = trainer.fit(
+        SentenceTransformerTrainer,
+        config,
+        model,
+        _data(config, rows, kinds, base, folder),
+        folder,
+        device=device,
+        progress=progress,
         loss=_loss(config, model, guide, device),
         data_collator=SentenceTransformerDataCollator(
             preprocess_fn=model.preprocess,
@@ -128,25 +72,24 @@ def train(
             prompts={name: prompts[kind] for name, kind in kinds.items() if prompts[kind]},
             max_length={TASKS["query"]: encoder.query_max_length, TASKS["passage"]: encoder.passage_max_length},
         ),
-        callbacks=[watch],
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # In bfloat16, the trainer has put a wrapper around the model's forward.
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     for kind in KINDS:
         if prompts[kind]:
             model.prompts[TASKS[kind]] = prompts[kind]
-    saved = folder / "model"
-    remove(saved)
-    model.save_pretrained(str(saved))
-    _check_saved(model, saved, width, encoder, device)
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    log = pa.table(
-        {"step": pa.array([entry["step"] for entry in steps], pa.int64())}
-        | {name: pa.array([entry.get(key) for entry in steps], pa.float64()) for key, name in _LOGGED.items()}
-    )
-    return Trained(saved, log, width, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+
+    def vector(one: Any) -> Any:
+        return one.encode([_PROBE], prompt="", show_progress_bar=False)
+
+    saved = trainer.save(model, folder, lambda path: _plain(path, device, encoder.trust_remote_code), vector)
+    return Trained(saved, log, width, resumed)
+
+
+def _plain(path: str, device: str, trusted: bool) -> Any:
+    """A model as its files say."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(path, device=device, local_files_only=True, trust_remote_code=trusted)
 
 
 def load(encoder: Encoder, path: str, device: str) -> Any:
@@ -168,9 +111,7 @@ def load(encoder: Encoder, path: str, device: str) -> Any:
             path, model_kwargs={"dtype": torch.float32}, local_files_only=True, model_card_data=card, **options
         )
     except Exception as error:  # loaders raise whatever the files make them raise
-        raise InputError(
-            f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Fetch the model again"
-        ) from error
+        raise trainer.unloadable(error, path) from error
     if encoder.backend == "flagembedding":
         _, pooling = class_and_pooling(encoder, path)
         pooled = Pooling(model[0].get_embedding_dimension(), _POOLINGS.get(pooling, pooling))
@@ -201,8 +142,8 @@ def _text_columns(config: Config) -> list[str]:
     return ["anchor", "positive", *(f"negative_{number}" for number in range(1, config.mining.wanted + 1))]
 
 
-def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: str, folder: Path) -> Path:
-    """Write what the loss takes of the rows as an Arrow stream, which is then read from disk, a row group at a time."""
+def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: str, folder: Path) -> Any:
+    """What the loss takes of the rows."""
     assert config.train is not None
     forms = {kind: instruction(config.encoder, base, kind) for kind in KINDS}
     scores = {"triplet": ["positive_score", "negative_score"], "n-tuple": ["scores"]}[config.output.format]
@@ -224,11 +165,7 @@ def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: st
     fields = [pa.field(name, pa.large_string()) for name in kinds]
     if labels:
         fields.append(pa.field("label", pa.list_(pa.float32())))
-    path = folder / "rows.arrow"
-    with pa.ipc.new_stream(str(path), pa.schema(fields)) as stream:
-        for table in batches():
-            stream.write_table(table)
-    return path
+    return trainer.write_rows(folder, pa.schema(fields), batches())
 
 
 def _labels(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
@@ -276,65 +213,3 @@ def _loss(config: Config, model: Any, guide: str, device: str) -> Any:
         width = int(model.get_embedding_dimension())
         made = losses.MatryoshkaLoss(model, made, sorted({width, *train.matryoshka}, reverse=True))
     return made
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint; those that a kill cut short are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found:
-        if not (path / _WHOLE).exists():
-            shutil.rmtree(path)
-    return next((path for path in reversed(found) if path.is_dir()), None)
-
-
-def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
-    from transformers import TrainerCallback
-
-    rows = train.batch_size * train.gradient_accumulation  # a step
-
-    class Watcher(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-        """Tells of progress, ends what went wrong, and says which checkpoints are whole."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress(state.global_step * rows, "")
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            wrong = {name: logs[key] for key, name in _LOGGED.items() if key in logs and not np.isfinite(logs[key])}
-            for name, value in wrong.items():
-                raise TaskFailedError(
-                    f"train: the {name.replace('_', ' ')} is {value} at step {state.global_step:,} of"
-                    f" {state.max_steps:,}; the last good checkpoint is {_last_checkpoint(folder) or 'the base model'}."
-                    f" Lower train.learning_rate ({train.learning_rate:g}), raise train.warmup ({train.warmup:g}), or"
-                    " set train.precision: float32"
-                )
-            if "loss" in logs:
-                note = f"step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.4f}"
-                progress(rows, note)
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            place = folder / f"checkpoint-{state.global_step}"
-            sync_tree(place)
-            (place / _WHOLE).touch()
-            sync_folder(place)
-
-    return Watcher()
-
-
-def _check_saved(model: Any, saved: Path, width: int, encoder: Encoder, device: str) -> None:
-    """The saved model is the one that was trained.
-
-    Raises:
-        DamagedError: it has other vectors.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    again = SentenceTransformer(
-        str(saved), device=device, local_files_only=True, trust_remote_code=encoder.trust_remote_code
-    )
-    vectors = [one.encode([_PROBE], prompt="", show_progress_bar=False) for one in (model.eval(), again)]
-    if (
-        vectors[1].shape != (1, width)
-        or not np.allclose(vectors[0], vectors[1], 1e-4, 1e-5)
-        or not np.isfinite(vectors).all()
-    ):
-        raise DamagedError(f"{saved}: the saved model gives other vectors than the trained one: run the command again")

@@ -138,7 +138,7 @@ def _check_room(context: Context) -> None:
     Raises:
         StorageError: they do not.
     """
-    from negpipe.train.retriever import CHECKPOINTS
+    from negpipe.train.trainer import CHECKPOINTS
 
     weights = 4 * _parameters(Path(_base(context).path))
     place = next(path for path in (context.run_dir, *context.run_dir.absolute().parents) if path.is_dir())

@@ -1,0 +1,224 @@
+"""What trainers of every kind of model share: Sentence Transformers' trainer, its arguments and its checkpoints.
+
+Guarantees: a run that was killed goes on from its last whole checkpoint, on a CPU to the same weights, bit for bit, as
+one that was not (on a GPU as far as its kernels repeat themselves); a loss or gradient that is not finite ends it
+before a checkpoint is written of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negpipe import encoders
+from negpipe.config.schema import Config, Train
+from negpipe.errors import DamagedError, InputError, TaskFailedError
+from negpipe.store.files import remove, sync_folder, sync_tree
+
+Progress = Callable[[int, str], None]
+"""Called with rows trained on since the last call, and a note."""
+
+CHECKPOINTS = 3
+"""That there may be at a time: two are kept while one is written."""
+_WHOLE = "whole"  # a file in a checkpoint that is on the disk to its last byte
+_LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        folder: the saved model, as Sentence Transformers loads it.
+        log: a row a step: step, loss, learning_rate, gradient_norm.
+        width: numbers that it gives for an input.
+        resumed: the step from which this process went on; 0: from the start.
+    """
+
+    folder: Path
+    log: pa.Table
+    width: int
+    resumed: int
+
+
+def begin(config: Config, threads: int) -> str:
+    """Seed every generator and set the threads of torch, before a model is loaded. Returns the device."""
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(threads)
+    set_seed(_seed(config))
+    return encoders.provenance(config.encoder)["device"]
+
+
+def write_rows(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Any:
+    """Rows as an Arrow stream, which the trainer then reads from disk, a row group at a time."""
+    from datasets import Dataset
+
+    path = folder / "rows.arrow"
+    with pa.ipc.new_stream(str(path), schema) as stream:
+        for table in tables:
+            stream.write_table(table)
+    return Dataset.from_file(str(path))
+
+
+def fit(
+    kind: Any,
+    config: Config,
+    model: Any,
+    data: Any,
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    loss: Any,
+    data_collator: Any = None,
+    **arguments: Any,
+) -> tuple[Any, pa.Table, int]:
+    """Train, from the last checkpoint on where there is one.
+
+    Args:
+        kind: the trainer's class.
+        config: with a section `train`.
+        model: it is changed.
+        data: rows, as `write_rows` gave them.
+        folder: where checkpoints are.
+        device: as `begin` gave it.
+        progress: told of every step.
+        loss: of Sentence Transformers.
+        data_collator: null: the trainer's own.
+        arguments: beside those that all kinds have.
+
+    Returns:
+        the model, its log, and the step that was gone on from, see `Trained`.
+
+    Raises:
+        TaskFailedError: loss or gradient are not finite.
+    """
+    from transformers import PrinterCallback
+
+    train, seed = config.train, _seed(config)
+    assert train is not None
+    checkpoint = _last_checkpoint(folder)
+    args = kind.training_args_class(
+        output_dir=str(folder),
+        num_train_epochs=train.epochs,
+        max_steps=train.steps or -1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup,
+        bf16=train.precision == "bfloat16",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=train.checkpoint_steps,
+        save_total_limit=CHECKPOINTS - 1,
+        report_to="none",
+        disable_tqdm=True,
+        **arguments,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # the trainer would share batches among all GPUs that it sees
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=data,
+        loss=loss,
+        data_collator=data_collator,
+        callbacks=[_watcher(folder, train, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # In bfloat16, the trainer has put a wrapper around the model's forward.
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = pa.table(
+        {"step": pa.array([entry["step"] for entry in steps], pa.int64())}
+        | {name: pa.array([entry.get(key) for entry in steps], pa.float64()) for key, name in _LOGGED.items()}
+    )
+    return model, log, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def save(model: Any, folder: Path, again: Callable[[str], Any], give: Callable[[Any], npt.NDArray[Any]]) -> Path:
+    """Save a model, and see that what is loaded again is the one that was trained.
+
+    Args:
+        model: with `save_pretrained`.
+        folder: in which its own is made.
+        again: loads it.
+        give: numbers that a model gives for an input.
+
+    Raises:
+        DamagedError: it gives others.
+    """
+    saved = folder / "model"
+    remove(saved)
+    model.save_pretrained(str(saved))
+    ours, theirs = (give(one) for one in (model.eval(), again(str(saved))))
+    if ours.shape != theirs.shape or not np.allclose(ours, theirs, 1e-4, 1e-5) or not np.isfinite(ours).all():
+        raise DamagedError(f"{saved}: the saved model gives other numbers than the trained one: run the command again")
+    return saved
+
+
+def unloadable(error: Exception, path: str) -> InputError:
+    """What is told of a folder that no library loads."""
+    return InputError(
+        f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Fetch the model again"
+    )
+
+
+def _seed(config: Config) -> int:
+    assert config.train is not None
+    return config.seed if config.train.seed is None else config.train.seed
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint; those that a kill cut short are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / _WHOLE).exists():
+            shutil.rmtree(path)
+    return next((path for path in reversed(found) if path.is_dir()), None)
+
+
+def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    rows = train.batch_size * train.gradient_accumulation  # a step
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+        """Tells of progress, ends what went wrong, and says which checkpoints are whole."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress(state.global_step * rows, "")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            wrong = {name: logs[key] for key, name in _LOGGED.items() if key in logs and not np.isfinite(logs[key])}
+            for name, value in wrong.items():
+                raise TaskFailedError(
+                    f"train: the {name.replace('_', ' ')} is {value} at step {state.global_step:,} of"
+                    f" {state.max_steps:,}; the last good checkpoint is {_last_checkpoint(folder) or 'the base model'}."
+                    f" Lower train.learning_rate ({train.learning_rate:g}), raise train.warmup ({train.warmup:g}), or"
+                    " set train.precision: float32"
+                )
+            if "loss" in logs:
+                note = f"step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.4f}"
+                progress(rows, note)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            place = folder / f"checkpoint-{state.global_step}"
+            sync_tree(place)
+            (place / _WHOLE).touch()
+            sync_folder(place)
+
+    return Watcher()
