@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from negpipe.config import machine, presets
 from negpipe.errors import ConfigError
@@ -541,9 +541,40 @@ Loss = Literal[
     "CachedGISTEmbedLoss",
     "MarginMSELoss",
     "DistillKLDivLoss",
+    "BinaryCrossEntropyLoss",
+    "LambdaLoss",
+    "ListNetLoss",
 ]
 DISTILLING: tuple[Loss, ...] = ("MarginMSELoss", "DistillKLDivLoss")
 """The losses that learn the scores of rows."""
+TrainKind = Literal["retriever", "reranker"]
+_TEXTS, _PAIRS, _LISTS = ("triplet", "n-tuple"), ("labeled-pair",), ("labeled-list",)
+TAKES: dict[TrainKind, dict[Loss, tuple[str, ...]]] = {
+    "retriever": {
+        "MultipleNegativesRankingLoss": _TEXTS,
+        "CachedMultipleNegativesRankingLoss": _TEXTS,
+        "CachedGISTEmbedLoss": _TEXTS,
+        "MarginMSELoss": _TEXTS,
+        "DistillKLDivLoss": _TEXTS,
+    },
+    "reranker": {
+        "BinaryCrossEntropyLoss": _PAIRS,
+        "LambdaLoss": _LISTS,
+        "ListNetLoss": _LISTS,
+        "MarginMSELoss": _TEXTS,
+    },
+}
+"""The losses that a kind of model has, and the output formats that each takes."""
+_BY_KIND: dict[TrainKind, dict[str, Any]] = {
+    "retriever": {"loss": "MultipleNegativesRankingLoss", "learning_rate": 2e-5},
+    "reranker": {"loss": "LambdaLoss", "learning_rate": 1e-4},
+}
+
+
+def _by_kind(value: Any, known: ValidationInfo) -> Any:
+    """A setting that is null, as the kind has it."""
+    name, kind = known.field_name, known.data.get("kind")
+    return _BY_KIND[kind][name] if value is None and kind and name else value
 
 
 EVAL_SPLIT = "test"
@@ -571,14 +602,25 @@ class Split(_Model):
 class Train(_Model):
     """How a model is fine-tuned on the rows, and on what it is judged."""
 
-    kind: Literal["retriever"] = Field("retriever", description="What is trained: the encoder.")
-    base: str | None = Field(
-        None, description="Model to fine-tune, named as encoder.model is; null: the encoder's own model."
+    kind: TrainKind = Field(
+        "retriever",
+        description="retriever: the encoder. reranker: a model that reads anchor and document at once, and orders what"
+        " the encoder finds.",
     )
-    loss: Loss = Field(
-        "MultipleNegativesRankingLoss",
-        description="A loss of Sentence Transformers. All take output.format triplet and n-tuple; MarginMSELoss and"
-        " DistillKLDivLoss learn the rows' scores.",
+    base: str | None = Field(
+        None,
+        description="Model to fine-tune, named as encoder.model is; null: the encoder's own model, to which a reranker"
+        " adds a new head.",
+    )
+    loss: Annotated[Loss, BeforeValidator(_by_kind)] = Field(
+        None,
+        validate_default=True,
+        description="A loss of Sentence Transformers. null: MultipleNegativesRankingLoss, of a reranker LambdaLoss."
+        " BinaryCrossEntropyLoss takes output.format labeled-pair, LambdaLoss and ListNetLoss take labeled-list, all"
+        " others triplet and n-tuple; MarginMSELoss and DistillKLDivLoss learn the rows' scores.",
+    )
+    rerank_depth: int = Field(
+        50, ge=2, le=100, description="Reranker: the encoder's best documents of an anchor that it orders to be judged."
     )
     negatives: bool = Field(
         True,
@@ -590,10 +632,17 @@ class Train(_Model):
     )
     epochs: float = Field(1, gt=0, description="Passes over the rows.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; null: as many as train.epochs takes.")
-    batch_size: int = Field(32, ge=2, description="Rows a batch; no text is twice in one.")
-    mini_batch_size: int = Field(32, ge=1, description="Cached losses: rows a forward pass.")
+    batch_size: int = Field(32, ge=2, description="Rows a batch; of a retriever, no text is twice in one.")
+    mini_batch_size: int = Field(
+        32, ge=1, description="Cached losses: rows a forward pass. Losses of lists: documents a forward pass."
+    )
     gradient_accumulation: int = Field(1, ge=1, description="Batches an optimizer step.")
-    learning_rate: float = Field(2e-5, gt=0, description="Highest learning rate; it falls linearly to 0.")
+    learning_rate: Annotated[float, BeforeValidator(_by_kind)] = Field(
+        None,
+        validate_default=True,
+        gt=0,
+        description="Highest learning rate; it falls linearly to 0. null: 2e-5, of a reranker 1e-4.",
+    )
     warmup: float = Field(0.1, ge=0, description="Steps until it is reached; below 1, a share of all steps.")
     seed: int | None = Field(None, ge=0, description="Seed of batches and dropout; null: seed.")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -618,6 +667,8 @@ class Train(_Model):
 
     @model_validator(mode="after")
     def _widths(self) -> Train:
+        if self.matryoshka and self.kind == "reranker":
+            raise ValueError("matryoshka: a reranker has no vectors: leave it empty")
         if min(self.matryoshka, default=1) < 1:
             raise ValueError("matryoshka: a width is 1 or more")
         return self
@@ -805,10 +856,13 @@ class Config(_Model):
     def _trainable(self) -> Config:
         if self.train is None:
             return self
-        loss, output = self.train.loss, self.output
-        if output.format not in ("triplet", "n-tuple"):
+        kind, loss, output = self.train.kind, self.train.loss, self.output
+        if (formats := TAKES[kind].get(loss)) is None:
+            raise ValueError(f"train.loss: {loss} trains no {kind}: take {' or '.join(TAKES[kind])}")
+        if output.format not in formats:
             raise ValueError(
-                f"train.loss: {loss} takes output.format triplet or n-tuple, not {output.format}: set one of them"
+                f"train.loss: {loss} takes output.format {' or '.join(formats)}, not {output.format}:"
+                f" set {'one of them' if len(formats) > 1 else 'it'}"
             )
         if output.include_positives:
             raise ValueError(
@@ -819,8 +873,14 @@ class Config(_Model):
             raise ValueError(f"train.negatives: {loss} learns the scores of negatives: set it to true")
         if loss in DISTILLING and not output.scores:
             raise ValueError(f"train.loss: {loss} learns the rows' scores: set output.scores: true")
-        if self.train.base is None and self.encoder.backend == "precomputed":
-            raise ValueError("train.base: vectors that you bring have no model to train: name one")
+        if self.encoder.backend == "precomputed":
+            if kind == "reranker":
+                raise ValueError(
+                    "train.kind: a reranker orders what the encoder finds for held-out anchors, and vectors that you"
+                    " bring have no encoder: set encoder.backend and encoder.model"
+                )
+            if self.train.base is None:
+                raise ValueError("train.base: vectors that you bring have no model to train: name one")
         if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
             raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
         if split := self.train.split:

@@ -41,13 +41,14 @@ def written(
     assert config.train is not None
     card = ModelCard.load(library)
     judge = config.train.judge[0]
+    reranks, kind = config.train.kind == "reranker", config.train.kind.capitalize()
     card.data.license = config.train.license or _license(base)
     card.data.datasets = _datasets(config.data) or card.data.datasets
-    card.data.model_name = getattr(card.data, "model_name", None) or "Retriever trained on mined negatives"
+    card.data.model_name = getattr(card.data, "model_name", None) or f"{kind} trained on mined negatives"
     card.data.eval_results = [
         EvalResult(
-            task_type="information-retrieval",
-            task_name="Information Retrieval",
+            task_type="text-ranking" if reranks else "information-retrieval",
+            task_name="Text Ranking" if reranks else "Information Retrieval",
             dataset_type="held-out",
             dataset_name=f"held-out: {judge}",
             metric_type=_TYPES[one["metric"]],
@@ -62,10 +63,13 @@ def written(
         for one in compared
     )
     settings = yaml.safe_dump(redacted(config.model_dump(mode="json", exclude_none=True)), sort_keys=False)
+    ranked = "by exact search of the whole corpus"
+    if reranks:
+        ranked += f": as the encoder orders it, and with its best {config.train.rerank_depth} ordered by this model"
     section = f"""
 ## Before and after
 
-On {compared[0]["anchors"]:,} queries of {judge}, by exact search of the whole corpus.
+On {compared[0]["anchors"]:,} queries of {judge}, {ranked}.
 Intervals are Student's, paired, 95 %.
 
 | metric | before | after | difference | |

@@ -1,6 +1,7 @@
 """How well a model finds the positives of held-out anchors in the whole corpus: exact search, figures of ir-measures.
 
-Vectors stay in a folder while the work goes on, a file a part: a run that was killed encodes no part again.
+A reranker orders the best of what an encoder finds. Vectors and a reranker's scores stay in a folder while the work
+goes on, a file a part or a few anchors: a run that was killed makes none again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from negpipe import ann, encoders
 from negpipe.config.schema import Encoder
+from negpipe.data import tables
 from negpipe.data.tables import documents, open_table, ragged
 from negpipe.engine.budget import Budget
 from negpipe.engine.manifest import Part
@@ -25,15 +27,18 @@ from negpipe.store.files import publish
 from negpipe.train.comparison import METRICS
 
 Progress = Callable[[int, str], None]
+Rows = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float32]
 
 _ANCHORS, _BLOCK = 512, 4096  # anchors and documents that are compared at a time
+_RERANKED = 32  # anchors whose documents a reranker scores at a time
 _DEPTH = max(int(name.partition("@")[2]) for name in METRICS)
 
 
-def evaluate(
+def rank(
     context: Context, encoder: Encoder, path: str, folder: Path, *, budget: Budget, progress: Progress
-) -> dict[str, npt.NDArray[np.float64]]:
-    """(n,) values of every metric for each held-out anchor, in order.
+) -> tuple[Rows, Scores]:
+    """(n, 100) the best rows of each held-out anchor by an encoder, in order, see `ranking`, and their scores.
 
     Args:
         context: with what `held_out` read.
@@ -60,21 +65,77 @@ def evaluate(
         return file
 
     corpus = ann.open_parts([vectors_of(part) for part in documents(read)])
-    values: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in METRICS}
+    found = []
     for part in read.of_kind("anchors"):
-        anchors, table = ann.open_parts([vectors_of(part)]), open_table(context.path(part, "table"))
+        anchors = ann.open_parts([vectors_of(part)])
+        for low in range(0, part.rows, _ANCHORS):
+            at = np.arange(low, min(low + _ANCHORS, part.rows))
+            found.append(ranking(anchors.take(at), corpus, _DEPTH))
+    rows, scores = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
+    return rows, scores
+
+
+def rerank(
+    context: Context, rows: Rows, depth: int, path: str, folder: Path, *, budget: Budget, progress: Progress
+) -> Rows:
+    """The rows of `rank`, of which the best `depth` are ordered by a reranker, equals as they were.
+
+    Args:
+        context: with what `held_out` read; its encoder says how much of texts is read, and the batch.
+        rows: what `rank` gave.
+        depth: how many of each anchor are ordered; those beyond keep their places.
+        path: the reranker's folder.
+        folder: for its scores.
+        budget: memory and threads.
+        progress: told of anchors whose documents were scored.
+    """
+    from negpipe.train import reranker
+
+    encoder, read = context.config.encoder, context.manifest("held_out")
+    corpus = tables.Rows([context.path(part, "table") for part in documents(read)])
+    texts = _of_anchors(context, "text")
+    model: list[Any] = []
+
+    def scored(low: int, best: Rows) -> Path:
+        file = folder / f"{low:09d}.npy"
+        if not file.exists():
+            model.extend([] if model else [reranker.load(encoder, path, budget.threads)])
+            anchors = [texts[low + at] for at in np.nonzero(best >= 0)[0]]
+            own = corpus.strings("text", best[best >= 0]).to_pylist()
+            made = reranker.score(model[0], anchors, own, encoder.batch_size)
+            publish(folder, file.name, lambda target: np.save(target, made))
+        progress(len(best), "anchors")
+        return file
+
+    ordered = rows.copy()
+    for low in range(0, len(rows), _RERANKED):
+        best = rows[low : low + _RERANKED, :depth]
+        scores = np.full(best.shape, -np.inf, np.float32)
+        scores[best >= 0] = np.load(scored(low, best))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        ordered[low : low + _RERANKED, :depth] = np.take_along_axis(best, order, axis=1)
+    return ordered
+
+
+def measure(context: Context, rows: Rows) -> dict[str, npt.NDArray[np.float64]]:
+    """(n,) values of every metric for each held-out anchor, of its ranking."""
+    values: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in METRICS}
+    start = 0
+    for part in context.manifest("held_out").of_kind("anchors"):
+        table = open_table(context.path(part, "table"))
         for low in range(0, part.rows, _ANCHORS):
             own = table.slice(low, _ANCHORS)
-            rows = ranking(anchors.take(np.arange(low, low + own.num_rows)), corpus, _DEPTH)
             positives, offsets = ragged(own["positives"])
             grades, _ = ragged(own["grades"])
-            for name, of_each in quality.of_each(METRICS, rows, positives, offsets, grades).items():
+            ranked = rows[start : start + own.num_rows]
+            start += own.num_rows
+            for name, of_each in quality.of_each(METRICS, ranked, positives, offsets, grades).items():
                 values[name].append(of_each)
     return {name: np.concatenate(pieces) for name, pieces in values.items()}
 
 
-def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -> npt.NDArray[np.int64]:
-    """(n, depth) best rows of every anchor by (-score, row), -1 beyond the corpus.
+def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -> tuple[Rows, Scores]:
+    """(n, depth) best rows of every anchor by (-score, row), -1 beyond the corpus, and their scores.
 
     Plain products, and not `ann.search_exact`: this process has torch, which must not meet FAISS.
     """
@@ -86,13 +147,17 @@ def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -
         best = np.argsort(-both, axis=1, kind="stable")[:, :depth]  # rows ascend, so the lower one is first of equals
         scores = np.take_along_axis(both, best, axis=1)
         rows = np.take_along_axis(np.concatenate([rows, numbers], axis=1), best, axis=1)
-    return rows
+    return rows, scores
 
 
 def anchor_ids(context: Context) -> list[str]:
     """Ids of the held-out anchors, in order."""
+    return _of_anchors(context, "id")
+
+
+def _of_anchors(context: Context, column: str) -> list[str]:
     parts: Iterator[Any] = (
-        open_table(context.path(part, "table"))["id"].to_pylist()
+        open_table(context.path(part, "table"))[column].to_pylist()
         for part in context.manifest("held_out").of_kind("anchors")
     )
     return [*chain.from_iterable(parts)]

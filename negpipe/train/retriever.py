@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.config.schema import DISTILLING, Config, Encoder
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError
 from negpipe.train import trainer
 from negpipe.train.trainer import Progress, Trained
 
@@ -55,7 +54,7 @@ def train(
     width = int(model.get_embedding_dimension())
     if max(train.matryoshka, default=0) > width:
         raise ConfigError(f"train.matryoshka: vectors of {base} have {width} numbers: ask for no more")
-    kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in _text_columns(config)}
+    kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in trainer.text_columns(config)}
     prompts = {kind: instructed(instruction(encoder, base, kind), [])[0] for kind in KINDS}
     model, log, resumed = trainer.fit(
         SentenceTransformerTrainer,
@@ -133,21 +132,11 @@ def as_trained(encoder: Encoder, folder: Path) -> Encoder:
     return encoder.model_copy(update=changed)
 
 
-def _text_columns(config: Config) -> list[str]:
-    assert config.train is not None
-    if not config.train.negatives:
-        return ["anchor", "positive"]
-    if config.output.format == "triplet":
-        return ["anchor", "positive", "negative"]
-    return ["anchor", "positive", *(f"negative_{number}" for number in range(1, config.mining.wanted + 1))]
-
-
 def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: str, folder: Path) -> Any:
     """What the loss takes of the rows."""
     assert config.train is not None
     forms = {kind: instruction(config.encoder, base, kind) for kind in KINDS}
-    scores = {"triplet": ["positive_score", "negative_score"], "n-tuple": ["scores"]}[config.output.format]
-    labels = scores if config.train.loss in DISTILLING else []
+    labels = trainer.score_columns(config) if config.train.loss in DISTILLING else []
 
     def batches() -> Iterator[pa.Table]:
         for path in rows:
@@ -158,7 +147,7 @@ def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: st
                     for name, kind in kinds.items()
                 }
                 if labels:
-                    columns["label"] = _labels(batch, path, first)
+                    columns["label"] = trainer.scores(batch, path, first)
                 first += batch.num_rows
                 yield pa.table(columns)
 
@@ -166,26 +155,6 @@ def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: st
     if labels:
         fields.append(pa.field("label", pa.list_(pa.float32())))
     return trainer.write_rows(folder, pa.schema(fields), batches())
-
-
-def _labels(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
-    """(n, 1 + negatives) scores of positive and negatives."""
-    if "scores" in batch.schema.names:
-        values = batch["scores"].to_pylist()
-    else:
-        values = [
-            list(pair) for pair in zip(*(batch[name].to_pylist() for name in batch.schema.names[-2:]), strict=True)
-        ]
-    for row, own in enumerate(values):
-        if any(score is None or not np.isfinite(score) for score in own):
-            raise InputError(
-                "a document has no score to learn",
-                file=str(path),
-                row=first + row,
-                field="scores",
-                remedy="Mine without random negatives, or take a loss that needs no scores",
-            )
-    return pa.array(values, pa.list_(pa.float32()))
 
 
 def _loss(config: Config, model: Any, guide: str, device: str) -> Any:

@@ -1,9 +1,10 @@
 """train: rows → a model, and what they did to it.
 
-Three parts. `base` has the scores of every held-out anchor before; it depends on no row, so that runs which share a
-store judge their base once. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model
-shows it. `evaluation` has the scores before and after, and the model's card, which tells of both; it is made again, and
-the model is not, where only the held-out split changes.
+Three parts. `base` has what the encoder finds for every held-out anchor, and the scores before: of the retriever that
+is trained, or of the order that a reranker is to better. It depends on no row, so that runs which share a store judge
+their base once. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model shows it.
+`evaluation` has the scores before and after, and the model's card, which tells of both; it is made again, and the model
+is not, where only the held-out split changes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from negpipe import encoders
 from negpipe.config.schema import Config, Encoder
-from negpipe.data.tables import texts
+from negpipe.data.tables import ragged, texts
 from negpipe.encoders import prompts
 from negpipe.engine import versions
 from negpipe.engine.budget import Budget
@@ -32,29 +33,32 @@ from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, InputError
-from negpipe.stages import encode
+from negpipe.stages import encode, triplets
 from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
 
-VERSION = 2
+VERSION = 3
 CARD = "README.md"
 # What base and guide name is in `_sources`, what split and eval_split do in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
 _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"} | {
-    "train.license"  # the card, which is made with it, states it
+    "train.rerank_depth",
+    "train.license",  # the card, which is made with it, states it
 }
 _NOT_USED = {"encoder.storage"}
 _EXTRA = ("accelerate", "scipy")
 _STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
+_NOT_OF_KIND = {"retriever": {"rerank_depth"}, "reranker": {"guide", "matryoshka"}}
+_READ_BY_RERANKER = {"encoder.query_max_length", "encoder.passage_max_length", "encoder.trust_remote_code"}
 
 
 def _config(config: Config) -> Config:
-    """The config whose encoder is the one that is trained."""
+    """The config whose encoder finds what is judged: a retriever's is the one that is trained."""
     train, encoder = config.train, config.encoder
     assert train is not None
-    if train.base is None:
+    if train.base is None or train.kind == "reranker":
         return config
     changed: dict[str, Any] = {"model": train.base, "revision": None, "model_class": None, "pooling": None}
     if encoder.backend == "precomputed":
@@ -64,7 +68,7 @@ def _config(config: Config) -> Config:
 
 def _settings(config: Config) -> dict[str, Any]:
     assert config.train is not None
-    values = config.train.model_dump(mode="json", exclude=_CIRCUMSTANCE)
+    values = config.train.model_dump(mode="json", exclude=_CIRCUMSTANCE | _NOT_OF_KIND[config.train.kind])
     values["seed"] = config.seed if config.train.seed is None else config.train.seed
     encoder = encode.STAGE.settings(config)
     stated = {"train.license": config.train.license} if config.train.license else {}
@@ -74,31 +78,49 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _sources(context: Context) -> dict[str, str]:
-    """The model that is trained, what it puts before texts, and its guide."""
-    encoder = context.config.encoder
-    base = _base(context)
-    own = {f"encoder.{name}": value for name, value in prompts.of_the_model(encoder, base.path).items()}
+    """The model that is trained, what a retriever puts before texts, the encoder of a reranker, and the guide."""
+    base = {"train.base": _base(context).digest}
+    encoder = {"encoder.model": _encoder(context).digest} if _reranks(context.config) else {}
     guide = {"train.guide": _guide(context).digest} if _guided(context.config) else {}
-    return {"train.base": base.digest} | own | guide
+    return base | encoder | _prompts(context) | guide
+
+
+def _prompts(context: Context) -> dict[str, str]:
+    encoder = context.config.encoder
+    return {f"encoder.{name}": text for name, text in prompts.of_the_model(encoder, _encoder(context).path).items()}
+
+
+def _encoder(context: Context) -> encoders.Model:
+    """What finds the documents that are judged: the retriever before it is trained, or the one before the reranker."""
+    if _reranks(context.config):
+        return encoders.resolve_model(context.config.encoder, context.digest_file)
+    return _resolved(context, context.config.encoder, "train.base")
 
 
 def _base(context: Context) -> encoders.Model:
-    return _resolved(context, context.config.encoder, "train.base")
+    """What is trained."""
+    train = context.config.train
+    assert train is not None
+    return _named(context, "base", train.base) if _reranks(context.config) and train.base else _encoder(context)
 
 
 def _guide(context: Context) -> encoders.Model:
     train = context.config.train
     assert train is not None
-    if train.guide is None:
-        return _base(context)
-    encoder = context.config.encoder.model_copy(
-        update={"backend": "sentence-transformers", "model": train.guide, "revision": None}
-    )
-    return _resolved(context, encoder, "train.guide")
+    return _named(context, "guide", train.guide) if train.guide else _base(context)
+
+
+def _named(context: Context, setting: str, model: str) -> encoders.Model:
+    changed = {"backend": "sentence-transformers", "model": model, "revision": None}
+    return _resolved(context, context.config.encoder.model_copy(update=changed), f"train.{setting}")
 
 
 def _guided(config: Config) -> bool:
     return config.train is not None and config.train.loss == "CachedGISTEmbedLoss"
+
+
+def _reranks(config: Config) -> bool:
+    return config.train is not None and config.train.kind == "reranker"
 
 
 def _resolved(context: Context, encoder: Encoder, field: str) -> encoders.Model:
@@ -129,6 +151,12 @@ def _check(context: Context) -> None:
                 f"{rows:,} rows are too few for a batch of {train.batch_size:,}",
                 field="train.batch_size",
                 remedy="Mine more rows, or set a smaller batch",
+            )
+        if not triplets.negatives_of(context.manifest("triplets").stats):
+            raise InputError(
+                f"all {rows:,} rows have the label 1: there is nothing to tell apart",
+                field="train.kind",
+                remedy="Mine negatives: `negpipe status` and the ledger say why there are none",
             )
 
 
@@ -186,28 +214,34 @@ def _plan(context: Context) -> Iterator[Task]:
     train = context.config.train
     assert train is not None
     settings, sources = _settings(context.config), _sources(context)
-    held_out, triplets = context.manifest("held_out"), context.manifest("triplets")
+    held_out, rows = context.manifest("held_out"), context.manifest("triplets")
     judged = sum(part.rows for part in texts(held_out))
     run = {name: value for name, value in settings.items() if name.startswith("encoder.")}
-    own = {name: value for name, value in sources.items() if name != "train.guide"}
-    base = key("train", VERSION, "base", run, own, held_out.digest)
+    base = key("train", VERSION, "base", run, _encoder(context).digest, _prompts(context), held_out.digest)
     yield Task(base, "base", judged, {})
     before = context.own.part(base)
     if before is None:
         return
-    rows = [file for part in triplets.parts for file in part.all("rows")]
-    trained_by = {name: value for name, value in settings.items() if name not in _OF_EVALUATION}
-    name = key("train", VERSION, "model", trained_by, sources, [file.digest for file in rows])
-    count = triplets.stats["rows"]
+    if _reranks(context.config):
+        trained_by = {name: value for name, value in settings.items() if name.startswith("train.")}
+        trained_by |= {name: settings[name] for name in _READ_BY_RERANKER}
+        sources = {"train.base": sources["train.base"]}
+    else:
+        trained_by = settings
+    trained_by = {name: value for name, value in trained_by.items() if name not in _OF_EVALUATION}
+    written = [file for part in rows.parts for file in part.all("rows")]
+    name = key("train", VERSION, "model", trained_by, sources, [file.digest for file in written])
+    count = rows.stats["rows"]
     total = train.steps * train.batch_size * train.gradient_accumulation if train.steps else int(train.epochs * count)
-    yield Task(name, "model", total, {"rows": [file.path for file in rows]})
+    yield Task(name, "model", total, {"rows": [file.path for file in written]})
     part = context.own.part(name)
     if part is None:
         return
-    paths = {name: file.path for name, file in _model_files(part).items()}
+    made: dict[str, Any] = {role: before.file(role).path for role in ("scores", "ranking")}
+    made["model"] = {name: file.path for name, file in _model_files(part).items()}
     of = [part.identity(), before.identity(), held_out.digest]
-    evaluation = key("train", VERSION, "evaluation", settings, sources, of)
-    yield Task(evaluation, "evaluation", judged, {"model": paths, "base": before.file("scores").path})
+    evaluation = key("train", VERSION, "evaluation", settings, _sources(context), of)
+    yield Task(evaluation, "evaluation", before.rows if _reranks(context.config) else judged, made)
 
 
 def _model_files(part: Part) -> dict[str, File]:
@@ -225,18 +259,16 @@ def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Pr
 
 
 def _train(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
-    from negpipe.train import retriever
+    from negpipe.train import reranker, retriever
 
-    base = _base(context)
-    trained = retriever.train(
-        context.config,
-        [context.store.path(path) for path in task.payload["rows"]],
-        base.path,
-        _guide(context).path if _guided(context.config) else base.path,
-        folder,
-        threads=context.budget.threads,
-        progress=progress,
-    )
+    config, base = context.config, _base(context).path
+    rows = [context.store.path(path) for path in task.payload["rows"]]
+    options: dict[str, Any] = {"threads": context.budget.threads, "progress": progress}
+    if _reranks(config):
+        trained = reranker.train(config, rows, base, folder, **options)
+    else:
+        guide = _guide(context).path if _guided(config) else base
+        trained = retriever.train(config, rows, base, guide, folder, **options)
     names = sorted(path.relative_to(trained.folder).as_posix() for path in trained.folder.rglob("*") if path.is_file())
     for number, name in enumerate(names):
         path = trained.folder / name
@@ -257,32 +289,49 @@ def _train(task: Task, folder: Path, context: Context, publish: Publisher, progr
 def _judge_base(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
     from negpipe.train import evaluation
 
-    table = _scores(context, context.config.encoder, _base(context).path, folder, progress)
-    table = table.add_column(0, "anchor_id", pa.array(evaluation.anchor_ids(context), pa.large_string()))
-    publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
-    return Made(table.num_rows)
-
-
-def _scores(context: Context, encoder: Encoder, path: str, folder: Path, progress: Progress) -> pa.Table:
-    """Every metric of each held-out anchor, a column each."""
-    from negpipe.train import evaluation
-
-    return pa.table(evaluation.evaluate(context, encoder, path, folder, budget=context.budget, progress=progress))
+    encoder = context.config.encoder
+    rows, scores = evaluation.rank(
+        context, encoder, _encoder(context).path, folder, budget=context.budget, progress=progress
+    )
+    ids = {"anchor_id": pa.array(evaluation.anchor_ids(context), pa.large_string())}
+    tables = {
+        "scores": pa.table(ids | evaluation.measure(context, rows)),
+        "ranking": pa.table(
+            ids
+            | {
+                name: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+                for name, values in (("rows", rows), ("scores", scores))
+            }
+        ),
+    }
+    for role, table in tables.items():
+        publish(role, ".parquet", partial(pq.write_table, table, compression="zstd"))
+    return Made(len(rows))
 
 
 def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, progress: Progress) -> Made:
-    from negpipe.train import retriever
+    from negpipe.train import evaluation, retriever
 
-    linked, vectors = folder / "model", folder / "vectors"
-    vectors.mkdir(exist_ok=True)
+    config = context.config
+    assert config.train is not None
+    linked, begun = folder / "model", folder / "begun"
+    begun.mkdir(exist_ok=True)
     view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
-    encoder = retriever.as_trained(context.config.encoder, linked)
-    after = _scores(context, encoder, str(linked), vectors, progress)
+    options: dict[str, Any] = {"budget": context.budget, "progress": progress}
+    if _reranks(config):
+        found, _ = ragged(pq.read_table(context.store.path(task.payload["ranking"]))["rows"])
+        found = found.reshape(task.rows, -1)
+        rows = evaluation.rerank(context, found, config.train.rerank_depth, str(linked), begun, **options)
+    else:
+        encoder = retriever.as_trained(config.encoder, linked)
+        rows, _ = evaluation.rank(context, encoder, str(linked), begun, **options)
+    after = evaluation.measure(context, rows)
+    before = pq.read_table(context.store.path(task.payload["scores"]))
     before = pq.read_table(context.store.path(task.payload["base"]))
     sides = {"before": before, "after": after}
     table = pa.table(
         {"anchor_id": before["anchor_id"]}
-        | {f"{name}_{side}": scores[name] for name in METRICS for side, scores in sides.items()}
+        | {f"{name}_{side}": values[name] for name in METRICS for side, values in sides.items()}
     )
     publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
     compared = [compare(name, *(table[f"{name}_{side}"].to_numpy() for side in sides)).document() for name in METRICS]

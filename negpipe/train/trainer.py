@@ -58,6 +58,45 @@ def begin(config: Config, threads: int) -> str:
     return encoders.provenance(config.encoder)["device"]
 
 
+def text_columns(config: Config) -> list[str]:
+    """Columns of anchor, positive and negatives, of triplets and n-tuples."""
+    assert config.train is not None
+    if not config.train.negatives:
+        return ["anchor", "positive"]
+    if config.output.format == "triplet":
+        return ["anchor", "positive", "negative"]
+    return ["anchor", "positive", *(f"negative_{number}" for number in range(1, config.mining.wanted + 1))]
+
+
+def score_columns(config: Config) -> list[str]:
+    """Columns of the scores of positive and negatives, of triplets and n-tuples."""
+    return ["scores"] if config.output.format == "n-tuple" else ["positive_score", "negative_score"]
+
+
+def scores(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
+    """(n, 1 + negatives) scores of positive and negatives.
+
+    Raises:
+        InputError: there is none.
+    """
+    if "scores" in batch.schema.names:
+        values = batch["scores"].to_pylist()
+    else:
+        values = [
+            list(pair) for pair in zip(*(batch[name].to_pylist() for name in batch.schema.names[-2:]), strict=True)
+        ]
+    for row, own in enumerate(values):
+        if any(score is None or not np.isfinite(score) for score in own):
+            raise InputError(
+                "a document has no score to learn",
+                file=str(path),
+                row=first + row,
+                field="scores",
+                remedy="Mine without random negatives, or take a loss that needs no scores",
+            )
+    return pa.array(values, pa.list_(pa.float32()))
+
+
 def write_rows(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Any:
     """Rows as an Arrow stream, which the trainer then reads from disk, a row group at a time."""
     from datasets import Dataset

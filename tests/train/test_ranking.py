@@ -25,6 +25,8 @@ def test_ranking_is_that_of_all_scores_whatever_the_blocks(
     anchors = draw.integers(-2, 3, size=(9, 4)).astype(np.float32)
     scores = anchors @ np.concatenate(parts).T
     expected = [sorted(range(43), key=lambda row, own=own: (-own[row], row)) for own in scores]  # type: ignore[misc]
-    assert evaluation.ranking(anchors, corpus, 10).tolist() == [rows[:10] for rows in expected]
-    beyond = evaluation.ranking(anchors, corpus, 50)
+    rows, own = evaluation.ranking(anchors, corpus, 10)
+    assert rows.tolist() == [places[:10] for places in expected]
+    assert own.tolist() == np.take_along_axis(scores, rows, axis=1).tolist()
+    beyond, _ = evaluation.ranking(anchors, corpus, 50)
     assert beyond[:, :43].tolist() == expected and (beyond[:, 43:] == -1).all()
