@@ -327,7 +327,6 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
         rows, _ = evaluation.rank(context, encoder, str(linked), begun, **options)
     after = evaluation.measure(context, rows)
     before = pq.read_table(context.store.path(task.payload["scores"]))
-    before = pq.read_table(context.store.path(task.payload["base"]))
     sides = {"before": before, "after": after}
     table = pa.table(
         {"anchor_id": before["anchor_id"]}

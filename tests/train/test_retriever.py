@@ -20,6 +20,7 @@ from negpipe.encoders.backends import class_and_pooling
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 from negpipe.train import retriever
+from negpipe.train.trainer import Trained
 
 ROWS, NEGATIVES = 4, 2
 LOSSES = (
@@ -85,12 +86,12 @@ def write_rows(folder: Path, form: str, count: int = ROWS) -> tuple[Path, np.nda
     return path, scores
 
 
-def train(config: Config, folder: Path, rows: Path, progress: Any = lambda *_: None) -> retriever.Trained:
+def train(config: Config, folder: Path, rows: Path, progress: Any = lambda *_: None) -> Trained:
     path = resolve_model(config.encoder, DigestCache(folder / "digests.json")).path
     return retriever.train(config, [rows], path, path, folder, threads=1, progress=progress)
 
 
-def weights(trained: retriever.Trained) -> bytes:
+def weights(trained: Trained) -> bytes:
     return (trained.folder / "model.safetensors").read_bytes()
 
 
