@@ -666,9 +666,11 @@ class Train(_Model):
     )
 
     @model_validator(mode="after")
-    def _widths(self) -> Train:
+    def _of_kind(self) -> Train:
         if self.matryoshka and self.kind == "reranker":
             raise ValueError("matryoshka: a reranker has no vectors: leave it empty")
+        if not self.negatives and self.kind == "reranker":
+            raise ValueError("negatives: a reranker learns from the rows' negatives alone: leave it true")
         if min(self.matryoshka, default=1) < 1:
             raise ValueError("matryoshka: a width is 1 or more")
         return self

@@ -50,7 +50,7 @@ _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision
 _NOT_USED = {"encoder.storage"}
 _EXTRA = ("accelerate", "scipy")
 _STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
-_NOT_OF_KIND = {"retriever": {"rerank_depth"}, "reranker": {"guide", "matryoshka"}}
+_NOT_OF_KIND = {"retriever": {"rerank_depth"}, "reranker": {"guide", "matryoshka", "negatives"}}
 _READ_BY_RERANKER = {"encoder.query_max_length", "encoder.passage_max_length", "encoder.trust_remote_code"}
 
 
@@ -290,9 +290,8 @@ def _judge_base(task: Task, folder: Path, context: Context, publish: Publisher, 
     from negpipe.train import evaluation
 
     encoder = context.config.encoder
-    rows, scores = evaluation.rank(
-        context, encoder, _encoder(context).path, folder, budget=context.budget, progress=progress
-    )
+    path, budget = _encoder(context).path, context.budget
+    rows, scores = evaluation.rank(context, encoder, path, folder, budget=budget, progress=progress)
     ids = {"anchor_id": pa.array(evaluation.anchor_ids(context), pa.large_string())}
     tables = {
         "scores": pa.table(ids | evaluation.measure(context, rows)),
