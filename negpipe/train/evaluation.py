@@ -31,7 +31,7 @@ Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 _ANCHORS, _BLOCK = 512, 4096  # anchors and documents that are compared at a time
-_RERANKED = 32  # anchors whose documents a reranker scores at a time
+_RERANKED = 8  # anchors whose documents a reranker scores at a time
 _DEPTH = max(int(name.partition("@")[2]) for name in METRICS)
 
 

@@ -12,6 +12,7 @@ from real_runs import Run, kill, wait
 pytestmark = pytest.mark.slow
 
 STEPS = ["train.steps=40", "train.checkpoint_steps=5", "executor.kind=local"]
+KINDS = {"retriever": STEPS, "reranker": [*STEPS, "train.kind=reranker", "output.format=labeled-list"]}
 
 
 def content(run: Run) -> dict[str, Any]:
@@ -23,10 +24,10 @@ def content(run: Run) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def whole(mined: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module", params=[*KINDS])
+def whole(request: pytest.FixtureRequest, mined: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = mined.copied(tmp_path_factory.mktemp("whole") / "run")
-    code, out, log = run.command("train", *STEPS)
+    code, out, log = run.command("train", *KINDS[request.param])
     assert code == 0, log
     assert out.rstrip().splitlines()[-1].startswith("RESULT: ")
     assert "faiss" not in (run.folder / ".negpipe/logs/train-0.log").read_text(encoding="utf-8")  # torch is there
@@ -39,18 +40,18 @@ def begun(run: Run, pattern: str) -> Callable[[], bool]:
 
 @pytest.mark.parametrize(
     ("pattern", "resumed"),
-    [("*.npy", False), ("checkpoint-10/whole", True), ("vectors/*.npy", False)],
+    [("*.npy", False), ("checkpoint-10/whole", True), ("begun/*.npy", False)],
     ids=["while the base is judged", "while it trains", "while it is judged"],
 )
 def test_killed(pattern: str, resumed: bool, whole: Run, mined: Run, tmp_path: Path) -> None:
-    run = mined.copied(tmp_path / "run")
-    process = run.start("train", *STEPS)
+    run, overrides = mined.copied(tmp_path / "run"), KINDS[whole.manifest("train")["settings"]["train.kind"]]
+    process = run.start("train", *overrides)
     try:
         assert wait(process, begun(run, pattern)), run.log.read_text(encoding="utf-8")
     finally:
         kill(process)
     assert not run.complete("train")
-    code, _, log = run.command("train", *STEPS)
+    code, _, log = run.command("train", *overrides)
     assert code == 0, log
     assert content(run) == content(whole)
     (model,) = run.parts("train", "model")
