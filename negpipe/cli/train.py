@@ -38,8 +38,8 @@ def train(
 ) -> None:
     """Train a model on the rows, and say whether it finds more than its base did. Mines what is not up to date first.
 
-    It is judged on the queries of train.eval_split, or those that train.split holds out, against the whole corpus; the
-    last line is the result. The model is in RUN_DIR/model.
+    It is judged on the queries of train.eval_split, or those that train.split holds out, against the whole corpus; a
+    reranker orders the best that the encoder finds there. The last line is the result. The model is in RUN_DIR/model.
 
     Example: negpipe train scifact.yaml --set train.batch_size=64 --fail-on loss
     """

@@ -855,7 +855,7 @@ class Config(_Model):
         return self
 
     @model_validator(mode="after")
-    def _trainable(self) -> Config:
+    def _learnable(self) -> Config:
         if self.train is None:
             return self
         kind, loss, output = self.train.kind, self.train.loss, self.output
@@ -875,16 +875,22 @@ class Config(_Model):
             raise ValueError(f"train.negatives: {loss} learns the scores of negatives: set it to true")
         if loss in DISTILLING and not output.scores:
             raise ValueError(f"train.loss: {loss} learns the rows' scores: set output.scores: true")
+        if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
+            raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Config:
+        if self.train is None:
+            return self
         if self.encoder.backend == "precomputed":
-            if kind == "reranker":
+            if self.train.kind == "reranker":
                 raise ValueError(
                     "train.kind: a reranker orders what the encoder finds for held-out anchors, and vectors that you"
                     " bring have no encoder: set encoder.backend and encoder.model"
                 )
             if self.train.base is None:
                 raise ValueError("train.base: vectors that you bring have no model to train: name one")
-        if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
-            raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
         if split := self.train.split:
             if split.by != "positive":
                 self.data.extra.require("corpus", split.by, f"train.split.by: '{split.by}'")

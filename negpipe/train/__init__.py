@@ -1,7 +1,8 @@
 """Training on the rows, and whether it helped.
 
 The stages of a config with a section `train`: `held_out` reads the split that the model is judged on, `train`
-fine-tunes it on the rows and judges it against its base. Only `trainer` and `retriever` import torch, when they run.
+fine-tunes it on the rows and judges it against what was before. Only `trainer`, `retriever` and `reranker` import
+torch, when they run.
 """
 
 from __future__ import annotations
