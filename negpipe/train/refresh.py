@@ -24,6 +24,7 @@ from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import digest
 from negpipe.engine.progress import Reporter, Silent
+from negpipe.errors import ConfigError
 from negpipe.redaction import redacted
 from negpipe.review import diff
 from negpipe.store import view
@@ -122,10 +123,12 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
         options: of every round, see `pipeline.mine`.
 
     Raises:
-        ConfigError: also where the config has no section `train`.
+        ConfigError: also where the config has no section `train`, or trains a reranker.
         LockedError: another process refreshes in this run directory.
     """
     graph.check_trains(config)
+    if config.train and config.train.kind == "reranker":
+        raise ConfigError("train.kind: refresh mines with what it has trained, and a reranker finds nothing: retriever")
     folder, stopped = config.run_dir / FOLDER, None
     runs: list[Config] = []
     done: list[Round] = []

@@ -319,6 +319,8 @@ def test_refused(mined: Run, tmp_path: Path) -> None:
     plain = {name: value for name, value in mined.at(tmp_path / "run").config.items() if name != "train"}
     with pytest.raises(ConfigError, match="train"):
         refresh(load_config(plain), 2)
+    with pytest.raises(ConfigError, match="reranker"):
+        refresh(load_config({**plain, "train": {}}, ["train.kind=reranker", "output.format=labeled-list"]), 2)
     assert not (tmp_path / "run").exists()
     with run_lock(tmp_path / "run/rounds"), pytest.raises(LockedError, match="rounds"):
         refresh(load_config({**plain, "train": RISING}), 2)
