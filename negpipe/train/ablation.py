@@ -35,6 +35,7 @@ from negpipe.train.arms import CALIBRATED, Changes, arms, rules
 from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, table
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, Floats, effects, verdict
+from negpipe.train.evaluation import BEST
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ class Cell:
     """By metric, (anchors,) values of the trained model."""
     base: Mapping[str, Floats]
     """The same of the model before."""
+    best: Mapping[str, Floats]
+    """(anchors,) highest scores: best_positive_before, best_negative_before, and the same after; NaN where there is
+    none. Empty for rerankers, whose scores are of another kind than those before."""
     losses: Floats
     """(steps,) of training."""
     facts: Mapping[str, Any]
@@ -73,6 +77,7 @@ class Ablation:
         anchors: held-out anchors.
         seeds: by arm, the mean of the first metric of each seed.
         losses: by arm, of its first seed.
+        best: of the best arm's first seed, see `Cell.best`.
         failed: by cell, why there is no result.
     """
 
@@ -83,6 +88,7 @@ class Ablation:
     anchors: int
     seeds: dict[str, list[float]]
     losses: dict[str, Floats]
+    best: Mapping[str, Floats]
     failed: dict[str, str]
 
     @property
@@ -203,7 +209,9 @@ def _cell(arm: str, seed: int, config: Config) -> Cell:
         "distance": None if None in means else means[0] - means[1],
         "seconds": sum(part.provenance["seconds"] for part in (*mined.parts, model)),
     }
-    return Cell(arm, seed, config, after, base, table(config, "model", "log")["loss"].to_numpy(), facts)
+    names = [name for name in found.column_names if name.startswith(BEST)]
+    best = {name: found[name].to_numpy() for name in names}
+    return Cell(arm, seed, config, after, base, best, table(config, "model", "log")["loss"].to_numpy(), facts)
 
 
 def _compared(
@@ -223,14 +231,16 @@ def _compared(
         arm: {name: np.stack([cell.scores[name] for cell in own]) for name in METRICS} for arm, own in by_arm.items()
     }
     base = cells[0].base
+    made = effects(values, base, seed=config.seed)
     return Ablation(
         folder,
-        effects(values, base, seed=config.seed),
+        made,
         facts,
         {name: float(each.mean()) for name, each in base.items()},
         len(base[METRICS[0]]),
         {arm: own[METRICS[0]].mean(axis=1).tolist() for arm, own in values.items()},
         {arm: own[0].losses for arm, own in by_arm.items()},
+        by_arm[made[0].arm][0].best,
         failed,
     )
 

@@ -14,6 +14,7 @@ from negpipe.review.report import plots
 from negpipe.review.wording import duration
 from negpipe.store.files import publish, write_all
 from negpipe.train.comparison import METRICS
+from negpipe.train.evaluation import BEST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,6 +128,13 @@ def _figures(found: Ablation) -> Iterator[Figure]:
                 partial(_against, found=found, name=name, label=label),
                 {"leak": "False negatives cost.", "distance": "To the left the negatives are harder."}[name],
             )
+    for side in ("before", "after") if found.best else ():
+        yield made(
+            f"Scores {side}",
+            partial(_scores, found=found, side=side),
+            "Of every held-out anchor, the highest score of a positive and of another document, by "
+            + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
+        )
     yield made("Loss", partial(_losses, found=found), "Of the first seed, the mean over a tenth of the steps.")
 
 
@@ -155,6 +163,19 @@ def _against(axes: Axes, found: Ablation, name: str, label: str) -> None:
 def _bar(axes: Axes, value: float, one: Effect) -> None:
     axes.plot([value, value], [one.low, one.high], color=plots.BLUE, linewidth=0.8)
     axes.plot(value, one.difference, "o", color=plots.ORANGE)
+
+
+def _scores(axes: Axes, found: Ablation, side: str) -> None:
+    """Both sides with the same bins, so that they can be compared."""
+    every = np.concatenate([*found.best.values()])
+    edges = np.linspace(np.nanmin(every), np.nanmax(every), 41)
+    for name, colour in zip(BEST, (plots.GREEN, plots.ORANGE), strict=True):
+        values = found.best[f"{name}_{side}"]
+        shown = values[np.isfinite(values)]
+        label = name.removeprefix("best_") + "s"
+        axes.hist(shown, edges.tolist(), color=colour, alpha=0.4, label=label if name == BEST[0] else "other documents")
+    axes.set(xlabel="score", ylabel="anchors")
+    axes.legend(loc="upper left")
 
 
 def _losses(axes: Axes, found: Ablation) -> None:

@@ -6,9 +6,9 @@ goes on, a file a part or a few anchors: a run that was killed makes none again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ from negpipe.train.comparison import METRICS
 Progress = Callable[[int, str], None]
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
+
+BEST = ("best_positive", "best_negative")
+"""Scores that say how far an encoder keeps positives apart."""
 
 _ANCHORS, _BLOCK = 512, 4096  # anchors and documents that are compared at a time
 _RERANKED = 8  # anchors whose documents a reranker scores at a time
@@ -117,21 +121,49 @@ def rerank(
     return ordered
 
 
-def measure(context: Context, rows: Rows) -> dict[str, npt.NDArray[np.float64]]:
+def measure(context: Context, rows: Rows) -> dict[str, Values]:
     """(n,) values of every metric for each held-out anchor, of its ranking."""
-    values: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in METRICS}
+    found = (
+        quality.of_each(METRICS, rows[at], positives, offsets, grades)
+        for at, positives, offsets, grades in _judgments(context)
+    )
+    return _joined(found, METRICS)
+
+
+def best_scores(context: Context, rows: Rows, scores: Scores) -> dict[str, Values]:
+    """(n,) for each held-out anchor the highest score of a positive, and of another document; NaN where its ranking has
+    none."""
+
+    def found() -> Iterator[dict[str, Values]]:
+        for at, positives, offsets, _ in _judgments(context):
+            relevant = np.stack(
+                [
+                    np.isin(own, positives[low:high])
+                    for own, (low, high) in zip(rows[at], pairwise(offsets), strict=True)
+                ]
+            )
+            sides = zip(BEST, (relevant, ~relevant & (rows[at] >= 0)), strict=True)
+            highest = {name: np.where(mask, scores[at], -np.inf).max(axis=1) for name, mask in sides}
+            yield {name: np.where(np.isfinite(each), each, np.nan) for name, each in highest.items()}
+
+    return _joined(found(), BEST)
+
+
+def _judgments(context: Context) -> Iterator[tuple[slice, Rows, Rows, npt.NDArray[Any]]]:
+    """Slices of the held-out anchors: which they are, their positives, those' offsets and grades."""
     start = 0
     for part in context.manifest("held_out").of_kind("anchors"):
         table = open_table(context.path(part, "table"))
         for low in range(0, part.rows, _ANCHORS):
             own = table.slice(low, _ANCHORS)
             positives, offsets = ragged(own["positives"])
-            grades, _ = ragged(own["grades"])
-            ranked = rows[start : start + own.num_rows]
+            yield slice(start, start + own.num_rows), positives, offsets, ragged(own["grades"])[0]
             start += own.num_rows
-            for name, of_each in quality.of_each(METRICS, ranked, positives, offsets, grades).items():
-                values[name].append(of_each)
-    return {name: np.concatenate(pieces) for name, pieces in values.items()}
+
+
+def _joined(pieces: Iterable[Mapping[str, Values]], names: Sequence[str]) -> dict[str, Values]:
+    made = [*pieces]
+    return {name: np.concatenate([piece[name] for piece in made]) for name in names}
 
 
 def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -> tuple[Rows, Scores]:

@@ -39,7 +39,7 @@ from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
 
-VERSION = 3
+VERSION = 4
 CARD = "README.md"
 # What base and guide name is in `_sources`, what split and eval_split do in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
@@ -294,7 +294,7 @@ def _judge_base(task: Task, folder: Path, context: Context, publish: Publisher, 
     rows, scores = evaluation.rank(context, encoder, path, folder, budget=budget, progress=progress)
     ids = {"anchor_id": pa.array(evaluation.anchor_ids(context), pa.large_string())}
     tables = {
-        "scores": pa.table(ids | evaluation.measure(context, rows)),
+        "scores": pa.table(ids | evaluation.measure(context, rows) | evaluation.best_scores(context, rows, scores)),
         "ranking": pa.table(
             ids
             | {
@@ -317,19 +317,22 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
     begun.mkdir(exist_ok=True)
     view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
     options: dict[str, Any] = {"budget": context.budget, "progress": progress}
+    kept, after = [*METRICS], dict[str, Any]()
     if _reranks(config):
         found, _ = ragged(pq.read_table(context.store.path(task.payload["ranking"]))["rows"])
         found = found.reshape(task.rows, -1)
         rows = evaluation.rerank(context, found, config.train.rerank_depth, str(linked), begun, **options)
     else:
         encoder = retriever.as_trained(config.encoder, linked)
-        rows, _ = evaluation.rank(context, encoder, str(linked), begun, **options)
-    after = evaluation.measure(context, rows)
+        rows, scores = evaluation.rank(context, encoder, str(linked), begun, **options)
+        kept += evaluation.BEST
+        after |= evaluation.best_scores(context, rows, scores)
+    after |= evaluation.measure(context, rows)
     before = pq.read_table(context.store.path(task.payload["scores"]))
     sides = {"before": before, "after": after}
     table = pa.table(
         {"anchor_id": before["anchor_id"]}
-        | {f"{name}_{side}": values[name] for name in METRICS for side, values in sides.items()}
+        | {f"{name}_{side}": values[name] for name in kept for side, values in sides.items()}
     )
     publish("scores", ".parquet", lambda file: pq.write_table(table, file, compression="zstd"))
     compared = [compare(name, *(table[f"{name}_{side}"].to_numpy() for side in sides)).document() for name in METRICS]

@@ -158,6 +158,29 @@ def test_the_library_s_evaluator_agrees(trained: Run) -> None:
     assert min(seen) > 0.05 and len({*seen}) > 4  # figures that could differ
 
 
+def test_best_scores_are_those_of_the_library_s_vectors(trained: Run) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    rows = {
+        table: [
+            json.loads(line) for line in Path(trained.config["data"]["path"], f"{table}.jsonl").read_text().splitlines()
+        ]
+        for table in ("queries", "corpus")
+    }
+    queries = {row["_id"]: row["text"] for row in rows["queries"]}
+    table = scores(trained)
+    for side, folder in (("before", trained.config["encoder"]["model"]), ("after", trained.folder / "model")):
+        model = SentenceTransformer(str(folder))
+        corpus = model.encode([row["text"] for row in rows["corpus"]], normalize_embeddings=True)
+        for anchor, positive, negative in zip(
+            *(table[name].to_pylist() for name in ("anchor_id", f"best_positive_{side}", f"best_negative_{side}")),
+            strict=True,
+        ):
+            found = corpus @ model.encode([queries[anchor]], normalize_embeddings=True)[0]
+            own = [row["_id"] == f"d{anchor[1:]}" for row in rows["corpus"]]  # each anchor has one positive
+            assert [positive, negative] == pytest.approx([found[own].max(), found[~np.array(own)].max()], abs=1e-5)
+
+
 def test_what_is_told_is_what_the_scores_of_the_anchors_give(trained: Run) -> None:
     from scipy import stats
 
