@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from negpipe.cli.console import out
@@ -173,10 +174,13 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
 
 def show_ablation(made: Ablation) -> None:
     """Every arm, best first, and what can be said of them as the last line."""
-    rows = table("", *ablation_page.head())
-    for row in ablation_page.rows(made):
-        rows.add_row(*row)
-    out.print(rows)
+    head, rows = ablation_page.head(), [*ablation_page.rows(made)]
+    for title, first, last in ((f"{made.anchors:,} held-out anchors", 1, 5), ("\nCompared", 5, 9), ("\nRows", 9, None)):
+        shown = table(title, *head[:1], *head[first:last])
+        for row in rows:
+            if any(row[first:last]):
+                shown.add_row(*map(escape, (*row[:1], *row[first:last])))
+        out.print(shown)
     files = ", ".join(str(made.folder / name) for name in (ablation_page.PAGE, ablation_page.MARKDOWN, TABLE))
     out.print(f"\n{ablation_page.about(made)}\n\nWritten: {files}\n", markup=False, style="dim")
     for cell, why in made.failed.items():

@@ -6,6 +6,7 @@ re-runs the stage) is decided by the stages, not here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -706,6 +707,25 @@ ArmSet = Literal[
 ]
 
 
+_JUDGED = "which would judge it on other anchors than the rest"
+_OF_THE_CELL = "which every cell has of its own"
+_NO_ARM = {
+    **dict.fromkeys(("data.path", "data.queries", "data.qrels", "data.min_grade"), _JUDGED),
+    **dict.fromkeys(("train.eval_split", "train.split"), _JUDGED),
+    **dict.fromkeys(("run_dir", "store", "ablate", "output.report"), _OF_THE_CELL),
+    **dict.fromkeys(("seed", "train.seed"), "which ablate.seeds are for"),
+}
+
+
+def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Values by dotted key, "mining.range_min"."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{before}{name}.") if inner else {before + name: value}
+    return found
+
+
 class Ablate(_Model):
     """Which settings are compared by the models they make."""
 
@@ -717,7 +737,7 @@ class Ablate(_Model):
     )
     arms: dict[str, dict[str, Any]] = Field(
         {},
-        description="More arms: a name, and the settings that make it, such as {rank 10: {mining.range_min: 10}}.",
+        description="More arms: a name, and the settings that it changes, such as {rank 10: {mining.range_min: 10}}.",
     )
     seeds: tuple[int, ...] = Field(
         (1, 2, 3), min_length=1, description="Every arm is mined and trained with each, as seed and train.seed."
@@ -729,6 +749,10 @@ class Ablate(_Model):
             raise ValueError("sets and arms are both empty: name what is to be compared")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one stands there twice")
+        for arm, changes in self.arms.items():
+            for key in flat(changes):
+                if why := next((why for name, why in _NO_ARM.items() if f"{key}.".startswith(f"{name}.")), None):
+                    raise ValueError(f"arms: '{arm}' sets {key}, {why}")
         return self
 
 

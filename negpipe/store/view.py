@@ -55,7 +55,7 @@ def show(
                 place.unlink(missing_ok=True)
         elif isinstance(what, Path):
             if not _same(place, what):
-                _link(what, place, in_folder=False)
+                _link(what, place, symbolic=False)
                 sync_folder(run_dir)
         else:
             _point(run_dir, name, _filled(run_dir / f".{name}" / version, what), old)
@@ -117,12 +117,19 @@ def _filled(folder: Path, entries: Entries) -> Path:
     return folder
 
 
-def fill(folder: Path, entries: Entries) -> None:
-    """Put links to files into a folder, by the names they are to have there, "1_Pooling/config.json"."""
+def fill(folder: Path, entries: Entries, *, symbolic: bool = True) -> None:
+    """Put links to files into a folder, by the names they are to have there, "1_Pooling/config.json".
+
+    Args:
+        folder: made where it is not there.
+        entries: what it is to hold.
+        symbolic: where there can be no hard links, symbolic ones; else copies, as in a folder that nothing shows, in
+            which a link that leads elsewhere would be nobody's.
+    """
     for name, path in entries.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not _same(folder / name, path):
-            _link(path, folder / name, in_folder=True)
+            _link(path, folder / name, symbolic=symbolic)
 
 
 def _listed(folder: Path) -> list[str]:
@@ -134,14 +141,14 @@ def _listed(folder: Path) -> list[str]:
         return []
 
 
-def _link(source: Path, name: Path, *, in_folder: bool) -> None:
+def _link(source: Path, name: Path, *, symbolic: bool) -> None:
     """Put a file under a second name, replacing what has it."""
     temporary = unfinished.temporary(name.parent)
     try:
         try:
             os.link(source, temporary)
         except OSError:  # another disk, or a file system without hard links
-            if in_folder:
+            if symbolic:
                 temporary.symlink_to(os.path.realpath(source))
             else:
                 shutil.copyfile(source, temporary)

@@ -1,12 +1,13 @@
 """`negpipe ablate`: the same training with different settings of mining, and which of them made the better model.
 
 A cell is one arm with one seed: an ordinary run of its own under RUN/ablation, resumed and left alone like any other.
-All share a store, so that texts are encoded, candidates searched and the base judged once. Cells go seed by seed, so
-that every arm has a result when the first round is through.
+All share a store, so that texts are encoded and the base judged once, and candidates searched once for each depth.
+Cells go seed by seed, so that every arm has a result when the first round is through.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from negpipe import graph
 from negpipe.config.schema import Ablate, Config
 from negpipe.engine.progress import Reporter
-from negpipe.errors import ConfigError, InputError, RowsError, TaskFailedError
+from negpipe.errors import ConfigError, InputError, RecallError, RowsError, TaskFailedError
 from negpipe.review import measures
 from negpipe.review.calibrate import recommend
 from negpipe.review.wording import duration
@@ -32,7 +33,7 @@ from negpipe.store.files import publish
 from negpipe.store.lock import run_lock
 from negpipe.train import ablation_page
 from negpipe.train.arms import CALIBRATED, Changes, arms, rules
-from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, table
+from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, table, written
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, Floats, effects, verdict
 from negpipe.train.evaluation import BEST
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "ablation"
 TABLE = "ablation.parquet"
-_SKIPPED = (InputError, RowsError, TaskFailedError)
+_SKIPPED = (ConfigError, InputError, RecallError, RowsError, TaskFailedError)
 """What is wrong with one arm alone: the others go on."""
 
 
@@ -52,6 +53,8 @@ class Cell:
     arm: str
     seed: int
     config: Config
+    anchors: list[str]
+    """Ids of those it was judged on."""
     scores: Mapping[str, Floats]
     """By metric, (anchors,) values of the trained model."""
     base: Mapping[str, Floats]
@@ -72,8 +75,8 @@ class Ablation:
     Attributes:
         folder: where the cells and the table are.
         effects: of the arms, best first.
-        facts: by arm: changes, rows, coverage, distance, leak with its interval, seconds; each over the seeds.
-        base: means of the metrics before training.
+        facts: by arm: rows, steps, coverage, distance, leak with its interval, seconds; each over the seeds.
+        bases: by arm, means of the metrics before training.
         anchors: held-out anchors.
         seeds: by arm, the mean of the first metric of each seed.
         losses: by arm, of its first seed.
@@ -84,7 +87,7 @@ class Ablation:
     folder: Path
     effects: list[Effect]
     facts: dict[str, dict[str, Any]]
-    base: dict[str, float]
+    bases: dict[str, dict[str, float]]
     anchors: int
     seeds: dict[str, list[float]]
     losses: dict[str, Floats]
@@ -102,7 +105,7 @@ class Ablation:
         return {
             "verdict": self.verdict,
             "anchors": self.anchors,
-            "base": self.base,
+            "bases": self.bases,
             "arms": rows,
             "failed": self.failed,
         }
@@ -122,48 +125,54 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         InputError: no cell came to an end; the message says why.
     """
     graph.check_trains(config)
-    folder = config.run_dir / FOLDER
+    if importlib.util.find_spec("statsmodels") is None:
+        raise ConfigError("ablate: statsmodels is not installed: run `pip install 'negpipe[train]'`")
+    folder, failed = config.run_dir / FOLDER, dict[str, str]()
     options["reporter"] = reporter
     # Known before anything runs; what calibration recommends goes with any config that mines.
     _configs(config, folder, arms(config, dict))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with run_lock(folder):
-        changes = arms(config, lambda: _calibrated(config, folder, options))
-        made, failed = _made(_configs(config, folder, changes), config, options)
+        changes = arms(config, lambda: _calibrated(config, folder, options, failed))
+        made = _made(_configs(config, folder, changes), config, options, failed)
         if not made:
             raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
         found = _compared(config, folder, made, failed, reporter)
         _write(found)
-        ablation_page.write(found, {arm: json.dumps(own, ensure_ascii=False) for arm, own in changes.items()})
+        described = {arm: json.dumps(own, ensure_ascii=False, default=str) for arm, own in changes.items()}
+        ablation_page.write(found, described)
     return found
 
 
 def _made(
-    configs: Mapping[tuple[str, int], Config], config: Config, options: Mapping[str, Any]
-) -> tuple[list[Cell], dict[str, str]]:
-    """The cells, and why there is none of some."""
+    configs: Mapping[tuple[str, int], Config], config: Config, options: Mapping[str, Any], failed: dict[str, str]
+) -> list[Cell]:
+    """The cells; `failed` gets why there is none of some."""
     made: list[Cell] = []
-    failed: dict[str, str] = {}
     before = config
     ran = seconds = 0.0
     for number, ((arm, seed), own) in enumerate(configs.items()):
         left = f", about {duration((len(configs) - number) * seconds / ran)} left" if ran else ""
         logger.info("ablate: cell %d of %d: %s, seed %d%s", number + 1, len(configs), arm, seed, left)
         started = time.monotonic()
+        written(own)
         inherit(own, before)
-        before = own
         try:
             result = graph.train(own, **options)
+            cell = _cell(arm, seed, own)
+            if made and cell.anchors != made[0].anchors:
+                raise InputError(f"it is judged on other anchors than '{made[0].arm}': they cannot be compared")
         except _SKIPPED as error:
             logger.error("ablate: %s, seed %d has no result: %s", arm, seed, error)
             failed[f"{arm}, seed {seed}"] = str(error)
             continue
         if "train" in result.ran:
             ran, seconds = ran + 1, seconds + time.monotonic() - started
-        made.append(_cell(arm, seed, own))
+        made.append(cell)
+        before = own
         first = METRICS[0]
         logger.info("ablate: %s, seed %d: %s %.4f", arm, seed, first, made[-1].scores[first].mean())
-    return made, failed
+    return made
 
 
 def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict[tuple[str, int], Config]:
@@ -179,20 +188,24 @@ def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict
         try:
             made[arm, seed] = child(config, folder / name, changes)
         except ConfigError as error:
-            raise ConfigError(f"ablate: the arm '{arm}': {error}") from None
+            hint = "" if config.ablate and arm in config.ablate.arms else ". Leave it out: see ablate.sets"
+            raise ConfigError(f"ablate: the arm '{arm}': {error}{hint}") from None
     return made
 
 
-def _calibrated(config: Config, folder: Path, options: Mapping[str, Any]) -> Changes:
-    """What `calibrate` recommends to who mines with negpipe's other defaults."""
+def _calibrated(config: Config, folder: Path, options: Mapping[str, Any], failed: dict[str, str]) -> Changes | None:
+    """What `calibrate` recommends to who mines with negpipe's other defaults; None, and why in `failed`: nothing."""
     own = child(config, folder / "calibration", {**rules(config), "ablate": None, "output.report": False})
     logger.info("ablate: calibrates")
-    graph.mine(own, **options)
-    advice = recommend(measures.calibrate_settings(own, reporter=options["reporter"]), coverage=0.9, max_leak=0.05)
+    try:
+        graph.mine(own, **options)
+        advice = recommend(measures.calibrate_settings(own, reporter=options["reporter"]), coverage=0.9, max_leak=0.05)
+    except _SKIPPED as error:
+        failed[CALIBRATED] = str(error)
+        return None
     if advice.chosen is None:
-        raise InputError(
-            "no setting can be recommended", field="ablate.sets", remedy=f"Leave '{CALIBRATED}' out of the sets"
-        )
+        failed[CALIBRATED] = "no setting can be recommended"
+        return None
     return rules(config, **asdict(advice.chosen.setting))
 
 
@@ -201,17 +214,30 @@ def _cell(arm: str, seed: int, config: Config) -> Cell:
     found, mined = scores(config), manifest(config, "triplets")
     after, base = ({name: found[f"{name}_{side}"].to_numpy() for name in METRICS} for side in ("after", "before"))
     (model,) = manifest(config, "train").of_kind("model")
-    stats = mined.stats
+    assert config.train is not None
+    stats, learned = mined.stats, config.train.negatives
     means = [stats["scores"][side]["mean"] for side in ("positive", "negative")]
+    asked = max(1, stats["wanted"] // config.mining.wanted)  # anchors, or pairs where each has negatives of its own
     facts = {
         "rows": stats["rows"],
-        "coverage": 1 - stats["short_anchors"] / max(1, manifest(config, "ingest").stats["anchors"]),
-        "distance": None if None in means else means[0] - means[1],
+        "steps": model.meta["steps"],
+        "coverage": 1 - stats["short_anchors"] / asked if learned else None,
+        "distance": means[0] - means[1] if learned and None not in means else None,
         "seconds": sum(part.provenance["seconds"] for part in (*mined.parts, model)),
     }
     names = [name for name in found.column_names if name.startswith(BEST)]
     best = {name: found[name].to_numpy() for name in names}
-    return Cell(arm, seed, config, after, base, best, table(config, "model", "log")["loss"].to_numpy(), facts)
+    return Cell(
+        arm,
+        seed,
+        config,
+        found["anchor_id"].to_pylist(),
+        after,
+        base,
+        best,
+        table(config, "model", "log")["loss"].to_numpy(),
+        facts,
+    )
 
 
 def _compared(
@@ -230,14 +256,14 @@ def _compared(
     values = {
         arm: {name: np.stack([cell.scores[name] for cell in own]) for name in METRICS} for arm, own in by_arm.items()
     }
-    base = cells[0].base
-    made = effects(values, base, seed=config.seed)
+    bases = {arm: own[0].base for arm, own in by_arm.items()}
+    made = effects(values, {arm: base[METRICS[0]] for arm, base in bases.items()}, seed=config.seed)
     return Ablation(
         folder,
         made,
         facts,
-        {name: float(each.mean()) for name, each in base.items()},
-        len(base[METRICS[0]]),
+        {arm: {name: float(each.mean()) for name, each in base.items()} for arm, base in bases.items()},
+        len(cells[0].anchors),
         {arm: own[METRICS[0]].mean(axis=1).tolist() for arm, own in values.items()},
         {arm: own[0].losses for arm, own in by_arm.items()},
         by_arm[made[0].arm][0].best,
@@ -256,7 +282,7 @@ def _leak(config: Config, reporter: Reporter | None) -> Leak:
 def _write(found: Ablation) -> None:
     """The table, a row an arm."""
     rows = [*_rows(found)]
-    about = {"verdict": found.verdict, "base": json.dumps(found.base)}
+    about = {"verdict": found.verdict, "bases": json.dumps(found.bases)}
     # A column of nulls alone has no type of its own.
     kinds = {name: pa.string() if name in ("arm", "leak_missing") else pa.float64() for name in rows[0]}
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()}

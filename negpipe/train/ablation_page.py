@@ -36,12 +36,17 @@ class Figure(NamedTuple):
 
 def head() -> list[str]:
     """The columns of the table."""
-    return ["arm", *METRICS, "difference", "95 %", "p", "p best", "leak", "distance", "coverage", "rows", "time"]
+    judged = ["difference", "95 %", "p", "p best", "leak", "distance", "coverage"]
+    return ["arm", *METRICS, *judged, "rows", "steps", "seeds", "time"]
 
 
 def rows(found: Ablation) -> Iterator[list[str]]:
-    """A row for the base, then one an arm, best first."""
-    yield ["base", *(f"{value:.4f}" for value in found.base.values()), *[""] * (len(head()) - len(METRICS) - 1)]
+    """A row for the base, for each where arms have several, then one an arm, best first."""
+    bases = dict.fromkeys(tuple(base.values()) for base in found.bases.values())
+    for values in bases:
+        arms = [arm for arm, base in found.bases.items() if tuple(base.values()) == values]
+        name = "base" if len(bases) == 1 else f"base of {', '.join(arms)}"
+        yield [name, *(f"{value:.4f}" for value in values), *[""] * (len(head()) - len(METRICS) - 1)]
     for one in found.effects:
         facts, spread = found.facts[one.arm], one.spreads[_FIRST]
         leak, distance = facts["leak"], facts["distance"]
@@ -55,22 +60,30 @@ def rows(found: Ablation) -> Iterator[list[str]]:
             "" if one.p_leader is None else _p(one.p_leader),
             "" if leak is None else f"{leak:.1%}",
             "" if distance is None else f"{distance:.3f}",
-            f"{facts['coverage']:.0%}",
+            "" if facts["coverage"] is None else f"{facts['coverage']:.0%}",
             f"{facts['rows']:,.0f}",
+            f"{facts['steps']:,.0f}",
+            str(one.seeds),
             duration(facts["seconds"]),
         ]
 
 
 def about(found: Ablation) -> str:
     """What the columns are."""
-    seeds = max(one.seeds for one in found.effects)
+    counts = sorted({found.facts[one.arm]["steps"] for one in found.effects})
+    apart = (
+        f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps, as an epoch of more rows is longer: set"
+        " train.steps to train all alike."
+        if len(counts) > 1
+        else ""
+    )
     return (
-        f"Means over {found.anchors:,} held-out anchors and {seeds} seeds; ± is the standard deviation of the seeds'"
-        f" means. Difference: of {_FIRST} from the base, with its paired interval over anchors. p: that there is no"
-        " difference from the base, and from the best arm, by a paired permutation test, corrected for the number of"
-        " arms (Holm). Leak: expected share of false negatives, as calibrate measures it. Distance: mean score of the"
-        " positives less that of the negatives, small is hard. Coverage: share of anchors with all their negatives."
-        " Time: mining and training of a model."
+        f"Means over {found.anchors:,} held-out anchors and the seeds; ± is the standard deviation of the seeds' means."
+        f" Difference: of {_FIRST} from the base, with its paired interval over anchors. p: of no difference from the"
+        " base, and from the best arm, between the models that were made, by a paired permutation test, corrected for"
+        " the number of arms (Holm); how much other seeds would differ, ± tells. Leak: expected share of false"
+        " negatives, as calibrate measures it. Distance: mean score of the positives less that of the negatives, small"
+        f" is hard. Coverage: share of anchors with all their negatives. Time: selection and training.{apart}"
     )
 
 
@@ -126,13 +139,17 @@ def _figures(found: Ablation) -> Iterator[Figure]:
             yield made(
                 f"Effect against {name}",
                 partial(_against, found=found, name=name, label=label),
-                {"leak": "False negatives cost.", "distance": "To the left the negatives are harder."}[name],
+                {
+                    "leak": "To the left fewer false negatives are taken.",
+                    "distance": "To the left the negatives are harder.",
+                }[name],
             )
     for side in ("before", "after") if found.best else ():
         yield made(
             f"Scores {side}",
             partial(_scores, found=found, side=side),
-            "Of every held-out anchor, the highest score of a positive and of another document, by "
+            "The highest score of a positive and of another document, of every held-out anchor that has one in its"
+            " first hundred, by "
             + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
         )
     yield made("Loss", partial(_losses, found=found), "Of the first seed, the mean over a tenth of the steps.")
@@ -143,7 +160,7 @@ def _effects(axes: Axes, found: Ablation) -> None:
     for at, one in enumerate(shown):
         axes.plot([one.low, one.high], [at, at], color=plots.BLUE)
         axes.plot(one.difference, at, "o", color=plots.BLUE)
-        own = [mean - found.base[_FIRST] for mean in found.seeds[one.arm]]
+        own = [mean - found.bases[one.arm][_FIRST] for mean in found.seeds[one.arm]]
         axes.plot(own, np.full(len(own), at + 0.25), ".", color=plots.GREY)
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [one.arm for one in shown])

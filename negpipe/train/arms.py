@@ -1,6 +1,7 @@
 """The arms of an ablation: by name, what each changes in the config.
 
-Arms that compare rules take as many negatives an anchor as the config does, so that they differ by nothing else.
+Arms that compare rules take as many negatives an anchor as the config does. What the config says of its data, pairs
+that are excluded, columns that must not be shared, holds for all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from negpipe.config.presets import PRESETS
-from negpipe.config.schema import Ablate, Config
+from negpipe.config.schema import DISTILLING, TAKES, Ablate, Config, flat
 from negpipe.errors import ConfigError
 
 Changes = Mapping[str, Any]
@@ -17,14 +18,24 @@ Changes = Mapping[str, Any]
 
 CALIBRATED = "calibrated"
 """The arm whose changes are known once the candidates are."""
+_OF_THE_DATA = (
+    "exclude_file",
+    "never_same",
+    "only_same",
+    "where",
+    "near_duplicate",
+    "given_negatives",
+    "judged",
+)
+_OF_THE_MINER = ("exclude", "anchor_id")  # settings that the presets of other miners have, too
 
 
-def arms(config: Config, calibrated: Callable[[], Changes]) -> dict[str, Changes]:
+def arms(config: Config, calibrated: Callable[[], Changes | None]) -> dict[str, Changes]:
     """What each arm of the config's section `ablate` changes, in order.
 
     Args:
         config: with or without the section.
-        calibrated: asked for the changes of the arm of that name, where there is one.
+        calibrated: asked for the changes of the arm of that name, where there is one; None: it is left out.
 
     Raises:
         ConfigError: an arm of the user has the name of another.
@@ -32,17 +43,27 @@ def arms(config: Config, calibrated: Callable[[], Changes]) -> dict[str, Changes
     settings = config.ablate or Ablate()
     found: dict[str, Changes] = {}
     for each in settings.sets:
-        found |= {CALIBRATED: calibrated()} if each == CALIBRATED else _SETS[each](config)
-    for name, changes in settings.arms.items():
+        if each != CALIBRATED:
+            found |= _SETS[each](config)
+        elif (changes := calibrated()) is not None:
+            found[CALIBRATED] = changes
+    for name, own in settings.arms.items():
         if name in found:
             raise ConfigError(f"ablate.arms: '{name}' is the name of an arm of ablate.sets: give it another")
-        found[name] = changes
+        found[name] = flat(own)
     return found
 
 
 def rules(config: Config, **changes: Any) -> Changes:
-    """Mining by negpipe's defaults but for these, and for the number of negatives."""
-    return {"mining": {"num_negatives": config.mining.wanted, **changes}}
+    """Mining by negpipe's defaults but for these, the number of negatives, and what is known of the data."""
+    kept = _OF_THE_DATA if "compat" in changes else (*_OF_THE_DATA, *_OF_THE_MINER)
+    known = config.mining.model_dump(mode="json", include=config.mining.model_fields_set & {*kept})
+    return {"mining": {"num_negatives": config.mining.wanted, **known, **changes}}
+
+
+def _in_batch(config: Config) -> dict[str, Changes]:
+    # A row for each pair of anchor and positive, whose negative is not looked at.
+    return {"in-batch": {**rules(config, num_negatives=1, relative_margin=None), "train.negatives": False}}
 
 
 def _peers(config: Config) -> dict[str, Changes]:
@@ -68,16 +89,19 @@ def _batch_sizes(_: Config) -> dict[str, Changes]:
     return {f"batches of {size}": {"train.batch_size": size} for size in (16, 32, 64)}
 
 
-def _losses(_: Config) -> dict[str, Changes]:
-    names = ("MultipleNegativesRankingLoss", "CachedGISTEmbedLoss", "MarginMSELoss", "DistillKLDivLoss")
-    return {name: {"train.loss": name} for name in names}
+def _losses(config: Config) -> dict[str, Changes]:
+    """Those that take the rows as they are. Scores to learn are the base's own: nothing would come of them."""
+    assert config.train is not None
+    takes = TAKES[config.train.kind]
+    return {
+        loss: {"train.loss": loss}
+        for loss, formats in takes.items()
+        if config.output.format in formats and loss not in DISTILLING and not loss.startswith("CachedMultiple")
+    }
 
 
 _SETS: Mapping[str, Callable[[Config], dict[str, Changes]]] = {
-    # A row for each pair of anchor and positive, whose negative is not looked at.
-    "in-batch": lambda config: {
-        "in-batch": {"mining": {"num_negatives": 1, "relative_margin": None}, "train.negatives": False}
-    },
+    "in-batch": _in_batch,
     "random": lambda config: {"random": rules(config, num_negatives=0, num_random=config.mining.wanted)},
     "peers": _peers,
     "default": lambda config: {"default": rules(config)},

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from negpipe import graph
 from negpipe.config.file import load_config
@@ -23,6 +24,7 @@ from negpipe.engine.progress import Reporter
 from negpipe.engine.stage import Context, cache_path
 from negpipe.engine.state import digests_of
 from negpipe.errors import InputError, NegpipeError
+from negpipe.redaction import redacted
 from negpipe.review import calibrate, measures
 from negpipe.store.files import publish, write_all
 from negpipe.store.store import LocalStore
@@ -49,9 +51,16 @@ def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
-            node[section] = node = node.get(section) or {}
+            inner = node.get(section)
+            node[section] = node = inner if isinstance(inner, dict) else {}
         node[leaf] = value
     return load_config(tree)
+
+
+def written(run: Config) -> None:
+    """Write a run's config beside its folder, so that every command can be asked of it."""
+    text = yaml.safe_dump(redacted(run.model_dump(mode="json", exclude_unset=True)), sort_keys=False)
+    publish(run.run_dir.parent, f"{run.run_dir.name}.yaml", lambda file: write_all(file, text.encode()))
 
 
 def inherit(config: Config, before: Config) -> None:

@@ -22,8 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.05
 _RESAMPLES = 9999
-_SEEN = 1.96 + 0.84
-"""Standard errors that a difference must have to be found at `LEVEL` in four of five cases."""
+_POWER = 0.8
 _AT_ONCE = 2_000_000  # numbers of resamples that are in memory
 
 
@@ -35,9 +34,10 @@ class Effect:
         arm: its name.
         seeds: models that were trained.
         means, spreads: by metric, over anchors and seeds; standard deviation of the seeds' means, None of one seed.
-        difference, low, high: of the first metric from the base, with its interval of 95 %.
+        difference, low, high: of the first metric from its base, with its interval of 95 %.
         p_base, p_leader: of its difference from the base and from the leader, corrected; None: it is the leader itself.
-        seen: the smallest difference from the leader that these anchors would have shown.
+        seen: the smallest difference that these anchors would have shown in four of five cases, of this arm from the
+            leader, of the leader from the base; by the normal distribution, at the first and strictest of Holm's steps.
     """
 
     arm: str
@@ -49,19 +49,19 @@ class Effect:
     high: float
     p_base: float
     p_leader: float | None
-    seen: float | None
+    seen: float
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
 
-def effects(arms: Mapping[str, Mapping[str, Floats]], base: Mapping[str, Floats], *, seed: int) -> list[Effect]:
-    """Compare arms with the base, and with the one whose mean of the first metric is highest.
+def effects(arms: Mapping[str, Mapping[str, Floats]], bases: Mapping[str, Floats], *, seed: int) -> list[Effect]:
+    """Compare arms with their bases, and with the one whose mean of the first metric is highest.
 
     Args:
         arms: by name and metric, (seeds, anchors) values.
-        base: by metric, (anchors,) values of the model before training.
+        bases: by arm, (anchors,) values of the first metric before training.
         seed: of the permutations.
 
     Returns:
@@ -71,12 +71,13 @@ def effects(arms: Mapping[str, Mapping[str, Floats]], base: Mapping[str, Floats]
     own = {name: values[first].mean(axis=0) for name, values in arms.items()}
     ordered = sorted(own, key=lambda name: -own[name].mean())
     leader, *others = ordered
-    p_base = dict(zip(ordered, _holm([_p(own[name], base[first], seed) for name in ordered]), strict=True))
+    p_base = dict(zip(ordered, _holm([_p(own[name], bases[name], seed) for name in ordered]), strict=True))
     p_leader = dict(zip(others, _holm([_p(own[leader], own[name], seed) for name in others]), strict=True))
     made = []
     for name in ordered:
-        compared = compare(first, base[first], own[name])
-        differences = own[leader] - own[name]
+        compared = compare(first, bases[name], own[name])
+        differences = own[leader] - (bases[name] if name == leader else own[name])
+        tests = len(ordered) if name == leader else len(others)
         made.append(
             Effect(
                 name,
@@ -88,7 +89,7 @@ def effects(arms: Mapping[str, Mapping[str, Floats]], base: Mapping[str, Floats]
                 compared.high,
                 p_base[name],
                 p_leader.get(name),
-                None if name == leader else _SEEN * float(differences.std(ddof=1)) / math.sqrt(len(differences)),
+                _errors(tests) * float(differences.std(ddof=1)) / math.sqrt(len(differences)),
             )
         )
     return made
@@ -98,19 +99,27 @@ def verdict(made: Sequence[Effect]) -> str:
     """Which arm wins, where the tests say so."""
     leader, *others = made
     first = METRICS[0]
-    if leader.difference <= 0 or leader.p_base >= LEVEL:
-        return (
-            f"No arm is better than the base model: the best, '{leader.arm}', is at {leader.difference:+.4f} {first}."
-        )
+    best = f"the best, '{leader.arm}', is at {leader.difference:+.4f} {first}"
+    if leader.difference <= 0:
+        return f"No arm is better than the base: {best}."
+    if leader.p_base >= LEVEL:
+        return f"No difference from the base found: {best}; the smallest that could be seen: {leader.seen:.4f}."
     alike = [one for one in others if one.p_leader is not None and one.p_leader >= LEVEL]
     if not alike:
         return f"'{leader.arm}' wins: {first} {leader.means[first]:.4f}, {leader.difference:+.4f} to the base."
     named = ", ".join(f"'{one.arm}'" for one in alike)
-    seen = max(one.seen or 0.0 for one in alike)
+    seen = max(one.seen for one in alike)
     return (
         f"No difference found between '{leader.arm}' ({first} {leader.means[first]:.4f}) and {named}; the smallest that"
         f" could be seen: {seen:.4f}."
     )
+
+
+def _errors(tests: int) -> float:
+    """Standard errors that a difference must have to be found with `_POWER` among so many tests."""
+    from scipy import stats
+
+    return float(stats.norm.ppf(1 - LEVEL / 2 / tests) + stats.norm.ppf(_POWER))
 
 
 def _spread(values: Floats) -> float | None:

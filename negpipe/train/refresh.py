@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from negpipe import graph
 from negpipe.config import machine
@@ -25,13 +24,12 @@ from negpipe.engine.budget import Budget
 from negpipe.engine.fingerprint import digest
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.errors import ConfigError
-from negpipe.redaction import redacted
 from negpipe.review import diff
 from negpipe.store import view
-from negpipe.store.files import publish, write_all
+from negpipe.store.files import publish
 from negpipe.store.lock import run_lock
 from negpipe.train import retriever, stage
-from negpipe.train.children import Leak, child, inherit, leak, manifest, scores
+from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, written
 from negpipe.train.comparison import METRICS, Comparison, compare, of_document
 
 logger = logging.getLogger(__name__)
@@ -163,8 +161,7 @@ def _config_of(number: int, config: Config, before: Config | None) -> Config:
         changes = {"encoder": encoder.model_dump(mode="json", exclude_unset=True), "train.base": None}
     folder = config.run_dir / FOLDER
     run = child(config, folder / str(number), changes)
-    text = yaml.safe_dump(redacted(run.model_dump(mode="json", exclude_unset=True)), sort_keys=False)
-    publish(folder, f"{number}.yaml", lambda file: write_all(file, text.encode()))
+    written(run)
     inherit(run, before or config)
     return run
 

@@ -239,7 +239,8 @@ def _plan(context: Context) -> Iterator[Task]:
         return
     made: dict[str, Any] = {role: before.file(role).path for role in ("scores", "ranking")}
     made["model"] = {name: file.path for name, file in _model_files(part).items()}
-    of = [part.identity(), before.identity(), held_out.digest]
+    # The overlap is with all that was read to train on, and the card names the rows.
+    of = [part.identity(), before.identity(), held_out.digest, context.manifest("ingest").digest, rows.digest]
     evaluation = key("train", VERSION, "evaluation", settings, _sources(context), of)
     yield Task(evaluation, "evaluation", before.rows if _reranks(context.config) else judged, made)
 
@@ -315,7 +316,8 @@ def _evaluate(task: Task, folder: Path, context: Context, publish: Publisher, pr
     assert config.train is not None
     linked, begun = folder / "model", folder / "begun"
     begun.mkdir(exist_ok=True)
-    view.fill(linked, {name: context.store.path(path) for name, path in task.payload["model"].items()})
+    files_of = {name: context.store.path(path) for name, path in task.payload["model"].items()}
+    view.fill(linked, files_of, symbolic=False)
     options: dict[str, Any] = {"budget": context.budget, "progress": progress}
     kept, after = [*METRICS], dict[str, Any]()
     if _reranks(config):

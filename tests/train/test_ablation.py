@@ -11,6 +11,7 @@ import markupsafe
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small_source as small
 from real_runs import Run, kill, wait
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -19,6 +20,8 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
 from negpipe.train import ablation, ablation_page
+from negpipe.train.arms import arms
+from negpipe.train.children import child
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, effects, verdict
 
@@ -61,7 +64,7 @@ def test_means_and_spreads_are_those_of_the_cells(made: tuple[Run, ablation.Abla
             means = [np.mean(table[f"{name}_after"].to_numpy()) for table in tables]
             assert one.means[name] == pytest.approx(np.mean(means))
             assert one.spreads[name] == pytest.approx(np.std(means, ddof=1))
-            assert found.base[name] == pytest.approx(np.mean(tables[0][f"{name}_before"].to_numpy()))
+            assert found.bases[one.arm][name] == pytest.approx(np.mean(tables[0][f"{name}_before"].to_numpy()))
         rows = [cell(run, one.arm, seed).manifest("triplets")["stats"]["rows"] for seed in SEEDS]
         assert found.facts[one.arm]["rows"] == np.mean(rows)
     table = pq.read_table(found.folder / ablation.TABLE)
@@ -150,16 +153,52 @@ def test_an_arm_that_cannot_be_trained_leaves_the_others(mined: Run, tmp_path: P
 
 def test_what_is_wrong_with_an_arm_is_known_first(mined: Run, tmp_path: Path) -> None:
     run = mined.at(tmp_path / "run")
-    for arms, sets, words in (
+    for own, sets, words in (
+        ({"a": {"seed": 7}}, ["default"], "'a' sets seed, which ablate.seeds are for"),
+        ({"a": {"train": {"split": {"test": 0.5}}}}, ["default"], "train.split.test, which would judge"),
+        ({"a": {"run_dir": "elsewhere"}}, ["default"], "every cell has of its own"),
         ({"a": {"mining.no_such": 1}}, ["default"], "the arm 'a'"),
         ({"default": {}}, ["default"], "another"),
         ({"a b": {}, "a-b": {}}, ["default"], "share the folder"),
     ):
         with pytest.raises(ConfigError, match=words):
-            ablation.ablate(load_config(ablated(run, arms=arms, sets=sets)))
+            ablation.ablate(load_config(ablated(run, arms=own, sets=sets)))
     assert not run.folder.exists()
     with pytest.raises(InputError, match="no cell"), learnable.training_here():
         ablation.ablate(load_config(ablated(run, arms={"a": {"train.batch_size": 5000}}, sets=[])))
+
+
+def test_a_section_in_an_arm_changes_what_it_names_and_nothing_else(mined: Run, tmp_path: Path) -> None:
+    """As --set would, not in the section's place. The sets replace the rules, and keep what is known of the data."""
+    run = mined.at(tmp_path / "run")
+    run.config["mining"] = {**run.config["mining"], "exclude_file": "verdicts.jsonl", "near_duplicate": 0.9}
+    config = load_config(ablated(run, sets=["default", "peers"], arms={"small": {"train": {"batch_size": 4}}}))
+    found = arms(config, lambda: None)
+    cells = {name: child(config, tmp_path / name, changes) for name, changes in found.items()}
+    changed = cells["small"]
+    assert changed.train and config.train
+    assert changed.train == config.train.model_copy(update={"batch_size": 4}) and changed.mining == config.mining
+    default, peer = cells["default"].mining, cells["sentence-transformers"].mining
+    assert (default.relative_margin, default.range_max) == (0.05, 192) != (config.mining.relative_margin, 60)
+    for mining in (default, peer):
+        assert (mining.exclude_file, mining.near_duplicate, mining.num_negatives) == ("verdicts.jsonl", 0.9, 2)
+    assert peer.relative_margin is None and peer.exclude == ("positive_id", "positive_text")
+
+
+def test_arms_of_different_bases_are_compared_with_their_own(mined: Run, tmp_path: Path) -> None:
+    run = mined.at(tmp_path / "run")
+    other = {"shorter": {"encoder.passage_max_length": 8}}
+    with learnable.training_here():
+        found = ablation.ablate(load_config(ablated(run, sets=["default"], arms=other, seeds=[1])))
+    assert found.bases["default"] != found.bases["shorter"]
+    for one in found.effects:
+        table = scores(cell(run, one.arm, 1))
+        means = [np.mean(table[f"{METRICS[0]}_{side}"].to_numpy()) for side in ("before", "after")]
+        assert one.difference == pytest.approx(means[1] - means[0])
+    text = (found.folder / ablation_page.MARKDOWN).read_text(encoding="utf-8")
+    assert "| base of default |" in text and "| base of shorter |" in text
+    # Every command can be asked of a cell.
+    assert small.run("verify", found.folder / "default-1.yaml").code == 0
 
 
 def test_killed(mined: Run, tmp_path: Path) -> None:
@@ -182,13 +221,14 @@ def test_killed(mined: Run, tmp_path: Path) -> None:
 
 
 def drawn(*shifts: float, anchors: int = 200, seeds: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of arms by name and metric, and the base of each."""
     draw = np.random.default_rng(0)
     base = draw.random(anchors)
     arms = {
         f"arm {at}": dict.fromkeys(METRICS, base + shift + draw.normal(0, 0.1, (seeds, anchors)))
         for at, shift in enumerate(shifts)
     }
-    return arms, dict.fromkeys(METRICS, base)
+    return arms, dict.fromkeys(arms, base)
 
 
 def test_tests_are_paired_and_corrected() -> None:
@@ -197,7 +237,7 @@ def test_tests_are_paired_and_corrected() -> None:
     assert [one.arm for one in found] == ["arm 2", "arm 1", "arm 0"]
     means = {name: values[METRICS[0]].mean(axis=0) for name, values in arms.items()}
     # With this many anchors, the permutation test and Student's agree but for chance.
-    paired = [stats.ttest_rel(means[one.arm], base[METRICS[0]]).pvalue for one in found]
+    paired = [stats.ttest_rel(means[one.arm], base[one.arm]).pvalue for one in found]
     assert [one.p_base for one in found] == pytest.approx(multipletests(paired, method="holm")[1], abs=0.03)
     paired = [stats.ttest_rel(means["arm 2"], means[one.arm]).pvalue for one in found[1:]]
     assert [one.p_leader for one in found[1:]] == pytest.approx(multipletests(paired, method="holm")[1], abs=0.03)
@@ -208,6 +248,7 @@ def test_a_winner_is_named_only_where_there_is_one() -> None:
     assert verdict(effects(*drawn(0.01, 0.1), seed=0)).startswith("'arm 1' wins")
     assert verdict(effects(*drawn(0.1, 0.1), seed=0)).startswith("No difference found between")
     assert verdict(effects(*drawn(-0.1, -0.2), seed=0)).startswith("No arm is better")
+    assert verdict(effects(*drawn(0.002, -0.2), seed=0)).startswith("No difference from the base found")
     assert verdict(effects(*drawn(0.1), seed=0)).startswith("'arm 0' wins")
 
 
@@ -218,8 +259,8 @@ def test_the_smallest_difference_that_could_be_seen_is_seen_in_four_of_five_case
     def compared(shift: float) -> Effect:
         pair = {"better": base + draw.normal(shift, 0.1, (1, 100)), "worse": base + draw.normal(0, 0.1, (1, 100))}
         arms = {name: dict.fromkeys(METRICS, values) for name, values in pair.items()}
-        return effects(arms, dict.fromkeys(METRICS, base), seed=0)[1]
+        return effects(arms, dict.fromkeys(arms, base), seed=0)[1]
 
-    smallest = np.mean([compared(0.02).seen or 0.0 for _ in range(20)])
+    smallest = np.mean([compared(0.02).seen for _ in range(20)])
     found = np.mean([(compared(float(smallest)).p_leader or 0.0) < 0.05 for _ in range(100)])
     assert 0.65 < found < 0.95
