@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from tiny_model import build_tiny_model
 
 from negpipe import graph
 from negpipe.config.file import load_config
+from negpipe.store import unfinished
 
 SCRIPT = """
 import json, sys
@@ -134,3 +136,13 @@ def trained(mined: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with learnable.training_here():
         graph.train(load_config(run.config))
     return run
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A new folder on another file system than `tmp_path`: no hard link leads there."""
+    place = Path("/dev/shm") / unfinished.owner()
+    if not place.parent.is_dir() or place.parent.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    yield place
+    shutil.rmtree(place, ignore_errors=True)

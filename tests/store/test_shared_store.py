@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.engine import upkeep
 from negpipe.errors import ConfigError, LockedError, StorageError
-from negpipe.store import unfinished
 from negpipe.store.lock import run_lock
 
 
@@ -183,15 +181,6 @@ def test_forget_is_for_shared_stores(tmp_path: Path) -> None:
     small.build(tmp_path)
     with pytest.raises(ConfigError, match="store"):
         upkeep.forget(load_config(small.settings(tmp_path)), tmp_path)
-
-
-@pytest.fixture
-def other_disk(tmp_path: Path) -> Iterator[Path]:
-    place = Path("/dev/shm") / unfinished.owner()
-    if not place.parent.is_dir() or place.parent.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is no second file system")
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
 
 
 def test_a_store_on_another_disk_is_shown_by_symbolic_links(tmp_path: Path, other_disk: Path) -> None:

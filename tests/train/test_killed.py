@@ -56,3 +56,15 @@ def test_killed(pattern: str, resumed: bool, whole: Run, mined: Run, tmp_path: P
     assert content(run) == content(whole)
     (model,) = run.parts("train", "model")
     assert (model["provenance"]["resumed_at_step"] >= 10) is resumed
+
+
+def test_killed_while_it_is_judged_with_parts_on_another_disk(mined: Run, tmp_path: Path, other_disk: Path) -> None:
+    """There the model is no hard link in the run directory, and a link that leads out of it would be refused."""
+    run = Run({**mined.config, "run_dir": str(tmp_path / "run"), "store": str(other_disk)})
+    process = run.start("train")
+    try:
+        assert wait(process, begun(run, "begun/*.npy")), run.log.read_text(encoding="utf-8")
+    finally:
+        kill(process)
+    code, _, log = run.command("train")
+    assert code == 0, log
