@@ -248,7 +248,7 @@ def test_a_winner_is_named_only_where_there_is_one() -> None:
     assert verdict(effects(*drawn(0.01, 0.1), seed=0)).startswith("'arm 1' wins")
     assert verdict(effects(*drawn(0.1, 0.1), seed=0)).startswith("No difference found between")
     assert verdict(effects(*drawn(-0.1, -0.2), seed=0)).startswith("No arm is better")
-    assert verdict(effects(*drawn(0.002, -0.2), seed=0)).startswith("No difference from the base found")
+    assert verdict(effects(*drawn(0.008, -0.2), seed=0)).startswith("No difference from the base found")
     assert verdict(effects(*drawn(0.1), seed=0)).startswith("'arm 0' wins")
 
 
