@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from negpipe import ann, encoders
+from negpipe import ann, encoders, graph
 from negpipe.ann import auto
 from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
@@ -23,7 +23,7 @@ from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
 from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sample_of
 from negpipe.select import deeper
-from negpipe.stages import STAGES, encode
+from negpipe.stages import encode
 
 _PROBE_TEXTS = 64
 _DIMENSION = 384  # where it is not known yet
@@ -66,7 +66,7 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
     with digests_of(config) as digests:
         context = Context(config, config.run_dir, digests)
         waiting = []
-        for stage in STAGES.values():
+        for stage in graph.stages(config).values():
             state = look(stage, context)
             if state.state == "current" and state.manifest:
                 steps.append(Step(stage.name, "current", len(state.manifest.parts), 0, 0.0))
@@ -125,6 +125,8 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
 def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Encoding) -> Step:
     if stage.name == "ingest":
         return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
+    if stage.kind == "ingest":
+        return Step(stage.name, state, note="reads the source again, for what the model is judged on")
     if "ingest" not in context.manifests:
         return Step(stage.name, state, note="waits for ingest")
     rows, anchors, dimension = job.rows, job.anchors, job.dimension
@@ -151,6 +153,8 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         deepest = deeper.limit(context.config, rows)
         more = f"; anchors that lack them are searched again, to depth {deepest:,}, not counted" if deepest else ""
         return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most{more}")
+    if stage.name == "train":
+        return replace(step, note="its first steps tell how long it takes")
     return step
 
 

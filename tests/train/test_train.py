@@ -23,6 +23,7 @@ from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.stage import Context
 from negpipe.engine.state import digests_of, identity_of
 from negpipe.errors import ConfigError, InputError, StorageError
+from negpipe.plan import estimate
 from negpipe.stages import STAGES
 from negpipe.train.comparison import METRICS
 
@@ -287,6 +288,19 @@ def test_a_worse_model_fails_a_nightly_job_and_is_there_all_the_same(copy: Run, 
     assert (copy.folder / "model/config.json").is_file()
     assert small.run("train", path).code == 0
     assert small.run("train", path, "--fail-on", "win").code == 2
+
+
+def test_the_plan_knows_the_stages_that_train(mined: Run, trained: Run, tmp_path: Path) -> None:
+    def planned(run: Run) -> dict[str, estimate.Step]:
+        found = estimate.plan(config_of(run), probe_encoder=False)
+        return {step.stage: step for step in found.steps}
+
+    assert [*planned(mined.at(tmp_path / "run"))] == ["ingest", "held_out", *[*STAGES][1:], "train"]
+    before, after = planned(mined), planned(trained)
+    assert (before["held_out"].state, before["train"].state) == ("missing", "blocked")
+    assert (after["held_out"].state, after["train"].state) == ("current", "current")
+    plain = estimate.plan(without_training(mined), probe_encoder=False)
+    assert [step.stage for step in plain.steps] == [*STAGES]
 
 
 # --- what is refused ----------------------------------------------------------------------------------
