@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe.config.schema import Config, Split
+from negpipe.config.schema import Config
+from negpipe.config.training import Split
 from negpipe.data.tables import EXTRA
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget

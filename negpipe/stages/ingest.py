@@ -38,7 +38,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe import __version__, sources
-from negpipe.config.schema import Config, Split
+from negpipe.config.schema import Config
+from negpipe.config.training import Split
 from negpipe.data import database
 from negpipe.data.tables import to_bytes
 from negpipe.data.texts import hashes

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import graph
-from negpipe.config.schema import Ablate, Config
+from negpipe.config.schema import Config
+from negpipe.config.training import Ablate
 from negpipe.engine.progress import Reporter
 from negpipe.errors import ConfigError, InputError, RecallError, RowsError, TaskFailedError
 from negpipe.review import measures

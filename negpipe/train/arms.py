@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from negpipe.config.presets import PRESETS
-from negpipe.config.schema import DISTILLING, TAKES, Ablate, Config, flat
+from negpipe.config.schema import Config
+from negpipe.config.training import DISTILLING, TAKES, Ablate, flat
 from negpipe.errors import ConfigError
 
 Changes = Mapping[str, Any]

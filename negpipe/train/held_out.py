@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from negpipe.config.schema import EVAL_SPLIT, Config
+from negpipe.config.schema import Config
+from negpipe.config.training import EVAL_SPLIT
 from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context, Task
 from negpipe.errors import InputError

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import encoders
-from negpipe.config.schema import DISTILLING, Config, Encoder
+from negpipe.config.schema import Config, Encoder
+from negpipe.config.training import DISTILLING
 from negpipe.train import trainer
 from negpipe.train.trainer import Progress, Trained
 

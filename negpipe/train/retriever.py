@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe.config.schema import DISTILLING, Config, Encoder
+from negpipe.config.schema import Config, Encoder
+from negpipe.config.training import DISTILLING
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
 from negpipe.errors import ConfigError

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe import encoders
-from negpipe.config.schema import Config, Train
+from negpipe.config.schema import Config
+from negpipe.config.training import Train
 from negpipe.errors import DamagedError, InputError, TaskFailedError
 from negpipe.store.files import remove, sync_folder, sync_tree
 

@@ -13,7 +13,8 @@ import pytest
 from tiny_model import build_tiny_model
 
 from negpipe.config.file import load_config
-from negpipe.config.schema import TAKES, Config
+from negpipe.config.schema import Config
+from negpipe.config.training import TAKES
 from negpipe.errors import InputError, TaskFailedError
 from negpipe.train import reranker
 from negpipe.train.trainer import Trained
