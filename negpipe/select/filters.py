@@ -188,6 +188,14 @@ def _anchor_id(lookup: Lookup) -> Masking | None:
     return mask
 
 
+def own_documents(lookup: Lookup, anchors: pa.Table, rows: Ints) -> Mask:
+    """(n, k): which rows are the document that their line's anchor is itself (`mining.anchor_id`)."""
+    nothing = np.empty((0, 0), np.float32)
+    mask = _anchor_id(lookup)
+    grid = Grid(lookup, anchors, np.arange(len(rows)), rows, nothing, nothing)
+    return mask(grid) if mask else np.zeros(rows.shape, np.bool_)
+
+
 def _excluded_file(lookup: Lookup) -> Masking | None:
     if lookup.mining.exclude_file is None:
         return None
@@ -388,7 +396,7 @@ class Filters:
     """The filters that a config asks for, opened."""
 
     def __init__(self, lookup: Lookup) -> None:
-        self._lookup = lookup
+        self.lookup = lookup
         opened = [(one, one.opened(lookup)) for one in FILTERS]
         self._asked: list[tuple[str, int, Masking]]
         self._asked = [(one.sees, _CODES[one.name], mask) for one, mask in opened if mask]
@@ -405,19 +413,19 @@ class Filters:
             (n, k) uint8, the code of the first filter that drops a document, 0 where none does.
         """
         nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, spared)
+        grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, spared)
         return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
     def of_drawn(self, anchors: pa.Table, anchor: Ints, rows: Ints, positives: Ints) -> Fates:
         """The same of documents that are drawn, or preferred, whatever their scores."""
         nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self._lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
+        grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
         return self._first("drawn", grid, self.of_documents(anchors, anchor, rows))
 
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
         """The same by the filters that take long, of (p,) rows; (p,)."""
         nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self._lookup, anchors, anchor, rows[:, None], nothing, nothing)
+        grid = Grid(self.lookup, anchors, anchor, rows[:, None], nothing, nothing)
         return self._first("pairs", grid, np.zeros((len(rows), 1), np.uint8))[:, 0]
 
     def of_scores(
@@ -431,15 +439,8 @@ class Filters:
         positives: Ints | None = None,
     ) -> Fates:
         """The same with the filters that see scores, where nothing in `dropped` says so yet."""
-        grid = Grid(self._lookup, anchors, anchor, rows, scores, references, positives=positives)
+        grid = Grid(self.lookup, anchors, anchor, rows, scores, references, positives=positives)
         return self._first("scores", grid, dropped.copy())
-
-    def dropped_by(self, name: str, anchors: pa.Table, rows: Ints) -> Mask:
-        """Which of (n, k) rows one filter of documents drops, whatever comes before it."""
-        nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self._lookup, anchors, np.arange(len(rows)), rows, nothing, nothing)
-        masks = [mask for _, code, mask in self._asked if code == _CODES[name]]
-        return masks[0](grid) if masks else np.zeros(rows.shape, np.bool_)
 
     def _first(self, sees: str, grid: Grid, codes: Fates) -> Fates:
         for own, code, mask in self._asked:

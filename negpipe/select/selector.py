@@ -410,7 +410,7 @@ class Selector:
 
     def without_itself(self, found: Candidates, units: Units) -> tuple[Candidates, Units]:
         """The same without the document that is the anchor itself (`mining.anchor_id`), which stands in ranks."""
-        itself = self.filters.dropped_by("anchor_id", units.anchors, found.rows)
+        itself = filters.own_documents(self.filters.lookup, units.anchors, found.rows)
         if not itself.any():
             return found, units
         found = found.without(itself)

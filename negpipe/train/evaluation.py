@@ -18,11 +18,13 @@ import numpy.typing as npt
 from negpipe import ann, encoders
 from negpipe.config.schema import Encoder
 from negpipe.data import tables
+from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import documents, open_table, ragged
 from negpipe.engine.budget import Budget
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context
 from negpipe.review import quality
+from negpipe.select.filters import Lookup, own_documents
 from negpipe.store.files import publish
 from negpipe.train.comparison import METRICS
 
@@ -42,7 +44,8 @@ _DEPTH = max(int(name.partition("@")[2]) for name in METRICS)
 def rank(
     context: Context, encoder: Encoder, path: str, folder: Path, *, budget: Budget, progress: Progress
 ) -> tuple[Rows, Scores]:
-    """(n, 100) the best rows of each held-out anchor by an encoder, in order, see `ranking`, and their scores.
+    """(n, 100) the best rows of each held-out anchor by an encoder, in order, see `ranking`, and their scores; without
+    the document that is the anchor itself (`mining.anchor_id`).
 
     Args:
         context: with what `held_out` read.
@@ -69,12 +72,17 @@ def rank(
         return file
 
     corpus = ann.open_parts([vectors_of(part) for part in documents(read)])
+    files = ([context.path(part, "table") for part in parts] for parts in (documents(read), read.of_kind("namesakes")))
+    lookup = Lookup(context.config, tables.Rows(next(files)), Namesakes(next(files)))
     found = []
     for part in read.of_kind("anchors"):
-        anchors = ann.open_parts([vectors_of(part)])
+        anchors, table = ann.open_parts([vectors_of(part)]), open_table(context.path(part, "table"))
         for low in range(0, part.rows, _ANCHORS):
             at = np.arange(low, min(low + _ANCHORS, part.rows))
-            found.append(ranking(anchors.take(at), corpus, _DEPTH))
+            ranked, scores = ranking(anchors.take(at), corpus, _DEPTH + 1)
+            # At most one, which goes behind all others and is cut off.
+            order = np.argsort(own_documents(lookup, table.slice(low, len(at)), ranked), axis=1, kind="stable")
+            found.append([np.take_along_axis(each, order[:, :_DEPTH], axis=1) for each in (ranked, scores)])
     rows, scores = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
     return rows, scores
 

@@ -39,11 +39,12 @@ from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
 
-VERSION = 4
+VERSION = 5
 CARD = "README.md"
 # What base and guide name is in `_sources`, what split and eval_split do in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
 _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"} | {
+    "mining.anchor_id",
     "train.rerank_depth",
     "train.license",  # the card, which is made with it, states it
 }
@@ -72,9 +73,12 @@ def _settings(config: Config) -> dict[str, Any]:
     values["seed"] = config.seed if config.train.seed is None else config.train.seed
     encoder = encode.STAGE.settings(config)
     stated = {"train.license": config.train.license} if config.train.license else {}
-    return {f"train.{name}": value for name, value in values.items()} | {
-        name: value for name, value in (encoder | stated).items() if name not in _NOT_USED
-    }
+    judged = {"mining.anchor_id": config.mining.anchor_id}
+    return (
+        judged
+        | {f"train.{name}": value for name, value in values.items()}
+        | {name: value for name, value in (encoder | stated).items() if name not in _NOT_USED}
+    )
 
 
 def _sources(context: Context) -> dict[str, str]:
@@ -216,7 +220,7 @@ def _plan(context: Context) -> Iterator[Task]:
     settings, sources = _settings(context.config), _sources(context)
     held_out, rows = context.manifest("held_out"), context.manifest("triplets")
     judged = sum(part.rows for part in texts(held_out))
-    run = {name: value for name, value in settings.items() if name.startswith("encoder.")}
+    run = {name: value for name, value in settings.items() if not name.startswith("train.")}
     base = key("train", VERSION, "base", run, _encoder(context).digest, _prompts(context), held_out.digest)
     yield Task(base, "base", judged, {})
     before = context.own.part(base)

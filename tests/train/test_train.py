@@ -182,6 +182,24 @@ def test_best_scores_are_those_of_the_library_s_vectors(trained: Run) -> None:
             assert [positive, negative] == pytest.approx([found[own].max(), found[~np.array(own)].max()], abs=1e-5)
 
 
+@pytest.mark.parametrize("anchor_id", ["contained", "never"])
+def test_an_anchor_that_is_a_document_is_not_in_its_own_ranking(anchor_id: str, mined: Run, tmp_path: Path) -> None:
+    """As in duplicate-question sets; its vector is the anchor's own, so that it would come first."""
+    data = shutil.copytree(mined.config["data"]["path"], tmp_path / "data")
+    queries = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    with (data / "corpus.jsonl").open("a", encoding="utf-8") as corpus:
+        corpus.writelines(json.dumps({**query, "title": ""}) + "\n" for query in queries)
+    changed = {"data": {"path": str(data)}, "mining": {"num_negatives": 1, "anchor_id": anchor_id}}
+    run = Run({**mined.config, **changed, "run_dir": str(tmp_path / "run")})
+    with learnable.training_here():
+        graph.train(load_config(run.config))
+    for side in ("before", "after"):
+        best = np.array(scores(run)[f"best_negative_{side}"].to_pylist())
+        own = np.isclose(best, 1, atol=1e-5)
+        # c0 to c2 have the texts of q0 to q2 in capitals: that document is another one, and as near.
+        assert int(own.sum()) == (learnable.BOTH_ANCHORS if anchor_id == "contained" else learnable.HELD_OUT)
+
+
 def test_what_is_told_is_what_the_scores_of_the_anchors_give(trained: Run) -> None:
     from scipy import stats
 

@@ -24,6 +24,7 @@ from negpipe.data.tables import Rows
 from negpipe.review.calibrate.grid import Setting
 from negpipe.review.calibrate.trials import Piece, Trials
 from negpipe.select import rules
+from negpipe.select.filters import own_documents
 from negpipe.select.rules import Fate
 from negpipe.select.selector import Choice, Selector
 
@@ -223,7 +224,7 @@ def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
     rows, every = trials.found.rows, np.arange(len(trials.found.rows))
     texts = corpus.numbers("normalized", np.maximum(rows, 0))
     suspects = rules.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
-    ranks = np.cumsum(~selector.filters.dropped_by("anchor_id", trials.anchors, rows), axis=1, dtype=np.int32) - 1
+    ranks = np.cumsum(~own_documents(selector.filters.lookup, trials.anchors, rows), axis=1, dtype=np.int32) - 1
     if trials.shown is None:
         return _Judged(selector.filters.of_documents(trials.anchors, every, rows), suspects, ranks)
     suspects &= texts != trials.shown[:, None]
