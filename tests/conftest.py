@@ -146,3 +146,14 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("there is no second file system")
     yield place
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without dropout, whose loss can be computed again."""
+    folder = build_tiny_model(tmp_path_factory.mktemp("still") / "model", seed=3)
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return folder

@@ -32,8 +32,8 @@ def ablate(
 ) -> None:
     """Train a model for each of several settings of mining and each seed, and say which setting makes the best.
 
-    Which are compared says the section ablate. Texts are encoded and candidates searched once. What is made already is
-    left alone, so that a run that was stopped goes on. Everything is in RUN_DIR/ablation.
+    The section ablate says which. Texts are encoded once, and candidates searched once for each depth. What is made
+    already is left alone, so that a run that was stopped goes on. Everything is in RUN_DIR/ablation.
 
     Example: negpipe ablate scifact.yaml --set 'ablate.sets=[in-batch, default, margins]' --set 'ablate.seeds=[1, 2]'
     """

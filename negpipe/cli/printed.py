@@ -174,7 +174,7 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
 
 def show_ablation(made: Ablation) -> None:
     """Every arm, best first, and what can be said of them as the last line."""
-    head, rows = ablation_page.head(), [*ablation_page.rows(made)]
+    head, rows = ablation_page.HEAD, [*ablation_page.rows(made)]
     for title, first, last in ((f"{made.anchors:,} held-out anchors", 1, 5), ("\nCompared", 5, 9), ("\nRows", 9, None)):
         shown = table(title, *head[:1], *head[first:last])
         for row in rows:

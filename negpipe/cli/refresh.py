@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ def refresh(
     config: ConfigArgument,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of mining and training, at most.")] = 3,
     fail_on: Annotated[
-        str | None,
+        Literal["loss"] | None,
         typer.Option(help="loss: exit code 1 where the best model is worse than its base.", metavar="VERDICT"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -49,12 +49,10 @@ def refresh(
 
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
-    from negpipe.errors import ConfigError, NegpipeError
+    from negpipe.errors import NegpipeError
     from negpipe.train.refresh import refresh
 
     console.set_up_logging(checked(log_format), debug=debug)
-    if fail_on not in (None, "loss"):
-        raise ConfigError(f"--fail-on {fail_on}: expected loss")
     settings = load_config(config, with_option(overrides, "data.max_bad_rows", max_bad_rows))
     made = refresh(
         settings, rounds, reporter=console.reporter(log_format), rehash=rehash, repair=repair, rebuild=rebuild

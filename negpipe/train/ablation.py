@@ -52,7 +52,6 @@ class Cell:
     """One arm with one seed, once it is made."""
 
     arm: str
-    seed: int
     config: Config
     anchors: list[str]
     """Ids of those it was judged on."""
@@ -76,24 +75,28 @@ class Ablation:
     Attributes:
         folder: where the cells and the table are.
         effects: of the arms, best first.
+        cells: by arm, a cell a seed.
         facts: by arm: rows, steps, coverage, distance, leak with its interval, seconds; each over the seeds.
-        bases: by arm, means of the metrics before training.
-        anchors: held-out anchors.
-        seeds: by arm, the mean of the first metric of each seed.
-        losses: by arm, of its first seed.
-        best: of the best arm's first seed, see `Cell.best`.
         failed: by cell, why there is no result.
     """
 
     folder: Path
     effects: list[Effect]
+    cells: dict[str, list[Cell]]
     facts: dict[str, dict[str, Any]]
-    bases: dict[str, dict[str, float]]
-    anchors: int
-    seeds: dict[str, list[float]]
-    losses: dict[str, Floats]
-    best: Mapping[str, Floats]
     failed: dict[str, str]
+
+    @property
+    def anchors(self) -> int:
+        """Held-out anchors, the same for every cell."""
+        return len(self.cells[self.effects[0].arm][0].anchors)
+
+    @property
+    def bases(self) -> dict[str, dict[str, float]]:
+        """By arm, means of the metrics before training."""
+        return {
+            arm: {name: float(each.mean()) for name, each in own[0].base.items()} for arm, own in self.cells.items()
+        }
 
     @property
     def verdict(self) -> str:
@@ -160,7 +163,7 @@ def _made(
         inherit(own, before)
         try:
             result = graph.train(own, **options)
-            cell = _cell(arm, seed, own)
+            cell = _cell(arm, own)
             if made and cell.anchors != made[0].anchors:
                 raise InputError(f"it is judged on other anchors than '{made[0].arm}': they cannot be compared")
         except _SKIPPED as error:
@@ -210,7 +213,7 @@ def _calibrated(config: Config, folder: Path, options: Mapping[str, Any], failed
     return rules(config, **asdict(advice.chosen.setting))
 
 
-def _cell(arm: str, seed: int, config: Config) -> Cell:
+def _cell(arm: str, config: Config) -> Cell:
     """Read what a cell made."""
     found, mined = scores(config), manifest(config, "triplets")
     after, base = ({name: found[f"{name}_{side}"].to_numpy() for name in METRICS} for side in ("after", "before"))
@@ -230,7 +233,6 @@ def _cell(arm: str, seed: int, config: Config) -> Cell:
     best = {name: found[name].to_numpy() for name in names}
     return Cell(
         arm,
-        seed,
         config,
         found["anchor_id"].to_pylist(),
         after,
@@ -257,19 +259,8 @@ def _compared(
     values = {
         arm: {name: np.stack([cell.scores[name] for cell in own]) for name in METRICS} for arm, own in by_arm.items()
     }
-    bases = {arm: own[0].base for arm, own in by_arm.items()}
-    made = effects(values, {arm: base[METRICS[0]] for arm, base in bases.items()}, seed=config.seed)
-    return Ablation(
-        folder,
-        made,
-        facts,
-        {arm: {name: float(each.mean()) for name, each in base.items()} for arm, base in bases.items()},
-        len(cells[0].anchors),
-        {arm: own[METRICS[0]].mean(axis=1).tolist() for arm, own in values.items()},
-        {arm: own[0].losses for arm, own in by_arm.items()},
-        by_arm[made[0].arm][0].best,
-        failed,
-    )
+    bases = {arm: own[0].base[METRICS[0]] for arm, own in by_arm.items()}
+    return Ablation(folder, effects(values, bases, seed=config.seed), by_arm, facts, failed)
 
 
 def _leak(config: Config, reporter: Reporter | None) -> Leak:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MARKDOWN, PAGE = "ablation.md", "ablation.html"
 _FIRST = METRICS[0]
+_JUDGED = ("difference", "95 %", "p", "p best", "leak", "distance", "coverage")
+HEAD = ("arm", *METRICS, *_JUDGED, "rows", "steps", "seeds", "time")
+"""The columns of the table."""
 
 
 class Figure(NamedTuple):
@@ -34,19 +37,13 @@ class Figure(NamedTuple):
     caption: str
 
 
-def head() -> list[str]:
-    """The columns of the table."""
-    judged = ["difference", "95 %", "p", "p best", "leak", "distance", "coverage"]
-    return ["arm", *METRICS, *judged, "rows", "steps", "seeds", "time"]
-
-
 def rows(found: Ablation) -> Iterator[list[str]]:
     """A row for the base, for each where arms have several, then one an arm, best first."""
     bases = dict.fromkeys(tuple(base.values()) for base in found.bases.values())
     for values in bases:
         arms = [arm for arm, base in found.bases.items() if tuple(base.values()) == values]
         name = "base" if len(bases) == 1 else f"base of {', '.join(arms)}"
-        yield [name, *(f"{value:.4f}" for value in values), *[""] * (len(head()) - len(METRICS) - 1)]
+        yield [name, *(f"{value:.4f}" for value in values), *[""] * (len(HEAD) - len(METRICS) - 1)]
     for one in found.effects:
         facts, spread = found.facts[one.arm], one.spreads[_FIRST]
         leak, distance = facts["leak"], facts["distance"]
@@ -89,7 +86,7 @@ def about(found: Ablation) -> str:
 
 def write(found: Ablation, settings: dict[str, str]) -> None:
     """Write both files beside the cells; `settings` says by arm what it changes."""
-    table = [head(), *rows(found)]
+    table = [[*HEAD], *rows(found)]
     lines = [" | ".join(map(_escaped, row)) for row in table]
     lines.insert(1, "|".join(["---", *["---:"] * (len(table[0]) - 1)]))
     text = f"# Ablation\n\n{found.verdict}\n\n{about(found)}\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
@@ -116,7 +113,7 @@ def _page(found: Ablation, settings: dict[str, str]) -> str:
         found=found,
         version=__version__,
         about=about(found),
-        head=head(),
+        head=HEAD,
         rows=[*rows(found)],
         figures=[*_figures(found)],
         settings=settings,
@@ -144,7 +141,7 @@ def _figures(found: Ablation) -> Iterator[Figure]:
                     "distance": "To the left the negatives are harder.",
                 }[name],
             )
-    for side in ("before", "after") if found.best else ():
+    for side in ("before", "after") if found.cells[found.effects[0].arm][0].best else ():
         yield made(
             f"Scores {side}",
             partial(_scores, found=found, side=side),
@@ -160,7 +157,7 @@ def _effects(axes: Axes, found: Ablation) -> None:
     for at, one in enumerate(shown):
         axes.plot([one.low, one.high], [at, at], color=plots.BLUE)
         axes.plot(one.difference, at, "o", color=plots.BLUE)
-        own = [mean - found.bases[one.arm][_FIRST] for mean in found.seeds[one.arm]]
+        own = [np.mean(cell.scores[_FIRST] - cell.base[_FIRST]) for cell in found.cells[one.arm]]
         axes.plot(own, np.full(len(own), at + 0.25), ".", color=plots.GREY)
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [one.arm for one in shown])
@@ -184,10 +181,11 @@ def _bar(axes: Axes, value: float, one: Effect) -> None:
 
 def _scores(axes: Axes, found: Ablation, side: str) -> None:
     """Both sides with the same bins, so that they can be compared."""
-    every = np.concatenate([*found.best.values()])
+    best = found.cells[found.effects[0].arm][0].best
+    every = np.concatenate([*best.values()])
     edges = np.linspace(np.nanmin(every), np.nanmax(every), 41)
     for name, colour in zip(BEST, (plots.GREEN, plots.ORANGE), strict=True):
-        values = found.best[f"{name}_{side}"]
+        values = best[f"{name}_{side}"]
         shown = values[np.isfinite(values)]
         label = name.removeprefix("best_") + "s"
         axes.hist(shown, edges.tolist(), color=colour, alpha=0.4, label=label if name == BEST[0] else "other documents")
@@ -196,7 +194,8 @@ def _scores(axes: Axes, found: Ablation, side: str) -> None:
 
 
 def _losses(axes: Axes, found: Ablation) -> None:
-    for arm, losses in found.losses.items():
+    for arm, cells in found.cells.items():
+        losses = cells[0].losses
         width = max(1, len(losses) // 10)
         means = np.convolve(losses, np.full(width, 1 / width), "valid")
         axes.plot(np.arange(width, len(losses) + 1), means, label=arm, linewidth=1)

@@ -1,6 +1,6 @@
 """The arms of an ablation: by name, what each changes in the config.
 
-Arms that compare rules take as many negatives an anchor as the config does. What the config says of its data, pairs
+Arms that compare rules take as many negatives per anchor as the config does. What the config says of its data, pairs
 that are excluded, columns that must not be shared, holds for all of them.
 """
 

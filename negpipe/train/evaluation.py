@@ -1,7 +1,7 @@
 """How well a model finds the positives of held-out anchors in the whole corpus: exact search, figures of ir-measures.
 
 A reranker orders the best of what an encoder finds. Vectors and a reranker's scores stay in a folder while the work
-goes on, a file a part or a few anchors: a run that was killed makes none again.
+goes on, a file a part or a few anchors: a run that was killed does not make them again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rounds of mining and training: each mines with the model that the one before trained, and trains it on.
 
 ANCE (Xiong et al. 2021, https://arxiv.org/abs/2007.00808), offline: negatives are renewed between trainings, not beside
-them. A round is an ordinary run in `RUN_DIR/rounds/NUMBER`, whose config lies beside it; what was made of it is not
-made again, so rounds that are done cost nothing, and one that was killed goes on where it was. The rounds share a
-store, and the source is read once. The same config and input give the same table, however often the work was cut short.
+them. A round is an ordinary run in `RUN_DIR/rounds/NUMBER`, whose config lies beside it; what is done of it is left
+alone, so rounds that are done cost nothing, and one that was killed goes on where it was. The rounds share a store, and
+the source is read once. The same config and input give the same table, however often the work was cut short.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_rules_of_the_config_are_asked_as_far_as_ids_tell(tmp_path: Path) -> Non
     lines = [line.split() for line in (tmp_path / "run.trec").read_text("utf-8").splitlines()]
     positive = {anchor: document for anchor, document, _ in small.judgments()}
     assert found["only_same"].count == sum(lang[line[2]] != lang[positive[line[0]]] for line in lines)
-    assert found["where"].count == sum(lang[line[2]] == "de" for line in lines), "of positives a run says nothing"
+    assert found["where"].count == sum(lang[line[2]] == "de" for line in lines), "a run says nothing about positives"
 
 
 def test_what_cannot_be_judged_is_named(mined: Run, tmp_path: Path) -> None:

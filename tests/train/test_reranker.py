@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_model import build_tiny_model
 
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
@@ -21,17 +19,6 @@ from negpipe.train.trainer import Trained
 
 ROWS, NEGATIVES, LENGTHS = 4, 2, (12, 20)
 FORMS = [(loss, form) for loss, forms in TAKES["reranker"].items() for form in forms]
-
-
-@pytest.fixture(scope="module")
-def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without dropout, whose loss can be computed again."""
-    folder = build_tiny_model(tmp_path_factory.mktemp("still") / "model", seed=3)
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return folder
 
 
 def config_of(model: Path, form: str, **train: Any) -> Config:

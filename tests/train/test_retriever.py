@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,6 @@ LOSSES = (
     "MarginMSELoss",
     "DistillKLDivLoss",
 )
-
-
-@pytest.fixture(scope="module")
-def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without dropout, whose loss can be computed again."""
-    folder = build_tiny_model(tmp_path_factory.mktemp("still") / "model", seed=3)
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return folder
 
 
 def config_of(model: Path, form: str, **train: Any) -> Config:
