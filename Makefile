@@ -17,12 +17,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train ablate
 QUICKSTART := data/quickstart
+LOADERS := pylate==1.6.0 nemo-automodel==0.7.0 ms-swift==4.6.0 modelscope modelscope-hub addict attrdict dacite \
+	json-repair binpacking trl cryptography cffi pycparser einops attrs aiohttp multidict yarl frozenlist propcache \
+	aiosignal aiohappyeyeballs simplejson
 FAST := $(addprefix tests/,config data encoders select store)
 
-.PHONY: help setup $(VERBS) test test-fast test-slow torture check format
+.PHONY: help setup $(VERBS) test test-fast test-slow test-loaders torture check format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Options: CONFIG=scifact.yaml (a name in configs/ or a path), SET="key=value key=value", PYTHON=python3.11'
 
 setup: $(READY)  ## make .venv with the versions in constraints.txt
@@ -68,6 +71,10 @@ test: check  ## what has to pass before a commit: check, then all tests but the 
 
 test-fast: $(READY)  ## the tests of rules, tables, encoders and the store alone, within a minute
 	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal $(FAST)
+
+test-loaders: $(READY)  ## exports through the trainers' own code, which is fetched into .loaders without what it requires
+	@test -d .loaders || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .loaders $(LOADERS)
+	PYTHONPATH=$(CURDIR)/.loaders $(BIN)/pytest -m slow tests/rows/test_real_loaders.py
 
 test-slow: $(READY)  ## the slow tests: kills, damage, rivals, memory, the drop-in, the page in a browser
 	$(BIN)/pytest -m slow -n auto --dist worksteal
