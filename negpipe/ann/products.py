@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from negpipe.ann.library import one_thread
 from negpipe.ann.vectors import Floats, Ints
+from negpipe.engine import processor
 
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
@@ -199,13 +199,9 @@ def pool(numbers: Arithmetic, threads: int) -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-@functools.cache
 def _matrix_units() -> bool:
     """Whether the processor multiplies bfloat16 matrices in units of their own (Intel AMX)."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return "amx_bf16" in processor.flags()
 
 
 @functools.cache

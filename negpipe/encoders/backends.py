@@ -55,7 +55,8 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> Library:
         normalize_embeddings=False,
         use_fp16=encoder.precision == "float16",
         use_bf16=encoder.precision == "bfloat16",
-        devices=device,
+        # On what it calls "cpu", letter for letter, it makes every model float32.
+        devices="cpu:0" if device == "cpu" and encoder.precision != "float32" else device,
         trust_remote_code=encoder.trust_remote_code,
         query_instruction_for_retrieval=query.text,
         query_instruction_format=query.form,
@@ -66,6 +67,8 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> Library:
         batch_size=encoder.batch_size,
     )
     _silence(model)
+    # M3's class holds the transformer beside what it makes of its output.
+    _end_in_float32(model.model.model if model_class == "encoder-only-m3" else model.model, "last_hidden_state")
 
     def call(texts: list[str], kind: Kind) -> Any:
         found = model.encode_queries(texts) if kind == "query" else model.encode_corpus(texts)
@@ -148,6 +151,8 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
     if encoder.truncate_dim is not None:
         model.truncate_dim = None  # what the model's folder asks for gives way
     inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
+    for module in inputs:
+        _end_in_float32(module, "token_embeddings")
     instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}
     routes = routed(encoder, path)
 
@@ -168,6 +173,18 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
 
     tokenizers = {id(one): one for module in inputs if (one := getattr(module, "tokenizer", None)) is not None}
     return Library(model, call, [*tokenizers.values()], model.get_embedding_dimension())
+
+
+def _end_in_float32(transformer: Any, name: str) -> None:
+    """Hand on its vectors of tokens, the output called `name`, in float32: a mean over hundreds of them, and what comes
+    behind it, costs no time and would lose digits."""
+
+    def widen(module: Any, args: Any, output: Any) -> Any:
+        if name in output:
+            output[name] = output[name].float()
+        return output
+
+    transformer.register_forward_hook(widen)
 
 
 def _takes_length(module: Any) -> bool:

@@ -17,6 +17,7 @@ from negpipe.config import schema
 from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.encoders.cuts import OnCut
+from negpipe.encoders.precision import check_precision
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.vectors import check_width
 from negpipe.errors import ConfigError, InputError
@@ -103,13 +104,12 @@ def _device(encoder: schema.Encoder) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"encoder.device: '{name}' is no device: write cpu, cuda, cuda:1 …, or null") from None
+        raise ConfigError(f"encoder.device: '{name}' is not a device: write cpu, cuda, cuda:1 …, or null") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"encoder.device: '{name}' is not there, torch sees {torch.cuda.device_count()} GPUs:"
             " set encoder.device to null or cpu"
         )
-    if device.type == "cpu" and encoder.precision != "float32":
-        raise ConfigError(f"encoder.precision: '{encoder.precision}' needs a GPU: set it to float32 on a CPU")
+    check_precision(encoder.precision, device.type, "encoder.precision")
     # FlagEmbedding compares with "cpu", letter for letter.
     return "cpu" if device.type == "cpu" else str(device)

@@ -50,13 +50,20 @@ class Trained:
 
 
 def begin(config: Config, threads: int) -> str:
-    """Seed every generator and set the threads of torch, before a model is loaded. Returns the device."""
+    """Seed every generator and set the threads of torch, before a model is loaded. Returns the device.
+
+    Raises:
+        ConfigError: the device has no units for `train.precision`.
+    """
     import torch
     from transformers import set_seed
 
     torch.set_num_threads(threads)
     set_seed(_seed(config))
-    return encoders.provenance(config.encoder)["device"]
+    device = encoders.provenance(config.encoder)["device"]
+    assert config.train is not None
+    encoders.check_precision(config.train.precision, device, "train.precision")
+    return device
 
 
 def text_columns(config: Config) -> list[str]:
