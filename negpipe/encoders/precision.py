@@ -1,0 +1,32 @@
+"""Which numbers a device computes in."""
+
+from __future__ import annotations
+
+from negpipe.engine import processor
+from negpipe.errors import ConfigError
+
+UNITS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+"""What processors call their units for bfloat16: Intel's for matrices, Intel's and AMD's for vectors, those of ARM."""
+
+
+def check_precision(precision: str, device: str, key: str) -> None:
+    """Refuse what the device has no units for.
+
+    Args:
+        precision: float32, float16 or bfloat16.
+        device: as torch calls it.
+        key: the setting, for the message.
+
+    Raises:
+        ConfigError: it would be emulated.
+    """
+    if precision == "float32" or not device.startswith("cpu"):
+        return
+    if precision == "float16":
+        raise ConfigError(f"{key}: 'float16' needs a GPU: set it to float32 on a CPU, or bfloat16 on one that has it")
+    if not processor.flags() & UNITS:
+        raise ConfigError(
+            f"{key}: 'bfloat16' needs a CPU with units for it (AMX-BF16, AVX512-BF16, ARM's BF16), and this one names"
+            " none: it would be emulated, no faster than float32, many times slower without AVX-512, and less exact;"
+            f" set {key} to float32"
+        )
