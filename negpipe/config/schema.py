@@ -245,7 +245,7 @@ class Encoder(Section):
     storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
     precision: Literal["float32", "float16", "bfloat16"] = Field(
         "float32",
-        description="What the model computes in; it pools in float32. float16: GPUs. bfloat16: GPUs, and CPUs with units"
+        description="What the model computes in; it pools in float32. float16: GPUs. bfloat16: GPUs and CPUs with units"
         " for it.",
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; null: a GPU where there is one.")
