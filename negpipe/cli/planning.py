@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from negpipe.plan.estimate import Plan
 
 _REFUSED = "refused, see below"
 
@@ -29,9 +34,6 @@ def plan(
     import dataclasses
     import json
 
-    from rich.markup import escape
-    from rich.table import Table
-
     from negpipe.cli import console
     from negpipe.config.file import load_config
     from negpipe.plan import estimate
@@ -43,36 +45,79 @@ def plan(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
         return
-    steps = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", "parts done", "to do", "about", "disk", ""):
-        steps.add_column(column, justify="right" if column in ("parts done", "to do", "about", "disk") else "left")
-    for step in found.steps:
-        counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
-        seconds = "" if step.seconds is None else wording.duration(step.seconds)
-        note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
-        steps.add_row(step.stage, step.state, *counts, seconds, wording.size(step.disk) if step.disk else "", note)
-    console.out.print(steps)
-    if found.choices:
-        console.out.print()
-        kinds = Table(box=None, pad_edge=False)
-        for column in ("index.kind", "build", "search", "disk", "memory", ""):
-            kinds.add_column(column, justify="left" if column in ("index.kind", "") else "right")
-        for choice in found.choices:
-            times = ("" if took is None else wording.duration(took) for took in (choice.build, choice.search))
-            sizes = ("" if count is None else wording.size(count) for count in (choice.disk, choice.memory))
-            note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", choice.note]))
-            kinds.add_row(escape(wording.visible(choice.kind)), *times, *sizes, escape(note))
-        console.out.print(kinds)
+    for table in (_steps(found), _encoding(found), _kinds(found)):
+        if table.row_count:
+            console.out.print(table)
+            console.out.print()
+    if found.encoding:
+        console.out.print(
+            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. The settings stand under"
+            " encoder: in the config.\n"
+        )
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
         if refusal:
             refusals.setdefault(refusal, []).append(name)
     if refusals:
-        console.out.print("\nRefused")
+        console.out.print("Refused")
     for refusal, names in refusals.items():
         console.out.print(wording.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
-    console.out.print(f"\nFree at {settings.store or settings.run_dir}: {wording.size(found.free)}.")
+    console.out.print(f"Free at {settings.store or settings.run_dir}: {wording.size(found.free)}.")
     if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
         size = wording.size(needed)
         console.out.print(f"[red]What is to be made takes {size}: make room, or set run_dir or store.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
+
+
+def _table(*columns: str, numbers: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left")
+    return table
+
+
+def _steps(plan: Plan) -> Table:
+    from rich.markup import escape
+
+    from negpipe.review import wording
+
+    numbers = ("parts done", "to do", "about", "disk")
+    table = _table("stage", "state", *numbers, "", numbers=numbers)
+    for step in plan.steps:
+        counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
+        seconds = "" if step.seconds is None else wording.duration(step.seconds)
+        note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
+        table.add_row(step.stage, step.state, *counts, seconds, wording.size(step.disk) if step.disk else "", note)
+    return table
+
+
+def _encoding(plan: Plan) -> Table:
+    from negpipe.plan import variants
+    from negpipe.review import wording
+
+    numbers = ("texts/s", "about", f"same {variants.NEIGHBOURS} nearest")
+    table = _table("encoder", *numbers, "", numbers=numbers)
+    for way in plan.encoding:
+        one = way.variant
+        settings = ", ".join(f"{name}: {value}" for name, value in one.settings.items())
+        same = "" if one.agreement is None else f"{one.agreement:.1%}"
+        note = "as configured" if one.configured else "makes other vectors"
+        table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), same, note)
+    return table
+
+
+def _kinds(plan: Plan) -> Table:
+    from rich.markup import escape
+
+    from negpipe.review import wording
+
+    numbers = ("build", "search", "disk", "memory")
+    table = _table("index.kind", *numbers, "", numbers=numbers)
+    for choice in plan.choices:
+        times = ("" if took is None else wording.duration(took) for took in (choice.build, choice.search))
+        sizes = ("" if count is None else wording.size(count) for count in (choice.disk, choice.memory))
+        note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", choice.note]))
+        table.add_row(escape(wording.visible(choice.kind)), *times, *sizes, escape(note))
+    return table

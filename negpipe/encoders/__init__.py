@@ -6,7 +6,18 @@ Importing this package, and resolving a model, imports neither torch nor a model
 from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.encode import Encoder, libraries, load, provenance
 from negpipe.encoders.models import Model, resolve_model
-from negpipe.encoders.precision import check_precision
+from negpipe.encoders.precision import check_precision, has_units
 from negpipe.encoders.prompts import Kind
 
-__all__ = ["Encoder", "Kind", "Model", "OnBatch", "check_precision", "libraries", "load", "provenance", "resolve_model"]
+__all__ = [
+    "Encoder",
+    "Kind",
+    "Model",
+    "OnBatch",
+    "check_precision",
+    "has_units",
+    "libraries",
+    "load",
+    "provenance",
+    "resolve_model",
+]

@@ -11,18 +11,32 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from negpipe.config import schema
 from negpipe.encoders.encode import load
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 
 _WARM_UP = 8  # texts
+_SECONDS = 5.0  # that a measurement is to take
+_LEAST = 64  # texts of a measurement, however long they take
 _TAIL = 300
 
 
-def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: int) -> tuple[float, int]:
-    """Seconds that the texts take, and the dimension of their vectors.
+@dataclass(frozen=True)
+class Timed:
+    """What a model did: (n, d) float32 vectors of the first n texts, and the seconds that they took."""
+
+    vectors: NDArray[np.float32]
+    seconds: float
+
+
+def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: int) -> Timed:
+    """Encode some seconds' worth of the texts.
 
     Raises:
         NegpipeError: what loading or encoding raised; TaskFailedError for a process that died.
@@ -39,15 +53,21 @@ def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: in
         ) from None
     if "error" in answer:
         raise error_of(answer)
-    return float(answer["seconds"]), int(answer["dimension"])
+    return Timed(np.asarray(answer["vectors"], dtype=np.float32), float(answer["seconds"]))
 
 
 def _timed(job: dict[str, Any]) -> dict[str, Any]:
     encoder = load(schema.Encoder(**job["encoder"]), job["path"], job["threads"])
-    list(encoder.encode(job["texts"][:_WARM_UP], "passage", lambda rows, tokens: None))
-    started = time.perf_counter()
-    vectors = list(encoder.encode(job["texts"], "passage", lambda rows, tokens: None))
-    return {"seconds": time.perf_counter() - started, "dimension": vectors[0].shape[1]}
+
+    def encode(texts: list[str]) -> tuple[list[Any], float]:
+        started = time.perf_counter()
+        blocks = list(encoder.encode(texts, "passage", lambda rows, tokens: None))
+        return np.concatenate(blocks).tolist(), time.perf_counter() - started
+
+    encode(job["texts"][:_WARM_UP])
+    _, took = encode(job["texts"][:_WARM_UP])
+    vectors, seconds = encode(job["texts"][: max(_LEAST, int(_WARM_UP * _SECONDS / took))])
+    return {"vectors": vectors, "seconds": seconds}
 
 
 def main() -> None:

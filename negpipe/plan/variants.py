@@ -1,0 +1,111 @@
+"""Other ways to compute the same model on this machine: how fast they are, and how far their neighbours agree.
+
+Measured on real texts, each way in a process of its own. What is chosen changes vectors, so it is said, never done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe import encoders
+from negpipe.config.schema import Encoder
+from negpipe.encoders.timing import Timed, time_model
+from negpipe.errors import NegpipeError
+
+NEIGHBOURS = 10
+_PRECISIONS = ("float32", "bfloat16", "float16")
+REFERENCE: Mapping[str, Any] = {"precision": "float32"}
+"""What the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way.
+
+    Attributes:
+        settings: of the section `encoder`.
+        configured: whether they are the config's own.
+        speed: texts a second, of one process.
+        agreement: share of each text's 10 nearest among the others that float32 finds, too; None: too few texts.
+        texts: that this was measured on.
+        dimension: of the vectors.
+    """
+
+    settings: Mapping[str, Any]
+    configured: bool
+    speed: float
+    agreement: float | None
+    texts: int
+    dimension: int
+
+
+def measured(encoder: Encoder, path: str, texts: Sequence[str], threads: int) -> list[Variant]:
+    """The configured way first, then float32 and those that this machine has units for.
+
+    Args:
+        encoder: the settings.
+        path: the model's folder.
+        texts: a sample; as many are encoded as some seconds take.
+        threads: of a process.
+
+    Raises:
+        NegpipeError: the model does not load, or does not encode, as it is configured.
+    """
+    own = {name: getattr(encoder, name) for name in REFERENCE}
+    timed = {tuple(own.items()): _time(encoder, own, path, texts, threads)}
+    for settings in _others(encoder, own):
+        try:
+            timed[tuple(settings.items())] = _time(encoder, settings, path, texts, threads)
+        except NegpipeError:  # a model may refuse what the machine can do
+            continue
+    reference = timed.get(tuple(REFERENCE.items()))
+    return [
+        Variant(
+            dict(settings),
+            dict(settings) == own,
+            len(one.vectors) / one.seconds,
+            None if reference is None else agreement(one.vectors, reference.vectors),
+            len(one.vectors),
+            one.vectors.shape[1],
+        )
+        for settings, one in timed.items()
+    ]
+
+
+def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float | None:
+    """Share of each vector's 10 nearest by dot product, itself left out, that are the same in both.
+
+    Args:
+        some: (n, d) vectors.
+        others: (m, d) of the same texts; what both have is compared.
+
+    Returns:
+        0 to 1; None where there are hardly more than 10 texts.
+    """
+    count = min(len(some), len(others))
+    if count <= 2 * NEIGHBOURS:
+        return None
+    nearest = []
+    for vectors in (some[:count], others[:count]):
+        scores = vectors @ vectors.T
+        np.fill_diagonal(scores, -np.inf)
+        nearest.append(np.argpartition(-scores, NEIGHBOURS, axis=1)[:, :NEIGHBOURS])
+    same = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(axis=2)
+    return float(same.mean())
+
+
+def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Sequence[str], threads: int) -> Timed:
+    return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), threads)
+
+
+def _others(encoder: Encoder, own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    device = encoders.provenance(encoder)["device"]
+    for precision in _PRECISIONS:
+        settings = {"precision": precision}
+        if settings != own and encoders.has_units(precision, device):
+            yield settings

@@ -1,0 +1,71 @@
+"""Ways to run a model: what is timed, and what agreement of neighbours means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_source as small
+
+from negpipe.config.schema import Encoder
+from negpipe.encoders import has_units
+from negpipe.engine import processor
+from negpipe.plan.variants import NEIGHBOURS, agreement, measured
+
+units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
+
+
+def neighbours(vectors: np.ndarray) -> Iterable[set[int]]:
+    for at, vector in enumerate(vectors):
+        scores = {row: float(other @ vector) for row, other in enumerate(vectors) if row != at}
+        yield {*sorted(scores, key=lambda row: -scores[row])[:NEIGHBOURS]}
+
+
+def test_agreement_counts_neighbours_that_both_have() -> None:
+    random = np.random.default_rng(0)
+    some = random.standard_normal((60, 16)).astype(np.float32)
+    others = some + 0.3 * random.standard_normal(some.shape).astype(np.float32)
+    shared = [len(a & b) / NEIGHBOURS for a, b in zip(neighbours(some), neighbours(others), strict=True)]
+    assert agreement(some, others) == pytest.approx(np.mean(shared)) and 0.3 < np.mean(shared) < 0.95
+    assert agreement(some, some[:40]) == 1.0  # of the texts that both have
+    assert agreement(some, others[:NEIGHBOURS]) is None
+
+
+@units
+@pytest.mark.parametrize("configured", ["float32", "bfloat16"])
+def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> None:
+    texts = [f"text {number} of {number % 7} things" for number in range(64)]
+    encoder = Encoder(model=str(tiny), pooling="mean", precision=configured, passage_max_length=32)
+    found = measured(encoder, str(tiny), texts, 1)
+    assert [(one.settings["precision"], one.configured) for one in found] == [
+        (configured, True),
+        ("bfloat16" if configured == "float32" else "float32", False),
+    ]
+    assert all(one.speed > 0 and one.texts == 64 and one.dimension == 32 for one in found)
+    by_name = {one.settings["precision"]: one.agreement for one in found}
+    assert by_name["float32"] == 1.0 and 0.5 < (by_name["bfloat16"] or 0) < 1.0
+
+
+def test_what_it_cannot_do_is_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", frozenset)
+    found = measured(Encoder(model=str(tiny), pooling="mean"), str(tiny), ["one text", "another"], 1)
+    assert [one.settings for one in found] == [{"precision": "float32"}]
+    assert found[0].agreement is None
+
+
+@units
+def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}))
+    assert small.run("ingest", config).code == 0
+    shown = small.run("plan", config).out
+    assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +as configured", shown)
+    assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +makes other vectors", shown)
+    assert "precision" not in small.run("plan", config, "--no-probe").out
+    # Once there are parts, they tell the speed, and another precision would throw them away.
+    assert small.run("encode", config).code == 0
+    assert "precision" not in small.run("plan", config).out
