@@ -51,7 +51,7 @@ def plan(
             console.out.print()
     if found.encoding:
         console.out.print(
-            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. The settings stand under"
+            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. Settings stand under"
             " encoder: in the config.\n"
         )
     refusals: dict[str, list[str]] = {}
