@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import small_source as small
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
-from negpipe.review import finished, measures
+from negpipe.review import finished, measures, report
 from negpipe.review.audit import Options
 from negpipe.select import columns, conditions
 from negpipe.stages import STAGES
@@ -295,6 +297,20 @@ def test_explain_names_the_rule_of_every_candidate(source: Source) -> None:
             assert why not in rules or why in candidate.rule
             seen[candidate.fate] += 1
     assert all(seen[name] for name in rules)
+
+
+@pytest.mark.slow
+def test_the_report_says_how_much_each_rule_dropped(source: Source) -> None:
+    rules = {"never_same": ["doc"], "only_same": ["lang"], "where": "score < positive_score - 0.25 and rank >= 3"}
+    config = config_of(source, rules, search={"depth": 128})
+    graph.mine(config)
+    _, drops = expected(source, rules, "min")
+    page = report.write(config).read_text(encoding="utf-8")
+    figure = page[page.index("Candidates dropped, by reason") :].partition("</figure>")[0]
+    written = [html.unescape(text) for text in re.findall(r">([^<>\n]+)</text>", figure)]
+    names = [name.replace("_", " ") for name in drops if drops[name]]
+    shown = dict(zip([one for one in written if one in names], written[-len(names) :], strict=True))
+    assert {name: shown[name.replace("_", " ")] for name in rules} == {name: f"{drops[name]:,}" for name in rules}
 
 
 @pytest.mark.parametrize("form", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
