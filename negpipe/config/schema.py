@@ -193,6 +193,16 @@ class Data(Section):
         return self
 
 
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("BbIiKkMmGgTt")
+    try:
+        return int(float(number) * _UNITS[value.strip()[len(number) :].upper()])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
+
+
 def _joins_two(form: str) -> bool:
     try:
         joined = form.format("<instruction>", "<text>")
@@ -253,6 +263,18 @@ class Encoder(Section):
     corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
     anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
 
+    cache: Path | None = Field(
+        None,
+        description="Folder that keeps vectors by text, for all runs that name it: a text that was encoded before, by"
+        " the same model in the same way, is not encoded again. Rows can then be made again within rounding only, not"
+        " bit for bit; whether it is on is part of the identity.",
+    )
+    cache_size: Annotated[int, BeforeValidator(_size)] = Field(
+        10 * 2**30,
+        ge=2**20,
+        description="Bytes that the folder may take, such as 10GiB; what was used longest ago makes room.",
+    )
+
     @property
     def call_size(self) -> int:
         """Texts handed to the model at a time."""
@@ -266,19 +288,11 @@ class Encoder(Section):
         if self.backend == "precomputed":
             if not (self.corpus_vectors and self.anchor_vectors):
                 raise ValueError("backend 'precomputed' needs encoder.corpus_vectors and encoder.anchor_vectors")
+            if self.cache is not None:
+                raise ValueError("encoder.cache keeps what a model makes: leave it out with backend 'precomputed'")
         elif not self.model:
             raise ValueError(f"backend '{self.backend}' needs encoder.model")
         return self
-
-
-def _size(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    number = value.strip().rstrip("BbIiKkMmGgTt")
-    try:
-        return int(float(number) * _UNITS[value.strip()[len(number) :].upper()])
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
 
 
 def _kind(value: str) -> str:

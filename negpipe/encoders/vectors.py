@@ -9,6 +9,9 @@ from negpipe.errors import ConfigError
 
 Floats = npt.NDArray[np.float32]
 
+NOT_EXACT = "made again, rows are equal within rounding, not bit for bit (encoder.cache)"
+"""What is said of rows whose vectors depend on what a cache held: those of a text differ with the batch it is in."""
+
 
 def truncated(vectors: Floats, truncate_dim: int | None) -> Floats:
     """The first `truncate_dim` numbers of (n, d) vectors, not scaled again; all of them for None.

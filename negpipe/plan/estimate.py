@@ -160,6 +160,7 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         speed = encoding.speed
         seconds = left / speed if speed else None
         note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
+        note += ", less what the cache has" if context.config.encoder.cache else ""
         return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
     if stage.name == "search" and dimension:
         flops = 2.0 * rows * anchors * dimension
@@ -202,10 +203,10 @@ class _Speed:
 
 def _encoding(context: Context, probe: bool) -> _Speed:
     config = context.config
-    made = [*encode.made_of(encode.STAGE.within(context))]
+    made = [part for part in encode.made_of(encode.STAGE.within(context)) if encode.encoded(part)]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
-        speed = sum(part.rows for part in made) / seconds * context.workers
+        speed = sum(map(encode.encoded, made)) / seconds * context.workers
         return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
         return _Speed(dimension=encode.brought_dimension(context))

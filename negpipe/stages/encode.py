@@ -2,7 +2,8 @@
 
 A part depends on its texts in order and on the settings that touch it: passages do not know the query
 instruction, nor anchors the passage length. Vectors are checked before they are stored: no NaN, no
-infinity, no zero vector, one dimension throughout.
+infinity, no zero vector, one dimension throughout. With `encoder.cache` they depend, within rounding, on what
+that held; it is not asked for what was made in another way, or by other versions of the libraries.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,21 +27,28 @@ from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders import prompts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
-from negpipe.encoders.vectors import check_width, truncated
+from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
+from negpipe.engine import versions
 from negpipe.engine.budget import Budget
-from negpipe.engine.fingerprint import key
+from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import InputError
 from negpipe.stages import headers
 
+if TYPE_CHECKING:
+    from negpipe.encoders.cache import Cache
+
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
+Block = tuple[npt.NDArray[np.intp], Floats]
+"""Offsets of some texts in their part, and their vectors, (m, d)."""
 
 VERSION = 1
 _PROMPT_NAMES = {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
-_NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors", *_PROMPT_NAMES}
+_NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors", "cache_size", *_PROMPT_NAMES}
+_OF_A_PART = {"encoder.batch_size", "encoder.call_texts", "encoder.storage", "encoder.cache"}  # not of a cached vector
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
 _COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
 _MANY = 0.1  # share of tokens lost, or of documents with the vector of another, that is warned of
@@ -52,6 +60,8 @@ def _settings(config: Config) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name in _PRECOMPUTED}
     if config.encoder.truncate_dim is None:  # as before there was such a setting
         del values["truncate_dim"]
+    if values.pop("cache", None) is not None:
+        values["cache"] = True
     return {f"encoder.{name}": value for name, value in values.items()}
 
 
@@ -114,7 +124,10 @@ def made_of(context: Context) -> Iterator[Part]:
 def _tasks(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
+    made_with = versions.installed(_libraries(context.config))
     for part in texts(context.manifest("ingest")):
+        role = "anchors" if part.kind == "anchors" else "passages"
+        settings, payload = _settings_of(context.config, part.kind), {"part": part.file("table").path}
         if precomputed:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]
@@ -122,9 +135,10 @@ def _tasks(context: Context) -> Iterator[Task]:
             own = (f"encoder.{'query' if part.kind == 'anchors' else 'passage'}_prompt", "encoder.routes")
             decided = [sources[name] for name in own if name in sources]
             input_digest = [sources["encoder.model"], part.meta["texts"], *decided]
-        role = "anchors" if part.kind == "anchors" else "passages"
-        name = key("encode", VERSION, role, _settings_of(context.config, part.kind), input_digest)
-        yield Task(name, part.kind, part.rows, {"part": part.file("table").path})
+            if context.config.encoder.cache is not None:
+                alike = {name: value for name, value in settings.items() if name not in _OF_A_PART}
+                payload["space"] = digest(VERSION, role, alike, sources["encoder.model"], decided, made_with)
+        yield Task(key("encode", VERSION, role, settings, input_digest), part.kind, part.rows, payload)
 
 
 @dataclass(frozen=True)
@@ -135,10 +149,20 @@ class _Model:
     provenance: dict[str, str]
     check: Callable[[int], None]
     """Whether vectors of a dimension fit: known once there are some."""
+    cache: Cache | None = None
 
-    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
-        """Vectors of the part's texts in order, some at a time; what is known of them all in `meta`."""
+    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
+        """Vectors of the part's texts, some at a time; what is known of them all in `meta`."""
         asked: list[str] = table["text"].to_pylist()
+        missing, keys = np.ones(len(asked), np.bool_), []
+        if self.cache:
+            keys = [self.cache.key(task.payload["space"], text) for text in asked]
+            for rows, vectors in self.cache.known(keys):
+                yield rows, vectors
+                missing[rows] = False
+                progress(len(rows), "from the cache")
+            meta["cached"] = len(asked) - int(missing.sum())
+        left, first = np.flatnonzero(missing), 0
         started, seen, meta["tokens"] = time.monotonic(), 0, 0
 
         def on_batch(rows: int, tokens: int) -> None:
@@ -150,13 +174,22 @@ class _Model:
         def on_cut(texts: int, tokens: int) -> None:
             meta["cut"], meta["tokens_lost"] = meta.get("cut", 0) + texts, meta.get("tokens_lost", 0) + tokens
 
+        kind: encoders.Kind = "query" if task.kind == "anchors" else "passage"
         try:
-            yield from self.encoder.encode(asked, "query" if task.kind == "anchors" else "passage", on_batch, on_cut)
+            given = [asked[row] for row in left]
+            for vectors in self.encoder.encode(given, kind, on_batch, on_cut) if given else ():
+                rows = left[first : first + len(vectors)]
+                if self.cache:
+                    self.cache.put([keys[row] for row in rows], vectors)
+                yield rows, vectors
+                first += len(rows)
         except InputError as error:
             if error.row is None:
                 raise
-            name = table["id"][error.row].as_py()
+            name = table["id"][int(left[error.row])].as_py()
             raise InputError(f"{task.kind}, id {name!r}: {error.problem}", remedy=error.remedy) from None
+        if self.cache and self.cache.troubles:
+            meta["cache_troubles"] = [*self.cache.troubles]
 
 
 @dataclass(frozen=True)
@@ -169,13 +202,13 @@ class _Brought:
     provenance: dict[str, str]
     check: Callable[[int], None]
 
-    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Floats]:
+    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
         """The part's vectors at once: a row group of a Parquet file may hold rows from all over the part."""
         others = [[]] * table.num_rows if task.kind == "anchors" else table["other_ids"].to_pylist()
         vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
         meta["differing_duplicates"] = differing
         progress(table.num_rows, "")
-        yield truncated(vectors, self.truncate_dim)
+        yield np.arange(table.num_rows), truncated(vectors, self.truncate_dim)
 
     def place(self, task: Task, table: Any) -> dict[str, Any]:
         file = self._file(task)
@@ -224,7 +257,16 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
     else:
         model = encoders.resolve_model(config, context.digest_file)
         encoder = encoders.load(config, model.path, context.budget.threads)
-        yield _Model(encoder, encoders.provenance(config), cache(partial(check_fits, context)))
+        with _cache(config) as kept:
+            yield _Model(encoder, encoders.provenance(config), cache(partial(check_fits, context)), kept)
+
+
+def _cache(config: Encoder) -> AbstractContextManager[Cache | None]:
+    if config.cache is None:
+        return nullcontext()
+    from negpipe.encoders.cache import Cache  # here, as a Python may have been built without SQLite
+
+    return closing(Cache(config.cache, config.cache_size))
 
 
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
@@ -232,20 +274,18 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
     table = open_table(context.store.path(task.payload["part"]))
     meta: dict[str, Any] = {}
     stored: npt.NDArray[Any] | None = None
-    first = 0
-    for vectors in shared.blocks(task, table, meta, progress):
+    for rows, vectors in shared.blocks(task, table, meta, progress):
         if stored is None:
             shared.check(vectors.shape[1])
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
-        here = stored[first : first + len(vectors)]
         with np.errstate(all="ignore"):
-            here[:] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
+            stored[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
+        here = stored[rows]
         bad = np.flatnonzero(~(_usable(here) & _short(here)))
         if len(bad):
-            at = int(bad[0])
-            place = shared.place(task, table.slice(first + at, 1)) if isinstance(shared, _Brought) else {}
-            raise _refused(task, table["id"][first + at].as_py(), vectors[at : at + 1], config, place)
-        first += len(vectors)
+            at, row = int(bad[0]), int(rows[bad[0]])
+            place = shared.place(task, table.slice(row, 1)) if isinstance(shared, _Brought) else {}
+            raise _refused(task, table["id"][row].as_py(), vectors[at : at + 1], config, place)
     assert stored is not None
     publish("vectors", ".npy", partial(ann.write_part, stored), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
@@ -322,6 +362,9 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     for name in ("tokens", "differing_duplicates"):
         if any(name in part.meta for part in parts):
             stats[name] = sum(part.meta.get(name, 0) for part in parts)
+    if any("cached" in part.meta for part in parts):
+        troubles = dict.fromkeys(trouble for part in parts for trouble in part.meta.get("cache_troubles", ()))
+        stats["cached"] = {"texts": sum(map(_cached, parts)), "of": stats["texts"], "troubles": [*troubles]}
     encoder = context.config.encoder
     sides = {
         "documents": ([part for part in parts if part.kind != "anchors"], encoder.passage_max_length),
@@ -333,13 +376,23 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     return stats | {name: value for name, value in known.items() if value}
 
 
+def _cached(part: Part) -> int:
+    """How many of its texts were not encoded, as a cache had their vectors."""
+    return int(part.meta.get("cached", 0))
+
+
+def encoded(part: Part) -> int:
+    """How many of its texts were given to the model."""
+    return part.rows - _cached(part)
+
+
 def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
-    """How many texts were cut and what they lost; parts of before it was counted are left out."""
+    """How many texts were cut and what they lost; parts of before it was counted, and what a cache had, left out."""
     known = [part for part in parts if "cut" in part.meta]
     lost, kept = (sum(part.meta[name] for part in known) for name in ("tokens_lost", "tokens"))
     return {
         "texts": sum(part.meta["cut"] for part in known),
-        "of": sum(part.rows for part in known),
+        "of": sum(map(encoded, known)),
         "max_length": max_length,
         "lost": lost / max(1, lost + kept),
     }
@@ -360,8 +413,17 @@ def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
 
 
 def counted(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the statistics, what `defects` needs."""
-    return {name: stats[name] for name in ("cut", "equal") if name in stats}
+    """Of the statistics, what tells how far vectors can be relied on."""
+    return {name: stats[name] for name in ("cut", "equal", "cached") if name in stats}
+
+
+def from_cache(stats: Mapping[str, Any]) -> str | None:
+    """What the statistics tell of the cache's part in the vectors, in a sentence; None: there was none."""
+    if "cached" not in stats:
+        return None
+    cached, of = stats["cached"]["texts"], stats["cached"]["of"]
+    uncounted = ", and whether these were cut is not counted" if cached else ""
+    return f"{cached:,} of {of:,} texts from the cache{uncounted}; {NOT_EXACT}"
 
 
 @dataclass(frozen=True)
@@ -412,6 +474,9 @@ def _percent(share: float) -> str:
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     for one in defects(stats):
         yield logging.WARNING if one.many else logging.INFO, f"{one.problem}: {one.remedy}"
+    if sentence := from_cache(stats):
+        yield logging.INFO, sentence
+        yield from ((logging.WARNING, trouble) for trouble in stats["cached"]["troubles"])
 
 
 def _libraries(config: Config) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision
     "train.rerank_depth",
     "train.license",  # the card, which is made with it, states it
 }
-_NOT_USED = {"encoder.storage"}
+_NOT_USED = {"encoder.storage", "encoder.cache"}
 _EXTRA = ("accelerate", "scipy")
 _STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
 _NOT_OF_KIND = {"retriever": {"rerank_depth"}, "reranker": {"guide", "matryoshka", "negatives"}}

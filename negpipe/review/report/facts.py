@@ -8,6 +8,7 @@ from typing import Any
 
 from negpipe.config.schema import Config
 from negpipe.engine.manifest import Manifest
+from negpipe.stages.encode import from_cache
 
 _UNITS = {"ingest": "rows", "encode": "texts", "index": "rows", "search": "anchors", "triplets": "rows"}
 
@@ -84,6 +85,8 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
         facts[f"{side} cut"] = f"{cut['texts']:,} of {cut['of']:,}, {cut['lost']:.1%} of all tokens lost"
     if equal := manifest.stats.get("equal"):
         facts["documents with the vector of another"] = f"{equal['documents']:,} of {equal['of']:,}"
+    if sentence := from_cache(manifest.stats):
+        facts["cache"] = sentence
     ran = manifest.parts[0].provenance if manifest.parts else {}
     ran = {**ran, **ran.get("libraries", {})}
     libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")

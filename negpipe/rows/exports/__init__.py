@@ -18,6 +18,7 @@ import numpy as np
 from negpipe.config.schema import Config
 from negpipe.data import moments
 from negpipe.data.tables import Rows
+from negpipe.encoders.vectors import NOT_EXACT
 from negpipe.errors import ConfigError, InputError
 from negpipe.rows.exports import card, distillation, flagembedding, nemo, ranking, rows, swift, tevatron
 from negpipe.rows.exports.blocks import Slices
@@ -232,7 +233,8 @@ def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, st
         "encoder.passage_prompt": "the model's own passage prompt",
         "encoder.routes": "the model's own routes",
     }
-    return named | {names.get(name, f"digest of {name}"): digest for name, digest in digests.items()}
+    known = {names.get(name, f"digest of {name}"): digest for name, digest in digests.items()}
+    return named | known | ({"reproducible": NOT_EXACT} if config.encoder.cache else {})
 
 
 def _check_place(options: Options, run_dir: Path) -> None:
