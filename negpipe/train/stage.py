@@ -38,9 +38,9 @@ from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, overlap
 from negpipe.train.comparison import METRICS, compare
+from negpipe.train.trainer import CARD
 
 VERSION = 5
-CARD = "README.md"
 # What base and guide name is in `_sources`, what split and eval_split do in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
 _OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"} | {

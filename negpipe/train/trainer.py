@@ -28,6 +28,8 @@ Progress = Callable[[int, str], None]
 
 CHECKPOINTS = 3
 """That there may be at a time: two are kept while one is written."""
+CARD = "README.md"
+"""Of a saved model's folder."""
 _WHOLE = "whole"  # a file in a checkpoint that is on the disk to its last byte
 _LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
 
@@ -207,10 +209,13 @@ def save(model: Any, folder: Path, again: Callable[[str], Any], give: Callable[[
 
     Raises:
         DamagedError: it gives others.
+        TaskFailedError: the library could not write the model's card.
     """
     saved = folder / "model"
     remove(saved)
     model.save_pretrained(str(saved))
+    if not (saved / CARD).is_file():  # it logs what hinders it, and goes on
+        raise TaskFailedError(f"{saved}: the model's card was not written, the worker's log says why: run it again")
     ours, theirs = (give(one) for one in (model.eval(), again(str(saved))))
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, 1e-4, 1e-5) or not np.isfinite(ours).all():
         raise DamagedError(f"{saved}: the saved model gives other numbers than the trained one: run the command again")

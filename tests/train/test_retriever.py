@@ -14,8 +14,9 @@ from tiny_model import build_tiny_model
 
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
-from negpipe.encoders import resolve_model
+from negpipe.encoders import has_units, resolve_model
 from negpipe.encoders.backends import class_and_pooling
+from negpipe.engine import processor
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 from negpipe.train import retriever
@@ -151,6 +152,7 @@ def test_matryoshka_adds_the_loss_of_every_width(still: Path, tmp_path: Path) ->
         train(config_of(still, "triplet", matryoshka=[64]), tmp_path / "wide", rows)
 
 
+@pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
 def test_bfloat16_is_close(still: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -162,6 +164,27 @@ def test_bfloat16_is_close(still: Path, tmp_path: Path) -> None:
         losses.append(trained.log["loss"][0].as_py())
         assert {str(values.dtype) for values in load_file(trained.folder / "model.safetensors").values()} == {"float32"}
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_bfloat16_without_units_for_it_is_refused(still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", frozenset)
+    rows, _ = write_rows(tmp_path, "triplet")
+    with pytest.raises(ConfigError, match=r"train\.precision: 'bfloat16' needs a CPU with units for it"):
+        train(config_of(still, "triplet", precision="bfloat16"), tmp_path, rows)
+
+
+def test_a_card_that_the_library_could_not_write_is_an_error(
+    still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It logs what it met, and saves a model without one."""
+
+    def fail(model: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr("sentence_transformers.base.model.generate_model_card", fail)
+    rows, _ = write_rows(tmp_path, "triplet")
+    with pytest.raises(TaskFailedError, match="the model's card was not written"):
+        train(config_of(still, "triplet"), tmp_path, rows)
 
 
 class Crash(BaseException):
