@@ -203,10 +203,10 @@ class _Speed:
 
 def _encoding(context: Context, probe: bool) -> _Speed:
     config = context.config
-    made = [part for part in encode.made_of(encode.STAGE.within(context)) if encode.encoded(part)]
+    made = [part for part in encode.made_of(encode.STAGE.within(context)) if encode.encoded(part) == part.rows]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
-        speed = sum(map(encode.encoded, made)) / seconds * context.workers
+        speed = sum(part.rows for part in made) / seconds * context.workers
         return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
         return _Speed(dimension=encode.brought_dimension(context))

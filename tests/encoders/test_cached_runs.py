@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from tiny_model import build_tiny_model
 
 from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine import versions
 from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError
 from negpipe.plan import estimate
@@ -183,14 +183,14 @@ def test_what_was_made_in_another_way_is_not_known(source: Source, tmp_path: Pat
     encoded(run)
     another = build_tiny_model(tmp_path / "another", seed=1)
     alike = ["encoder.storage=float16", "encoder.batch_size=4", "encoder.call_texts=50", "encoder.cache_size=1GiB"]
-    for again, *changes in (
-        (source.texts - documents, "encoder.query_instruction='find: '"),
-        (documents, "encoder.passage_instruction='text: '"),
-        (documents, "encoder.passage_max_length=32"),
-        (source.texts, "encoder.normalize=false"),
-        (source.texts, "encoder.truncate_dim=16"),
-        (source.texts, f"encoder.model={another}"),
-        (0, *alike),
+    for changes, again in (
+        (["encoder.query_instruction='find: '"], source.texts - documents),
+        (["encoder.passage_instruction='text: '"], documents),
+        (["encoder.passage_max_length=32"], documents),
+        (["encoder.normalize=false"], source.texts),
+        (["encoder.truncate_dim=16"], source.texts),
+        ([f"encoder.model={another}"], source.texts),
+        (alike, 0),
     ):
         assert mined(run, *changes, only="encode")[1] == again, changes
 
@@ -208,8 +208,8 @@ def test_vectors_of_both_instructions_are_the_models_own(source: Source) -> None
 
 def test_other_versions_of_libraries_begin_anew(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded(source.cached("first"))
-    version = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: "0.1" if name == "transformers" else version(name))
+    upgraded = {"transformers": "99.0"}
+    monkeypatch.setattr("negpipe.engine.versions.version", lambda name: upgraded.get(name) or version(name))
     assert encoded(source.cached("second"))[1] == source.texts
 
 
@@ -277,7 +277,7 @@ def test_status_report_and_card_say_so(source: Source, tmp_path: Path) -> None:
 
 
 def test_a_plan_does_not_count_what_the_cache_had(source: Source) -> None:
-    """Parts that it made took no time at the model, so they tell nothing of its speed."""
+    """Parts of which it had some tell nothing of the model's speed."""
     encoded(source.cached("first"))
     run = source.cached("run")
     encoded(run)
