@@ -47,7 +47,8 @@ def _is_model(part: Any) -> bool:
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return "text, or path, subset and split" if _is_model(get_args(annotation)[0]) else "text or integer"
+        inner = get_args(annotation)[0]
+        return "text, or path, subset and split" if _is_model(inner) else "text" if inner is str else "text or integer"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):

@@ -6,6 +6,7 @@ re-runs the stage) is decided by the stages, not here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -203,6 +204,21 @@ def _size(value: Any) -> Any:
         raise ValueError(f"'{value}' is not an amount of memory: write for example 2GiB or 800MB") from None
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value):
+        raise ValueError(f"'{value}' is not a device: write cpu, cuda or cuda:1 …")
+    return value
+
+
+def _cpu_or_gpu(value: str) -> str:
+    if not value.startswith(("cpu", "cuda")):
+        raise ValueError(f"'{value}' makes no products here: write cpu, cuda or cuda:1 …")
+    return value
+
+
+_Device = Annotated[str, AfterValidator(_device)]
+
+
 def _joins_two(form: str) -> bool:
     try:
         joined = form.format("<instruction>", "<text>")
@@ -258,7 +274,12 @@ class Encoder(Section):
         description="What the model computes in; it pools in float32. float16: GPUs. bfloat16: GPUs and CPUs with units"
         " for it.",
     )
-    device: str | None = Field(None, description="cpu, cuda, cuda:1 …; null: a GPU where there is one.")
+    device: _Device | None = Field(
+        None, description="cpu, cuda, cuda:1 …; null: the GPUs there are, else cpu. Changes no key, but perhaps bits."
+    )
+    devices: tuple[_Device, ...] = Field(
+        (), description="Several, such as [cuda:0, cuda:2], in place of device: a worker for each."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Dangerous.")
     corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
     anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
@@ -292,6 +313,8 @@ class Encoder(Section):
                 raise ValueError("encoder.cache keeps what a model makes: leave it out with backend 'precomputed'")
         elif not self.model:
             raise ValueError(f"backend '{self.backend}' needs encoder.model")
+        if self.device and self.devices:
+            raise ValueError("device and devices both say where the model runs: remove one")
         return self
 
 
@@ -346,10 +369,15 @@ class Index(Section):
 
 
 class Search(Section):
-    """How deep candidates are stored."""
+    """How deep candidates are stored, and where they are looked for."""
 
     depth: int | None = Field(
         None, ge=1, description="Candidates an anchor; null: the least multiple of 64 from mining.range_max + 64 on."
+    )
+    device: Annotated[_Device, AfterValidator(_cpu_or_gpu)] | None = Field(
+        None,
+        description="Where the products of large searches are made: cpu, or one GPU, cuda, cuda:1 …; null: the"
+        " encoder's first, which is a GPU where there is one. Changes no byte.",
     )
 
 
@@ -563,7 +591,12 @@ class Executor(Section):
     """Where tasks run."""
 
     kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
-    workers: int = Field(1, ge=1, description="Worker processes (local); no more run than resources.cpus.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Worker processes (local); no more run than resources.cpus. null: one, of a model one for each of"
+        " its devices.",
+    )
     task_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         None,
         gt=0,

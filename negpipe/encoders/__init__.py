@@ -5,7 +5,7 @@ Importing this package, and resolving a model, imports neither torch nor a model
 
 from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.encode import Encoder, libraries, load, provenance
-from negpipe.encoders.models import Model, resolve_model
+from negpipe.encoders.models import Model, parameters, resolve_model
 from negpipe.encoders.precision import check_precision, has_units
 from negpipe.encoders.prompts import Kind
 
@@ -18,6 +18,7 @@ __all__ = [
     "has_units",
     "libraries",
     "load",
+    "parameters",
     "provenance",
     "resolve_model",
 ]

@@ -20,6 +20,7 @@ from negpipe.encoders.cuts import OnCut
 from negpipe.encoders.precision import check_precision
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.vectors import check_width
+from negpipe.engine import devices
 from negpipe.errors import ConfigError, InputError
 
 
@@ -46,11 +47,11 @@ class Encoder(Protocol):
         """
 
 
-def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
-    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads.
+def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices.CPU) -> Encoder:
+    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads, and on a device (`engine.devices`).
 
     Raises:
-        ConfigError: device, precision, model class, pooling, prompt or `encoder.truncate_dim` do not fit.
+        ConfigError: precision, model class, pooling, prompt or `encoder.truncate_dim` do not fit.
         InputError: the folder does not load as a model.
     """
     # Every new shape of a batch makes new CPU kernels. Keeping the usual 1024 of them gains no time, and pins the
@@ -61,7 +62,8 @@ def load(encoder: schema.Encoder, path: str, threads: int) -> Encoder:
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
-    device = _device(encoder)
+    device = devices.own(device)
+    check_precision(encoder.precision, device, "encoder.precision")
     backend = flagembedding if encoder.backend == "flagembedding" else sentence_transformers
     try:
         library = backend(encoder, path, device)
@@ -84,32 +86,12 @@ def libraries(encoder: schema.Encoder) -> tuple[str, ...]:
     return (*own.get(encoder.backend, ()), "transformers", "tokenizers", "torch", "numpy")
 
 
-def provenance(encoder: schema.Encoder) -> dict[str, str]:
-    """What vectors depend on beside their key and the versions of libraries: device and kind of CPU, precision."""
+def provenance(encoder: schema.Encoder, device: str) -> dict[str, str]:
+    """What vectors depend on beside their key and the versions of libraries: device and its kind, precision."""
     import torch
 
-    device = _device(encoder)
-    if device.startswith("cuda"):
-        kind = torch.cuda.get_device_name(device)
+    if devices.is_gpu(device):
+        kind = torch.cuda.get_device_name(devices.own(device))
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": device, "device_kind": kind, "precision": encoder.precision}
-
-
-def _device(encoder: schema.Encoder) -> str:
-    """The one device of this process, in the spelling both libraries take."""
-    import torch
-
-    name = encoder.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"encoder.device: '{name}' is not a device: write cpu, cuda, cuda:1 …, or null") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"encoder.device: '{name}' is not there, torch sees {torch.cuda.device_count()} GPUs:"
-            " set encoder.device to null or cpu"
-        )
-    check_precision(encoder.precision, device.type, "encoder.precision")
-    # FlagEmbedding compares with "cpu", letter for letter.
-    return "cpu" if device.type == "cpu" else str(device)

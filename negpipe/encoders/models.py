@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ def resolve_model(encoder: schema.Encoder, digest_file: Callable[[Path], str]) -
     if not _HUB_NAME.fullmatch(name):
         raise _problem(f"there is no folder '{name}'", "Give a model's folder, a hub name or pkg://PACKAGE/FOLDER")
     return _hub(name, encoder.revision)
+
+
+def parameters(folder: Path) -> int:
+    """How many weights a model has, as its files tell."""
+    count = 0
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count or sum(path.stat().st_size for path in folder.rglob("*.bin")) // 4
 
 
 def _problem(problem: str, remedy: str) -> InputError:

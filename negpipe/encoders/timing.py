@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from negpipe.config import schema
 from negpipe.encoders.encode import load
+from negpipe.engine import devices
+from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 
 _WARM_UP = 8  # texts
@@ -35,15 +37,20 @@ class Timed:
     seconds: float
 
 
-def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: int) -> Timed:
-    """Encode some seconds' worth of the texts.
+def time_model(encoder: schema.Encoder, path: str, texts: list[str], budget: Budget) -> Timed:
+    """Encode some seconds' worth of the texts, on one device.
 
     Raises:
         NegpipeError: what loading or encoding raised; TaskFailedError for a process that died.
     """
-    job = {"encoder": encoder.model_dump(mode="json"), "path": path, "texts": texts, "threads": threads}
-    command = [sys.executable, "-m", "negpipe.encoders.timing"]
-    done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, check=False)
+    job = {"encoder": encoder.model_dump(mode="json"), "path": path, "texts": texts, **asdict(budget)}
+    done = subprocess.run(
+        [sys.executable, "-m", "negpipe.encoders.timing"],
+        input=json.dumps(job).encode(),
+        capture_output=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device)},
+        check=False,
+    )
     try:
         answer = json.loads(done.stdout)
     except ValueError:
@@ -57,7 +64,7 @@ def time_model(encoder: schema.Encoder, path: str, texts: list[str], threads: in
 
 
 def _timed(job: dict[str, Any]) -> dict[str, Any]:
-    encoder = load(schema.Encoder(**job["encoder"]), job["path"], job["threads"])
+    encoder = load(schema.Encoder(**job["encoder"]), job["path"], job["threads"], job["device"])
 
     def encode(texts: list[str]) -> tuple[list[Any], float]:
         started = time.perf_counter()

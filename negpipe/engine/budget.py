@@ -18,12 +18,12 @@ class Budget:
     Attributes:
         memory: bytes of working memory beyond the libraries.
         threads: that compute.
-        gpu: whether the task may compute on a GPU; to one that may not, none is shown.
+        device: on which the task may compute, by its name in `engine.devices`; a process is shown no other GPU.
     """
 
     memory: int
     threads: int = 1
-    gpu: bool = False
+    device: str = "cpu"
 
     def without(self, held: int) -> Budget:
         """What is left beside so many bytes."""

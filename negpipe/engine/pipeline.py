@@ -97,7 +97,7 @@ def mine(
                 raise MissingStageError(blocked(state, only))
             else:
                 for ahead in [stage] if only else stages[number:]:
-                    ahead.check(ahead.within(context))
+                    ahead.examine(context)
                 _check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent())
@@ -273,7 +273,7 @@ def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter
 
     reporter.begin(stage.name, total, done)
     try:
-        _executor(stage, context.config)(stage, missing(), context, progress)
+        _executor(stage, context)(stage, missing(), context, progress)
     finally:
         reporter.end()
     return len(keys) > before
@@ -314,18 +314,18 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
 
 def _check_share(context: Context) -> None:
     settings = context.config.executor
-    if settings.kind == "local" and settings.workers > context.workers:
+    if settings.kind == "local" and (settings.workers or 1) > context.workers:
         logger.warning(
             "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
         )
 
 
-def _executor(stage: Stage, config: Config) -> Executor:
-    place = stage.place(config)
+def _executor(stage: Stage, context: Context) -> Executor:
+    place = stage.place(context.config)
     # A caller of the Python API may have torch loaded, which must not meet FAISS.
-    if place == "light" and config.executor.workers == 1 and "torch" not in sys.modules:
+    if place == "light" and context.workers == 1 and "torch" not in sys.modules:
         return inline.run
-    if place == "caller" or (place != "apart" and config.executor.kind == "inline"):
+    if place == "caller" or (place != "apart" and context.config.executor.kind == "inline"):
         return inline.run
     return local.run
 

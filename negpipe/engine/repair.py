@@ -110,7 +110,7 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     outdated = [part for part in books.records() if versions.is_of_others(part, now)]
     if not outdated:
         return
-    stage.check(stage.within(context))  # what would keep it from running is known before anything is forgotten
+    stage.examine(context)  # what would keep it from running is known before anything is forgotten
     logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
     books.drop_manifest()
     for part in outdated:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -19,6 +20,7 @@ from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import versions
 from negpipe.engine.budget import Budget
+from negpipe.engine.devices import CPU
 from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.errors import MissingStageError
@@ -39,6 +41,10 @@ caller: in the calling process, whatever the executor; payloads need not be JSON
 would take longer to start than to work. worker: where the executor says. apart: in a process of their own even where
 the executor says inline, as torch and FAISS never share one.
 """
+
+
+def _cores(_: Config | None = None) -> tuple[str, ...]:
+    return (CPU,)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Context:
     """Its key."""
     granted: Budget | None = None
     """What the executor gives each of its tasks."""
+    devices: Callable[[], tuple[str, ...]] = _cores
+    """Those that its workers compute on, in turn. Asked when they are needed, as it may take seconds."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
@@ -117,7 +125,12 @@ class Context:
     @property
     def workers(self) -> int:
         """Processes that share the machine: no more than threads."""
-        return min(self.config.executor.workers, self.whole.threads) if self.config.executor.kind == "local" else 1
+        settings = self.config.executor
+        return min(settings.workers or len(self.devices()), self.whole.threads) if settings.kind == "local" else 1
+
+    def on(self, device: str) -> Context:
+        """The same for tasks that compute on this device."""
+        return replace(self, granted=replace(self.budget, device=device))
 
 
 class Publisher:
@@ -225,10 +238,6 @@ def _in_a_worker(_: Config) -> Place:
     return "worker"
 
 
-def _share(context: Context) -> Budget:
-    return context.budget
-
-
 def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
     return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
 
@@ -253,7 +262,8 @@ class Stage:
             for; candidates stored deeper serve a shallower window.
         shared: parts of other stages that `run` may read for any task, beside those its payload names.
         place: where its tasks run, see `Place`.
-        resources: what each of its tasks is to be given: memory, threads, a GPU.
+        resources: memory and threads that each of its tasks is to be given, where that is not a worker's share.
+        devices: those that its tasks may compute on, each of them on one; see `engine.devices`.
         rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
         views: (its parts) → what people see of them in the run directory, by name: a file, files by the names they have
             in a folder, or None where there is nothing to show.
@@ -283,7 +293,8 @@ class Stage:
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     shared: Callable[[Context], list[Part]] = _no_parts
     place: Callable[[Config], Place] = _in_a_worker
-    resources: Callable[[Context], Budget] = _share
+    resources: Callable[[Context], Budget] | None = None
+    devices: Callable[[Config], tuple[str, ...]] = _cores
     rounds: bool = False
     views: Callable[[Sequence[Part]], Mapping[str, Shown]] = _shows_nothing
     folders: tuple[str, ...] = ()
@@ -301,8 +312,19 @@ class Stage:
         use."""
         context = replace(context, config=self.config(context.config))
         known = {name: context.manifests[real] for name, real in self.reads.items() if real in context.manifests}
-        granted = self.resources(context)
-        return replace(context, stage=self.name, manifests={**context.manifests, **known}, granted=granted)
+        return replace(
+            context,
+            stage=self.name,
+            manifests={**context.manifests, **known},
+            granted=self.resources(context) if self.resources else context.granted,
+            devices=partial(self.devices, context.config),
+        )
+
+    def examine(self, context: Context) -> None:
+        """Raise what is wrong and can be known before it runs: its devices are there, and see `check`."""
+        context = self.within(context)
+        context.devices()
+        self.check(context)
 
 
 Graph = Mapping[str, Stage]
@@ -340,6 +362,7 @@ def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: 
         provenance={
             "pid": os.getpid(),
             "host": platform.node(),
+            "device": context.budget.device,
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory": machine.peak_memory(),
             "libraries": libraries,

@@ -116,11 +116,10 @@ def _existing(folder: Path) -> Path:
 
 def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
     """A step with what would keep it from running, as far as that can be known."""
-    context = stage.within(context)
     try:
-        stage.check(context)
+        stage.examine(context)
         if stage.name == "encode" and job.dimension:
-            encode.check_fits(context, job.dimension)
+            encode.check_fits(stage.within(context), job.dimension)
     except NegpipeError as error:
         return replace(step, refusal=str(error))
     return step
@@ -202,8 +201,9 @@ class _Speed:
 
 
 def _encoding(context: Context, probe: bool) -> _Speed:
+    context = encode.STAGE.within(context)
     config = context.config
-    made = [part for part in encode.made_of(encode.STAGE.within(context)) if encode.encoded(part) == part.rows]
+    made = [part for part in encode.made_of(context) if encode.encoded(part) == part.rows]
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers
@@ -216,7 +216,7 @@ def _encoding(context: Context, probe: bool) -> _Speed:
     rows = np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64)
     texts = corpus.strings("text", rows).to_pylist()
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    variants = measured(config.encoder, model.path, texts, context.budget.threads)
+    variants = measured(config.encoder, model.path, texts, context.on(context.devices()[0]).budget)
     own = variants[0]
     source = f"as {own.texts} of them took just now"
     return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))

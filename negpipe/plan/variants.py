@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from negpipe import encoders
 from negpipe.config.schema import Encoder
 from negpipe.encoders.timing import Timed, time_model
+from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError
 
 NEIGHBOURS = 10
@@ -44,23 +45,23 @@ class Variant:
     dimension: int
 
 
-def measured(encoder: Encoder, path: str, texts: Sequence[str], threads: int) -> list[Variant]:
+def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) -> list[Variant]:
     """The configured way first, then float32 and those that this machine has units for.
 
     Args:
         encoder: the settings.
         path: the model's folder.
         texts: a sample; as many are encoded as some seconds take.
-        threads: of a process.
+        budget: threads and the device of a process.
 
     Raises:
         NegpipeError: the model does not load, or does not encode, as it is configured.
     """
     own = {name: getattr(encoder, name) for name in REFERENCE}
-    timed = {tuple(own.items()): _time(encoder, own, path, texts, threads)}
-    for settings in _others(encoder, own):
+    timed = {tuple(own.items()): _time(encoder, own, path, texts, budget)}
+    for settings in _others(own, budget.device):
         try:
-            timed[tuple(settings.items())] = _time(encoder, settings, path, texts, threads)
+            timed[tuple(settings.items())] = _time(encoder, settings, path, texts, budget)
         except NegpipeError:  # a model may refuse what the machine can do
             continue
     reference = timed.get(tuple(REFERENCE.items()))
@@ -99,12 +100,11 @@ def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float |
     return float(same.mean())
 
 
-def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Sequence[str], threads: int) -> Timed:
-    return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), threads)
+def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Sequence[str], budget: Budget) -> Timed:
+    return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), budget)
 
 
-def _others(encoder: Encoder, own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    device = encoders.provenance(encoder)["device"]
+def _others(own: Mapping[str, Any], device: str) -> Iterator[dict[str, Any]]:
     for precision in _PRECISIONS:
         settings = {"precision": precision}
         if settings != own and encoders.has_units(precision, device):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,11 @@ from negpipe.data.tables import open_table, texts
 from negpipe.encoders import prompts
 from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
-from negpipe.engine import versions
-from negpipe.engine.budget import Budget
+from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.errors import InputError
+from negpipe.errors import BudgetError, InputError
 from negpipe.stages import headers
 
 if TYPE_CHECKING:
@@ -47,7 +47,16 @@ Block = tuple[npt.NDArray[np.intp], Floats]
 
 VERSION = 1
 _PROMPT_NAMES = {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
-_NOT_IDENTITY = {"model", "revision", "device", "corpus_vectors", "anchor_vectors", "cache_size", *_PROMPT_NAMES}
+_NOT_IDENTITY = {
+    "model",
+    "revision",
+    "device",
+    "devices",
+    "corpus_vectors",
+    "anchor_vectors",
+    "cache_size",
+    *_PROMPT_NAMES,
+}
 _OF_A_PART = {"encoder.batch_size", "encoder.call_texts", "encoder.storage", "encoder.cache"}  # not of a cached vector
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
 _COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
@@ -87,14 +96,43 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _check(context: Context) -> None:
-    """The model or the vectors are there: known before the source is read. They fit, once there are some."""
+    """The model or the vectors are there, and devices suit the model: known before the source is read. They fit, once
+    there are some."""
     _sources(context)
+    if context.config.encoder.backend != "precomputed":
+        _check_devices(context)
     if "ingest" not in context.manifests:
         return
     if context.config.encoder.backend == "precomputed":
         check_fits(context, brought_dimension(context))
     elif made := next(made_of(context), None):
         check_fits(context, int(made.meta["dimension"]))
+
+
+def _check_devices(context: Context) -> None:
+    """Every device computes in the precision, and has memory for the models of the workers that share it.
+
+    Raises:
+        ConfigError: one does not.
+        BudgetError: one has not.
+    """
+    encoder, names = context.config.encoder, context.devices()
+    for name in names:
+        encoders.check_precision(encoder.precision, name, "encoder.precision")
+    folder = Path(encoders.resolve_model(encoder, context.digest_file).path)
+    model = encoders.parameters(folder) * (4 if encoder.precision == "float32" else 2)
+    shared = Counter(devices.same(names[number % len(names)]) for number in range(context.workers))
+    for name, workers in shared.items():
+        needed, there = workers * model, devices.memory(name)
+        if needed > there:
+            fewer = f"{there // model} of them have room, lower executor.workers" if there > model else "take another"
+            raise BudgetError(
+                f"encoder.model takes {model // 2**20:,} MiB a worker, {workers} of them take {needed // 2**20:,} MiB"
+                f" of {name}, which has {there // 2**20:,}: {fewer}",
+                needed=needed,
+                there=there,
+                remedy=fewer,
+            )
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -256,9 +294,11 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
         yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     else:
         model = encoders.resolve_model(config, context.digest_file)
-        encoder = encoders.load(config, model.path, context.budget.threads)
+        budget = context.budget
+        encoder = encoders.load(config, model.path, budget.threads, budget.device)
+        provenance = encoders.provenance(config, budget.device)
         with _cache(config) as kept:
-            yield _Model(encoder, encoders.provenance(config), cache(partial(check_fits, context)), kept)
+            yield _Model(encoder, provenance, cache(partial(check_fits, context)), kept)
 
 
 def _cache(config: Encoder) -> AbstractContextManager[Cache | None]:
@@ -483,12 +523,6 @@ def _libraries(config: Config) -> tuple[str, ...]:
     return ("numpy",) if config.encoder.backend == "precomputed" else encoders.libraries(config.encoder)
 
 
-def _resources(context: Context) -> Budget:
-    """A worker's share, and a GPU where the model may take one."""
-    encoder = context.config.encoder
-    return replace(context.budget, gpu=encoder.backend != "precomputed" and encoder.device != "cpu")
-
-
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     """What `index.kind: auto` means, once the sizes are known."""
     rows, anchors = (
@@ -512,6 +546,6 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
-    resources=_resources,
+    devices=devices.of_encoder,
     place=lambda config: "worker" if config.encoder.backend == "precomputed" else "apart",
 )

@@ -21,6 +21,7 @@ from negpipe.ann import approximate
 from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data.tables import documents, open_table, searchable
+from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -261,6 +262,7 @@ STAGE = Stage(
     misfit=_misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
+    devices=devices.of_search,
     place=lambda config: "light" if config.index.kind == "stream" else "worker",
     rounds=True,
 )

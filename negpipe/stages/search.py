@@ -21,6 +21,7 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import documents, open_table, ragged, searchable
+from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
@@ -166,4 +167,5 @@ STAGE = Stage(
     misfit=headers.misfit,
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
+    devices=devices.of_search,
 )

@@ -29,6 +29,7 @@ from negpipe.data import candidates, moments
 from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, open_table, searchable
+from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
@@ -452,6 +453,7 @@ STAGE = Stage(
     misfit=_misfit,
     libraries=_libraries,
     stats=_stats,
+    devices=devices.of_search,
     place=lambda _: "light",
     views=_views,
     folders=(_ROWS, LEDGER, DEEPER),

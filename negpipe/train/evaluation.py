@@ -52,7 +52,7 @@ def rank(
         encoder: the settings that run the model.
         path: its folder.
         folder: for its vectors.
-        budget: memory and threads.
+        budget: memory, threads and the device.
         progress: told of texts encoded.
     """
     read = context.manifest("held_out")
@@ -62,7 +62,7 @@ def rank(
     def vectors_of(part: Part) -> Path:
         file = folder / f"{part.key}.npy"
         if not file.exists():
-            model.extend([] if model else [encoders.load(encoder, path, budget.threads)])
+            model.extend([] if model else [encoders.load(encoder, path, budget.threads, budget.device)])
             texts = open_table(context.path(part, "table"))["text"].to_pylist()
             kind: encoders.Kind = "query" if part.kind == "anchors" else "passage"
             blocks = [*model[0].encode(texts, kind, lambda rows, _: progress(rows, part.kind))]
@@ -98,7 +98,7 @@ def rerank(
         depth: how many of each anchor are ordered; those beyond keep their places.
         path: the reranker's folder.
         folder: for its scores.
-        budget: memory and threads.
+        budget: memory, threads and the device.
         progress: told of anchors whose documents were scored.
     """
     from negpipe.train import reranker
@@ -111,7 +111,7 @@ def rerank(
     def scored(low: int, best: Rows) -> Path:
         file = folder / f"{low:09d}.npy"
         if not file.exists():
-            model.extend([] if model else [reranker.load(encoder, path, budget.threads)])
+            model.extend([] if model else [reranker.load(encoder, path, budget.threads, budget.device)])
             anchors = [texts[low + at] for at in np.nonzero(best >= 0)[0]]
             own = corpus.strings("text", best[best >= 0]).to_pylist()
             made = reranker.score(model[0], anchors, own, encoder.batch_size)

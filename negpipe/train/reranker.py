@@ -9,6 +9,7 @@ before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe import encoders
 from negpipe.config.schema import Config, Encoder
 from negpipe.config.training import DISTILLING
+from negpipe.engine import devices
 from negpipe.train import trainer
 from negpipe.train.trainer import Progress, Trained
 
@@ -27,7 +28,14 @@ _PROBE = (["an anchor"], ["a document to compare scores by"], 1)
 
 
 def train(
-    config: Config, rows: Sequence[Path], base: str, folder: Path, *, threads: int, progress: Progress
+    config: Config,
+    rows: Sequence[Path],
+    base: str,
+    folder: Path,
+    *,
+    threads: int,
+    device: str = devices.CPU,
+    progress: Progress,
 ) -> Trained:
     """Train a reranker.
 
@@ -37,6 +45,7 @@ def train(
         base: folder of the model: a cross-encoder, or any transformer, an encoder's too.
         folder: where checkpoints are, and what a run before has begun.
         threads: of the CPU.
+        device: see `engine.devices`.
         progress: told of every step.
 
     Raises:
@@ -49,8 +58,8 @@ def train(
     train, encoder = config.train, config.encoder
     assert train is not None
     data = _data(config, rows, folder)
-    device = trainer.begin(config, threads)
-    model = load(encoder, base, threads)
+    device = trainer.begin(config, threads, device)
+    model = load(encoder, base, threads, device)
     lists = {} if train.loss in (*DISTILLING, "BinaryCrossEntropyLoss") else {"mini_batch_size": train.mini_batch_size}
     model, log, resumed = trainer.fit(
         CrossEncoderTrainer,
@@ -62,11 +71,12 @@ def train(
         progress=progress,
         loss=getattr(losses, train.loss)(model, **lists),
     )
-    saved = trainer.save(model, folder, lambda path: load(encoder, path, threads), lambda one: score(one, *_PROBE))
+    again = partial(load, encoder, threads=threads, device=device)
+    saved = trainer.save(model, folder, again, lambda one: score(one, *_PROBE))
     return Trained(saved, log, model.num_labels, resumed)
 
 
-def load(encoder: Encoder, path: str, threads: int) -> Any:
+def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -> Any:
     """The model as a cross-encoder with one score, in float32, which reads as much as the encoder reads of both texts.
 
     Raises:
@@ -81,7 +91,7 @@ def load(encoder: Encoder, path: str, threads: int) -> Any:
         model = CrossEncoder(
             path,
             num_labels=1,
-            device=encoders.provenance(encoder)["device"],
+            device=devices.own(device),
             trust_remote_code=encoder.trust_remote_code,
             model_kwargs={"dtype": torch.float32},
             local_files_only=True,

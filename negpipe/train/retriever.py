@@ -17,6 +17,7 @@ from negpipe.config.schema import Config, Encoder
 from negpipe.config.training import DISTILLING
 from negpipe.encoders.backends import class_and_pooling, instructed
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
+from negpipe.engine.devices import CPU
 from negpipe.errors import ConfigError
 from negpipe.train import trainer
 from negpipe.train.trainer import Progress, Trained
@@ -26,7 +27,15 @@ _PROBE = "a text to compare vectors by"
 
 
 def train(
-    config: Config, rows: Sequence[Path], base: str, guide: str, folder: Path, *, threads: int, progress: Progress
+    config: Config,
+    rows: Sequence[Path],
+    base: str,
+    guide: str,
+    folder: Path,
+    *,
+    threads: int,
+    device: str = CPU,
+    progress: Progress,
 ) -> Trained:
     """Fine-tune a model.
 
@@ -37,6 +46,7 @@ def train(
         guide: folder of the model that guides CachedGISTEmbedLoss.
         folder: where checkpoints are, and what a run before has begun.
         threads: of the CPU.
+        device: see `engine.devices`.
         progress: told of every step.
 
     Raises:
@@ -50,7 +60,7 @@ def train(
 
     train, encoder = config.train, config.encoder
     assert train is not None
-    device = trainer.begin(config, threads)
+    device = trainer.begin(config, threads, device)
     model = load(encoder, base, device)
     width = int(model.get_embedding_dimension())
     if max(train.matryoshka, default=0) > width:

@@ -10,9 +10,7 @@ is not, where only the held-out split changes.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,8 +25,7 @@ from negpipe import encoders
 from negpipe.config.schema import Config, Encoder
 from negpipe.data.tables import ragged, texts
 from negpipe.encoders import prompts
-from negpipe.engine import versions
-from negpipe.engine.budget import Budget
+from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
@@ -172,23 +169,13 @@ def _check_room(context: Context) -> None:
     """
     from negpipe.train.trainer import CHECKPOINTS
 
-    weights = 4 * _parameters(Path(_base(context).path))
+    weights = 4 * encoders.parameters(Path(_base(context).path))
     place = next(path for path in (context.run_dir, *context.run_dir.absolute().parents) if path.is_dir())
     books = place / BOOKS if (place / BOOKS).is_dir() else place
     remedy = "set run_dir to a folder on a larger disk"
     begun = sum(map(files.bytes_in, (books / "train").glob("begun-*")))
     needed = max(0, (CHECKPOINTS * _STATES + 2) * weights - begun)
     files.check_room({books: needed}, "checkpoints and model take about", remedy)
-
-
-def _parameters(folder: Path) -> int:
-    """How many weights a model has, as its files tell."""
-    count = 0
-    for path in folder.rglob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count or sum(path.stat().st_size for path in folder.rglob("*.bin")) // 4
 
 
 def _check_held_out(context: Context) -> None:
@@ -255,7 +242,7 @@ def _model_files(part: Part) -> dict[str, File]:
 
 
 def _run(task: Task, _: None, context: Context, publish: Publisher, progress: Progress) -> Made:
-    device = encoders.provenance(context.config.encoder)
+    device = encoders.provenance(context.config.encoder, context.budget.device)
     installed = versions.installed(_libraries(context.config))
     folder = context.own.begun(key(task.key, installed, device["device_kind"]))
     run = {"base": _judge_base, "model": _train, "evaluation": _evaluate}[task.kind]
@@ -268,7 +255,8 @@ def _train(task: Task, folder: Path, context: Context, publish: Publisher, progr
 
     config, base = context.config, _base(context).path
     rows = [context.store.path(path) for path in task.payload["rows"]]
-    options: dict[str, Any] = {"threads": context.budget.threads, "progress": progress}
+    budget = context.budget
+    options: dict[str, Any] = {"threads": budget.threads, "device": budget.device, "progress": progress}
     if _reranks(config):
         trained = reranker.train(config, rows, base, folder, **options)
     else:
@@ -389,11 +377,6 @@ def _libraries(config: Config) -> tuple[str, ...]:
     return (*encoders.libraries(config.encoder), "sentence-transformers", "accelerate")
 
 
-def _resources(context: Context) -> Budget:
-    """All there is: nothing else runs meanwhile."""
-    return replace(context.whole, gpu=context.config.encoder.device != "cpu")
-
-
 STAGE = Stage(
     name="train",
     version=VERSION,
@@ -409,6 +392,7 @@ STAGE = Stage(
     remarks=_remarks,
     views=_views,
     libraries=_libraries,
-    resources=_resources,
+    resources=lambda context: context.whole,  # nothing else runs meanwhile
+    devices=lambda config: devices.of_encoder(config)[:1],
     place=lambda _: "apart",
 )

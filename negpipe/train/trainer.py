@@ -20,6 +20,7 @@ import pyarrow as pa
 from negpipe import encoders
 from negpipe.config.schema import Config
 from negpipe.config.training import Train
+from negpipe.engine import devices
 from negpipe.errors import DamagedError, InputError, TaskFailedError
 from negpipe.store.files import remove, sync_folder, sync_tree
 
@@ -51,8 +52,8 @@ class Trained:
     resumed: int
 
 
-def begin(config: Config, threads: int) -> str:
-    """Seed every generator and set the threads of torch, before a model is loaded. Returns the device.
+def begin(config: Config, threads: int, device: str) -> str:
+    """Seed every generator and set the threads of torch, before a model is loaded. Returns what torch calls the device.
 
     Raises:
         ConfigError: the device has no units for `train.precision`.
@@ -62,7 +63,7 @@ def begin(config: Config, threads: int) -> str:
 
     torch.set_num_threads(threads)
     set_seed(_seed(config))
-    device = encoders.provenance(config.encoder)["device"]
+    device = devices.own(device)
     assert config.train is not None
     encoders.check_precision(config.train.precision, device, "train.precision")
     return device
@@ -177,7 +178,6 @@ def fit(
         disable_tqdm=True,
         **arguments,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # the trainer would share batches among all GPUs that it sees
     trainer = kind(
         model=model,
         args=args,

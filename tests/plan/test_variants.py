@@ -14,6 +14,7 @@ import small_source as small
 from negpipe.config.schema import Encoder
 from negpipe.encoders import has_units
 from negpipe.engine import processor
+from negpipe.engine.budget import DEFAULT
 from negpipe.plan.variants import NEIGHBOURS, agreement, measured
 
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
@@ -40,7 +41,7 @@ def test_agreement_counts_neighbours_that_both_have() -> None:
 def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> None:
     texts = [f"text {number} of {number % 7} things" for number in range(64)]
     encoder = Encoder(model=str(tiny), pooling="mean", precision=configured, passage_max_length=32)
-    found = measured(encoder, str(tiny), texts, 1)
+    found = measured(encoder, str(tiny), texts, DEFAULT)
     assert [(one.settings["precision"], one.configured) for one in found] == [
         (configured, True),
         ("bfloat16" if configured == "float32" else "float32", False),
@@ -52,7 +53,7 @@ def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> Non
 
 def test_what_it_cannot_do_is_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", frozenset)
-    found = measured(Encoder(model=str(tiny), pooling="mean"), str(tiny), ["one text", "another"], 1)
+    found = measured(Encoder(model=str(tiny), pooling="mean"), str(tiny), ["one text", "another"], DEFAULT)
     assert [one.settings for one in found] == [{"precision": "float32"}]
     assert found[0].agreement is None
 

@@ -14,6 +14,7 @@ def run(
     first = next(tasks, None)
     if first is None:
         return
+    context = context.on(context.devices()[0])
     with stage.open(context) as shared:
         task: Task | None = first
         while task is not None:

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Context, Stage, Task
 from negpipe.errors import TaskFailedError, error_of
@@ -54,10 +55,11 @@ _FRAME = re.compile(r'File "(?:.*/)?([^"/]+)", line (\d+) in (.+)')
 
 @dataclass
 class _Worker:
-    """A process, what it works on, and for how long it has said nothing."""
+    """A process, its device, what it works on, and for how long it has said nothing."""
 
     process: subprocess.Popen[bytes]
     log: Path
+    device: str
     task: Task | None = None
     listening: bool = False
     silent: float = 0.0
@@ -114,10 +116,18 @@ def run(
         NegpipeError: what a task raised, or TaskFailedError for a worker that died too often.
     """
     crew = _Crew(stage, tasks, context, progress)
+    workers, names = context.workers, context.devices()
+    if workers < len(names):
+        logger.warning(
+            "%s: %d of %d devices are used, a worker each (executor.workers, resources.cpus)",
+            stage.name,
+            workers,
+            len(names),
+        )
     try:
-        for _ in range(context.workers):
+        for number in range(workers):
             if task := next(tasks, None):
-                crew.start(task)
+                crew.start(task, names[number % len(names)])
         looked = time.monotonic()
         while any(worker.task for worker in crew.workers):
             with suppress(queue.Empty):
@@ -141,8 +151,8 @@ class _Crew:
     workers: list[_Worker] = field(default_factory=list)
     attempts: Counter[str] = field(default_factory=Counter)
 
-    def start(self, task: Task) -> None:
-        worker = _start(self.stage, self.context, len(self.workers), self.lines)
+    def start(self, task: Task, device: str) -> None:
+        worker = _start(self.stage, self.context.on(device), len(self.workers), self.lines)
         self.workers.append(worker)
         worker.give(task)
 
@@ -154,7 +164,7 @@ class _Crew:
         if self.attempts[task.key] > RETRIES:
             raise TaskFailedError(_obituary(self.stage, task, worker, cause))
         logger.warning("%s died by %s; its task is tried again", _of(self.stage, task, worker), cause)
-        self.start(task)
+        self.start(task, worker.device)
 
     def hear(self, worker: _Worker, line: bytes) -> None:
         """Take a line of a worker; an empty one is its end."""
@@ -204,8 +214,8 @@ class _Crew:
 
 
 def environment(budget: Budget) -> dict[str, str]:
-    """What a worker's libraries see of the machine: so many threads, and no GPU where its tasks state none."""
-    shown = {} if budget.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    """What a worker's libraries see of the machine: so many threads, and no GPU but its own."""
+    shown = {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device)}
     return dict.fromkeys(_THREADS, str(budget.threads)) | {"PYTHONUNBUFFERED": "1"} | shown
 
 
@@ -223,7 +233,7 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
             stderr=errors,
             env=os.environ | environment(context.budget),
         )
-    worker = _Worker(process, log)
+    worker = _Worker(process, log, context.budget.device)
     for serve, arguments in ((_write, (worker,)), (_read, (worker, lines))):
         threading.Thread(target=serve, args=arguments, daemon=True).start()
     worker.send(
@@ -281,7 +291,8 @@ def _answer(line: bytes, task: Task) -> dict[str, Any] | None:
 
 
 def _of(stage: Stage, task: Task, worker: _Worker) -> str:
-    process = f"process {worker.process.pid} on {platform.node()}"
+    gpu = f" ({worker.device})" if devices.is_gpu(worker.device) else ""
+    process = f"process {worker.process.pid} on {platform.node()}{gpu}"
     return f"{stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows), {process},"
 
 

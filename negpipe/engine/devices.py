@@ -1,0 +1,118 @@
+"""Which devices a config means, whether they are there, and how a process is shown one of them.
+
+A device has the name that torch gives it where the config is read: cpu, cuda, cuda:1 … Nothing here imports torch: it
+takes seconds, and is not to meet FAISS in the process that hands out tasks. Another process is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from negpipe.config import machine
+from negpipe.config.schema import Config
+from negpipe.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+CPU = "cpu"
+_DEV = Path("/dev")
+_DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")  # files of NVIDIA's, of Jetson's, of Windows' under Linux, of AMD's
+_ASK = """
+import torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(*(torch.cuda.get_device_properties(number).total_memory for number in range(count)))
+"""
+
+
+def of_encoder(config: Config) -> tuple[str, ...]:
+    """Those that the model runs on, one for each worker.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    encoder = config.encoder
+    if encoder.backend == "precomputed":
+        return (CPU,)
+    if encoder.devices:
+        return _there(encoder.devices, "encoder.devices")
+    if encoder.device:
+        return _there([encoder.device], "encoder.device")
+    return tuple(f"cuda:{number}" for number in range(len(gpus()))) or (CPU,)
+
+
+def of_search(config: Config) -> tuple[str, ...]:
+    """The one that multiplies while a search looks for candidates. Without `search.device`, it need not be there.
+
+    Raises:
+        ConfigError: `search.device` is not there.
+    """
+    if config.search.device:
+        return _there([config.search.device], "search.device")
+    named = next(iter(config.encoder.devices), config.encoder.device)
+    name = named or ("cuda:0" if _driver() else CPU)
+    return (name if is_gpu(name) else CPU,)
+
+
+@functools.cache
+def gpus() -> tuple[int, ...]:
+    """Bytes of memory of each GPU that torch sees."""
+    if not _driver():
+        return ()
+    asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        logger.warning("torch does not say which GPUs there are, none is used: %s", asked.stderr.strip()[-300:])
+        return ()
+    return tuple(map(int, asked.stdout.split()))
+
+
+def memory(name: str) -> int:
+    """Bytes of memory of a device that is there."""
+    return gpus()[_number(name)] if is_gpu(name) else machine.memory()
+
+
+def is_gpu(name: str) -> bool:
+    """Whether torch reaches it by CUDA, under which it has AMD's GPUs too."""
+    return name.startswith("cuda")
+
+
+def same(name: str) -> str:
+    """One name for a device that has several: cpu:1 is cpu, cuda is cuda:0."""
+    return f"cuda:{_number(name)}" if is_gpu(name) else CPU if name.startswith(CPU) else name
+
+
+def visible(name: str) -> str:
+    """What CUDA_VISIBLE_DEVICES is to be for a process that may use this device alone."""
+    if not is_gpu(name):
+        return ""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(_number(name)) if ours is None else ours.split(",")[_number(name)].strip()
+
+
+def own(name: str) -> str:
+    """What torch calls a device in this process: a GPU that is shown alone is cuda:0, whatever its name elsewhere."""
+    alone = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+    return "cuda:0" if is_gpu(name) and alone else same(name)
+
+
+def _there(names: Sequence[str], setting: str) -> tuple[str, ...]:
+    for name in names:
+        if is_gpu(name) and _number(name) >= len(gpus()):
+            raise ConfigError(
+                f"{setting}: '{name}' is not there, torch sees {len(gpus())} GPUs: name others, or set it to cpu"
+            )
+    return tuple(names)
+
+
+def _number(name: str) -> int:
+    return int(name.partition(":")[2] or 0)
+
+
+def _driver() -> bool:
+    """Whether there is a sign of a GPU, which spares others the question."""
+    return any(next(_DEV.glob(pattern), None) for pattern in _DRIVERS)
