@@ -12,7 +12,12 @@ minutes, through `negpipe index` and `negpipe search`, in processes of its own; 
 memory is that of the whole process.
 
 Exact search in float32, as on a processor without matrix units, is what the others are compared with, and they run in
-float32 too; `--kinds` with a + in front run as this processor does it best.
+float32 too; `--kinds` with a + in front run as this processor does it best, those with @cuda behind multiply on a GPU:
+
+    python scripts/bench_search.py --documents 1000000 --anchors 10000 --kinds "+stream;stream@cuda;faiss@cuda"
+
+and so with 10000000 documents and 100000 anchors. faiss@cuda is FAISS's own flat index on that GPU, in float32, by the
+Python that --faiss names, which has faiss-gpu. Exact kinds say whether they made the bytes of the first of them.
 """
 
 from __future__ import annotations
@@ -188,18 +193,33 @@ main()
 """
 
 
+FAISS = """
+import sys, time
+import faiss, numpy
+
+rows, anchors = (numpy.load(f"{sys.argv[1]}/{name}.npy").astype("float32") for name in ("corpus", "anchors"))
+started = time.perf_counter()
+index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rows.shape[1])
+for low in range(0, len(rows), 2**20):
+    index.add(rows[low : low + 2**20])
+index.search(anchors, 211)
+print(time.perf_counter() - started)
+"""
+
+
 def measure(config: Path, kind: str) -> dict[str, Any]:
     """Seconds of building and of searching, recall, peak memory of the search."""
     program = ["-m", "negpipe"] if kind.startswith("+") else ["-c", FLOAT32]
+    name, _, device = kind.removeprefix("+").partition("@")
     run_dir = config.parent / "run"
     for stage in ("index", "search", "triplets"):
         books = run_dir / ".negpipe" / stage
         for path in [*books.glob("*.json"), *(run_dir / stage).glob("*")]:
             path.unlink()
     peaks = {}
-    exact = kind.removeprefix("+") == "stream"
+    exact = name == "stream"
     for stage in ("ingest", "encode", "index", "search", *(() if exact else ("triplets",))):
-        settings = [f"index.kind={kind.removeprefix('+')}", "executor.kind=inline"]
+        settings = [f"index.kind={name}", "executor.kind=inline", f"search.device={device or 'cpu'}"]
         command = [sys.executable, *program, stage, str(config), *(f"--set={setting}" for setting in settings)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         _, status, usage = os.wait4(process.pid, 0)
@@ -219,6 +239,7 @@ def measure(config: Path, kind: str) -> dict[str, Any]:
         "stats": index["stats"] | ({} if exact else manifest("triplets")["stats"]),
         "seconds": seconds,
         "peak": peaks["search"],
+        "digests": [file["digest"] for part in search["parts"] for file in part["files"]] if exact else None,
     }
 
 
@@ -229,6 +250,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=10_000)
     parser.add_argument("--kinds", default=KINDS, help="separated by ; (%(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-search"))
+    parser.add_argument("--faiss", default=sys.executable, help="Python with faiss-gpu (%(default)s)")
     options = parser.parse_args()
     # In a process of its own: what this one holds would count as memory of those it starts.
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -239,8 +261,13 @@ def main() -> None:
     print(f"{'kind':20} {'train':>7} {'fill':>7} {'tune':>7} {'search':>8} {'of exact':>9} {'built too':>9}"
           f" {'recall':>7} {'window':>7} {'peak MiB':>8}  effort")  # fmt: skip
     exact: list[float] = []
+    digests: list[str] = []
     for kind in options.kinds.split(";"):
         started = time.time()
+        if kind == "faiss@cuda":
+            took = subprocess.check_output([options.faiss, "-c", FAISS, str(config.parent)], text=True)
+            print(f"{kind:20} {float(took):41.2f}", flush=True)
+            continue
         made = measure(config, kind)
         seconds, stats = made["seconds"], made["stats"]
         built = sum(seconds.get(name, 0.0) for name in ("trained", "shard", "tuned"))
@@ -249,7 +276,10 @@ def main() -> None:
         base = float(np.mean(exact)) if exact else float("nan")
         window = stats.get("recall_window", {}).get("recall", 1.0)
         effort = f"nprobe {stats['nprobe']}, proposed {stats['proposed']}" if "nprobe" in stats else "exact"
-        name = "+" * kind.startswith("+") + made["kind"]
+        if made["digests"]:
+            digests = digests or made["digests"]
+            effort += ", the same bytes" if made["digests"] == digests else ", OTHER BYTES"
+        name = "+" * kind.startswith("+") + made["kind"] + kind[len(kind.partition("@")[0]) :]
         print(
             f"{name:20} {seconds.get('trained', 0):7.1f} {seconds.get('shard', 0):7.1f}"
             f" {seconds.get('tuned', 0):7.1f} {seconds['search']:8.2f} {base / seconds['search']:8.2f}x"

@@ -131,8 +131,9 @@ def search_exact(
         raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
-    numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension)
+    numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension, budget)
     count, block_rows, _ = layout(len(anchors), vectors.rows, vectors.dimension, depth, budget)
+    block_rows = min(block_rows, numbers.rows(len(anchors), vectors.dimension))
     buffers = [np.empty((block_rows, vectors.dimension), np.float32) for _ in range(2)]
     last = vectors.rows if candidates is None else candidates
     tiles = [_Tile(part, depth, numbers) for part in np.array_split(anchors, count)] if count else []
@@ -272,8 +273,8 @@ class _Tile:
         """Let the rows whose scores may reach `cut` compete for the chosen anchors."""
         anchors = self._numbers.take(self._operand, chosen)
         floor = floors(self._numbers, cut, anchors, block.longest, block.error)
-        for start in range(0, len(block.vectors), STRIP):
-            strip = slice(start, start + STRIP)
+        for start in range(0, len(block.vectors), self._numbers.strip):
+            strip = slice(start, start + self._numbers.strip)
             for anchor_of, row_of in products.reaching(floor, anchors, block.operand[strip]):
                 pairs = chosen[anchor_of]
                 for few in self.best.pieces(len(row_of)):

@@ -211,7 +211,7 @@ def search_lists(
 
     def search(group: Floats, budget: Budget, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         probed = lists.nearest(group, nprobe, budget)
-        numbers = arithmetic(float(len(group)) * lists.rows * group.shape[1] * nprobe / len(lists.centroids))
+        numbers = arithmetic(float(len(group)) * lists.rows * group.shape[1] * nprobe / len(lists.centroids), budget)
         guess = _guess(group, lists, depth, numbers, threads)
         best = _scan(group, lists, depth, probed, guess, numbers, threads, progress)
         # A guess is no bound: where what it let pass does not prove it, every row competes.
@@ -277,8 +277,8 @@ def _scan(
             kept = Best(len(here), depth)
             some, reached = numbers.take(operand, here), cut[here]
             floor = floors(numbers, reached, some, longest, error) if common is None else common[here]
-            for start in range(0, len(vectors), STRIP):
-                strip = slice(start, start + STRIP)
+            for start in range(0, len(vectors), numbers.strip):
+                strip = slice(start, start + numbers.strip)
                 for anchor_of, row_of in local.products.reaching(floor, some, rows[strip]):
                     for few in kept.pieces(len(row_of)):
                         scores = pair_scores(anchors, here[anchor_of[few]], vectors[strip], row_of[few])

@@ -1,7 +1,9 @@
-"""Which pairs may reach a score: matrix products, in float32, or in bfloat16 where the processor has units for it.
+"""Which pairs may reach a score: matrix products, in float32, also on a GPU, or in bfloat16 where the processor has
+units for it.
 
 A product decides nothing, it only says which pairs are worth `pair_scores`. How far it can be from the score has a
-proven bound, larger for bfloat16: there some more pairs are scored, for products ten times as fast.
+proven bound, larger for bfloat16: there some more pairs are scored, for products ten times as fast. Products are looked
+at where they are made: of a GPU's, the pairs alone come back.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from threadpoolctl import threadpool_limits
 
 from negpipe.ann.library import one_thread
 from negpipe.ann.vectors import Floats, Ints
-from negpipe.engine import processor
+from negpipe.engine import devices, processor
+from negpipe.engine.budget import DEFAULT, Budget
+from negpipe.errors import BudgetError, ConfigError
 
 STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
 _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
 _GRAIN = 128
 _PAIRS = 2**17  # at a time, and one anchor's more: each takes more memory than its product
 _SMALL = 1e-18  # the squares of smaller numbers underflow
-_TINY = float(np.finfo(np.float32).tiny)  # more than what underflow adds to the error of multiplying two numbers
+_TINY = float(np.finfo(np.float32).tiny)  # what is smaller is not normal, and is less exact, or 0
+_MOST_ROWS = 2**14  # of one product on a GPU, which is busy with as many
+_CELL = 8  # bytes there of a product, of whether it is enough, and of looking for those that are
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,23 @@ class Operand:
 
 
 class Arithmetic(Protocol):
-    """A way to multiply."""
+    """A way to multiply, and to look at products where they are."""
 
-    dtype: type[Any]
-    """Of its products."""
+    strip: int
+    """Rows of a product."""
 
     def limited(self) -> AbstractContextManager[object]:
         """While a pool of threads multiplies, the pool is the only parallelism."""
 
     def one_thread(self) -> None:
         """What each thread of that pool calls first."""
+
+    def rows(self, anchors: int, dimension: int) -> int:
+        """How many rows a block may have, of which there are two beside the anchors.
+
+        Raises:
+            BudgetError: too few.
+        """
 
     def room(self, rows: int, dimension: int) -> Any:
         """Memory for the values of an operand."""
@@ -64,20 +77,94 @@ class Arithmetic(Protocol):
     def take(self, operand: Operand, rows: Ints) -> Operand:
         """Some rows of an operand."""
 
-    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
-        """Fill `out` (n, m) with the products of two operands' values."""
+    def scratch(self, anchors: int, rows: int) -> Any:
+        """Memory of one thread for `multiply` and `reached`."""
 
-    def order(self, products: NDArray[Any]) -> None:
-        """Change products so that they compare like the numbers they stand for: as they are, only positive ones do."""
+    def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> Any:
+        """(n, m) products of two operands."""
+
+    def greatest(self, products: Any) -> Ints:
+        """(n,) the row of each anchor's greatest product, or where all are negative, of any."""
+
+    def reached(self, products: Any, floor: NDArray[Any], scratch: Any) -> Any:
+        """(n, m) which products are at least their anchor's floor, see `floors`. Products may change."""
+
+    def pieces(self, reached: Any) -> Ints:
+        """The anchors at which pieces of about `_PAIRS` pairs begin."""
+
+    def pairs(self, reached: Any) -> tuple[Ints, Ints]:
+        """Anchor and row of what is reached, by anchor and row."""
+
+    def table(self, anchors: int, rows: int) -> Any:
+        """Memory for products that stay."""
+
+    def nth(self, table: Any, number: int) -> Floats:
+        """(n,) of each anchor's products in ascending order, the one at this place. The table may change."""
 
     def ordered(self, numbers: Floats) -> NDArray[Any]:
-        """Numbers, rounded as products are, in order."""
+        """Numbers, rounded as products are, for `reached` to compare with."""
 
-    def numbers(self, ordered: NDArray[Any]) -> Floats:
+
+class _OnCores:
+    """Products in this machine's memory."""
+
+    dtype: type[Any]
+    """Of products."""
+    strip = STRIP
+
+    def rows(self, anchors: int, dimension: int) -> int:
+        return 2**32  # The task's budget has counted them.
+
+    def scratch(self, anchors: int, rows: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        return np.empty(_grains(anchors) * _grains(rows), self.dtype), np.empty(anchors * rows, np.bool_)
+
+    def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> NDArray[Any]:
+        shape = len(anchors.values), len(rows.values)
+        products: NDArray[Any] = scratch[0][: shape[0] * shape[1]].reshape(shape)
+        self._fill(anchors.values, rows.values, products)
+        return products[: len(anchors.lengths), : len(rows.lengths)]
+
+    def greatest(self, products: NDArray[Any]) -> Ints:
+        rows: Ints = products.argmax(axis=1)
+        return rows
+
+    def reached(self, products: NDArray[Any], floor: NDArray[Any], scratch: Any) -> NDArray[np.bool_]:
+        if floor.min(initial=1) <= 0:
+            self._order(products)
+        reached: NDArray[np.bool_] = scratch[1][: products.size].reshape(products.shape)
+        np.greater_equal(products, floor[:, None], out=reached)
+        return reached
+
+    def pieces(self, reached: NDArray[np.bool_]) -> Ints:
+        few = np.count_nonzero(reached) <= _PAIRS
+        return np.zeros(1, np.int64) if few else _pieces(np.count_nonzero(reached, axis=1))
+
+    def pairs(self, reached: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        at = np.flatnonzero(reached)
+        anchor_of = at // reached.shape[1]
+        return anchor_of, at - anchor_of * reached.shape[1]
+
+    def table(self, anchors: int, rows: int) -> NDArray[Any]:
+        return np.empty((anchors, rows), self.dtype)
+
+    def nth(self, table: NDArray[Any], number: int) -> Floats:
+        self._order(table)
+        table.partition(number, axis=1)
+        return self._numbers(table[:, number].copy())  # a view would keep the table
+
+    def _fill(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        """Fill `out` (n, m) with the products of two operands' values."""
+        raise NotImplementedError
+
+    def _order(self, products: NDArray[Any]) -> None:
+        """Change products so that they compare like the numbers they stand for: as they are, only positive ones do."""
+
+    def _numbers(self, ordered: NDArray[Any]) -> Floats:
         """The numbers that ordered products stand for."""
+        return ordered
 
 
-class Float32:
+class Float32(_OnCores):
     """By numpy: everywhere."""
 
     dtype = np.float32
@@ -98,27 +185,15 @@ class Float32:
     def take(self, operand: Operand, rows: Ints) -> Operand:
         return Operand(operand.values[rows], operand.lengths[rows], operand.errors[rows])
 
-    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
-        np.matmul(anchors, rows.T, out=out)
-
-    def order(self, products: NDArray[Any]) -> None:
-        pass
-
     def ordered(self, numbers: Floats) -> NDArray[Any]:
         return numbers
 
-    def numbers(self, ordered: NDArray[Any]) -> Floats:
-        return ordered
+    def _fill(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        np.matmul(anchors, rows.T, out=out)
 
 
-class BFloat16:
-    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer.
-
-    Values come in multiples of `_GRAIN` rows: for every new shape of a product a program is made, which takes longer
-    than the product.
-    """
-
-    dtype = np.int16
+class _ByTorch:
+    """Threads of torch."""
 
     @contextmanager
     def limited(self) -> Iterator[None]:
@@ -132,6 +207,16 @@ class BFloat16:
     def one_thread(self) -> None:
         one_thread()
         _torch().set_num_threads(1)
+
+
+class BFloat16(_ByTorch, _OnCores):
+    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer.
+
+    Values come in multiples of `_GRAIN` rows: for every new shape of a product a program is made, which takes longer
+    than the product.
+    """
+
+    dtype = np.int16
 
     def room(self, rows: int, dimension: int) -> Any:
         return _torch().zeros((_grains(rows), dimension), dtype=_torch().bfloat16)
@@ -149,28 +234,166 @@ class BFloat16:
         values = operand.values.index_select(0, _torch().from_numpy(chosen))
         return Operand(values, operand.lengths[rows], operand.errors[rows])
 
-    def multiply(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
-        torch = _torch()
-        torch.mm(anchors, rows.T, out=torch.from_numpy(out).view(torch.bfloat16))
-
-    def order(self, products: NDArray[Any]) -> None:
-        products ^= (products >> 15) & np.int16(0x7FFF)
-
     def ordered(self, numbers: Floats) -> NDArray[Any]:
         torch = _torch()
         bits: NDArray[np.int16] = torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy()
-        self.order(bits)
+        self._order(bits)
         return bits
 
-    def numbers(self, ordered: NDArray[Any]) -> Floats:
-        bits = ordered.copy()
-        self.order(bits)
-        return (bits.astype(np.int32) << 16).view(np.float32)
+    def _fill(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
+        torch = _torch()
+        torch.mm(anchors, rows.T, out=torch.from_numpy(out).view(torch.bfloat16))
+
+    def _order(self, products: NDArray[Any]) -> None:
+        products ^= (products >> 15) & np.int16(0x7FFF)
+
+    def _numbers(self, ordered: NDArray[Any]) -> Floats:
+        self._order(ordered)
+        return (ordered.astype(np.int32) << 16).view(np.float32)
 
 
-def arithmetic(multiplications: float) -> Arithmetic:
-    """The fastest on this machine for so much work; changes no result."""
-    return BFloat16() if _matrix_units() and 2 * multiplications > _WORTH_TORCH else Float32()
+class OnDevice(_ByTorch):
+    """By torch, in float32, in the memory of a device, to which vectors are copied.
+
+    TF32, which reads eleven of a number's 24 binary digits, is switched off: so the bound is that of Float32, which
+    holds for sums in any order, by any number of units. Fewer digits would be faster, with a bound that rests on how
+    units for them add up.
+
+    Args:
+        device: as torch calls it.
+        threads: that multiply at a time.
+        memory: bytes that are free there. Half of them are for vectors, a quarter for products.
+    """
+
+    def __init__(self, device: str, threads: int, memory: int) -> None:
+        self._device, self._memory = device, memory
+        self.strip = min(max(1, memory // 4 // (threads * STRIP * _CELL * _GRAIN)) * _GRAIN, _MOST_ROWS)
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        products = _torch().backends.cuda.matmul
+        before, products.fp32_precision = products.fp32_precision, "ieee"
+        try:
+            with super().limited():
+                yield
+        finally:
+            products.fp32_precision = before
+
+    def rows(self, anchors: int, dimension: int) -> int:
+        row = 4 * dimension
+        rows = (self._memory // 2 - anchors * row) // (2 * row)
+        if rows < STRIP:
+            raise self._refused(f"{anchors:,} anchors of {dimension:,} numbers", "data.part_rows")
+        return rows
+
+    def room(self, rows: int, dimension: int) -> Any:
+        return self._empty(rows, dimension)
+
+    def operand(self, vectors: Floats, room: Any = None) -> Operand:
+        values = self._empty(*vectors.shape) if room is None else room[: len(vectors)]
+        values.copy_(_torch().from_numpy(vectors))
+        # Numbers that are not normal may be taken for 0.
+        return Operand(values, _lengths(vectors), np.full(len(vectors), np.sqrt(vectors.shape[1]) * _TINY))
+
+    def take(self, operand: Operand, rows: Ints) -> Operand:
+        with self._memory_for("vectors"):
+            values = operand.values.index_select(0, self._copied(rows))
+        return Operand(values, operand.lengths[rows], operand.errors[rows])
+
+    def scratch(self, anchors: int, rows: int) -> None:
+        pass  # torch keeps memory that is given back, for the next product.
+
+    def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> Any:
+        with self._memory_for("products"):
+            return _torch().mm(anchors.values, rows.values.T)
+
+    def greatest(self, products: Any) -> Ints:
+        return _fetched(products.argmax(1))
+
+    def reached(self, products: Any, floor: NDArray[Any], scratch: Any) -> Any:
+        with self._memory_for("products"):
+            return products >= self._copied(floor)[:, None]
+
+    def pieces(self, reached: Any) -> Ints:
+        counts = _fetched(reached.sum(1))
+        return _pieces(counts) if counts.any() else counts[:0]
+
+    def pairs(self, reached: Any) -> tuple[Ints, Ints]:
+        with self._memory_for("pairs"):
+            anchor_of, row_of = _fetched(reached.nonzero().T.contiguous())
+        return anchor_of, row_of
+
+    def table(self, anchors: int, rows: int) -> Any:
+        return self._empty(anchors, rows)
+
+    def nth(self, table: Any, number: int) -> Floats:
+        with self._memory_for("products"):
+            return _fetched(table.kthvalue(number + 1, dim=1).values)
+
+    def ordered(self, numbers: Floats) -> NDArray[Any]:
+        return numbers
+
+    def check(self) -> None:
+        """See that products keep to their bound: what switches TF32 on may be out of reach.
+
+        Sums of few numbers tell best, as errors do not balance.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        vectors = np.random.default_rng(0).standard_normal((STRIP, 64), np.float32)
+        operand = self.operand(vectors)
+        with self.limited():
+            products = _fetched(self.multiply(operand, operand, None))
+        off = np.abs(products - vectors.astype(np.float64) @ vectors.astype(np.float64).T)
+        if not (off <= apart(operand, operand.lengths.max(), operand.errors.max())[:, None]).all():
+            raise ConfigError(
+                f"{self._device} multiplies less exactly than in float32, by up to {off.max():.2g}. Something may force"
+                " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset that, or set"
+                " search.device: cpu"
+            )
+
+    def _empty(self, *shape: int) -> Any:
+        with self._memory_for("vectors"):
+            return _torch().empty(shape, device=self._device)
+
+    def _copied(self, array: NDArray[Any]) -> Any:
+        return _torch().from_numpy(array).to(self._device)
+
+    @contextmanager
+    def _memory_for(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _torch().OutOfMemoryError:
+            raise self._refused(f"more {what}", "executor.workers, resources.cpus or data.part_rows") from None
+
+    def _refused(self, what: str, setting: str) -> BudgetError:
+        remedy = f"lower {setting}, or set search.device: cpu"
+        there = self._memory
+        return BudgetError(
+            f"{self._device} has no memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
+            there=there,
+            remedy=remedy,
+        )
+
+
+def arithmetic(multiplications: float, budget: Budget = DEFAULT) -> Arithmetic:
+    """The fastest that a task may use for so much work; changes no result."""
+    if 2 * multiplications <= _WORTH_TORCH:
+        return Float32()
+    return _on_gpu(budget) or (BFloat16() if _matrix_units() else Float32())
+
+
+def _on_gpu(budget: Budget) -> OnDevice | None:
+    """On the GPU that is granted; None where there is none, as it was only looked for."""
+    if not devices.is_gpu(budget.device):
+        return None
+    cuda, device = _torch().cuda, _torch().device(devices.own(budget.device))
+    if not cuda.is_available() or device.index >= cuda.device_count():
+        return None
+    numbers = OnDevice(str(device), budget.threads, cuda.mem_get_info(device)[0])
+    numbers.check()
+    return numbers
 
 
 def rate(multiplications: float, dimension: int) -> float:
@@ -215,10 +438,9 @@ def _torch() -> Any:
 class Products:
     """Products of up to `anchors` anchors with up to `rows` rows. Has memory of its own: for one thread."""
 
-    def __init__(self, arithmetic: Arithmetic, anchors: int, rows: int = STRIP) -> None:
+    def __init__(self, arithmetic: Arithmetic, anchors: int, rows: int = 0) -> None:
         self._arithmetic = arithmetic
-        self._products = np.empty(_grains(anchors) * _grains(rows), arithmetic.dtype)
-        self._reached = np.empty(anchors * rows, np.bool_)
+        self._scratch = arithmetic.scratch(anchors, rows or arithmetic.strip)
 
     def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> Iterator[tuple[Ints, Ints]]:
         """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row, in pieces.
@@ -237,23 +459,15 @@ class Products:
             score: (n,) scores of the anchors with the (n,) rows it is given.
         """
         products = self._multiply(anchors, rows)
-        scores = score(products.argmax(axis=1))  # of bits that are not in order: of some row, where all are negative
+        scores = score(self._arithmetic.greatest(products))
         longest, error = rows.lengths.max(initial=0.0), rows.errors.max(initial=0.0)
         return self._at_least(floors(self._arithmetic, scores, anchors, longest, error), products)
 
-    def _at_least(self, floor: NDArray[Any], products: NDArray[Any]) -> Iterator[tuple[Ints, Ints]]:
-        if floor.min(initial=1) <= 0:
-            self._arithmetic.order(products)
-        reached = self._reached[: products.size].reshape(products.shape)
-        np.greater_equal(products, floor[:, None], out=reached)
-        cuts = np.zeros(1, np.int64)
-        if np.count_nonzero(reached) > _PAIRS:
-            until = np.cumsum(np.count_nonzero(reached, axis=1))
-            cuts = np.flatnonzero(np.diff(until // _PAIRS, prepend=-1))
-        for low, high in pairwise([*cuts.tolist(), len(reached)]):
-            at = np.flatnonzero(reached[low:high])
-            anchor_of = at // products.shape[1]
-            yield low + anchor_of, at - anchor_of * products.shape[1]
+    def _at_least(self, floor: NDArray[Any], products: Any) -> Iterator[tuple[Ints, Ints]]:
+        reached = self._arithmetic.reached(products, floor, self._scratch)
+        for low, high in pairwise([*self._arithmetic.pieces(reached).tolist(), len(reached)]):
+            anchor_of, row_of = self._arithmetic.pairs(reached[low:high])
+            yield low + anchor_of, row_of
 
     def guess(self, anchors: Operand, sample: Operand, depth: int, rows: int) -> Floats:
         """(n,): a number that, going by a random sample of `rows` rows, somewhat more than `depth` of them reach.
@@ -265,38 +479,51 @@ class Products:
         rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))  # its standard deviation is a square root
         if rank > count // 2:
             return np.full(len(anchors.lengths), -np.inf, np.float32)
-        table = np.empty((len(anchors.lengths), count), self._arithmetic.dtype)
-        for low in range(0, count, STRIP):
-            table[:, low : low + STRIP] = self._multiply(anchors, sample[low : low + STRIP])
-        self._arithmetic.order(table)
-        table.partition(count - rank, axis=1)
-        return self._arithmetic.numbers(table[:, count - rank].copy())  # a view would keep the table
+        table, strip = self._arithmetic.table(len(anchors.lengths), count), self._arithmetic.strip
+        for low in range(0, count, strip):
+            table[:, low : low + strip] = self._multiply(anchors, sample[low : low + strip])
+        return self._arithmetic.nth(table, count - rank)
 
-    def _multiply(self, anchors: Operand, rows: Operand) -> NDArray[Any]:
-        shape = len(anchors.values), len(rows.values)
-        products = self._products[: shape[0] * shape[1]].reshape(shape)
-        self._arithmetic.multiply(anchors.values, rows.values, products)
-        return products[: len(anchors.lengths), : len(rows.lengths)]
+    def _multiply(self, anchors: Operand, rows: Operand) -> Any:
+        return self._arithmetic.multiply(anchors, rows, self._scratch)
 
 
 def floors(arithmetic: Arithmetic, scores: Floats, anchors: Operand, longest: float, error: float) -> NDArray[Any]:
     """(n,): a pair whose score is at least `scores` has a product that is at least this.
 
-    Of rows no longer than `longest` and no farther than `error` from what is multiplied. Float32 inner products summed
-    in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about d * 2**-24 (Higham, Accuracy and
-    Stability of Numerical Algorithms, 2002, section 3.1; 8 covers the "about"); rounding the vectors adds what Cauchy
-    and Schwarz allow; rounding a product takes it past no number that is rounded in the same way.
+    Of rows no longer than `longest` and no farther than `error` from what is multiplied. Rounding a product takes it
+    past no number that is rounded in the same way.
+    """
+    below: Floats = np.nextafter((scores - apart(anchors, longest, error)).astype(np.float32), np.float32(-np.inf))
+    return arithmetic.ordered(below)
+
+
+def apart(anchors: Operand, longest: float, error: float) -> NDArray[np.float64]:
+    """(n,): how far a pair's product, before it is rounded, can be from its score, see `floors`.
+
+    Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about d *
+    2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; 8 covers the "about"), and by
+    what underflow takes: of each of d products and d sums less than the smallest normal number, even where it becomes
+    0. Vectors that are not multiplied as they are add what Cauchy and Schwarz allow.
     """
     dimension = anchors.values.shape[1]
     lengths = anchors.lengths + anchors.errors
-    summing = (dimension + 8) * 2.0**-23 * lengths * (longest + error) + dimension * _TINY
-    apart = anchors.errors * longest + lengths * error + summing
-    below: Floats = np.nextafter((scores - apart).astype(np.float32), np.float32(-np.inf))
-    return arithmetic.ordered(below)
+    summing = (dimension + 8) * 2.0**-23 * lengths * (longest + error) + 2 * dimension * _TINY
+    bound: NDArray[np.float64] = anchors.errors * longest + lengths * error + summing
+    return bound
 
 
 def _grains(rows: int) -> int:
     return -(-rows // _GRAIN) * _GRAIN
+
+
+def _pieces(counts: Ints) -> Ints:
+    return np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS, prepend=-1))
+
+
+def _fetched(values: Any) -> NDArray[Any]:
+    array: NDArray[Any] = values.cpu().numpy()
+    return array
 
 
 def _lengths(vectors: Floats) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stand_ins import on_device
 
 from negpipe import ann
 from negpipe.ann.products import BFloat16, Float32
@@ -63,10 +64,10 @@ def make(rng: np.random.Generator, rows: int, dimension: int, distinct: int | No
     return made if distinct is None else made[rng.integers(0, distinct, rows)]
 
 
-@pytest.fixture(params=[Float32, BFloat16], autouse=True)
+@pytest.fixture(params=[Float32, BFloat16, on_device], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both, whatever this machine would choose."""
-    monkeypatch.setattr(ann.exact, "arithmetic", lambda multiplications: request.param())
+    """All of them, whatever this machine would choose."""
+    monkeypatch.setattr(ann.exact, "arithmetic", lambda *about: request.param())
 
 
 @settings(max_examples=35, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -315,7 +316,7 @@ from negpipe.ann.products import BFloat16
 from negpipe.ann.vectors import Held
 from negpipe.engine.budget import Budget
 
-exact.arithmetic = lambda multiplications: BFloat16()
+exact.arithmetic = lambda *about: BFloat16()
 vectors = numpy.random.default_rng(0).standard_normal((500, 8), numpy.float32)
 nothing = numpy.empty(0, numpy.int64)
 ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), budget=Budget(2**30, 2))

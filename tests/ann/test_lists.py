@@ -11,6 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from stand_ins import on_device
 
 from negpipe import ann
 from negpipe.ann import clusters, coded, factory
@@ -27,11 +28,11 @@ ROOMY = 2**31
 DIMENSION = 24
 
 
-@pytest.fixture(params=[Float32, BFloat16], autouse=True)
+@pytest.fixture(params=[Float32, BFloat16, on_device], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Both, whatever this machine would choose."""
+    """All of them, whatever this machine would choose."""
     for module in (listed, clusters, factory):
-        monkeypatch.setattr(module, "arithmetic", lambda multiplications: request.param())
+        monkeypatch.setattr(module, "arithmetic", lambda *about: request.param())
     return request.param
 
 

@@ -65,7 +65,7 @@ def test_one_thread_is_one_thread(
     tmp_path: Path, made: Callable[[Path], Callable[[], object]], numbers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exact, lists, clusters, factory):
-        monkeypatch.setattr(module, "arithmetic", lambda multiplications: numbers())
+        monkeypatch.setattr(module, "arithmetic", lambda *about: numbers())
     np.save(tmp_path / "rows.npy", draw(30_000, 0))
     work = made(tmp_path)
     work()
