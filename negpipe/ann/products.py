@@ -348,7 +348,7 @@ class OnDevice(_ByTorch):
         off = np.abs(products - vectors.astype(np.float64) @ vectors.astype(np.float64).T)
         if not (off <= apart(operand, operand.lengths.max(), operand.errors.max())[:, None]).all():
             raise ConfigError(
-                f"{self._device} multiplies less exactly than in float32, by up to {off.max():.2g}. Something may force"
+                f"search.device multiplies less exactly than in float32, by up to {off.max():.2g}. Something may force"
                 " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset that, or set"
                 " search.device: cpu"
             )
@@ -371,7 +371,7 @@ class OnDevice(_ByTorch):
         remedy = f"lower {setting}, or set search.device: cpu"
         there = self._memory
         return BudgetError(
-            f"{self._device} has no memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
+            f"search.device has no memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
             there=there,
             remedy=remedy,
         )
@@ -391,7 +391,8 @@ def _on_gpu(budget: Budget) -> OnDevice | None:
     cuda, device = _torch().cuda, _torch().device(devices.own(budget.device))
     if not cuda.is_available() or device.index >= cuda.device_count():
         return None
-    numbers = OnDevice(str(device), budget.threads, cuda.mem_get_info(device)[0])
+    held = cuda.memory_reserved(device) - cuda.memory_allocated(device)  # by torch, from an earlier search
+    numbers = OnDevice(str(device), budget.threads, cuda.mem_get_info(device)[0] + held)
     numbers.check()
     return numbers
 

@@ -87,11 +87,11 @@ def same(name: str) -> str:
 
 
 def visible(name: str) -> str:
-    """What CUDA_VISIBLE_DEVICES is to be for a process that may use this device alone."""
+    """What CUDA_VISIBLE_DEVICES is for a process that may use this device alone; empty where it is not there."""
     if not is_gpu(name):
         return ""
-    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return str(_number(name)) if ours is None else ours.split(",")[_number(name)].strip()
+    number, ours = _number(name), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(number) if ours is None else "".join(ours.split(",")[number : number + 1]).strip()
 
 
 def own(name: str) -> str:

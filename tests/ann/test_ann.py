@@ -308,30 +308,6 @@ def test_vectors_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
         ann.search_exact(anchors, vectors, 3, positives=NO_PAIRS, budget=Budget(ROOMY, 1))
 
 
-THREADS = """
-import numpy, torch
-from negpipe import ann
-from negpipe.ann import exact
-from negpipe.ann.products import BFloat16
-from negpipe.ann.vectors import Held
-from negpipe.engine.budget import Budget
-
-exact.arithmetic = lambda *about: BFloat16()
-vectors = numpy.random.default_rng(0).standard_normal((500, 8), numpy.float32)
-nothing = numpy.empty(0, numpy.int64)
-ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), budget=Budget(2**30, 2))
-print(torch.get_num_threads())
-"""
-
-
-def test_a_search_leaves_torch_its_threads() -> None:
-    said = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        for program in ("import torch; print(torch.get_num_threads())", THREADS)
-    ]
-    assert said[0] == said[1]
-
-
 def test_too_little_memory_names_the_setting(corpus: np.ndarray, tmp_path: Path) -> None:
     vectors = save_parts(tmp_path, corpus, 5_000)
     with pytest.raises(ConfigError, match=r"resources\.memory_budget"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ def test_what_does_not_fit_the_device_is_refused_with_a_remedy(monkeypatch: pyte
 
     anchors, rows = draw(64, 256, 1), draw(2_000, 256, 2)
     with pytest.raises(
-        BudgetError, match=r"cpu has no memory for 64 anchors of 256 numbers, 1 MiB were free: .*search"
+        BudgetError, match=r"search\.device has no memory for 64 anchors of 256 numbers, 1 MiB were free: .*search"
     ):
         search(OnDevice("cpu", 1, 2**20), anchors, rows, monkeypatch)
 
@@ -219,7 +221,9 @@ def test_a_device_that_multiplies_with_fewer_digits_is_refused(digits: int) -> N
     on_device().check()
     coarse = Coarse("cpu", 1, 2**28)
     coarse.digits = digits
-    with pytest.raises(ConfigError, match=r"cpu multiplies less exactly than in float32.*search\.device: cpu"):
+    with pytest.raises(
+        ConfigError, match=r"search\.device multiplies less exactly than in float32.*search\.device: cpu"
+    ):
         coarse.check()
 
 
@@ -234,6 +238,8 @@ def test_a_gpu_multiplies_where_it_is_granted_there_and_worth_it(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30 * (1 + device.index), 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(OnDevice, "check", check)
     monkeypatch.setattr(products, "_matrix_units", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -242,7 +248,7 @@ def test_a_gpu_multiplies_where_it_is_granted_there_and_worth_it(monkeypatch: py
         return products.arithmetic(multiplications, Budget(2**30, 4, device))
 
     made = chosen("cuda:1")
-    assert (made._device, made._memory, checked) == ("cuda:1", 2**31, [made])
+    assert (made._device, made._memory, checked) == ("cuda:1", 2**31 + 200, [made])
     assert chosen("cuda")._device == "cuda:0"
     for numbers in (chosen("cuda:2"), chosen("cpu"), chosen("cuda:1", 1e11), products.arithmetic(1e13)):
         assert isinstance(numbers, Float32)
@@ -289,3 +295,28 @@ def test_a_run_makes_the_same_files_with_the_stand_in(
         run.forget(stage)
     assert run.mine("search.device=cpu").ran == ("search", "triplets")
     assert used and run.content() == undisturbed.content()
+
+
+THREADS = """
+import numpy, torch
+from negpipe import ann
+from negpipe.ann import exact
+from negpipe.ann.products import BFloat16, OnDevice
+from negpipe.ann.vectors import Held
+from negpipe.engine.budget import Budget
+
+vectors = numpy.random.default_rng(0).standard_normal((500, 8), numpy.float32)
+nothing = numpy.empty(0, numpy.int64)
+for numbers in (BFloat16(), OnDevice("cpu", 2, 2**28)):
+    exact.arithmetic = lambda *about: numbers
+    ann.search_exact(vectors, Held(vectors), 5, positives=(nothing, nothing), budget=Budget(2**30, 2))
+print(torch.get_num_threads())
+"""
+
+
+def test_a_search_leaves_torch_its_threads() -> None:
+    said = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for program in ("import torch; print(torch.get_num_threads())", THREADS)
+    ]
+    assert said[0] == said[1]

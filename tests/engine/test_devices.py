@@ -22,6 +22,8 @@ from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.stage import Context
 from negpipe.errors import BudgetError, ConfigError
 from negpipe.stages import STAGES
+from negpipe.train import stage as train
+from negpipe.train import trainer
 
 GPUS = Path(__file__).parents[1] / "injected_gpus"
 MEMORY = 2**34
@@ -85,6 +87,15 @@ def test_without_a_gpu_there_is_one_worker_on_the_cores(tmp_path: Path, monkeypa
     for stage in STAGES.values():
         assert stage.within(context).devices() == ("cpu",)
         assert stage.within(context).workers == 1
+
+
+@pytest.mark.usefixtures("three")
+def test_training_takes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["encoder.devices=[cuda:2, cuda:0]", "train.precision=bfloat16"]
+    config = with_model(tmp_path, "model", *more)
+    assert train.STAGE.within(context_of(config, tmp_path)).devices() == ("cuda:2",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices.visible("cuda:2"))  # in its worker
+    assert trainer.begin(config, 1, "cuda:2") == "cuda:0"
 
 
 @pytest.mark.usefixtures("three")
@@ -246,6 +257,8 @@ def test_without_a_driver_nobody_is_asked(asked: Path) -> None:
         ("4, 5,7", "cuda:2", "7", "cuda:2"),
         ("GPU-8f2e,MIG-1c", "cuda:1", "MIG-1c", "cuda:1"),
         ("6", "cuda:0", "6", "cuda:0"),
+        ("6", "cuda:1", "", "cuda:0"),
+        ("", "cuda:0", "", "cuda:0"),
         ("6", "cpu:1", "", "cpu"),
         (None, "mps", "", "mps"),
     ],
