@@ -16,8 +16,8 @@ from negpipe.config import schema
 from negpipe.encoders.backends import Library
 from negpipe.encoders.cuts import OnCut, watch
 from negpipe.encoders.prompts import Kind
-from negpipe.encoders.vectors import truncated
-from negpipe.errors import InputError, TaskFailedError
+from negpipe.encoders.vectors import finished
+from negpipe.errors import TaskFailedError
 
 OnBatch = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
@@ -84,19 +84,11 @@ class Batched:
 
     def _result(self, turn: _Turn, run: Callable[[], Vectors]) -> Vectors:
         turn.begin.set()
-        vectors = truncated(run(), self._encoder.truncate_dim)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        bad = ~(np.isfinite(lengths) & (lengths > 0))
-        if bad.any():
-            offset = int(np.argmax(bad))
-            what = "zero" if lengths[offset, 0] == 0 else "not finite"
-            raise InputError(
-                f"the vector of this text is {what}",
-                row=turn.start + offset,
-                remedy="Look at the text; if others fail too, the model's weights are damaged or"
-                f" encoder.precision ({self._encoder.precision}) is too low for them",
-            )
-        return vectors / lengths if self._encoder.normalize else vectors
+        remedy = (
+            "Look at the text; if others fail too, the model's weights are damaged or"
+            f" encoder.precision ({self._encoder.precision}) is too low for them"
+        )
+        return finished(run(), self._encoder, turn.start, remedy)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         turn: _Turn = self._current.turn

@@ -1,16 +1,40 @@
-"""Vectors cut to their first numbers, as Matryoshka models are trained for."""
+"""Vectors of a model made as the config asks: cut, as Matryoshka models are trained for, checked, scaled."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.errors import ConfigError
+from negpipe.config import schema
+from negpipe.errors import ConfigError, InputError
 
 Floats = npt.NDArray[np.float32]
 
 NOT_EXACT = "made again, rows are equal within rounding, not bit for bit (encoder.cache)"
 """What is said of rows whose vectors depend on what a cache held: those of a text differ with the batch it is in."""
+
+
+def finished(vectors: Floats, encoder: schema.Encoder, first: int, remedy: str) -> Floats:
+    """(n, d) vectors of texts, cut to `encoder.truncate_dim`, of length 1 where `encoder.normalize` is set.
+
+    Args:
+        vectors: (n, w) of a model.
+        encoder: the settings.
+        first: offset of the first text, for the error.
+        remedy: what is to be done about a vector that is no vector.
+
+    Raises:
+        ConfigError: they are narrower than `encoder.truncate_dim`.
+        InputError: one is zero or not finite; `row` is its text's offset.
+    """
+    vectors = truncated(vectors, encoder.truncate_dim)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = ~(np.isfinite(lengths) & (lengths > 0))
+    if bad.any():
+        offset = int(np.argmax(bad))
+        what = "zero" if lengths[offset, 0] == 0 else "not finite"
+        raise InputError(f"the vector of this text is {what}", row=first + offset, remedy=remedy)
+    return vectors / lengths if encoder.normalize else vectors
 
 
 def truncated(vectors: Floats, truncate_dim: int | None) -> Floats:
