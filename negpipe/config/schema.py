@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from negpipe.config import machine, presets
 from negpipe.config.section import Section
+from negpipe.config.server import Server
 from negpipe.config.training import DISTILLING, EVAL_SPLIT, TAKES, Ablate, Train
 from negpipe.errors import ConfigError
 
@@ -218,6 +219,11 @@ def _cpu_or_gpu(value: str) -> str:
 
 _Device = Annotated[str, AfterValidator(_device)]
 
+_OF_RUNNING = (
+    *("revision", "model_class", "pooling", "query_prompt_name", "passage_prompt_name", "query_max_length"),
+    *("passage_max_length", "batch_size", "call_texts", "precision", "device", "devices", "trust_remote_code"),
+)  # settings of a model that runs here
+
 
 def _joins_two(form: str) -> bool:
     try:
@@ -230,10 +236,13 @@ def _joins_two(form: str) -> bool:
 class Encoder(Section):
     """The model that turns texts into vectors, or the vectors themselves."""
 
-    backend: Literal["flagembedding", "sentence-transformers", "precomputed"] = Field(
-        "flagembedding", description="Library that runs the model; precomputed: you bring the vectors."
+    backend: Literal["flagembedding", "sentence-transformers", "http", "precomputed"] = Field(
+        "flagembedding",
+        description="Library that runs the model; http: a server does. precomputed: you bring the vectors.",
     )
-    model: str | None = Field(None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER.")
+    model: str | None = Field(
+        None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER; http: what the server calls it."
+    )
     revision: str | None = Field(None, description="Hub revision of the model; null: the newest.")
     model_class: str | None = Field(
         None,
@@ -283,7 +292,7 @@ class Encoder(Section):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Dangerous.")
     corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector a corpus row.")
     anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector an anchor.")
-
+    http: Server | None = None
     cache: Path | None = Field(
         None,
         description="Folder that keeps vectors by text, for all runs that name it: a text that was encoded before, by"
@@ -295,6 +304,11 @@ class Encoder(Section):
         ge=2**20,
         description="Bytes that the folder may take, such as 10GiB; what was used longest ago makes room.",
     )
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the model runs on this machine, by a library."""
+        return self.backend in ("flagembedding", "sentence-transformers")
 
     @property
     def call_size(self) -> int:
@@ -315,6 +329,8 @@ class Encoder(Section):
             raise ValueError(f"backend '{self.backend}' needs encoder.model")
         if self.device and self.devices:
             raise ValueError("device and devices both say where the model runs: remove one")
+        if self.backend == "http" and self.http is None:
+            raise ValueError("backend 'http' needs encoder.http.url: the server's address")
         return self
 
 
@@ -730,17 +746,30 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _served(self) -> Config:
+        # With a section train they are those of train.base.
+        if self.encoder.backend == "http" and self.train is None:
+            for name in _OF_RUNNING:
+                if getattr(self.encoder, name) != Encoder.model_fields[name].default:
+                    raise ValueError(
+                        f"encoder.{name} is for a model that runs here, and with encoder.backend: http the server alone"
+                        " decides on it: leave it out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _trainable(self) -> Config:
         if self.train is None:
             return self
-        if self.encoder.backend == "precomputed":
+        if not self.encoder.runs_here:
+            have = "a server has" if self.encoder.backend == "http" else "vectors that you bring have"
             if self.train.kind == "reranker":
                 raise ValueError(
-                    "train.kind: a reranker orders what the encoder finds for held-out anchors, and vectors that you"
-                    " bring have no encoder: set encoder.backend and encoder.model"
+                    f"train.kind: a reranker orders what the encoder finds for held-out anchors, and {have} no encoder"
+                    " that runs here: set encoder.backend and encoder.model"
                 )
             if self.train.base is None:
-                raise ValueError("train.base: vectors that you bring have no model to train: name one")
+                raise ValueError(f"train.base: {have} no model to train: name one")
         if split := self.train.split:
             if split.by != "positive":
                 self.data.extra.require("corpus", split.by, f"train.split.by: '{split.by}'")

@@ -59,7 +59,7 @@ def _config(config: Config) -> Config:
     if train.base is None or train.kind == "reranker":
         return config
     changed: dict[str, Any] = {"model": train.base, "revision": None, "model_class": None, "pooling": None}
-    if encoder.backend == "precomputed":
+    if not encoder.runs_here:
         changed |= {"backend": "sentence-transformers"}
     return config.model_copy(update={"encoder": encoder.model_copy(update=changed)})
 
