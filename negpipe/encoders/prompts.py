@@ -52,6 +52,8 @@ def instruction(encoder: schema.Encoder, folder: str, kind: Kind) -> Instruction
     own: str | None = getattr(encoder, f"{kind}_instruction")
     if own is not None:
         return Instruction(own, getattr(encoder, f"{kind}_instruction_format"))
+    if not encoder.runs_here:
+        return Instruction()
     named, name = prompts(folder), getattr(encoder, f"{kind}_prompt_name")
     if name is not None and name not in named:
         raise ConfigError(f"encoder.{kind}_prompt_name: {unknown(name, named)}")

@@ -17,7 +17,7 @@ from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.tables import Rows, documents
-from negpipe.engine.stage import Context, Stage
+from negpipe.engine.stage import Context, Stage, Task
 from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
 from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sample_of
@@ -32,8 +32,8 @@ _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is s
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: parts there and to make (None: not known yet), seconds to go, what is to be said of it, and what would
-    stop it."""
+    """One stage: parts there and to make (None: not known yet), seconds to go, tokens to be sent to a server and what
+    they cost, what is to be said of it, and what would stop it."""
 
     stage: str
     state: str
@@ -41,6 +41,8 @@ class Step:
     todo: int | None = None
     seconds: float | None = None
     disk: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
     note: str = ""
     refusal: str = ""
 
@@ -160,7 +162,8 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         seconds = left / speed if speed else None
         note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
         note += ", less what the cache has" if context.config.encoder.cache else ""
-        return replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
+        step = replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
+        return _priced(step, stage.within(context), missing) if todo else step
     if stage.name == "search" and dimension:
         flops = 2.0 * rows * anchors * dimension
         share = 1.0 if todo is None else left / max(1, anchors)
@@ -174,6 +177,18 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
     if stage.name == "train":
         return replace(step, note="its first steps tell how long it takes")
     return step
+
+
+def _priced(step: Step, context: Context, missing: list[Task]) -> Step:
+    """A step with what a server is to be sent, where there is one."""
+    encoder = context.config.encoder
+    if encoder.backend != "http" or not encoder.http:
+        return step
+    tokens, price = encode.estimated_tokens(context, missing), encoder.http.price
+    note = f"{step.note}; about {tokens:,} tokens (a quarter of the bytes)"
+    if price is None:
+        return replace(step, tokens=tokens, note=note)
+    return replace(step, tokens=tokens, cost=tokens * price / 1e6, note=f"{note}, {encode.cost_of(tokens, price)}")
 
 
 def _job(context: Context, dimension: int) -> Job:
@@ -210,6 +225,8 @@ def _encoding(context: Context, probe: bool) -> _Speed:
         return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
         return _Speed(dimension=encode.brought_dimension(context))
+    if config.encoder.backend == "http":  # to time it would be to send something
+        return _Speed(dimension=config.encoder.truncate_dim or 0)
     if not probe:
         return _Speed()
     corpus = Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])

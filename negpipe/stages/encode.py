@@ -11,22 +11,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from negpipe import ann, encoders
 from negpipe.ann import auto
 from negpipe.config.schema import Config, Encoder
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
-from negpipe.encoders import prompts
+from negpipe.encoders import prompts, server
 from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
 from negpipe.engine import devices, versions
@@ -46,28 +48,29 @@ Block = tuple[npt.NDArray[np.intp], Floats]
 """Offsets of some texts in their part, and their vectors, (m, d)."""
 
 VERSION = 1
-_PROMPT_NAMES = {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
-_NOT_IDENTITY = {
-    "model",
-    "revision",
-    "device",
-    "devices",
-    "corpus_vectors",
-    "anchor_vectors",
-    "cache_size",
-    *_PROMPT_NAMES,
-}
+_NOT_IDENTITY = {"model", "revision", "device", "devices", "corpus_vectors", "anchor_vectors", "cache_size", "http"}
+_NOT_IDENTITY |= {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
 _OF_A_PART = {"encoder.batch_size", "encoder.call_texts", "encoder.storage", "encoder.cache"}  # not of a cached vector
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
+_SERVED = _PRECOMPUTED | {"model", "cache", "query_instruction", "query_instruction_format"}
+_SERVED |= {"passage_instruction", "passage_instruction_format"}
+_OF_SERVER = {"api", "answers_as"}  # not the size of requests: servers put batches together as they like
+_NEAR = 0.05  # of its length, that a vector may move: a server's kernels depend on what else is in a batch
+_READ = 64  # bytes of a number of a server's answer: its digits, a float of Python, a float32 waiting for its turn
 _COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
 _MANY = 0.1  # share of tokens lost, or of documents with the vector of another, that is warned of
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    values = config.encoder.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    if config.encoder.backend == "precomputed":
-        values = {name: value for name, value in values.items() if name in _PRECOMPUTED}
-    if config.encoder.truncate_dim is None:  # as before there was such a setting
+    encoder = config.encoder
+    if encoder.runs_here:
+        values = encoder.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    else:
+        values = encoder.model_dump(mode="json", include=_SERVED if encoder.backend == "http" else _PRECOMPUTED)
+    if encoder.backend == "http" and encoder.http:
+        known = encoder.http.model_dump(mode="json", include=_OF_SERVER, exclude_none=True)
+        values |= {f"http.{name}": value for name, value in known.items()}
+    if encoder.truncate_dim is None:  # as before there was such a setting
         del values["truncate_dim"]
     if values.pop("cache", None) is not None:
         values["cache"] = True
@@ -82,11 +85,13 @@ def _settings_of(config: Config, kind: str) -> dict[str, Any]:
 
 def _sources(context: Context) -> dict[str, str]:
     encoder = context.config.encoder
-    if encoder.backend != "precomputed":
+    if encoder.runs_here:
         model = encoders.resolve_model(encoder, context.digest_file)
         own = prompts.of_the_model(encoder, model.path)
         return {"encoder.model": model.digest} | {f"encoder.{name}": value for name, value in own.items()}
-    digests = {}
+    digests: dict[str, str] = {}
+    if encoder.backend == "http":  # the name of the model, a setting, is all that is known of it
+        return digests
     for name in ("corpus_vectors", "anchor_vectors"):
         path = Path(getattr(encoder, name))
         if not path.is_file():
@@ -97,10 +102,13 @@ def _sources(context: Context) -> dict[str, str]:
 
 def _check(context: Context) -> None:
     """The model or the vectors are there, and devices suit the model: known before the source is read. They fit, once
-    there are some."""
+    there are some. A server is sent nothing.
+    """
     _sources(context)
-    if context.config.encoder.backend != "precomputed":
+    if context.config.encoder.runs_here:
         _check_devices(context)
+    if context.config.encoder.backend == "http":
+        server.check(context.config.encoder)
     if "ingest" not in context.manifests:
         return
     if context.config.encoder.backend == "precomputed":
@@ -138,7 +146,7 @@ def _check_devices(context: Context) -> None:
 def _plan(context: Context) -> Iterator[Task]:
     if context.config.encoder.trust_remote_code:
         logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
-    if context.config.encoder.backend != "precomputed":
+    if context.config.encoder.runs_here:
         _tell_prompts(context)
     yield from _tasks(context)
 
@@ -159,6 +167,11 @@ def made_of(context: Context) -> Iterator[Part]:
     return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
 
 
+def _kind(part: Part | Task) -> encoders.Kind:
+    """As what a part's texts are encoded."""
+    return "query" if part.kind == "anchors" else "passage"
+
+
 def _tasks(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
@@ -170,12 +183,12 @@ def _tasks(context: Context) -> Iterator[Task]:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]
         else:
-            own = (f"encoder.{'query' if part.kind == 'anchors' else 'passage'}_prompt", "encoder.routes")
+            own = (f"encoder.{_kind(part)}_prompt", "encoder.routes")
             decided = [sources[name] for name in own if name in sources]
-            input_digest = [sources["encoder.model"], part.meta["texts"], *decided]
+            input_digest = [sources.get("encoder.model"), part.meta["texts"], *decided]
             if context.config.encoder.cache is not None:
                 alike = {name: value for name, value in settings.items() if name not in _OF_A_PART}
-                payload["space"] = digest(VERSION, role, alike, sources["encoder.model"], decided, made_with)
+                payload["space"] = digest(VERSION, role, alike, sources.get("encoder.model"), decided, made_with)
         yield Task(key("encode", VERSION, role, settings, input_digest), part.kind, part.rows, payload)
 
 
@@ -212,10 +225,9 @@ class _Model:
         def on_cut(texts: int, tokens: int) -> None:
             meta["cut"], meta["tokens_lost"] = meta.get("cut", 0) + texts, meta.get("tokens_lost", 0) + tokens
 
-        kind: encoders.Kind = "query" if task.kind == "anchors" else "passage"
         try:
             given = [asked[row] for row in left]
-            for vectors in self.encoder.encode(given, kind, on_batch, on_cut) if given else ():
+            for vectors in self.encoder.encode(given, _kind(task), on_batch, on_cut) if given else ():
                 rows = left[first : first + len(vectors)]
                 if self.cache:
                     self.cache.put([keys[row] for row in rows], vectors)
@@ -292,6 +304,11 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
                 remedy="Bring both from the same model",
             )
         yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
+    elif config.http and config.backend == "http":
+        with server.opened(config, max(1, config.http.concurrency // context.workers)) as served:
+            _check_same(context, served)
+            with _cache(config) as kept:
+                yield _Model(served, served.provenance, cache(partial(check_fits, context)), kept)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         budget = context.budget
@@ -309,6 +326,27 @@ def _cache(config: Encoder) -> AbstractContextManager[Cache | None]:
     return closing(Cache(config.cache, config.cache_size))
 
 
+def _check_same(context: Context, served: encoders.Encoder) -> None:
+    """Where parts are there, the server has the model that made them: the first text of one has its vector still.
+
+    Raises:
+        InputError: it has another one.
+    """
+    books = context.own
+    known = ((task, part) for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
+    for task, part in islice(known, 1):
+        table = open_table(context.store.path(task.payload["part"]))
+        before = ann.open_parts([context.path(part, "vectors")]).take(np.array([0]))[0]
+        (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), _kind(task), lambda rows, tokens: None)
+        if now.shape[1:] != before.shape or not np.linalg.norm(now[0] - before) <= _NEAR * np.linalg.norm(before):
+            raise InputError(
+                f"the server's vector of {task.kind} {table['id'][0].as_py()!r} is not the one that was stored,"
+                f" {part.file('vectors').path}: it has another model, or runs it in another way",
+                field="encoder.model",
+                remedy="Have it serve what it served before, or give the new model another name",
+            )
+
+
 def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
     config = context.config.encoder
     table = open_table(context.store.path(task.payload["part"]))
@@ -318,6 +356,12 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
         if stored is None:
             shared.check(vectors.shape[1])
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
+        if vectors.shape[1] != stored.shape[1]:
+            raise InputError(
+                f"the model gives {vectors.shape[1]} numbers, the cache had vectors of {stored.shape[1]}",
+                field="encoder.cache",
+                remedy="See which model the server has, or name another folder",
+            )
         with np.errstate(all="ignore"):
             stored[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
         here = stored[rows]
@@ -338,13 +382,13 @@ def check_fits(context: Context, dimension: int) -> None:
         ConfigError, StorageError: they do not.
     """
     config = context.config
-    block = None if config.encoder.backend == "precomputed" else config.encoder.call_size  # rows made at a time
+    block, held = _held(config.encoder)
     parts = texts(context.manifest("ingest"))
     row = dimension * np.dtype(config.encoder.storage).itemsize
 
     def needs(part: Part) -> int:
         """Its texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
-        return 2 * part.file("table").bytes + part.rows * row + 2 * min(block or part.rows, part.rows) * dimension * 4
+        return 2 * part.file("table").bytes + part.rows * row + min(block or part.rows, part.rows) * dimension * held
 
     largest = max(parts, key=needs)
     context.budget.require(
@@ -364,6 +408,15 @@ def check_fits(context: Context, dimension: int) -> None:
     }
     remedy = "set run_dir or store to a larger disk"
     context.store.check_room(needed, "vectors and what is found with them take about", remedy)
+
+
+def _held(encoder: Encoder) -> tuple[int | None, int]:
+    """Rows that are made at a time, None for all of a part, and bytes a number that they take: float32, twice."""
+    if encoder.backend == "precomputed":
+        return None, 8
+    if encoder.http and encoder.backend == "http":  # as they are sent, and as Python reads them
+        return encoder.http.concurrency * encoder.http.batch_texts, _READ
+    return encoder.call_size, 8
 
 
 def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -413,6 +466,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     cut = {side: _cut(own, length) for side, (own, length) in sides.items() if any("cut" in part.meta for part in own)}
     own = {name.removeprefix("encoder."): text for name, text in _sources(context).items() if name.endswith("_prompt")}
     known = {"prompts": own, "cut": cut, "equal": _equal(context, sides["documents"][0])}
+    known["sent"] = _told(encoder, parts, stats.get("tokens", 0))
     return stats | {name: value for name, value in known.items() if value}
 
 
@@ -424,6 +478,25 @@ def _cached(part: Part) -> int:
 def encoded(part: Part) -> int:
     """How many of its texts were given to the model."""
     return part.rows - _cached(part)
+
+
+def _told(encoder: Encoder, parts: list[Part], tokens: int) -> dict[str, Any]:
+    """What is known of a server's tokens: whether it counted them, and what they cost."""
+    if encoder.backend != "http" or not encoder.http:
+        return {}
+    estimated = any(part.provenance.get("tokens") == server.ESTIMATED for part in parts)
+    price = encoder.http.price
+    return {"tokens": tokens, "estimated": estimated, "price": price, "cost": price and tokens * price / 1e6}
+
+
+def estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
+    """Tokens that tasks would send to a server: an estimate, from the bytes of their texts."""
+    total = 0
+    for task in tasks:
+        texts = open_table(context.store.path(task.payload["part"]))["text"]
+        bytes_of = pc.binary_length(texts).to_numpy() + server.overhead(context.config.encoder, _kind(task))
+        total += int(server.estimated_tokens(bytes_of).sum())
+    return total
 
 
 def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
@@ -507,11 +580,20 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
         )
 
 
+def cost_of(tokens: int, price: float) -> str:
+    """What tokens cost, in words."""
+    return f"cost {tokens * price / 1e6:,.4g} at {price:g} a million"
+
+
 def _percent(share: float) -> str:
     return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    if sent := stats.get("sent"):
+        counted_by = "estimated, as it does not tell" if sent["estimated"] else "as it counts"
+        cost = f", {cost_of(sent['tokens'], sent['price'])}" if sent["price"] else ""
+        yield logging.INFO, f"the server read {sent['tokens']:,} tokens for these vectors, {counted_by}{cost}"
     for one in defects(stats):
         yield logging.WARNING if one.many else logging.INFO, f"{one.problem}: {one.remedy}"
     if sentence := from_cache(stats):
@@ -520,7 +602,7 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
 
 
 def _libraries(config: Config) -> tuple[str, ...]:
-    return ("numpy",) if config.encoder.backend == "precomputed" else encoders.libraries(config.encoder)
+    return encoders.libraries(config.encoder) if config.encoder.runs_here else ("numpy",)
 
 
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
@@ -546,6 +628,6 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
-    devices=devices.of_encoder,
-    place=lambda config: "worker" if config.encoder.backend == "precomputed" else "apart",
+    devices=lambda config: devices.of_encoder(config) if config.encoder.runs_here else (devices.CPU,),
+    place=lambda config: "apart" if config.encoder.runs_here else "worker",
 )

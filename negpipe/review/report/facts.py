@@ -76,10 +76,10 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
         if name.startswith("encoder.") and name not in _PROMPTS
     }
     facts |= {name.removeprefix("encoder."): manifest.inputs[name] for name in _PROMPTS if name in manifest.inputs}
-    shown = ("revision", "pooling", "query_instruction", "passage_instruction", "query_max_length")
-    facts |= {
-        name: str(getattr(own, name)) for name in (*shown, "passage_max_length") if getattr(own, name) and own.model
-    }
+    shown = ["query_instruction", "passage_instruction"]
+    if own.runs_here:
+        shown += ["revision", "pooling", "query_max_length", "passage_max_length"]
+    facts |= {name: str(getattr(own, name)) for name in shown if getattr(own, name) and own.model}
     facts["vectors"] = f"{manifest.stats['dimension']} numbers, {own.storage}"
     for side, cut in manifest.stats.get("cut", {}).items():
         facts[f"{side} cut"] = f"{cut['texts']:,} of {cut['of']:,}, {cut['lost']:.1%} of all tokens lost"
@@ -89,7 +89,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
         facts["cache"] = sentence
     ran = manifest.parts[0].provenance if manifest.parts else {}
     ran = {**ran, **ran.get("libraries", {})}
-    libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind")
+    libraries = ("FlagEmbedding", "sentence-transformers", "transformers", "torch", "device", "device_kind", "server")
     return facts | {name.replace("_", " "): str(ran[name]) for name in libraries if name in ran}
 
 

@@ -60,8 +60,10 @@ class Layout:
 
 
 def described(config: Config) -> dict[str, Any]:
-    """The settings that shape the rows, without the places on this machine where things lie."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "store", "executor", "resources"}, exclude_none=True)
+    """The settings that shape the rows, without the places where things lie, and the server that was asked."""
+    places = dict.fromkeys(("run_dir", "store", "executor", "resources"), True)
+    server = {"http": {"url", "key_env"}}
+    settings = config.model_dump(mode="json", exclude={**places, "encoder": server}, exclude_none=True)
     return {name: _placeless(value) for name, value in redacted(settings).items()}
 
 
