@@ -141,9 +141,7 @@ class Served:
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Passing),
             stop=tenacity.stop_after_attempt(1 + self._server.retries) | tenacity.stop_when_event_set(self._ended),
-            wait=_waiting(
-                tenacity.wait_exponential(_FIRST_WAIT, _MOST_WAIT) + tenacity.wait_random(0, _FIRST_WAIT),
-            ),
+            wait=_waiting(tenacity.wait_exponential(_FIRST_WAIT, _MOST_WAIT) + tenacity.wait_random(0, _FIRST_WAIT)),
             sleep=tenacity.sleep_using_event(self._ended),
             before_sleep=self._tell,
             reraise=True,

@@ -107,7 +107,6 @@ PASSING = {
     "429": Fault(429),
     "500": Fault(500),
     "503": Fault(503, {"Retry-After": "0"}),
-    "timeout": Fault(seconds=0.6),
     "no answer": Fault(drops=True),
     "cut": Fault(body=lambda body: body[: len(body) // 2]),
     "connection lost": Fault(headers={"Content-Length": "1000000"}, status=502),
@@ -124,12 +123,20 @@ PASSING = {
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", PASSING)
 def test_what_passes_is_asked_again(server: ModelServer, name: str, api: str) -> None:
-    encoder = asking(server, api, http={"timeout": 0.3, "concurrency": 1, "batch_texts": 15})
+    encoder = asking(server, api, http={"concurrency": 1, "batch_texts": 15})
     expected = asked(encoder)
     server.tried.clear()
     server.faults.extend([PASSING[name], Fault(), PASSING[name]])
     assert asked(encoder).tobytes() == expected.tobytes()
     assert len(server.tried) == 3 + 2
+
+
+def test_no_answer_in_time_is_asked_again(server: ModelServer) -> None:
+    expected = asked(asking(server), texts=TEXTS[:3])
+    server.faults.append(Fault(seconds=60))
+    encoder = asking(server, http={"timeout": 1})
+    assert asked(encoder, texts=TEXTS[:3]).tobytes() == expected.tobytes()
+    assert server.asked == [TEXTS[:3]] * 2 and len(server.tried) >= 3
 
 
 def test_two_vectors_with_one_index_are_no_answer(server: ModelServer) -> None:
