@@ -75,9 +75,8 @@ def test_mine_gives_the_rows_of_the_model_here(server: ModelServer, here: Run, t
     assert vectors(run) == vectors(here) and rows(run) == rows(here) and len(rows(run)) > 20
     assert len(server.texts) == TEXTS
     tokens = server.model.vectors(server.texts)[1]
-    cost = f"cost {tokens * 5 / 1e6:,.4g} at 5 a million"
-    said = " ".join(outcome.err.split())
-    assert f"the server read {tokens:,} tokens for these vectors, as it counts, {cost}" in said
+    said = f"the server read {tokens:,} tokens for these vectors, as it counts, cost {tokens * 5e-6:.4g} at 5 a million"
+    assert said in " ".join(outcome.err.split())
     stats = run.manifest("encode")["stats"]
     assert stats["tokens"] == tokens and stats["sent"]["cost"] == pytest.approx(tokens * 5e-6)
     again = small.run("mine", config, "--set", f"encoder.http.url={server.url}/", "--set", "encoder.http.batch_texts=3")
@@ -141,6 +140,32 @@ def test_another_model_under_the_same_name_is_found_out(server: ModelServer, tmp
     with pytest.raises(InputError, match=r"not the one that was stored.*another model"):
         run.mine()
     assert server.asked[sent:] == [server.asked[sent][:1]]
+
+
+def test_a_cache_keeps_what_was_paid_for_within_a_part(server: ModelServer, here: Run, tmp_path: Path) -> None:
+    http, cache = {"concurrency": 1, "batch_texts": 3}, str(tmp_path / "cache")
+    run = run_of(tmp_path, tree(server, query_instruction="find: ", cache=cache, http=http))
+    server.faults.extend([Fault()] * 4 + [Fault(401)])
+    with pytest.raises(ConfigError, match="401"):
+        run.mine()
+    parts = len(run.committed("encode"))
+    run.mine()
+    assert len(server.texts) - len({*server.texts}) == (parts > 0)  # what is compared
+    assert rows(run) == rows(here)
+    another = run.at(tmp_path / "another")
+    sent = len(server.texts)
+    another.mine()
+    assert len(server.texts) == sent and rows(another) == rows(here)
+
+
+def test_a_cache_of_another_dimension_is_said(server: ModelServer, tmp_path: Path) -> None:
+    run = run_of(tmp_path, tree(server, cache=str(tmp_path / "cache"), http={"batch_texts": 3, "concurrency": 1}))
+    server.faults.extend([Fault(), Fault(401)])
+    with pytest.raises(ConfigError, match="401"):
+        run.mine()
+    server.always = Fault(change=lambda vectors: [vector[:16] for vector in vectors])
+    with pytest.raises(InputError, match=r"gives 16 numbers, the cache had vectors of 32"):
+        run.mine()
 
 
 def test_a_missing_key_is_said_before_the_source_is_read(server: ModelServer, tmp_path: Path) -> None:
