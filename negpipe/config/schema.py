@@ -296,8 +296,8 @@ class Encoder(Section):
     cache: Path | None = Field(
         None,
         description="Folder that keeps vectors by text, for all runs that name it: a text that was encoded before, by"
-        " the same model in the same way, is not encoded again. Rows can then be made again within rounding only, not"
-        " bit for bit; whether it is on is part of the identity.",
+        " the same model in the same way, is not encoded again. Rows are then not reproducible bit for bit; whether it"
+        " is on is part of the identity.",
     )
     cache_size: Annotated[int, BeforeValidator(_size)] = Field(
         10 * 2**30,

@@ -10,8 +10,11 @@ from negpipe.errors import ConfigError, InputError
 
 Floats = npt.NDArray[np.float32]
 
-NOT_EXACT = "made again, rows are equal within rounding, not bit for bit (encoder.cache)"
-"""What is said of rows whose vectors depend on what a cache held: those of a text differ with the batch it is in."""
+NOT_EXACT = (
+    "rows are not reproducible bit for bit: made again, scores differ in their last digits, and rows where scores"
+    " nearly tie (encoder.cache)"
+)
+"""What is said where a cache of vectors was on: a text's vector depends on the batch in which it was computed."""
 
 
 def finished(vectors: Floats, encoder: schema.Encoder, first: int, remedy: str) -> Floats:

@@ -3,7 +3,7 @@
 A part depends on its texts in order and on the settings that touch it: passages do not know the query
 instruction, nor anchors the passage length. Vectors are checked before they are stored: no NaN, no
 infinity, no zero vector, one dimension throughout. With `encoder.cache` they depend, within rounding, on what
-that held; it is not asked for what was made in another way, or by other versions of the libraries.
+that held; what was made in another way, or by other versions of the libraries, is not taken from there.
 """
 
 from __future__ import annotations
@@ -535,7 +535,7 @@ def from_cache(stats: Mapping[str, Any]) -> str | None:
     if "cached" not in stats:
         return None
     cached, of = stats["cached"]["texts"], stats["cached"]["of"]
-    uncounted = ", and whether these were cut is not counted" if cached else ""
+    uncounted = " (those cut among them are not counted)" if cached else ""
     return f"{cached:,} of {of:,} texts from the cache{uncounted}; {NOT_EXACT}"
 
 

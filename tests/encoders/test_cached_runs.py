@@ -159,7 +159,7 @@ def test_only_edited_texts_are_given_to_the_model(source: Source, caplog: pytest
     assert second.stats["encode"]["cached"] == {"texts": known, "of": source.texts, "troubles": []}
     assert second.stats["triplets"]["vectors"]["cached"]["texts"] == known
     assert f"encode: {known:,} of {source.texts:,} texts from the cache" in caplog.text
-    assert "not bit for bit" in caplog.text
+    assert "not reproducible bit for bit" in caplog.text
 
     mined(plain)
     np.testing.assert_allclose(vectors(run), vectors(plain), atol=1e-5)
@@ -175,8 +175,8 @@ def test_a_warm_cache_gives_the_rows_of_a_cold_one(source: Source) -> None:
     np.testing.assert_allclose(vectors(warm), vectors(cold), atol=1e-5)
     assert ids(warm) == ids(cold)
     for name in ("positive_score", "negative_score"):
-        ours, theirs = ([row[name] for row in rows(run)] for run in (warm, cold))
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        scores, expected = ([row[name] for row in rows(run)] for run in (warm, cold))
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_what_was_made_in_another_way_is_not_known(source: Source, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_status_report_and_card_say_so(source: Source, tmp_path: Path) -> None:
     run, config = source.cached("run"), tmp_path / "config.yaml"
     config.write_text(json.dumps(run.config), encoding="utf-8")
     mined(run)
-    sentence, promise = f"{source.texts:,} of {source.texts:,} texts from the cache", "not bit for bit"
+    sentence, promise = f"{source.texts:,} of {source.texts:,} texts from the cache", "not reproducible bit for bit"
     status = " ".join(small.run("status", config).out.split())
     assert f"encode: {sentence}" in status and promise in status
     manifest = Books(run.folder, "encode").manifest()

@@ -234,7 +234,7 @@ def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, st
         "encoder.routes": "the model's own routes",
     }
     known = {names.get(name, f"digest of {name}"): digest for name, digest in digests.items()}
-    return named | known | ({"reproducible": NOT_EXACT} if config.encoder.cache else {})
+    return named | known | ({"cache": NOT_EXACT} if config.encoder.cache else {})
 
 
 def _check_place(options: Options, run_dir: Path) -> None:
