@@ -33,7 +33,7 @@ setup: $(READY)  ## make .venv with the versions in constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,http,dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,http,onnx,openvino,dev]'
 	@touch $@
 
 $(QUICKSTART): | $(READY)

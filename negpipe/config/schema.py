@@ -7,6 +7,7 @@ re-runs the stage) is decided by the stages, not here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,12 @@ _LEAST_BUDGET = 64 * 2**20
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes of resources.memory_budget, where nobody sets it."""
 _CALL_TEXTS = 2048  # whose tokens are held: about 7 kB a text
+PRECISIONS: Mapping[str, tuple[str, ...]] = {
+    "torch": ("float32", "bfloat16", "float16"),
+    "onnx": ("float32", "int8"),
+    "openvino": ("float32", "bfloat16", "int8"),
+}
+"""What encoder.runtime computes in, encoder.precision, where the device has units for it."""
 _OWN_NAMES = ("id", "score", "rank", "grade")
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -221,7 +228,8 @@ _Device = Annotated[str, AfterValidator(_device)]
 
 _OF_RUNNING = (
     *("revision", "model_class", "pooling", "query_prompt_name", "passage_prompt_name", "query_max_length"),
-    *("passage_max_length", "batch_size", "call_texts", "precision", "device", "devices", "trust_remote_code"),
+    *("passage_max_length", "batch_size", "call_texts", "precision", "runtime", "device", "devices"),
+    "trust_remote_code",
 )  # settings of a model that runs here
 
 
@@ -278,10 +286,15 @@ class Encoder(Section):
         None, ge=1, description="Numbers of a vector to keep (Matryoshka), the first; scaled again by normalize."
     )
     storage: Literal["float16", "float32"] = Field("float16", description="How vectors are stored.")
-    precision: Literal["float32", "float16", "bfloat16"] = Field(
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field(
         "float32",
         description="What the model computes in; it pools in float32. float16: GPUs. bfloat16: GPUs and CPUs with units"
-        " for it.",
+        " for it, not with runtime onnx. int8: runtimes onnx and openvino.",
+    )
+    runtime: Literal["torch", "onnx", "openvino"] = Field(
+        "torch",
+        description="What runs the transformer. onnx, openvino: on a CPU, for backend sentence-transformers, from a"
+        " file exported once; negpipe's extras of these names.",
     )
     device: _Device | None = Field(
         None, description="cpu, cuda, cuda:1 …; null: the GPUs there are, else cpu. Changes no key, but perhaps bits."
@@ -331,6 +344,24 @@ class Encoder(Section):
             raise ValueError("device and devices both say where the model runs: remove one")
         if self.backend == "http" and self.http is None:
             raise ValueError("backend 'http' needs encoder.http.url: the server's address")
+        if self.precision not in PRECISIONS[self.runtime]:
+            others = [name for name, known in PRECISIONS.items() if self.precision in known]
+            raise ValueError(
+                f"runtime '{self.runtime}' does not compute in {self.precision}: set precision to"
+                f" {' or '.join(PRECISIONS[self.runtime])}, or runtime to {' or '.join(others)}"
+            )
+        if self.runtime != "torch":
+            if self.backend != "sentence-transformers":
+                raise ValueError(
+                    f"runtime '{self.runtime}' is not for backend '{self.backend}': set backend to"
+                    " sentence-transformers, or runtime to torch"
+                )
+            if gpu := next(
+                (name for name in (self.device, *self.devices) if name and not name.startswith("cpu")), None
+            ):
+                raise ValueError(
+                    f"runtime '{self.runtime}' runs on a CPU, not on '{gpu}': set device to cpu, or runtime to torch"
+                )
         return self
 
 

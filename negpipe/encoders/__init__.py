@@ -8,14 +8,17 @@ from negpipe.encoders.encode import Encoder, libraries, load, provenance
 from negpipe.encoders.models import Model, parameters, resolve_model
 from negpipe.encoders.precision import check_precision, has_units
 from negpipe.encoders.prompts import Kind
+from negpipe.encoders.runtimes import check_installed, is_installed
 
 __all__ = [
     "Encoder",
     "Kind",
     "Model",
     "OnBatch",
+    "check_installed",
     "check_precision",
     "has_units",
+    "is_installed",
     "libraries",
     "load",
     "parameters",

@@ -144,8 +144,8 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
         path,
         device=device,
         trust_remote_code=encoder.trust_remote_code,
-        # Named even for float32: the default is the type the weights were saved in.
-        model_kwargs={"dtype": getattr(torch, encoder.precision)},
+        # Named even for float32: the default is the type the weights were saved in. Other runtimes begin with it.
+        model_kwargs={"dtype": getattr(torch, encoder.precision if encoder.runtime == "torch" else "float32")},
     )
 
     if encoder.truncate_dim is not None:

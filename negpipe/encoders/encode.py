@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from negpipe.config import schema
+from negpipe.encoders import runtimes
 from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.encoders.cuts import OnCut
@@ -21,7 +22,7 @@ from negpipe.encoders.precision import check_precision
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.vectors import check_width
 from negpipe.engine import devices
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import InputError, NegpipeError
 
 
 class Encoder(Protocol):
@@ -48,7 +49,8 @@ class Encoder(Protocol):
 
 
 def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices.CPU) -> Encoder:
-    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads, and on a device (`engine.devices`).
+    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads, and on a device (`engine.devices`),
+    which `encoder.runtime` takes no notice of where it is not torch.
 
     Raises:
         ConfigError: precision, model class, pooling, prompt or `encoder.truncate_dim` do not fit.
@@ -62,12 +64,14 @@ def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
-    device = devices.own(device)
+    device = devices.own(device if encoder.runtime == "torch" else devices.CPU)
     check_precision(encoder.precision, device, "encoder.precision")
     backend = flagembedding if encoder.backend == "flagembedding" else sentence_transformers
     try:
         library = backend(encoder, path, device)
-    except ConfigError:
+        if encoder.runtime != "torch":
+            runtimes.exchange(library.module, encoder, path, threads)
+    except NegpipeError:
         raise
     except Exception as error:  # Loaders raise whatever the files, or code that came with them, make them raise.
         raise InputError(
@@ -83,7 +87,8 @@ def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices
 def libraries(encoder: schema.Encoder) -> tuple[str, ...]:
     """Distributions that may change the bits of a vector."""
     own = {"flagembedding": ("FlagEmbedding",), "sentence-transformers": ("sentence-transformers",)}
-    return (*own.get(encoder.backend, ()), "transformers", "tokenizers", "torch", "numpy")
+    shared = ("transformers", "tokenizers", "torch", "numpy")
+    return (*own.get(encoder.backend, ()), *shared, *runtimes.libraries(encoder.runtime))
 
 
 def provenance(encoder: schema.Encoder, device: str) -> dict[str, str]:

@@ -10,8 +10,8 @@ UNITS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def has_units(precision: str, device: str) -> bool:
-    """Whether a device, as torch calls it, computes in float32, float16 or bfloat16 without emulating it."""
-    on_cpu = {"float32": True, "float16": False, "bfloat16": bool(processor.flags() & UNITS)}
+    """Whether a device, as torch calls it, computes in a precision of the encoder without emulating it."""
+    on_cpu = {"float32": True, "float16": False, "bfloat16": bool(processor.flags() & UNITS), "int8": True}
     return on_cpu[precision] or not device.startswith("cpu")
 
 
@@ -19,7 +19,7 @@ def check_precision(precision: str, device: str, key: str) -> None:
     """Refuse what the device has no units for.
 
     Args:
-        precision: float32, float16 or bfloat16.
+        precision: as the encoder's.
         device: as torch calls it.
         key: the setting, for the message.
 

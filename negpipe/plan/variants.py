@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe import encoders
-from negpipe.config.schema import Encoder
+from negpipe.config.schema import PRECISIONS, Encoder
 from negpipe.encoders.timing import Timed, time_model
+from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError
 
 NEIGHBOURS = 10
-_PRECISIONS = ("float32", "bfloat16", "float16")
-REFERENCE: Mapping[str, Any] = {"precision": "float32"}
+REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}
 """What the others are compared with."""
 
 
@@ -59,7 +59,7 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
     """
     own = {name: getattr(encoder, name) for name in REFERENCE}
     timed = {tuple(own.items()): _time(encoder, own, path, texts, budget)}
-    for settings in _others(own, budget.device):
+    for settings in _others(encoder, own, budget.device):
         try:
             timed[tuple(settings.items())] = _time(encoder, settings, path, texts, budget)
         except NegpipeError:  # a model may refuse what the machine can do
@@ -104,8 +104,10 @@ def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Seque
     return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), budget)
 
 
-def _others(own: Mapping[str, Any], device: str) -> Iterator[dict[str, Any]]:
-    for precision in _PRECISIONS:
-        settings = {"precision": precision}
-        if settings != own and encoders.has_units(precision, device):
-            yield settings
+def _others(encoder: Encoder, own: Mapping[str, Any], device: str) -> Iterator[dict[str, Any]]:
+    exported = encoder.backend == "sentence-transformers" and not devices.is_gpu(device)
+    for runtime in filter(encoders.is_installed, PRECISIONS if exported else ("torch",)):
+        for precision in PRECISIONS[runtime]:
+            settings = {"runtime": runtime, "precision": precision}
+            if settings != own and encoders.has_units(precision, device):
+                yield settings

@@ -70,8 +70,11 @@ def _settings(config: Config) -> dict[str, Any]:
     if encoder.backend == "http" and encoder.http:
         known = encoder.http.model_dump(mode="json", include=_OF_SERVER, exclude_none=True)
         values |= {f"http.{name}": value for name, value in known.items()}
-    if encoder.truncate_dim is None:  # as before there was such a setting
+    # As before there were such settings.
+    if encoder.truncate_dim is None:
         del values["truncate_dim"]
+    if encoder.runtime == "torch":
+        values.pop("runtime", None)
     if values.pop("cache", None) is not None:
         values["cache"] = True
     return {f"encoder.{name}": value for name, value in values.items()}
@@ -104,6 +107,7 @@ def _check(context: Context) -> None:
     """The model or the vectors are there, and devices suit the model: known before the source is read. They fit, once
     there are some. A server is sent nothing.
     """
+    encoders.check_installed(context.config.encoder.runtime)
     _sources(context)
     if context.config.encoder.runs_here:
         _check_devices(context)
@@ -128,7 +132,8 @@ def _check_devices(context: Context) -> None:
     for name in names:
         encoders.check_precision(encoder.precision, name, "encoder.precision")
     folder = Path(encoders.resolve_model(encoder, context.digest_file).path)
-    model = encoders.parameters(folder) * (4 if encoder.precision == "float32" else 2)
+    halved = encoder.precision != "float32" and encoder.runtime == "torch"  # others begin with torch's float32
+    model = encoders.parameters(folder) * (2 if halved else 4)
     shared = Counter(devices.same(names[number % len(names)]) for number in range(context.workers))
     for name, workers in shared.items():
         needed, there = workers * model, devices.memory(name)
@@ -601,6 +606,12 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
         yield from ((logging.WARNING, trouble) for trouble in stats["cached"]["troubles"])
 
 
+def _devices(config: Config) -> tuple[str, ...]:
+    """Those of the encoder where torch runs it."""
+    encoder = config.encoder
+    return devices.of_encoder(config) if encoder.runs_here and encoder.runtime == "torch" else (devices.CPU,)
+
+
 def _libraries(config: Config) -> tuple[str, ...]:
     return encoders.libraries(config.encoder) if config.encoder.runs_here else ("numpy",)
 
@@ -628,6 +639,6 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
-    devices=lambda config: devices.of_encoder(config) if config.encoder.runs_here else (devices.CPU,),
+    devices=_devices,
     place=lambda config: "apart" if config.encoder.runs_here else "worker",
 )

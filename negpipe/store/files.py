@@ -143,7 +143,7 @@ def growing(out: Path, *, single: bool) -> Iterator[Path]:
     Raises:
         StorageError: the file system refused; what was there is still there.
     """
-    folder, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    folder, old = unfinished.temporary(out.parent), out.with_name(f".{out.name}.{uuid.uuid4().hex}.old")
     size = 0
     with explained(out, lambda: size, least=True):
         folder.mkdir(parents=True)

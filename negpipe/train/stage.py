@@ -40,7 +40,8 @@ from negpipe.train.trainer import CARD
 VERSION = 5
 # What base and guide name is in `_sources`, what split and eval_split do in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
-_OF_EVALUATION = {"encoder.batch_size", "encoder.call_texts", "encoder.precision", "encoder.truncate_dim"} | {
+_RUNS = ("batch_size", "call_texts", "precision", "runtime", "truncate_dim")
+_OF_EVALUATION = {f"encoder.{name}" for name in _RUNS} | {
     "mining.anchor_id",
     "train.rerank_depth",
     "train.license",  # the card, which is made with it, states it

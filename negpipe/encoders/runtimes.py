@@ -1,0 +1,321 @@
+"""Runtimes other than torch: the transformer of a model as a file that ONNX Runtime or OpenVINO runs on a CPU.
+
+Sentence Transformers keeps its tokenizer, prompts, pooling and whatever follows; torch's own exporter writes the rest.
+Guarantees: a file is found by the digest of the model's files, its precision and the versions of what makes it, so it
+never is one of other weights; it appears whole or not at all, whoever writes it and whatever is killed; one that was
+changed is made again; before it appears, its vectors were compared with torch's. A model's own folders `onnx` and
+`openvino` are not read: nothing tells which weights they have. Nothing of all this is told to anybody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.config import schema
+from negpipe.encoders.models import resolve_model
+from negpipe.encoders.prompts import TASKS
+from negpipe.engine import versions
+from negpipe.engine.fingerprint import key
+from negpipe.errors import ConfigError, InputError, StorageError
+from negpipe.store.files import bytes_in, explained, file_digest, growing, remove, remove_temporaries, write_json
+from negpipe.store.lock import held
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+_RECORD = "export.json"
+_LEAST = {"float32": 0.999, "int8": 0.9}
+"""Cosine of vectors to those of torch in float32: what is below is no rounding but another function."""
+_PROBES = ["word", "A sentence of some words, and 3 numbers: 1, 22, 333.", "Ein Satz in einer anderen Sprache. " * 20]
+"""Texts of several lengths; the last is longer than what models with a sliding window see at once."""
+
+Run = Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.float32]]
+"""Inputs by name, each (texts, tokens), to vectors of tokens: (texts, tokens, dimension)."""
+
+
+def is_installed(runtime: str) -> bool:
+    """Whether the packages are there that a runtime needs."""
+    return not _missing(runtime)
+
+
+def check_installed(runtime: str) -> None:
+    """Raises ConfigError: they are not; the message names them and the extra."""
+    if missing := _missing(runtime):
+        raise ConfigError(
+            f"encoder.runtime: '{runtime}' needs {' and '.join(missing)}: run `pip install 'negpipe[{runtime}]'`,"
+            " or set encoder.runtime to torch"
+        )
+
+
+def _missing(runtime: str) -> list[str]:
+    return [name for name in _PACKAGES.get(runtime, ()) if importlib.util.find_spec(name) is None]
+
+
+def libraries(runtime: str) -> tuple[str, ...]:
+    """Distributions beside torch's that may change the bits of a vector."""
+    return (*_PACKAGES[runtime], "onnx-ir") if runtime in _PACKAGES else ()
+
+
+def exchange(model: Any, encoder: schema.Encoder, path: str, threads: int) -> None:
+    """Have `encoder.runtime` run the transformers of a model, from files that are made where there are none yet.
+
+    Args:
+        model: of Sentence Transformers, loaded from `path` in float32. It lets go of its transformers' weights.
+        encoder: the settings.
+        path: the model's folder.
+        threads: of the CPU.
+
+    Raises:
+        ConfigError: the runtime is not installed, or does not run this kind of model.
+        InputError: the model cannot be exported, or is not itself any more.
+        StorageError: there is no room for the files.
+    """
+    from sentence_transformers.base.modules import Transformer
+
+    check_installed(encoder.runtime)
+    _keep_silent()
+    transformers = [module for module in model.modules() if isinstance(module, Transformer)]
+    plain = {"method": "forward", "method_output_name": "last_hidden_state"}
+    if not transformers or any(one.modality_config.get("text") != plain for one in transformers):
+        raise ConfigError(
+            f"encoder.runtime: '{encoder.runtime}' runs transformers that give vectors of tokens, and {path} has none:"
+            " set encoder.runtime to torch"
+        )
+    folder = _folder(encoder, path)
+    if not _is_whole(folder):
+        with held(folder.parent / "lock", patience=-1):  # one exports, the others wait for as long as it takes
+            if not _is_whole(folder):
+                _export(model, transformers, encoder, path, threads, folder)
+    _install(transformers, folder, encoder, threads)
+
+
+def _keep_silent() -> None:
+    """ONNX Runtime tells Microsoft of its sessions, OpenVINO tells Intel of its import, and neither asks. Both heed
+    this where they are not imported yet."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+def _folder(encoder: schema.Encoder, path: str) -> Path:
+    """Where the files of a model are, or will be: one place for all runs of a user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
+    digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
+    made_by = versions.installed(("torch", "transformers", "sentence-transformers", *libraries(encoder.runtime)))
+    return cache / key("export", VERSION, digest, encoder.runtime, _stored(encoder), made_by)
+
+
+def _stored(encoder: schema.Encoder) -> str:
+    """The precision of the files: what computes in bfloat16 reads float32."""
+    return "int8" if encoder.precision == "int8" else "float32"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are there, and are those that were written."""
+    try:
+        files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
+        return all(file_digest(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _export(model: Any, transformers: list[Any], encoder: schema.Encoder, path: str, threads: int, final: Path) -> None:
+    """Write the folder of a model, and leave the model with what is in it."""
+    stored, started = _stored(encoder), time.monotonic()
+    logger.info("encoder.runtime: exporting %s for %s, %s", path, encoder.runtime, stored)
+    remove_temporaries(final.parent, own=False)
+    remove(final)
+    expected = _probed(model)
+    with growing(final, single=False) as folder:
+        for number, transformer in enumerate(transformers):
+            try:
+                with tempfile.TemporaryDirectory(dir=folder) as exact, explained(folder), _quiet():
+                    onnx = _write_onnx(transformer, Path(exact) / f"{number}.onnx")
+                    (_keep_onnx if encoder.runtime == "onnx" else _keep_openvino)(onnx, folder, stored)
+            except StorageError:
+                raise
+            except Exception as error:  # exporters raise whatever a model's code makes them raise
+                raise InputError(
+                    f"the model cannot be exported: {type(error).__name__}: {error}",
+                    file=path,
+                    remedy="Set encoder.runtime to torch",
+                ) from error
+        _install(transformers, folder, encoder.model_copy(update={"precision": stored}), threads)
+        cosine = float((expected * _probed(model)).sum(axis=1).min())
+        if not cosine >= _LEAST[stored]:
+            raise InputError(
+                f"as {stored} in {encoder.runtime} the model is not itself: a vector has the cosine {cosine:.4f} to"
+                f" that of torch, where {_LEAST[stored]} is the least",
+                file=path,
+                remedy="Set encoder.runtime to torch" + ", or encoder.precision to float32" * (stored == "int8"),
+            )
+        files = {file.name: file_digest(file) for file in sorted(folder.iterdir())}
+        write_json(folder / _RECORD, {"model": path, "least_cosine": cosine, "files": files})
+    logger.info(
+        "encoder.runtime: exported in %.0f s, %d bytes, into %s; least cosine of %d vectors to torch's: %.5f",
+        time.monotonic() - started,
+        bytes_in(final),
+        final,
+        len(expected),
+        cosine,
+    )
+
+
+def _probed(model: Any) -> NDArray[np.float32]:
+    """(m, d) vectors of length 1 by every way through the model; two texts a batch, and the last one alone."""
+    options = {"batch_size": 2, "normalize_embeddings": True, "show_progress_bar": False}
+    return np.concatenate([model.encode(_PROBES, task=task, **options) for task in TASKS.values()])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters and quantisers tell of every node."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _write_onnx(transformer: Any, file: Path) -> Path:
+    import torch
+
+    features = transformer.preprocess(["a text", "another text, and a longer one"])
+    taken = inspect.signature(transformer.model.forward).parameters
+    inputs = {name: value for name, value in features.items() if name in taken and isinstance(value, torch.Tensor)}
+
+    class Hidden(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformer.model
+
+        def forward(self, *values: Any) -> Any:
+            return self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)["last_hidden_state"]
+
+    sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
+    with torch.no_grad():
+        torch.onnx.export(
+            Hidden().eval(),
+            tuple(inputs.values()),
+            str(file),
+            input_names=[*inputs],
+            output_names=["last_hidden_state"],
+            dynamic_shapes=(tuple(sizes for _ in inputs),),
+            dynamo=True,
+            external_data=True,  # one file may hold 2 GiB
+            verbose=False,
+        )
+    return file
+
+
+def _keep_onnx(onnx: Path, folder: Path, stored: str) -> None:
+    if stored == "float32":
+        for file in onnx.parent.iterdir():
+            file.rename(folder / file.name)
+        return
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        onnx,
+        folder / onnx.name,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        reduce_range=True,  # sums of 8 bits overflow where a processor has no VNNI
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )
+
+
+def _keep_openvino(onnx: Path, folder: Path, stored: str) -> None:
+    import openvino
+
+    model = openvino.Core().read_model(onnx)
+    if stored == "int8":
+        _to_int8(model)
+    openvino.save_model(model, folder / f"{onnx.stem}.xml", compress_to_fp16=False)
+
+
+def _to_int8(model: Any) -> None:
+    """Replace weights of matrix products by int8 and a scale for each output: OpenVINO then multiplies in int8."""
+    from openvino import opset13
+
+    for product in model.get_ordered_ops():
+        weights = product.input_value(1).get_node() if product.get_type_name() == "MatMul" else None
+        if weights is None or weights.get_type_name() != "Constant":
+            continue
+        exact = weights.data
+        largest = np.abs(exact).max(axis=1 if product.get_attributes()["transpose_b"] else 0, keepdims=True)
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        rounded = opset13.convert(opset13.constant(np.rint(exact / scale).astype(np.int8)), "f32")
+        product.input(1).replace_source_output(opset13.multiply(rounded, opset13.constant(scale)).output(0))
+
+
+def _install(transformers: list[Any], folder: Path, encoder: schema.Encoder, threads: int) -> None:
+    """Put what runs a file where Sentence Transformers has the transformer of transformers."""
+    import torch
+
+    opened = _open_onnx if encoder.runtime == "onnx" else _open_openvino
+    for number, transformer in enumerate(transformers):
+        run = opened(folder / f"{number}{_SUFFIXES[encoder.runtime]}", encoder.precision, threads)
+        model = torch.nn.Module()
+        model.config = transformer.model.config
+        model.forward = _forward(run)
+        transformer.model = model
+
+
+def _forward(run: Run) -> Callable[..., dict[str, Any]]:
+    import torch
+
+    def forward(**features: Any) -> dict[str, Any]:
+        arrays = {name: value.numpy() for name, value in features.items() if isinstance(value, torch.Tensor)}
+        try:
+            hidden = run(arrays)
+        except Exception as error:  # ONNX Runtime's have no class in common
+            raise RuntimeError(str(error)) from error
+        return {"last_hidden_state": torch.from_numpy(hidden)}
+
+    return forward
+
+
+def _open_onnx(file: Path, precision: str, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
+
+
+def _open_openvino(file: Path, precision: str, threads: int) -> Run:
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # workers would be pinned to the same cores
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",  # else it takes what it likes
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # numbers of a token that share a scale in int8
+    }
+    model = openvino.Core().compile_model(file, "CPU", options)
+    names = [one.any_name for one in model.inputs]
+    request = model.create_infer_request()
+    return lambda inputs: request.infer({name: inputs[name] for name in names})[model.output(0)]
