@@ -117,7 +117,7 @@ def _folder(encoder: schema.Encoder, path: str) -> Path:
     """Where the files of a model are, or will be: one place for all runs of a user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
     digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
-    made_by = versions.installed(("torch", "transformers", "sentence-transformers", *libraries(encoder.runtime)))
+    made_by = versions.installed(("torch", "transformers", *libraries(encoder.runtime)))
     return cache / key("export", VERSION, digest, encoder.runtime, _stored(encoder), made_by)
 
 

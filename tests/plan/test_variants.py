@@ -12,7 +12,7 @@ import pytest
 import small_source as small
 
 from negpipe.config.schema import Encoder
-from negpipe.encoders import has_units
+from negpipe.encoders import has_units, is_installed
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
 from negpipe.plan.variants import NEIGHBOURS, agreement, measured
@@ -54,8 +54,22 @@ def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> Non
 def test_what_it_cannot_do_is_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", frozenset)
     found = measured(Encoder(model=str(tiny), pooling="mean"), str(tiny), ["one text", "another"], DEFAULT)
-    assert [one.settings for one in found] == [{"precision": "float32"}]
+    assert [one.settings for one in found] == [{"runtime": "torch", "precision": "float32"}]
     assert found[0].agreement is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (is_installed("onnx") and is_installed("openvino")), reason="their extras are not installed")
+def test_runtimes_that_are_installed_are_timed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(processor, "flags", frozenset)
+    texts = [f"text {number} of {number % 7} things" for number in range(64)]
+    encoder = Encoder(model=str(tiny), backend="sentence-transformers", runtime="openvino", passage_max_length=32)
+    found = measured(encoder, str(tiny), texts, DEFAULT)
+    ways = {("openvino", "float32"), ("torch", "float32"), ("onnx", "float32"), ("onnx", "int8"), ("openvino", "int8")}
+    assert {tuple(one.settings.values()) for one in found} == ways
+    assert [one.configured for one in found] == [True, *[False] * 4]
+    assert all((one.agreement or 0) > 0.5 for one in found)
 
 
 @units
