@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import small_source as small
 from model_vectors import TEXTS, ignore, loaded, settings
-from real_runs import PATIENCE, Run, encoding_here
+from real_runs import Run, encoding_here
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
@@ -26,6 +26,7 @@ from negpipe.config.file import load_config
 from negpipe.encoders import is_installed
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
+_PATIENCE = 600  # seconds: an export takes two, and a hundred where others take the processor
 LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.INFO)
@@ -136,11 +137,11 @@ def test_kills_and_rivals_leave_one_whole_file_and_nothing_is_told_to_anybody(
         assert killed.poll() is None
         time.sleep(0.0005)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=PATIENCE)
+    killed.communicate(timeout=_PATIENCE)
     assert [path.name.endswith(".tmp") for path in folders(cache)] == [True]
 
     both = [started() for _ in range(2)]
-    logs = [process.communicate(timeout=PATIENCE)[1] for process in both]
+    logs = [process.communicate(timeout=_PATIENCE)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], logs
     assert sum(log.count("encoder.runtime: exporting") for log in logs) == 1
     assert [path.name.endswith(".tmp") for path in folders(cache)] == [False]
