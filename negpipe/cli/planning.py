@@ -101,7 +101,8 @@ def _encoding(plan: Plan) -> Table:
     table = _table("encoder", *numbers, "", numbers=numbers)
     for way in plan.encoding:
         one = way.variant
-        settings = ", ".join(f"{name}: {value}" for name, value in one.settings.items())
+        shown = (f"{name}: {value}" for name, value in one.settings.items() if value != "torch")
+        settings = ", ".join(shown)
         same = "" if one.agreement is None else f"{one.agreement:.1%}"
         note = "as configured" if one.configured else "makes other vectors"
         table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), same, note)

@@ -146,8 +146,12 @@ def _export(model: Any, transformers: list[Any], encoder: schema.Encoder, path: 
         for number, transformer in enumerate(transformers):
             try:
                 with tempfile.TemporaryDirectory(dir=folder) as exact, explained(folder), _quiet():
-                    onnx = _write_onnx(transformer, Path(exact) / f"{number}.onnx")
-                    (_keep_onnx if encoder.runtime == "onnx" else _keep_openvino)(onnx, folder, stored)
+                    as_it_is = (encoder.runtime, stored) == ("onnx", "float32")
+                    onnx = _write_onnx(transformer, (folder if as_it_is else Path(exact)) / f"{number}.onnx")
+                    if encoder.runtime == "openvino":
+                        _keep_openvino(onnx, folder, stored)
+                    elif not as_it_is:
+                        _keep_int8(onnx, folder)
             except StorageError:
                 raise
             except Exception as error:  # exporters raise whatever a model's code makes them raise
@@ -202,7 +206,7 @@ def _write_onnx(transformer: Any, file: Path) -> Path:
     taken = inspect.signature(transformer.model.forward).parameters
     inputs = {name: value for name, value in features.items() if name in taken and isinstance(value, torch.Tensor)}
 
-    class Hidden(torch.nn.Module):  # type: ignore[misc]
+    class Model(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = transformer.model
@@ -210,10 +214,11 @@ def _write_onnx(transformer: Any, file: Path) -> Path:
         def forward(self, *values: Any) -> Any:
             return self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)["last_hidden_state"]
 
+    model = Model()
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     with torch.no_grad():
         torch.onnx.export(
-            Hidden().eval(),
+            model.eval(),
             tuple(inputs.values()),
             str(file),
             input_names=[*inputs],
@@ -226,11 +231,7 @@ def _write_onnx(transformer: Any, file: Path) -> Path:
     return file
 
 
-def _keep_onnx(onnx: Path, folder: Path, stored: str) -> None:
-    if stored == "float32":
-        for file in onnx.parent.iterdir():
-            file.rename(folder / file.name)
-        return
+def _keep_int8(onnx: Path, folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -289,7 +290,11 @@ def _forward(run: Run) -> Callable[..., dict[str, Any]]:
         try:
             hidden = run(arrays)
         except Exception as error:  # ONNX Runtime's have no class in common
-            raise RuntimeError(str(error)) from error
+            raise RuntimeError(str(error).partition("\n")[0]) from error
+        if (
+            hidden.shape[:2] != arrays["attention_mask"].shape
+        ):  # of more tokens than the model takes, OpenVINO drops some
+            raise RuntimeError(f"the runtime gave vectors of {hidden.shape[0]} texts and {hidden.shape[1]} tokens")
         return {"last_hidden_state": torch.from_numpy(hidden)}
 
     return forward
