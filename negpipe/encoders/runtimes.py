@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ _PROBES = ["word", "A sentence of some words, and 3 numbers: 1, 22, 333.", "Ein 
 
 Run = Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.float32]]
 """Inputs by name, each (texts, tokens), to vectors of tokens: (texts, tokens, dimension)."""
+_Install = Callable[[Path, str], None]
+"""Have a model run from a folder, in a precision."""
 
 
 def is_installed(runtime: str) -> bool:
@@ -98,12 +101,28 @@ def exchange(model: Any, encoder: schema.Encoder, path: str, threads: int) -> No
             f"encoder.runtime: '{encoder.runtime}' runs transformers that give vectors of tokens, and {path} has none:"
             " set encoder.runtime to torch"
         )
+    positions = [positions_of(one.model) for one in transformers]
+    install = partial(_install, transformers, positions, threads, encoder.runtime)
     folder = _folder(encoder, path)
     if not _is_whole(folder):
         with held(folder.parent / "lock", patience=-1):  # one exports, the others wait for as long as it takes
             if not _is_whole(folder):
-                _export(model, transformers, encoder, path, threads, folder)
-    _install(transformers, folder, encoder, threads)
+                _export(model, transformers, encoder, path, folder, install)
+    install(folder, encoder.precision)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a model of transformers has learned positions for; None: it counts them in other ways."""
+    from torch.nn import Embedding
+
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, Embedding)
+    ]
+    # RoBERTa and those like it begin behind the position of padding.
+    unused = (0 if one.padding_idx is None else one.padding_idx + 1 for one in tables)
+    return min((one.num_embeddings - first for one, first in zip(tables, unused, strict=True)), default=None)
 
 
 def _keep_silent() -> None:
@@ -135,8 +154,10 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _export(model: Any, transformers: list[Any], encoder: schema.Encoder, path: str, threads: int, final: Path) -> None:
-    """Write the folder of a model, and leave the model with what is in it."""
+def _export(
+    model: Any, transformers: list[Any], encoder: schema.Encoder, path: str, final: Path, install: _Install
+) -> None:
+    """Write the folder of a model, whose transformers are let go."""
     stored, started = _stored(encoder), time.monotonic()
     logger.info("encoder.runtime: exporting %s for %s, %s", path, encoder.runtime, stored)
     remove_temporaries(final.parent, own=False)
@@ -160,7 +181,7 @@ def _export(model: Any, transformers: list[Any], encoder: schema.Encoder, path: 
                     file=path,
                     remedy="Set encoder.runtime to torch",
                 ) from error
-        _install(transformers, folder, encoder.model_copy(update={"precision": stored}), threads)
+        install(folder, stored)
         cosine = float((expected * _probed(model)).sum(axis=1).min())
         if not cosine >= _LEAST[stored]:
             raise InputError(
@@ -269,31 +290,34 @@ def _to_int8(model: Any) -> None:
         product.input(1).replace_source_output(opset13.multiply(rounded, opset13.constant(scale)).output(0))
 
 
-def _install(transformers: list[Any], folder: Path, encoder: schema.Encoder, threads: int) -> None:
+def _install(
+    transformers: list[Any], positions: list[int | None], threads: int, runtime: str, folder: Path, precision: str
+) -> None:
     """Put what runs a file where Sentence Transformers has the transformer of transformers."""
     import torch
 
-    opened = _open_onnx if encoder.runtime == "onnx" else _open_openvino
-    for number, transformer in enumerate(transformers):
-        run = opened(folder / f"{number}{_SUFFIXES[encoder.runtime]}", encoder.precision, threads)
+    opened = _open_onnx if runtime == "onnx" else _open_openvino
+    for number, (transformer, longest) in enumerate(zip(transformers, positions, strict=True)):
+        run = opened(folder / f"{number}{_SUFFIXES[runtime]}", precision, threads)
         model = torch.nn.Module()
         model.config = transformer.model.config
-        model.forward = _forward(run)
+        model.forward = _forward(run, longest)
         transformer.model = model
 
 
-def _forward(run: Run) -> Callable[..., dict[str, Any]]:
+def _forward(run: Run, longest: int | None) -> Callable[..., dict[str, Any]]:
     import torch
 
     def forward(**features: Any) -> dict[str, Any]:
         arrays = {name: value.numpy() for name, value in features.items() if isinstance(value, torch.Tensor)}
+        shape = arrays["attention_mask"].shape
+        if longest is not None and shape[1] > longest:  # OpenVINO would read beyond the table
+            raise RuntimeError(f"the model has positions for {longest} tokens")
         try:
             hidden = run(arrays)
         except Exception as error:  # ONNX Runtime's have no class in common
             raise RuntimeError(str(error).partition("\n")[0]) from error
-        if (
-            hidden.shape[:2] != arrays["attention_mask"].shape
-        ):  # of more tokens than the model takes, OpenVINO drops some
+        if hidden.shape[:2] != shape:
             raise RuntimeError(f"the runtime gave vectors of {hidden.shape[0]} texts and {hidden.shape[1]} tokens")
         return {"last_hidden_state": torch.from_numpy(hidden)}
 
@@ -304,6 +328,7 @@ def _open_onnx(file: Path, precision: str, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]

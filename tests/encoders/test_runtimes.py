@@ -23,7 +23,7 @@ from tiny_model import build_tiny_model
 
 from negpipe import encoders
 from negpipe.config.file import load_config
-from negpipe.encoders import is_installed
+from negpipe.encoders import is_installed, runtimes
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
 _PATIENCE = 600  # seconds: an export takes two, and a hundred where others take the processor
@@ -149,20 +149,42 @@ def test_kills_and_rivals_leave_one_whole_file_and_nothing_is_told_to_anybody(
     assert {path.name for path in cache.parent.parent.iterdir()} == {"negpipe"} and not home.exists()
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_threads_are_those_asked_for_and_on_no_core_of_their_own(tiny: Path, runtime: str) -> None:
-    def begun(threads: int) -> set[Path]:
-        before = {*Path("/proc/self/task").iterdir()}
-        encoder = encoders.load(settings(tiny, "sentence-transformers", runtime=runtime), str(tiny), threads)
-        kept.append(encoder)
-        list(encoder.encode(TEXTS, "passage", ignore))
-        return {*Path("/proc/self/task").iterdir()} - before
+@needs["onnx"]
+def test_onnx_runtime_has_the_threads_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
 
-    kept: list[encoders.Encoder] = []
-    begun(1)  # with what the library begins once
-    workers = begun(2)  # OpenVINO takes no more than there are cores
-    assert len(workers) == len(begun(1)) + 1
-    assert {frozenset(os.sched_getaffinity(int(one.name))) for one in workers} == {frozenset(os.sched_getaffinity(0))}
+    sessions: list[Any] = []
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *args, **more: sessions.append(real(*args, **more)) or sessions[-1]
+    )
+    for threads in (1, 3):
+        encoders.load(settings(tiny, "sentence-transformers", runtime="onnx"), str(tiny), threads)
+    options = [one.get_session_options() for one in sessions[-2:]]
+    assert [one.intra_op_num_threads for one in options] == [1, 3]
+
+
+@needs["openvino"]
+def test_openvino_has_the_threads_asked_for_on_no_core_of_their_own(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    models: list[Any] = []
+    real = openvino.Core.compile_model
+
+    def compiled(*args: Any) -> Any:
+        models.append(real(*args))
+        return models[-1]
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compiled)
+    for threads in (1, 2):
+        encoder = encoders.load(settings(tiny, "sentence-transformers", runtime="openvino"), str(tiny), threads)
+        list(encoder.encode(TEXTS, "passage", ignore))
+    assert [one.get_property("INFERENCE_NUM_THREADS") for one in models[-2:]] == [1, 2]
+    assert not models[-1].get_property("ENABLE_CPU_PINNING")
+    tasks = [int(one.name) for one in Path("/proc/self/task").iterdir()]
+    assert {frozenset(os.sched_getaffinity(one)) for one in tasks} == {frozenset(os.sched_getaffinity(0))}
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -188,6 +210,30 @@ def test_what_fails_in_the_runtime_names_batch_and_text(tmp_path: Path, runtime:
         of(short, runtime, passage_max_length=64).encode(TEXTS, "passage", ignore)
     with pytest.raises(InputError, match="row 1: the vector of this text is not finite"):
         of(short, runtime, passage_max_length=16).encode(["a text", "an error"], "passage", ignore)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "MPNet", "DistilBert", "Qwen3"])
+def test_no_more_tokens_are_taken_than_torch_would(kind: str) -> None:
+    """OpenVINO reads beyond a table of positions and tells nobody."""
+    import torch
+    import transformers
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    named = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8, "vocab_size": 9} if kind == "DistilBert" else size
+    config = getattr(transformers, f"{kind}Config")(**named, max_position_embeddings=16, pad_token_id=1)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+
+    def takes(tokens: int) -> bool:
+        ids = torch.full((1, tokens), 5)
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    longest = runtimes.positions_of(model)
+    assert takes(longest or 32) and (longest is None or not takes(longest + 1))
+    assert (longest is None) == (kind == "Qwen3")
 
 
 @needs["onnx"]
@@ -262,5 +308,5 @@ def test_a_run_keeps_its_vectors_apart_and_says_what_made_them(tiny: Path, tmp_p
         assert part["provenance"]["libraries"]["onnxruntime"] and part["provenance"]["precision"] == "float32"
         np.testing.assert_allclose(np.load(run.folder / part["files"][0]["path"]), np.load(path), atol=2e-3)
     states = run.states("encoder.runtime=onnx")
-    assert {states[name].state for name in ("ingest", "encode", "index", "search", "triplets")} == {"current"}
+    assert (states["encode"].state, states["triplets"].state) == ("current", "current")
     assert run.states()["encode"].state == "stale"
