@@ -155,9 +155,12 @@ def test_onnx_runtime_has_the_threads_asked_for(tiny: Path, monkeypatch: pytest.
 
     sessions: list[Any] = []
     real = onnxruntime.InferenceSession
-    monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda *args, **more: sessions.append(real(*args, **more)) or sessions[-1]
-    )
+
+    def opened(*args: Any, **more: Any) -> Any:
+        sessions.append(real(*args, **more))
+        return sessions[-1]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
     for threads in (1, 3):
         encoders.load(settings(tiny, "sentence-transformers", runtime="onnx"), str(tiny), threads)
     options = [one.get_session_options() for one in sessions[-2:]]
