@@ -344,6 +344,7 @@ def _open_openvino(file: Path, precision: str, threads: int) -> Run:
         "ENABLE_CPU_PINNING": False,  # workers would be pinned to the same cores
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",  # else it takes what it likes
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # numbers of a token that share a scale in int8
+        "CPU_RUNTIME_CACHE_CAPACITY": 16,  # kernels, enough for layers to share; of 5,000 each shape would keep its own
     }
     model = openvino.Core().compile_model(file, "CPU", options)
     names = [one.any_name for one in model.inputs]
