@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +33,7 @@ _WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long a
 _GRAIN = 128
 _PAIRS = 2**17  # at a time, and one anchor's more: each takes more memory than its product
 _SMALL = 1e-18  # the squares of smaller numbers underflow
-_TINY = float(np.finfo(np.float32).tiny)  # what is smaller is not normal, and is less exact, or 0
+_TINY = float(np.finfo(np.float32).tiny)  # smaller numbers are subnormal: less exact, or flushed to 0
 _MOST_ROWS = 2**14  # of one product on a GPU, which is busy with as many
 _CELL = 8  # bytes there of a product, of whether it is enough, and of looking for those that are
 
@@ -105,7 +106,7 @@ class Arithmetic(Protocol):
         """Numbers, rounded as products are, for `reached` to compare with."""
 
 
-class _OnCores:
+class _OnCores(ABC):
     """Products in this machine's memory."""
 
     dtype: type[Any]
@@ -152,12 +153,13 @@ class _OnCores:
         table.partition(number, axis=1)
         return self._numbers(table[:, number].copy())  # a view would keep the table
 
+    @abstractmethod
     def _fill(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
         """Fill `out` (n, m) with the products of two operands' values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _order(self, products: NDArray[Any]) -> None:
-        """Change products so that they compare like the numbers they stand for: as they are, only positive ones do."""
+        """Change products so that they compare like the numbers they stand for."""
 
     def _numbers(self, ordered: NDArray[Any]) -> Floats:
         """The numbers that ordered products stand for."""
@@ -190,6 +192,9 @@ class Float32(_OnCores):
 
     def _fill(self, anchors: Any, rows: Any, out: NDArray[Any]) -> None:
         np.matmul(anchors, rows.T, out=out)
+
+    def _order(self, products: NDArray[Any]) -> None:
+        pass  # they do
 
 
 class _ByTorch:

@@ -129,6 +129,7 @@ def _keep_silent() -> None:
     """ONNX Runtime tells Microsoft of its sessions, OpenVINO tells Intel of its import, and neither asks. Both heed
     this where they are not imported yet."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # None makes an import fail, which OpenVINO expects; typeshed knows modules alone.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
@@ -203,7 +204,7 @@ def _export(
 
 
 def _probed(model: Any) -> NDArray[np.float32]:
-    """(m, d) vectors of length 1 by every way through the model; two texts a batch, and the last one alone."""
+    """(m, d) vectors of length 1 through every route of the model, two texts per batch, the last one alone."""
     options = {"batch_size": 2, "normalize_embeddings": True, "show_progress_bar": False}
     return np.concatenate([model.encode(_PROBES, task=task, **options) for task in TASKS.values()])
 
@@ -227,7 +228,7 @@ def _write_onnx(transformer: Any, file: Path) -> Path:
     taken = inspect.signature(transformer.model.forward).parameters
     inputs = {name: value for name, value in features.items() if name in taken and isinstance(value, torch.Tensor)}
 
-    class Model(torch.nn.Module):  # type: ignore[misc]
+    class Model(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
         def __init__(self) -> None:
             super().__init__()
             self.model = transformer.model

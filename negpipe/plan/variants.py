@@ -5,6 +5,7 @@ Measured on real texts, each way in a process of its own. What is chosen changes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError
 
+logger = logging.getLogger(__name__)
+
 NEIGHBOURS = 10
 REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}
 """What the others are compared with."""
@@ -31,7 +34,7 @@ class Variant:
     Attributes:
         settings: of the section `encoder`.
         configured: whether they are the config's own.
-        speed: texts a second, of one process.
+        speed: texts per second of one process.
         agreement: share of each text's 10 nearest among the others that float32 finds, too; None: too few texts.
         texts: that this was measured on.
         dimension: of the vectors.
@@ -62,8 +65,8 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
     for settings in _others(encoder, own, budget.device):
         try:
             timed[tuple(settings.items())] = _time(encoder, settings, path, texts, budget)
-        except NegpipeError:  # a model may refuse what the machine can do
-            continue
+        except NegpipeError as error:  # a model may refuse what the machine can do
+            logger.warning("plan: %s is left out: %s", " ".join(settings.values()), error)
     reference = timed.get(tuple(REFERENCE.items()))
     return [
         Variant(
@@ -101,6 +104,7 @@ def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float |
 
 
 def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Sequence[str], budget: Budget) -> Timed:
+    logger.info("plan: times the encoder with %s", " ".join(settings.values()))
     return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), budget)
 
 

@@ -316,7 +316,7 @@ for start in range(first, last, step):
     rows = range(start, start + step)
     cache.put([Cache.key("model", f"text {row}") for row in rows], np.array([[row] * 64 for row in rows], np.float32))
     if len(list(cache.known([Cache.key("model", f"text {row}") for row in rows]))) != 1:
-        sys.exit("what was just put is not there")
+        sys.exit("an entry that was just written is missing")
     print(start, flush=True)
 cache.close()
 sys.exit("; ".join(cache.troubles) or 0)
