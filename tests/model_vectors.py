@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from negpipe import encoders
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 
 BACKENDS = ["flagembedding", "sentence-transformers"]
 TEXTS = [f"{'the list of file names is returned as text ' * (number % 7)}item {number}" for number in range(45)]
@@ -23,8 +23,8 @@ def ignore(texts: int, tokens: int) -> None:
     pass
 
 
-def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) -> schema.Encoder:
-    return schema.Encoder.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
+def settings(folder: Path | str, backend: str = "flagembedding", **more: Any) -> Settings:
+    return Settings.model_validate({"backend": backend, "model": str(folder), "batch_size": 8, **more})
 
 
 class Whole:
@@ -37,5 +37,5 @@ class Whole:
         return np.concatenate(list(self.blocks(texts, kind, on_batch)))
 
 
-def loaded(encoder: schema.Encoder) -> Whole:
+def loaded(encoder: Settings) -> Whole:
     return Whole(encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1))

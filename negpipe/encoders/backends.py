@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from negpipe.config import schema
-from negpipe.encoders.prompts import KINDS, TASKS, Instruction, Kind, instruction, routed
+from negpipe.config.encoder import Encoder as Settings
+from negpipe.encoders.prompts import KINDS, TASKS, Kind, instructed, instruction, routed
 from negpipe.errors import ConfigError
 
-Call = Callable[[list[str], Kind], Any]
+Call = Callable[[list[str], Kind, int], Any]
+"""Texts, as what they are encoded, and how many of them a forward pass has."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Library:
     width: int | None
 
 
-def flagembedding(encoder: schema.Encoder, path: str, device: str) -> Library:
+def flagembedding(encoder: Settings, path: str, device: str) -> Library:
     """FlagEmbedding's own model classes, chosen by config, by the model's files or by its name.
 
     Raises:
@@ -64,21 +65,21 @@ def flagembedding(encoder: schema.Encoder, path: str, device: str) -> Library:
         passage_instruction_format=passage.form,
         query_max_length=encoder.query_max_length,
         passage_max_length=encoder.passage_max_length,
-        batch_size=encoder.batch_size,
     )
     _silence(model)
     # M3's class holds the transformer beside what it makes of its output.
     _end_in_float32(model.model.model if model_class == "encoder-only-m3" else model.model, "last_hidden_state")
 
-    def call(texts: list[str], kind: Kind) -> Any:
-        found = model.encode_queries(texts) if kind == "query" else model.encode_corpus(texts)
+    def call(texts: list[str], kind: Kind, batch_size: int) -> Any:
+        encode = model.encode_queries if kind == "query" else model.encode_corpus
+        found = encode(texts, batch_size=batch_size)
         return found["dense_vecs"] if isinstance(found, dict) else found
 
     width = getattr(getattr(model.model, "config", None), "hidden_size", None)
     return Library(model.model, call, [model.tokenizer], width)
 
 
-def class_and_pooling(encoder: schema.Encoder, path: str) -> tuple[str, str]:
+def class_and_pooling(encoder: Settings, path: str) -> tuple[str, str]:
     """What the config says, else what the model's own files say, else what FlagEmbedding knows of its name."""
     from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING, EMBEDDER_CLASS_MAPPING
 
@@ -134,7 +135,7 @@ def _silence(model: Any) -> None:
             vars(sys.modules[base.__module__]).update(tqdm=plain, trange=lambda *span, **_: range(*span))
 
 
-def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Library:
+def sentence_transformers(encoder: Settings, path: str, device: str) -> Library:
     """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -156,14 +157,14 @@ def sentence_transformers(encoder: schema.Encoder, path: str, device: str) -> Li
     instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}
     routes = routed(encoder, path)
 
-    def call(texts: list[str], kind: Kind) -> Any:
+    def call(texts: list[str], kind: Kind, batch_size: int) -> Any:
         prompt, texts = instructed(instructions[kind], texts)
         for module in filter(_takes_length, inputs):
             module.max_seq_length = encoder.query_max_length if kind == "query" else encoder.passage_max_length
         found = model.encode(
             texts,
             prompt=prompt,
-            batch_size=encoder.batch_size,
+            batch_size=batch_size,
             show_progress_bar=False,
             convert_to_tensor=True,
             normalize_embeddings=False,
@@ -191,13 +192,3 @@ def _takes_length(module: Any) -> bool:
     """Whether it cuts texts at a length; a static embedding reads them whole."""
     own = getattr(type(module), "max_seq_length", None)
     return own.fset is not None if isinstance(own, property) else hasattr(module, "max_seq_length")
-
-
-def instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
-    """The prompt before each text, and the texts; an empty prompt also keeps the library's own choice away."""
-    if instruction.text is None:
-        return "", texts
-    form = instruction.form.replace("\\n", "\n")  # As FlagEmbedding reads it.
-    if form.endswith("{}"):
-        return form.format(instruction.text, ""), texts
-    return "", [form.format(instruction.text, text) for text in texts]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders.backends import Library
+from negpipe.encoders.batches import Batches
 from negpipe.encoders.cuts import OnCut, watch
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.vectors import finished
@@ -36,10 +37,13 @@ class Batched:
         library: the model in its library.
         ahead: tokenise a call while the one before computes. For a model on a GPU: on a CPU it gains nothing, and the
             memory of a second thread is lost. FlagEmbedding alone tokenises a whole call before its first pass.
+        batches: which texts share a pass; None: the library puts them together, `encoder.batch_size` at a time.
     """
 
-    def __init__(self, encoder: schema.Encoder, library: Library, *, ahead: bool) -> None:
-        self._encoder, self._call = encoder, library.call
+    def __init__(self, encoder: Settings, library: Library, *, ahead: bool, batches: Batches | None = None) -> None:
+        if ahead and batches:
+            raise ValueError("a call of several batches is tokenised one batch at a time")
+        self._encoder, self._call, self._batches = encoder, library.call, batches
         self._forward, library.module.forward = library.module.forward, self._pass
         for tokenizer in library.tokenizers:
             watch(tokenizer, self._cut)
@@ -78,9 +82,20 @@ class Batched:
         if turn.after:
             turn.after.wait()
         try:
-            return np.asarray(self._call(turn.texts, turn.kind), dtype=np.float32)
+            if self._batches is None:
+                return self._made(turn, turn.texts, self._encoder.batch_size)
+            turn.counting = True
+            batches = self._batches(turn.texts, turn.kind)
+            turn.counting = False
+            made = [self._made(turn, [turn.texts[row] for row in rows], len(rows)) for rows in batches]
+            return np.concatenate(made)[np.argsort(np.concatenate(batches))]
         finally:
             turn.tokenised.set()
+
+    def _made(self, turn: _Turn, texts: list[str], batch_size: int) -> Vectors:
+        turn.given = turn.left = len(texts)
+        turn.batch_size = batch_size
+        return np.asarray(self._call(texts, turn.kind, batch_size), dtype=np.float32)
 
     def _result(self, turn: _Turn, run: Callable[[], Vectors]) -> Vectors:
         turn.begin.set()
@@ -93,7 +108,7 @@ class Batched:
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         turn: _Turn = self._current.turn
         turn.wait()
-        expected = min(self._encoder.batch_size, turn.left)
+        expected = min(turn.batch_size, turn.left)
         mask = _attention_mask(args, kwargs)
         rows, width = (expected, 0) if mask is None else mask.shape
         if rows != expected:
@@ -105,7 +120,7 @@ class Batched:
                 output = self._forward(*args, **kwargs)
             except (RuntimeError, IndexError) as error:
                 raise self._failed(turn, rows, width, str(error)) from error
-            if self._encoder.backend == "flagembedding" and turn.left == len(turn.texts):
+            if self._encoder.backend == "flagembedding" and turn.left == turn.given:
                 turn.held = output
                 return output
         turn.left -= rows
@@ -113,13 +128,15 @@ class Batched:
         return output
 
     def _cut(self, texts: int, tokens: int) -> None:
-        if self._current.turn.on_cut:
-            self._current.turn.on_cut(texts, tokens)
+        turn: _Turn = self._current.turn
+        if turn.on_cut and not turn.counting:
+            turn.on_cut(texts, tokens)
 
     def _failed(self, turn: _Turn, rows: int, width: int, reason: str) -> TaskFailedError:
+        setting = "batch_size" if self._batches is None else "batch_tokens"
         return TaskFailedError(
             f"the model failed on a batch of {rows} texts of {width} tokens: {reason}."
-            f" If memory is short, lower encoder.batch_size ({self._encoder.batch_size});"
+            f" If memory is short, lower encoder.{setting} ({getattr(self._encoder, setting)});"
             f" if the model takes fewer tokens, lower encoder.{turn.kind}_max_length"
         )
 
@@ -138,7 +155,9 @@ class _Turn:
     ) -> None:
         self.start, self.texts, self.kind, self.on_batch, self.on_cut = start, texts, kind, on_batch, on_cut
         self.after = after
-        self.left, self.held = len(texts), None  # texts without a vector; the output of the trial
+        self.given, self.left, self.batch_size = 0, 0, 0  # texts the library has, those without a vector, of a pass
+        self.held: Any = None  # the output of the trial
+        self.counting = False  # what is tokenised is not what the model gets
         self.tokenised, self.begin, self.dropped = threading.Event(), threading.Event(), False
 
     def wait(self) -> None:

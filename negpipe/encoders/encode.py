@@ -13,10 +13,11 @@ import platform
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders import runtimes
 from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
+from negpipe.encoders.batches import batches_of
 from negpipe.encoders.cuts import OnCut
 from negpipe.encoders.precision import check_precision
 from negpipe.encoders.prompts import Kind
@@ -48,12 +49,13 @@ class Encoder(Protocol):
         """
 
 
-def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices.CPU) -> Encoder:
+def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) -> Encoder:
     """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads, and on a device (`engine.devices`),
     which `encoder.runtime` takes no notice of where it is not torch.
 
     Raises:
-        ConfigError: precision, model class, pooling, prompt or `encoder.truncate_dim` do not fit.
+        ConfigError: precision, model class, pooling, prompt, `encoder.truncate_dim` or `encoder.batch_tokens` do not
+            fit.
         InputError: the folder does not load as a model.
     """
     # Every new shape of a batch makes new CPU kernels. Keeping the usual 1024 of them gains no time, and pins the
@@ -81,17 +83,19 @@ def load(encoder: schema.Encoder, path: str, threads: int, device: str = devices
         ) from error
     if library.width is not None:
         check_width(library.width, encoder.truncate_dim)
-    return Batched(encoder, library, ahead=device != "cpu" and encoder.backend == "flagembedding")
+    batches = batches_of(encoder, path, library.tokenizers) if encoder.batch_tokens else None
+    ahead = device != "cpu" and encoder.backend == "flagembedding" and batches is None
+    return Batched(encoder, library, ahead=ahead, batches=batches)
 
 
-def libraries(encoder: schema.Encoder) -> tuple[str, ...]:
+def libraries(encoder: Settings) -> tuple[str, ...]:
     """Distributions that may change the bits of a vector."""
     own = {"flagembedding": ("FlagEmbedding",), "sentence-transformers": ("sentence-transformers",)}
     shared = ("transformers", "tokenizers", "torch", "numpy")
     return (*own.get(encoder.backend, ()), *shared, *runtimes.libraries(encoder.runtime))
 
 
-def provenance(encoder: schema.Encoder, device: str) -> dict[str, str]:
+def provenance(encoder: Settings, device: str) -> dict[str, str]:
     """What vectors depend on beside their key and the versions of libraries: device and its kind, precision."""
     import torch
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.errors import InputError
 
 _PACKAGE = "pkg://"
@@ -37,7 +37,7 @@ class Model:
     digest: str
 
 
-def resolve_model(encoder: schema.Encoder, digest_file: Callable[[Path], str]) -> Model:
+def resolve_model(encoder: Settings, digest_file: Callable[[Path], str]) -> Model:
     """Find the model that a config names; a hub model is downloaded if it is not in the cache.
 
     Args:
@@ -99,7 +99,7 @@ def _package_folder(name: str) -> Path:
     raise _problem(f"the package '{package}' has no folder '{folder}'", "Write pkg://PACKAGE/FOLDER")
 
 
-def _local(encoder: schema.Encoder, folder: Path, digest_file: Callable[[Path], str]) -> Model:
+def _local(encoder: Settings, folder: Path, digest_file: Callable[[Path], str]) -> Model:
     if not _is_model(folder):
         raise _problem(
             f"the folder {folder} holds no config.json, so it is no model",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.errors import ConfigError, InputError
 
 Kind = Literal["passage", "query"]
@@ -42,7 +42,7 @@ class Instruction:
     prompt: str | None = None
 
 
-def instruction(encoder: schema.Encoder, folder: str, kind: Kind) -> Instruction:
+def instruction(encoder: Settings, folder: str, kind: Kind) -> Instruction:
     """What the config, or else the model in a folder, puts before texts of a kind.
 
     Raises:
@@ -79,7 +79,7 @@ def prompts(folder: str) -> dict[str, str]:
     return {name: text or "" for name, text in (named or {}).items()}
 
 
-def routed(encoder: schema.Encoder, folder: str) -> bool:
+def routed(encoder: Settings, folder: str) -> bool:
     """Whether the model has a Router, which sends queries and documents through modules of their own."""
     if encoder.backend != "sentence-transformers":
         return False
@@ -87,14 +87,14 @@ def routed(encoder: schema.Encoder, folder: str) -> bool:
     return any(module.type.rpartition(".")[2] in _ROUTERS for module in modules)
 
 
-def of_the_model(encoder: schema.Encoder, folder: str) -> dict[str, str]:
+def of_the_model(encoder: Settings, folder: str) -> dict[str, str]:
     """What the model, and not the config, decides about its texts: part of what tells vectors apart."""
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
     texts = {f"{kind}_prompt": one.text for kind, one in chosen.items() if one.prompt is not None and one.text}
     return texts | ({"routes": ", ".join(TASKS.values())} if routed(encoder, folder) else {})
 
 
-def unused(encoder: schema.Encoder, folder: str) -> Iterator[str]:
+def unused(encoder: Settings, folder: str) -> Iterator[str]:
     """Sentences on texts that get no prompt though the model names some which nothing uses."""
     named = prompts(folder)
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
@@ -132,3 +132,13 @@ def _read(file: Path, kind: Any, default: Any) -> Any:
             field=".".join(map(str, first["loc"])) or None,
             remedy="Fetch the model again, or fix the file",
         ) from None
+
+
+def instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
+    """The prompt before each text, and the texts; an empty prompt also keeps the library's own choice away."""
+    if instruction.text is None:
+        return "", texts
+    form = instruction.form.replace("\\n", "\n")  # As FlagEmbedding reads it.
+    if form.endswith("{}"):
+        return form.format(instruction.text, ""), texts
+    return "", [form.format(instruction.text, text) for text in texts]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders.models import resolve_model
 from negpipe.encoders.prompts import TASKS
 from negpipe.engine import versions
@@ -76,7 +76,7 @@ def libraries(runtime: str) -> tuple[str, ...]:
     return (*_PACKAGES[runtime], "onnx-ir") if runtime in _PACKAGES else ()
 
 
-def exchange(model: Any, encoder: schema.Encoder, path: str, threads: int) -> None:
+def exchange(model: Any, encoder: Settings, path: str, threads: int) -> None:
     """Have `encoder.runtime` run the transformers of a model, from files that are made where there are none yet.
 
     Args:
@@ -133,7 +133,7 @@ def _keep_silent() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-def _folder(encoder: schema.Encoder, path: str) -> Path:
+def _folder(encoder: Settings, path: str) -> Path:
     """Where the files of a model are, or will be: one place for all runs of a user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
     digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
@@ -141,7 +141,7 @@ def _folder(encoder: schema.Encoder, path: str) -> Path:
     return cache / key("export", VERSION, digest, encoder.runtime, _stored(encoder), made_by)
 
 
-def _stored(encoder: schema.Encoder) -> str:
+def _stored(encoder: Settings) -> str:
     """The precision of the files: what computes in bfloat16 reads float32."""
     return "int8" if encoder.precision == "int8" else "float32"
 
@@ -155,9 +155,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _export(
-    model: Any, transformers: list[Any], encoder: schema.Encoder, path: str, final: Path, install: _Install
-) -> None:
+def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, final: Path, install: _Install) -> None:
     """Write the folder of a model, whose transformers are let go."""
     stored, started = _stored(encoder), time.monotonic()
     logger.info("encoder.runtime: exporting %s for %s, %s", path, encoder.runtime, stored)

@@ -28,12 +28,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.config.server import Server
-from negpipe.encoders.backends import instructed
 from negpipe.encoders.batched import OnBatch, Vectors
 from negpipe.encoders.cuts import OnCut
-from negpipe.encoders.prompts import Kind, instruction
+from negpipe.encoders.prompts import Kind, instructed, instruction
 from negpipe.encoders.vectors import finished
 from negpipe.errors import ConfigError, InputError, NegpipeError, TaskFailedError
 from negpipe.redaction import HIDDEN, redact
@@ -70,7 +69,7 @@ class _Refused(Exception):
     """The server refuses what it was sent."""
 
 
-def check(encoder: schema.Encoder) -> None:
+def check(encoder: Settings) -> None:
     """What a server is asked with is there. Sends nothing.
 
     Raises:
@@ -88,13 +87,13 @@ def estimated_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return lengths // _BYTES_A_TOKEN + 1
 
 
-def overhead(encoder: schema.Encoder, kind: Kind) -> int:
+def overhead(encoder: Settings, kind: Kind) -> int:
     """Bytes that are put before a text."""
     return len(_sent(encoder, kind, [""])[0].encode())
 
 
 @contextmanager
-def opened(encoder: schema.Encoder, requests: int) -> Iterator[Served]:
+def opened(encoder: Settings, requests: int) -> Iterator[Served]:
     """The server, asked at most so many requests at a time.
 
     Raises:
@@ -127,7 +126,7 @@ class Served:
         provenance: where the vectors are from, and whether the server told how many tokens it read.
     """
 
-    def __init__(self, encoder: schema.Encoder, client: Any, requests: int, key: str | None) -> None:
+    def __init__(self, encoder: Settings, client: Any, requests: int, key: str | None) -> None:
         import tenacity
 
         self._encoder, self._server, self._client, self._requests = encoder, _server(encoder), client, requests
@@ -364,7 +363,7 @@ class Served:
         )
 
 
-def _server(encoder: schema.Encoder) -> Server:
+def _server(encoder: Settings) -> Server:
     assert encoder.http is not None
     return encoder.http
 
@@ -392,7 +391,7 @@ def _key(server: Server) -> str | None:
     return key
 
 
-def _sent(encoder: schema.Encoder, kind: Kind, texts: Sequence[str]) -> list[str]:
+def _sent(encoder: Settings, kind: Kind, texts: Sequence[str]) -> list[str]:
     """Texts with what the config puts before them."""
     prompt, joined = instructed(instruction(encoder, "", kind), list(texts))
     return [prompt + text for text in joined]

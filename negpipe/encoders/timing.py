@@ -1,7 +1,8 @@
-"""How fast a model is here, measured in a process of its own: FAISS is in the caller's.
+"""How fast a model is here, in one way or several, measured in a process of its own: FAISS is in the caller's.
 
-`python -m negpipe.encoders.timing` reads the job as JSON and answers with JSON, like a worker. It is no
-`multiprocessing`, whose processes run the caller's script a second time.
+`python -m negpipe.encoders.timing` reads the job as JSON and answers with a line of JSON for each way, as a worker. It
+is no `multiprocessing`, whose processes run the caller's script a second time. One process does them all, as importing
+the libraries takes longer than measuring; where it dies, another one goes on behind the way that it died of.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.encode import load
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 
 _WARM_UP = 8  # texts
-_SECONDS = 5.0  # that a measurement is to take
+_SECONDS = 4.0  # that a measurement is to take
 _LEAST = 64  # texts of a measurement, however long they take
 _TAIL = 300
 
@@ -37,34 +40,60 @@ class Timed:
     seconds: float
 
 
-def time_model(encoder: schema.Encoder, path: str, texts: list[str], budget: Budget) -> Timed:
-    """Encode some seconds' worth of the texts, on one device.
+def time_models(
+    ways: Sequence[Encoder], path: str, texts: Sequence[str], budget: Budget
+) -> Iterator[Timed | NegpipeError]:
+    """Encode some seconds' worth of the texts in each way, on one device.
 
-    Raises:
-        NegpipeError: what loading or encoding raised; TaskFailedError for a process that died.
+    Yields:
+        for each way, when it is done, what it did or what loading or encoding raised; TaskFailedError where its process
+        died.
     """
-    job = {"encoder": encoder.model_dump(mode="json"), "path": path, "texts": texts, **asdict(budget)}
-    done = subprocess.run(
-        [sys.executable, "-m", "negpipe.encoders.timing"],
-        input=json.dumps(job).encode(),
-        capture_output=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device)},
-        check=False,
-    )
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        said = done.stderr.decode(errors="replace").strip()[-_TAIL:]
-        raise TaskFailedError(
-            f"the model could not be timed, its process ended with {done.returncode}: {said}"
-        ) from None
+    job = {"path": path, "texts": list(texts), **asdict(budget)}
+    left = [encoder.model_dump(mode="json") for encoder in ways]
+    while left:
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as asked:
+            asked.write(json.dumps(job | {"ways": left}).encode())
+            asked.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "negpipe.encoders.timing"],
+                stdin=asked,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device)},
+            )
+            try:
+                yield from map(_answer, _lines(process, left))
+            finally:
+                process.kill()
+                code = process.wait()
+            if left:
+                said.seek(0)
+                last = said.read().decode(errors="replace").strip()[-_TAIL:]
+                del left[0]
+                yield TaskFailedError(f"the model could not be timed, its process ended with {code}: {last}")
+
+
+def _lines(process: subprocess.Popen[bytes], left: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What a process answers, as long as it does; what it was asked goes off the list."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:  # cut off, where it died
+            return
+        del left[0]
+        yield answer
+
+
+def _answer(answer: dict[str, Any]) -> Timed | NegpipeError:
     if "error" in answer:
-        raise error_of(answer)
+        return error_of(answer)
     return Timed(np.asarray(answer["vectors"], dtype=np.float32), float(answer["seconds"]))
 
 
-def _timed(job: dict[str, Any]) -> dict[str, Any]:
-    encoder = load(schema.Encoder(**job["encoder"]), job["path"], job["threads"], job["device"])
+def _timed(way: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    encoder = load(Encoder(**way), job["path"], job["threads"], job["device"])
 
     def encode(texts: list[str]) -> tuple[list[Any], float]:
         started = time.perf_counter()
@@ -78,16 +107,17 @@ def _timed(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve one job; what a library prints goes to standard error."""
+    """Serve a job; what a library prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.buffer.read())
-    try:
-        answer = _timed(job)
-    except NegpipeError as error:
-        answer = dict(message_of(error))
-    answers.write(json.dumps(answer))
-    answers.flush()
+    for way in job["ways"]:
+        try:
+            answer = _timed(way, job)
+        except NegpipeError as error:
+            answer = dict(message_of(error))
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

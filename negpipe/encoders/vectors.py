@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.errors import ConfigError, InputError
 
 Floats = npt.NDArray[np.float32]
@@ -17,7 +17,7 @@ NOT_EXACT = (
 """What is said where a cache of vectors was on: a text's vector depends on the batch in which it was computed."""
 
 
-def finished(vectors: Floats, encoder: schema.Encoder, first: int, remedy: str) -> Floats:
+def finished(vectors: Floats, encoder: Settings, first: int, remedy: str) -> Floats:
     """(n, d) vectors of texts, cut to `encoder.truncate_dim`, of length 1 where `encoder.normalize` is set.
 
     Args:

@@ -1,6 +1,6 @@
 """Other ways to compute the same model on this machine: how fast they are, and how far their neighbours agree.
 
-Measured on real texts, each way in a process of its own. What is chosen changes vectors, so it is said, never done.
+Measured on real texts. What is chosen changes vectors, so it is said, never done.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe import encoders
-from negpipe.config.schema import PRECISIONS, Encoder
-from negpipe.encoders.timing import Timed, time_model
+from negpipe.config.encoder import PRECISIONS, Encoder
+from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError
@@ -61,12 +61,18 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
         NegpipeError: the model does not load, or does not encode, as it is configured.
     """
     own = {name: getattr(encoder, name) for name in REFERENCE}
-    timed = {tuple(own.items()): _time(encoder, own, path, texts, budget)}
-    for settings in _others(encoder, own, budget.device):
-        try:
-            timed[tuple(settings.items())] = _time(encoder, settings, path, texts, budget)
-        except NegpipeError as error:  # a model may refuse what the machine can do
-            logger.warning("plan: %s is left out: %s", " ".join(settings.values()), error)
+    ways = [own, *_others(encoder, own, budget.device)]
+    logger.info("plan: times the encoder with %s", ", ".join(" ".join(way.values()) for way in ways))
+    answers = time_models([encoder.model_copy(update=way) for way in ways], path, texts, budget)
+    timed: dict[tuple[tuple[str, Any], ...], Timed] = {}
+    for way, answer in zip(ways, answers, strict=True):
+        if not isinstance(answer, NegpipeError):
+            timed[tuple(way.items())] = answer
+            logger.info("plan: %s: %.0f texts/s", " ".join(way.values()), len(answer.vectors) / answer.seconds)
+        elif way is own:
+            raise answer
+        else:  # a model may refuse what the machine can do
+            logger.warning("plan: %s is left out: %s", " ".join(way.values()), answer)
     reference = timed.get(tuple(REFERENCE.items()))
     return [
         Variant(
@@ -101,11 +107,6 @@ def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float |
         nearest.append(np.argpartition(-scores, NEIGHBOURS, axis=1)[:, :NEIGHBOURS])
     same = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(axis=2)
     return float(same.mean())
-
-
-def _time(encoder: Encoder, settings: Mapping[str, Any], path: str, texts: Sequence[str], budget: Budget) -> Timed:
-    logger.info("plan: times the encoder with %s", " ".join(settings.values()))
-    return time_model(encoder.model_copy(update=dict(settings)), path, list(texts), budget)
 
 
 def _others(encoder: Encoder, own: Mapping[str, Any], device: str) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 
 from negpipe import ann, encoders
 from negpipe.ann import auto
-from negpipe.config.schema import Config, Encoder
+from negpipe.config.encoder import Encoder
+from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders import prompts, server
@@ -50,7 +51,8 @@ Block = tuple[npt.NDArray[np.intp], Floats]
 VERSION = 1
 _NOT_IDENTITY = {"model", "revision", "device", "devices", "corpus_vectors", "anchor_vectors", "cache_size", "http"}
 _NOT_IDENTITY |= {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
-_OF_A_PART = {"encoder.batch_size", "encoder.call_texts", "encoder.storage", "encoder.cache"}  # not of a cached vector
+# Not of a cached vector:
+_OF_A_PART = {f"encoder.{name}" for name in ("batch_size", "batch_tokens", "call_texts", "storage", "cache")}
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
 _SERVED = _PRECOMPUTED | {"model", "cache", "query_instruction", "query_instruction_format"}
 _SERVED |= {"passage_instruction", "passage_instruction_format"}
@@ -75,6 +77,8 @@ def _settings(config: Config) -> dict[str, Any]:
         del values["truncate_dim"]
     if encoder.runtime == "torch":
         values.pop("runtime", None)
+    if encoder.batch_tokens is None:
+        values.pop("batch_tokens", None)
     if values.pop("cache", None) is not None:
         values["cache"] = True
     return {f"encoder.{name}": value for name, value in values.items()}

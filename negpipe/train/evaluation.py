@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe import ann, encoders
-from negpipe.config.schema import Encoder
+from negpipe.config.encoder import Encoder
 from negpipe.data import tables
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import documents, open_table, ragged

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe.config.schema import Config, Encoder
+from negpipe.config.encoder import Encoder
+from negpipe.config.schema import Config
 from negpipe.config.training import DISTILLING
 from negpipe.engine import devices
 from negpipe.train import trainer

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negpipe.config.schema import Config, Encoder
+from negpipe.config.encoder import Encoder
+from negpipe.config.schema import Config
 from negpipe.config.training import DISTILLING
-from negpipe.encoders.backends import class_and_pooling, instructed
-from negpipe.encoders.prompts import KINDS, TASKS, Kind, instruction
+from negpipe.encoders.backends import class_and_pooling
+from negpipe.encoders.prompts import KINDS, TASKS, Kind, instructed, instruction
 from negpipe.engine.devices import CPU
 from negpipe.errors import ConfigError
 from negpipe.train import trainer

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import encoders
-from negpipe.config.schema import Config, Encoder
+from negpipe.config.encoder import Encoder
+from negpipe.config.schema import Config
 from negpipe.data.tables import ragged, texts
 from negpipe.encoders import prompts
 from negpipe.engine import devices, versions

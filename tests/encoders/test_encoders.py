@@ -18,7 +18,7 @@ from model_vectors import BACKENDS, TEXTS, ignore, loaded, settings, sha256
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders import backends, has_units
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
@@ -122,7 +122,7 @@ def test_several_calls_keep_order_and_bits(tiny: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_holds_at_least_32_batches(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("negpipe.config.schema._CALL_TEXTS", 1)
+    monkeypatch.setattr("negpipe.config.encoder._CALL_TEXTS", 1)
     seen: list[int] = []
     vectors = loaded(settings(tiny, backend, batch_size=2)).encode(
         TEXTS[:25] + TEXTS, "passage", lambda texts, _: seen.append(texts)
@@ -231,14 +231,15 @@ class Library:
         self._at_pass = at_pass
         self._local = threading.local()
         library = backends.Library(self, self._call, [], None)
-        self.encoder = Batched(schema.Encoder(model="none", batch_size=4, call_texts=128), library, ahead=True)
+        self.encoder = Batched(Settings(model="none", batch_size=4, call_texts=128), library, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))
         self.passes.append(self._local.call)
         return np.ones((len(attention_mask), 3))
 
-    def _call(self, texts: list[str], kind: encoders.Kind) -> Any:
+    def _call(self, texts: list[str], kind: encoders.Kind, batch_size: int) -> Any:
+        assert batch_size == 4
         self._local.call = self.tokenised
         self.tokenised += 1
         masks = [np.ones((len(texts[low : low + 4]), 1)) for low in range(0, len(texts), 4)]
@@ -408,7 +409,7 @@ HUB = """
 import sys
 from pathlib import Path
 from negpipe import encoders
-from negpipe.config import schema
+from negpipe.config.encoder import Encoder as Settings
 from negpipe.errors import InputError
 
 def never(file):
@@ -416,7 +417,7 @@ def never(file):
 
 for name, revision in (("someone/tiny", None), ("someone/tiny", "COMMIT"), ("someone/other", None)):
     try:
-        model = encoders.resolve_model(schema.Encoder(model=name, revision=revision), never)
+        model = encoders.resolve_model(Settings(model=name, revision=revision), never)
         print(model.digest, Path(model.path).name, Path(model.path).parents[1].name)
     except InputError as error:
         print(error)

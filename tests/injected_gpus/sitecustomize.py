@@ -37,12 +37,12 @@ def _stand_in(real: Callable[..., Any]) -> Callable[..., Any]:
             file.write(f"{shown} {device} {encoder.precision}\n")
         library = real(encoder, path, "cpu")
 
-        def call(texts: list[str], kind: Any) -> Any:
+        def call(texts: list[str], kind: Any, batch_size: int) -> Any:
             if first and shown == GPUS["dies"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if shown == GPUS["waits"]:
                 _wait(*GPUS["for"])
-            return library.call(texts, kind)
+            return library.call(texts, kind, batch_size)
 
         return replace(library, call=call)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import small_source as small
 
-from negpipe.config.schema import Encoder
+from negpipe.config.encoder import Encoder
 from negpipe.encoders import has_units, is_installed
+from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
+from negpipe.errors import TaskFailedError
 from negpipe.plan.variants import NEIGHBOURS, agreement, measured
 
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
@@ -70,6 +73,22 @@ def test_runtimes_that_are_installed_are_timed(tiny: Path, tmp_path: Path, monke
     assert {tuple(one.settings.values()) for one in found} == ways
     assert [one.configured for one in found] == [True, *[False] * 4]
     assert all((one.agreement or 0) > 0.5 for one in found)
+
+
+def test_a_way_that_kills_its_process_is_said_and_the_others_are_timed(tiny: Path, tmp_path: Path) -> None:
+    """A folder of weights is a real death: the second way's model ends its process while it is loaded."""
+    deadly = tmp_path / "deadly"
+    shutil.copytree(tiny, deadly)
+    (deadly / "modeling.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    config = json.loads((deadly / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"}
+    (deadly / "config.json").write_text(json.dumps(config))
+    texts = [f"text {number}" for number in range(8)]
+    good = Encoder(model=str(deadly), pooling="mean")
+    ways = [good, good.model_copy(update={"trust_remote_code": True}), good]
+    first, second, third = time_models(ways, str(deadly), texts, DEFAULT)
+    assert isinstance(first, Timed) and isinstance(third, Timed) and len(third.vectors) == 8
+    assert isinstance(second, TaskFailedError) and "-9" in str(second)
 
 
 @units

@@ -1,0 +1,58 @@
+"""Which texts share a forward pass where `encoder.batch_tokens` is set: as many of about one length as have room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negpipe.config.encoder import Encoder as Settings
+from negpipe.encoders.prompts import Kind, instructed, instruction
+from negpipe.errors import ConfigError
+
+Batches = Callable[[list[str], Kind], list[NDArray[np.intp]]]
+"""Offsets of the texts of each forward pass; every text is in one."""
+
+
+def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batches:
+    """How the texts of a call are put together, by the tokens that the tokenizer of the model in `path` counts.
+
+    Raises:
+        ConfigError: there is not one tokenizer that tells.
+    """
+    limit = encoder.batch_tokens
+    assert limit is not None
+    if len(tokenizers) != 1 or not callable(tokenizers[0]):
+        raise ConfigError("encoder.batch_tokens: this model does not tell how many tokens a text has: set batch_size")
+    (tokenizer,) = tokenizers
+    instructions = cache(lambda kind: instruction(encoder, path, kind))
+
+    def batches(texts: list[str], kind: Kind) -> list[NDArray[np.intp]]:
+        prompt, texts = instructed(instructions(kind), texts)
+        most = getattr(encoder, f"{kind}_max_length")
+        found = tokenizer([prompt + text for text in texts], truncation=True, max_length=most, padding=False)
+        return by_tokens([len(tokens) for tokens in found["input_ids"]], limit)
+
+    return batches
+
+
+def by_tokens(lengths: Sequence[int], limit: int) -> list[NDArray[np.intp]]:
+    """The longest first, so that memory that is too short shows at once; texts of one length in order.
+
+    Args:
+        lengths: tokens of each text.
+        limit: of texts times the longest's tokens; a text that is longer is alone.
+
+    Returns:
+        offsets of the texts of each batch.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        count = max(1, limit // max(1, lengths[order[first]]))
+        batches.append(order[first : first + count])
+        first += count
+    return batches

@@ -1,0 +1,108 @@
+"""Batches by tokens: what shares a forward pass, and that vectors, cuts and errors are those of batches by number."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_vectors import BACKENDS, TEXTS, ignore, loaded, settings, sha256
+from pydantic import ValidationError
+from tiny_model import build_tiny_model
+
+from negpipe import encoders
+from negpipe.config.encoder import Encoder as Settings
+from negpipe.encoders.batches import by_tokens
+from negpipe.errors import InputError, TaskFailedError
+
+LENGTHS = {"query_max_length": 16, "passage_max_length": 24}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def by(folder: Path, backend: str, tokens: int, **more: Any) -> Settings:
+    return Settings.model_validate(
+        {"backend": backend, "model": str(folder), "batch_tokens": tokens, **LENGTHS, **more}
+    )
+
+
+def kept_in(calls: list[tuple[int, int]]) -> encoders.OnBatch:
+    return lambda rows, tokens: calls.append((rows, tokens))
+
+
+def test_every_text_is_in_one_batch_and_no_batch_is_larger_than_asked() -> None:
+    draw = random.Random(5)
+    for _ in range(300):
+        lengths = [draw.choice([0, 1, 7, 30, 30, 512]) for _ in range(draw.randint(1, 60))]
+        limit = draw.choice([1, 30, 64, 512, 4096])
+        batches = by_tokens(lengths, limit)
+        assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+        for rows, following in pairwise([*batches, np.array([], dtype=int)]):
+            longest = max(1, *(lengths[row] for row in rows))
+            assert len(rows) == 1 or len(rows) * longest <= limit
+            # The next one had no room.
+            assert not len(following) or (len(rows) + 1) * longest > limit
+            assert all(lengths[row] >= lengths[after] for row in rows for after in following)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("instruction", [None, "find the file: "])
+def test_vectors_are_those_of_batches_by_number_in_passes_within_the_limit(
+    tiny: Path, backend: str, instruction: str | None
+) -> None:
+    draw = random.Random(3)
+    texts = draw.sample(TEXTS, len(TEXTS)) + ["file"] * 40
+    kinds: list[encoders.Kind] = ["passage", "query"]
+    for kind in kinds:
+        more = {**LENGTHS, f"{kind}_instruction": instruction}
+        expected = loaded(settings(tiny, backend, **more)).encode(texts, kind, ignore)
+        passes: list[tuple[int, int]] = []
+        whole = loaded(by(tiny, backend, 96, **{f"{kind}_instruction": instruction}))
+        vectors = whole.encode(texts, kind, kept_in(passes))
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        # Tokens without padding are less than those with it: nearly full passes show that the limit is what cuts.
+        assert sum(rows for rows, _ in passes) == len(texts)
+        assert all(tokens <= 96 for _, tokens in passes) and len({rows for rows, _ in passes}) > 2
+        assert sum(tokens for _, tokens in passes) > 0.7 * 96 * (len(passes) - 1)
+        again = whole.encode(texts, kind, ignore)
+        assert again.tobytes() == vectors.tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cut_texts_are_counted_once(tiny: Path, backend: str) -> None:
+    counted = []
+    for encoder in (settings(tiny, backend, **LENGTHS), by(tiny, backend, 96)):
+        cuts: list[tuple[int, int]] = []
+        model = encoders.load(encoder, encoders.resolve_model(encoder, sha256).path, threads=1)
+        list(model.encode(TEXTS, "passage", ignore, kept_in(cuts)))
+        counted.append(np.array(cuts).sum(axis=0).tolist())
+    assert counted[0] == counted[1] and counted[0][0] > 0
+
+
+def test_errors_name_the_text_and_the_setting(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = build_tiny_model(tmp_path / "tiny")
+    weights = load_file(folder / "model.safetensors")
+    words = (folder / "vocab.txt").read_text().splitlines()
+    weights["embeddings.word_embeddings.weight"][words.index("error")] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        loaded(by(folder, "sentence-transformers", 96)).encode([*TEXTS[:30], "error", *TEXTS], "passage", ignore)
+    assert caught.value.row == 30
+    long = by(folder, "sentence-transformers", 4096, passage_max_length=4096)
+    with pytest.raises(TaskFailedError, match="batch_tokens"):
+        loaded(long).encode(["file " * 3000], "passage", ignore)
+
+
+def test_settings_that_do_not_go_together_are_refused(tiny: Path) -> None:
+    with pytest.raises(ValidationError, match="batch_size and batch_tokens"):
+        by(tiny, "flagembedding", 96, batch_size=8)
+    with pytest.raises(ValidationError, match="set it to 24 or more"):
+        by(tiny, "flagembedding", 23)
