@@ -4,7 +4,7 @@
     python scripts/bench_end_to_end.py FOLDER --max-length 128 --rounds 2
 
 FOLDER is in BEIR layout, with qrels/train.tsv. Each side is a process of its own, timed from its start to its end with
-all imports, loading and writing; peak memory is that of all processes of a side at once, sampled ten times a second.
+all imports, loading and writing; peak memory is that of all processes of a side at once, sampled twice a second.
 Ratios are to Sentence Transformers in the same round. Rows that agree are anchors with the same negatives in the same
 order, compared by text.
 """
@@ -48,7 +48,7 @@ class Measured:
 def peak_of(process: psutil.Process, ended: threading.Event) -> int:
     """Bytes that a process and its children hold at once, at most; of a shared page, its share."""
     peak = 0
-    while not ended.wait(0.1):
+    while not ended.wait(0.5):
         held = 0
         for one in [process, *process.children(recursive=True)]:
             try:

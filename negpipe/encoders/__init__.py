@@ -5,7 +5,7 @@ Importing this package, and resolving a model, imports neither torch nor a model
 
 from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.encode import Encoder, libraries, load, provenance
-from negpipe.encoders.models import Model, parameters, resolve_model
+from negpipe.encoders.models import Model, folder_here, parameters, resolve_model
 from negpipe.encoders.precision import check_precision, has_units
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.runtimes import check_installed, is_installed
@@ -17,6 +17,7 @@ __all__ = [
     "OnBatch",
     "check_installed",
     "check_precision",
+    "folder_here",
     "has_units",
     "is_installed",
     "libraries",

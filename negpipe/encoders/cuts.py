@@ -1,9 +1,16 @@
-"""Texts that are cut at the model's length, counted while they are tokenised: nothing is tokenised twice."""
+"""Texts that are cut at the model's length: expected of a sample, before hours are spent on them, and counted while
+they are tokenised, so that nothing is tokenised twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from negpipe.config.encoder import Encoder as Settings
+from negpipe.encoders.prompts import Kind, instructed, instruction
 
 OnCut = Callable[[int, int], None]
 """Called with texts that were cut, and the tokens that they lost; also where it was none."""
@@ -28,3 +35,34 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
         return batch
 
     tokenizer._encode_plus = watched
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model's length is to texts: their number, those that it cuts, tokens, those that it loses."""
+
+    texts: int
+    cut: int
+    tokens: int
+    lost: int
+
+
+def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) -> Expected | None:
+    """What will be cut of texts, by the tokenizer in a model's folder; torch and model libraries are not loaded.
+
+    Returns:
+        None where the folder has no tokenizer in Rust.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    prompt, given = instructed(instruction(encoder, str(folder), kind), list(texts))
+    limit = getattr(encoder, f"{kind}_max_length")
+    lengths = [len(one.ids) for one in tokenizer.encode_batch([prompt + text for text in given])]
+    over = [length - limit for length in lengths if length > limit]
+    return Expected(len(lengths), len(over), sum(lengths), sum(over))

@@ -57,6 +57,21 @@ def resolve_model(encoder: Settings, digest_file: Callable[[Path], str]) -> Mode
     return _hub(name, encoder.revision)
 
 
+def folder_here(encoder: Settings) -> Path | None:
+    """The folder of the model that a config names, where it is on this disk; nothing is fetched or checked."""
+    name = encoder.model or ""
+    if name.startswith(_PACKAGE):
+        return _package_folder(name)
+    if Path(name).is_dir():
+        return Path(name)
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=encoder.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def parameters(folder: Path) -> int:
     """How many weights a model has, as its files tell.
 

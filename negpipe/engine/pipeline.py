@@ -107,6 +107,9 @@ def mine(
             if said := stage.settle(context.config, manifest)[1]:
                 logger.info("%s", said)
             context = context.after(stage, manifest)
+            if stage.name in ran:
+                for level, sentence in stage.outlook(context):
+                    logger.log(level, "%s: %s", stage.name, sentence)
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}

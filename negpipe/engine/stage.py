@@ -222,7 +222,7 @@ def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
     return config, ""
 
 
-def _no_remarks(_: Mapping[str, Any]) -> list[tuple[int, str]]:
+def _no_remarks(_: Any) -> list[tuple[int, str]]:
     return []
 
 
@@ -272,6 +272,7 @@ class Stage:
         settle: (config, its manifest) → the config with the settings that depend on its output decided, and what is to
             be said of that.
         remarks: what its statistics say beside counts: levels of logging, and sentences.
+        outlook: (the context with its output) → what that means for the stages to come, said once it is made.
         misfit: (store, one of its parts) → what the headers of the part's files say that its record does not.
         provides: the name under which later stages find its output, where it takes another's place.
         kind: the stage whose functions it has, by name, where it is a second one of a kind; a worker finds them by it.
@@ -301,6 +302,7 @@ class Stage:
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
     settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
+    outlook: Callable[[Context], Iterable[tuple[int, str]]] = _no_remarks
     misfit: Callable[[Store, Part], str | None] = _fits
     provides: str = ""
     kind: str = ""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import shutil
@@ -37,12 +38,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from negpipe import __version__, sources
+from negpipe import __version__, encoders, sources
 from negpipe.config.schema import Config
 from negpipe.config.training import Split
 from negpipe.data import database
-from negpipe.data.tables import to_bytes
+from negpipe.data.tables import Rows, texts, to_bytes
 from negpipe.data.texts import hashes
+from negpipe.encoders import cuts
 from negpipe.engine import versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
@@ -63,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 5
 _PARTS = 3  # their keys cover their content: what another version makes alike is kept
+_SAMPLE, _LETTERS = 1000, 4_000_000  # texts, and characters of them all, whose tokens are counted: about a second
+_MANY = 0.1  # share of tokens not to be read that is warned of
 _COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
 
 
@@ -317,6 +321,33 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     return config.resolved(most), ""
 
 
+def _outlook(context: Context) -> Iterator[tuple[int, str]]:
+    """How much of the texts the model will not read, by a sample, where the model is on this disk."""
+    encoder = context.config.encoder
+    folder = encoders.folder_here(encoder) if encoder.runs_here else None
+    if folder is None:
+        return
+    parts = texts(context.manifest("ingest"))
+    kinds: tuple[encoders.Kind, ...] = ("passage", "query")
+    for kind in kinds:
+        parts = [part for part in texts(context.manifest("ingest")) if (part.kind == "anchors") is (kind == "query")]
+        rows = Rows([context.path(part, "table") for part in parts])
+        at = np.unique(np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(np.int64))
+        sample = rows.strings("text", at).to_pylist()
+        letters = itertools.accumulate(map(len, sample))
+        sample = [text for text, so_far in zip(sample, letters, strict=True) if so_far <= _LETTERS]
+        seen = cuts.expected(encoder, folder, kind, sample) if sample else None
+        if seen and seen.cut:
+            lost, setting = seen.lost / seen.tokens, f"{kind}_max_length"
+            side = "anchors" if kind == "query" else "documents"
+            yield (
+                logging.WARNING if lost >= _MANY else logging.INFO,
+                f"about {seen.cut / seen.texts:.0%} of the {side} have more than {getattr(encoder, setting)} tokens"
+                f" (encoder.{setting}), so about {lost:.0%} of all their tokens will"
+                f" not be read; by {seen.texts:,} of them",
+            )
+
+
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:
     listed = [file for part in parts for file in part.all("rejected")]
     sides = {f"{file.role.removeprefix('split-')}.parquet": file for part in parts for file in part.all("split")}
@@ -338,6 +369,7 @@ STAGE = Stage(
     run=_run,
     settle=_settle,
     remarks=split.remarks,
+    outlook=_outlook,
     misfit=_misfit,
     views=_views,
     libraries=lambda _: ("duckdb", "pyarrow"),

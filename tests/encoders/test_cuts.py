@@ -15,6 +15,7 @@ from real_runs import Run, encoding_here
 
 from negpipe import encoders, graph
 from negpipe.config.file import load_config
+from negpipe.encoders.cuts import expected
 
 
 def lengths(folder: Path, texts: list[str]) -> list[int]:
@@ -59,6 +60,22 @@ def test_counting_changes_no_bit(tiny: Path) -> None:
     assert ours.tobytes() == np.asarray(plain.encode_corpus(TEXTS)).tobytes()
 
 
+@pytest.mark.parametrize("limit", [8, 20, 128])
+@pytest.mark.parametrize("said", [None, "find the file: "])
+def test_expected_cuts_are_those_that_come(tiny: Path, limit: int, said: str | None) -> None:
+    encoder = settings(tiny, "sentence-transformers", query_max_length=limit, query_instruction=said)
+    counted: list[tuple[int, int]] = []
+    model = encoders.load(encoder, str(tiny), threads=1)
+    list(model.encode(TEXTS, "query", ignore, lambda *cut: counted.append(cut)))
+    seen = expected(encoder, tiny, "query", TEXTS)
+    assert seen is not None and (seen.cut, seen.lost) == tuple(map(sum, zip(*counted, strict=True)))
+    assert seen.texts == len(TEXTS) and seen.tokens == sum(lengths(tiny, [(said or "") + text for text in TEXTS]))
+
+
+def test_without_a_tokenizer_of_its_own_kind_nothing_is_expected(tiny: Path, tmp_path: Path) -> None:
+    assert expected(settings(tiny), tmp_path, "query", TEXTS) is None
+
+
 def encoded(folder: Path, model: Path, corpus: list[dict[str, Any]], *overrides: str) -> tuple[Run, graph.Result]:
     small.build(folder, corpus)
     encoder = {"backend": "sentence-transformers", "model": str(model), "passage_max_length": 16}
@@ -91,7 +108,11 @@ def test_no_rows_name_the_cut_as_the_cause(
         for record in caplog.records
         if record.levelno == logging.WARNING and "passage_max_length" in record.message
     }
-    assert {*warned} == {"encode", "triplets"}
+    assert {*warned} == {"ingest", "encode", "triplets"}
+    # Known once the texts are there, before they are encoded: by a sample, here of them all.
+    before = warned.pop("ingest")
+    assert before.startswith("ingest: about 95% of the documents have more than 16 tokens")
+    assert f"about {cut['lost']:.0%} of all their tokens" in before and "by 40 of them" in before
     assert all("38 of 40 documents" in message for message in warned.values())
     assert not {"tokens_lost", "cut", "equal"} & {*run.manifest("encode")["settings"]}
 
