@@ -5,6 +5,7 @@
     python scripts/bench_encode.py --corpus FOLDER/corpus.jsonl --max-length 256 --precision bfloat16 --no-memory
     python scripts/bench_encode.py --rounds 0 --memory-texts 2000 200000 --precision bfloat16
     python scripts/bench_encode.py --rounds 0 --no-memory --start 5
+    python scripts/bench_encode.py --corpus FOLDER/corpus.jsonl --max-length 256 --batch-tokens 4096 --no-memory
     python scripts/bench_encode.py --base-size --texts 128 --max-length 256 --precision bfloat16 --no-memory
 
 Every measurement runs in its own process, the two sides taking turns at going first. The texts are
@@ -69,17 +70,22 @@ def base_size(folder: Path) -> str:
     return str(folder)
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of negpipe's encoder that are compared."""
+    by_tokens = {"batch_tokens": options.batch_tokens} if options.batch_tokens else {"batch_size": options.batch_size}
+    pooling = {"pooling": options.pooling} if options.backend == "flagembedding" else {}
+    return {name: getattr(options, name) for name in ("backend", "runtime", "precision")} | by_tokens | pooling
+
+
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
     texts = list(islice(documents(options.corpus) if options.corpus else pieces(), options.texts))
     encoder = Settings.model_validate(
         {
             "model": options.model,
-            "pooling": options.pooling,
             "passage_max_length": options.max_length,
-            "batch_size": options.batch_size,
             "device": "cpu",
-            "precision": options.precision,
+            **chosen(options),
         }
     )
     path = encoders.resolve_model(encoder, str).path
@@ -120,7 +126,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 def child(side: str, options: argparse.Namespace, **changed: int) -> dict[str, Any]:
     arguments = {**vars(options), **changed}
     command = [sys.executable, __file__, "--side", side]
-    for name in ("texts", "max_length", "model", "pooling", "batch_size", "threads", "precision", "corpus"):
+    numbers = ("texts", "max_length", "batch_size", "batch_tokens", "threads")
+    for name in (*numbers, "model", "pooling", "backend", "runtime", "precision", "corpus"):
         command += [f"--{name.replace('_', '-')}", str(arguments[name])] if arguments[name] else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -168,11 +175,9 @@ def stage_memory(options: argparse.Namespace, texts: int) -> float:
             "data.format": "pairs",
             "data.path": str(folder / "pairs.jsonl"),
             "encoder.model": options.model,
-            "encoder.pooling": options.pooling,
             "encoder.passage_max_length": options.memory_max_length,
-            "encoder.batch_size": options.batch_size,
-            "encoder.precision": options.precision,
             "encoder.device": "cpu",
+            **{f"encoder.{name}": value for name, value in chosen(options).items()},
             "resources.cpus": options.threads,
             "executor.kind": "inline",
         }
@@ -258,6 +263,11 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="measure a start so often (%(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--corpus", type=Path, help="take the texts from a corpus.jsonl")
+    parser.add_argument("--backend", default="flagembedding", help="that runs negpipe's model (%(default)s)")
+    parser.add_argument(
+        "--runtime", default="torch", help="of negpipe (%(default)s)"
+    )
+    parser.add_argument("--batch-tokens", type=int, help="of negpipe, in place of the batch size")
     parser.add_argument("--precision", default="float32", help="what negpipe computes in (%(default)s)")
     parser.add_argument("--base-size", action="store_true", help="a model as large as BERT base, of random weights")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

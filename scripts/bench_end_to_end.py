@@ -1,7 +1,8 @@
 """From text to rows: `negpipe mine` beside Sentence Transformers' `mine_hard_negatives`, the same model and rules.
 
     python scripts/bench_end_to_end.py FOLDER
-    python scripts/bench_end_to_end.py FOLDER --max-length 128 --rounds 2
+    python scripts/bench_end_to_end.py FOLDER --batch-tokens 4096 --rounds 2
+    python scripts/bench_end_to_end.py FOLDER --batch-tokens 4096 --runtime openvino
 
 FOLDER is in BEIR layout, with qrels/train.tsv. Each side is a process of its own, timed from its start to its end with
 all imports, loading and writing; peak memory is that of all processes of a side at once, sampled twice a second.
@@ -83,8 +84,9 @@ def negpipe(precision: str, options: argparse.Namespace, folder: Path) -> Measur
             "model": MODEL,
             "query_max_length": options.max_length,
             "passage_max_length": options.max_length,
-            "batch_size": BATCH,
             "precision": precision,
+            "runtime": options.runtime,
+            **({"batch_tokens": options.batch_tokens} if options.batch_tokens else {"batch_size": BATCH}),
         },
         "index": {"kind": "stream"},
         "mining": {
@@ -160,6 +162,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a set in BEIR layout with qrels/train.tsv")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a text (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, help="of negpipe; else both have batches of 32 texts")
+    parser.add_argument("--runtime", default="torch", help="of negpipe (%(default)s)")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:

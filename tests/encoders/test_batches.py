@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_source as small
 from model_vectors import BACKENDS, TEXTS, ignore, loaded, settings, sha256
 from pydantic import ValidationError
 from tiny_model import build_tiny_model
@@ -99,6 +101,21 @@ def test_errors_name_the_text_and_the_setting(tmp_path: Path) -> None:
     long = by(folder, "sentence-transformers", 4096, passage_max_length=4096)
     with pytest.raises(TaskFailedError, match="batch_tokens"):
         loaded(long).encode(["file " * 3000], "passage", ignore)
+
+
+def test_a_run_by_tokens_has_parts_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    """Through a worker, which is sent the settings as JSON; and a run without the setting keeps the key it had."""
+    config, key = small.build(tmp_path), dict[int | None, str]()
+    for tokens in (None, 64, None):
+        encoder = {"model": str(tiny), "pooling": "mean", **LENGTHS} | ({"batch_tokens": tokens} if tokens else {})
+        config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": encoder}))
+        for stage in ("ingest", "encode"):
+            outcome = small.run(stage, config)
+            assert outcome.code == 0, outcome.err
+        manifest = json.loads((tmp_path / "run/.negpipe/encode/manifest.json").read_text())
+        assert manifest["settings"].get("encoder.batch_tokens") == tokens
+        assert key.setdefault(tokens, manifest["key"]) == manifest["key"]
+    assert key[None] != key[64]
 
 
 def test_settings_that_do_not_go_together_are_refused(tiny: Path) -> None:

@@ -60,7 +60,7 @@ def test_counting_changes_no_bit(tiny: Path) -> None:
     assert ours.tobytes() == np.asarray(plain.encode_corpus(TEXTS)).tobytes()
 
 
-@pytest.mark.parametrize("limit", [8, 20, 128])
+@pytest.mark.parametrize("limit", [12, 20, 128])
 @pytest.mark.parametrize("said", [None, "find the file: "])
 def test_expected_cuts_are_those_that_come(tiny: Path, limit: int, said: str | None) -> None:
     encoder = settings(tiny, "sentence-transformers", query_max_length=limit, query_instruction=said)

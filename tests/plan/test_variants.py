@@ -18,7 +18,7 @@ from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
 from negpipe.errors import TaskFailedError
-from negpipe.plan.variants import NEIGHBOURS, agreement, measured
+from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, agreement, measured
 
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
 
@@ -45,19 +45,31 @@ def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> Non
     texts = [f"text {number} of {number % 7} things" for number in range(64)]
     encoder = Encoder(model=str(tiny), pooling="mean", precision=configured, passage_max_length=32)
     found = measured(encoder, str(tiny), texts, DEFAULT)
-    assert [(one.settings["precision"], one.configured) for one in found] == [
-        (configured, True),
-        ("bfloat16" if configured == "float32" else "float32", False),
+    assert [(one.settings["precision"], one.settings.get("batch_tokens"), one.configured) for one in found] == [
+        (configured, None, True),
+        ("float32", BATCH_TOKENS, False),
+        ("bfloat16", BATCH_TOKENS, False),
     ]
     assert all(one.speed > 0 and one.texts == 64 and one.dimension == 32 for one in found)
-    by_name = {one.settings["precision"]: one.agreement for one in found}
-    assert by_name["float32"] == 1.0 and 0.5 < (by_name["bfloat16"] or 0) < 1.0
+    for one in found:
+        least, most = (1.0, 1.0) if one.settings["precision"] == "float32" else (0.5, 0.999)
+        assert least <= (one.agreement or 0) <= most
+
+
+def test_tokens_of_a_batch_that_the_config_says_are_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", frozenset)
+    encoder = Encoder(model=str(tiny), pooling="mean", batch_tokens=600)
+    found = measured(encoder, str(tiny), ["one text", "another"], DEFAULT)
+    assert [one.settings for one in found] == [{"runtime": "torch", "precision": "float32", "batch_tokens": 600}]
 
 
 def test_what_it_cannot_do_is_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", frozenset)
-    found = measured(Encoder(model=str(tiny), pooling="mean"), str(tiny), ["one text", "another"], DEFAULT)
-    assert [one.settings for one in found] == [{"runtime": "torch", "precision": "float32"}]
+    found = measured(
+        Encoder(model=str(tiny), pooling="mean", passage_max_length=5000), str(tiny), ["one text", "another"], DEFAULT
+    )
+    own = {"runtime": "torch", "precision": "float32"}
+    assert [one.settings for one in found] == [own, own | {"batch_tokens": 5000}]
     assert found[0].agreement is None
 
 
@@ -70,8 +82,9 @@ def test_runtimes_that_are_installed_are_timed(tiny: Path, tmp_path: Path, monke
     encoder = Encoder(model=str(tiny), backend="sentence-transformers", runtime="openvino", passage_max_length=32)
     found = measured(encoder, str(tiny), texts, DEFAULT)
     ways = {("openvino", "float32"), ("torch", "float32"), ("onnx", "float32"), ("onnx", "int8"), ("openvino", "int8")}
-    assert {tuple(one.settings.values()) for one in found} == ways
-    assert [one.configured for one in found] == [True, *[False] * 4]
+    assert tuple(found[0].settings.values()) == ("openvino", "float32")
+    assert {tuple(one.settings.values()) for one in found[1:]} == {(*way, BATCH_TOKENS) for way in ways}
+    assert [one.configured for one in found] == [True, *[False] * 5]
     assert all((one.agreement or 0) > 0.5 for one in found)
 
 
@@ -98,7 +111,7 @@ def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
     assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +as configured", shown)
-    assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +makes other vectors", shown)
+    assert re.search(r"precision: bfloat16, +[\d,]+ .*\d% +makes other vectors", shown)
     assert "precision" not in small.run("plan", config, "--no-probe").out
     # Once there are parts, they tell the speed, and another precision would throw them away.
     assert small.run("encode", config).code == 0
