@@ -264,9 +264,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--corpus", type=Path, help="take the texts from a corpus.jsonl")
     parser.add_argument("--backend", default="flagembedding", help="that runs negpipe's model (%(default)s)")
-    parser.add_argument(
-        "--runtime", default="torch", help="of negpipe (%(default)s)"
-    )
+    parser.add_argument("--runtime", default="torch", help="of negpipe (%(default)s)")
     parser.add_argument("--batch-tokens", type=int, help="of negpipe, in place of the batch size")
     parser.add_argument("--precision", default="float32", help="what negpipe computes in (%(default)s)")
     parser.add_argument("--base-size", action="store_true", help="a model as large as BERT base, of random weights")

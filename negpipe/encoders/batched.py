@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from negpipe.config import machine
 from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders.backends import Library
 from negpipe.encoders.batches import Batches
@@ -68,6 +69,7 @@ class Batched:
                     if len(turns) > self._ahead:
                         yield self._result(*turns[0])
                         turns.popleft()
+                        machine.give_back()  # batches of all shapes leave holes between what is kept
                 while turns:
                     yield self._result(*turns[0])
                     turns.popleft()

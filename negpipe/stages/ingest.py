@@ -110,6 +110,8 @@ def plan(context: Context, side: split.Side = "train") -> Iterator[Task]:
     with closing(_parts(context, side)) as parts:
         yield next(parts)  # what takes long can be interrupted in this thread
         yield from ahead(parts)
+    # This process outlives the stage, and Arrow would keep what it no longer needs.
+    pa.default_memory_pool().release_unused()
 
 
 def _parts(context: Context, side: split.Side) -> Generator[Task]:
