@@ -58,9 +58,9 @@ def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) 
             fit.
         InputError: the folder does not load as a model.
     """
-    # Every new shape of a batch makes new CPU kernels, of which two caches would keep 1024 each. That gains nothing, and
-    # what is kept pins the heap: memory would grow by some 5 kB a text, for as long as new shapes come. In bfloat16 a
-    # few serve the layers of one batch, and save a sixth of the time of short texts.
+    # Every new shape of a batch makes new CPU kernels, of which two caches would keep 1024 each. That gains nothing,
+    # and what is kept pins the heap: memory would grow by some 5 kB a text, for as long as new shapes come. In bfloat16
+    # a few serve the layers of one batch, and save a sixth of the time of short texts.
     kept = "16" if encoder.precision == "bfloat16" else "1"
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", kept)
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
