@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from negpipe.config.encoder import BATCH_SIZE
 from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders.prompts import Kind, instructed, instruction
 from negpipe.errors import ConfigError
@@ -26,15 +27,19 @@ def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batch
     limit = encoder.batch_tokens
     assert limit is not None
     if len(tokenizers) != 1 or not callable(tokenizers[0]):
-        raise ConfigError("encoder.batch_tokens: this model does not tell how many tokens a text has: set batch_size")
+        raise ConfigError("encoder.batch_tokens: this model does not tell how many tokens a text has: leave it out")
     (tokenizer,) = tokenizers
     instructions = cache(lambda kind: instruction(encoder, path, kind))
 
     def batches(texts: list[str], kind: Kind) -> list[NDArray[np.intp]]:
         prompt, texts = instructed(instructions(kind), texts)
         most = getattr(encoder, f"{kind}_max_length")
-        found = tokenizer([prompt + text for text in texts], truncation=True, max_length=most, padding=False)
-        return by_tokens([len(tokens) for tokens in found["input_ids"]], limit)
+        lengths: list[int] = []
+        for first in range(0, len(texts), BATCH_SIZE):  # a tokenizer also holds what it cuts off, however long that is
+            given = [prompt + text for text in texts[first : first + BATCH_SIZE]]
+            found = tokenizer(given, truncation=True, max_length=most, padding=False)
+            lengths += map(len, found["input_ids"])
+        return by_tokens(lengths, limit)
 
     return batches
 

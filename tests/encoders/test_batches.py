@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from tiny_model import build_tiny_model
 
 from negpipe import encoders
 from negpipe.config.encoder import Encoder as Settings
-from negpipe.encoders.batches import by_tokens
-from negpipe.errors import InputError, TaskFailedError
+from negpipe.encoders.batches import batches_of, by_tokens
+from negpipe.errors import ConfigError, InputError, TaskFailedError
 
 LENGTHS = {"query_max_length": 16, "passage_max_length": 24}
 
@@ -116,6 +117,62 @@ def test_a_run_by_tokens_has_parts_of_its_own(tiny: Path, tmp_path: Path) -> Non
         assert manifest["settings"].get("encoder.batch_tokens") == tokens
         assert key.setdefault(tokens, manifest["key"]) == manifest["key"]
     assert key[None] != key[64]
+
+
+@pytest.mark.parametrize("family", ["m3", "decoder", "python"])
+def test_other_families_of_models(tiny: Path, tmp_path: Path, family: str) -> None:
+    """M3's own class, a decoder padded on the left and pooled at its last token, and a tokenizer in Python."""
+    from transformers import BertJapaneseTokenizer, BertTokenizerFast, LlamaConfig, LlamaModel
+
+    folder, more = Path(shutil.copytree(tiny, tmp_path / family)), {"model_class": "encoder-only-m3", "pooling": "cls"}
+    if family == "python":
+        (folder / "tokenizer.json").unlink()
+        own = BertJapaneseTokenizer(str(tiny / "vocab.txt"), word_tokenizer_type="basic")
+        own.save_pretrained(folder)
+        assert not own.is_fast
+        more = {"pooling": "mean"}
+    if family == "decoder":
+        tokenizer = BertTokenizerFast.from_pretrained(tiny, padding_side="left")
+        tokenizer.save_pretrained(folder)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        LlamaModel(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+        more = {"model_class": "decoder-only-base", "pooling": "last_token", "query_instruction": "find the file: "}
+    kinds: list[encoders.Kind] = ["passage", "query"]
+    for kind in kinds:
+        passes: list[tuple[int, int]] = []
+        vectors = loaded(by(folder, "flagembedding", 96, **more)).encode(TEXTS, kind, kept_in(passes))
+        expected = loaded(settings(folder, "flagembedding", **LENGTHS, **more)).encode(TEXTS, kind, ignore)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        assert sum(rows for rows, _ in passes) == len(TEXTS) and all(tokens <= 96 for _, tokens in passes)
+
+
+def test_models_that_do_not_tell_tokens_are_refused(tiny: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+    from tokenizers import Tokenizer
+
+    static = StaticEmbedding(Tokenizer.from_file(str(tiny / "tokenizer.json")), embedding_dim=32)
+    SentenceTransformer(modules=[static]).save(str(tmp_path / "static"))
+    ways: list[Any] = [[Transformer(str(tiny)), Pooling(32, "mean")] for _ in range(2)]
+    SentenceTransformer(modules=[Router.for_query_document(*ways)]).save(str(tmp_path / "routed"))
+    for name in ("static", "routed"):
+        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* leave it out"):
+            loaded(by(tmp_path / name, "sentence-transformers", 96))
+
+
+def test_few_texts_are_tokenised_at_a_time(tiny: Path) -> None:
+    """A tokenizer in Rust holds what it cuts off: of 2,048 long texts that would be gigabytes."""
+    given: list[int] = []
+
+    def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        given.append(len(texts))
+        return {"input_ids": [[0] * len(text.split()) for text in texts]}
+
+    batches = batches_of(by(tiny, "flagembedding", 96), str(tiny), [tokenizer])(TEXTS * 3, "passage")
+    assert max(given) <= 32 and sum(given) == len(TEXTS) * 3
+    whole = by_tokens([len(text.split()) for text in TEXTS * 3], 96)
+    assert [rows.tolist() for rows in batches] == [rows.tolist() for rows in whole]
 
 
 def test_settings_that_do_not_go_together_are_refused(tiny: Path) -> None:
