@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from negpipe.config.encoder import Encoder as Settings
-from negpipe.encoders.prompts import Kind, instructed, instruction
+from negpipe.encoders.prompts import Kind, instructed, instruction, reads_whole
 
 OnCut = Callable[[int, int], None]
 """Called with texts that were cut, and the tokens that they lost; also where it was none."""
@@ -51,10 +51,10 @@ def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) 
     """What will be cut of texts, by the tokenizer in a model's folder; torch and model libraries are not loaded.
 
     Returns:
-        None where the folder has no tokenizer in Rust.
+        None where the folder has no tokenizer in Rust, or the model cuts nothing.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.is_file() or reads_whole(encoder, str(folder)):
         return None
     from tokenizers import Tokenizer
 

@@ -81,10 +81,20 @@ def prompts(folder: str) -> dict[str, str]:
 
 def routed(encoder: Settings, folder: str) -> bool:
     """Whether the model has a Router, which sends queries and documents through modules of their own."""
+    return _has_module(encoder, folder, _ROUTERS)
+
+
+def reads_whole(encoder: Settings, folder: str) -> bool:
+    """Whether the model cuts no text: a static embedding has no length."""
+    return _has_module(encoder, folder, ("StaticEmbedding",))
+
+
+def _has_module(encoder: Settings, folder: str, types: tuple[str, ...]) -> bool:
+    """Whether Sentence Transformers runs the model, with a module of such a type."""
     if encoder.backend != "sentence-transformers":
         return False
     modules = _read(Path(folder) / "modules.json", list[_Module], [])
-    return any(module.type.rpartition(".")[2] in _ROUTERS for module in modules)
+    return any(module.type.rpartition(".")[2] in types for module in modules)
 
 
 def of_the_model(encoder: Settings, folder: str) -> dict[str, str]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import shutil
@@ -65,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 5
 _PARTS = 3  # their keys cover their content: what another version makes alike is kept
-_SAMPLE, _LETTERS = 1000, 4_000_000  # texts, and characters of them all, whose tokens are counted: about a second
+_SAMPLE, _BYTES = 1000, 4_000_000  # texts, and bytes of them all, whose tokens are counted: about a second
 _MANY = 0.1  # share of tokens not to be read that is warned of
 _COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
 
@@ -325,19 +324,27 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
 
 def _outlook(context: Context) -> Iterator[tuple[int, str]]:
     """How much of the texts the model will not read, by a sample, where the model is on this disk."""
+    try:
+        yield from _cuts(context)
+    except Exception as error:  # ingest is done; what is wrong with the model, encode says before it begins
+        logger.info("ingest: how much of the texts the model reads is not known: %s", error)
+
+
+def _cuts(context: Context) -> Iterator[tuple[int, str]]:
     encoder = context.config.encoder
     folder = encoders.folder_here(encoder) if encoder.runs_here else None
     if folder is None:
         return
-    parts = texts(context.manifest("ingest"))
     kinds: tuple[encoders.Kind, ...] = ("passage", "query")
     for kind in kinds:
         parts = [part for part in texts(context.manifest("ingest")) if (part.kind == "anchors") is (kind == "query")]
         rows = Rows([context.path(part, "table") for part in parts])
         at = np.unique(np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(np.int64))
-        sample = rows.strings("text", at).to_pylist()
-        letters = itertools.accumulate(map(len, sample))
-        sample = [text for text, so_far in zip(sample, letters, strict=True) if so_far <= _LETTERS]
+        # Where these are too many, from all over the corpus still; the last of them may be a book.
+        at = np.random.default_rng(0).permutation(at)
+        sizes = rows.sizes("text", at)
+        at = at[np.cumsum(sizes) - sizes < _BYTES]
+        sample = [text[:_BYTES] for text in rows.strings("text", at).to_pylist()]
         seen = cuts.expected(encoder, folder, kind, sample) if sample else None
         if seen and seen.cut:
             lost, setting = seen.lost / seen.tokens, f"{kind}_max_length"

@@ -67,5 +67,6 @@ STAGE = replace(
     plan=_plan,
     settle=_settled,
     remarks=lambda _: (),
+    outlook=lambda _: (),
     views=lambda _: {},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from real_runs import Run, encoding_here
 from negpipe import encoders, graph
 from negpipe.config.file import load_config
 from negpipe.encoders.cuts import expected
+from negpipe.stages import ingest
 
 
 def lengths(folder: Path, texts: list[str]) -> list[int]:
@@ -74,6 +76,79 @@ def test_expected_cuts_are_those_that_come(tiny: Path, limit: int, said: str | N
 
 def test_without_a_tokenizer_of_its_own_kind_nothing_is_expected(tiny: Path, tmp_path: Path) -> None:
     assert expected(settings(tiny), tmp_path, "query", TEXTS) is None
+
+
+def test_a_static_embedding_cuts_nothing(tiny: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    static = StaticEmbedding(Tokenizer.from_file(str(tiny / "tokenizer.json")), embedding_dim=8)
+    SentenceTransformer(modules=[static]).save(str(tmp_path))
+    encoder = settings(tmp_path, "sentence-transformers", passage_max_length=8)
+    assert (tmp_path / "tokenizer.json").is_file() and max(lengths(tiny, TEXTS)) > 8
+    assert expected(encoder, tmp_path, "passage", TEXTS) is None
+    # FlagEmbedding would cut.
+    assert expected(settings(tmp_path, passage_max_length=8), tmp_path, "passage", TEXTS) is not None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "more"),
+    [
+        ("tokenizer.json", {}),
+        ("config_sentence_transformers.json", {}),
+        (None, {"query_prompt_name": "none"}),
+        (None, {"model": "pkg://not_installed/model"}),
+        (None, {"model": "no--name"}),
+    ],
+)
+def test_ingest_is_done_whatever_is_wrong_with_the_model(
+    tiny: Path, tmp_path: Path, wrong: str | None, more: dict[str, str]
+) -> None:
+    config, model = small.build(tmp_path), Path(shutil.copytree(tiny, tmp_path / "model"))
+    if wrong:
+        (model / wrong).write_text("{")
+    config.write_text(
+        json.dumps(small.settings(tmp_path) | {"encoder": {"model": str(model), "pooling": "mean"} | more})
+    )
+    outcome = small.run("ingest", config)
+    assert outcome.code == 0 and "how much of the texts the model reads is not known: " in outcome.err
+    # Encode refuses it.
+    assert small.run("encode", config).code
+
+
+@pytest.mark.parametrize("at_once", [400, 150])
+def test_expected_cuts_are_of_texts_from_all_over(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """The short ones are first; and of documents so long that not even one may be counted, the beginning is."""
+    text = "file name " * 20
+    short = 0 if at_once < len(text) else small.DOCUMENTS // 2
+    corpus = [
+        {"_id": f"d{i}", "title": "", "text": f"{i} {text if i >= short else 'f'}"} for i in range(small.DOCUMENTS)
+    ]
+    monkeypatch.setattr(ingest, "_BYTES", at_once)
+    config = small.build(tmp_path, corpus)
+    encoder = {"model": str(tiny), "pooling": "mean", "passage_max_length": 4}
+    config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": encoder}))
+    outcome = small.run("ingest", config)
+    assert outcome.code == 0 and "of the documents have more than 4 tokens" in outcome.err
+
+
+def test_expected_cuts_are_said_once_where_a_second_ingest_reads_what_is_held_out(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.build(tmp_path)
+    encoder = {"model": str(tiny), "pooling": "mean", "passage_max_length": 4}
+    config = load_config(
+        small.settings(tmp_path) | {"encoder": encoder, "train": {"base": str(tiny), "split": {"test": 0.3}}}
+    )
+    caplog.set_level(logging.INFO, logger="negpipe")
+    graph.mine(config, only="ingest")
+    graph.train(config, only="held_out")
+    assert "held_out: done" in caplog.text
+    said = [record.message for record in caplog.records if "passage_max_length" in record.message]
+    assert [sentence.partition(":")[0] for sentence in said] == ["ingest"]
 
 
 def encoded(folder: Path, model: Path, corpus: list[dict[str, Any]], *overrides: str) -> tuple[Run, graph.Result]:
