@@ -99,9 +99,11 @@ def _encoding(plan: Plan) -> Table:
 
     numbers = ("texts/s", "about", f"same {variants.NEIGHBOURS} nearest")
     table = _table("encoder", *numbers, "", numbers=numbers)
+    # What is pasted must not leave another runtime where it is.
+    usual = {way.variant.settings["runtime"] for way in plan.encoding if way.variant.configured} <= {"torch"}
     for way in plan.encoding:
         one = way.variant
-        shown = (f"{name}: {value}" for name, value in one.settings.items() if value != "torch")
+        shown = (f"{name}: {value}" for name, value in one.settings.items() if not (usual and value == "torch"))
         settings = ", ".join(shown)
         same = "" if one.agreement is None else f"{one.agreement:.1%}"
         note = "as configured" if one.configured else "makes other vectors"

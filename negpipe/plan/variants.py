@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +68,16 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
     ways = [own, *_others(encoder, own, budget.device)]
     logger.info("plan: times the encoder with %s", ", ".join(map(_shown, ways)))
     settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
-    answers = time_models([encoder.model_copy(update=one) for one in settings], path, texts, budget)
     timed: dict[tuple[tuple[str, Any], ...], Timed] = {}
-    for way, answer in zip(ways, answers, strict=True):
-        if not isinstance(answer, NegpipeError):
-            timed[tuple(way.items())] = answer
-            logger.info("plan: %s: %.0f texts/s", _shown(way), len(answer.vectors) / answer.seconds)
-        elif way is own:
-            raise answer
-        else:  # a model may refuse what the machine can do
-            logger.warning("plan: %s is left out: %s", _shown(way), answer)
+    with closing(time_models([encoder.model_copy(update=one) for one in settings], path, texts, budget)) as answers:
+        for way, answer in zip(ways, answers, strict=True):
+            if not isinstance(answer, NegpipeError):
+                timed[tuple(way.items())] = answer
+                logger.info("plan: %s: %.0f texts/s", _shown(way), len(answer.vectors) / answer.seconds)
+            elif way is own:
+                raise answer
+            else:  # a model may refuse what the machine can do
+                logger.warning("plan: %s is left out: %s", _shown(way), answer)
     reference = next((one for way, one in timed.items() if REFERENCE.items() <= {*way}), None)
     return [
         Variant(

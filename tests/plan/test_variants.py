@@ -9,16 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import small_source as small
 
+from negpipe.cli.planning import _encoding
 from negpipe.config.encoder import Encoder
 from negpipe.encoders import has_units, is_installed
 from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
-from negpipe.errors import TaskFailedError
-from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, agreement, measured
+from negpipe.errors import ConfigError, TaskFailedError
+from negpipe.plan.estimate import Encoding, Plan
+from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, Variant, agreement, measured
 
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
 
@@ -88,20 +91,51 @@ def test_runtimes_that_are_installed_are_timed(tiny: Path, tmp_path: Path, monke
     assert all((one.agreement or 0) > 0.5 for one in found)
 
 
-def test_a_way_that_kills_its_process_is_said_and_the_others_are_timed(tiny: Path, tmp_path: Path) -> None:
-    """A folder of weights is a real death: the second way's model ends its process while it is loaded."""
-    deadly = tmp_path / "deadly"
+def test_ways_that_end_their_process_are_said_and_the_others_are_timed(tiny: Path, tmp_path: Path) -> None:
+    """A folder of weights is a real death: the model ends its process while it is loaded with its own code, killed the
+    first time."""
+    deadly, note = tmp_path / "deadly", tmp_path / "note"
     shutil.copytree(tiny, deadly)
-    (deadly / "modeling.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (deadly / "modeling.py").write_text(
+        f"""
+import os, pathlib, signal, sys
+note = pathlib.Path({str(note)!r})
+if note.exists():
+    sys.exit("a reason")
+note.write_text(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
     config = json.loads((deadly / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"}
     (deadly / "config.json").write_text(json.dumps(config))
     texts = [f"text {number}" for number in range(8)]
     good = Encoder(model=str(deadly), pooling="mean")
-    ways = [good, good.model_copy(update={"trust_remote_code": True}), good]
-    first, second, third = time_models(ways, str(deadly), texts, DEFAULT)
-    assert isinstance(first, Timed) and isinstance(third, Timed) and len(third.vectors) == 8
-    assert isinstance(second, TaskFailedError) and "-9" in str(second)
+    bad = good.model_copy(update={"trust_remote_code": True})
+    first, killed, ended, last = time_models([good, bad, bad, good], str(deadly), texts, DEFAULT)
+    assert isinstance(first, Timed) and isinstance(last, Timed) and len(last.vectors) == 8
+    assert isinstance(killed, TaskFailedError) and "ended with -9" in str(killed)
+    assert isinstance(ended, TaskFailedError) and "ended with 1: " in str(ended) and "a reason" in str(ended)
+    # Read once a process, so that of float32, which gains nothing by it, would be that of bfloat16, which does.
+    assert note.read_text() == "16"
+
+
+def test_what_the_configured_way_is_refused_for_ends_the_others(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="truncate_dim") as refused:
+        measured(Encoder(model=str(tiny), pooling="mean", truncate_dim=99), str(tiny), ["one text"], DEFAULT)
+    assert refused.traceback  # the frames are there still
+    assert not [child for child in psutil.Process().children() if "negpipe.encoders.timing" in child.cmdline()]
+
+
+@pytest.mark.parametrize("configured", ["torch", "openvino"])
+def test_settings_to_paste_name_the_runtime_where_it_would_be_another(configured: str) -> None:
+    ways = [
+        Encoding(Variant({"runtime": runtime, "precision": "float32"}, runtime == configured, 1.0, 1.0, 64, 8), 1.0)
+        for runtime in (configured, "torch", "onnx")
+    ]
+    column = [*_encoding(Plan(1.0, (), (), tuple(ways), 0)).columns[0].cells]
+    named = [str(cell).startswith("runtime: ") for cell in column]
+    assert named == ([False, False, True] if configured == "torch" else [True] * 3)
 
 
 @units
