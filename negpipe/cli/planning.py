@@ -51,8 +51,8 @@ def plan(
             console.out.print()
     if found.encoding:
         console.out.print(
-            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. Settings stand under"
-            " encoder: in the config.\n"
+            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. The lines of the first"
+            " column are pasted under encoder: in the config; batch_tokens takes the place of batch_size.\n"
         )
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
@@ -104,7 +104,7 @@ def _encoding(plan: Plan) -> Table:
     for way in plan.encoding:
         one = way.variant
         shown = (f"{name}: {value}" for name, value in one.settings.items() if not (usual and value == "torch"))
-        settings = ", ".join(shown)
+        settings = "\n".join(shown)  # to be pasted as they are
         same = "" if one.agreement is None else f"{one.agreement:.1%}"
         note = "as configured" if one.configured else "makes other vectors"
         table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), same, note)

@@ -145,7 +145,7 @@ def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
     assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +as configured", shown)
-    assert re.search(r"precision: bfloat16, +[\d,]+ .*\d% +makes other vectors", shown)
+    assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +makes other vectors", shown)
     assert "precision" not in small.run("plan", config, "--no-probe").out
     # Once there are parts, they tell the speed, and another precision would throw them away.
     assert small.run("encode", config).code == 0
