@@ -35,8 +35,8 @@ _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is s
 @dataclass(frozen=True)
 class Step:
     """One stage: parts there and to make (None: not known yet), seconds to go, tokens to be sent to a server and what
-    they cost, what is to be said of it, what would stop it, and how many shards of about an hour it has on machines like
-    this (None: it is not made in shards, or its time is not known)."""
+    they cost, what is to be said of it, what would stop it, and its shards of about an hour on machines like this one
+    (None: it is not made in shards, or its time is not known)."""
 
     stage: str
     state: str

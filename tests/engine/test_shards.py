@@ -252,22 +252,29 @@ def told(log: Path) -> dict[str, Any]:
     return done
 
 
-def ended(processes: Sequence[tuple[subprocess.Popen[str], Path]]) -> list[dict[str, Any]]:
+def side_by_side(run: Run, stage: str, shards: Sequence[str], parts: int, *overrides: str) -> list[dict[str, Any]]:
+    """What two processes say, of which the first stands still from its second part until there are so many."""
+    both = [started(run, stage, shards[0], *overrides, slow=2)]
     try:
-        for process, log in processes:
+        assert wait(both[0][0], run.begun(stage, 1))
+        os.killpg(both[0][0].pid, signal.SIGSTOP)
+        both.append(started(run, stage, shards[1], *overrides, slow=0))
+        assert wait(both[1][0], run.begun(stage, parts))
+        os.killpg(both[0][0].pid, signal.SIGCONT)
+        for process, log in both:
             assert process.wait(PATIENCE) == 0, log.read_text(encoding="utf-8")
     finally:
-        for process, _ in processes:
+        for process, _ in both:
             kill(process)
-    return [told(log) for _, log in processes]
+    return [told(log) for _, log in both]
 
 
 @pytest.mark.slow
 def test_two_processes_with_one_shard_do_each_task_once(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     run.forget("search")
-    said = ended([started(run, "search", "0/1", slow=1) for _ in range(2)])
     total = len(keys(whole, "search"))
+    said = side_by_side(run, "search", ("0/1", "0/1"), total - 1)
     assert [each["made"] + each["others"] + each["found"] for each in said] == [total, total]
     assert sum(each["made"] for each in said) == total and all(each["made"] for each in said)
     committed(run, "search")
@@ -280,9 +287,9 @@ def test_shards_share_the_rounds_of_an_approximate_index(whole: Run, tmp_path: P
     usual, run = whole.copied(tmp_path / "usual"), whole.copied(tmp_path / "run")
     usual.mine(*LISTS)
     run.forget("index")
-    said = ended([started(run, "index", f"{number}/3", *LISTS, slow=2) for number in range(3)])
-    assert sum(each["made"] for each in said) == len(keys(usual, "index"))
-    assert sum(each["made"] > 0 for each in said) > 1
+    kinds = [part["kind"] for part in usual.parts("index")]
+    said = side_by_side(run, "index", ("0/2", "1/2"), kinds.count("ids"), *LISTS)
+    assert sum(each["made"] for each in said) == len(kinds) and all(each["made"] for each in said)
     committed(run, "index", *LISTS)
     assert run.content("index") == usual.content("index")
 
