@@ -1,6 +1,7 @@
 # `make help` lists the targets. Variables:
 #   CONFIG  a config: a name in configs/ or a path                    (quickstart.yaml)
 #   SET     overrides, separated by spaces: SET="a.b=c d.e=f"         (none)
+#   SHARDS  processes of `make mine-shards`                          (4)
 #   PYTHON  the Python 3.11 or newer that makes .venv                 (python3)
 # A value with a space in it does not fit into SET: call .venv/bin/negpipe VERB CONFIG --set 'a.b=c d' instead.
 # When negpipe fails, make prints its exit code ("Error 3") but itself ends with 2: schedulers that tell the
@@ -12,17 +13,19 @@
 PYTHON ?= python3
 CONFIG ?= quickstart.yaml
 SET ?=
+SHARDS ?= 4
 
 BIN := .venv/bin
 READY := .venv/.ready
 VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train ablate
 QUICKSTART := data/quickstart
+OVERRIDES = $(foreach pair,$(SET),--set '$(pair)')
 LOADERS := pylate==1.6.0 nemo-automodel==0.7.0 ms-swift==4.6.0 modelscope modelscope-hub addict attrdict dacite \
 	json-repair binpacking trl cryptography cffi pycparser einops attrs aiohttp multidict yarl frozenlist propcache \
 	aiosignal aiohappyeyeballs simplejson
 FAST := $(addprefix tests/,config data encoders select store)
 
-.PHONY: help setup $(VERBS) test test-fast test-slow test-loaders torture check format
+.PHONY: help setup $(VERBS) mine-shards test test-fast test-slow test-loaders torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,11 +62,23 @@ ablate:    ## train with several settings, and compare the models (default: the 
 ablate: CONFIG := $(if $(filter quickstart.yaml,$(CONFIG)),ablate.yaml,$(CONFIG))
 
 $(VERBS): $(READY)
-	@$(BIN)/negpipe $@ '$(CONFIG)' $(foreach pair,$(SET),--set '$(pair)')
+	@$(BIN)/negpipe $@ '$(CONFIG)' $(OVERRIDES)
+
+# What a cluster does (configs/cluster), on one machine. commit names what shards that failed have left.
+mine-shards: $(READY)  ## run every stage as SHARDS processes side by side, and commit it
+	@$(BIN)/negpipe ingest '$(CONFIG)' $(OVERRIDES)
+	@set -e; cpus=$$(( ($$(nproc) + $(SHARDS) - 1) / $(SHARDS) )); \
+	for stage in encode index search triplets; do \
+		for shard in $$(seq 0 $$(( $(SHARDS) - 1 ))); do \
+			$(BIN)/negpipe work $$stage '$(CONFIG)' --shard $$shard/$(SHARDS) --set resources.cpus=$$cpus $(OVERRIDES) & \
+		done; \
+		wait; \
+		$(BIN)/negpipe commit $$stage '$(CONFIG)' --shards $(SHARDS) $(OVERRIDES); \
+	done
 
 # The stages that read sources; any config but the default brings its own.
 ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
-mine ingest ablate: | $(QUICKSTART)
+mine ingest ablate mine-shards: | $(QUICKSTART)
 endif
 
 test: check  ## what has to pass before a commit: check, then all tests but the slow ones

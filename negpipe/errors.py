@@ -37,6 +37,12 @@ class BudgetError(ConfigError):
         self.needed, self.there, self.remedy = needed, there, remedy
 
 
+class VersionsError(ConfigError):
+    """This machine has other versions of libraries than those that began the stage."""
+
+    code = "versions"
+
+
 class InputError(NegpipeError):
     """A source file, dataset, model or vector file is wrong or missing.
 
@@ -78,6 +84,12 @@ class MissingStageError(NegpipeError):
 
     exit_code = 3
     code = "missing-stage"
+
+
+class MissingPartsError(MissingStageError):
+    """A stage was to be committed of which parts are missing."""
+
+    code = "missing-parts"
 
 
 class TaskFailedError(NegpipeError):
@@ -133,8 +145,10 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
     for kind in (
         ConfigError,
         BudgetError,
+        VersionsError,
         InputError,
         MissingStageError,
+        MissingPartsError,
         TaskFailedError,
         RecallError,
         RowsError,

@@ -8,8 +8,9 @@ from typing import Any
 
 from negpipe.config.schema import Config
 from negpipe.data.candidates import DENSE, TEACHER
-from negpipe.engine import pipeline, upkeep
+from negpipe.engine import pipeline, shards, upkeep
 from negpipe.engine.pipeline import Result
+from negpipe.engine.shards import Shard, Worked
 from negpipe.engine.stage import Context, Graph, Stage
 from negpipe.engine.state import State, digests_of, look
 from negpipe.engine.upkeep import Inventory
@@ -18,8 +19,11 @@ from negpipe.stages import STAGES
 
 __all__ = [
     "Result",
+    "Shard",
+    "Worked",
     "check_trains",
     "clean",
+    "commit",
     "inventory",
     "mine",
     "of_kind",
@@ -28,6 +32,7 @@ __all__ = [
     "status",
     "superseded",
     "train",
+    "work",
 ]
 
 
@@ -67,6 +72,35 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
     return _run(config, _mining(rescore), rescore, options)
 
 
+def work(config: Config, stage: str, shard: Shard, **options: Any) -> Worked:
+    """Make what is missing of a shard of a stage that mines, see `shards.work`.
+
+    Raises:
+        ConfigError: also where there is no such stage.
+    """
+    return shards.work(config, _shared(config, stage), stage, shard, **options)
+
+
+def commit(config: Config, stage: str, **options: Any) -> Result:
+    """Write the manifest of a stage that shards have made, see `shards.commit`.
+
+    Raises:
+        ConfigError: also where there is no such stage.
+    """
+    return shards.commit(config, _shared(config, stage), stage, **options)
+
+
+def _shared(config: Config, stage: str) -> Graph:
+    """The stages that mine, if one is called so."""
+    graph = _mining()
+    if stage not in graph:
+        *names, last = (name for name, one in graph.items() if one.place(config) != "caller")
+        raise ConfigError(f"{stage!r} is not a stage that is made in shards: these are {', '.join(names)} and {last}")
+    if stage == "triplets":
+        _check_scores(config, None)
+    return graph
+
+
 def train(config: Config, **options: Any) -> Result:
     """Bring all stages up to date, those that train too, see `pipeline.mine`.
 
@@ -88,8 +122,14 @@ def check_trains(config: Config) -> None:
 
 
 def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:
+    if options.get("only") in (None, "triplets"):
+        _check_scores(config, rescore)
+    return pipeline.mine(config, graph, **options)
+
+
+def _check_scores(config: Config, rescore: Stage | None) -> None:
     scores = (DENSE, TEACHER) if rescore else (DENSE,)
-    if options.get("only") in (None, "triplets") and config.mining.score not in scores:
+    if config.mining.score not in scores:
         raise ConfigError(
             f"mining.score: no stage makes a score called {config.mining.score!r}, there is {' and '.join(scores)}"
         )
@@ -103,7 +143,6 @@ def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str,
             f"mining.score: negatives that the source names may have no {config.mining.score} score: set"
             " mining.given_negatives: ignore and mining.judged: allow"
         )
-    return pipeline.mine(config, graph, **options)
 
 
 def status(config: Config) -> list[State]:

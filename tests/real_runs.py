@@ -56,7 +56,7 @@ class Run:
     def start(
         self, verb: str, *overrides: str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """`python -m negpipe VERB` in a process group of its own; its standard error goes to `log`."""
+        """`python -m negpipe VERB CONFIG` in a process group of its own; its standard error goes to `log`."""
         file = self.folder.with_name(f"{self.folder.name}.yaml")
         # A report takes seconds, which tests of other things need not pay.
         output = {"report": False, **self.config.get("output", {})}
@@ -64,7 +64,7 @@ class Run:
         options = [option for override in overrides for option in ("--set", override)]
         with self.log.open("w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "negpipe", verb, str(file), *options, *flags],
+                [sys.executable, "-m", "negpipe", *verb.split(), str(file), *options, *flags],
                 env={**os.environ, **(environment or {})},
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -10,6 +10,8 @@ from typer.exceptions import TyperException
 
 from negpipe.cli import run  # isort: split
 
+from negpipe.cli import shards  # isort: split
+
 from negpipe.cli import inspect  # isort: split
 
 from negpipe.cli import planning  # isort: split
@@ -49,6 +51,7 @@ __all__ = [
     "report",
     "results",
     "run",
+    "shards",
     "train",
 ]
 

@@ -66,7 +66,7 @@ def with_option(overrides: list[str] | None, key: str, value: object) -> list[st
 
 def as_typed(message: str) -> str:
     """A message in which the commands to run next have the config and the overrides of this one."""
-    return re.sub(r"(?<=negpipe )(\w+) CONFIG\b", lambda found: f"{found[1]} {typed()}", message)
+    return re.sub(r"(?<=negpipe )(\w+(?: \w+)?) CONFIG\b", lambda found: f"{found[1]} {typed()}", message)
 
 
 ConfigArgument = Annotated[

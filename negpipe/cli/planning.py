@@ -83,13 +83,16 @@ def _steps(plan: Plan) -> Table:
 
     from negpipe.review import wording
 
-    numbers = ("parts done", "to do", "about", "disk")
+    numbers = ("parts done", "to do", "about", "shards", "disk")
     table = _table("stage", "state", *numbers, "", numbers=numbers)
     for step in plan.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
         seconds = "" if step.seconds is None else wording.duration(step.seconds)
+        shards = f"{step.shards} × {wording.duration((step.seconds or 0) / step.shards)}" if step.shards else ""
         note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
-        table.add_row(step.stage, step.state, *counts, seconds, wording.size(step.disk) if step.disk else "", note)
+        table.add_row(
+            step.stage, step.state, *counts, seconds, shards, wording.size(step.disk) if step.disk else "", note
+        )
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from negpipe.cli.app import (
     BadRowsOption,
     ConfigArgument,
@@ -18,6 +20,10 @@ from negpipe.cli.app import (
 )
 from negpipe.errors import RowsError
 
+if TYPE_CHECKING:
+    from negpipe.config.schema import Config
+    from negpipe.engine.pipeline import Result
+
 
 def _mine(
     config: str,
@@ -30,9 +36,8 @@ def _mine(
     rebuild: bool = False,
 ) -> None:
     from negpipe import graph
-    from negpipe.cli import console, summary
+    from negpipe.cli import console
     from negpipe.config.file import load_config
-    from negpipe.stages.triplets import advice
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
@@ -48,6 +53,18 @@ def _mine(
         from negpipe.review import report
 
         report.after_mining(settings, typed())
+    tell(result, settings, log_format, only)
+
+
+def tell(result: Result, settings: Config, log_format: str, only: str | None) -> None:
+    """What became of a run, of all stages or of one.
+
+    Raises:
+        RowsError: there are too few rows.
+    """
+    from negpipe.cli import console, summary
+    from negpipe.stages.triplets import advice
+
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):

@@ -18,11 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from negpipe.engine.fingerprint import digest
 from negpipe.errors import DamagedError
+from negpipe.store import claims
 from negpipe.store.files import BOOKS, file_digest, json_bytes, remove, write_all
 from negpipe.store.store import LocalStore, Store
 
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
+_AGREED = ".versions"
 OTHER_CONTENT = "has other content than was written"
 Book = TypeVar("Book", bound=BaseModel)
 
@@ -199,6 +201,20 @@ class Books:
         """What long searches of any part have left to go on from, as the store calls it."""
         names = self.store.names(self.folder)
         return [name for name in names if _CHECKPOINT.fullmatch(name.rpartition("/")[2])]
+
+    def agreed(self, key: str) -> str:
+        """With which versions of libraries the shards of a stage of this key began, as the store calls it."""
+        return f"{self.folder}/{key}{_AGREED}"
+
+    def drop_agreed(self, key: str = "") -> None:
+        """Let the shards of a stage of this key, or of every one, begin with other versions."""
+        for name in self.of_shards():
+            if name.endswith(f"{key}{_AGREED}"):
+                self.store.delete(name)
+
+    def of_shards(self) -> list[str]:
+        """What shards that are at work need, and those that were killed left, as the store calls it."""
+        return [name for name in self.store.names(self.folder) if name.endswith((claims.SUFFIX, _AGREED))]
 
     def records(self) -> Iterator[Part]:
         """What every readable record says."""

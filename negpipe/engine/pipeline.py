@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,10 +28,10 @@ from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
-from negpipe.store import registry
+from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, explained, remove_temporaries
-from negpipe.store.lock import run_lock
+from negpipe.store.lock import run_lock, shared_run_lock
 from negpipe.store.store import LocalStore
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def mine(
     rehash: bool = False,
     repair: bool = False,
     rebuild: bool = False,
+    executor: Executor | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
 
@@ -68,6 +69,8 @@ def mine(
         rehash: read every source file again instead of trusting its modification time.
         repair: read every file made so far, and make again what is not as it was written or was made from such.
         rebuild: make again what other versions of libraries made than are installed.
+        executor: takes the tasks instead of the one that stage and config name; whether this machine could run them is
+            not asked then.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
@@ -77,18 +80,14 @@ def mine(
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()
-    _make_run_dir(run_dir, config.store, graph)
-    dropping = repair or rebuild
-    with _alone(config, dropping), explained(run_dir), digests_of(config, rehash=rehash) as digests:
-        context = Context(config, run_dir, digests)
-        _check_share(context)
-        _clear(context)
+    with opened(config, graph, rehash=rehash, dropping=repair or rebuild) as first:
+        context = first
         for number, stage in enumerate(stages):
             if repair:
                 untrusted |= drop_damaged(stage, context, untrusted)
             if rebuild and only in (None, stage.name):
                 drop_of_other_versions(stage, context)
-            state = _looked(stage, context)
+            state = looked(stage, context)
             manifest = state.manifest
             if state.state == "current":
                 logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
@@ -96,11 +95,11 @@ def mine(
             elif only and stage.name != only:
                 raise MissingStageError(blocked(state, only))
             else:
-                for ahead in [stage] if only else stages[number:]:
+                for ahead in [] if executor else [stage] if only else stages[number:]:
                     ahead.examine(context)
-                _check_inputs(stage, graph, context)
+                check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
-                manifest = _completed(stage, context, reporter or Silent())
+                manifest = _completed(stage, context, reporter or Silent(), executor)
                 ran.append(stage.name)
                 _tell(stage, manifest)
             assert manifest is not None
@@ -117,7 +116,33 @@ def mine(
 
 
 @contextmanager
-def _alone(config: Config, dropping: bool) -> Iterator[None]:
+def opened(
+    config: Config, graph: Graph, *, rehash: bool = False, dropping: bool = False, shared: bool = False
+) -> Iterator[Context]:
+    """Hold the run directory, made where it is not there.
+
+    Args:
+        config: whose it is.
+        graph: the stages that have folders in it.
+        rehash: see `mine`.
+        dropping: parts are to be dropped.
+        shared: hold it together with others who share it too, and leave what they write.
+
+    Returns:
+        what the first stage is looked at with.
+    """
+    run_dir = config.run_dir
+    _make_run_dir(run_dir, config.store, graph)
+    with _held(config, dropping, shared), explained(run_dir), digests_of(config, rehash=rehash) as digests:
+        context = Context(config, run_dir, digests)
+        _check_share(context)
+        if not shared:
+            _clear(context)
+        yield context
+
+
+@contextmanager
+def _held(config: Config, dropping: bool, shared: bool) -> Iterator[None]:
     """Hold the run directory, and where parts of a shared store are dropped, all others that use it."""
     with ExitStack() as locks:
         if config.store and dropping:
@@ -127,7 +152,7 @@ def _alone(config: Config, dropping: bool) -> Iterator[None]:
                 if (other / BOOKS).is_dir():
                     locks.enter_context(run_lock(other))
             registry.note(store, config.run_dir)
-        locks.enter_context(run_lock(config.run_dir))
+        locks.enter_context(shared_run_lock(config.run_dir) if shared else run_lock(config.run_dir))
         if config.store and not dropping:
             registry.register(LocalStore(config.store), config.run_dir)
         yield
@@ -141,7 +166,7 @@ def _clear(context: Context) -> None:
                 remove_temporaries(inner, own=root == context.run_dir)
 
 
-def _looked(stage: Stage, context: Context) -> State:
+def looked(stage: Stage, context: Context) -> State:
     """How a stage stands; what is of other versions of libraries is warned of."""
     state = look(stage, context)
     if state.versions:
@@ -156,7 +181,7 @@ def _tell(stage: Stage, manifest: Manifest) -> None:
         logger.log(level, "%s: %s", stage.name, remark)
 
 
-def _check_inputs(stage: Stage, graph: Graph, context: Context) -> None:
+def check_inputs(stage: Stage, graph: Graph, context: Context) -> None:
     """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
     for name in stage.inputs:
         check_headers(context.store, graph[context.manifest(name).stage], context.manifest(name))
@@ -177,11 +202,11 @@ def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
             stay_inside(store, linkable(graph))
 
 
-def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
+def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None) -> Manifest:
     """`run_stage`, begun again where a second process, let in by a lock that does not work, got in between."""
     for attempt in range(_ATTEMPTS):
         try:
-            return run_stage(stage, context, reporter)
+            return run_stage(stage, context, reporter, executor)
         except VanishedError as error:
             state = look(stage, context)
             if state.state == "current" and state.manifest:
@@ -192,7 +217,7 @@ def _completed(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     raise AssertionError
 
 
-def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
+def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None = None) -> Manifest:
     """Make what is missing of a stage, then its manifest.
 
     Raises:
@@ -205,29 +230,36 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter) -> Manifest:
     context = replace(stage.within(context), key=identity.key)
 
     keys: dict[str, None] = {}
-    with _damage_named(stage, context):
-        while _run_planned(stage, context, keys, reporter) and stage.rounds:
+    with damage_named(stage, context):
+        while _run_planned(stage, context, keys, reporter, executor) and stage.rounds:
             pass
 
-    parts = []
-    for part_key in keys:
-        part = books.part(part_key)
-        if part is None:
-            raise VanishedError(
-                f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again"
-            )
-        parts.append(part)
+    parts = [part_of(stage, context, part_key) for part_key in keys]
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
     shown.show(stage, context, manifest)
     if not books.write_manifest(manifest, before):
         raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
     books.drop_begun()
+    books.drop_agreed(identity.key)
+    claims.drop(books.store, books.folder, keys)
     context.digest_file.save()
     return manifest
 
 
+def part_of(stage: Stage, context: Context, part_key: str) -> Part:
+    """The part of a task that has ended.
+
+    Raises:
+        VanishedError: it is not there.
+    """
+    part = context.books(stage.name).part(part_key)
+    if part is None:
+        raise VanishedError(f"{stage.name}: part {part_key} is not on disk after its task ended: run the command again")
+    return part
+
+
 @contextmanager
-def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
+def damage_named(stage: Stage, context: Context) -> Iterator[None]:
     """What nobody foresaw may come of bytes that changed under the same size: then what was read is read whole.
 
     Raises:
@@ -248,11 +280,13 @@ def _damage_named(stage: Stage, context: Context) -> Iterator[None]:
         raise
 
 
-def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter) -> bool:
+def _run_planned(
+    stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter, executor: Executor | None
+) -> bool:
     """Make what is missing of the tasks that can be planned now; returns whether there were new ones among them."""
     books, before = context.books(stage.name), len(keys)
     plan = stage.plan(context)
-    total, done = 0, 0
+    total, done, present = 0, 0, set[str]()
     if stage.place(context.config) != "caller":
         plan = [task for task in plan if task.key not in keys]
         present = {task.key for task in plan if books.part(task.key)}
@@ -263,9 +297,36 @@ def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter
     def missing() -> Iterator[Task]:
         for task in plan:
             keys[task.key] = None
-            if books.part(task.key) is None:
+            if task.key not in present and books.part(task.key) is None:
                 yield task
 
+    run_tasks(stage, missing(), context, reporter, total, done, executor=executor)
+    return len(keys) > before
+
+
+def run_tasks(
+    stage: Stage,
+    tasks: Iterator[Task],
+    context: Context,
+    reporter: Reporter,
+    total: int,
+    done: int = 0,
+    *,
+    executor: Executor | None = None,
+    ended: Callable[[Task], None] = lambda task: None,
+) -> None:
+    """Run tasks as stage and config say, and tell of it.
+
+    Args:
+        stage: whose tasks they are.
+        tasks: taken from when there is somebody to run one.
+        context: the stage's own.
+        reporter: where progress goes.
+        total: rows of the job, 0 where they are not known.
+        done: rows of it that are there already.
+        executor: another one than stage and config name.
+        ended: called with every task whose part is made.
+    """
     counted: dict[str, int] = {}
 
     def progress(task: Task, units: int, note: str, finished: bool) -> None:
@@ -273,13 +334,14 @@ def _run_planned(stage: Stage, context: Context, keys: dict[str, None], reporter
         before = counted.get(task.key, 0)
         counted[task.key] = task.rows if finished else min(task.rows, before + units)
         reporter.advance(counted[task.key] - before, note)
+        if finished:
+            ended(task)
 
     reporter.begin(stage.name, total, done)
     try:
-        _executor(stage, context)(stage, missing(), context, progress)
+        (executor or _executor(stage, context))(stage, tasks, context, progress)
     finally:
         reporter.end()
-    return len(keys) > before
 
 
 def status(config: Config, graph: Graph) -> list[State]:

@@ -107,6 +107,7 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     Their files stay until `clean` takes them.
     """
     books, now = context.books(stage.name), versions.installed(stage.libraries(context.config))
+    books.drop_agreed()
     outdated = [part for part in books.records() if versions.is_of_others(part, now)]
     if not outdated:
         return

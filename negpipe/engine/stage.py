@@ -77,6 +77,8 @@ class Context:
     """What the executor gives each of its tasks."""
     devices: Callable[[], tuple[str, ...]] = _cores
     """Those that its workers compute on, in turn. Asked when they are needed, as it may take seconds."""
+    shard: str = ""
+    """Which of several processes on this run directory it is, for names of logs."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from negpipe.config.schema import Config
 from negpipe.engine import shown, versions
 from negpipe.engine.fingerprint import DigestCache, key
-from negpipe.engine.manifest import Manifest
+from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Stage, cache_path
 from negpipe.errors import DamagedError
 
@@ -32,24 +32,29 @@ class State:
 
 def look(stage: Stage, context: Context) -> State:
     """How a stage stands against the config, from its manifest and the files' sizes."""
-    state = _look(stage, context)
-    parts = state.manifest.parts if state.manifest else context.books(stage.name).parts() if state.done else ()
+    state, parts = _look(stage, context)
     return replace(state, versions=versions.describe(parts, versions.installed(stage.libraries(context.config))))
 
 
-def _look(stage: Stage, context: Context) -> State:
-    absent = [name for name in stage.inputs if name not in context.manifests]
+def _look(stage: Stage, context: Context) -> tuple[State, Sequence[Part]]:
+    """How it stands, and its parts, of which there may be many: they are read once."""
     try:
         manifest = context.books(stage.name).manifest()
     except DamagedError as error:
-        return State(stage.name, "damaged", str(error))
-    if absent:
-        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest)
-    if manifest is None:
-        done = sum(1 for _ in context.books(stage.name).parts())
-        if not done:
-            return State(stage.name, "missing", "it has not run yet")
-        return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done)
+        return State(stage.name, "damaged", str(error)), ()
+    if absent := [name for name in stage.inputs if name not in context.manifests]:
+        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest), manifest.parts if manifest else ()
+    if manifest is not None:
+        return _against(manifest, stage, context), manifest.parts
+    parts = [*context.books(stage.name).parts()]
+    if not parts:
+        return State(stage.name, "missing", "it has not run yet"), ()
+    done = len(parts)
+    return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done), parts
+
+
+def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
+    """How a stage stands that has a manifest."""
     identity = identity_of(stage, context)
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):

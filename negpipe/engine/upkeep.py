@@ -113,7 +113,9 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
             for file in part.files
             if str(PurePosixPath(file.path).parent) in own
         }
-        ours |= {store.path(each) for each in [*map(books.name, books.recorded()), *books.checkpoints()]}
+        ours |= {
+            store.path(each) for each in [*map(books.name, books.recorded()), *books.checkpoints(), *books.of_shards()]
+        }
         ours |= {*unfinished.left_over(store.path(books.folder))}
         for folder in {store.path(each) for each in own}:
             if stage.views(()).keys() & {folder.name}:

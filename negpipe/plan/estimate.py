@@ -5,6 +5,7 @@ Times are extrapolated from a probe of this machine and, where parts were made b
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +28,15 @@ from negpipe.stages import encode
 
 _SAMPLE = 512  # texts at most, to time the encoder on
 _DIMENSION = 384  # where it is not known yet
+_SHARD_SECONDS = 3600  # about as long a scheduler should have to wait for a shard
 _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
 
 
 @dataclass(frozen=True)
 class Step:
     """One stage: parts there and to make (None: not known yet), seconds to go, tokens to be sent to a server and what
-    they cost, what is to be said of it, and what would stop it."""
+    they cost, what is to be said of it, what would stop it, and its shards of about an hour on machines like this one
+    (None: it is not made in shards, or its time is not known)."""
 
     stage: str
     state: str
@@ -45,6 +48,7 @@ class Step:
     cost: float | None = None
     note: str = ""
     refusal: str = ""
+    shards: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         for ahead, stands, then in waiting:
             step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
             # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
-            steps.append(_checked(step, ahead, context, job) if read or ahead.name != "encode" else step)
+            step = _checked(step, ahead, context, job) if read or ahead.name != "encode" else step
+            steps.append(_divided(step, ahead, context.config))
         ways = tuple(Encoding(one, (job.rows + job.anchors) / one.speed / context.workers) for one in encoding.variants)
     return Plan(gflops, tuple(steps), choices, ways, shutil.disk_usage(_existing(config.store or config.run_dir)).free)
 
@@ -125,6 +130,14 @@ def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
     except NegpipeError as error:
         return replace(step, refusal=str(error))
     return step
+
+
+def _divided(step: Step, stage: Stage, config: Config) -> Step:
+    """A step with the number of shards that it is worth, no more than there are tasks."""
+    if not step.seconds or step.todo == 0 or stage.place(config) == "caller":
+        return step
+    shards = math.ceil(step.seconds / _SHARD_SECONDS)
+    return replace(step, shards=min(shards, step.todo or shards))
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:

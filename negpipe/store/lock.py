@@ -1,8 +1,9 @@
-"""One process at a time: on a run directory, and for a moment on what changes in a store."""
+"""Who may work on a run directory, one process alone or several shards together; and for a moment on a store."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -11,18 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from negpipe.errors import LockedError
 from negpipe.store.files import BOOKS, explained, write_json
 
 logger = logging.getLogger(__name__)
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def held(path: Path, patience: float = 0.0, holder: Path | None = None) -> Iterator[None]:
+def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, shared: bool = False) -> Iterator[None]:
     """Hold a lock file; the operating system lets go of it when the process ends, however it ends.
 
     Where the file system has no locks, a warning says so and the work goes on: two processes then do work twice, but
@@ -31,14 +33,15 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None) -> Itera
     Args:
         path: the lock file.
         patience: seconds to wait for it.
-        holder: a file that says who holds it.
+        holder: a file that says who holds it, of several the last that came.
+        shared: others may hold it at the same time who share it too; it is tried once.
 
     Raises:
         LockedError: another process holds it; the message names host, process and start time where they are known.
     """
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock: BaseFileLock | _SharedLock = _SharedLock(path) if shared else FileLock(path)
     try:
         with explained(path.parent):
             lock.acquire(timeout=patience)
@@ -49,14 +52,15 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None) -> Itera
         if error.errno not in _UNSUPPORTED:
             raise
         logger.warning("%s cannot be locked (%s): start no second run on it", path.parent.parent, error.strerror)
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    note = {"host": platform.node(), "pid": os.getpid(), "since": since}
     try:
         if holder:
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(holder, {"host": platform.node(), "pid": os.getpid(), "since": since})
+            write_json(holder, note)
         yield
     finally:
         try:
-            if holder:
+            if holder and (not shared or _read(holder) == note):
                 with suppress(OSError):
                     holder.unlink()
         finally:
@@ -70,9 +74,48 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shared_run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory together with other shards; who wants it alone is refused meanwhile. See `held`."""
+    with held(run_dir / BOOKS / "run.lock", holder=run_dir / BOOKS / "holder.json", shared=True):
+        yield
+
+
+class _SharedLock:
+    """flock's shared lock on a file that filelock locks exclusively by flock too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._handle = path, -1
+
+    def acquire(self, timeout: float) -> None:
+        """Try once. Raises Timeout: somebody holds it alone."""
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise
+            self.release()
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise Timeout(str(self._path)) from None
+            raise
+
+    def release(self) -> None:
+        """Closing the file lets go of it."""
+        os.close(self._handle)
+
+
 def _describe(holder: Path | None) -> str:
+    who: Any = _read(holder) if holder else None
     try:
-        who = json.loads(holder.read_text(encoding="utf-8")) if holder else {}
         return f"process {who['pid']} on {who['host']}, running since {who['since']}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (LookupError, TypeError):
         return "another negpipe process"
+
+
+def _read(holder: Path) -> Any:
+    """What a holder says of itself; None: nothing that can be read."""
+    try:
+        return json.loads(holder.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -6,6 +6,7 @@ changes (manifests) is written conditionally, so that of two writers one knows t
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from negpipe.store.lock import held
 
 _CHANGES = ".negpipe/changes.lock"
 _PATIENCE = 30.0  # seconds that another process may take to write a few kilobytes
+_READS = 5
 
 
 class Store(Protocol):
@@ -94,10 +96,15 @@ class LocalStore:
             return []
 
     def read(self, name: str) -> bytes | None:
-        try:
-            return self.path(name).read_bytes()
-        except FileNotFoundError:
-            return None
+        for attempt in range(_READS):
+            try:
+                return self.path(name).read_bytes()
+            except FileNotFoundError:
+                return None
+            except OSError as error:  # on NFS, another machine put a new file in its place since it was opened
+                if error.errno != errno.ESTALE or attempt == _READS - 1:
+                    raise
+        raise AssertionError
 
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
         with self.lock(_CHANGES, _PATIENCE):

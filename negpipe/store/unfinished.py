@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _NAME = re.compile(r"(?:\.[0-9a-f]{32}|spool)-(\d+)(?:\.(\d+))?@([\w.-]+?)(?:\.tmp|-\w{8})")
+_OWNER = re.compile(r"(\d+)\.(\d+)@([\w.-]+)")
 _DAY = 86400
 
 
@@ -41,6 +42,12 @@ def left_over(folder: Path, *, own: bool = True) -> Iterator[Path]:
     """
     with suppress(OSError):
         yield from [path for path in folder.iterdir() if _is_abandoned(path, own)]
+
+
+def is_gone(who: str) -> bool:
+    """Whether an `owner` is known to be dead: a process of this place that is not there; of others nobody knows."""
+    named = _OWNER.fullmatch(who)
+    return named is not None and named[3] == _place() and not _alive(int(named[1]), int(named[2]))
 
 
 def is_unfinished(name: str) -> bool:

@@ -221,7 +221,7 @@ def environment(budget: Budget) -> dict[str, str]:
 
 def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worker:
     folder = context.run_dir / BOOKS / "logs"
-    log = folder / f"{stage.name}-{number}.log"
+    log = folder / f"{'-'.join(filter(None, (stage.name, context.shard, str(number))))}.log"
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         errors = log.open("wb")
