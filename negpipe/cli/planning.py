@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,6 +50,8 @@ def plan(
         if table.row_count:
             console.out.print(table)
             console.out.print()
+    if shards := ", ".join(_shards(found)):
+        console.out.print(f"On several machines like this one, in shards (negpipe work): {shards}.\n")
     if found.encoding:
         console.out.print(
             f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. The lines of the first"
@@ -83,17 +86,23 @@ def _steps(plan: Plan) -> Table:
 
     from negpipe.review import wording
 
-    numbers = ("parts done", "to do", "about", "shards", "disk")
+    numbers = ("parts done", "to do", "about", "disk")
     table = _table("stage", "state", *numbers, "", numbers=numbers)
     for step in plan.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
         seconds = "" if step.seconds is None else wording.duration(step.seconds)
-        shards = f"{step.shards} × {wording.duration((step.seconds or 0) / step.shards)}" if step.shards else ""
         note = f"[red]{_REFUSED}[/red]" if step.refusal else escape(step.note)
-        table.add_row(
-            step.stage, step.state, *counts, seconds, shards, wording.size(step.disk) if step.disk else "", note
-        )
+        table.add_row(step.stage, step.state, *counts, seconds, wording.size(step.disk) if step.disk else "", note)
     return table
+
+
+def _shards(plan: Plan) -> Iterator[str]:
+    """How many each stage is worth, and how long one takes."""
+    from negpipe.review import wording
+
+    for step in plan.steps:
+        if step.shards and step.seconds:
+            yield f"{step.stage} {step.shards:,} × {wording.duration(step.seconds / step.shards)}"
 
 
 def _encoding(plan: Plan) -> Table:

@@ -255,8 +255,14 @@ def told(log: Path) -> dict[str, Any]:
 def side_by_side(run: Run, stage: str, shards: Sequence[str], parts: int, *overrides: str) -> list[dict[str, Any]]:
     """What two processes say, of which the first stands still from its second part until there are so many."""
     both = [started(run, stage, shards[0], *overrides, slow=2)]
+    books = run.folder / ".negpipe" / stage
+
+    def works_on_the_second() -> bool:
+        made = [*books.glob("[0-9a-f]*.json")]
+        return bool(made) and any(not path.with_suffix(".json").exists() for path in books.glob("*.claim"))
+
     try:
-        assert wait(both[0][0], run.begun(stage, 1))
+        assert wait(both[0][0], works_on_the_second)
         os.killpg(both[0][0].pid, signal.SIGSTOP)
         both.append(started(run, stage, shards[1], *overrides, slow=0))
         assert wait(both[1][0], run.begun(stage, parts))

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import small_source as small
-from clustered import DIMENSION, DOCUMENTS, KINDS, mined, write
+from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, write
 
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError, NegpipeError
 from negpipe.plan import estimate
+from negpipe.plan.index_kinds import SEARCH_SHARE
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,23 @@ def test_brackets_in_a_refusal_are_shown(tmp_path: Path) -> None:
     mined(source, "index.kind=stream", only="ingest")
     outcome = small.run("plan", tmp_path / "plan.yaml", "--set", "index.kind='IVF[/old]'")
     assert outcome.code == 0 and "index.kind 'IVF[/old]': FAISS refuses it" in " ".join(outcome.out.split())
+
+
+def test_shards_take_about_an_hour_and_are_no_more_than_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path)
+    (tmp_path / "plan.yaml").write_text(json.dumps(source))
+    for stage in ("ingest", "encode", "index"):
+        mined(source, only=stage)
+    tasks = next(one.todo for one in estimate.plan(load_config(source)).steps if one.stage == "search")
+    assert tasks
+    for hours, shards in ((0.5, 1), (tasks - 0.5, tasks), (5 * tasks, tasks)):
+        rate = DOCUMENTS * QUERIES * DIMENSION / SEARCH_SHARE / (3600 * hours) / source["resources"]["cpus"]
+        monkeypatch.setattr("negpipe.ann.rate", lambda *sizes, rate=rate: rate)
+        found = {one.stage: one for one in estimate.plan(load_config(source)).steps}
+        assert found["search"].seconds == pytest.approx(3600 * hours) and found["search"].shards == shards
+        assert found["ingest"].shards is None and found["encode"].shards is None  # nothing to do
+    shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
+    assert f"in shards (negpipe work): search {tasks} × 5.0 h" in shown
 
 
 FOUR_OF_16 = ("resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4", "resources.cpus=4")
