@@ -159,7 +159,8 @@ class Rows:
         for part, where in self._by_part(rows):
             # A part is one record batch, so a column is one chunk.
             texts = self._tables[part][column].chunk(0)
-            offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :]
+            width = np.int64 if pa.types.is_large_string(texts.type) else np.int32  # documents', anchors'
+            offsets = np.frombuffer(texts.buffers()[1], width)[texts.offset :]
             at = rows[where] - self.starts[part]
             out[where] = offsets[at + 1] - offsets[at]
         return out

@@ -66,3 +66,8 @@ def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) 
     lengths = [len(one.ids) for one in tokenizer.encode_batch([prompt + text for text in given])]
     over = [length - limit for length in lengths if length > limit]
     return Expected(len(lengths), len(over), sum(lengths), sum(over))
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")

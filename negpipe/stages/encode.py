@@ -30,6 +30,7 @@ from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.tables import open_table, texts
 from negpipe.encoders import prompts, server
+from negpipe.encoders.cuts import percent
 from negpipe.encoders.precomputed import VectorFile, dimension_of
 from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
 from negpipe.engine import devices, versions
@@ -576,7 +577,7 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
             yield Defect(
                 cut["lost"],
                 f"{cut['texts']:,} of {cut['of']:,} {side} were cut at {cut['max_length']} tokens"
-                f" ({_percent(cut['lost'])} of all their tokens lost)",
+                f" ({percent(cut['lost'])} of all their tokens lost)",
                 f"raise {setting} as far as the model goes, or split the {side}",
             )
     equal = stats.get("equal")
@@ -592,10 +593,6 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
 def cost_of(tokens: int, price: float) -> str:
     """What tokens cost, in words."""
     return f"cost {tokens * price / 1e6:,.4g} at {price:g} a million"
-
-
-def _percent(share: float) -> str:
-    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

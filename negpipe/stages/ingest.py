@@ -348,12 +348,13 @@ def _cuts(context: Context) -> Iterator[tuple[int, str]]:
         seen = cuts.expected(encoder, folder, kind, sample) if sample else None
         if seen and seen.cut:
             lost, setting = seen.lost / seen.tokens, f"{kind}_max_length"
+            limit = getattr(encoder, setting)
             side = "anchors" if kind == "query" else "documents"
             yield (
                 logging.WARNING if lost >= _MANY else logging.INFO,
-                f"about {seen.cut / seen.texts:.0%} of the {side} have more than {getattr(encoder, setting)} tokens"
-                f" (encoder.{setting}), so about {lost:.0%} of all their tokens will"
-                f" not be read; by {seen.texts:,} of them",
+                f"about {cuts.percent(seen.cut / seen.texts)} of the {side} have more than {limit} tokens"
+                f" (encoder.{setting}), so about {cuts.percent(lost)} of all their tokens will not be read; by"
+                f" {seen.texts:,} of them",
             )
 
 

@@ -54,6 +54,9 @@ def test_a_gather_is_what_indexing_gives(
     assert rows.strings("text", wanted).to_pylist() == [f"{row} {TEXTS[row % len(TEXTS)]}" for row in wanted]
     assert rows.strings("short", wanted).to_pylist() == [str(row) for row in wanted]
     assert rows.strings("short", wanted).type == pa.large_string()
+    for column in ("text", "short"):
+        lengths = [len(text.encode()) for text in rows.strings(column, wanted).to_pylist()]
+        assert rows.sizes(column, wanted).tolist() == lengths
     for shape in ((-1,), (1, -1), (len(wanted), 1)):
         shaped = wanted.reshape(shape)
         hashes, scores = rows.numbers("hash", shaped), rows.numbers("score", shaped)

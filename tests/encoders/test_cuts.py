@@ -129,10 +129,11 @@ def test_expected_cuts_are_of_texts_from_all_over(
     ]
     monkeypatch.setattr(ingest, "_BYTES", at_once)
     config = small.build(tmp_path, corpus)
-    encoder = {"model": str(tiny), "pooling": "mean", "passage_max_length": 4}
+    encoder = {"model": str(tiny), "pooling": "mean", "passage_max_length": 4, "query_max_length": 4}
     config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": encoder}))
     outcome = small.run("ingest", config)
     assert outcome.code == 0 and "of the documents have more than 4 tokens" in outcome.err
+    assert "of the anchors have more than 4 tokens" in outcome.err and "not known" not in outcome.err
 
 
 def test_expected_cuts_are_said_once_where_a_second_ingest_reads_what_is_held_out(
@@ -186,8 +187,10 @@ def test_no_rows_name_the_cut_as_the_cause(
     assert {*warned} == {"ingest", "encode", "triplets"}
     # Known once the texts are there, before they are encoded: by a sample, here of them all.
     before = warned.pop("ingest")
-    assert before.startswith("ingest: about 95% of the documents have more than 16 tokens")
-    assert f"about {cut['lost']:.0%} of all their tokens" in before and "by 40 of them" in before
+    assert before.startswith("ingest: about 95 % of the documents have more than 16 tokens")
+    assert (
+        f"about {cut['lost']:.0%}".replace("%", " %") + " of all their tokens" in before and "by 40 of them" in before
+    )
     assert all("38 of 40 documents" in message for message in warned.values())
     assert not {"tokens_lost", "cut", "equal"} & {*run.manifest("encode")["settings"]}
 
