@@ -352,9 +352,8 @@ def _cuts(context: Context) -> Iterator[tuple[int, str]]:
             side = "anchors" if kind == "query" else "documents"
             yield (
                 logging.WARNING if lost >= _MANY else logging.INFO,
-                f"about {cuts.percent(seen.cut / seen.texts)} of the {side} have more than {limit} tokens"
-                f" (encoder.{setting}), so about {cuts.percent(lost)} of all their tokens will not be read; by"
-                f" {seen.texts:,} of them",
+                f"of {seen.texts:,} {side}, {cuts.percent(seen.cut / seen.texts)} have more than {limit} tokens"
+                f" (encoder.{setting}): {cuts.percent(lost)} of all their tokens will not be read",
             )
 
 
