@@ -30,9 +30,8 @@ _WARM_UP = 8  # texts
 _SECONDS = 4.0  # that a measurement is to take
 _LEAST = 64  # texts of a measurement, however long they take
 _TAIL = 300
-_KERNELS = {
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"
-}  # read once a process: what the first way loads with, all would have
+# Read once per process: what the first way loads with, all would have.
+_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 @dataclass(frozen=True)
