@@ -72,7 +72,7 @@ def side(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure and print."""
-    from negpipe.config.schema import Resources
+    from negpipe.config.executor import Resources
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=10_000_000)

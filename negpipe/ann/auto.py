@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from negpipe.config.schema import DEFAULT_BUDGET, Config
+from negpipe.config.executor import DEFAULT_BUDGET
+from negpipe.config.schema import Config
 
 ROWS_A_LIST = 39  # fewer to train on, and FAISS warns that its k-means is badly trained
 ITERATIONS = 10  # of the k-means that makes lists, FAISS's number

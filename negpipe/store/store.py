@@ -17,7 +17,8 @@ from typing import BinaryIO, Protocol
 from negpipe.store import files
 from negpipe.store.lock import held
 
-_CHANGES = ".negpipe/changes.lock"
+CHANGES = ".negpipe/changes.lock"
+"""Held for as long as it takes to replace a small file."""
 _PATIENCE = 30.0  # seconds that another process may take to write a few kilobytes
 _READS = 5
 
@@ -107,7 +108,7 @@ class LocalStore:
         raise AssertionError
 
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
-        with self.lock(_CHANGES, _PATIENCE):
+        with self.lock(CHANGES, _PATIENCE):
             if self.read(name) != expected:
                 return False
             path = self.path(name)

@@ -29,7 +29,7 @@ from negpipe.errors import ConfigError, LockedError, MissingPartsError, Versions
 from negpipe.graph import Shard, Worked
 from negpipe.store import registry
 from negpipe.store.lock import run_lock, shared_run_lock
-from negpipe.store.store import LocalStore
+from negpipe.store.store import CHANGES, LocalStore
 from negpipe.store.unfinished import owner
 
 SHARDED = ("encode", "index", "search", "triplets")
@@ -263,7 +263,8 @@ def side_by_side(run: Run, stage: str, shards: Sequence[str], parts: int, *overr
 
     try:
         assert wait(both[0][0], works_on_the_second)
-        os.killpg(both[0][0].pid, signal.SIGSTOP)
+        with LocalStore(run.folder).lock(CHANGES, PATIENCE):  # stopped while it holds it, it would stop all others
+            os.killpg(both[0][0].pid, signal.SIGSTOP)
         both.append(started(run, stage, shards[1], *overrides, slow=0))
         assert wait(both[1][0], run.begun(stage, parts))
         os.killpg(both[0][0].pid, signal.SIGCONT)

@@ -1,0 +1,74 @@
+"""The sections that say where tasks run, and what the machine gives them: neither changes a result."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from negpipe.config import machine
+from negpipe.config.section import Section
+from negpipe.config.values import size
+
+DEFAULT_BUDGET = 2 * 2**30
+"""Bytes of resources.memory_budget, where nobody sets it."""
+_LEAST_BUDGET = 64 * 2**20
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("minsh")
+    try:
+        return float(number) * _SECONDS[value.strip()[len(number) :]]
+    except (KeyError, ValueError):
+        raise ValueError(f"'{value}' is not a duration: write for example 90, 90s, 30min or 2h") from None
+
+
+class Executor(Section):
+    """Where tasks run."""
+
+    kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Worker processes (local); no more run than resources.cpus. null: one, of a model one for each of"
+        " its devices.",
+    )
+    task_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        None,
+        gt=0,
+        description="Seconds, or such as 30min or 2h: a worker that says nothing of progress for so long is killed, and"
+        " its task tried again (local). Loading a model and training an index are silent: allow for them. null: never,"
+        " silence is only warned about.",
+    )
+
+
+def _share(value: Any) -> Any:
+    if not (isinstance(value, str) and value.strip().endswith("%")):
+        return size(value)
+    try:
+        part = float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise ValueError(f"'{value}' is no share of this machine's memory: write for example 25%")
+    return int(part * machine.memory())
+
+
+def _budget(value: int) -> int:
+    if value < _LEAST_BUDGET:
+        raise ValueError(f"{value:,} bytes are too few: set {_LEAST_BUDGET // 2**20}MiB or more, such as 2GiB")
+    return value
+
+
+class Resources(Section):
+    """What the machine gives. Never changes a result."""
+
+    cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
+    memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
+        DEFAULT_BUDGET,
+        json_schema_extra={"minimum": _LEAST_BUDGET},
+        description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
+    )
