@@ -36,7 +36,7 @@ setup: $(READY)  ## make .venv with the versions in constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,http,onnx,openvino,dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,http,onnx,openvino,ray,slurm,s3,docs,dev]'
 	@touch $@
 
 $(QUICKSTART): | $(READY)
