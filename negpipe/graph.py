@@ -16,6 +16,7 @@ from negpipe.engine.state import State, digests_of, look
 from negpipe.engine.upkeep import Inventory
 from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
+from negpipe.stages.search import SLICES
 
 __all__ = [
     "Result",
@@ -37,26 +38,30 @@ __all__ = [
 
 
 def stages(config: Config) -> Graph:
-    """All that the config asks for: the five that mine, and those that train where there is a section `train`."""
-    return STAGES if config.train is None else _training()
+    """All that the config asks for: those that mine, and those that train where there is a section `train`."""
+    return _mining(config) if config.train is None else _training(_mining(config))
 
 
 def of_kind(kind: str) -> Stage:
     """The stage that has a kind's functions."""
-    return STAGES[kind] if kind in STAGES else _training()[kind]
+    known = {**STAGES, SLICES.name: SLICES}
+    return known[kind] if kind in known else _training(STAGES)[kind]
 
 
-def _training() -> Graph:
-    """The five stages and those of `negpipe.train`, which is named and not imported: what it will hold beside them
-    (rounds of mining and training) runs graphs, so it lies above this module."""
-    graph: Graph = import_module("negpipe.train").with_training(STAGES)
+def _training(mining: Graph) -> Graph:
+    """The stages that mine and those of `negpipe.train`, which is named and not imported: what it will hold beside
+    them (rounds of mining and training) runs graphs, so it lies above this module."""
+    graph: Graph = import_module("negpipe.train").with_training(mining)
     return graph
 
 
-def _mining(rescore: Stage | None = None) -> Graph:
-    """The five stages; `rescore` comes after search, and its candidates take the place of search's."""
+def _mining(config: Config, rescore: Stage | None = None) -> Graph:
+    """The five stages, and one more where search is to be in slices; `rescore` comes after search, and its candidates
+    take the place of search's."""
     graph: dict[str, Stage] = {}
     for name, stage in STAGES.items():
+        if name == "search" and config.search.slice_documents:
+            graph[SLICES.name] = SLICES
         graph[name] = stage
         if rescore and name == rescore.provides:
             graph[rescore.name] = rescore
@@ -69,7 +74,7 @@ def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Res
     Raises:
         ConfigError: also where `mining.score` names a score that no stage makes.
     """
-    return _run(config, _mining(rescore), rescore, options)
+    return _run(config, _mining(config, rescore), rescore, options)
 
 
 def work(config: Config, stage: str, shard: Shard, **options: Any) -> Worked:
@@ -92,7 +97,7 @@ def commit(config: Config, stage: str, **options: Any) -> Result:
 
 def _shared(config: Config, stage: str) -> Graph:
     """The stages that mine, if one is called so."""
-    graph = _mining()
+    graph = _mining(config)
     if stage not in graph:
         *names, last = (name for name, one in graph.items() if one.place(config) != "caller")
         raise ConfigError(f"{stage!r} is not a stage that is made in shards: these are {', '.join(names)} and {last}")

@@ -4,7 +4,7 @@ Nothing outside reads the bytes of a vector file, so another representation has 
 `open_parts`, `score_pairs`, a search. The only package that imports faiss, and only when it is used.
 """
 
-from negpipe.ann import factory
+from negpipe.ann import factory, slices
 from negpipe.ann.exact import Checkpoint, Found, search_exact
 from negpipe.ann.pairs import pair_scores, score_pairs
 from negpipe.ann.products import rate
@@ -23,6 +23,7 @@ __all__ = [
     "rate",
     "score_pairs",
     "search_exact",
+    "slices",
     "write_flat",
     "write_part",
 ]

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe import ann
-from negpipe.ann import coded, factory, groups, lists, recall
+from negpipe.ann import coded, factory, groups, lists, recall, slices
+from negpipe.ann.pairs import Keys
 from negpipe.ann.probe import Job
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
@@ -57,6 +58,35 @@ class Approximate:
             return replace(self, index=replace(self.index, shards=kept))
         return replace(self, index=[shard for shard in self.index if shard[1] < row])
 
+    def proposed(self, depth: int) -> int:
+        """Rows of an anchor whose scores are computed."""
+        return max(depth, self.effort.proposed or depth)
+
+    def search_slice(
+        self,
+        anchors: Floats,
+        depth: int,
+        *,
+        budget: Budget,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> tuple[Iterator[Keys], tuple[int, int, int]]:
+        """Where the index is that of a slice of the corpus: keys for `slices.write`, and their shape."""
+        if isinstance(self.index, lists.Lists):
+            width = min(depth, self.vectors.rows)
+            found = self.search(anchors, width, budget=budget, progress=progress)
+            return iter([slices.layered(*found)]), (len(anchors), 1, width)
+        width = min(self.proposed(depth), self.vectors.rows)
+        keys = coded.search_slice(
+            anchors,
+            self.index,
+            self.vectors,
+            effort_value=self.effort.nprobe,
+            proposed=width,
+            budget=budget,
+            progress=progress,
+        )
+        return keys, (len(anchors), 2, width)
+
     def search(
         self,
         anchors: Floats,
@@ -75,7 +105,7 @@ class Approximate:
             self.vectors,
             depth,
             effort_value=effort.nprobe,
-            proposed=max(depth, effort.proposed or depth),
+            proposed=self.proposed(depth),
             budget=budget,
             progress=progress,
         )

@@ -87,15 +87,54 @@ def search_coded(
     def search(group: Floats, budget: Budget, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
         best = _proposals(group, shards, effort_value, proposed, threads, progress)
         block_rows = min(_BLOCK_ROWS, _LEAST_ROWS + budget.rows(2 * row, fixed + len(group) * each))
-        return _rescored(group, vectors, best, depth, block_rows, threads)
+        _rescore(group, vectors, best, block_rows, threads)
+        best.partition(depth - 1, axis=1)
+        best = np.sort(best[:, :depth], axis=1)
+        return rows_of(best), scores_of(best)
 
     return in_groups(anchors, search, depth, each=each, fixed=fixed, budget=budget, progress=progress, whole=_ANCHORS)
 
 
-def _rescored(
-    anchors: Floats, vectors: Vectors, best: Keys, depth: int, block_rows: int, threads: int
-) -> tuple[Ints, Floats]:
-    """The `depth` best of the proposed rows, by exact scores; `best` is changed."""
+def search_slice(
+    anchors: Floats,
+    shards: Sequence[tuple[Any, int]],
+    vectors: Vectors,
+    *,
+    effort_value: int | None,
+    proposed: int,
+    budget: Budget,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Iterator[Keys]:
+    """What `search_coded` chooses from: keys of the index's own products and, of the same rows, of their scores.
+
+    Yields:
+        (m, 2, proposed) of some anchors after the others.
+
+    Raises:
+        ConfigError: `budget` does not suffice.
+    """
+    row = 4 * vectors.dimension
+    each, fixed = needs(vectors.dimension, proposed, budget.threads)
+    each += 24 * proposed  # both layers, and a copy
+    what = f"searching a slice for {proposed:,} proposals an anchor"
+    budget.require(fixed + _ANCHORS * each, what, "lower executor.workers or search.depth, or set index.kind: stream")
+    size = min(len(anchors), budget.rows(each, fixed, whole=_ANCHORS))  # whole tiles, see `propose`
+    for low in range(0, len(anchors), size):
+        group = anchors[low : low + size]
+        share = _share(progress, len(group), len(anchors))
+        best = _proposals(group, shards, effort_value, proposed, budget.threads, share)
+        products = best.copy()
+        block_rows = min(_BLOCK_ROWS, _LEAST_ROWS + budget.rows(2 * row, fixed + len(group) * each))
+        _rescore(group, vectors, best, block_rows, budget.threads)
+        yield np.stack((products, best), axis=1)
+
+
+def _share(progress: Callable[[int], None], group: int, anchors: int) -> Callable[[int], None]:
+    return lambda rows: progress(rows * group // anchors)
+
+
+def _rescore(anchors: Floats, vectors: Vectors, best: Keys, block_rows: int, threads: int) -> None:
+    """Put exact scores in the place of products in (n, proposed) keys."""
     proposed = best.shape[1]
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         for start, block in vectors.blocks(block_rows):
@@ -110,9 +149,6 @@ def _rescored(
                 best[tile] = keys.reshape(best[tile].shape)
 
             list(pool.map(rescore, _tiles(anchors)))
-    best.partition(depth - 1, axis=1)
-    best = np.sort(best[:, :depth], axis=1)
-    return rows_of(best), scores_of(best)
 
 
 def propose(

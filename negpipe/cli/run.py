@@ -137,5 +137,6 @@ def _stage_command(name: str, help_text: str) -> None:
 
 _stage_command("encode", "Turn texts into vectors.")
 _stage_command("index", "Build the index and the id map.")
+_stage_command("slices", "Find the nearest documents in each slice of the corpus (search.slice_documents).")
 _stage_command("search", "Find the candidates of every anchor.")
 _stage_command("triplets", "Choose negatives and write the training rows.")

@@ -257,6 +257,13 @@ class Search(Section):
         description="Where the products of large searches are made: cpu, or one GPU, cuda, cuda:1 …; null: the"
         " encoder's first, which is a GPU where there is one. Changes no byte.",
     )
+    slice_documents: int | None = Field(
+        None,
+        ge=1,
+        description="Search the corpus in slices of so many documents, whole parts and of an index whole shards, and"
+        " merge what is found: a task then reads one slice, for a corpus that does not fit one machine's disk or cache."
+        " null: a task reads it all. Changes no byte.",
+    )
 
 
 def _listed(value: Any) -> Any:

@@ -143,12 +143,13 @@ def _divided(step: Step, stage: Stage, config: Config) -> Step:
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
     """A step with what the configured kind of index costs, where that can be said."""
     approximate = config.index.approximate
+    searching = "slices" if config.search.slice_documents else "search"
     if step.stage == "index" and step.todo != 0 and chosen:
         refusal = chosen.refusal if approximate else ""
         return replace(step, seconds=chosen.build, disk=chosen.disk, note=chosen.note, refusal=refusal)
-    if step.stage == "search" and chosen and not approximate:
+    if step.stage == searching and chosen and not approximate:
         return replace(step, refusal=chosen.refusal)
-    if step.stage == "search" and approximate:
+    if step.stage == searching and approximate:
         note = step.note if step.seconds is None else f"no estimate for {config.index.kind}"
         return replace(step, seconds=chosen.search if chosen else None, note=chosen.note if chosen else note)
     return step
@@ -177,10 +178,15 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         note += ", less what the cache has" if context.config.encoder.cache else ""
         step = replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
         return _priced(step, stage.within(context), missing) if todo else step
-    if stage.name == "search" and dimension:
+    if stage.name == "search" and context.config.search.slice_documents:
+        return replace(step, disk=anchors * job.depth * candidates.BYTES, note="merges what was found in slices")
+    if stage.name in ("slices", "search") and dimension:
         flops = 2.0 * rows * anchors * dimension
         share = 1.0 if todo is None else left / max(1, anchors)
         seconds, disk = flops / gflops / 1e9 / SEARCH_SHARE, anchors * job.depth * candidates.BYTES
+        if stage.name == "slices" and done is not None and todo is not None:
+            share, disk = todo / max(1, done + todo), 8 * job.depth * left  # a key for each of the nearest
+            return replace(step, seconds=share * seconds, disk=disk, note="searched exactly")
         return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted

@@ -66,9 +66,9 @@ def _check(context: Context) -> None:
     rows = sum(part.rows for part in documents(encode))
     dimension = encode.stats["dimension"]
     size, held = 0, 0
-    groups = _groups(documents(encode), dimension, context.config.index.shard_size)
+    filled = groups(documents(encode), dimension, context.config.index.shard_size)
     if context.config.index.approximate:
-        size, held = ann.factory.bytes_of(kind, dimension, rows, len(groups))
+        size, held = ann.factory.bytes_of(kind, dimension, rows, len(filled))
     elif kind == "flat":
         size = rows * dimension * 4
     books = context.own
@@ -79,7 +79,7 @@ def _check(context: Context) -> None:
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
         job = Job(rows, dimension, anchors, min(context.config.depth, rows))
-        largest = max(sum(part.rows for part in group) for group in groups)
+        largest = max(sum(part.rows for part in group) for group in filled)
         part = max((part.rows for part in encode.of_kind("anchors")), default=0)
         approximate.check_memory(context.config, job, largest, part, held, context.budget)
 
@@ -113,7 +113,7 @@ def _approximate(context: Context) -> Iterator[Task]:
         return
     shards: list[Part | None] = []
     first = 0
-    for group in _groups(parts, encode.stats["dimension"], config.index.shard_size):
+    for group in groups(parts, encode.stats["dimension"], config.index.shard_size):
         count = sum(part.rows for part in group)
         name = key("index", VERSION, "shard by role", trained.file("index").digest, [part.identity() for part in group])
         payload = {"trained": trained.file("index").path, "parts": [part.file("vectors").path for part in group]}
@@ -135,44 +135,53 @@ def _approximate(context: Context) -> Iterator[Task]:
     shown = {
         "parts": paths,
         "anchors": [part.file("vectors").path for part in anchors],
-        "shards": _places(made),
+        "shards": places(made),
         "candidates": sum(part.rows for part in searchable(encode, config)),
     }
     yield Task(name, "tuned", min(config.index.recall_anchors, sum(part.rows for part in anchors)), shown)
 
 
-def _groups(parts: list[Part], dimension: int, size: int) -> list[list[Part]]:
+def groups(parts: list[Part], dimension: int, size: int) -> list[list[Part]]:
     """Consecutive parts of one kind, up to a shard's size; an append changes the last group alone."""
-    groups: list[list[Part]] = []
+    found: list[list[Part]] = []
     for part in parts:
-        rows = sum(one.rows for one in groups[-1]) + part.rows if groups else 0
-        if not groups or groups[-1][0].kind != part.kind or rows * dimension * 4 > size:
-            groups.append([])
-        groups[-1].append(part)
-    return groups
+        rows = sum(one.rows for one in found[-1]) + part.rows if found else 0
+        if not found or found[-1][0].kind != part.kind or rows * dimension * 4 > size:
+            found.append([])
+        found[-1].append(part)
+    return found
 
 
-def _places(shards: list[Part]) -> list[dict[str, Any]]:
+def places(shards: Sequence[Part]) -> list[dict[str, Any]]:
     """What opens a shard: its files and its first row."""
-    first, places = 0, []
+    first, opening = 0, []
     for shard in shards:
-        places.append({"index": shard.file("index").path, "sample": shard.file("sample").path, "first": first})
+        opening.append({"index": shard.file("index").path, "sample": shard.file("sample").path, "first": first})
         first += shard.rows
-    return places
+    return opening
 
 
 def open_approximate(context: Context) -> approximate.Approximate:
     """The approximate index of a complete stage, as it was tuned."""
-    index, encode = context.manifest("index"), context.manifest("encode")
-    vectors = ann.open_parts([context.path(part, "vectors") for part in documents(encode)])
-    shards = _shards(context, _places(index.of_kind("shard")))
-    opened = approximate.open_index(context.config.index.kind, shards, vectors)
-    return opened.tuned(approximate.read_tuning(context.path(index.of_kind("tuned")[0], "tuning")).effort)
+    vectors = ann.open_parts([context.path(part, "vectors") for part in documents(context.manifest("encode"))])
+    return opened_index(context, places(context.manifest("index").of_kind("shard")), vectors)
 
 
-def _shards(context: Context, places: Sequence[Mapping[str, Any]]) -> list[approximate.Shard]:
+def opened_index(
+    context: Context, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors
+) -> approximate.Approximate:
+    """The same, of some shards and the vectors that they hold."""
+    return approximate.open_index(context.config.index.kind, _shards(context, shards), vectors).tuned(effort(context))
+
+
+def effort(context: Context) -> approximate.Effort:
+    """What the index of a complete stage was tuned to."""
+    return approximate.read_tuning(context.path(context.manifest("index").of_kind("tuned")[0], "tuning")).effort
+
+
+def _shards(context: Context, opening: Sequence[Mapping[str, Any]]) -> list[approximate.Shard]:
     path = context.store.path
-    return [approximate.Shard(path(place["index"]), path(place["sample"]), place["first"]) for place in places]
+    return [approximate.Shard(path(each["index"]), path(each["sample"]), each["first"]) for each in opening]
 
 
 def recall_window(context: Context) -> dict[str, float] | None:

@@ -19,13 +19,13 @@ from negpipe.ann import approximate
 from negpipe.ann.approximate import Approximate
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.candidates import Candidates
+from negpipe.data.candidates import Candidates, Rows
 from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.stages import headers
+from negpipe.stages import headers, slices
 from negpipe.stages.index import open_approximate
 
 VERSION = 2
@@ -59,14 +59,16 @@ def _check(context: Context) -> None:
         context.store.check_room({"search": needed}, "search writes about", "lower search.depth")
     if context.config.index.approximate:
         return
+    if context.config.search.slice_documents:
+        return
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
     depth = min(context.config.depth, rows)
     ann.exact.layout(largest, rows, encode.stats["dimension"], depth, context.budget)
 
 
-def _plan(context: Context) -> Iterator[Task]:
+def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
+    """Each part of anchors, texts and vectors, with the key of its candidates."""
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
-    rows = sum(part.rows for part in searchable(encode, context.config))
     for texts, anchors in zip(ingest.of_kind("anchors"), encode.of_kind("anchors"), strict=True):
         name = key(
             "search",
@@ -78,16 +80,36 @@ def _plan(context: Context) -> Iterator[Task]:
             anchors.identity(),
             texts.identity(),
         )
+        yield name, texts, anchors
+
+
+def _plan(context: Context) -> Iterator[Task]:
+    rows = sum(part.rows for part in searchable(context.manifest("encode"), context.config))
+    sliced = _is_sliced(context)
+    for name, texts, anchors in _keyed(context):
         payload = {
             "texts": texts.file("table").path,
             "anchors": anchors.file("vectors").path,
             "depth": min(context.config.depth, rows),
             "candidates": rows,
+            "slices": slices.found(context, texts, anchors) if sliced else [],
         }
         yield Task(name, "candidates", anchors.rows, payload)
 
 
+def _is_sliced(context: Context) -> bool:
+    return context.config.search.slice_documents is not None and "slices" in context.manifests
+
+
+def _plan_slices(context: Context) -> Iterator[Task]:
+    """Anchors whose candidates are there need no slices."""
+    books = context.books("search")
+    yield from slices.tasks(context, [(texts, own) for name, texts, own in _keyed(context) if not books.part(name)])
+
+
 def _shared(context: Context) -> list[Part]:
+    if _is_sliced(context):
+        return []
     index, vectors = context.manifest("index"), documents(context.manifest("encode"))
     return index.of_kind("flat") or [*vectors, *index.of_kind("shard"), *index.of_kind("tuned")]
 
@@ -101,7 +123,10 @@ class _Opened:
 
 
 @contextmanager
-def _open(context: Context) -> Iterator[_Opened]:
+def _open(context: Context) -> Iterator[_Opened | None]:
+    if _is_sliced(context):
+        yield None
+        return
     parts = [context.path(part, "vectors") for part in documents(context.manifest("encode"))]
     flat = context.manifest("index").of_kind("flat")
     approximate = context.config.index.approximate
@@ -110,10 +135,32 @@ def _open(context: Context) -> Iterator[_Opened]:
     yield _Opened(vectors, index)
 
 
-def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
-    anchors = ann.open_parts([context.store.path(task.payload["anchors"])]).all()
+def _run(task: Task, opened: _Opened | None, context: Context, publish: Publisher, progress: Progress) -> Made:
     texts = open_table(context.store.path(task.payload["texts"]))
     positives, offsets = ragged(texts["positives"])
+    depth = task.payload["depth"]
+    if opened:
+        found = _found(task, opened, positives, offsets, context, publish, progress)
+    else:
+        found = slices.merged(context, task.payload["slices"], depth)
+    made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(found.rows)))
+    kind = context.config.index.kind if context.config.index.approximate else None
+    publish("candidates", ".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))
+    publish.drop_checkpoints()
+    return Made(len(found.rows), {"depth": depth} | ({"approximate": kind} if kind else {}))
+
+
+def _found(
+    task: Task,
+    opened: _Opened,
+    positives: Rows,
+    offsets: Rows,
+    context: Context,
+    publish: Publisher,
+    progress: Progress,
+) -> ann.Found:
+    """What a search of the whole corpus finds."""
+    anchors = ann.open_parts([context.store.path(task.payload["anchors"])]).all()
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
     searched = reported = 0
@@ -130,17 +177,11 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
     budget = context.budget.without(opened.index.held if opened.index else 0)
     about: dict[str, Any] = {"budget": budget, "progress": on_block}
     if opened.index is None:
-        found = ann.search_exact(
+        return ann.search_exact(
             anchors, opened.vectors, depth, candidates=last, positives=pairs, checkpoint=checkpoint, **about
         )
-    else:
-        rows, scores = opened.index.before(last).search(anchors, depth, **about)
-        found = ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
-    made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(anchors)))
-    kind = context.config.index.kind if opened.index else None
-    publish("candidates", ".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))
-    publish.drop_checkpoints()
-    return Made(len(anchors), {"depth": depth} | ({"approximate": kind} if kind else {}))
+    rows, scores = opened.index.before(last).search(anchors, depth, **about)
+    return ann.Found(rows, scores, ann.score_pairs(anchors, opened.vectors, pairs))
 
 
 def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
@@ -169,3 +210,6 @@ STAGE = Stage(
     stats=_stats,
     devices=devices.of_search,
 )
+
+SLICES = slices.stage(_plan_slices)
+"""Comes before it, where `search.slice_documents` is set."""

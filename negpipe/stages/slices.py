@@ -1,0 +1,225 @@
+"""slices: the nearest documents of each slice of the corpus, where the config asks for slices; `search` merges them.
+
+One task is one slice for one part of anchors, and reads nothing of the other slices: machines that have room for one
+search a corpus that none of them could hold. Rows are counted from the slice's first, so that documents appended to
+the corpus leave what was found in the slices before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from negpipe import ann
+from negpipe.ann.approximate import Approximate
+from negpipe.ann.pairs import Keys
+from negpipe.config.schema import Config
+from negpipe.data.tables import documents, open_table, ragged, searchable
+from negpipe.engine import devices
+from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Part
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.stages.index import effort, groups, opened_index, places
+from negpipe.store import mapped
+
+VERSION = 1
+_NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive parts of the corpus, and of an approximate index the shards that hold them."""
+
+    first: int
+    parts: list[Part]
+    shards: list[Part]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+
+def of(context: Context) -> list[Slice]:
+    """The slices of the corpus, in order: as many documents as are asked for, but whole parts or shards."""
+    encode, index, most = context.manifest("encode"), context.manifest("index"), context.config.search.slice_documents
+    parts = documents(encode)
+    units: list[tuple[list[Part], list[Part]]] = [([part], []) for part in parts]
+    if context.config.index.approximate:
+        filled = groups(parts, encode.stats["dimension"], context.config.index.shard_size)
+        units = [(own, [shard]) for own, shard in zip(filled, index.of_kind("shard"), strict=True)]
+    slices: list[Slice] = []
+    first = 0
+    for own, shards in units:
+        rows = sum(part.rows for part in own)
+        if not slices or slices[-1].rows + rows > (most or rows):
+            slices.append(Slice(first, [], []))
+        slices[-1].parts.extend(own)
+        slices[-1].shards.extend(shards)
+        first += rows
+    return slices
+
+
+def _last(piece: Slice, context: Context) -> int:
+    """How many of its first documents can be candidates."""
+    last = sum(part.rows for part in searchable(context.manifest("encode"), context.config))
+    return max(0, min(last - piece.first, piece.rows))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+    settings["search.slice_documents"] = config.search.slice_documents
+    return settings | ({"index.kind": config.index.kind} if config.index.approximate else {})
+
+
+def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """As of search: what is deeper serves, where search is exact."""
+    if "index.kind" in wanted:
+        return wanted
+    return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
+
+
+def key_of(piece: Slice, texts: Part, anchors: Part, context: Context) -> str:
+    """The key of what is found in a slice for a part of anchors."""
+    config, last = context.config, _last(piece, context)
+    return key(
+        "slices",
+        VERSION,
+        min(config.depth, last),
+        last,
+        [config.index.kind, *(part.identity() for part in context.manifest("index").of_kind("tuned"))]
+        if config.index.approximate
+        else [],
+        [part.identity() for part in piece.shards],
+        [part.identity() for part in piece.parts],
+        piece.first,
+        anchors.identity(),
+        texts.identity(),
+    )
+
+
+def _check(context: Context) -> None:
+    """The largest slice and part of anchors fit into memory; of an approximate index, index looked."""
+    if "index" not in context.manifests or context.config.index.approximate:
+        return
+    encode = context.manifest("encode")
+    largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
+    for piece in of(context):
+        ann.exact.layout(
+            largest, piece.rows, encode.stats["dimension"], min(context.config.depth, piece.rows), context.budget
+        )
+
+
+def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Task]:
+    """One a slice and part of anchors, slice by slice, so that a worker reads one at a time.
+
+    Args:
+        context: whose.
+        anchors: those that are to be searched, texts and vectors.
+    """
+    for piece in of(context):
+        payload = {
+            "parts": [part.file("vectors").path for part in piece.parts],
+            "shards": places(piece.shards),
+            "first": piece.first,
+            "candidates": _last(piece, context),
+        }
+        for texts, vectors in anchors:
+            files = {"texts": texts.file("table").path, "anchors": vectors.file("vectors").path}
+            yield Task(key_of(piece, texts, vectors, context), "slice", vectors.rows, payload | files)
+
+
+def found(context: Context, texts: Part, anchors: Part) -> list[dict[str, Any]]:
+    """What was found in the slices for a part of anchors, for `merged`; nothing where that is not all there."""
+    made = {part.key: part for part in context.manifest("slices").parts}
+    pieces = [(piece, made.get(key_of(piece, texts, anchors, context))) for piece in of(context)]
+    return [
+        {
+            "found": [file.path for file in part.all("found")],
+            "positives": part.all("positives")[0].path,
+            "first": piece.first,
+        }
+        for piece, part in pieces
+        if part and all(each for _, each in pieces)
+    ]
+
+
+@dataclass
+class _Opened:
+    """The slice that was read last."""
+
+    names: list[str] = field(default_factory=list)
+    vectors: ann.Vectors | None = None
+    index: Approximate | None = None
+
+
+@contextmanager
+def _open(_: Context) -> Iterator[_Opened]:
+    yield _Opened()
+
+
+def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
+    payload = task.payload
+    if opened.vectors is None or opened.names != payload["parts"]:
+        opened.vectors = ann.open_parts([context.store.path(name) for name in payload["parts"]])
+        opened.index = opened_index(context, payload["shards"], opened.vectors) if payload["shards"] else None
+        opened.names = payload["parts"]
+    vectors, last, budget = opened.vectors, payload["candidates"], context.budget
+    anchors = ann.open_parts([context.store.path(payload["anchors"])]).all()
+    positives, offsets = ragged(open_table(context.store.path(payload["texts"]))["positives"])
+    anchor_of, row_of = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives - payload["first"]
+    here = np.flatnonzero((row_of >= 0) & (row_of < vectors.rows))
+    pairs = anchor_of[here], row_of[here]
+    scores = np.full(len(positives), -np.inf, np.float32)
+    scores[here] = ann.score_pairs(anchors, vectors, pairs)
+    if last:
+        depth, checkpoint = min(context.config.depth, last), ann.Checkpoint(publish.checkpoint())
+        if opened.index is None:
+            nearest = ann.search_exact(
+                anchors, vectors, depth, candidates=last, positives=_NO_PAIRS, budget=budget, checkpoint=checkpoint
+            )
+            keys: Iterable[Keys] = [ann.slices.layered(nearest.rows, nearest.scores)]
+            shape = len(anchors), 1, depth
+        else:
+            index = opened.index.before(last)
+            keys, shape = index.search_slice(anchors, depth, budget=budget.without(index.held))
+        publish("found", ".npy", lambda file: ann.slices.write(file, keys, shape))
+    publish("positives", ".npy", lambda file: np.save(file, scores, allow_pickle=False))
+    publish.drop_checkpoints()
+    progress(len(anchors), "")
+    return Made(len(anchors))
+
+
+def merged(context: Context, files: Sequence[Mapping[str, Any]], depth: int) -> ann.Found:
+    """What a search of the whole corpus finds, from what was found in its slices.
+
+    Args:
+        context: whose.
+        files: see `found`; of slices without candidates there are only the positives' scores.
+        depth: of an anchor.
+    """
+    paths = [(context.store.path(name), each["first"]) for each in files for name in each["found"]]
+    proposed = max(depth, effort(context).proposed or depth) if context.config.index.approximate else depth
+    rows, scores = ann.slices.merge(paths, depth, proposed, budget=context.budget)
+    positives = np.max([mapped.npy(context.store.path(each["positives"])) for each in files], axis=0)
+    return ann.Found(rows, scores, positives)
+
+
+def stage(plan: Callable[[Context], Iterable[Task]]) -> Stage:
+    """The stage, with what plans it: `search` knows which anchors it has searched."""
+    return Stage(
+        name="slices",
+        version=VERSION,
+        inputs=("ingest", "encode", "index"),
+        check=_check,
+        settings=_settings,
+        serving=_serving,
+        plan=plan,
+        open=_open,
+        run=_run,
+        libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
+        devices=devices.of_search,
+    )
