@@ -16,12 +16,13 @@ import learnable
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config, tricky_folder
+from object_server import Bucket, served
 from real_runs import Run
 from tiny_model import build_tiny_model
 
 from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.store import unfinished
+from negpipe.store import opening, s3, unfinished
 
 SCRIPT = """
 import json, sys
@@ -157,3 +158,29 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     path.write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[Bucket]:
+    """A server of S3 with one bucket."""
+    with served() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(object_server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """The bucket, empty, and where boto3 finds it; nothing of this machine's own settings is asked for."""
+    for name, value in {
+        **object_server.environment,
+        "AWS_CONFIG_FILE": "none",
+        "AWS_SHARED_CREDENTIALS_FILE": "none",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    s3._client.cache_clear()
+    opening._objects.cache_clear()
+    yield object_server
+    object_server.spoil = lambda _: None
+    object_server.clear()
+    s3._client.cache_clear()
+    opening._objects.cache_clear()

@@ -20,7 +20,6 @@ from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
 from negpipe.stages.triplets import advice, is_short
-from negpipe.store import view
 
 _SAMPLE_TEXTS = 5
 _STYLE = {
@@ -38,13 +37,14 @@ def show_result(result: Result, typed: str) -> None:
     stats = result.stats["triplets"]
     if not result.ran:
         console.out.print("Nothing to do: every stage is up to date.")
-    files = view.entries(result.triplets)
+    files = len(result.store.entries("triplets"))
+    place = result.store.place("triplets")
     console.out.print(
-        f"\n{stats['rows']:,} rows in {len(files)} Parquet file{'s' * (len(files) != 1)}: {result.triplets}/",
+        f"\n{stats['rows']:,} rows in {files} Parquet file{'s' * (files != 1)}: {place}{'/' * ('://' not in place)}",
         markup=False,
     )
     if count := result.stats["ingest"]["rejected_rows"]:
-        console.out.print(f"{count:,} rows of the source were left out: {result.run_dir / REJECTED}", markup=False)
+        console.out.print(f"{count:,} rows of the source were left out: {result.store.place(REJECTED)}", markup=False)
     if result.ran:
         _show_samples(result)
     _show_scores(stats["scores"])
@@ -56,7 +56,7 @@ def _show_samples(result: Result) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for path in view.entries(result.triplets):
+    for path in map(result.store.path, result.store.entries("triplets")):
         batch = next(pq.ParquetFile(path).iter_batches(4096), None)
         if batch is None or not batch.num_rows:
             continue
@@ -135,7 +135,7 @@ def _show_next(result: Result, typed: str) -> None:
     lines = [
         ("which settings leak least", f"{program} calibrate {typed}"),
         ("how every stage stands", f"{program} status {typed}"),
-        ("the rows in Python", f'load_dataset("parquet", data_dir="{result.triplets}")'),
+        ("the rows in Python", _loading(result)),
     ]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
@@ -144,6 +144,13 @@ def _show_next(result: Result, typed: str) -> None:
     console.out.print("\nNext")
     for what, command in lines:
         console.out.print(f"  {what + ':':30} {command}", markup=False)
+
+
+def _loading(result: Result) -> str:
+    place = result.store.place("triplets")
+    if "://" in place:
+        return 'load_dataset("parquet", data_files=[…]) with the files that this object names'
+    return f'load_dataset("parquet", data_dir="{place}")'
 
 
 def _program() -> str:

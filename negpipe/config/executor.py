@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -71,4 +72,14 @@ class Resources(Section):
         DEFAULT_BUDGET,
         json_schema_extra={"minimum": _LEAST_BUDGET},
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
+    )
+    cache: Path | None = Field(
+        None,
+        description="Folder on a disk of this machine for copies of what a run in a bucket reads, and for what it has"
+        " begun; null: negpipe in $XDG_CACHE_HOME or ~/.cache.",
+    )
+    cache_size: Annotated[int, BeforeValidator(size), Field(ge=0)] = Field(
+        50 * 2**30,
+        description="Bytes of a run's copies, for example 50GiB; those used longest ago go, but none of the last ten"
+        " minutes.",
     )

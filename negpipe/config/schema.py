@@ -9,9 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from negpipe.config import presets
+from negpipe.config.bucket import bucket_url, working_folder
 from negpipe.config.encoder import OF_RUNNING, Encoder
 from negpipe.config.executor import Executor, Resources
 from negpipe.config.section import Section
@@ -465,7 +475,7 @@ class Output(Section):
 class Config(Section):
     """A whole negpipe config."""
 
-    run_dir: Path = Field(description="Folder that holds everything a run makes.")
+    run_dir: Path = Field(description="Folder that holds everything a run makes, or s3://BUCKET/PREFIX.")
     store: Path | None = Field(
         None,
         description="Folder for the parts that stages make, to be shared by several run directories, so that variants"
@@ -482,6 +492,38 @@ class Config(Section):
     ablate: Ablate | None = None
     executor: Executor = Executor()
     resources: Resources = Resources()
+    _url: str | None = PrivateAttr(None)
+
+    @property
+    def url(self) -> str | None:
+        """Of a run directory in a bucket: where. `run_dir` is then its working folder on this machine."""
+        return self._url
+
+    @property
+    def place(self) -> str:
+        """The run directory as people know it."""
+        return self._url or str(self.run_dir)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_a_bucket(cls, tree: Any, build: ModelWrapValidatorHandler[Config]) -> Config:
+        named = tree.get("run_dir") if isinstance(tree, dict) else None
+        if not (isinstance(named, str) and "://" in named):
+            return build(tree)
+        url = bucket_url(named)
+        config = build({**tree, "run_dir": "."})
+        if config.store is not None:
+            raise ValueError("store: a run_dir in a bucket keeps its parts there: leave it out")
+        config = config.model_copy(update={"run_dir": working_folder(url, config.resources.cache)})
+        config._url = url
+        return config
+
+    @model_serializer(mode="wrap")
+    def _as_stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = dump(self)
+        if self._url and "run_dir" in tree:
+            tree["run_dir"] = self._url
+        return tree
 
     @property
     def depth(self) -> int:

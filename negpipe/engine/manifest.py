@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from negpipe.engine.fingerprint import digest
 from negpipe.errors import DamagedError
 from negpipe.store import claims
-from negpipe.store.files import BOOKS, file_digest, json_bytes, remove, write_all
+from negpipe.store.files import BOOKS, json_bytes, remove, write_all
 from negpipe.store.store import LocalStore, Store
 
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
@@ -54,13 +55,18 @@ class File(BaseModel):
 
     def problem(self, store: Store, *, full: bool = False) -> str | None:
         """What is wrong with the file in the store, or None. `full` reads it and compares its digest."""
-        size = store.size(self.path)
+        if problem := self.misfit(store.size(self.path)):
+            return problem
+        if full and store.digest(self.path) != self.digest:
+            return f"{self.path} {OTHER_CONTENT}"
+        return None
+
+    def misfit(self, size: int | None) -> str | None:
+        """What is wrong with a file of so many bytes, or with there being none; None: nothing."""
         if size is None:
             return f"{self.path} is missing"
         if size != self.bytes:
             return f"{self.path} has {size:,} bytes, {self.bytes:,} were written"
-        if full and file_digest(store.path(self.path)) != self.digest:
-            return f"{self.path} {OTHER_CONTENT}"
         return None
 
 
@@ -135,36 +141,56 @@ class Books:
     """The records of one stage's parts, in the store, and its manifest, in the run directory.
 
     Args:
-        run_dir: the run directory.
+        run: the store of the run directory, or the folder.
         stage: the stage's name.
         store: where parts and their records are; None: in the run directory.
     """
 
-    def __init__(self, run_dir: Path, stage: str, store: Store | None = None) -> None:
-        self.stage, self.run = stage, LocalStore(run_dir)
+    def __init__(self, run: Path | Store, stage: str, store: Store | None = None) -> None:
+        self.stage = stage
+        self.run: Store = LocalStore(run) if isinstance(run, Path) else run
         self.store: Store = store or self.run
         self.folder = f"{BOOKS}/{stage}"
         self._manifest = f"{self.folder}/manifest.json"
 
     @property
     def manifest_path(self) -> Path:
-        return self.run.path(self._manifest)
+        return self.run.scratch / self._manifest
 
     def part(self, key: str) -> Part | None:
         """The finished part of a key, or None: no record, an unreadable one, or one whose files are gone or cut."""
         part = self.record(key)
-        if part is None or part.lacks_roles or any(file.problem(self.store) for file in part.files):
-            return None
-        return part
+        return None if part is None else self._whole({key: part}).get(key)
+
+    def found(self, keys: Collection[str]) -> dict[str, Part]:
+        """The finished parts of many keys, as `part` has them; where listings are late, some may be missing."""
+        there = {*self.recorded()}
+        return self._whole(self._records([key for key in dict.fromkeys(keys) if key in there]))
 
     def record(self, key: str) -> Part | None:
         """What the record of a key says, or None: there is none, or not as it was written."""
-        try:
-            content = self.store.read(self.name(key))
-            part = None if content is None else _parsed(content, Part)
-        except (OSError, ValueError):
-            return None
-        return part if part and part.key == key else None
+        return self._records([key]).get(key)
+
+    def _records(self, keys: Sequence[str]) -> dict[str, Part]:
+        contents = self.store.reads(map(self.name, keys))
+        found = {}
+        for key in keys:
+            with suppress(ValueError):
+                content = contents.get(self.name(key))
+                part = None if content is None else _parsed(content, Part)
+                if part and part.key == key:
+                    found[key] = part
+        return found
+
+    def _whole(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+        """Those whose files can be told apart and are there with all their bytes."""
+        known = {key: part for key, part in parts.items() if not part.lacks_roles}
+        sizes = self.store.sizes(file.path for part in known.values() for file in part.files)
+        return {
+            key: part
+            for key, part in known.items()
+            if not any(file.misfit(sizes.get(file.path)) for file in part.files)
+        }
 
     def name(self, key: str) -> str:
         """The record of a key, as the store calls it."""
@@ -177,14 +203,14 @@ class Books:
 
     def begun(self, key: str) -> Path:
         """A folder for what a run of this key has begun and may go on from; that of any other key is gone."""
-        folder = self.run.path(f"{self.folder}/begun-{key}")
+        folder = self.run.scratch / self.folder / f"begun-{key}"
         self.drop_begun(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def drop_begun(self, but: Path | None = None) -> None:
         """Delete what was begun: the stage is complete."""
-        for folder in self.run.path(self.folder).glob("begun-*"):
+        for folder in (self.run.scratch / self.folder).glob("begun-*"):
             if folder != but:
                 remove(folder)
 
@@ -198,8 +224,8 @@ class Books:
         return [name.removesuffix(".json") for name in names if _RECORD.fullmatch(name)]
 
     def checkpoints(self) -> list[str]:
-        """What long searches of any part have left to go on from, as the store calls it."""
-        names = self.store.names(self.folder)
+        """What long searches of any part have left to go on from, as the scratch folder calls it."""
+        names = LocalStore(self.store.scratch).names(self.folder)
         return [name for name in names if _CHECKPOINT.fullmatch(name.rpartition("/")[2])]
 
     def agreed(self, key: str) -> str:
@@ -218,11 +244,11 @@ class Books:
 
     def records(self) -> Iterator[Part]:
         """What every readable record says."""
-        yield from (part for key in self.recorded() if (part := self.record(key)))
+        yield from self._records(self.recorded()).values()
 
     def parts(self) -> Iterator[Part]:
         """Every part that is there, current or superseded."""
-        yield from (part for key in self.recorded() if (part := self.part(key)))
+        yield from self._whole(self._records(self.recorded())).values()
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None where the stage never completed.
@@ -238,7 +264,7 @@ class Books:
         except ValueError as error:
             problem = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
             raise DamagedError(
-                f"{self.manifest_path} is not a manifest ({problem}):"
+                f"{self.run}/{self._manifest} is not a manifest ({problem}):"
                 " delete it and run the stage again, finished parts are reused"
             ) from None
 

@@ -31,8 +31,9 @@ from negpipe.redaction import redacted
 from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, explained, remove_temporaries
-from negpipe.store.lock import run_lock, shared_run_lock
-from negpipe.store.store import LocalStore
+from negpipe.store.lock import run_lock
+from negpipe.store.opening import check_conditions, run_held, run_of
+from negpipe.store.store import LocalStore, Store
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -40,12 +41,13 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made: the folder of the triplets, and each stage's counts."""
+    """What a run made: the folder of the triplets, each stage's counts, and the store of the run directory."""
 
     run_dir: Path
     triplets: Path
     stats: dict[str, dict[str, Any]]
     ran: tuple[str, ...]
+    store: Store
 
 
 def mine(
@@ -112,7 +114,7 @@ def mine(
             if stage.name == only:
                 break
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
-    return Result(run_dir, run_dir / "triplets", stats, tuple(ran))
+    return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
 @contextmanager
@@ -133,6 +135,7 @@ def opened(
     """
     run_dir = config.run_dir
     _make_run_dir(run_dir, config.store, graph)
+    check_conditions(config)
     with _held(config, dropping, shared), explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         _check_share(context)
@@ -152,7 +155,7 @@ def _held(config: Config, dropping: bool, shared: bool) -> Iterator[None]:
                 if (other / BOOKS).is_dir():
                     locks.enter_context(run_lock(other))
             registry.note(store, config.run_dir)
-        locks.enter_context(shared_run_lock(config.run_dir) if shared else run_lock(config.run_dir))
+        locks.enter_context(run_held(config, shared=shared))
         if config.store and not dropping:
             registry.register(LocalStore(config.store), config.run_dir)
         yield
@@ -234,7 +237,8 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
         while _run_planned(stage, context, keys, reporter, executor) and stage.rounds:
             pass
 
-    parts = [part_of(stage, context, part_key) for part_key in keys]
+    made = books.found(keys)
+    parts = [made.get(part_key) or part_of(stage, context, part_key) for part_key in keys]
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
     shown.show(stage, context, manifest)
     if not books.write_manifest(manifest, before):
@@ -272,7 +276,8 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
             raise
         read = [part for name in stage.inputs for part in context.manifest(name).parts]
         read += context.books(stage.name).parts() if stage.rounds else ()
-        if wrong := damaged(context.store, (file for part in read for file in part.files)):
+        files, full = (file for part in read for file in part.files), not context.store.verifies
+        if wrong := damaged(context.store, files, full=full):
             raise DamagedError(
                 f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
                 " again what is damaged and what may come from it"
@@ -289,7 +294,7 @@ def _run_planned(
     total, done, present = 0, 0, set[str]()
     if stage.place(context.config) != "caller":
         plan = [task for task in plan if task.key not in keys]
-        present = {task.key for task in plan if books.part(task.key)}
+        present = {*books.found([task.key for task in plan])}
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
         if present:
             logger.info("%s: %d of %d parts are there already", stage.name, len(present), len(plan))

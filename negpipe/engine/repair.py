@@ -28,6 +28,8 @@ def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
     Raises:
         DamagedError: one is not.
     """
+    if store.verifies:
+        return
     problems = [problem for part in manifest.parts if (problem := stage.misfit(store, part))]
     if problems:
         raise DamagedError(
@@ -37,15 +39,15 @@ def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
 
 
 def damaged(
-    store: Store, files: Iterable[File], progress: Callable[[int], None] = lambda _: None
+    store: Store, files: Iterable[File], progress: Callable[[int], None] = lambda _: None, *, full: bool = True
 ) -> list[tuple[File, str]]:
     """The files that are not as they were written, and what is wrong; each is read whole, several at a time.
 
-    `progress` gets the bytes of every file that was read.
+    `progress` gets the bytes of every file that was read. Without `full` only sizes are looked at.
     """
 
     def check(file: File) -> tuple[File, str | None]:
-        problem = file.problem(store, full=True)
+        problem = file.problem(store, full=full)
         progress(file.bytes)
         return file, problem
 
@@ -77,7 +79,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     if not kept:
         books.drop_manifest()
     for name in books.checkpoints():
-        store.delete(name)  # what a search has found so far, with nothing to prove it
+        (store.scratch / name).unlink(missing_ok=True)  # what a search has found so far, with nothing to prove it
     suspects, gone = 0, []
     for key in books.recorded():
         part = books.record(key)

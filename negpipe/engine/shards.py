@@ -212,7 +212,7 @@ class _Job:
 
     def _make(self, tasks: list[Task]) -> None:
         """Make what nobody works on, and wait for what others do, until every task has its part."""
-        present = {task.key: part for task in tasks if (part := self.books.part(task.key))}
+        present = self.books.found([task.key for task in tasks])
         left = [task for task in tasks if task.key not in present]
         self.found += len(present)
         if left:
@@ -231,7 +231,8 @@ class _Job:
                 told = True
             if not first:
                 time.sleep(min(_LOOK, self.claims.patience / 4))
-            missing = [task for task in left if self.books.part(task.key) is None]
+            there = self.books.found([task.key for task in left])
+            missing = [task for task in left if task.key not in there]
             self.others += len(left) - len(missing) - (self.made - before)
             left = missing
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Manifest
 from negpipe.engine.stage import Context, Shown, Stage
-from negpipe.store import view
 
 
 def show(stage: Stage, context: Context, manifest: Manifest) -> None:
@@ -24,13 +23,13 @@ def show(stage: Stage, context: Context, manifest: Manifest) -> None:
         return {path.name for path in paths if path.parent.name.startswith(f".{stage.name}-")}
 
     for name, what in stage.views(manifest.parts).items():
-        view.show(context.run_dir, name, _local(context, what), _version(what), of_the_first_edition)
+        context.run.show(name, _paths(what), _version(what), context.store, of_the_first_edition)
 
 
 def missing(stage: Stage, context: Context, manifest: Manifest) -> str | None:
     """A name that does not show what it should; None: all do."""
     for name, what in stage.views(manifest.parts).items():
-        if not view.shows(context.run_dir, name, _local(context, what), _version(what)):
+        if not context.run.shows(name, _paths(what), _version(what), context.store):
             return name
     return None
 
@@ -40,7 +39,7 @@ def _version(what: Shown) -> str:
     return key({name: file.digest for name, file in what.items()}) if isinstance(what, Mapping) else ""
 
 
-def _local(context: Context, what: Shown) -> Path | dict[str, Path] | None:
+def _paths(what: Shown) -> str | dict[str, str] | None:
     if isinstance(what, File):
-        return context.store.path(what.path)
-    return {name: context.store.path(file.path) for name, file in what.items()} if isinstance(what, Mapping) else None
+        return what.path
+    return {name: file.path for name, file in what.items()} if isinstance(what, Mapping) else None

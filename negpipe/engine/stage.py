@@ -25,7 +25,8 @@ from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.errors import MissingStageError
 from negpipe.store.files import BOOKS
-from negpipe.store.store import LocalStore, Store
+from negpipe.store.opening import run_of, store_of
+from negpipe.store.store import Store
 
 Progress = Callable[[int, str], None]
 """Called with units finished since the last call, and a note for people ("58 texts/s")."""
@@ -98,11 +99,16 @@ class Context:
     @property
     def store(self) -> Store:
         """Where the parts are."""
-        return LocalStore(self.config.store or self.run_dir)
+        return store_of(self.config)
+
+    @property
+    def run(self) -> Store:
+        """Where manifests are, and what people look at."""
+        return run_of(self.config)
 
     def books(self, stage: str) -> Books:
         """The records of a stage."""
-        return Books(self.run_dir, stage, self.store)
+        return Books(self.run, stage, self.store)
 
     @property
     def own(self) -> Books:
@@ -174,14 +180,12 @@ class Publisher:
         The versions of libraries are in the path: what another one began would be part of a part with no record of it.
         """
         file = "-".join(filter(None, (self._key, self._libraries, name)))
-        return self._store.path(f"{BOOKS}/{self._stage.name}/{file}.npz")
+        return self._store.scratch / BOOKS / self._stage.name / f"{file}.npz"
 
     def drop_checkpoints(self) -> None:
         """Delete what the task left to go on from, under these versions or others."""
-        folder = f"{BOOKS}/{self._stage.name}"
-        for name in self._store.names(folder):
-            if name.startswith(f"{folder}/{self._key}") and name.endswith(".npz"):
-                self._store.delete(name)
+        for path in (self._store.scratch / BOOKS / self._stage.name).glob(f"{self._key}*.npz"):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

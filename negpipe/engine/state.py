@@ -61,7 +61,9 @@ def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
     if any(part.lacks_roles for part in manifest.parts):
         return State(stage.name, "stale", "its records are of the first edition, without roles of files", manifest)
-    problems = [problem for part in manifest.parts for file in part.files if (problem := file.problem(context.store))]
+    files = [file for part in manifest.parts for file in part.files]
+    sizes = context.store.sizes(file.path for file in files)
+    problems = [problem for file in files if (problem := file.misfit(sizes.get(file.path)))]
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
     if hidden := shown.missing(stage, context, manifest):

@@ -21,6 +21,8 @@ from negpipe.errors import ConfigError, InputError, MissingStageError
 from negpipe.review.audit import load
 from negpipe.review.audit.columns import Layout, layout_of
 from negpipe.store.files import BOOKS
+from negpipe.store.opening import run_of
+from negpipe.store.store import LocalStore, Store
 
 if TYPE_CHECKING:
     import duckdb
@@ -124,14 +126,14 @@ def source_of(name: str) -> Source:
     if path.is_dir() and not (path / BOOKS).is_dir():
         return Source(name, path, None)
     if path.is_dir():
-        return _run(name, path)
+        return _run(name, LocalStore(path))
     if path.is_file() and path.suffix not in (".yaml", ".yml", ".json"):
         return Source(name, path, None)
     try:
         config: Config = load_config(find_config(name))
     except ConfigError as error:
         raise ConfigError(f"{name}: expected a run directory, a config, or a file of rows. {error}") from None
-    return _run(name, config.run_dir)
+    return _run(name, run_of(config))
 
 
 def compare(
@@ -159,11 +161,11 @@ def compare(
         return _difference(database, a, b, by_id, examples)
 
 
-def _run(name: str, run_dir: Path) -> Source:
-    manifest = Books(run_dir, "triplets").manifest()
+def _run(name: str, run: Store) -> Source:
+    manifest = Books(run, "triplets").manifest()
     if manifest is None:
-        raise MissingStageError(f"there are no triplets in {run_dir}: run `negpipe mine CONFIG` first")
-    return Source(name, run_dir / "triplets", manifest)
+        raise MissingStageError(f"there are no triplets in {run}: run `negpipe mine CONFIG` first")
+    return Source(name, run.folder("triplets"), manifest)
 
 
 def _load(database: duckdb.DuckDBPyConnection, side: str, source: Source, folder: Path) -> Layout:

@@ -28,7 +28,7 @@ from negpipe.select import columns
 from negpipe.select.selector import Units, rows_of
 from negpipe.stages import STAGES, encode
 from negpipe.stages.triplets import Shared, open_selection, part_files
-from negpipe.store.files import publish, write_json
+from negpipe.store.files import json_bytes, publish, write_all
 
 Ints = npt.NDArray[np.int64]
 
@@ -135,7 +135,7 @@ def calibrate_settings(
             raise InputError(_UNTRIED[method].format(total=total, near=near), remedy=_INSTEAD[method])
         judged = {MADE_OF: context.manifest("search").digest}
         table = calibrate.to_table(made).replace_schema_metadata(judged)
-        publish(config.run_dir, CALIBRATION, lambda file: _write(table, file))
+        context.run.put("", lambda _: CALIBRATION, lambda file: _write(table, file))
         return made
 
 
@@ -165,9 +165,10 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
             raise ConfigError("output.include_positives writes whole rankings: they hold positives, not only negatives")
         wanted = options.negatives or context.config.mining.wanted
         found = audit.audit(
-            config.run_dir / "triplets", replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
+            context.run.folder("triplets"), replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
         )
-        write_json(config.run_dir / AUDIT, {**found.document(), MADE_OF: context.manifest("triplets").key})
+        document = json_bytes({**found.document(), MADE_OF: context.manifest("triplets").key})
+        context.run.put("", lambda _: AUDIT, lambda file: write_all(file, document), len(document))
         return found
 
 

@@ -114,7 +114,7 @@ def plan(context: Context, side: split.Side = "train") -> Iterator[Task]:
 
 
 def _parts(context: Context, side: split.Side) -> Generator[Task]:
-    config, folder = context.config, context.store.path(f"{BOOKS}/ingest")
+    config, folder = context.config, context.store.scratch / BOOKS / "ingest"
     folder.mkdir(parents=True, exist_ok=True)
     begun = context.own.begun(_spool_key(context))
     spool = Spool(begun)

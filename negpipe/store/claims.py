@@ -37,11 +37,14 @@ class Claims:
         store: where they are.
         folder: of the store.
         patience: seconds, see above; the owner gives a sign of life twelve times as often.
+        strict: a sign of life is given only if nobody has taken the claim since; on a disk that would mean to wait for
+            whoever changes something there, and who waits seems dead.
     """
 
     store: Store
     folder: str
     patience: float = PATIENCE
+    strict: bool = False
     _held: dict[str, bytes] = field(default_factory=dict, init=False)
     _watched: dict[str, tuple[bytes, float]] = field(default_factory=dict, init=False)
     _changing: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -88,6 +91,15 @@ class Claims:
         there = self.store.read(self._name(key))
         return None if there is None else _owner(there)
 
+    def seen(self, key: str) -> tuple[bytes | None, bool]:
+        """The last sign of life that was given for a key, None where nobody claims it; and whether it may be taken."""
+        there = self.store.read(self._name(key))
+        return there, there is None or self._is_free(key, there)
+
+    def drop(self, key: str) -> None:
+        """Delete a claim that may be taken."""
+        self.store.delete(self._name(key))
+
     def _is_free(self, key: str, there: bytes) -> bool:
         if unfinished.is_gone(_owner(there)):
             return True
@@ -108,15 +120,22 @@ class Claims:
     def _live(self, key: str, content: bytes) -> None:
         """Show that we live; a claim that another has taken meanwhile is theirs."""
         try:
-            if self.store.read(self._name(key)) != self._held[key]:
+            if self._signed(key, content):
+                self._held[key] = content
+            else:
                 del self._held[key]
                 logger.warning("%s: another process has taken this claim, so it may be made twice", key)
-                return
-            name = f"{key}{SUFFIX}"
-            self.store.put(self.folder, lambda _: name, lambda file: write_all(file, content), len(content))
-            self._held[key] = content
         except (OSError, NegpipeError) as error:
             logger.warning("%s: its claim cannot be kept alive: %s", key, error)
+
+    def _signed(self, key: str, content: bytes) -> bool:
+        if self.strict:
+            return self.store.replace(self._name(key), content, self._held[key])
+        if self.store.read(self._name(key)) != self._held[key]:
+            return False
+        name = f"{key}{SUFFIX}"
+        self.store.put(self.folder, lambda _: name, lambda file: write_all(file, content), len(content))
+        return True
 
     def _name(self, key: str) -> str:
         return f"{self.folder}/{key}{SUFFIX}"

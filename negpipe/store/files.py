@@ -93,7 +93,11 @@ def _refusal(error: Exception, path: Path) -> int | None:
 
 
 def publish(
-    folder: Path, name: str | Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+    folder: Path,
+    name: str | Callable[[str], str],
+    write: Callable[[BinaryIO], None],
+    needed: int | None = None,
+    ready: Callable[[Path, str], None] = lambda _, __: None,
 ) -> Published:
     """Write a file and give it its final name, which may depend on its content.
 
@@ -102,6 +106,7 @@ def publish(
         name: the final name, or what makes it from the sha256 of the content.
         write: writes the content to the binary file it is given.
         needed: its bytes, where known: without room for them nothing is begun.
+        ready: called with the whole temporary file and the final name, before it gets it.
 
     Raises:
         StorageError: the file system refused; no temporary file is left.
@@ -111,8 +116,8 @@ def publish(
     size = 0
     with explained(folder, lambda: size if needed is None else needed, least=needed is None):
         folder.mkdir(parents=True, exist_ok=True)
-        if needed is not None and needed > shutil.disk_usage(folder).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if needed is not None:
+            fits(folder, needed)
         try:
             with temporary.open("xb") as file:
                 write(file)
@@ -121,6 +126,7 @@ def publish(
             digest = "" if isinstance(name, str) else file_digest(temporary)
             size = bytes_in(temporary)
             final = name if isinstance(name, str) else name(digest)
+            ready(temporary, final)
             os.replace(temporary, folder / final)
         except FileNotFoundError as error:
             if temporary.exists():
@@ -134,6 +140,12 @@ def publish(
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
     return Published(final, size, digest)
+
+
+def fits(folder: Path, needed: int) -> None:
+    """Raises OSError: there is no room for so many bytes in a folder."""
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

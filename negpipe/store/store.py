@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from negpipe.store import files
+from negpipe.store import files, view
 from negpipe.store.lock import held
 
 CHANGES = ".negpipe/changes.lock"
@@ -23,8 +23,20 @@ _PATIENCE = 30.0  # seconds that another process may take to write a few kilobyt
 _READS = 5
 
 
+Shown = str | Mapping[str, str] | None
+"""What a name shows to people: a file of a store, files by the names they have in a folder, or nothing."""
+
+
 class Store(Protocol):
     """Files by name."""
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a process has begun and may go on from, and for what no other machine needs."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether what `path` leads to was found to be what its name says."""
 
     def put(
         self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
@@ -42,11 +54,20 @@ class Store(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
 
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of many files, by name; what is not there is left out."""
+
+    def digest(self, name: str) -> str | None:
+        """sha256 of a file's bytes, all of which are read where they lie; None where there is none."""
+
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, as the other methods take them, sorted."""
 
     def read(self, name: str) -> bytes | None:
         """A small file's content as it is now, None where there is none."""
+
+    def reads(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The contents of many small files, by name; what is not there, or cannot be read, is left out."""
 
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
         """Write a small file whole if it still holds `expected` (None: if there is none); returns whether it did."""
@@ -68,12 +89,36 @@ class Store(Protocol):
             StorageError: there is not.
         """
 
+    def show(self, name: str, what: Shown, version: str, parts: Store, old: Callable[[], Collection[str]]) -> None:
+        """Make a name show files of the store `parts`, in one step; see `view.show`."""
+
+    def shows(self, name: str, what: Shown, version: str, parts: Store) -> bool:
+        """Whether a name shows what it should."""
+
+    def entries(self, name: str) -> list[str]:
+        """The files that a folder that is shown holds, in order, as `path` takes them; not what people put there."""
+
+    def folder(self, name: str) -> Path:
+        """Where this machine reads the files that a name shows, under the names they are shown by."""
+
+    def place(self, name: str) -> str:
+        """Where people find what a name shows."""
+
 
 @dataclass(frozen=True)
 class LocalStore:
     """A `Store` in a folder. Its folders may be links to other disks."""
 
     root: Path
+
+    verifies = False
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @property
+    def scratch(self) -> Path:
+        return self.root
 
     def put(
         self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
@@ -87,6 +132,15 @@ class LocalStore:
         try:
             return self.path(name).stat().st_size
         except OSError:
+            return None
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: size for name in names if (size := self.size(name)) is not None}
+
+    def digest(self, name: str) -> str | None:
+        try:
+            return files.file_digest(self.path(name))
+        except FileNotFoundError:
             return None
 
     def names(self, folder: str) -> list[str]:
@@ -107,6 +161,14 @@ class LocalStore:
                     raise
         raise AssertionError
 
+    def reads(self, names: Iterable[str]) -> dict[str, bytes]:
+        found = {}
+        for name in names:
+            with suppress(OSError):
+                if (content := self.read(name)) is not None:
+                    found[name] = content
+        return found
+
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
         with self.lock(CHANGES, _PATIENCE):
             if self.read(name) != expected:
@@ -123,3 +185,24 @@ class LocalStore:
 
     def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
         files.check_room({self.root / folder: count for folder, count in needed.items()}, what, remedy)
+
+    def show(self, name: str, what: Shown, version: str, parts: Store, old: Callable[[], Collection[str]]) -> None:
+        view.show(self.root, name, _local(what, parts), version, old)
+
+    def shows(self, name: str, what: Shown, version: str, parts: Store) -> bool:
+        return view.shows(self.root, name, _local(what, parts), version)
+
+    def entries(self, name: str) -> list[str]:
+        return [f"{name}/{path.name}" for path in view.entries(self.root / name)]
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def place(self, name: str) -> str:
+        return str(self.root / name)
+
+
+def _local(what: Shown, parts: Store) -> Path | dict[str, Path] | None:
+    if isinstance(what, str):
+        return parts.path(what)
+    return {name: parts.path(path) for name, path in what.items()} if isinstance(what, Mapping) else None

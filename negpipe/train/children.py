@@ -27,7 +27,7 @@ from negpipe.errors import InputError, NegpipeError
 from negpipe.redaction import redacted
 from negpipe.review import calibrate, measures
 from negpipe.store.files import publish, write_all
-from negpipe.store.store import LocalStore
+from negpipe.store.opening import run_of, store_of
 
 STORE = "store"
 """The folder beside the run directories, where the config names no store."""
@@ -78,7 +78,7 @@ def inherit(config: Config, before: Config) -> None:
     with digests_of(config) as cached:
         context = Context(config, config.run_dir, cached)
         for name in _READING:
-            own, others = Books(config.run_dir, name), Books(before.run_dir, name)
+            own, others = (Books(run_of(each), name) for each in (config, before))
             if own.content() is None and (manifest := others.manifest()):
                 shown.show(graph.of_kind(name), context, manifest)
                 own.write_manifest(manifest, None)
@@ -90,7 +90,7 @@ def manifest(run: Config, stage: str) -> Manifest:
     Raises:
         NegpipeError: it is not there.
     """
-    found = Books(run.run_dir, stage).manifest()
+    found = Books(run_of(run), stage).manifest()
     if found is None:
         raise NegpipeError(f"the output of {stage} in {run.run_dir} is gone: run the command again")
     return found
@@ -99,7 +99,7 @@ def manifest(run: Config, stage: str) -> Manifest:
 def table(run: Config, kind: str, role: str) -> pa.Table:
     """A table of what training made: of the part of a kind, the file of a role."""
     (part,) = manifest(run, "train").of_kind(kind)
-    return pq.read_table(LocalStore(run.store or run.run_dir).path(part.file(role).path))
+    return pq.read_table(store_of(run).path(part.file(role).path))
 
 
 def scores(run: Config) -> pa.Table:

@@ -17,7 +17,7 @@ from negpipe.errors import LockedError
 from negpipe.review.finished import current
 from negpipe.review.report import gather, page
 from negpipe.store.files import BOOKS, publish, write_all
-from negpipe.store.lock import run_lock
+from negpipe.store.opening import run_held, run_of
 
 __all__ = ["ANCHORS", "NAME", "after_mining", "write"]
 
@@ -43,9 +43,11 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
         LockedError: the run is still going.
         StorageError: the file cannot be written.
     """
-    out = out or config.run_dir / NAME
-    with _at_rest(config.run_dir), digests_of(config) as digests:
+    with _at_rest(config), digests_of(config) as digests:
         data = page.render(gather.gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
+        if out is None and config.url:
+            run_of(config).put("", lambda _: NAME, lambda file: write_all(file, data), len(data))
+        out = out or config.run_dir / NAME
         publish(out.parent, out.name, lambda file: write_all(file, data), len(data))
     return out
 
@@ -63,13 +65,13 @@ def after_mining(config: Config, typed: str) -> Path | None:
 
 
 @contextmanager
-def _at_rest(run_dir: Path) -> Iterator[None]:
+def _at_rest(config: Config) -> Iterator[None]:
     """Nothing else works on the run; one that was never begun is left alone."""
-    if not (run_dir / BOOKS).is_dir():
+    if config.url is None and not (config.run_dir / BOOKS).is_dir():
         yield
         return
     try:
-        with run_lock(run_dir):
+        with run_held(config):
             yield
     except LockedError as error:
         raise LockedError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import __version__
@@ -207,9 +208,11 @@ def _named(opened: Shared, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.i
 
 def _calibration(context: Context) -> Calibration | None:
     """The last calibration, if it is one of these candidates."""
-    path = context.run_dir / measures.CALIBRATION
     try:
-        table = pq.read_table(path)
+        content = context.run.read(measures.CALIBRATION)
+        if content is None:
+            return None
+        table = pq.read_table(pa.BufferReader(content))
         if (table.schema.metadata or {}).get(measures.MADE_OF.encode()) != context.manifest("search").digest.encode():
             return None
         rows = table.to_pylist()
@@ -227,9 +230,8 @@ def _calibration(context: Context) -> Calibration | None:
                 for row in rows
             ],
         )
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, LookupError) as error:
+        path = f"{context.run}/{measures.CALIBRATION}"
         logger.warning("report: %s cannot be read (%s): run `negpipe calibrate CONFIG` again", path, error)
         return None
 
@@ -237,7 +239,7 @@ def _calibration(context: Context) -> Calibration | None:
 def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any] | None, str]:
     """The audit of these rows, or why there is none."""
     try:
-        stored = json.loads((context.run_dir / measures.AUDIT).read_text(encoding="utf-8"))
+        stored = json.loads(context.run.read(measures.AUDIT) or b"")
         if stored[measures.MADE_OF] == made.key:
             return stored, ""
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

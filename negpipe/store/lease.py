@@ -1,0 +1,83 @@
+"""Holding something in a store whose locks are not the operating system's: by claims that are kept alive.
+
+Who holds it gives signs of life; who wants it watches for them, by its own clock. So it passes on from a holder that
+died, after `patience` seconds, and nothing depends on what time it is anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from negpipe.errors import LockedError
+from negpipe.store.claims import SUFFIX, Claims
+from negpipe.store.files import BOOKS
+from negpipe.store.store import Store
+
+logger = logging.getLogger(__name__)
+FOLDER = f"{BOOKS}/locks"
+PATIENCE = 60.0
+"""Seconds without a sign of life after which a holder counts as dead; it gives twelve in that time."""
+
+
+@contextmanager
+def held(
+    store: Store, name: str, *, shared: bool = False, patience: float = PATIENCE, wait: float = 0.0
+) -> Iterator[None]:
+    """Hold a name.
+
+    Args:
+        store: where.
+        name: a word.
+        shared: others may hold it at the same time who share it too.
+        patience: see above.
+        wait: seconds to wait for a holder that lives.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    claims = Claims(store, FOLDER, patience, strict=True)
+    own = f"{name}-{uuid.uuid4().hex}" if shared else name
+    with claims.kept():
+        if shared:
+            claims.take(own)
+        else:
+            _take(claims, own, store, wait)
+        # Each claims first and then looks for the other kind: of two that come at once, one at least sees the other.
+        for other in [name] if shared else _sharing(store, name):
+            _outlive(claims, other, store, wait)
+            if not shared:
+                claims.drop(other)
+        yield
+
+
+def _sharing(store: Store, name: str) -> list[str]:
+    keys = (path.rpartition("/")[2].removesuffix(SUFFIX) for path in store.names(FOLDER))
+    return [key for key in keys if key.startswith(f"{name}-")]
+
+
+def _take(claims: Claims, key: str, store: Store, wait: float) -> None:
+    while not claims.take(key):
+        _outlive(claims, key, store, wait)
+
+
+def _outlive(claims: Claims, key: str, store: Store, wait: float) -> None:
+    """Return once nobody holds a key any more.
+
+    Raises:
+        LockedError: somebody does, and lives.
+    """
+    began, (first, free) = time.monotonic(), claims.seen(key)
+    last, told = first, False
+    while not free:
+        who = claims.owner(key) or "another negpipe process"
+        if last != first and time.monotonic() - began >= wait:
+            raise LockedError(f"{store} is in use by {who}: wait for it or stop it")
+        if not told:
+            logger.info("%s is held by %s: looking whether it lives, for up to %.0f s", store, who, claims.patience)
+            told = True
+        time.sleep(claims.patience / 24)
+        last, free = claims.seen(key)

@@ -1,0 +1,223 @@
+"""A `Store` in a bucket of S3, with copies of what is read on a local disk.
+
+A file is written on the local disk, goes up under its final key in one request or one completed upload in parts, and
+stays as a copy. What is read is fetched once, and is there only if it has the digest that its name says. What changes
+is written conditionally (If-None-Match, If-Match): of two writers one knows that it came late. Nothing is renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from negpipe.errors import ConfigError, DamagedError, VanishedError
+from negpipe.store import files, lease, view
+from negpipe.store.cache import OF_CONTENT, Cache
+from negpipe.store.s3 import Bucket
+from negpipe.store.store import Shown, Store
+
+A = TypeVar("A")
+B = TypeVar("B")
+_FEW = 32  # files of a folder of which each is asked for; of more, the folder is listed
+_RIVALS = 4
+_THREADS = 16  # requests at a time, which wait for S3 and for nothing else
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A `Store` under a prefix of a bucket.
+
+    Attributes:
+        bucket: where.
+        prefix: of its keys, without a slash at the end; may be empty.
+        cache: of its parts, on a local disk; beside them lies what this machine alone needs.
+    """
+
+    bucket: Bucket
+    prefix: str
+    cache: Cache
+
+    verifies = True
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket.name}/{self.prefix}".rstrip("/")
+
+    @property
+    def scratch(self) -> Path:
+        return self.cache.folder
+
+    def put(
+        self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
+    ) -> files.Published:
+        def upload(file: Path, final: str) -> None:
+            self.bucket.upload(file, self._key(f"{folder}/{final}".lstrip("/")))
+
+        made = files.publish(self.scratch / folder, name, write, needed, upload)
+        if OF_CONTENT.fullmatch(made.name):
+            self.cache.added(made.bytes)
+        else:  # it may change there
+            (self.scratch / folder / made.name).unlink(missing_ok=True)
+        return made
+
+    def path(self, name: str) -> Path:
+        if not OF_CONTENT.fullmatch(name):
+            return self.scratch / name
+        return self.cache.find(name) or self._fetched(name)
+
+    def size(self, name: str) -> int | None:
+        return self.bucket.size(self._key(name))
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        wanted = {*names}
+        folders = Counter(name.rpartition("/")[0] for name in wanted)
+        found: dict[str, int] = {}
+        for folder in (folder for folder, count in folders.items() if count > _FEW):
+            found |= {name: size for name, size in self._listed(folder) if name in wanted}
+        missing = sorted(wanted - found.keys())  # a listing may be older than a file
+        for name, size in zip(missing, each(self.size, missing), strict=True):
+            if size is not None:
+                found[name] = size
+        return found
+
+    def names(self, folder: str) -> list[str]:
+        return sorted(name for name, _ in self._listed(folder))
+
+    def read(self, name: str) -> bytes | None:
+        found = self.bucket.get(self._key(name))
+        return None if found is None else found[0]
+
+    def reads(self, names: Iterable[str]) -> dict[str, bytes]:
+        wanted = [*names]
+        return {
+            name: content for name, content in zip(wanted, each(self.read, wanted), strict=True) if content is not None
+        }
+
+    def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
+        key = self._key(name)
+        if expected is None:
+            condition = {"IfNoneMatch": "*"}
+        else:
+            there = self.bucket.get(key)
+            if there is None or there[0] != expected:
+                return False
+            condition = {"IfMatch": there[1]}
+        # Refused may also be what we wrote ourselves, when the answer was lost and the request was made again.
+        return self.bucket.put(key, content, **condition) or self.read(name) == content
+
+    def delete(self, name: str) -> None:
+        self.bucket.delete(self._key(name))
+        if OF_CONTENT.fullmatch(name):
+            (self.scratch / name).unlink(missing_ok=True)
+
+    def digest(self, name: str) -> str | None:
+        value = hashlib.sha256()
+        return None if self.bucket.stream(self._key(name), value.update) is None else value.hexdigest()
+
+    def lock(self, name: str, patience: float = 0.0) -> AbstractContextManager[None]:
+        return lease.held(self, name.rpartition("/")[2], wait=patience)
+
+    def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
+        """A bucket has no end; what the local disk lacks is known file by file, see `put`."""
+
+    def show(self, name: str, what: Shown, version: str, parts: Store, old: Callable[[], Collection[str]]) -> None:
+        wanted, there = _pointer(what, version), self.read(_pointing(name))
+        if wanted is None:
+            if there is not None:
+                self.delete(_pointing(name))
+        elif wanted != there and not self.replace(_pointing(name), wanted, there):
+            raise VanishedError(f"{self}/{_pointing(name)}: another process changed it: run the command again")
+
+    def shows(self, name: str, what: Shown, version: str, parts: Store) -> bool:
+        return self.read(_pointing(name)) == _pointer(what, version)
+
+    def entries(self, name: str) -> list[str]:
+        return [*self._shown(name).values()]
+
+    def folder(self, name: str) -> Path:
+        shown = {entry: self.path(path) for entry, path in self._shown(name).items()}
+        version = hashlib.sha256(files.json_bytes(self._shown(name))).hexdigest()[:16]
+        view.show(self.scratch, name, shown, version, tuple)
+        return self.scratch / name
+
+    def place(self, name: str) -> str:
+        return f"{self}/{_pointing(name)}"
+
+    def _shown(self, name: str) -> dict[str, str]:
+        shown: dict[str, str] = json.loads(self.read(_pointing(name)) or b"{}").get("files", {})
+        return shown
+
+    def check_conditions(self) -> None:
+        """Find out whether conditional writes are conditional here: of several at once, one alone may win.
+
+        Raises:
+            ConfigError: they are not; of two drivers, neither would know of the other.
+        """
+        name = f"{files.BOOKS}/probe-{uuid.uuid4().hex}"
+        won = each(lambda number: self.replace(name, str(number).encode(), None), range(_RIVALS))
+        try:
+            if sum(won) != 1:
+                missing = "If-None-Match"
+            elif self.bucket.put(self._key(name), b"", IfMatch=f'"{"0" * 32}"'):
+                missing = "If-Match"
+            else:
+                return
+        finally:
+            self.delete(name)
+        raise ConfigError(
+            f"run_dir: {self}: this service has no conditional writes ({missing}), so two drivers could both write a"
+            " manifest: take one that has them, as AWS does, or a run_dir on a disk"
+        )
+
+    def _fetched(self, name: str) -> Path:
+        """A new copy of a file; of one that is not in the bucket, the path where it would be."""
+        copy = self.scratch / name
+        wanted = OF_CONTENT.fullmatch(name)
+        assert wanted is not None
+
+        def checked(digest: str) -> str:
+            if not digest.startswith(wanted[1]):
+                raise DamagedError(
+                    f"{self}/{name} has other content than was written. Run `negpipe mine CONFIG --repair`, it makes"
+                    " again what is damaged and what may come from it"
+                )
+            return copy.name
+
+        def write(file: BinaryIO) -> None:
+            if self.bucket.stream(self._key(name), file.write, lambda size: files.fits(copy.parent, size)) is None:
+                raise LookupError(name)
+
+        with suppress(LookupError):
+            self.cache.added(files.publish(copy.parent, checked, write).bytes)
+        return copy
+
+    def _listed(self, folder: str) -> list[tuple[str, int]]:
+        start = len(self._key(""))
+        return [(key[start:], size) for key, size in self.bucket.listed(self._key(f"{folder}/"))]
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+
+def each(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    """The results for all items, several asked for at a time."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [*pool.map(function, items)]
+
+
+def _pointing(name: str) -> str:
+    return f"{name}.json"
+
+
+def _pointer(what: Shown, version: str) -> bytes | None:
+    """What leads readers from a name to the parts that it shows."""
+    if what is None:
+        return None
+    return files.json_bytes({"file": what} if isinstance(what, str) else {"version": version, "files": {**what}})
