@@ -31,6 +31,7 @@ class Request:
     method: str
     key: str
     query: dict[str, list[str]]
+    headers: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -151,7 +152,9 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
 
         def _pass_on(self) -> None:
             split = urlsplit(self.path)
-            request = Request(self.command, split.path.partition(f"/{BUCKET}/")[2], parse_qs(split.query, True))
+            request = Request(
+                self.command, split.path.partition(f"/{BUCKET}/")[2], parse_qs(split.query, True), tuple(self.headers)
+            )
             bucket.seen.append(request)
             if self.headers.get("Expect") == "100-continue":
                 self.send_response_only(100)

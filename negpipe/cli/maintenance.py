@@ -54,7 +54,7 @@ def verify(
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
-    run_dir = settings.run_dir
+    place = settings.place
     found = graph.inventory(settings)
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
@@ -65,10 +65,10 @@ def verify(
         listed = "\n".join(problems[:_SHOWN])
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DamagedError(
-            f"{len(problems)} of {count} files in {run_dir} are damaged:\n{listed}{more}\n"
+            f"{len(problems)} of {count} files in {place} are damaged:\n{listed}{more}\n"
             "`negpipe mine CONFIG --repair` makes them again"
         )
-    console.out.print(f"{count} files in {run_dir} are whole.", markup=False)
+    console.out.print(f"{count} files in {place} are whole.", markup=False)
 
 
 @app.command()
@@ -98,11 +98,12 @@ def clean(
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     run_dir = settings.store or settings.run_dir
+    place = settings.place if settings.url else str(run_dir)
     if forget is not None:
         upkeep.forget(settings, forget)
     listed = graph.superseded(settings)
     if not listed:
-        console.out.print(f"Nothing to clean in {run_dir}.", markup=False)
+        console.out.print(f"Nothing to clean in {place}.", markup=False)
         return
     folders: dict[str, tuple[int, int]] = {}
     for path, size in listed:
@@ -112,7 +113,7 @@ def clean(
     for folder, (files, total) in sorted(folders.items()):
         console.out.print(f"{folder:30} {files:6} files {wording.size(total):>10}", markup=False)
     try:
-        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {wording.visible(str(run_dir))}?")
+        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {wording.visible(place)}?")
     except typer.Abort:
         if sys.stdin.isatty():
             raise

@@ -66,7 +66,7 @@ def plan(
     for refusal, names in refusals.items():
         console.out.print(wording.visible(f"  {', '.join(names)}: {refusal}"), markup=False, soft_wrap=True)
     console.out.print(f"Free at {settings.store or settings.run_dir}: {wording.size(found.free)}.")
-    if (needed := sum(step.disk or 0 for step in found.steps)) > found.free:
+    if (needed := sum(step.disk or 0 for step in found.steps)) > found.free and settings.url is None:
         size = wording.size(needed)
         console.out.print(f"[red]What is to be made takes {size}: make room, or set run_dir or store.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")

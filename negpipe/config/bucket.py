@@ -16,8 +16,8 @@ def bucket_url(address: str) -> str:
     Raises:
         ValueError: no bucket of S3, or one that negpipe does not write to.
     """
-    scheme, _, rest = address.partition("://")
-    if scheme != "s3":
+    scheme, slashes, rest = address.partition("://")
+    if slashes and scheme != "s3":
         raise ValueError(
             f"run_dir: {scheme}:// is no place to write to: of object stores negpipe knows s3:// alone to write only if"
             " nobody else did, without which two drivers spoil each other's manifests. Take s3://BUCKET/PREFIX, or a"

@@ -507,8 +507,8 @@ class Config(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _in_a_bucket(cls, tree: Any, build: ModelWrapValidatorHandler[Config]) -> Config:
-        named = tree.get("run_dir") if isinstance(tree, dict) else None
-        if not (isinstance(named, str) and "://" in named):
+        named = str(tree.get("run_dir")) if isinstance(tree, dict) else ""
+        if not ("://" in named or named.startswith("s3:/")):  # a Path takes one of the slashes away
             return build(tree)
         url = bucket_url(named)
         config = build({**tree, "run_dir": "."})

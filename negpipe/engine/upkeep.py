@@ -17,7 +17,8 @@ from negpipe.store import registry, unfinished, view
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, file_digest
 from negpipe.store.lock import run_lock
-from negpipe.store.store import LocalStore
+from negpipe.store.opening import run_held, run_of, store_of
+from negpipe.store.store import LocalStore, Store
 
 _PUBLISHED = re.compile(r"[0-9a-f]{16}-([0-9a-f]{12})\.[a-z]+")
 _STAGING = re.compile(r"\.[a-z]+-[0-9a-f]{16}")
@@ -46,25 +47,25 @@ def inventory(config: Config, graph: Graph) -> Inventory:
     Raises:
         MissingStageError: there is none.
     """
-    run_dir, store = config.run_dir, _store(config)
+    run, store = run_of(config), store_of(config)
     files: dict[str, File] = {}
     unreadable: list[str] = []
     for name in graph:
-        books = Books(run_dir, name, store)
+        books = Books(run, name, store)
         try:
             manifest = books.manifest()
         except DamagedError as error:
             unreadable.append(str(error))
             manifest = None
-        for key in books.recorded():
-            part = books.record(key)
-            if part is None:
-                unreadable.append(f"{store.path(books.name(key))} is not the record of a part")
-            # What is gone was cleaned, or stands elsewhere since the first edition published it.
-            files |= {file.path: file for file in (part.files if part else ()) if store.size(file.path) is not None}
+        keys = books.recorded()
+        parts = {part.key: part for part in books.records()}
+        unreadable += [f"{store}/{books.name(key)} is not the record of a part" for key in keys if key not in parts]
+        recorded = {file.path: file for part in parts.values() for file in part.files}
+        # What is gone was cleaned, or stands elsewhere since the first edition published it.
+        files |= {path: recorded[path] for path in store.sizes(recorded)}
         files |= {file.path: file for part in (manifest.parts if manifest else ()) for file in part.files}
     if not files and not unreadable:
-        raise MissingStageError(f"no stage has made anything in {run_dir}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no stage has made anything in {run}: run `negpipe mine CONFIG` first")
     return Inventory(tuple(files.values()), tuple(unreadable))
 
 
@@ -79,7 +80,7 @@ def verify(config: Config, found: Inventory, progress: Callable[[int], None] = l
     Returns:
         what is wrong, a line each.
     """
-    return [*found.unreadable, *(problem for _, problem in damaged(_store(config), found.files, progress))]
+    return [*found.unreadable, *(problem for _, problem in damaged(store_of(config), found.files, progress))]
 
 
 def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
@@ -92,6 +93,9 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
     Raises:
         StorageError: a run directory that uses the store cannot be read.
     """
+    if config.url:
+        own = store_of(config)
+        return [(own.scratch / name, size) for name, size in sorted(_superseded_objects(graph, own).items())]
     store, runs = _store(config), _runs(config)
     for folder in {store.root, *runs}:
         stay_inside(folder, linkable(graph))
@@ -125,6 +129,22 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
                 ours |= {path for path in _files(folder) - keep - ours if _carries_digest(path)}
         found |= {path for path in ours - keep if path.is_file()}
     return [(path, path.stat().st_size) for path in sorted(found)]
+
+
+def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
+    """The same of a run in a bucket, by name: there nobody else puts files that are named like parts."""
+    found = dict[str, int]()
+    for name, stage in graph.items():
+        books = Books(store, name)
+        if (manifest := books.manifest()) is None:
+            continue
+        keep = {file.path for part in manifest.parts for file in part.files}
+        keep |= {books.name(part.key) for part in manifest.parts}
+        ours = {*map(books.name, books.recorded()), *books.of_shards()}
+        for folder in {name, *stage.folders} - stage.views(()).keys():
+            ours |= {path for path in store.names(folder) if _PUBLISHED.fullmatch(PurePosixPath(path).name)}
+        found |= store.sizes(ours - keep)
+    return found
 
 
 def _growing(run_dir: Path, stage: Stage) -> set[Path]:
@@ -184,6 +204,13 @@ def clean(config: Config, graph: Graph) -> int:
     with ExitStack() as locks:
         if config.store:
             locks.enter_context(registry.kept(_store(config)))
+        if config.url:
+            locks.enter_context(run_held(config))
+            store = store_of(config)
+            objects = _superseded_objects(graph, store)
+            for name in objects:
+                store.delete(name)
+            return sum(objects.values())
         runs = _runs(config)
         for run in runs:
             locks.enter_context(run_lock(run))

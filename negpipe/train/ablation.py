@@ -129,6 +129,7 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         InputError: no cell came to an end; the message says why.
     """
     graph.check_trains(config)
+    children.check_place(config, "ablate")
     if importlib.util.find_spec("statsmodels") is None:
         raise ConfigError("ablate: statsmodels is not installed: run `pip install 'negpipe[train]'`")
     folder, failed = config.run_dir / FOLDER, dict[str, str]()

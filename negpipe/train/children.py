@@ -57,6 +57,18 @@ def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
     return load_config(tree)
 
 
+def check_place(config: Config, verb: str) -> None:
+    """Refuse a run directory in a bucket: the runs of a job lie in folders beside each other, and share a store there.
+
+    Raises:
+        ConfigError: it is in one.
+    """
+    if config.url:
+        raise ConfigError(
+            f"run_dir: {verb} makes several runs, in folders of a disk, not in {config.url}: name a folder"
+        )
+
+
 def written(run: Config) -> None:
     """Write a run's config beside its folder, so that every command can be asked of it."""
     text = yaml.safe_dump(redacted(run.model_dump(mode="json", exclude_unset=True)), sort_keys=False)

@@ -125,6 +125,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
         LockedError: another process refreshes in this run directory.
     """
     graph.check_trains(config)
+    children.check_place(config, "refresh")
     if config.train and config.train.kind == "reranker":
         raise ConfigError("train.kind: refresh mines with what it has trained, and a reranker finds nothing: retriever")
     folder, stopped = config.run_dir / FOLDER, None
