@@ -47,9 +47,9 @@ class Bucket:
 
     Attributes:
         url: of the proxy, AWS_ENDPOINT_URL.
-        spoil: (request) → how to spoil it, or None: "500", "503 SlowDown" or another answer in its place, "reset" before
-            it is passed on, "lost" its answer after, "timeout" no answer, "cut" half of the answer, "unconditional" its
-            conditions.
+        spoil: (request) → how to spoil it, or None: "500", "503 SlowDown" or another answer in its place, "reset"
+            before it is passed on, "lost" its answer, "timeout" no answer, "cut" half of the answer, "unconditional"
+            its conditions.
         seen: every request.
         moved: bytes up and down.
     """
@@ -152,9 +152,8 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
 
         def _pass_on(self) -> None:
             split = urlsplit(self.path)
-            request = Request(
-                self.command, split.path.partition(f"/{BUCKET}/")[2], parse_qs(split.query, True), tuple(self.headers)
-            )
+            key = split.path.partition(f"/{BUCKET}/")[2]
+            request = Request(self.command, key, parse_qs(split.query, True), tuple(self.headers))
             bucket.seen.append(request)
             if self.headers.get("Expect") == "100-continue":
                 self.send_response_only(100)

@@ -34,7 +34,7 @@ from negpipe.store.files import publish
 from negpipe.store.lock import run_lock
 from negpipe.train import ablation_page
 from negpipe.train.arms import CALIBRATED, Changes, arms, rules
-from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, table, written
+from negpipe.train.children import Leak, check_place, child, inherit, leak, manifest, scores, table, written
 from negpipe.train.comparison import METRICS
 from negpipe.train.effects import Effect, Floats, effects, verdict
 from negpipe.train.evaluation import BEST
@@ -129,7 +129,7 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         InputError: no cell came to an end; the message says why.
     """
     graph.check_trains(config)
-    children.check_place(config, "ablate")
+    check_place(config, "ablate")
     if importlib.util.find_spec("statsmodels") is None:
         raise ConfigError("ablate: statsmodels is not installed: run `pip install 'negpipe[train]'`")
     folder, failed = config.run_dir / FOLDER, dict[str, str]()

@@ -23,7 +23,7 @@ from negpipe.engine.manifest import Books, Manifest
 from negpipe.engine.progress import Reporter
 from negpipe.engine.stage import Context, cache_path
 from negpipe.engine.state import digests_of
-from negpipe.errors import InputError, NegpipeError
+from negpipe.errors import ConfigError, InputError, NegpipeError
 from negpipe.redaction import redacted
 from negpipe.review import calibrate, measures
 from negpipe.store.files import publish, write_all

@@ -29,7 +29,7 @@ from negpipe.store import view
 from negpipe.store.files import publish
 from negpipe.store.lock import run_lock
 from negpipe.train import retriever, stage
-from negpipe.train.children import Leak, child, inherit, leak, manifest, scores, written
+from negpipe.train.children import Leak, check_place, child, inherit, leak, manifest, scores, written
 from negpipe.train.comparison import METRICS, Comparison, compare, of_document
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
         LockedError: another process refreshes in this run directory.
     """
     graph.check_trains(config)
-    children.check_place(config, "refresh")
+    check_place(config, "refresh")
     if config.train and config.train.kind == "reranker":
         raise ConfigError("train.kind: refresh mines with what it has trained, and a reranker finds nothing: retriever")
     folder, stopped = config.run_dir / FOLDER, None
