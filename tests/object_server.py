@@ -87,8 +87,8 @@ class Bucket:
         """Delete every object, and what was seen."""
         client = self.client
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
-            for entry in page.get("Contents", ()):
-                client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+            if there := [{"Key": entry["Key"]} for entry in page.get("Contents", ())]:
+                client.delete_objects(Bucket=BUCKET, Delete={"Objects": there})
         self.forget()
 
     def forget(self) -> None:
