@@ -50,11 +50,16 @@ def revision(data: schema.Data) -> str:
                 commit = hub.commit(path, table.subset, table.revision)
                 names.add(f"{path}@{commit} ({table.subset}, {table.split})")
             elif kind == "url":
-                names.add(f"{redact(path)}@{_version(path)}")
+                names.add(f"{redact(path)}@{version(path)}")
     return "; ".join(sorted(names))
 
 
-def _version(url: str) -> str:
+def version(url: str) -> str:
+    """What tells one content of a remote file from another, without reading it.
+
+    Raises:
+        InputError: it is not there, or cannot be asked for.
+    """
     import fsspec
 
     try:

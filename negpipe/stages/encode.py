@@ -38,7 +38,9 @@ from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.errors import BudgetError, InputError
+from negpipe.sources import remote
 from negpipe.stages import headers
+from negpipe.store.files import BOOKS
 
 if TYPE_CHECKING:
     from negpipe.encoders.cache import Cache
@@ -101,11 +103,16 @@ def _sources(context: Context) -> dict[str, str]:
     if encoder.backend == "http":  # the name of the model, a setting, is all that is known of it
         return digests
     for name in ("corpus_vectors", "anchor_vectors"):
-        path = Path(getattr(encoder, name))
+        path = _brought(context, name)
         if not path.is_file():
             raise InputError(f"there is no vector file {path}", field=f"encoder.{name}", remedy="Fix the path")
         digests[f"encoder.{name}"] = context.digest_file(path)
     return digests
+
+
+def _brought(context: Context, setting: str) -> Path:
+    """The file of vectors that an `encoder` setting names, or a copy of it in the run directory."""
+    return remote.here(getattr(context.config.encoder, setting), context.run_dir / BOOKS / "vectors")
 
 
 def _check(context: Context) -> None:
@@ -288,14 +295,14 @@ def brought_dimension(context: Context) -> int:
         ConfigError: they are narrower than that.
     """
     encoder = context.config.encoder
-    width = dimension_of(Path(str(encoder.corpus_vectors)), "encoder.corpus_vectors", context.budget)
+    width = dimension_of(_brought(context, "corpus_vectors"), "encoder.corpus_vectors", context.budget)
     check_width(width, encoder.truncate_dim)
     return encoder.truncate_dim or width
 
 
 def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
     """The file of an `encoder` setting, whose rows ingest counted under the other name."""
-    path = Path(str(getattr(context.config.encoder, setting)))
+    path = _brought(context, setting)
     return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.budget)
 
 

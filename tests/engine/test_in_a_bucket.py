@@ -334,7 +334,16 @@ def test_sources_lie_in_a_bucket_too(
         "qrels": {"path": f"{source}/data/qrels/train.tsv"},
         "part_rows": 8,
     }
-    mine(machine(local, tmp_path / "a", data=data))
+    vectors = {
+        f"{name}_vectors": f"{source}/{file}" for name, file in (("corpus", "corpus.npy"), ("anchor", "anchors.npy"))
+    }
+    settings = machine(local, tmp_path / "a", data=data)
+    settings["encoder"] = {"backend": "precomputed", **vectors}
+    mine(settings)
+    bucket.forget()
+    assert mine(settings).ran == () and not any(
+        "npy" in request.key for request in bucket.seen if request.kind == "GET"
+    )
     objects = bucket.objects("runs/one")
     named = json.loads(objects["triplets.json"])["files"]
     shown = sorted((local / "run/triplets").iterdir())
