@@ -15,6 +15,7 @@ from negpipe.engine.stage import Graph, Stage, linkable
 from negpipe.errors import ConfigError, DamagedError, MissingStageError, StorageError
 from negpipe.store import registry, unfinished, view
 from negpipe.store.boundary import stay_inside
+from negpipe.store.cache import OF_CONTENT
 from negpipe.store.files import BOOKS, file_digest
 from negpipe.store.lock import run_lock
 from negpipe.store.opening import run_held, run_of, store_of
@@ -142,7 +143,7 @@ def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
         keep |= {books.name(part.key) for part in manifest.parts}
         ours = {*map(books.name, books.recorded()), *books.of_shards()}
         for folder in {name, *stage.folders} - stage.views(()).keys():
-            ours |= {path for path in store.names(folder) if _PUBLISHED.fullmatch(PurePosixPath(path).name)}
+            ours |= {path for path in store.names(folder) if OF_CONTENT.fullmatch(path)}
         found |= store.sizes(ours - keep)
     return found
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-OF_CONTENT = re.compile(r"(?:.*/)?[0-9a-f]{16}-([0-9a-f]{12})\.[a-z]+")
+OF_CONTENT = re.compile(r"(?:.*/)?[0-9a-f]{16}-([0-9a-f]{12})(?:\.[^/]*)?")
 """Names that say what a file holds: they end in the first twelve digits of its sha256."""
 _IN_USE = 600.0  # seconds after it was asked for in which somebody may be about to open a file
 _SLACK = 16  # a look at the whole folder for every so many-th of the room that is filled
@@ -32,6 +32,7 @@ class Cache:
     def __init__(self, folder: Path, room: int, in_use: float = _IN_USE) -> None:
         self.folder, self._room, self._in_use = folder, room, in_use
         self._new = room  # so the first file makes it look
+        self._told = False
         self._counting = threading.Lock()
 
     def find(self, name: str) -> Path | None:
@@ -66,10 +67,10 @@ class Cache:
             if now - used < self._in_use:
                 break
             with suppress(OSError):
-                path.unlink()
-            total -= size
-        if total > self._room:
-            logger.warning(
-                "resources.cache_size: %s bytes in %s are in use at once, %s are allowed", f"{total:,}", self.folder,
-                f"{self._room:,}",
-            )  # fmt: skip
+                if path.stat().st_mtime == used:  # nobody has asked for it since
+                    path.unlink()
+                    total -= size
+        if total > self._room and not self._told:
+            self._told = True
+            said = "resources.cache_size: %s bytes in %s are in use at once, %s are allowed"
+            logger.warning(said, f"{total:,}", self.folder, f"{self._room:,}")

@@ -60,7 +60,10 @@ class Claims:
         finally:
             over.set()
             for key in [*self._held]:
-                self.release(key)
+                try:
+                    self.release(key)
+                except (OSError, NegpipeError) as error:  # what ended the block matters more
+                    logger.warning("%s: its claim cannot be given up, and passes on by itself: %s", key, error)
 
     def take(self, key: str) -> bool:
         """Claim a key that nobody works on, as far as is known by now; returns whether it is ours."""

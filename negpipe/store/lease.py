@@ -43,7 +43,8 @@ def held(
     own = f"{name}-{uuid.uuid4().hex}" if shared else name
     with claims.kept():
         if shared:
-            claims.take(own)
+            if not claims.take(own):
+                raise LockedError(f"{store} cannot be held: run the command again")
         else:
             _take(claims, own, store, wait)
         # Each claims first and then looks for the other kind: of two that come at once, one at least sees the other.
