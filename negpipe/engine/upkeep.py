@@ -95,8 +95,8 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
         StorageError: a run directory that uses the store cannot be read.
     """
     if config.url:
-        own = store_of(config)
-        return [(own.scratch / name, size) for name, size in sorted(_superseded_objects(graph, own).items())]
+        objects = _superseded_objects(graph, store_of(config))
+        return [(config.run_dir / name, size) for name, size in sorted(objects.items())]
     store, runs = _store(config), _runs(config)
     for folder in {store.root, *runs}:
         stay_inside(folder, linkable(graph))

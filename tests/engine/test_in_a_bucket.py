@@ -112,6 +112,7 @@ def test_it_is_the_run_of_a_disk_and_the_next_has_nothing_to_do(local: Path, tmp
     check(bucket, local)
 
 
+@pytest.mark.slow
 def test_another_setting_on_another_machine_fetches_what_it_reads(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     mine(machine(local, tmp_path / "a"))
     shutil.rmtree(tmp_path / "a")
@@ -125,6 +126,7 @@ def test_another_setting_on_another_machine_fetches_what_it_reads(local: Path, t
     check(bucket, local, others=True)
 
 
+@pytest.mark.slow
 def test_every_command_that_looks_at_a_run(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     config = tmp_path / "config.yaml"
     settings = machine(local, tmp_path / "a", output={"report": True})
@@ -144,9 +146,10 @@ def test_every_command_that_looks_at_a_run(local: Path, tmp_path: Path, bucket: 
         "clean --yes": f"Nothing to clean in {URL}",
         "export --to flagembedding": "",
     }
+    extra: dict[str, list[object]] = {"explain": ["q1"], "export": ["--out", tmp_path / "out.jsonl"]}
     for command, expectation in said.items():
         verb, *flags = command.split()
-        more = {"explain": ["q1"], "export": ["--out", tmp_path / "out.jsonl"]}.get(verb, [])
+        more = extra.get(verb, [])
         outcome = small.run(verb, config, *flags, *more)
         assert outcome.code == 0, (command, outcome.err)
         assert expectation in outcome.out + outcome.err, (command, outcome.out)
@@ -158,6 +161,7 @@ def test_every_command_that_looks_at_a_run(local: Path, tmp_path: Path, bucket: 
     assert not any(secret in content for secret in secrets for content in written)
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_made_again(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(machine(local, tmp_path / "a")), encoding="utf-8")
@@ -174,6 +178,7 @@ def test_damage_is_found_and_made_again(local: Path, tmp_path: Path, bucket: Buc
     check(bucket, local)
 
 
+@pytest.mark.slow
 def test_clean_deletes_what_no_manifest_names(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     settings = machine(local, tmp_path / "a")
     mine({**settings, "mining": {"range_max": 10, "relative_margin": None, "num_negatives": 2}})
@@ -185,6 +190,7 @@ def test_clean_deletes_what_no_manifest_names(local: Path, tmp_path: Path, bucke
     assert not graph.superseded(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_of_requests_that_fail_nothing_is_lost(local: Path, tmp_path: Path, bucket: Bucket, seed: int) -> None:
     bucket.spoil = share(seed, 0.05)
@@ -195,6 +201,7 @@ def test_of_requests_that_fail_nothing_is_lost(local: Path, tmp_path: Path, buck
     check(bucket, local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [12, 40, 90, 150])
 def test_a_token_that_expires_is_named_and_the_run_goes_on_later(
     local: Path, tmp_path: Path, bucket: Bucket, after: int
@@ -218,6 +225,7 @@ def test_a_service_without_conditional_writes_is_refused_before_anything_is_made
     assert not bucket.objects()
 
 
+@pytest.mark.slow
 def test_shards_of_two_machines_make_it(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     settings = [machine(local, tmp_path / disk) for disk in "ab"]
     mine(settings[0], only="ingest")
@@ -231,6 +239,7 @@ def test_shards_of_two_machines_make_it(local: Path, tmp_path: Path, bucket: Buc
     check(bucket, local)
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_by_the_name_of_the_first(
     local: Path, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +259,7 @@ def test_a_second_driver_is_refused_by_the_name_of_the_first(
     check(bucket, local)
 
 
+@pytest.mark.slow
 def test_two_drivers_that_know_nothing_of_each_other_spoil_nothing(
     local: Path, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +275,7 @@ def test_two_drivers_that_know_nothing_of_each_other_spoil_nothing(
     check(bucket, local)
 
 
+@pytest.mark.slow
 def test_requests_grow_with_the_parts_and_no_faster(tmp_path: Path, bucket: Bucket, record_property: Any) -> None:
     counts = []
     for documents in (24, 48, 96):
@@ -301,7 +312,7 @@ def test_a_run_that_is_killed_at_any_request_goes_on(
     environment = {**os.environ, **bucket.environment}
     command = [sys.executable, "-m", "negpipe", "mine", str(file)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
         try:
             process.wait(PATIENCE)
         finally:
@@ -322,6 +333,7 @@ def remote_source(local: Path) -> Iterator[dict[str, Path]]:
     }
 
 
+@pytest.mark.slow
 def test_sources_lie_in_a_bucket_too(
     local: Path, tmp_path: Path, bucket: Bucket, remote_source: dict[str, Path]
 ) -> None:
@@ -350,6 +362,7 @@ def test_sources_lie_in_a_bucket_too(
     assert [objects[path] for path in named.values()] == [path.read_bytes() for path in shown]
 
 
+@pytest.mark.slow
 def test_the_rows_in_python(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     mine(machine(local, tmp_path / "a"))
     import fsspec
