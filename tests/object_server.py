@@ -125,7 +125,7 @@ def served() -> Iterator[Bucket]:
 
 
 def share(
-    seed: int, part: float = 0.05, ways: tuple[str, ...] = ("500", "503", "reset", "lost")
+    seed: int, part: float = 0.05, ways: tuple[str, ...] = ("500", "503", "reset", "lost", "timeout")
 ) -> Callable[[Request], str | None]:
     """Spoil this part of all requests."""
     draws = random.Random(seed)

@@ -304,9 +304,12 @@ def test_a_run_that_is_killed_at_any_request_goes_on(
     file.write_text(json.dumps(settings), encoding="utf-8")
     at, process = random.Random(blow).randint(5, 220), None
 
-    def strike(_: Request) -> None:
+    failing = share(blow, 0.05)
+
+    def strike(request: Request) -> str | None:
         if len(bucket.seen) == at and process is not None and process.poll() is None:
             kill(process)
+        return failing(request)
 
     bucket.spoil = strike
     environment = {**os.environ, **bucket.environment}
