@@ -146,7 +146,7 @@ def test_every_command_that_looks_at_a_run(local: Path, tmp_path: Path, bucket: 
         "clean --yes": f"Nothing to clean in {URL}",
         "export --to flagembedding": "",
     }
-    extra: dict[str, list[object]] = {"explain": ["q1"], "export": ["--out", tmp_path / "out.jsonl"]}
+    extra: dict[str, list[object]] = {"explain": ["--anchor", "q1"], "export": ["--out", tmp_path / "out.jsonl"]}
     for command, expectation in said.items():
         verb, *flags = command.split()
         more = extra.get(verb, [])
@@ -278,11 +278,11 @@ def test_two_drivers_that_know_nothing_of_each_other_spoil_nothing(
 @pytest.mark.slow
 def test_requests_grow_with_the_parts_and_no_faster(tmp_path: Path, bucket: Bucket, record_property: Any) -> None:
     counts = []
-    for documents in (24, 48, 96):
+    for documents in (40, 80, 160):
         folder = tmp_path / str(documents)
         small.build(folder, small.documents(documents))
         bucket.clear()
-        data = {"path": str(folder / "data"), "part_rows": 1}
+        data = {"path": str(folder / "data"), "part_rows": 4}
         mine(machine(folder, folder / "cache", data=data))
         counts.append(bucket.counts().total())
         bucket.forget()
