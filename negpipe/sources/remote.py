@@ -32,7 +32,8 @@ def here(address: str, folder: Path) -> Path:
     copy = folder / f"{name}-{key(version(address))}{extension_of(address)}"
     if not copy.exists():
         try:
-            with fsspec.open(address, "rb", block_size=8 * _BLOCK) as source:
+            filesystem, path = fsspec.core.url_to_fs(address)
+            with filesystem.open(path, "rb", block_size=8 * _BLOCK) as source:
                 publish(folder, copy.name, lambda file: shutil.copyfileobj(source, file, _BLOCK))
         except NegpipeError:
             raise
