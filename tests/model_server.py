@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from model_vectors import settings, sha256
 
@@ -44,8 +44,23 @@ class Fault:
     drops: bool = False
 
 
+class Vectors(Protocol):
+    """What a server serves.
+
+    Attributes:
+        name: as requests and answers call it.
+    """
+
+    name: str
+
+    def vectors(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        """Of texts, and how many tokens they have."""
+
+
 class Model:
     """Vectors of a model that runs here, texts one by one: a text's vector then depends on nothing else."""
+
+    name = NAME
 
     def __init__(self, folder: Path) -> None:
         encoder = settings(folder, normalize=False, batch_size=1, passage_max_length=128)
@@ -83,11 +98,11 @@ class ModelServer:
         busiest: most requests for vectors at a time.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Vectors) -> None:
         self.model, self.url = model, ""
         self.stop: Callable[[], None]
         self._lock, self._busy = threading.Lock(), 0
-        self.name, self.delay, self.most, self.counts = NAME, 0.0, 1000, True
+        self.name, self.delay, self.most, self.counts = model.name, 0.0, 1000, True
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.order: Callable[[list[Any]], list[Any]] = list
@@ -132,7 +147,7 @@ class ModelServer:
         vectors = fault.change(vectors)
         told: dict[str, str] = {}
         if openai:
-            assert body["model"] == NAME
+            assert body["model"] == self.model.name
             data = self.order([{"index": at, "embedding": vector} for at, vector in enumerate(vectors)])
             answer: Any = {"model": fault.name or self.name, "data": data}
             answer |= {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}} if self.counts else {}
@@ -153,7 +168,7 @@ class _Served(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(model: Model) -> Iterator[ModelServer]:
+def serving(model: Vectors) -> Iterator[ModelServer]:
     """A server of its own, so that nobody's last requests reach it."""
     server = ModelServer(model)
 

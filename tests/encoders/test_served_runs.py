@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import small_source as small
 import yaml
-from model_server import Fault, Model, ModelServer, serving, tree
+from model_server import Fault, ModelServer, tree
 from real_runs import Run, encoding_here, interrupted, kill
 
 from negpipe.config.file import load_config
-from negpipe.encoders import server as served
 from negpipe.engine.manifest import Books
 from negpipe.engine.stage import Context
 from negpipe.engine.state import digests_of
@@ -26,18 +24,6 @@ from negpipe.plan import estimate
 from negpipe.stages import STAGES, encode
 
 TEXTS = small.DOCUMENTS + small.QUERIES
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Path) -> Model:
-    return Model(tiny)
-
-
-@pytest.fixture
-def server(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
-    monkeypatch.setattr(served, "_FIRST_WAIT", 0.01)
-    with serving(model) as server:
-        yield server
 
 
 def run_of(folder: Path, encoder: dict[str, Any]) -> Run:

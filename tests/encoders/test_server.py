@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -20,18 +19,6 @@ from negpipe.encoders import server as served
 from negpipe.errors import ConfigError, InputError, NegpipeError, TaskFailedError
 
 APIS = ["openai", "tei"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Path) -> Model:
-    return Model(tiny)
-
-
-@pytest.fixture
-def server(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
-    monkeypatch.setattr(served, "_FIRST_WAIT", 0.01)
-    with serving(model) as server:
-        yield server
 
 
 def asked(
