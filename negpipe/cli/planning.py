@@ -53,9 +53,12 @@ def plan(
     if shards := ", ".join(_shards(found)):
         console.out.print(f"On several machines like this one, in shards (negpipe work): {shards}.\n")
     if found.encoding:
+        one = found.encoding[0].variant
+        anchors, documents = one.compared
+        judged = f" Negatives and nDCG@10 of {anchors:,} anchors among {documents:,} documents." if anchors else ""
         console.out.print(
-            f"Neighbours among {found.encoding[0].variant.texts} texts, the same as in float32. The lines of the first"
-            " column are pasted under encoder: in the config; batch_tokens takes the place of batch_size.\n"
+            f"Neighbours among {one.texts} documents, the same as in float32.{judged} The lines of the first column are"
+            " pasted under encoder: in the config; batch_tokens takes the place of batch_size.\n"
         )
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
@@ -109,7 +112,7 @@ def _encoding(plan: Plan) -> Table:
     from negpipe.plan import variants
     from negpipe.review import wording
 
-    numbers = ("texts/s", "about", f"same {variants.NEIGHBOURS} nearest")
+    numbers = ("texts/s", "about", f"same {variants.NEIGHBOURS} nearest", "same negatives", "nDCG@10")
     table = _table("encoder", *numbers, "", numbers=numbers)
     # What is pasted must not leave another runtime where it is.
     usual = {way.variant.settings["runtime"] for way in plan.encoding if way.variant.configured} <= {"torch"}
@@ -117,9 +120,10 @@ def _encoding(plan: Plan) -> Table:
         one = way.variant
         shown = (f"{name}: {value}" for name, value in one.settings.items() if not (usual and value == "torch"))
         settings = "\n".join(shown)  # to be pasted as they are
-        same = "" if one.agreement is None else f"{one.agreement:.1%}"
+        same = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.negatives))
+        ndcg = "" if one.ndcg is None else f"{one.ndcg:.3f}"
         note = "as configured" if one.configured else "makes other vectors"
-        table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), same, note)
+        table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), *same, ndcg, note)
     return table
 
 

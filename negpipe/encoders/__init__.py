@@ -4,6 +4,7 @@ Importing this package, and resolving a model, imports neither torch nor a model
 """
 
 from negpipe.encoders.batched import OnBatch
+from negpipe.encoders.batches import check_tokens
 from negpipe.encoders.encode import Encoder, libraries, load, provenance
 from negpipe.encoders.models import Model, folder_here, parameters, resolve_model
 from negpipe.encoders.precision import check_precision, has_units
@@ -17,6 +18,7 @@ __all__ = [
     "OnBatch",
     "check_installed",
     "check_precision",
+    "check_tokens",
     "folder_here",
     "has_units",
     "is_installed",

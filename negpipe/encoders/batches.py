@@ -11,11 +11,23 @@ from numpy.typing import NDArray
 
 from negpipe.config.encoder import BATCH_SIZE
 from negpipe.config.encoder import Encoder as Settings
-from negpipe.encoders.prompts import Kind, instructed, instruction
+from negpipe.encoders.prompts import Kind, has_inputs_of_routes, instructed, instruction, reads_whole
 from negpipe.errors import ConfigError
 
 Batches = Callable[[list[str], Kind], list[NDArray[np.intp]]]
 """Offsets of the texts of each forward pass; every text is in one."""
+
+_UNTOLD = "encoder.batch_tokens: this model does not tell how many tokens a text has: leave it out"
+
+
+def check_tokens(encoder: Settings, folder: str) -> None:
+    """What the files of the model in a folder say before it is loaded.
+
+    Raises:
+        ConfigError: `encoder.batch_tokens` is set, and the model does not tell how many tokens a text has.
+    """
+    if encoder.batch_tokens is not None and (reads_whole(encoder, folder) or has_inputs_of_routes(encoder, folder)):
+        raise ConfigError(_UNTOLD)
 
 
 def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batches:
@@ -27,7 +39,7 @@ def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batch
     limit = encoder.batch_tokens
     assert limit is not None
     if len(tokenizers) != 1 or not callable(tokenizers[0]):
-        raise ConfigError("encoder.batch_tokens: this model does not tell how many tokens a text has: leave it out")
+        raise ConfigError(_UNTOLD)
     (tokenizer,) = tokenizers
     instructions = cache(lambda kind: instruction(encoder, path, kind))
 

@@ -89,12 +89,26 @@ def reads_whole(encoder: Settings, folder: str) -> bool:
     return _has_module(encoder, folder, ("StaticEmbedding",))
 
 
-def _has_module(encoder: Settings, folder: str, types: tuple[str, ...]) -> bool:
-    """Whether Sentence Transformers runs the model, with a module of such a type."""
+def has_inputs_of_routes(encoder: Settings, folder: str) -> bool:
+    """Whether a Router's routes begin with modules of their own, and so with tokenizers of their own."""
+    starts = set()
+    for module in _modules(encoder, folder):
+        if module.kind in _ROUTERS:
+            routes = _read(Path(folder) / module.path / "router_config.json", _Router, _Router()).structure
+            starts |= {modules[0] for modules in routes.values() if modules}
+    return len(starts) > 1
+
+
+def _has_module(encoder: Settings, folder: str, kinds: tuple[str, ...]) -> bool:
+    return any(module.kind in kinds for module in _modules(encoder, folder))
+
+
+def _modules(encoder: Settings, folder: str) -> list[_Module]:
+    """Those of a model that Sentence Transformers runs."""
     if encoder.backend != "sentence-transformers":
-        return False
-    modules = _read(Path(folder) / "modules.json", list[_Module], [])
-    return any(module.type.rpartition(".")[2] in types for module in modules)
+        return []
+    modules: list[_Module] = _read(Path(folder) / "modules.json", list[_Module], [])
+    return modules
 
 
 def of_the_model(encoder: Settings, folder: str) -> dict[str, str]:
@@ -127,6 +141,15 @@ class _Settings(BaseModel):
 
 class _Module(BaseModel):
     type: str = ""
+    path: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.type.rpartition(".")[2]
+
+
+class _Router(BaseModel):
+    structure: dict[str, list[str]] = {}
 
 
 def _read(file: Path, kind: Any, default: Any) -> Any:

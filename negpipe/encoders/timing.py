@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from negpipe.config.encoder import Encoder
 from negpipe.encoders.encode import load
+from negpipe.encoders.prompts import Kind
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
@@ -29,6 +31,7 @@ from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 _WARM_UP = 8  # texts
 _SECONDS = 4.0  # that a measurement is to take
 _LEAST = 64  # texts of a measurement, however long they take
+_LIMIT = 600.0  # seconds until a way has answered, exporting the model included
 _TAIL = 300
 # Read once per process: what the first way loads with, all would have.
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
@@ -36,22 +39,31 @@ _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 @dataclass(frozen=True)
 class Timed:
-    """What a model did: (n, d) float32 vectors of the first n texts, and the seconds that they took."""
+    """What a model did: (n, d) float32 vectors of the first n texts, the seconds that they took, and (m, d) vectors of
+    the first m anchors, not timed."""
 
     vectors: NDArray[np.float32]
     seconds: float
+    anchors: NDArray[np.float32]
 
 
 def time_models(
-    ways: Sequence[Encoder], path: str, texts: Sequence[str], budget: Budget
+    ways: Sequence[Encoder], path: str, texts: Sequence[str], budget: Budget, anchors: Sequence[tuple[str, int]] = ()
 ) -> Generator[Timed | NegpipeError]:
     """Encode some seconds' worth of the texts in each way, on one device.
 
+    Args:
+        ways: settings.
+        path: the model's folder.
+        texts: documents.
+        budget: threads and the device.
+        anchors: texts of anchors, and how many documents have to be encoded for each of them to be.
+
     Yields:
         for each way, when it is done, what it did or what loading or encoding raised; TaskFailedError where its process
-        died.
+        died, or did not answer for minutes.
     """
-    job = {"path": path, "texts": list(texts), **asdict(budget)}
+    job = {"path": path, "texts": list(texts), "anchors": list(anchors), **asdict(budget)}
     left = [encoder.model_dump(mode="json") for encoder in ways]
     while left:
         with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as asked:
@@ -64,8 +76,9 @@ def time_models(
                 stderr=said,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device), **_KERNELS},
             )
+            waited = [0.0]
             try:
-                yield from map(_answer, _lines(process, left))
+                yield from map(_answer, _lines(process, left, waited))
                 code = process.wait() if left else 0  # it closes its answers a while before it ends
             finally:
                 process.kill()
@@ -74,16 +87,28 @@ def time_models(
                 said.seek(0)
                 last = said.read().decode(errors="replace").strip()[-_TAIL:]
                 del left[0]
-                yield TaskFailedError(f"the model could not be timed, its process ended with {code}: {last}")
+                hung = waited[0] >= _LIMIT
+                why = f"it gave no answer in {_LIMIT:,.0f} s" if hung else f"its process ended with {code}"
+                yield TaskFailedError(f"the model could not be timed, {why}: {last}")
 
 
-def _lines(process: subprocess.Popen[bytes], left: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What a process answers, as long as it does; what it was asked goes off the list."""
+def _lines(
+    process: subprocess.Popen[bytes], left: list[dict[str, Any]], waited: list[float]
+) -> Iterator[dict[str, Any]]:
+    """What a process answers, as long as it does; what it was asked goes off the list, and the seconds until its last
+    word, or none, are left in `waited`."""
     assert process.stdout is not None
-    for line in process.stdout:
+    while True:
+        started, limit = time.monotonic(), threading.Timer(_LIMIT, process.kill)
+        limit.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            limit.cancel()
+            waited[0] = time.monotonic() - started
         try:
             answer: dict[str, Any] = json.loads(line)
-        except ValueError:  # cut off, where it died
+        except ValueError:  # none, or cut off, where it died
             return
         del left[0]
         yield answer
@@ -92,21 +117,24 @@ def _lines(process: subprocess.Popen[bytes], left: list[dict[str, Any]]) -> Iter
 def _answer(answer: dict[str, Any]) -> Timed | NegpipeError:
     if "error" in answer:
         return error_of(answer)
-    return Timed(np.asarray(answer["vectors"], dtype=np.float32), float(answer["seconds"]))
+    vectors, anchors = (np.asarray(answer[name], dtype=np.float32) for name in ("vectors", "anchors"))
+    return Timed(vectors, float(answer["seconds"]), anchors)
 
 
 def _timed(way: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     encoder = load(Encoder(**way), job["path"], job["threads"], job["device"])
 
-    def encode(texts: list[str]) -> tuple[list[Any], float]:
+    def encode(texts: list[str], kind: Kind = "passage") -> tuple[list[Any], float]:
         started = time.perf_counter()
-        blocks = list(encoder.encode(texts, "passage", lambda rows, tokens: None))
+        blocks = list(encoder.encode(texts, kind, lambda rows, tokens: None))
         return np.concatenate(blocks).tolist(), time.perf_counter() - started
 
     encode(job["texts"][:_WARM_UP])
     _, took = encode(job["texts"][:_WARM_UP])
     vectors, seconds = encode(job["texts"][: max(_LEAST, int(_WARM_UP * _SECONDS / took))])
-    return {"vectors": vectors, "seconds": seconds}
+    asked = [text for text, needed in job["anchors"] if needed <= len(vectors)]
+    anchors, _ = encode(asked, "query") if asked else ([], 0.0)
+    return {"vectors": vectors, "seconds": seconds, "anchors": anchors}
 
 
 def main() -> None:

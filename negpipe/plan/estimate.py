@@ -17,11 +17,12 @@ from negpipe.ann import auto
 from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.tables import Rows, documents
+from negpipe.data.tables import documents
 from negpipe.engine.stage import Context, Stage, Task
 from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
 from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sample_of
+from negpipe.plan.sample import Judge, draw
 from negpipe.plan.variants import Variant, measured
 from negpipe.select import deeper
 from negpipe.stages import encode
@@ -248,11 +249,11 @@ def _encoding(context: Context, probe: bool) -> _Speed:
         return _Speed(dimension=config.encoder.truncate_dim or 0)
     if not probe:
         return _Speed()
-    corpus = Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])
-    rows = np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64)
-    texts = corpus.strings("text", rows).to_pylist()
+    sample = draw(context, _SAMPLE)
+    asked = [*zip(sample.anchors["text"].to_pylist(), sample.complete.tolist(), strict=True)]
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    variants = measured(config.encoder, model.path, texts, context.on(context.devices()[0]).budget)
+    budget, judge = context.on(context.devices()[0]).budget, Judge(context, sample)
+    variants = measured(config.encoder, model.path, sample.texts, budget, asked, judge.outcome)
     own = variants[0]
     source = f"as {own.texts} of them took just now"
     return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))

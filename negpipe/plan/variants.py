@@ -1,4 +1,4 @@
-"""Other ways to compute the same model on this machine: how fast they are, and how far their neighbours agree.
+"""Other ways to compute the same model on this machine: how fast they are, and how far what is found with them agrees.
 
 Measured on real texts. What is chosen changes vectors, so it is said, never done.
 """
@@ -6,7 +6,7 @@ Measured on real texts. What is chosen changes vectors, so it is said, never don
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +20,20 @@ from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError
+from negpipe.plan.sample import Outcome
 
 logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
 
 NEIGHBOURS = 10
 REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}
 """What the others are compared with."""
 BATCH_TOKENS = 4096
 """Of the others on a CPU: measured to be the fastest there."""
+
+
+_Way = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Variant:
         agreement: share of each text's 10 nearest among the others that float32 finds, too; None: too few texts.
         texts: that this was measured on.
         dimension: of the vectors.
+        compared: anchors and documents that the following is of, the same of all ways.
+        negatives: share of the negatives that the config mines of float32's vectors and of these, too; None: unknown.
+        ndcg: nDCG@10 of the anchors' positives; None where there are no anchors.
     """
 
     settings: Mapping[str, Any]
@@ -49,17 +58,29 @@ class Variant:
     agreement: float | None
     texts: int
     dimension: int
+    compared: tuple[int, int] = (0, 0)
+    negatives: float | None = None
+    ndcg: float | None = None
 
 
-def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) -> list[Variant]:
+def measured(
+    encoder: Encoder,
+    path: str,
+    texts: Sequence[str],
+    budget: Budget,
+    anchors: Sequence[tuple[str, int]] = (),
+    outcome: Callable[[Floats, Floats], Outcome] | None = None,
+) -> list[Variant]:
     """The configured way first, then float32 and those that this machine has units for; on a CPU, where the config does
     not say `batch_tokens`, with it.
 
     Args:
         encoder: the settings.
         path: the model's folder.
-        texts: a sample; as many are encoded as some seconds take.
+        texts: a sample of documents; as many are encoded as some seconds take.
         budget: threads and the device of a process.
+        anchors: texts of anchors, and how many of the documents have their positives.
+        outcome: what (n, d) vectors of the first documents and (m, d) of the first anchors lead to.
 
     Raises:
         NegpipeError: the model does not load, or does not encode, as it is configured.
@@ -68,8 +89,9 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
     ways = [own, *_others(encoder, own, budget.device)]
     logger.info("plan: times the encoder with %s", ", ".join(map(_shown, ways)))
     settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
-    timed: dict[tuple[tuple[str, Any], ...], Timed] = {}
-    with closing(time_models([encoder.model_copy(update=one) for one in settings], path, texts, budget)) as answers:
+    timed: dict[_Way, Timed] = {}
+    models = [encoder.model_copy(update=one) for one in settings]
+    with closing(time_models(models, path, texts, budget, anchors)) as answers:
         for way, answer in zip(ways, answers, strict=True):
             if not isinstance(answer, NegpipeError):
                 timed[tuple(way.items())] = answer
@@ -78,18 +100,33 @@ def measured(encoder: Encoder, path: str, texts: Sequence[str], budget: Budget) 
                 raise answer
             else:  # a model may refuse what the machine can do
                 logger.warning("plan: %s is left out: %s", _shown(way), answer)
-    reference = next((one for way, one in timed.items() if REFERENCE.items() <= {*way}), None)
+    reference = next((way for way in timed if REFERENCE.items() <= {*way}), None)
+    shared = min(len(one.anchors) for one in timed.values()), min(len(one.vectors) for one in timed.values())
+    outcomes: dict[_Way, Outcome] = {}
+    if outcome and shared[0]:
+        outcomes = {way: outcome(one.vectors[: shared[1]], one.anchors[: shared[0]]) for way, one in timed.items()}
     return [
         Variant(
-            dict(settings),
-            dict(settings) == own,
+            dict(way),
+            dict(way) == own,
             len(one.vectors) / one.seconds,
-            None if reference is None else agreement(one.vectors, reference.vectors),
+            None if reference is None else agreement(one.vectors, timed[reference].vectors),
             len(one.vectors),
             one.vectors.shape[1],
+            shared,
+            _share(outcomes, way, reference),
+            outcomes[way].ndcg if way in outcomes else None,
         )
-        for settings, one in timed.items()
+        for way, one in timed.items()
     ]
+
+
+def _share(outcomes: Mapping[_Way, Outcome], way: _Way, reference: _Way | None) -> float | None:
+    """Of the reference's negatives, how many are a way's, too."""
+    if reference is None or reference not in outcomes:
+        return None
+    usual, own = outcomes[reference].negatives, outcomes[way].negatives
+    return len(usual & own) / len(usual) if usual and own is not None else None
 
 
 def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float | None:

@@ -116,18 +116,20 @@ def _brought(context: Context, setting: str) -> Path:
 
 
 def _check(context: Context) -> None:
-    """The model or the vectors are there, and devices suit the model: known before the source is read. They fit, once
-    there are some. A server is sent nothing.
+    """The model or the vectors are there, batches and devices suit the model: known before the source is read. They
+    fit, once there are some. A server is sent nothing.
     """
-    encoders.check_installed(context.config.encoder.runtime)
+    encoder = context.config.encoder
+    encoders.check_installed(encoder.runtime)
     _sources(context)
-    if context.config.encoder.runs_here:
+    if encoder.runs_here:
+        encoders.check_tokens(encoder, encoders.resolve_model(encoder, context.digest_file).path)
         _check_devices(context)
-    if context.config.encoder.backend == "http":
-        server.check(context.config.encoder)
+    if encoder.backend == "http":
+        server.check(encoder)
     if "ingest" not in context.manifests:
         return
-    if context.config.encoder.backend == "precomputed":
+    if encoder.backend == "precomputed":
         check_fits(context, brought_dimension(context))
     elif made := next(made_of(context), None):
         check_fits(context, int(made.meta["dimension"]))

@@ -26,6 +26,7 @@ from negpipe.config.encoder import Encoder
 from negpipe.config.schema import Config
 from negpipe.data.tables import ragged, texts
 from negpipe.encoders import prompts
+from negpipe.encoders.cuts import percent
 from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
@@ -357,11 +358,10 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     shared = stats["overlap"]
     for what, of in (("anchors", "anchors"), ("positives", "texts of positives")):
         if count := shared[f"{what}_trained_on"]:
-            share = f"{count / shared[what]:.0%}".replace("%", " %")
             yield (
                 logging.WARNING,
-                f"{count:,} of {shared[what]:,} held-out {of} ({share}) are trained on too: scores on them tell less"
-                " of what is new",
+                f"{count:,} of {shared[what]:,} held-out {of} ({percent(count / shared[what])}) are trained on too:"
+                " scores on them tell less of what is new",
             )
 
 

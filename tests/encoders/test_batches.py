@@ -157,8 +157,24 @@ def test_models_that_do_not_tell_tokens_are_refused(tiny: Path, tmp_path: Path) 
     ways: list[Any] = [[Transformer(str(tiny)), Pooling(32, "mean")] for _ in range(2)]
     SentenceTransformer(modules=[Router.for_query_document(*ways)]).save(str(tmp_path / "routed"))
     for name in ("static", "routed"):
+        encoder = by(tmp_path / name, "sentence-transformers", 96)
         with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* leave it out"):
-            loaded(by(tmp_path / name, "sentence-transformers", 96))
+            encoders.check_tokens(encoder, str(tmp_path / name))
+        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* leave it out"):
+            loaded(encoder)
+        encoders.check_tokens(settings(tmp_path / name, "sentence-transformers"), str(tmp_path / name))
+    encoders.check_tokens(by(tiny, "sentence-transformers", 96), str(tiny))
+
+
+def test_a_model_that_does_not_tell_tokens_is_refused_before_the_source_is_read(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "static"))
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"}
+    (folder / "modules.json").write_text(json.dumps([module]))
+    config = small.build(tmp_path)
+    encoder = {"backend": "sentence-transformers", "model": str(folder), "batch_tokens": 96, **LENGTHS}
+    config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": encoder}))
+    outcome = small.run("mine", config)
+    assert outcome.code == 2 and "encoder.batch_tokens" in outcome.err and not (tmp_path / "run/ingest").exists()
 
 
 def test_few_texts_are_tokenised_at_a_time(tiny: Path) -> None:

@@ -15,12 +15,13 @@ import small_source as small
 
 from negpipe.cli.planning import _encoding
 from negpipe.config.encoder import Encoder
-from negpipe.encoders import has_units, is_installed
+from negpipe.encoders import has_units, is_installed, timing
 from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
 from negpipe.errors import ConfigError, TaskFailedError
 from negpipe.plan.estimate import Encoding, Plan
+from negpipe.plan.sample import Outcome
 from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, Variant, agreement, measured
 
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
@@ -138,13 +139,48 @@ def test_settings_to_paste_name_the_runtime_where_it_would_be_another(configured
     assert named == ([False, False, True] if configured == "torch" else [True] * 3)
 
 
+def test_negatives_and_ranking_are_compared_on_what_all_ways_encoded(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "flags", frozenset)
+    texts = [f"text {number} of {number % 7} things" for number in range(64)]
+    anchors = [("the first", 3), ("the second", 20), ("one whose positives are not encoded", 65)]
+    asked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    outcomes = iter([Outcome(frozenset({(0, 1), (0, 2), (1, 5), (1, 6)}), 0.5), Outcome(frozenset({(0, 2)}), 0.25)])
+
+    def outcome(vectors: np.ndarray, of_anchors: np.ndarray) -> Outcome:
+        asked.append((vectors.shape, of_anchors.shape))
+        return next(outcomes)
+
+    encoder = Encoder(model=str(tiny), pooling="mean", query_instruction="query: ", passage_max_length=32)
+    own, other = measured(encoder, str(tiny), texts, DEFAULT, anchors, outcome)
+    assert asked == [((64, 32), (2, 32))] * 2 and own.compared == other.compared == (2, 64)
+    assert (own.negatives, own.ndcg) == (1.0, 0.5) and (other.negatives, other.ndcg) == (0.25, 0.25)
+
+
+@pytest.mark.slow
+def test_a_way_that_hangs_is_left_out(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_LIMIT", 30.0)
+    hanging = Path(shutil.copytree(tiny, tmp_path / "hanging"))
+    (hanging / "modeling.py").write_text("import time\ntime.sleep(600)\n")
+    config = json.loads((hanging / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"}
+    (hanging / "config.json").write_text(json.dumps(config))
+    hangs = Encoder(model=str(hanging), pooling="mean", trust_remote_code=True)
+    good = hangs.model_copy(update={"trust_remote_code": False})
+    hung, answered = time_models([hangs, good], str(hanging), ["one text", "another"], DEFAULT)
+    assert isinstance(hung, TaskFailedError) and "it gave no answer in 30 s" in str(hung)
+    assert isinstance(answered, Timed)
+
+
 @units
 def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
     config = small.build(tmp_path)
     config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}))
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
-    assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +as configured", shown)
+    assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +100\.0% +[01]\.\d{3} +as configured", shown)
+    assert re.search(r"Negatives and nDCG@10 of \d+ anchors among \d+ documents\.", " ".join(shown.split()))
     assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +makes other vectors", shown)
     assert "precision" not in small.run("plan", config, "--no-probe").out
     # Once there are parts, they tell the speed, and another precision would throw them away.
