@@ -1,4 +1,4 @@
-"""The sample on which ways to compute vectors are compared: positives are in it, and what is mined is what a run mines."""
+"""The sample on which ways to compute vectors are compared: positives are in it, and its negatives are a run's."""
 
 from __future__ import annotations
 
