@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from negpipe import __version__
+from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import shown
 from negpipe.engine.executors import inline, local
@@ -247,6 +248,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
     books.drop_agreed(identity.key)
     claims.drop(books.store, books.folder, keys)
     context.digest_file.save()
+    machine.give_back()  # this process waits beside those of the next stage, which need it
     return manifest
 
 
