@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -252,8 +253,10 @@ def _encoding(context: Context, probe: bool) -> _Speed:
     sample = draw(context, _SAMPLE)
     asked = [*zip(sample.anchors["text"].to_pylist(), sample.complete.tolist(), strict=True)]
     model = encoders.resolve_model(config.encoder, context.digest_file)
-    budget, judge = context.on(context.devices()[0]).budget, Judge(context, sample)
-    variants = measured(config.encoder, model.path, sample.texts, budget, asked, judge.outcome)
+    budget, outcome = context.on(context.devices()[0]).budget, None
+    with suppress(NegpipeError):  # said of the stage that it would stop
+        outcome = Judge(context, sample).outcome
+    variants = measured(config.encoder, model.path, sample.texts, budget, asked, outcome)
     own = variants[0]
     source = f"as {own.texts} of them took just now"
     return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))
