@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from negpipe.plan.estimate import Plan
+    from negpipe.plan.variants import Variant
 
 _REFUSED = "refused, see below"
 
@@ -53,13 +54,7 @@ def plan(
     if shards := ", ".join(_shards(found)):
         console.out.print(f"On several machines like this one, in shards (negpipe work): {shards}.\n")
     if found.encoding:
-        one = found.encoding[0].variant
-        anchors, documents = one.compared
-        judged = f" Negatives and nDCG@10 of {anchors:,} anchors among {documents:,} documents." if anchors else ""
-        console.out.print(
-            f"Neighbours among {one.texts} documents, the same as in float32.{judged} The lines of the first column are"
-            " pasted under encoder: in the config; batch_tokens takes the place of batch_size.\n"
-        )
+        console.out.print(f"{_of_encoding(found.encoding[0].variant)}\n")
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
         if refusal:
@@ -109,11 +104,11 @@ def _shards(plan: Plan) -> Iterator[str]:
 
 
 def _encoding(plan: Plan) -> Table:
-    from negpipe.plan import variants
     from negpipe.review import wording
 
-    numbers = ("texts/s", "about", f"same {variants.NEIGHBOURS} nearest", "same negatives", "nDCG@10")
+    numbers = ("texts/s", "about", "nearest", "negatives", "nDCG@10")  # 80 columns, with what is to be pasted
     table = _table("encoder", *numbers, "", numbers=numbers)
+    table.columns[0].no_wrap = True
     # What is pasted must not leave another runtime where it is.
     usual = {way.variant.settings["runtime"] for way in plan.encoding if way.variant.configured} <= {"torch"}
     for way in plan.encoding:
@@ -122,9 +117,22 @@ def _encoding(plan: Plan) -> Table:
         settings = "\n".join(shown)  # to be pasted as they are
         same = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.negatives))
         ndcg = "" if one.ndcg is None else f"{one.ndcg:.3f}"
-        note = "as configured" if one.configured else "makes other vectors"
+        note = "as configured" if one.configured else "other vectors"
         table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), *same, ndcg, note)
     return table
+
+
+def _of_encoding(one: Variant) -> str:
+    """What the columns of `_encoding` say."""
+    from negpipe.plan import variants
+
+    anchors, documents = one.compared
+    mined = f" negatives, nDCG@10: of what is mined for {anchors:,} anchors among {documents:,} documents."
+    return (
+        f"nearest: of the {variants.NEIGHBOURS} nearest among {one.texts:,} documents, the share that float32 finds,"
+        f" too.{mined if anchors else ''} The lines of the first column are pasted under encoder: in the config;"
+        " batch_tokens takes the place of batch_size."
+    )
 
 
 def _kinds(plan: Plan) -> Table:
