@@ -27,7 +27,7 @@ from negpipe.engine.budget import Budget
 from negpipe.engine.executors import local
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Manifest
-from negpipe.engine.stage import Context, Task, cache_path, run_task
+from negpipe.engine.stage import Context, Task, cache_path, opened
 from negpipe.errors import NegpipeError, VanishedError, message_of
 from negpipe.redaction import Redacting
 
@@ -58,11 +58,11 @@ def main() -> None:
         if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
             machine.share_freed_memory()
         context = _context(config, stage.name, head)
-        with stage.open(context) as shared:
+        with opened(stage, context) as running:
             while True:
                 task = Task(**messages.get())
                 doing = f"{stage.name}, part {task.key} ({task.kind}, {task.rows} rows)"
-                run_task(stage, task, shared, context, lambda units, note: answer(units=units, note=note))
+                running.run(task, lambda units, note: answer(units=units, note=note))
                 answer(done=task.key)
     except NegpipeError as error:
         answer(**message_of(error))

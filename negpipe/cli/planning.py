@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from negpipe.config.schema import Config
+    from negpipe.plan.cluster import Outlook
     from negpipe.plan.estimate import Plan
     from negpipe.plan.variants import Variant
 
@@ -25,6 +30,23 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
     ] = True,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="Say instead what a run would take on the nodes that this YAML file describes, also before there is"
+            " any data: see docs/how-to/plan-a-cluster.md.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            help="With --cluster: numbers of nodes to compare, 1,8,64; without: as the file says.",
+            metavar="N,…",
+            show_default=False,
+        ),
+    ] = None,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -43,6 +65,9 @@ def plan(
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
+    if cluster or nodes:
+        _on_cluster(settings, cluster, nodes, as_json=as_json, probe=probe)
+        return
     found = estimate.plan(settings, probe_encoder=probe)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
@@ -68,6 +93,78 @@ def plan(
         size = wording.size(needed)
         console.out.print(f"[red]What is to be made takes {size}: make room, or set run_dir or store.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
+
+
+def _on_cluster(config: Config, file: Path | None, nodes: str | None, *, as_json: bool, probe: bool) -> None:
+    import dataclasses
+    import json
+
+    from negpipe.cli import console
+    from negpipe.config.file import load_cluster
+    from negpipe.plan import cluster
+    from negpipe.review import wording
+
+    if file is None:
+        raise ConfigError("--nodes needs --cluster FILE, which says what a node is")
+    described = load_cluster(file)
+    found = cluster.outlooks(config, described, _numbers(nodes) or [described.nodes], probe_encoder=probe)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+        return
+    job = found.job
+    console.out.print(
+        f"{job.documents:,} documents x {job.dimension:,} numbers, {job.anchors:,} anchors, texts of"
+        f" {job.text_bytes:,.0f} bytes. {wording.visible(found.index)}".strip(),
+        markup=False,
+        soft_wrap=True,
+    )
+    for outlook in found.outlooks:
+        console.out.print()
+        console.out.print(_on_nodes(outlook))
+    console.out.print()
+    stages = [one for each in found.outlooks for one in each.stages]
+    said = [f"{one.stage}: {one.note}" for one in stages if one.note]
+    said += [f"{one.stage} is refused: {one.refusal}" for one in stages if one.refusal]
+    for sentence in dict.fromkeys(said):
+        console.out.print(wording.visible(sentence), markup=False, soft_wrap=True)
+    console.out.print(
+        "Estimates: speeds of a core are those of section rates, fitted to runs on one machine; waiting for a"
+        " scheduler is not in them.",
+        soft_wrap=True,
+    )
+
+
+def _numbers(text: str | None) -> list[int]:
+    """Numbers of nodes.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if text is None:
+        return []
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(f"--nodes {text}: expected numbers of nodes, for example 1,8,64")
+    return [int(number) for number in text.split(",")]
+
+
+def _on_nodes(outlook: Outlook) -> Table:
+    from negpipe.review import wording
+
+    numbers = ("tasks", "about", "disk", "memory a node", "moved")
+    first = f"{outlook.nodes:,} node{'s' if outlook.nodes > 1 else ''}"
+    table = _table(first, *numbers, "bound by", numbers=numbers)
+    for one in outlook.stages:
+        seconds = "" if one.seconds is None else wording.duration(one.seconds)
+        sizes = (wording.size(count) if count else "" for count in (one.disk, one.memory, one.moved))
+        bound = f"[red]{_REFUSED}[/red]" if one.refusal else one.bound
+        table.add_row(one.stage, f"{one.tasks:,}" if one.tasks else "", seconds, *sizes, bound)
+    whole = sum(one.disk for one in outlook.stages), sum(one.moved for one in outlook.stages)
+    disk, moved = (wording.size(count) if count else "" for count in whole)
+    longest = max(outlook.stages, key=lambda one: one.seconds or 0.0)
+    lacking = [one.stage for one in outlook.stages if one.seconds is None]
+    without = f", {', '.join(lacking)} not counted" if lacking else ""
+    table.add_row("together", "", wording.duration(outlook.seconds), disk, "", moved, longest.stage + without)
+    return table
 
 
 def _table(*columns: str, numbers: tuple[str, ...]) -> Table:

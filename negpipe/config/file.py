@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from negpipe.config import safe_yaml
+from negpipe.config.cluster import Cluster
 from negpipe.config.schema import Config
 from negpipe.errors import ConfigError
 
@@ -73,6 +74,27 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         raise ConfigError(f"{name}: " + "\n".join(map(_explain, problems))) from None
 
 
+def load_cluster(path: Path) -> Cluster:
+    """Read and validate the description of a cluster.
+
+    Raises:
+        ConfigError: with one line a problem, each with its place in the file.
+    """
+    try:
+        tree = safe_yaml.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping: cores, memory, disk_bandwidth and what else is known of a node")
+    try:
+        return Cluster.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem, Cluster) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{path}: " + "\n".join(problems)) from None
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -106,18 +128,18 @@ def _is_text(path: list[str]) -> bool:
     return field is not None and {*(get_args(field.annotation) or (field.annotation,))} <= {str, type(None)}
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[BaseModel] = Config) -> str:
     place = ".".join(str(step) for step in problem["loc"])
     before = f"{place}: " if place else ""
     if problem["type"] == "extra_forbidden":
         *folders, leaf = problem["loc"]
-        return f"{before}unknown key. {_hint(folders, str(leaf))}"
+        return f"{before}unknown key. {_hint(folders, str(leaf), root)}"
     if problem["type"] == "missing":
         return f"{before}this key is required"
     shown = problem["input"]
     got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
     if problem["type"] == "model_type":
-        return f"{before}expected settings, some of {', '.join(_names(problem['loc']))}{got}"
+        return f"{before}expected settings, some of {', '.join(_names(problem['loc'], root))}{got}"
     return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
 
 
@@ -133,20 +155,20 @@ _ELSEWHERE = {
 """Other miners' keys; what each of those is called here."""
 
 
-def _hint(folders: list[Any], leaf: str) -> str:
-    if leaf in _ELSEWHERE:
+def _hint(folders: list[Any], leaf: str, root: type[BaseModel]) -> str:
+    if root is Config and leaf in _ELSEWHERE:
         return f"Here it is {_ELSEWHERE[leaf]}; mining.compat takes a whole setting over."
-    elsewhere = [path for path in _paths(Config) if path.rpartition(".")[2] == leaf]
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"Did you mean '{' or '.join(elsewhere)}'?"
-    known = _names(folders)
+    known = _names(folders, root)
     nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
     return f"Did you mean '{nearest[0]}'?" if nearest else f"Known here: {', '.join(known)}."
 
 
-def _names(folders: Iterable[Any]) -> list[str]:
-    """The keys known at a place of the config."""
-    model: type[BaseModel] | None = Config
+def _names(folders: Iterable[Any], root: type[BaseModel]) -> list[str]:
+    """The keys known at a place of the file."""
+    model: type[BaseModel] | None = root
     for folder in folders:
         model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
     return sorted(model.model_fields) if model else []

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -144,9 +144,10 @@ class Context:
 class Publisher:
     """Publishes the files of one task under their final names."""
 
-    def __init__(self, store: Store, stage: Stage, key: str, libraries: Mapping[str, str]) -> None:
-        self._store, self._stage, self._key = store, stage, key
-        self._libraries = digest(libraries)[:12]
+    def __init__(self, context: Context, stage: Stage, key: str, opened: Opened) -> None:
+        self._store, self._stage, self._key = context.store, stage, key
+        self._libraries, self._begun = digest(opened.libraries)[:12], opened.begun
+        self._checkpoints: set[Path] = set()
         self.files: list[File] = []
 
     def __call__(
@@ -180,11 +181,18 @@ class Publisher:
         The versions of libraries are in the path: what another one began would be part of a part with no record of it.
         """
         file = "-".join(filter(None, (self._key, self._libraries, name)))
-        return self._store.scratch / BOOKS / self._stage.name / f"{file}.npz"
+        path = self._store.scratch / BOOKS / self._stage.name / f"{file}.npz"
+        self._checkpoints.add(path)
+        return path
 
     def drop_checkpoints(self) -> None:
-        """Delete what the task left to go on from, under these versions or others."""
-        for path in (self._store.scratch / BOOKS / self._stage.name).glob(f"{self._key}*.npz"):
+        """Delete what the task left to go on from, and what it left before this process began, under any versions.
+
+        The folder is not listed for it: it may hold a record of every task, so that all of them would take a time that
+        grows with their square.
+        """
+        before = {self._store.scratch / name for name in self._begun if f"/{self._key}" in name}
+        for path in self._checkpoints | before:
             path.unlink(missing_ok=True)
 
 
@@ -355,30 +363,49 @@ class Executor(Protocol):
         """Run tasks until none is left; `progress` gets (task, units since last time, note, finished)."""
 
 
-def run_task(stage: Stage, task: Task, shared: Any, context: Context, progress: Progress) -> Part:
-    """Make one part: its files first, then the sidecar."""
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Opened:
+    """A stage in a process that runs its tasks: what they share, the libraries' versions, checkpoints that were there
+    before the first of them."""
+
+    stage: Stage
+    context: Context
+    shared: Any
+    libraries: Mapping[str, str]
+    begun: Collection[str]
+
+    def run(self, task: Task, progress: Progress) -> Part:
+        """Make one part: its files first, then the sidecar."""
+        started, context = time.monotonic(), self.context
+        publisher = Publisher(context, self.stage, task.key, self)
+        made = self.stage.run(task, self.shared, context, publisher, progress)
+        part = Part(
+            key=task.key,
+            kind=task.kind,
+            rows=made.rows,
+            files=tuple(publisher.files),
+            meta=made.meta,
+            provenance={
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "device": context.budget.device,
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory": machine.peak_memory(),
+                "libraries": dict(self.libraries),
+                **made.provenance,
+            },
+        )
+        context.books(self.stage.name).write_part(part)
+        return part
+
+
+@contextmanager
+def opened(stage: Stage, context: Context) -> Iterator[Opened]:
+    """Open a stage in this process, for all of its tasks that run here."""
     libraries = versions.installed(stage.libraries(context.config))
-    publisher = Publisher(context.store, stage, task.key, libraries)
-    made = stage.run(task, shared, context, publisher, progress)
-    part = Part(
-        key=task.key,
-        kind=task.kind,
-        rows=made.rows,
-        files=tuple(publisher.files),
-        meta=made.meta,
-        provenance={
-            "pid": os.getpid(),
-            "host": platform.node(),
-            "device": context.budget.device,
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_memory": machine.peak_memory(),
-            "libraries": libraries,
-            **made.provenance,
-        },
-    )
-    context.books(stage.name).write_part(part)
-    return part
+    begun = context.books(stage.name).checkpoints()
+    with stage.open(context) as shared:
+        yield Opened(stage, context, shared, libraries, begun)
 
 
 def cache_path(run_dir: Path) -> Path:

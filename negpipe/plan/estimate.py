@@ -117,6 +117,42 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
     return Plan(gflops, tuple(steps), choices, ways, shutil.disk_usage(_existing(config.store or config.run_dir)).free)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What ingest and encode left: sizes of the job (dimension 0: not known), mean characters of a text, positives an
+    anchor; texts a worker encodes in a second (0: not known), and how that is known."""
+
+    documents: int
+    anchors: int
+    dimension: int
+    text_bytes: float
+    positives: float
+    speed: float
+    source: str
+
+
+def known(config: Config, *, probe_encoder: bool = True) -> tuple[Config, Known | None]:
+    """The config with what is decided by the stages that are complete, and the sizes; None before ingest."""
+    with digests_of(config) as digests:
+        context = Context(config, config.run_dir, digests)
+        for stage in graph.stages(config).values():
+            state = look(stage, context)
+            if state.state != "current" or not state.manifest:
+                break
+            context = context.after(stage, state.manifest)
+        if "ingest" not in context.manifests:
+            return config, None
+        ingest = context.manifest("ingest")
+        encoding = _encoding(context, probe_encoder)
+        job = _job(context, encoding.dimension)
+        characters = sum(int(part.meta.get("characters", 0)) for part in documents(ingest))
+        positives = ingest.stats["positives"] / max(1, job.anchors)
+        per_worker = encoding.speed / encode.STAGE.within(context).workers
+    return context.config, Known(
+        job.rows, job.anchors, job.dimension, characters / max(1, job.rows), positives, per_worker, encoding.source
+    )
+
+
 def _existing(folder: Path) -> Path:
     """The folder, or the one in which it would be made."""
     folder = folder.absolute()

@@ -195,9 +195,10 @@ def _tasks(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
     made_with = versions.installed(_libraries(context.config))
+    settings_of = cache(partial(_settings_of, context.config))
     for part in texts(context.manifest("ingest")):
         role = "anchors" if part.kind == "anchors" else "passages"
-        settings, payload = _settings_of(context.config, part.kind), {"part": part.file("table").path}
+        settings, payload = settings_of(part.kind), {"part": part.file("table").path}
         if precomputed:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]

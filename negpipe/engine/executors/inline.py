@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from negpipe.engine.stage import Context, Stage, Task, run_task
+from negpipe.engine.stage import Context, Stage, Task, opened
 
 
 def run(
@@ -15,7 +15,7 @@ def run(
     if first is None:
         return
     context = context.on(context.devices()[0])
-    with stage.open(context) as shared:
+    with opened(stage, context) as running:
         task: Task | None = first
         while task is not None:
             current = task
@@ -23,6 +23,6 @@ def run(
             def report(units: int, note: str, current: Task = current) -> None:
                 progress(current, units, note, False)
 
-            run_task(stage, current, shared, context, report)
+            running.run(current, report)
             progress(current, 0, "", True)
             task = next(tasks, None)

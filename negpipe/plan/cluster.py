@@ -1,0 +1,345 @@
+"""What each stage would take on a described cluster: time, disk, memory and bytes moved, and what bounds it.
+
+Nothing is run. A stage is tasks of one size, which nodes share as `negpipe work --shard I/NODES` shares them, and what
+one process does alone before and after. Of a node's time the longest counts: computing, reading ahead by one thread, or
+moving bytes; they overlap at best. Speeds are those of `Rates`, linear in cores. A node keeps what it read in its page
+cache where the memory beside the budget has room for all of it, else every task reads again.
+
+Not in it: an approximate index, anchors that are searched again deeper, duplicates, and waiting for a scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from negpipe.ann import auto, exact
+from negpipe.config.cluster import Cluster, Rates
+from negpipe.config.schema import Config
+from negpipe.engine.budget import Budget
+from negpipe.errors import ConfigError
+from negpipe.plan import estimate
+from negpipe.plan.estimate import Known
+
+_PAGE = 4096  # bytes that are read for a row somewhere in a file, at least
+_TABLE = 28  # bytes of a document's offsets, which a process that opens all tables reads
+_NORMALIZED = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: documents, anchors, numbers of a vector, mean bytes of a text, positives an anchor; texts a
+    worker encodes in a second (0: not known), and how that is known."""
+
+    documents: int
+    anchors: int
+    dimension: int
+    text_bytes: float
+    positives: float = 1.0
+    speed: float = 0.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage, whatever the nodes.
+
+    Attributes:
+        tasks: that can be made at the same time.
+        computing: seconds of a task on one core, shared by a worker's threads.
+        alone: seconds of a task in one thread of a worker, whatever its threads.
+        read: bytes that a task reads; `again`: of them, those that every task reads.
+        written: bytes that a task writes.
+        starting: seconds before anything is done.
+        opening: seconds of one thread, and `opened` bytes, before a process begins its first task.
+        serial: seconds of one process before and after the tasks, which moves `checked` bytes.
+        disk: bytes that are kept.
+        shared: whether idle nodes take over tasks of others; else a task is its shard's.
+        known: whether its time is.
+    """
+
+    stage: str
+    tasks: int = 0
+    computing: float = 0.0
+    alone: float = 0.0
+    read: float = 0.0
+    again: float = 0.0
+    written: float = 0.0
+    starting: float = 0.0
+    opening: float = 0.0
+    opened: float = 0.0
+    serial: float = 0.0
+    checked: float = 0.0
+    disk: float = 0.0
+    shared: bool = False
+    known: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A stage on so many nodes: seconds (None: not known), bytes kept, of memory a node at most, moved between nodes
+    and storage; what takes most of the time, what is to be said, and what would stop it."""
+
+    stage: str
+    tasks: int
+    seconds: float | None
+    disk: int
+    memory: int
+    moved: int
+    bound: str
+    note: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All stages on so many nodes; `seconds` of those that are known."""
+
+    nodes: int
+    seconds: float
+    stages: tuple[Forecast, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The job, which index was chosen for it (empty: the config says), and a run on each number of nodes."""
+
+    job: Job
+    index: str
+    outlooks: tuple[Outlook, ...]
+
+
+def job_of(cluster: Cluster, known: Known | None) -> Job:
+    """Sizes as the cluster file gives them, else as ingest counted them.
+
+    Raises:
+        ConfigError: one is in neither place.
+    """
+    found: dict[str, Any] = {}
+    for name in ("documents", "anchors", "dimension", "text_bytes", "positives"):
+        given = getattr(cluster.job, name)
+        found[name] = getattr(known, name, None) if given is None else given
+    found["positives"] = found["positives"] or 1.0
+    if missing := [f"job.{name}" for name, value in found.items() if not value]:
+        raise ConfigError(
+            f"{', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} in the cluster file, as this run has"
+            " not counted them"
+        )
+    if cluster.texts_per_second:
+        return Job(**found, speed=cluster.texts_per_second, source="as the cluster file says")
+    return Job(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
+
+
+def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_encoder: bool = True) -> Plan:
+    """What a run would take on each of some numbers of nodes.
+
+    Raises:
+        ConfigError: sizes of the job, or speeds of what the nodes share, are missing.
+    """
+    config, known = estimate.known(config, probe_encoder=probe_encoder and not cluster.texts_per_second)
+    job = job_of(cluster, known)
+    for count in nodes:
+        try:
+            cluster.require_shared(count)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    config = config.resolved(math.ceil(job.positives))
+    config, said = auto.decided(config, job.documents, job.dimension, job.anchors)
+    return Plan(job, said, tuple(forecast(config, cluster, job, count) for count in nodes))
+
+
+def forecast(config: Config, cluster: Cluster, job: Job, nodes: int) -> Outlook:
+    """What a run would take on so many nodes.
+
+    Args:
+        config: a resolved one; `index.kind` decided.
+        cluster: what the nodes are; its number of nodes is not looked at.
+        job: what is to be made.
+        nodes: how many there are.
+    """
+    stages = tuple(_on(work, config, cluster, job, nodes) for work in works(config, cluster, job))
+    return Outlook(nodes, sum(stage.seconds or 0.0 for stage in stages), stages)
+
+
+# --- the stages -----------------------------------------------------------------------------------------
+
+
+def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
+    """The stages of a job, in their order."""
+    rates, part = cluster.rates, config.data.part_rows
+    rows, anchors = job.documents, job.anchors
+    texts = rows * job.text_bytes
+    vectors = job.dimension * np.dtype(config.encoder.storage).itemsize
+    parts, asked = math.ceil(rows / part), math.ceil(anchors / part)
+    yield Work(
+        "ingest",
+        starting=rates.start,
+        serial=(rows + anchors) / rates.ingest_rows + texts / rates.ingest_bytes,
+        checked=3 * texts,  # the source, and texts that wait on the disk until all are read
+        disk=(rows + anchors) * rates.table_bytes + texts,
+        note="one process, whatever the nodes",
+    )
+    yield _encode(config, rates, job, parts + asked, vectors)
+    yield _index(config, rates, job, parts, vectors)
+    yield _search(config, cluster, job, asked, vectors)
+    depth, made = min(config.depth, rows), anchors * config.mining.wanted * job.positives
+    taken = made / asked
+    yield Work(
+        "triplets",
+        tasks=asked,
+        starting=rates.start * (2 if config.executor.workers else 1),
+        alone=anchors / asked * depth / rates.looked_at + taken / rates.negatives,
+        read=anchors / asked * depth * (rates.candidate_bytes + _NORMALIZED) + taken * max(_PAGE, job.text_bytes),
+        written=taken * (rates.negative_bytes + rates.compressed * job.text_bytes),
+        opening=rows / rates.opened,
+        opened=rows * _TABLE,
+        disk=made * (rates.negative_bytes + rates.compressed * job.text_bytes),
+        note="" if config.executor.workers else "one core a node, more with executor.workers",
+    )
+
+
+def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) -> Work:
+    texts = job.documents + job.anchors
+    brought = config.encoder.backend == "precomputed"
+    speed = rates.brought_bytes / vectors if brought else job.speed
+    note = "vectors are brought" if brought else f"{job.speed:,.0f} texts a second and worker, {job.source}"
+    return Work(
+        "encode",
+        tasks=tasks,
+        starting=2 * rates.start,  # the command and its worker
+        alone=texts / tasks / speed if speed else 0.0,
+        read=texts / tasks * (vectors if brought else job.text_bytes),
+        written=texts / tasks * vectors,
+        serial=job.documents * vectors / rates.checked_bytes,
+        checked=job.documents * vectors,
+        disk=texts * vectors,
+        known=speed > 0,
+        note=note if speed else "give texts_per_second in the cluster file",
+    )
+
+
+def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> Work:
+    ids = job.documents * rates.id_bytes
+    work = Work(
+        "index",
+        tasks=parts,
+        starting=rates.start,
+        alone=job.documents / parts / rates.ids_rows,
+        read=job.documents * _TABLE / parts,
+        written=ids / parts,
+        disk=ids,
+        shared=True,
+    )
+    if config.index.kind == "flat":
+        file = job.documents * job.dimension * 4
+        note = "its one file is written by one process: index.kind stream needs none"
+        moved = file + job.documents * vectors
+        serial = job.documents * job.dimension / rates.loaded
+        return replace(work, serial=serial, checked=moved, disk=ids + file, note=note)
+    known = not config.index.approximate
+    return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled here")
+
+
+def _search(config: Config, cluster: Cluster, job: Job, tasks: int, vectors: int) -> Work:
+    rates, depth = cluster.rates, min(config.depth, job.documents)
+    anchors = job.anchors / tasks
+    numbers = job.documents * job.dimension
+    products = cluster.gflops * 5e8 / cluster.cores if cluster.gflops else rates.products
+    read = job.documents * (job.dimension * 4 if config.index.kind == "flat" else vectors)
+    return Work(
+        "search",
+        tasks=tasks,
+        starting=2 * rates.start + rates.torch,
+        computing=numbers * anchors / products + kept(anchors, job.documents, depth) * job.dimension / rates.pairs,
+        alone=numbers / rates.loaded,
+        read=read + anchors * vectors,
+        again=read,
+        written=anchors * depth * rates.candidate_bytes,
+        disk=job.anchors * depth * rates.candidate_bytes,
+        known=not config.index.approximate,
+        note=f"{config.index.kind} is not modelled here" if config.index.approximate else "searched exactly",
+    )
+
+
+def kept(anchors: float, documents: int, depth: int) -> float:
+    """Pairs that a search scores exactly: of rows in any order, the r-th is among the best with probability
+    depth / r."""
+    return anchors * depth * (1 + math.log(documents / depth))
+
+
+# --- the nodes ------------------------------------------------------------------------------------------
+
+
+def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> Forecast:
+    rates, cores = cluster.rates, min(config.resources.cpus or cluster.cores, cluster.cores)
+    on_gpus = work.stage == "encode" and config.encoder.runs_here and cluster.gpus
+    workers = min(config.executor.workers or (cluster.gpus if on_gpus else 1), cores) if work.tasks else 1
+    threads = cores // workers
+    memory = config.resources.memory_budget + workers * rates.process_bytes
+    # Read once by a node whose page cache keeps it, else by every task.
+    kept_in_cache = work.again <= cluster.memory - memory
+    each = work.read + work.written - (work.again if kept_in_cache else 0.0)
+    once = workers * work.opened + (work.again if kept_in_cache else 0.0)
+    fullest = fullest_shard(work.tasks, nodes, shared=work.shared)
+    rounds = math.ceil(fullest / workers)
+    bandwidth, limit = _bandwidth(cluster, nodes, nodes)
+    times = {
+        "processors": rounds * work.computing / threads,
+        "one thread a worker": rounds * work.alone + work.opening,
+        limit: (fullest * each + once) / bandwidth,
+    }
+    longest = max(times, key=times.__getitem__)
+    alone = max(work.serial, work.checked / _bandwidth(cluster, nodes, 1)[0]) + work.tasks * rates.task
+    starting = work.starting + (rates.start if nodes > 1 and work.tasks else 0.0)  # `work`, then `commit`
+    parts = {longest: times[longest], "one process": alone, "starting": starting}
+    bound = max(parts, key=parts.__getitem__)
+    if bound == longest != limit and rounds > 1.5 * work.tasks / nodes / workers:
+        bound = f"{work.tasks:,} tasks, {fullest:,} of them one node's"
+    return Forecast(
+        work.stage,
+        work.tasks,
+        starting + times[longest] + alone if work.known else None,
+        round(work.disk),
+        memory,
+        round(work.tasks * each + min(nodes, work.tasks) * once + work.checked) if nodes > 1 else 0,
+        bound if work.known else "",
+        work.note,
+        _refusal(work, config, cluster, job, workers, threads, memory),
+    )
+
+
+def _bandwidth(cluster: Cluster, nodes: int, moving: int) -> tuple[float, str]:
+    """Bytes a second of one of the nodes while so many of them read and write, and whose limit that is."""
+    if nodes == 1:
+        return cluster.disk_bandwidth, "disk"
+    assert cluster.network_bandwidth and cluster.storage_bandwidth, "see require_shared"
+    share = cluster.storage_bandwidth / moving
+    return (share, "shared storage") if share < cluster.network_bandwidth else (cluster.network_bandwidth, "network")
+
+
+def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
+    """Tasks of the shard that has most of them: keys fall to shards at random, see `negpipe.engine.shards`."""
+    if nodes == 1 or not tasks or shared:
+        return math.ceil(tasks / nodes)
+    from scipy.stats import binom
+
+    return int(binom.ppf(nodes / (nodes + 1), tasks, 1 / nodes))
+
+
+def _refusal(work: Work, config: Config, cluster: Cluster, job: Job, workers: int, threads: int, memory: int) -> str:
+    """What would keep a stage from running on such nodes."""
+    if memory > cluster.memory:
+        return f"memory: {memory:,} bytes are needed, a node has {cluster.memory:,}: lower resources.memory_budget"
+    if work.stage == "search" and work.known:
+        budget = Budget(config.resources.memory_budget // workers, threads)
+        anchors = min(job.anchors, 2 * config.data.part_rows)  # what a part has at most
+        try:
+            exact.layout(anchors, job.documents, job.dimension, min(config.depth, job.documents), budget)
+        except ConfigError as error:
+            return str(error)
+    return ""
