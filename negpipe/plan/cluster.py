@@ -287,18 +287,20 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     once = workers * work.opened + (work.again if kept_in_cache else 0.0)
     fullest = fullest_shard(work.tasks, nodes, shared=work.shared)
     rounds = math.ceil(fullest / workers)
-    bandwidth, limit = _bandwidth(cluster, nodes, nodes)
+    moved = work.tasks * each + min(nodes, work.tasks) * once
+    moving = _moving(cluster, nodes, fullest * each + once, moved)
     times = {
         "processors": rounds * work.computing / threads,
         "one thread a worker": rounds * work.alone + work.opening,
-        limit: (fullest * each + once) / bandwidth,
+        **moving,
     }
     longest = max(times, key=times.__getitem__)
-    alone = max(work.serial, work.checked / _bandwidth(cluster, nodes, 1)[0]) + work.tasks * rates.task
+    checking = max(_moving(cluster, nodes, work.checked, work.checked).values())
+    alone = max(work.serial, checking) + work.tasks * rates.task
     starting = work.starting + (rates.start if nodes > 1 and work.tasks else 0.0)  # `work`, then `commit`
     parts = {longest: times[longest], "one process": alone, "starting": starting}
     bound = max(parts, key=parts.__getitem__)
-    if bound == longest != limit and rounds > 1.5 * work.tasks / nodes / workers:
+    if bound == longest and bound not in moving and rounds > 1.5 * work.tasks / nodes / workers:
         bound = f"{work.tasks:,} tasks, {fullest:,} of them one node's"
     return Forecast(
         work.stage,
@@ -306,20 +308,19 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
         starting + times[longest] + alone if work.known else None,
         round(work.disk),
         memory,
-        round(work.tasks * each + min(nodes, work.tasks) * once + work.checked) if nodes > 1 else 0,
+        round(moved + work.checked) if nodes > 1 else 0,
         bound if work.known else "",
         work.note,
         _refusal(work, config, cluster, job, workers, threads, memory),
     )
 
 
-def _bandwidth(cluster: Cluster, nodes: int, moving: int) -> tuple[float, str]:
-    """Bytes a second of one of the nodes while so many of them read and write, and whose limit that is."""
+def _moving(cluster: Cluster, nodes: int, own: float, every: float) -> dict[str, float]:
+    """Seconds that bytes take, by what limits them: those of the node that moves most, and those of all nodes."""
     if nodes == 1:
-        return cluster.disk_bandwidth, "disk"
+        return {"disk": own / cluster.disk_bandwidth}
     assert cluster.network_bandwidth and cluster.storage_bandwidth, "see require_shared"
-    share = cluster.storage_bandwidth / moving
-    return (share, "shared storage") if share < cluster.network_bandwidth else (cluster.network_bandwidth, "network")
+    return {"network": own / cluster.network_bandwidth, "shared storage": every / cluster.storage_bandwidth}
 
 
 def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
