@@ -28,6 +28,7 @@ from negpipe.plan.estimate import Known
 _PAGE = 4096  # bytes that are read for a row somewhere in a file, at least
 _TABLE = 28  # bytes of a document's offsets, which a process that opens all tables reads
 _NORMALIZED = 8
+_KEY = 8  # bytes of a candidate of a slice
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Work:
         tasks: that can be made at the same time.
         computing: seconds of a task on one core, shared by a worker's threads.
         alone: seconds of a task in one thread of a worker, whatever its threads.
-        read: bytes that a task reads; `again`: of them, those that every task reads.
+        read: bytes that a task reads; `again`: of them, those that others read too, every task or one in `slices`.
         written: bytes that a task writes.
         starting: seconds before anything is done.
         opening: seconds of one thread, and `opened` bytes, before a process begins its first task.
@@ -68,6 +69,7 @@ class Work:
     alone: float = 0.0
     read: float = 0.0
     again: float = 0.0
+    slices: int = 1
     written: float = 0.0
     starting: float = 0.0
     opening: float = 0.0
@@ -186,7 +188,7 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
     )
     yield _encode(config, rates, job, parts + asked, vectors)
     yield _index(config, rates, job, parts, vectors)
-    yield _search(config, cluster, job, asked, vectors)
+    yield from _search(config, cluster, job, asked, vectors)
     depth, made = min(config.depth, rows), anchors * config.mining.wanted * job.positives
     taken = made / asked
     yield Work(
@@ -245,28 +247,44 @@ def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> 
     return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled here")
 
 
-def _search(config: Config, cluster: Cluster, job: Job, tasks: int, vectors: int) -> Work:
+def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int) -> Iterator[Work]:
+    """One task a part of anchors, in slices one for each of them too, and then one that merges."""
     rates, depth = cluster.rates, min(config.depth, job.documents)
-    anchors = job.anchors / tasks
-    numbers = job.documents * job.dimension
+    slices = math.ceil(job.documents / (config.search.slice_documents or job.documents))
+    anchors, rows = job.anchors / parts, job.documents / slices
+    stored = rates.candidate_bytes if slices == 1 else _KEY
     products = cluster.gflops * 5e8 / cluster.cores if cluster.gflops else rates.products
-    read = job.documents * (job.dimension * 4 if config.index.kind == "flat" else vectors)
-    return Work(
-        "search",
-        tasks=tasks,
-        starting=2 * rates.start + rates.torch,
-        computing=numbers * anchors / products + kept(anchors, job.documents, depth) * job.dimension / rates.pairs,
-        alone=numbers / rates.loaded,
+    read = rows * (job.dimension * 4 if config.index.kind == "flat" and slices == 1 else vectors)
+    pairs = kept(anchors, rows, min(depth, rows)) * job.dimension
+    searching = Work(
+        "search" if slices == 1 else "slices",
+        tasks=parts * slices,
+        computing=rows * job.dimension * anchors / products + pairs / rates.pairs,
+        alone=rows * job.dimension / rates.loaded,
         read=read + anchors * vectors,
         again=read,
-        written=anchors * depth * rates.candidate_bytes,
-        disk=job.anchors * depth * rates.candidate_bytes,
+        slices=slices,
+        written=anchors * depth * stored,
+        starting=2 * rates.start + rates.torch,
+        disk=job.anchors * depth * stored * slices,
         known=not config.index.approximate,
         note=f"{config.index.kind} is not modelled here" if config.index.approximate else "searched exactly",
     )
+    yield searching
+    if slices > 1:
+        yield Work(
+            "search",
+            tasks=parts,
+            alone=anchors * depth * slices / rates.looked_at,
+            read=anchors * depth * slices * _KEY,
+            written=anchors * depth * rates.candidate_bytes,
+            starting=2 * rates.start,
+            disk=job.anchors * depth * rates.candidate_bytes,
+            note="merges what was found in slices, as fast as triplets looks at candidates: not measured",
+        )
 
 
-def kept(anchors: float, documents: int, depth: int) -> float:
+def kept(anchors: float, documents: float, depth: float) -> float:
     """Pairs that a search scores exactly: of rows in any order, the r-th is among the best with probability
     depth / r."""
     return anchors * depth * (1 + math.log(documents / depth))
@@ -284,8 +302,8 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     # Read once by a node whose page cache keeps it, else by every task.
     kept_in_cache = work.again <= cluster.memory - memory
     each = work.read + work.written - (work.again if kept_in_cache else 0.0)
-    once = workers * work.opened + (work.again if kept_in_cache else 0.0)
     fullest = fullest_shard(work.tasks, nodes, shared=work.shared)
+    once = workers * work.opened + (work.again * min(work.slices, fullest) if kept_in_cache else 0.0)
     rounds = math.ceil(fullest / workers)
     moved = work.tasks * each + min(nodes, work.tasks) * once
     moving = _moving(cluster, nodes, fullest * each + once, moved)
@@ -336,11 +354,11 @@ def _refusal(work: Work, config: Config, cluster: Cluster, job: Job, workers: in
     """What would keep a stage from running on such nodes."""
     if memory > cluster.memory:
         return f"memory: {memory:,} bytes are needed, a node has {cluster.memory:,}: lower resources.memory_budget"
-    if work.stage == "search" and work.known:
+    if work.computing and work.known:
         budget = Budget(config.resources.memory_budget // workers, threads)
-        anchors = min(job.anchors, 2 * config.data.part_rows)  # what a part has at most
+        anchors, rows = min(job.anchors, 2 * config.data.part_rows), job.documents // work.slices  # a part's at most
         try:
-            exact.layout(anchors, job.documents, job.dimension, min(config.depth, job.documents), budget)
+            exact.layout(anchors, rows, job.dimension, min(config.depth, rows), budget)
         except ConfigError as error:
             return str(error)
     return ""

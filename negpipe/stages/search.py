@@ -85,14 +85,14 @@ def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
 
 def _plan(context: Context) -> Iterator[Task]:
     rows = sum(part.rows for part in searchable(context.manifest("encode"), context.config))
-    sliced = _is_sliced(context)
+    found = slices.found(context) if _is_sliced(context) else None
     for name, texts, anchors in _keyed(context):
         payload = {
             "texts": texts.file("table").path,
             "anchors": anchors.file("vectors").path,
             "depth": min(context.config.depth, rows),
             "candidates": rows,
-            "slices": slices.found(context, texts, anchors) if sliced else [],
+            "slices": found(texts, anchors) if found else [],
         }
         yield Task(name, "candidates", anchors.rows, payload)
 

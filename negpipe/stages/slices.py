@@ -132,19 +132,24 @@ def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Ta
             yield Task(key_of(piece, texts, vectors, context), "slice", vectors.rows, payload | files)
 
 
-def found(context: Context, texts: Part, anchors: Part) -> list[dict[str, Any]]:
-    """What was found in the slices for a part of anchors, for `merged`; nothing where that is not all there."""
-    made = {part.key: part for part in context.manifest("slices").parts}
-    pieces = [(piece, made.get(key_of(piece, texts, anchors, context))) for piece in of(context)]
-    return [
-        {
-            "found": [file.path for file in part.all("found")],
-            "positives": part.all("positives")[0].path,
-            "first": piece.first,
-        }
-        for piece, part in pieces
-        if part and all(each for _, each in pieces)
-    ]
+def found(context: Context) -> Callable[[Part, Part], list[dict[str, Any]]]:
+    """What was found in the slices for a part of anchors, texts and vectors, for `merged`; nothing where that is not
+    all there."""
+    made, slices = {part.key: part for part in context.manifest("slices").parts}, of(context)
+
+    def of_anchors(texts: Part, anchors: Part) -> list[dict[str, Any]]:
+        pieces = [(piece, made.get(key_of(piece, texts, anchors, context))) for piece in slices]
+        return [
+            {
+                "found": [file.path for file in part.all("found")],
+                "positives": part.all("positives")[0].path,
+                "first": piece.first,
+            }
+            for piece, part in pieces
+            if part and all(each for _, each in pieces)
+        ]
+
+    return of_anchors
 
 
 @dataclass

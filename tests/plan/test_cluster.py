@@ -100,6 +100,19 @@ def test_more_nodes_are_never_slower_and_ingest_stays() -> None:
     assert stages(config(), wide, job, 8)["search"].moved < stages(config(), node, job, 8)["search"].moved / 5
 
 
+def test_slices_give_more_tasks_that_read_less() -> None:
+    node = Cluster.model_validate({**NODE, **SHARED, "cores": 32, "memory": "128GiB"})
+    job = Job(**JOB, speed=2000.0)
+    in_slices = config(search={"depth": 64, "slice_documents": 10**7})
+    whole, sliced = stages(config(), node, job, 64), stages(in_slices, node, job, 64)
+    assert (whole["search"].tasks, sliced["slices"].tasks, sliced["search"].tasks) == (62, 620, 62)
+    assert (sliced["slices"].seconds or 0) < 0.6 * (whole["search"].seconds or 0)
+    # A node's memory has room for a slice, and its tasks are in their order.
+    assert stages(in_slices, node, job, 8)["slices"].moved < stages(config(), node, job, 8)["search"].moved / 5
+    assert sliced["slices"].disk == 10**6 * 64 * 8 * 10
+    assert sliced["triplets"] == whole["triplets"]
+
+
 @pytest.mark.parametrize(("tasks", "nodes"), [(62, 8), (62, 64), (6166, 64), (500, 7)])
 def test_the_fullest_shard_is_what_keys_make_of_it(tasks: int, nodes: int) -> None:
     draw = np.random.default_rng(0)
