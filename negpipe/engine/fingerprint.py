@@ -44,13 +44,33 @@ def canonical(value: Any) -> Any:
 
 def digest(*values: Any) -> str:
     """sha256 (64 hex digits) of values in canonical JSON."""
-    text = json.dumps(canonical(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_json(values).encode()).hexdigest()
 
 
 def key(*values: Any) -> str:
     """The short digest that names parts."""
     return digest(*values)[:KEY_LENGTH]
+
+
+class Beginning:
+    """The first values of many keys, digested once: `Beginning(a, b).key(c)` is `key(a, b, c)`; at least one of each.
+
+    For tasks that all depend on every part of a corpus: digested for each of them, planning would take a time that
+    grows with their product.
+    """
+
+    def __init__(self, *values: Any) -> None:
+        self._digest = hashlib.sha256(_json(values).removesuffix("]").encode())
+
+    def key(self, *values: Any) -> str:
+        """The key of the first values and some more."""
+        whole = self._digest.copy()
+        whole.update(f",{_json(values).removeprefix('[')}".encode())
+        return whole.hexdigest()[:KEY_LENGTH]
+
+
+def _json(values: Sequence[Any]) -> str:
+    return json.dumps(canonical(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 class DigestCache:

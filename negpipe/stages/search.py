@@ -22,7 +22,7 @@ from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Rows
 from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
-from negpipe.engine.fingerprint import key
+from negpipe.engine.fingerprint import Beginning
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages import headers, slices
@@ -69,18 +69,16 @@ def _check(context: Context) -> None:
 def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
     """Each part of anchors, texts and vectors, with the key of its candidates."""
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
+    of_all = Beginning(
+        "search",
+        VERSION,
+        _settings(context.config),
+        index.settings,
+        [part.identity() for part in index.parts if part.kind in ("shard", "tuned")],
+        [part.identity() for part in documents(encode)],
+    )
     for texts, anchors in zip(ingest.of_kind("anchors"), encode.of_kind("anchors"), strict=True):
-        name = key(
-            "search",
-            VERSION,
-            _settings(context.config),
-            index.settings,
-            [part.identity() for part in index.parts if part.kind in ("shard", "tuned")],
-            [part.identity() for part in documents(encode)],
-            anchors.identity(),
-            texts.identity(),
-        )
-        yield name, texts, anchors
+        yield of_all.key(anchors.identity(), texts.identity()), texts, anchors
 
 
 def _plan(context: Context) -> Iterator[Task]:

@@ -20,7 +20,7 @@ from negpipe.ann.pairs import Keys
 from negpipe.config.schema import Config
 from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
-from negpipe.engine.fingerprint import key
+from negpipe.engine.fingerprint import Beginning
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
 from negpipe.stages.index import effort, groups, opened_index, places
@@ -82,10 +82,10 @@ def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 
-def key_of(piece: Slice, texts: Part, anchors: Part, context: Context) -> str:
-    """The key of what is found in a slice for a part of anchors."""
+def _keys(piece: Slice, context: Context) -> Beginning:
+    """What begins the keys of all that is found in a slice; the anchors' vectors and texts end them."""
     config, last = context.config, _last(piece, context)
-    return key(
+    return Beginning(
         "slices",
         VERSION,
         min(config.depth, last),
@@ -96,8 +96,6 @@ def key_of(piece: Slice, texts: Part, anchors: Part, context: Context) -> str:
         [part.identity() for part in piece.shards],
         [part.identity() for part in piece.parts],
         piece.first,
-        anchors.identity(),
-        texts.identity(),
     )
 
 
@@ -127,18 +125,20 @@ def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Ta
             "first": piece.first,
             "candidates": _last(piece, context),
         }
+        keys = _keys(piece, context)
         for texts, vectors in anchors:
             files = {"texts": texts.file("table").path, "anchors": vectors.file("vectors").path}
-            yield Task(key_of(piece, texts, vectors, context), "slice", vectors.rows, payload | files)
+            yield Task(keys.key(vectors.identity(), texts.identity()), "slice", vectors.rows, payload | files)
 
 
 def found(context: Context) -> Callable[[Part, Part], list[dict[str, Any]]]:
     """What was found in the slices for a part of anchors, texts and vectors, for `merged`; nothing where that is not
     all there."""
-    made, slices = {part.key: part for part in context.manifest("slices").parts}, of(context)
+    made = {part.key: part for part in context.manifest("slices").parts}
+    slices = [(piece, _keys(piece, context)) for piece in of(context)]
 
     def of_anchors(texts: Part, anchors: Part) -> list[dict[str, Any]]:
-        pieces = [(piece, made.get(key_of(piece, texts, anchors, context))) for piece in slices]
+        pieces = [(piece, made.get(keys.key(anchors.identity(), texts.identity()))) for piece, keys in slices]
         return [
             {
                 "found": [file.path for file in part.all("found")],

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine.fingerprint import DigestCache, canonical, digest, key
+from negpipe.engine.fingerprint import Beginning, DigestCache, canonical, digest, key
 from negpipe.engine.manifest import Books, File, Manifest, Part
 from negpipe.engine.state import digests_of
 from negpipe.errors import DamagedError, InputError, StorageError
@@ -38,6 +38,13 @@ PLAIN = st.recursive(
 def test_a_value_without_one_obvious_form_is_refused(value: Any) -> None:
     with pytest.raises(TypeError):
         digest({"setting": value})
+
+
+@pytest.mark.parametrize("first", [["a"], [{"b": 1.0, "a": [None, "]"]}, ["é", "[,"]], [[], [], 3]])
+@pytest.mark.parametrize("more", [["x"], [[]], [{"k": "]"}, 1]])
+def test_a_key_that_was_begun_is_the_same_key(first: list[Any], more: list[Any]) -> None:
+    begun = Beginning(*first)
+    assert begun.key(*more) == begun.key(*more) == key(*first, *more)
 
 
 @settings(max_examples=40, deadline=None)
