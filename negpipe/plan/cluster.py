@@ -1,9 +1,9 @@
 """What each stage would take on a described cluster: time, disk, memory and bytes moved, and what bounds it.
 
 Nothing is run. A stage is tasks of one size, which nodes share as `negpipe work --shard I/NODES` shares them, and what
-one process does alone before and after. Of a node's time the longest counts: computing, reading ahead by one thread, or
-moving bytes; they overlap at best. Speeds are those of `Rates`, linear in cores. A node keeps what it read in its page
-cache where the memory beside the budget has room for all of it, else every task reads again.
+one process does alone before and after. Of a node's time the longer counts, computing or moving bytes: they overlap at
+best. Speeds are those of `Rates`, linear in cores. A node keeps what it read in its page cache where the memory beside
+the budget has room for all of it, else every task reads again.
 
 Not in it: an approximate index, anchors that are searched again deeper, duplicates, and waiting for a scheduler.
 """
@@ -255,7 +255,7 @@ def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int
     stored = rates.candidate_bytes if slices == 1 else _KEY
     products = cluster.gflops * 5e8 / cluster.cores if cluster.gflops else rates.products
     read = rows * (job.dimension * 4 if config.index.kind == "flat" and slices == 1 else vectors)
-    pairs = kept(anchors, rows, min(depth, rows)) * job.dimension
+    pairs = kept(anchors, rows, min(depth, rows))
     searching = Work(
         "search" if slices == 1 else "slices",
         tasks=parts * slices,
@@ -307,11 +307,11 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     rounds = math.ceil(fullest / workers)
     moved = work.tasks * each + min(nodes, work.tasks) * once
     moving = _moving(cluster, nodes, fullest * each + once, moved)
-    times = {
+    working = {
         "processors": rounds * work.computing / threads,
         "one thread a worker": rounds * work.alone + work.opening,
-        **moving,
     }
+    times = {max(working, key=working.__getitem__): sum(working.values()), **moving}
     longest = max(times, key=times.__getitem__)
     checking = max(_moving(cluster, nodes, work.checked, work.checked).values())
     alone = max(work.serial, checking) + work.tasks * rates.task

@@ -18,7 +18,7 @@ from negpipe.config.file import load_config
 from negpipe.data.texts import text_id
 from negpipe.engine import pipeline
 from negpipe.engine.budget import Budget
-from negpipe.engine.stage import run_task
+from negpipe.engine.stage import opened
 from negpipe.errors import ConfigError, MissingStageError
 from negpipe.store.store import LocalStore
 
@@ -117,8 +117,8 @@ def test_a_task_reads_its_slice_alone(encoded: Run, tmp_path: Path, kind: str, m
         patch.setattr(LocalStore, "path", path)
         for task in tasks:
             read.clear()
-            with stage.open(context) as shared:
-                run_task(stage, task, shared, context, lambda units, note: None)
+            with opened(stage, context) as running:
+                running.run(task, lambda units, note: None)
             here = [place for place, name in enumerate(parts) if name in read]
             assert 1 <= len(here) <= 4 and here == [*range(here[0], here[-1] + 1)]
             assert (0 < len({*shards} & read) <= len(shards) / 2) == kind.startswith("IVF")
