@@ -35,7 +35,7 @@ class Rates(Section):
     units (AMX): see docs/how-to/plan-a-cluster.md for how far they are off. Another machine's are given in the file.
     """
 
-    ingest_rows: _Rate = Field(1.05e5, description="Documents and anchors a second that ingest numbers, in one process.")
+    ingest_rows: _Rate = Field(1.05e5, description="Documents and anchors a second that ingest numbers.")
     ingest_bytes: _Rate = Field(7.3e7, description="Bytes of text a second that ingest reads and writes.")
     brought_bytes: _Rate = Field(1.9e8, description="Bytes a second of vectors that are brought, not encoded.")
     checked_bytes: _Rate = Field(1.05e8, description="Bytes a second of vectors that encode looks through at its end.")
