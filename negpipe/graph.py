@@ -9,6 +9,7 @@ from typing import Any
 from negpipe.config.schema import Config
 from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.engine import pipeline, shards, upkeep
+from negpipe.engine.executors import slurm
 from negpipe.engine.pipeline import Result
 from negpipe.engine.shards import Shard, Worked
 from negpipe.engine.stage import Context, Graph, Stage
@@ -129,6 +130,8 @@ def check_trains(config: Config) -> None:
 def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:
     if options.get("only") in (None, "triplets"):
         _check_scores(config, rescore)
+    if config.executor.kind == "slurm" and rescore is None:
+        options = {"arrays": slurm.arrays(config, work, STAGES), **options}
     return pipeline.mine(config, graph, **options)
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from negpipe.config import machine
 from negpipe.config.section import Section
-from negpipe.config.values import size
+from negpipe.config.values import Size, size
 
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes of resources.memory_budget, where nobody sets it."""
@@ -27,10 +27,44 @@ def _seconds(value: Any) -> Any:
         raise ValueError(f"'{value}' is not a duration: write for example 90, 90s, 30min or 2h") from None
 
 
+class Slurm(Section):
+    """How the arrays of `executor.kind: slurm` are submitted. Changes no result."""
+
+    cluster: Literal["slurm", "local"] = Field(
+        "slurm", description="local: each array task is a process of this machine, for trying it without Slurm."
+    )
+    shards: int = Field(
+        16,
+        ge=1,
+        description="Shards of a stage, each an array task; those whose parts are all there are not submitted.",
+    )
+    attempts: int = Field(
+        2, ge=1, description="So many arrays of a stage after one another of which no part came end the run."
+    )
+    partition: str | None = Field(None, description="Partition; null: the cluster's default.")
+    account: str | None = Field(None, description="Account that is charged; null: the user's default.")
+    time: Annotated[float, BeforeValidator(_seconds)] = Field(
+        3600,
+        ge=60,
+        description="Seconds, or such as 30min or 8h, that an array task may take; longer than a part does.",
+    )
+    memory: Size | None = Field(None, ge=1, description="Memory of an array task, such as 32GiB; null: the default.")
+    gpus: int = Field(0, ge=0, description="GPUs of an array task that runs the model (encode).")
+    parameters: dict[str, Any] = Field(
+        {},
+        description="Further parameters of submitit's Slurm executor, such as {qos: low, array_parallelism: 8, setup:"
+        " [module load cuda]}; what it does not know goes under additional_parameters.",
+    )
+
+
 class Executor(Section):
     """Where tasks run."""
 
-    kind: Literal["inline", "local"] = Field("local", description="local: worker processes. inline: in this one.")
+    kind: Literal["inline", "local", "slurm"] = Field(
+        "local",
+        description="local: worker processes. inline: in this one. slurm: arrays of shards, each with its workers, see"
+        " docs/how-to/slurm.md.",
+    )
     workers: int | None = Field(
         None,
         ge=1,
@@ -44,6 +78,7 @@ class Executor(Section):
         " its task tried again (local). Loading a model and training an index are silent: allow for them. null: never,"
         " silence is only warned about.",
     )
+    slurm: Slurm = Slurm()
 
 
 def _share(value: Any) -> Any:

@@ -26,6 +26,7 @@ from negpipe.store.store import LocalStore, Store
 _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
 _AGREED = ".versions"
+_ARRAYS = ".arrays"
 OTHER_CONTENT = "has other content than was written"
 Book = TypeVar("Book", bound=BaseModel)
 
@@ -238,9 +239,13 @@ class Books:
             if name.endswith(f"{key}{_AGREED}"):
                 self.store.delete(name)
 
+    def arrays(self, key: str) -> str:
+        """Which arrays make the shards of a stage of this key, as the store of the run directory calls it."""
+        return f"{self.folder}/{key}{_ARRAYS}"
+
     def of_shards(self) -> list[str]:
         """What shards that are at work need, and those that were killed left, as the store calls it."""
-        return [name for name in self.store.names(self.folder) if name.endswith((claims.SUFFIX, _AGREED))]
+        return [name for name in self.store.names(self.folder) if name.endswith((claims.SUFFIX, _AGREED, _ARRAYS))]
 
     def records(self) -> Iterator[Part]:
         """What every readable record says."""

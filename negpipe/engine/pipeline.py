@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from negpipe import __version__
 from negpipe.config import machine
@@ -32,12 +32,15 @@ from negpipe.redaction import redacted
 from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
 from negpipe.store.files import BOOKS, explained, remove_temporaries
-from negpipe.store.lock import run_lock
+from negpipe.store.lock import driver_lock, run_lock
 from negpipe.store.opening import check_conditions, run_held, run_of
 from negpipe.store.store import LocalStore, Store
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 3
+
+Hold = Literal["alone", "shared", "driver"]
+"""How a run directory is held: alone, as a shard, or by who hands out shards and waits for them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def mine(
     repair: bool = False,
     rebuild: bool = False,
     executor: Executor | None = None,
+    arrays: Executor | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
 
@@ -74,6 +78,8 @@ def mine(
         rebuild: make again what other versions of libraries made than are installed.
         executor: takes the tasks instead of the one that stage and config name; whether this machine could run them is
             not asked then.
+        arrays: has other machines make shards of all stages but those of the calling process; it names itself what it
+            leaves to this machine.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
@@ -83,7 +89,8 @@ def mine(
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()
-    with opened(config, graph, rehash=rehash, dropping=repair or rebuild) as first:
+    hold: Hold = "driver" if arrays else "alone"
+    with opened(config, graph, rehash=rehash, dropping=repair or rebuild, hold=hold) as first:
         context = first
         for number, stage in enumerate(stages):
             if repair:
@@ -99,10 +106,11 @@ def mine(
                 raise MissingStageError(blocked(state, only))
             else:
                 for ahead in [] if executor else [stage] if only else stages[number:]:
-                    ahead.examine(context)
+                    _examine(ahead, context, elsewhere=_goes(arrays, ahead, config) is not None)
                 check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
-                manifest = _completed(stage, context, reporter or Silent(), executor)
+                takes = executor or _goes(arrays, stage, config)
+                manifest = _completed(stage, context, reporter or Silent(), takes)
                 ran.append(stage.name)
                 _tell(stage, manifest)
             assert manifest is not None
@@ -118,9 +126,22 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
+def _goes(arrays: Executor | None, stage: Stage, config: Config) -> Executor | None:
+    """Who has a stage made elsewhere; None: nobody."""
+    return None if stage.place(config) == "caller" else arrays
+
+
+def _examine(stage: Stage, context: Context, *, elsewhere: bool) -> None:
+    """What is wrong, see `Stage.examine`; the devices of other machines are looked at there."""
+    if not elsewhere:
+        stage.examine(context)
+    elif stage.place(context.config) != "apart":
+        stage.check(stage.within(context))
+
+
 @contextmanager
 def opened(
-    config: Config, graph: Graph, *, rehash: bool = False, dropping: bool = False, shared: bool = False
+    config: Config, graph: Graph, *, rehash: bool = False, dropping: bool = False, hold: Hold = "alone"
 ) -> Iterator[Context]:
     """Hold the run directory, made where it is not there.
 
@@ -129,7 +150,7 @@ def opened(
         graph: the stages that have folders in it.
         rehash: see `mine`.
         dropping: parts are to be dropped.
-        shared: hold it together with others who share it too, and leave what they write.
+        hold: how; what shards write is left to them.
 
     Returns:
         what the first stage is looked at with.
@@ -137,17 +158,21 @@ def opened(
     run_dir = config.run_dir
     _make_run_dir(run_dir, config.store, graph)
     check_conditions(config)
-    with _held(config, dropping, shared), explained(run_dir), digests_of(config, rehash=rehash) as digests:
+    with _held(config, dropping, hold) as idle, explained(run_dir), digests_of(config, rehash=rehash) as digests:
         context = Context(config, run_dir, digests)
         _check_share(context)
-        if not shared:
+        if idle:
             _clear(context)
         yield context
 
 
 @contextmanager
-def _held(config: Config, dropping: bool, shared: bool) -> Iterator[None]:
-    """Hold the run directory, and where parts of a shared store are dropped, all others that use it."""
+def _held(config: Config, dropping: bool, hold: Hold) -> Iterator[bool]:
+    """Hold the run directory, and where parts of a shared store are dropped, all others that use it.
+
+    Returns:
+        whether nobody else was at work on it.
+    """
     with ExitStack() as locks:
         if config.store and dropping:
             store = LocalStore(config.store)
@@ -156,10 +181,14 @@ def _held(config: Config, dropping: bool, shared: bool) -> Iterator[None]:
                 if (other / BOOKS).is_dir():
                     locks.enter_context(run_lock(other))
             registry.note(store, config.run_dir)
-        locks.enter_context(run_held(config, shared=shared))
+        idle = hold == "alone"
+        if hold == "driver":
+            idle = locks.enter_context(driver_lock(config.run_dir, alone=dropping))
+        else:
+            locks.enter_context(run_held(config, shared=not idle))
         if config.store and not dropping:
             registry.register(LocalStore(config.store), config.run_dir)
-        yield
+        yield idle
 
 
 def _clear(context: Context) -> None:
@@ -246,6 +275,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
         raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
     books.drop_begun()
     books.drop_agreed(identity.key)
+    books.run.delete(books.arrays(identity.key))
     claims.drop(books.store, books.folder, keys)
     context.digest_file.save()
     machine.give_back()  # this process waits beside those of the next stage, which need it
@@ -386,7 +416,7 @@ def _manifest(stage: Stage, context: Context, identity: Identity, parts: list[Pa
 
 def _check_share(context: Context) -> None:
     settings = context.config.executor
-    if settings.kind == "local" and (settings.workers or 1) > context.workers:
+    if settings.kind != "inline" and (settings.workers or 1) > context.workers:
         logger.warning(
             "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
         )

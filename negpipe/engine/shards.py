@@ -12,7 +12,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from negpipe.config.schema import Config
 from negpipe.engine import pipeline, versions
 from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
-from negpipe.engine.stage import Context, Executor, Graph, Stage, Task
+from negpipe.engine.stage import Context, Executor, Graph, Progressed, Stage, Task
 from negpipe.engine.state import State, blocked, identity_of
 from negpipe.errors import ConfigError, MissingPartsError, MissingStageError, VersionsError
 from negpipe.store.claims import PATIENCE, Claims
@@ -84,6 +84,7 @@ def work(
     *,
     reporter: Reporter | None = None,
     rehash: bool = False,
+    once: bool = False,
     patience: float = PATIENCE,
 ) -> Worked:
     """Make what is missing of a shard of a stage. What another process works on is waited for.
@@ -97,6 +98,7 @@ def work(
         shard: which of its tasks.
         reporter: where progress goes.
         rehash: read every source file again instead of trusting its modification time.
+        once: leave the rounds to come to who submits the shards.
         patience: seconds without a sign of life after which another process counts as dead.
 
     Raises:
@@ -107,7 +109,7 @@ def work(
     stage = graph[name]
     if stage.place(config) == "caller":
         raise ConfigError(f"{name} is not made in shards: run `negpipe {name} CONFIG`")
-    with pipeline.opened(config, graph, rehash=rehash, shared=True) as first:
+    with pipeline.opened(config, graph, rehash=rehash, hold="shared") as first:
         context, current = _reached(stage, graph, first)
         if current:
             logger.info("%s: up to date", name)
@@ -117,7 +119,7 @@ def work(
         key = identity_of(stage, context).key
         own = replace(stage.within(context), key=key, shard=f"{shard.number}-of-{shard.of}")
         claims = Claims(own.store, own.own.folder, patience)
-        job = _Job(stage, own, shard, claims, reporter or Silent())
+        job = _Job(stage, own, shard, claims, reporter or Silent(), once)
         with pipeline.damage_named(stage, own), claims.kept():
             return job.done()
 
@@ -144,13 +146,11 @@ def commit(config: Config, graph: Graph, name: str, shards: int | None = None, *
 def _refusing(shards: int | None) -> Executor:
     """In place of an executor: what there is for one to do is missing."""
 
-    def run(
-        stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
-    ) -> None:
+    def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
         missing = [*tasks]
         if not missing:
             return
-        named = _some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in missing])
+        named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in missing])
         which = "I/N` for the shards that failed"
         if shards:
             lacking = sorted({shard_of(task.key, shards) for task in missing})
@@ -190,6 +190,7 @@ class _Job:
     shard: Shard
     claims: Claims
     reporter: Reporter
+    once: bool = False
     made: int = 0
     found: int = 0
     others: int = 0
@@ -207,7 +208,7 @@ class _Job:
             mine = [task for task in planned if self.shard.has(task.key)]
             rest = [task for task in planned if not self.shard.has(task.key)] if self.stage.rounds else []
             self._make([*mine, *rest])
-            if not (planned and self.stage.rounds):
+            if self.once or not (planned and self.stage.rounds):
                 return Worked(self.stage.name, self.shard, self.made, self.found, self.others)
 
     def _make(self, tasks: list[Task]) -> None:
@@ -227,7 +228,7 @@ class _Job:
                 )
             elif not told:
                 who = sorted({owner for task in left if (owner := self.claims.owner(task.key))})
-                logger.info("%s: waits for %d parts that others work on: %s", self.stage.name, len(left), _some(who))
+                logger.info("%s: waits for %d parts that others work on: %s", self.stage.name, len(left), some(who))
                 told = True
             if not first:
                 time.sleep(min(_LOOK, self.claims.patience / 4))
@@ -275,5 +276,6 @@ class _Job:
             )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

@@ -134,7 +134,7 @@ class Context:
     def workers(self) -> int:
         """Processes that share the machine: no more than threads."""
         settings = self.config.executor
-        return min(settings.workers or len(self.devices()), self.whole.threads) if settings.kind == "local" else 1
+        return min(settings.workers or len(self.devices()), self.whole.threads) if settings.kind != "inline" else 1
 
     def on(self, device: str) -> Context:
         """The same for tasks that compute on this device."""
@@ -354,13 +354,15 @@ def linkable(graph: Graph) -> set[str]:
     }
 
 
+Progressed = Callable[[Task, int, str, bool], None]
+"""Called with a task, units finished since the last call, a note for people, and whether its part is made."""
+
+
 class Executor(Protocol):
     """Runs tasks somewhere, each within `context.budget`. Its word is advice: the pipeline looks at the store."""
 
-    def __call__(
-        self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
-    ) -> None:
-        """Run tasks until none is left; `progress` gets (task, units since last time, note, finished)."""
+    def __call__(self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
+        """Run tasks until none is left."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,30 @@ def shared_run_lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def driver_lock(run_dir: Path, *, alone: bool) -> Iterator[bool]:
+    """Hold a run directory against others that hand out its shards, and together with the shards. See `held`.
+
+    Args:
+        run_dir: the run directory.
+        alone: shards that are at work, left by one that was killed, are a refusal too.
+
+    Returns:
+        whether nobody was at work on it.
+    """
+    with held(run_dir / BOOKS / "driver.lock", holder=run_dir / BOOKS / "driver.json"):
+        idle = True
+        try:
+            with run_lock(run_dir):
+                pass
+        except LockedError:
+            if alone:
+                raise
+            idle = False
+        with shared_run_lock(run_dir):
+            yield idle
+
+
 class _SharedLock:
     """flock's shared lock on a file that filelock locks exclusively by flock too."""
 

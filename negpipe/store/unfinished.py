@@ -27,9 +27,10 @@ def temporary(folder: Path) -> Path:
     return folder / f".{uuid.uuid4().hex}-{owner()}.tmp"
 
 
-def owner() -> str:
-    """This process."""
-    return f"{os.getpid()}.{_state(os.getpid())[1]}@{_place()}"
+def owner(pid: int | None = None) -> str:
+    """This process, or another one of this place."""
+    pid = pid or os.getpid()
+    return f"{pid}.{_state(pid)[1]}@{_place()}"
 
 
 def left_over(folder: Path, *, own: bool = True) -> Iterator[Path]:
@@ -48,6 +49,12 @@ def is_gone(who: str) -> bool:
     """Whether an `owner` is known to be dead: a process of this place that is not there; of others nobody knows."""
     named = _OWNER.fullmatch(who)
     return named is not None and named[3] == _place() and not _alive(int(named[1]), int(named[2]))
+
+
+def is_here(who: str) -> bool:
+    """Whether an `owner` is known to live: a process of this place that is there."""
+    named = _OWNER.fullmatch(who)
+    return named is not None and named[3] == _place() and _alive(int(named[1]), int(named[2]))
 
 
 def is_unfinished(name: str) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from negpipe.engine.stage import Context, Stage, Task, opened
+from negpipe.engine.stage import Context, Progressed, Stage, Task, opened
 
 
-def run(
-    stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
-) -> None:
+def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
     """See `negpipe.engine.stage.Executor`."""
     first = next(tasks, None)
     if first is None:

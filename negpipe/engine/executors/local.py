@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
-from negpipe.engine.stage import Context, Stage, Task
+from negpipe.engine.stage import Context, Progressed, Stage, Task
 from negpipe.errors import TaskFailedError, error_of
 from negpipe.store.files import BOOKS, bytes_in, explained
 
@@ -107,9 +107,7 @@ class _Worker:
 _Lines = queue.Queue[tuple[_Worker, bytes]]
 
 
-def run(
-    stage: Stage, tasks: Iterator[Task], context: Context, progress: Callable[[Task, int, str, bool], None]
-) -> None:
+def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
     """See `negpipe.engine.stage.Executor`.
 
     Raises:
@@ -146,7 +144,7 @@ class _Crew:
     stage: Stage
     tasks: Iterator[Task]
     context: Context
-    progress: Callable[[Task, int, str, bool], None]
+    progress: Progressed
     lines: _Lines = field(default_factory=queue.Queue)
     workers: list[_Worker] = field(default_factory=list)
     attempts: Counter[str] = field(default_factory=Counter)

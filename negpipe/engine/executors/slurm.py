@@ -1,0 +1,405 @@
+"""Shards of a stage as the tasks of Slurm's arrays, submitted by submitit and waited for.
+
+An array task is what `negpipe work` is: a shard that makes its parts, or what another has left of them, and writes no
+manifest. Done is what the store says: of Slurm it is only asked whether an array task still waits or runs, of submitit
+why one failed. Which arrays are at work is noted in the run directory, so that a run that finds the note of one that
+died waits for the same arrays. An array that nobody noted, as the run died between submission and note, costs places in
+the queue and nothing else: its tasks have claimed what they make.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from negpipe import errors
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+from negpipe.engine.executors import local
+from negpipe.engine.shards import Shard, shard_of, some
+from negpipe.engine.stage import Context, Executor, Progressed, Stage, Task
+from negpipe.errors import ConfigError, LockedError, NegpipeError, StorageError, TaskFailedError, VanishedError
+from negpipe.redaction import Redacting
+from negpipe.store import unfinished
+from negpipe.store.files import BOOKS, json_bytes, remove
+from negpipe.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[..., Any]
+"""(config, stage, shard, once=True): makes a shard. A function of a module, as it is named and not sent."""
+
+_PASSING = (TaskFailedError, LockedError, StorageError, VanishedError)
+"""Errors of an array task that another one may not have: what is missing is submitted again."""
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+_ENDED |= {"REVOKED", "TIMEOUT"}
+_GONE = "GONE"  # of a job that Slurm has forgotten, or of a process
+_OWN_END = ("COMPLETED", "FAILED", _GONE)  # of an array task that says how it ended
+_LOOKS = {"slurm": (2.0, 30.0), "local": (0.2, 2.0)}  # seconds between two looks, at first and in the long run
+_HIDDEN = {"slurm": 60.0, "local": 0.0}  # seconds for which NFS may not show what another machine wrote
+_STRAGGLING = 60.0  # seconds for array tasks to end that have nothing left to do
+_LARGEST = 1001  # Slurm's default of MaxArraySize
+
+
+def arrays(config: Config, work: Work, stages: Collection[str]) -> Executor:
+    """Have these stages made by arrays, any other by workers of this machine.
+
+    Raises:
+        ConfigError: submitit or Slurm's commands are not here, or a parameter is not one.
+    """
+    settings = config.executor.slurm
+    if find_spec("submitit") is None:
+        raise ConfigError("executor.kind: slurm needs submitit, not installed: run `pip install 'negpipe[slurm]'`")
+    lacking = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
+    if settings.cluster == "slurm" and lacking:
+        raise ConfigError(
+            f"executor.kind: slurm needs {', '.join(lacking)}, not found here: run it on a machine of the cluster that"
+            " may submit jobs, or try it without Slurm: --set executor.slurm.cluster=local"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        _submitter(config, Path(folder), "", gpus=0)
+
+    def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
+        if stage.name not in stages:
+            return local.run(stage, tasks, context, progress)
+        driver = _Driver(config, work, stage, context, progress, {task.key: task for task in tasks})
+        if len(driver.missing) == 1 and stage.place(config) == "light" and not driver.noted():
+            return local.run(stage, iter(driver.missing.values()), context, progress)
+        return driver.run()
+
+    return run
+
+
+@dataclass
+class _Array:
+    """Array tasks that were submitted together: `jobs` has their shards, "3/16", by the number that Slurm gave them, on
+    one machine by process. Their logs are in `folder`."""
+
+    cluster: str
+    folder: str
+    jobs: dict[str, str] = field(default_factory=dict)
+
+    def states(self) -> dict[str, str] | None:
+        """How each stands, and why it waits; None: Slurm does not say."""
+        if self.cluster == "local":
+            return {job: "RUNNING" if unfinished.is_here(job) else _GONE for job in self.jobs}
+        said = _squeue(self.ids)
+        return None if said is None else {job: said.get(job, _GONE) for job in self.jobs}
+
+    @property
+    def ids(self) -> list[str]:
+        """As scancel takes them."""
+        return sorted({job.partition("_")[0].partition(".")[0] for job in self.jobs}, key=int)
+
+    def files(self, job: str) -> Any:
+        """Where submitit has what belongs to one."""
+        from submitit.core.utils import JobPaths
+
+        return JobPaths(self.folder, job_id=job.partition(".")[0])
+
+    def failure(self, job: str) -> NegpipeError | bool:
+        """Why one failed. False: it did not; True: it does not say."""
+        path = self.files(job).result_pickle
+        try:
+            from submitit.core.utils import pickle_load
+
+            outcome, said = pickle_load(path)
+        except (OSError, EOFError):
+            return True
+        return _error_of(said) if outcome == "error" else False
+
+
+@dataclass
+class _Driver:
+    """A stage, or a round of one, that is handed out and waited for."""
+
+    config: Config
+    work: Work
+    stage: Stage
+    context: Context
+    progress: Progressed
+    missing: dict[str, Task]
+    note: bytes | None = None
+    failures: dict[str, NegpipeError] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Make what is missing.
+
+        Raises:
+            NegpipeError: why parts are missing; the class is that of what an array task said.
+        """
+        array, fruitless = self.noted(), 0
+        if array:
+            logger.info("%s: waits for %s, which an earlier run submitted", self.stage.name, _named(array))
+        resumed = array is not None
+        while array or self.missing:
+            before = len(self.missing)
+            array = array or self._submitted()
+            try:
+                self._wait(array)
+            except BaseException:
+                if array.cluster == "slurm":
+                    logger.warning(
+                        "%s: %s goes on. The same command waits for it, `scancel %s` ends it",
+                        self.stage.name,
+                        _named(array),
+                        " ".join(array.ids),
+                    )
+                raise
+            fruitless = 0 if resumed or len(self.missing) < before else fruitless + 1
+            if self.missing and not resumed:
+                self._give_up(array, final=fruitless >= self.config.executor.slurm.attempts)
+            if not self.failures:
+                remove(Path(array.folder))
+            array, resumed = None, False
+        self._store.delete(self._note)
+
+    def noted(self) -> _Array | None:
+        """The array that was noted, perhaps by a run that is dead."""
+        self.note = self._store.read(self._note)
+        try:
+            return _Array(**json.loads(self.note)) if self.note else None
+        except (TypeError, ValueError):
+            return None
+
+    @property
+    def _store(self) -> Store:
+        return self.context.own.run
+
+    @property
+    def _note(self) -> str:
+        return self.context.own.arrays(self.context.key)
+
+    def _submitted(self) -> _Array:
+        """Shards that have missing parts, as one array, or as many as Slurm's largest one makes necessary.
+
+        Raises:
+            TaskFailedError: Slurm refused one.
+        """
+        settings = self.config.executor.slurm
+        numbers = sorted({shard_of(key, settings.shards) for key in self.missing})
+        logs = self.context.run_dir.absolute() / BOOKS / "logs"
+        array = _Array(settings.cluster, str(logs / f"{self.stage.name}-{uuid.uuid4().hex[:8]}"))
+        gpus = settings.gpus if self.stage.place(self.config) == "apart" else 0
+        executor = _submitter(self.config, Path(array.folder), self.stage.name, gpus)
+        largest = _largest_array() if settings.cluster == "slurm" else len(numbers)
+        plain = self.config.model_dump(mode="json")
+        self.failures = {}
+        for first in range(0, len(numbers), largest):
+            shards = [f"{number}/{settings.shards}" for number in numbers[first : first + largest]]
+            calls = [partial(_make, self.work, plain, self.stage.name, shard) for shard in shards]
+            try:
+                with _outside_of_jobs(), redirect_stderr(io.StringIO()):
+                    jobs = [job.job_id for job in executor.submit_array(calls)]
+            except (RuntimeError, OSError) as error:
+                raise TaskFailedError(
+                    f"{self.stage.name}: Slurm refused an array of {len(shards)}: {error}. See executor.slurm in the"
+                    " config; finished parts are kept"
+                ) from error
+            if array.cluster == "local":
+                jobs = [unfinished.owner(int(job)) for job in jobs]
+            array.jobs |= dict(zip(jobs, shards, strict=True))
+            content = json_bytes(vars(array))
+            self._store.replace(self._note, content, self.note)
+            self.note = content
+        logger.info(
+            "%s: %s makes %d parts, in %d of %d shards",
+            self.stage.name,
+            _named(array),
+            len(self.missing),
+            len(numbers),
+            settings.shards,
+        )
+        return array
+
+    def _wait(self, array: _Array) -> None:
+        """Wait until all parts are there, or no array task is left that could make one."""
+        began = time.monotonic()
+        ended: dict[str, float] = {}
+        complete: float | None = None
+        settled: set[str] = set()
+        shortest, longest = _LOOKS[array.cluster]
+        while True:
+            states, now = array.states(), time.monotonic()
+            self._look(states)
+            if states is not None:
+                alive = {job for job, state in states.items() if state.partition(" ")[0] not in (*_ENDED, _GONE)}
+                for job in array.jobs.keys() - alive - settled:
+                    late = now - ended.setdefault(job, now) >= _HIDDEN[array.cluster]
+                    if self._is_settled(array, job, states[job], late=late):
+                        settled.add(job)
+                if not self.missing:
+                    if complete is None:
+                        complete = now
+                        _cancel_waiting(array)
+                    if not alive or now - complete > _STRAGGLING:
+                        return
+                elif len(settled) == len(array.jobs):
+                    return
+            time.sleep(min(longest, max(shortest, (now - began) / 10)))
+
+    def _look(self, states: dict[str, str] | None) -> None:
+        """Take what has been made from what is missing, and tell how things stand."""
+        books = self.context.own
+        for key in {*books.recorded()} & self.missing.keys():
+            if books.part(key):
+                self.progress(self.missing.pop(key), 0, "", True)
+        if self.missing and states is not None:
+            counted = Counter(state.partition(" ")[0] for state in states.values())
+            waits = next((state.partition(" ")[2] for state in states.values() if state.startswith("PENDING ")), "")
+            note = f"{counted['RUNNING']} of {len(states)} array tasks run"
+            if counted["PENDING"]:
+                note += f", {counted['PENDING']} wait: {waits}"
+            self.progress(next(iter(self.missing.values())), 0, note, False)
+
+    def _is_settled(self, array: _Array, job: str, state: str, *, late: bool) -> bool:
+        """Whether it is known what became of an array task that has ended."""
+        failure, shard = array.failure(job), Shard.parse(array.jobs[job])
+        lacking = any(shard.has(key) for key in self.missing)
+        if failure is False:
+            return late or not lacking
+        if failure is True and state in _OWN_END and not late:
+            return False
+        if not lacking:
+            return True
+        log = array.files(job).stderr
+        if failure is True:
+            failure = TaskFailedError(_obituary(state, log))
+        told = str(failure) in map(str, self.failures.values())
+        self.failures[job] = failure
+        if not told:
+            number = job.partition(".")[0]
+            logger.warning("%s: array task %s (%s): %s. Its log: %s", self.stage.name, number, shard, failure, log)
+        return True
+
+    def _give_up(self, array: _Array, *, final: bool) -> None:
+        """End the run where another array would come to the same.
+
+        Raises:
+            NegpipeError: parts are missing, and why.
+        """
+        lasting = (job for job, failure in self.failures.items() if not isinstance(failure, _PASSING))
+        job = next(lasting, None) or (next(iter(self.failures), None) if final else None)
+        if job is None and not final:
+            return
+        named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in self.missing.values()])
+        failure = self.failures[job] if job else TaskFailedError(f"no array task says why, see {array.folder}")
+        whose = f"array task {job.partition('.')[0]} (shard {array.jobs[job]}): " if job else ""
+        log = f". Its log: {array.files(job).stderr}" if job else ""
+        text = f"{self.stage.name}: {len(self.missing):,} parts are missing: {named}. {whose}{failure}{log}"
+        raise errors.error_of({"error": failure.code, "text": text})
+
+
+def _make(work: Work, config: dict[str, Any], stage: str, shard: str) -> None:
+    """What an array task runs: a shard, and of a stage in rounds the round that can be made now."""
+    log = logging.StreamHandler()
+    log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    work(load_config(config), stage, Shard.parse(shard), once=True)
+
+
+def _submitter(config: Config, folder: Path, stage: str, gpus: int) -> Any:
+    """submitit's executor, as the config sets it up.
+
+    Raises:
+        ConfigError: a parameter is not one.
+    """
+    import submitit
+
+    settings = config.executor.slurm
+    executor = submitit.AutoExecutor(folder, cluster=settings.cluster)
+    try:
+        executor.update_parameters(
+            name=f"negpipe-{stage}",
+            timeout_min=math.ceil(settings.time / 60),
+            mem_gb=None if settings.memory is None else settings.memory / 2**30,
+            cpus_per_task=config.resources.cpus,
+            gpus_per_node=gpus or None,
+            slurm_partition=settings.partition,
+            slurm_account=settings.account,
+            **{f"slurm_{name}": value for name, value in settings.parameters.items()},
+        )
+    except (NameError, ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"executor.slurm.parameters: {error}".partition("\nKnown executors")[0]) from None
+    return executor
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What this process has in its environment as a job of Slurm itself is nothing to the jobs that it submits."""
+    own = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SUBMITIT_"))}
+    own = {name: value for name, value in own.items() if name != "SLURM_CONF" and "SLURM_JOB_ID" in own}
+    for name in own:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(own)
+
+
+def _squeue(ids: Sequence[str]) -> dict[str, str] | None:
+    """State and reason by job, of those that Slurm still knows; None: it does not answer."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        logger.warning("squeue does not answer, and is asked again: %s", done.stderr.strip()[-200:])
+        return None
+    lines = (line.strip().split("|", 2) for line in done.stdout.splitlines())
+    return {job: f"{state} {reason}" if state == "PENDING" else state for job, state, reason in lines}
+
+
+def _cancel_waiting(array: _Array) -> None:
+    """Take array tasks out of the queue that would find nothing to do."""
+    if array.cluster == "slurm":
+        subprocess.run(["scancel", "--state=PENDING", *array.ids], capture_output=True, check=False)
+
+
+def _largest_array() -> int:
+    """How many tasks an array may have."""
+    done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    named = re.search(r"MaxArraySize\s*=\s*(\d+)", done.stdout)
+    return max(1, int(named[1])) if named else _LARGEST
+
+
+def _named(array: _Array) -> str:
+    if array.cluster == "local":
+        return f"an array of {len(array.jobs)} processes"
+    return f"{'arrays' if len(array.ids) > 1 else 'array'} {', '.join(array.ids)} of {len(array.jobs)} tasks"
+
+
+def _error_of(trace: str) -> NegpipeError:
+    """The error at the end of a trace."""
+    _, ours, said = trace.rpartition("\nnegpipe.errors.")
+    if not ours:
+        return TaskFailedError((trace.strip().splitlines() or ["it failed"])[-1])
+    name, _, text = said.strip().partition(": ")
+    kind = getattr(errors, name, NegpipeError)
+    return errors.error_of({"error": kind.code, "text": text})
+
+
+def _obituary(state: str, log: Path) -> str:
+    """What is known of an array task that says nothing."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        lines = []
+    last = next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "(nothing)")
+    how = "it died" if state == _GONE else f"it ended as {state}"
+    return f"{how}, the log ends with: {last}"
