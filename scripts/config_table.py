@@ -56,7 +56,7 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
-        return "names, each with keys and values"
+        return "names, each with keys and values" if get_origin(get_args(annotation)[1]) is dict else "keys and values"
     return {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path"}.get(
         annotation, getattr(annotation, "__name__", str(annotation))
     )

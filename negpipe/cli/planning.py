@@ -77,7 +77,8 @@ def plan(
             console.out.print(table)
             console.out.print()
     if shards := ", ".join(_shards(found)):
-        console.out.print(f"On several machines like this one, in shards (negpipe work): {shards}.\n")
+        how = "as arrays of Slurm" if settings.executor.kind == "slurm" else "in shards (negpipe work)"
+        console.out.print(f"On several machines like this one, {how}: {shards}.\n")
     if found.encoding:
         console.out.print(f"{_of_encoding(found.encoding[0].variant)}\n")
     refusals: dict[str, list[str]] = {}

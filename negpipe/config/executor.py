@@ -45,7 +45,7 @@ class Slurm(Section):
     account: str | None = Field(None, description="Account that is charged; null: the user's default.")
     time: Annotated[float, BeforeValidator(_seconds)] = Field(
         3600,
-        ge=60,
+        ge=300,
         description="Seconds, or such as 30min or 8h, that an array task may take; longer than a part does.",
     )
     memory: Size | None = Field(None, ge=1, description="Memory of an array task, such as 32GiB; null: the default.")

@@ -19,6 +19,7 @@ from negpipe.ann.probe import Job
 from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.tables import documents
+from negpipe.engine.shards import shard_of
 from negpipe.engine.stage import Context, Stage, Task
 from negpipe.engine.state import digests_of, look
 from negpipe.errors import NegpipeError
@@ -26,7 +27,7 @@ from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sam
 from negpipe.plan.sample import Judge, draw
 from negpipe.plan.variants import Variant, measured
 from negpipe.select import deeper
-from negpipe.stages import encode
+from negpipe.stages import STAGES, encode
 
 _SAMPLE = 512  # texts at most, to time the encoder on
 _DIMENSION = 384  # where it is not known yet
@@ -37,8 +38,8 @@ _ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is s
 @dataclass(frozen=True)
 class Step:
     """One stage: parts there and to make (None: not known yet), seconds to go, tokens to be sent to a server and what
-    they cost, what is to be said of it, what would stop it, and its shards of about an hour on machines like this one
-    (None: it is not made in shards, or its time is not known)."""
+    they cost, what is to be said of it, what would stop it, and its shards (None: it is not made in shards, or its time
+    is not known): those that Slurm would be sent, else of about an hour on machines like this one."""
 
     stage: str
     state: str
@@ -174,8 +175,19 @@ def _divided(step: Step, stage: Stage, config: Config) -> Step:
     """A step with the number of shards that it is worth, no more than there are tasks."""
     if not step.seconds or step.todo == 0 or stage.place(config) == "caller":
         return step
+    if config.executor.kind == "slurm":
+        return replace(step, shards=step.shards or config.executor.slurm.shards)
     shards = math.ceil(step.seconds / _SHARD_SECONDS)
     return replace(step, shards=min(shards, step.todo or shards))
+
+
+def _sent(stage: Stage, config: Config, missing: list[Task]) -> int | None:
+    """The array tasks that `executor.kind: slurm` begins with."""
+    if config.executor.kind != "slurm" or stage.name not in STAGES:
+        return None
+    if len(missing) == 1 and stage.place(config) == "light":
+        return None
+    return len({shard_of(task.key, config.executor.slurm.shards) for task in missing})
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
@@ -208,7 +220,7 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
         books = context.books(stage.name)
         missing = [task for task in tasks if books.part(task.key) is None]
         done, todo, left = len(tasks) - len(missing), len(missing), sum(task.rows for task in missing)
-    step = Step(stage.name, state, done, todo)
+    step = Step(stage.name, state, done, todo, shards=_sent(stage, context.config, missing) if todo else None)
     if stage.name == "encode":
         speed = encoding.speed
         seconds = left / speed if speed else None

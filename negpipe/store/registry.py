@@ -30,16 +30,23 @@ def kept(store: LocalStore) -> Iterator[None]:
 
 
 def register(store: LocalStore, run_dir: Path) -> None:
-    """Note that a run directory uses the store."""
-    with kept(store):
-        note(store, run_dir)
+    """Note that a run directory, which is held, uses the store. One that is noted has nothing to wait for: who deletes
+    in the store wants all that are noted alone."""
+    name, content = _entry(run_dir)
+    if store.read(name) != content:
+        with kept(store):
+            note(store, run_dir)
 
 
 def note(store: LocalStore, run_dir: Path) -> None:
     """The same for who holds the registry."""
+    name, content = _entry(run_dir)
+    store.replace(name, content, store.read(name))
+
+
+def _entry(run_dir: Path) -> tuple[str, bytes]:
     path = os.path.realpath(run_dir)
-    name = f"{_FOLDER}/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json"
-    store.replace(name, json_bytes({"run_dir": path}), store.read(name))
+    return f"{_FOLDER}/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json", json_bytes({"run_dir": path})
 
 
 def registered(store: LocalStore) -> list[Path]:

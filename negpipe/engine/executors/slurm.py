@@ -220,7 +220,7 @@ class _Driver:
             self._store.replace(self._note, content, self.note)
             self.note = content
         logger.info(
-            "%s: %s makes %d parts, in %d of %d shards",
+            "%s: submitted %s for %d parts, which fall to %d of %d shards",
             self.stage.name,
             _named(array),
             len(self.missing),
