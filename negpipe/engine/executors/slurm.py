@@ -80,7 +80,7 @@ def arrays(config: Config, work: Work, stages: Collection[str]) -> Executor:
         if stage.name not in stages:
             return local.run(stage, tasks, context, progress)
         driver = _Driver(config, work, stage, context, progress, {task.key: task for task in tasks})
-        if len(driver.missing) == 1 and stage.place(config) == "light" and not driver.noted():
+        if len(driver.missing) == 1 and stage.place(context.config) == "light" and not driver.noted():
             return local.run(stage, iter(driver.missing.values()), context, progress)
         return driver.run()
 
@@ -114,16 +114,21 @@ class _Array:
 
         return JobPaths(self.folder, job_id=job.partition(".")[0])
 
-    def failure(self, job: str) -> NegpipeError | bool:
-        """Why one failed. False: it did not; True: it does not say."""
-        path = self.files(job).result_pickle
-        try:
-            from submitit.core.utils import pickle_load
+    def said(self, job: str) -> str | None:
+        """What one told at its end: the trace of an error, nothing where it did well; None: it did not come to that."""
+        from submitit.core.utils import pickle_load
 
-            outcome, said = pickle_load(path)
+        try:
+            outcome, trace = pickle_load(self.files(job).result_pickle)
         except (OSError, EOFError):
-            return True
-        return _error_of(said) if outcome == "error" else False
+            return None
+        return str(trace) if outcome == "error" else ""
+
+    def tidy(self, *, failed: bool) -> None:
+        """Leave the logs where one failed, and nothing else: what was sent has the whole config in it."""
+        folder = Path(self.folder)
+        for path in [*folder.glob("*.pkl")] if failed else [folder]:
+            remove(path)
 
 
 @dataclass
@@ -163,13 +168,13 @@ class _Driver:
                         " ".join(array.ids),
                     )
                 raise
+            self._store.delete(self._note)
+            self.note = None
+            array.tidy(failed=bool(self.failures or self.missing))
             fruitless = 0 if resumed or len(self.missing) < before else fruitless + 1
             if self.missing and not resumed:
                 self._give_up(array, final=fruitless >= self.config.executor.slurm.attempts)
-            if not self.failures:
-                remove(Path(array.folder))
             array, resumed = None, False
-        self._store.delete(self._note)
 
     def noted(self) -> _Array | None:
         """The array that was noted, perhaps by a run that is dead."""
@@ -197,7 +202,7 @@ class _Driver:
         numbers = sorted({shard_of(key, settings.shards) for key in self.missing})
         logs = self.context.run_dir.absolute() / BOOKS / "logs"
         array = _Array(settings.cluster, str(logs / f"{self.stage.name}-{uuid.uuid4().hex[:8]}"))
-        gpus = settings.gpus if self.stage.place(self.config) == "apart" else 0
+        gpus = settings.gpus if self.stage.place(self.context.config) == "apart" else 0
         executor = _submitter(self.config, Path(array.folder), self.stage.name, gpus)
         largest = _largest_array() if settings.cluster == "slurm" else len(numbers)
         plain = self.config.model_dump(mode="json")
@@ -271,22 +276,21 @@ class _Driver:
 
     def _is_settled(self, array: _Array, job: str, state: str, *, late: bool) -> bool:
         """Whether it is known what became of an array task that has ended."""
-        failure, shard = array.failure(job), Shard.parse(array.jobs[job])
+        said, shard = array.said(job), Shard.parse(array.jobs[job])
         lacking = any(shard.has(key) for key in self.missing)
-        if failure is False:
+        if said == "":
             return late or not lacking
-        if failure is True and state in _OWN_END and not late:
+        if said is None and state in _OWN_END and not late:
             return False
         if not lacking:
             return True
         log = array.files(job).stderr
-        if failure is True:
-            failure = TaskFailedError(_obituary(state, log))
+        failure = TaskFailedError(_obituary(state, log)) if said is None else _error_of(said)
         told = str(failure) in map(str, self.failures.values())
         self.failures[job] = failure
         if not told:
-            number = job.partition(".")[0]
-            logger.warning("%s: array task %s (%s): %s. Its log: %s", self.stage.name, number, shard, failure, log)
+            whose = f"{self.stage.name}: array task {job.partition('.')[0]} (shard {shard})"
+            logger.warning("%s: %s. Its log: %s", whose, failure, log)
         return True
 
     def _give_up(self, array: _Array, *, final: bool) -> None:
@@ -381,14 +385,15 @@ def _largest_array() -> int:
 def _named(array: _Array) -> str:
     if array.cluster == "local":
         return f"an array of {len(array.jobs)} processes"
-    return f"{'arrays' if len(array.ids) > 1 else 'array'} {', '.join(array.ids)} of {len(array.jobs)} tasks"
+    return f"array{'s' * (len(array.ids) > 1)} {', '.join(array.ids)} ({len(array.jobs)} tasks)"
 
 
 def _error_of(trace: str) -> NegpipeError:
     """The error at the end of a trace."""
     _, ours, said = trace.rpartition("\nnegpipe.errors.")
     if not ours:
-        return TaskFailedError((trace.strip().splitlines() or ["it failed"])[-1])
+        last = (trace.strip().splitlines() or ["it failed"])[-1]
+        return TaskFailedError("its time was up (executor.slurm.time)" if "timed-out" in last else last)
     name, _, text = said.strip().partition(": ")
     kind = getattr(errors, name, NegpipeError)
     return errors.error_of({"error": kind.code, "text": text})

@@ -164,7 +164,7 @@ def test_more_shards_than_an_array_may_have(whole: Run, tmp_path: Path, cluster:
     with caplog.at_level(logging.INFO):
         mined(run, of(cluster, 50), only="encode")
     line = submitted(caplog)[0]
-    assert "submitted arrays " in line and f" of {count} tasks" in line and f"{count} of 50 shards" in line
+    assert "submitted arrays " in line and f" ({count} tasks) " in line and f"{count} of 50 shards" in line
     assert run.content() == whole.content()
     assert not left(run)
 
@@ -301,6 +301,7 @@ def test_an_array_task_that_is_killed_is_submitted_again(whole: Run, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["local"], indirect=True)
 def test_one_that_is_always_killed_ends_the_run(whole: Run, tmp_path: Path, cluster: str, caplog: Any) -> None:
     run = whole.copied(tmp_path / "run")
     run.forget("encode")
@@ -379,6 +380,7 @@ def test_what_slurm_refuses_is_said_in_its_words(whole: Run, tmp_path: Path, clu
             "second",
         ),
         ("Traceback\nModuleNotFoundError: No module named 'negpipe'\n", TaskFailedError, "ModuleNotFoundError: No"),
+        ("a.b.UncompletedJobError: Job not requeued because: timed-out and …", TaskFailedError, "its time was up"),
         ("", TaskFailedError, "it failed"),
     ],
 )
