@@ -131,7 +131,7 @@ def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str,
     if options.get("only") in (None, "triplets"):
         _check_scores(config, rescore)
     if config.executor.kind == "slurm" and rescore is None:
-        options = {"arrays": slurm.arrays(config, work, STAGES), **options}
+        options = {"elsewhere": dict.fromkeys(STAGES, slurm.arrays(config, work)), **options}
     return pipeline.mine(config, graph, **options)
 
 

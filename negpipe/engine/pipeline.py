@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -64,7 +64,7 @@ def mine(
     repair: bool = False,
     rebuild: bool = False,
     executor: Executor | None = None,
-    arrays: Executor | None = None,
+    elsewhere: Mapping[str, Executor] | None = None,
 ) -> Result:
     """Bring the stages up to date, or one of them.
 
@@ -78,8 +78,8 @@ def mine(
         rebuild: make again what other versions of libraries made than are installed.
         executor: takes the tasks instead of the one that stage and config name; whether this machine could run them is
             not asked then.
-        arrays: has other machines make shards of all stages but those of the calling process; it names itself what it
-            leaves to this machine.
+        elsewhere: executors of stages, by name, that have other machines make shards of them. A stage of the calling
+            process is not among those.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
@@ -89,7 +89,8 @@ def mine(
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()
-    hold: Hold = "driver" if arrays else "alone"
+    elsewhere = elsewhere or {}
+    hold: Hold = "driver" if elsewhere else "alone"
     with opened(config, graph, rehash=rehash, dropping=repair or rebuild, hold=hold) as first:
         context = first
         for number, stage in enumerate(stages):
@@ -106,10 +107,10 @@ def mine(
                 raise MissingStageError(blocked(state, only))
             else:
                 for ahead in [] if executor else [stage] if only else stages[number:]:
-                    _examine(ahead, context, elsewhere=_goes(arrays, ahead, config) is not None)
+                    _examine(ahead, context, elsewhere)
                 check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
-                takes = executor or _goes(arrays, stage, config)
+                takes = executor or _taken(stage, context, elsewhere)
                 manifest = _completed(stage, context, reporter or Silent(), takes)
                 ran.append(stage.name)
                 _tell(stage, manifest)
@@ -126,14 +127,14 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
-def _goes(arrays: Executor | None, stage: Stage, config: Config) -> Executor | None:
-    """Who has a stage made elsewhere; None: nobody."""
-    return None if stage.place(config) == "caller" else arrays
+def _taken(stage: Stage, context: Context, elsewhere: Mapping[str, Executor]) -> Executor | None:
+    """Who has other machines make a stage; None: nobody."""
+    return None if stage.place(context.config) == "caller" else elsewhere.get(stage.name)
 
 
-def _examine(stage: Stage, context: Context, *, elsewhere: bool) -> None:
+def _examine(stage: Stage, context: Context, elsewhere: Mapping[str, Executor]) -> None:
     """What is wrong, see `Stage.examine`; the devices of other machines are looked at there."""
-    if not elsewhere:
+    if not _taken(stage, context, elsewhere):
         stage.examine(context)
     elif stage.place(context.config) != "apart":
         stage.check(stage.within(context))

@@ -21,7 +21,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,8 +58,8 @@ _STRAGGLING = 60.0  # seconds for array tasks to end that have nothing left to d
 _LARGEST = 1001  # Slurm's default of MaxArraySize
 
 
-def arrays(config: Config, work: Work, stages: Collection[str]) -> Executor:
-    """Have these stages made by arrays, any other by workers of this machine.
+def arrays(config: Config, work: Work) -> Executor:
+    """Have stages made by arrays; a light one of one part, by a worker of this machine.
 
     Raises:
         ConfigError: submitit or Slurm's commands are not here, or a parameter is not one.
@@ -77,8 +77,6 @@ def arrays(config: Config, work: Work, stages: Collection[str]) -> Executor:
         _submitter(config, Path(folder), "", gpus=0)
 
     def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
-        if stage.name not in stages:
-            return local.run(stage, tasks, context, progress)
         driver = _Driver(config, work, stage, context, progress, {task.key: task for task in tasks})
         if len(driver.missing) == 1 and stage.place(context.config) == "light" and not driver.noted():
             return local.run(stage, iter(driver.missing.values()), context, progress)

@@ -114,7 +114,7 @@ def mined(run: Run, overrides: list[str], only: str | None = None) -> graph.Resu
 def mined_by(work: Callable[..., Any], run: Run, overrides: list[str], only: str) -> graph.Result:
     """The same, with another function in the place of what array tasks run."""
     config = load_config(run.config, overrides)
-    return pipeline.mine(config, STAGES, only=only, arrays=slurm.arrays(config, work, STAGES))
+    return pipeline.mine(config, STAGES, only=only, elsewhere={only: slurm.arrays(config, work)})
 
 
 def keys(run: Run, stage: str) -> list[str]:
