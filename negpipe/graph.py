@@ -30,6 +30,7 @@ __all__ = [
     "mine",
     "of_kind",
     "resolved",
+    "sharded",
     "stages",
     "status",
     "superseded",
@@ -96,11 +97,16 @@ def commit(config: Config, stage: str, **options: Any) -> Result:
     return shards.commit(config, _shared(config, stage), stage, **options)
 
 
+def sharded(config: Config) -> Graph:
+    """The stages that shards make."""
+    return {name: stage for name, stage in _mining(config).items() if stage.place(config) != "caller"}
+
+
 def _shared(config: Config, stage: str) -> Graph:
     """The stages that mine, if one is called so."""
     graph = _mining(config)
     if stage not in graph:
-        *names, last = (name for name, one in graph.items() if one.place(config) != "caller")
+        *names, last = sharded(config)
         raise ConfigError(f"{stage!r} is not a stage that is made in shards: these are {', '.join(names)} and {last}")
     if stage == "triplets":
         _check_scores(config, None)
@@ -131,7 +137,7 @@ def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str,
     if options.get("only") in (None, "triplets"):
         _check_scores(config, rescore)
     if config.executor.kind == "slurm" and rescore is None:
-        options = {"elsewhere": dict.fromkeys(STAGES, slurm.arrays(config, work)), **options}
+        options = {"elsewhere": dict.fromkeys(sharded(config), slurm.arrays(config, work)), **options}
     return pipeline.mine(config, graph, **options)
 
 

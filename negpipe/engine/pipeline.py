@@ -78,8 +78,7 @@ def mine(
         rebuild: make again what other versions of libraries made than are installed.
         executor: takes the tasks instead of the one that stage and config name; whether this machine could run them is
             not asked then.
-        elsewhere: executors of stages, by name, that have other machines make shards of them. A stage of the calling
-            process is not among those.
+        elsewhere: executors of stages, by name, that have other machines make shards of them.
 
     Raises:
         NegpipeError: with a message for people and an exit code for schedulers.
@@ -110,8 +109,7 @@ def mine(
                     _examine(ahead, context, elsewhere)
                 check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
-                takes = executor or _taken(stage, context, elsewhere)
-                manifest = _completed(stage, context, reporter or Silent(), takes)
+                manifest = _completed(stage, context, reporter or Silent(), executor or elsewhere.get(stage.name))
                 ran.append(stage.name)
                 _tell(stage, manifest)
             assert manifest is not None
@@ -127,14 +125,9 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
-def _taken(stage: Stage, context: Context, elsewhere: Mapping[str, Executor]) -> Executor | None:
-    """Who has other machines make a stage; None: nobody."""
-    return None if stage.place(context.config) == "caller" else elsewhere.get(stage.name)
-
-
 def _examine(stage: Stage, context: Context, elsewhere: Mapping[str, Executor]) -> None:
     """What is wrong, see `Stage.examine`; the devices of other machines are looked at there."""
-    if not _taken(stage, context, elsewhere):
+    if stage.name not in elsewhere:
         stage.examine(context)
     elif stage.place(context.config) != "apart":
         stage.check(stage.within(context))

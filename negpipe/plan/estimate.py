@@ -27,7 +27,7 @@ from negpipe.plan.index_kinds import SEARCH_SHARE, Choice, Machine, choices, sam
 from negpipe.plan.sample import Judge, draw
 from negpipe.plan.variants import Variant, measured
 from negpipe.select import deeper
-from negpipe.stages import STAGES, encode
+from negpipe.stages import encode
 
 _SAMPLE = 512  # texts at most, to time the encoder on
 _DIMENSION = 384  # where it is not known yet
@@ -183,7 +183,7 @@ def _divided(step: Step, stage: Stage, config: Config) -> Step:
 
 def _sent(stage: Stage, config: Config, missing: list[Task]) -> int | None:
     """The array tasks that `executor.kind: slurm` begins with."""
-    if config.executor.kind != "slurm" or stage.name not in STAGES:
+    if config.executor.kind != "slurm" or stage.name not in graph.sharded(config):
         return None
     if len(missing) == 1 and stage.place(config) == "light":
         return None
