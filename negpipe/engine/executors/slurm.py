@@ -131,7 +131,7 @@ class _Array:
 
 @dataclass
 class _Driver:
-    """A stage, or a round of one, that is handed out and waited for."""
+    """A stage, or a round of one, that is handed out and waited for; `note` is what the note of its array holds."""
 
     config: Config
     work: Work
@@ -166,7 +166,7 @@ class _Driver:
                         " ".join(array.ids),
                     )
                 raise
-            self._store.delete(self._note)
+            self._store.delete(self._name)
             self.note = None
             array.tidy(failed=bool(self.failures or self.missing))
             fruitless = 0 if resumed or len(self.missing) < before else fruitless + 1
@@ -176,7 +176,7 @@ class _Driver:
 
     def noted(self) -> _Array | None:
         """The array that was noted, perhaps by a run that is dead."""
-        self.note = self._store.read(self._note)
+        self.note = self._store.read(self._name)
         try:
             return _Array(**json.loads(self.note)) if self.note else None
         except (TypeError, ValueError):
@@ -187,7 +187,7 @@ class _Driver:
         return self.context.own.run
 
     @property
-    def _note(self) -> str:
+    def _name(self) -> str:
         return self.context.own.arrays(self.context.key)
 
     def _submitted(self) -> _Array:
@@ -220,7 +220,7 @@ class _Driver:
                 jobs = [unfinished.owner(int(job)) for job in jobs]
             array.jobs |= dict(zip(jobs, shards, strict=True))
             content = json_bytes(vars(array))
-            self._store.replace(self._note, content, self.note)
+            self._store.replace(self._name, content, self.note)
             self.note = content
         logger.info(
             "%s: submitted %s for %d parts, which fall to %d of %d shards",
