@@ -62,9 +62,14 @@ def arrays(config: Config, work: Work) -> Executor:
     """Have stages made by arrays; a light one of one part, by a worker of this machine.
 
     Raises:
-        ConfigError: submitit or Slurm's commands are not here, or a parameter is not one.
+        ConfigError: submitit or Slurm's commands are not here, a parameter is not one, or the run is in a bucket.
     """
     settings = config.executor.slurm
+    if config.url is not None:
+        raise ConfigError(
+            "executor.kind: slurm needs a run_dir on a file system that the nodes share, where notes and logs are: for"
+            " a run in a bucket, submit `negpipe work STAGE CONFIG --shard I/N` (configs/cluster/slurm.sh)"
+        )
     if find_spec("submitit") is None:
         raise ConfigError("executor.kind: slurm needs submitit, not installed: run `pip install 'negpipe[slurm]'`")
     lacking = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
@@ -260,10 +265,8 @@ class _Driver:
 
     def _look(self, states: dict[str, str] | None) -> None:
         """Take what has been made from what is missing, and tell how things stand."""
-        books = self.context.own
-        for key in {*books.recorded()} & self.missing.keys():
-            if books.part(key):
-                self.progress(self.missing.pop(key), 0, "", True)
+        for key in self.context.own.found(self.missing):
+            self.progress(self.missing.pop(key), 0, "", True)
         if self.missing and states is not None:
             counted = Counter(state.partition(" ")[0] for state in states.values())
             waits = next((state.partition(" ")[2] for state in states.values() if state.startswith("PENDING ")), "")

@@ -359,6 +359,12 @@ def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pyte
     assert outcome.code == 2 and "needs sbatch, squeue, srun, not found here" in outcome.err.replace("\n", " ")
 
 
+def test_a_run_in_a_bucket_is_refused(tmp_path: Path) -> None:
+    config = load_config(small.settings(tmp_path) | {"run_dir": "s3://bucket/run"}, of("local", 2))
+    with pytest.raises(ConfigError, match="needs a run_dir on a file system that the nodes share"):
+        graph.mine(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["slurm"], indirect=True)
 def test_what_slurm_refuses_is_said_in_its_words(whole: Run, tmp_path: Path, cluster: str) -> None:
