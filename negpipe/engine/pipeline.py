@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from negpipe import __version__
 from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import shown
-from negpipe.engine.executors import inline, local
+from negpipe.engine.executors import cluster, inline, local, ray
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
@@ -98,8 +98,7 @@ def mine(
             elif only and stage.name != only:
                 raise MissingStageError(blocked(state, only))
             else:
-                for ahead in [] if executor else [stage] if only else stages[number:]:
-                    ahead.examine(context)
+                _examine([] if executor else [stage] if only else stages[number:], context)
                 check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent(), executor)
@@ -137,7 +136,12 @@ def opened(
     run_dir = config.run_dir
     _make_run_dir(run_dir, config.store, graph)
     check_conditions(config)
-    with _held(config, dropping, shared), explained(run_dir), digests_of(config, rehash=rehash) as digests:
+    with (
+        _held(config, dropping, shared),
+        explained(run_dir),
+        digests_of(config, rehash=rehash) as digests,
+        cluster.session(),
+    ):
         context = Context(config, run_dir, digests)
         _check_share(context)
         if not shared:
@@ -392,6 +396,14 @@ def _check_share(context: Context) -> None:
         )
 
 
+def _examine(stages: Sequence[Stage], context: Context) -> None:
+    """Raise what is wrong with stages that are about to run, and can be known."""
+    for stage in stages:
+        stage.examine(context)
+    if placed := [stage for stage in stages if _executor(stage, stage.within(context)) is ray.run]:
+        ray.examine(placed, context)
+
+
 def _executor(stage: Stage, context: Context) -> Executor:
     place = stage.place(context.config)
     # A caller of the Python API may have torch loaded, which must not meet FAISS.
@@ -399,7 +411,7 @@ def _executor(stage: Stage, context: Context) -> Executor:
         return inline.run
     if place == "caller" or (place != "apart" and context.config.executor.kind == "inline"):
         return inline.run
-    return local.run
+    return ray.run if context.config.executor.kind == "ray" else local.run
 
 
 def _counts(manifest: Manifest | None) -> str:
