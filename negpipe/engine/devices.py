@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CPU = "cpu"
 ANY = "any"
-"""Ray's to decide: a GPU where the cluster has any, else the cores. Where tasks run without Ray after all, the cores."""
+"""Ray's to decide: a GPU where the cluster has any, else the cores. Where tasks run without Ray, the cores."""
 _DEV = Path("/dev")
 _DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")  # files of NVIDIA's, of Jetson's, of Windows' under Linux, of AMD's
 _ASK = """
