@@ -82,14 +82,8 @@ def connect(config: Config) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _quiet():
         if settings.address == "local":
-            with _handlers_kept():  # not in a thread, with which what it starts would end
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=_OBJECTS,
-                    _system_config={"prestart_worker_first_driver": False},  # they would lack the actors' environment
-                    **options,
-                )
+            with _handlers_kept():
+                _start(options)
         else:
             _within(settings, lambda: ray.init(address=settings.address, **options))
     nodes, seconds = alive(), time.monotonic() - started
@@ -164,6 +158,26 @@ def room(config: Config, needed: Demand, stage: str) -> int:
 
 def _fitting(needed: Demand) -> int:
     return sum(needed.fits(node) for node in alive())
+
+
+def _start(options: dict[str, Any]) -> None:
+    """A cluster of this machine alone. Not in a thread, with which what it starts would end."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECTS,
+            _system_config={"prestart_worker_first_driver": False},  # they would lack the actors' environment
+            **options,
+        )
+    except Exception as error:  # Ray has no class for it
+        ray.shutdown()
+        raise ConfigError(
+            f"executor.ray.address: local: Ray does not start here: {error} Its logs are in the newest session under"
+            " /tmp/ray, or RAY_TMPDIR"
+        ) from error
 
 
 def _connected() -> bool:

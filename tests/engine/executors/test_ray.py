@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +47,7 @@ class Nodes:
             if any(kind == "raylet" for kind, _ in node.dead_processes()):
                 self.cluster.remove_node(node, allow_graceful=False)
         while len(self.cluster.worker_nodes) < count:
-            self.cluster.add_node(num_cpus=1, memory=2 * 2**30, object_store_memory=80 * 2**20)
+            patiently(lambda: self.cluster.add_node(num_cpus=1, memory=2 * 2**30, object_store_memory=80 * 2**20))
 
     def tell(self, **what: Any) -> None:
         for path in self.control.parent.iterdir():
@@ -68,6 +68,17 @@ class Nodes:
         return graph.mine(load_config(run.config, [*ACTOR, self.address, *overrides]), **options)
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """Ray gives a node 30 seconds to start, which a busy machine may not do."""
+    for _ in range(3):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -79,8 +90,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         # A dead node is to be missed soon, and one of a busy machine not to be taken for dead.
         system = {"health_check_period_ms": 1000, "health_check_initial_delay_ms": 5000}
         system |= {"prestart_worker_first_driver": False}
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20, "_system_config": system}
-        made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        head = {"num_cpus": 0, "object_store_memory": 80 * 2**20, "_system_config": system}
+        head |= {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        made = patiently(lambda: cluster_utils.Cluster(initialize_head=True, head_node_args=head))
         try:
             yield Nodes(made, control)
         finally:
