@@ -1,8 +1,8 @@
 """What befalls actors and nodes of a Ray cluster; the file that `NODE_CONTROL` names says what, for each stage.
 
 Python imports this module when it starts with this folder on PYTHONPATH. A worker notes each file of a part that it
-publishes, and then sleeps, or kills its node or itself in the middle of its task. `first`: only the first worker of the
-stage does.
+publishes, and then sleeps, waits until others have published so many, or kills its node or itself in the middle of its
+task. `first`: only the first worker of the stage does.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ def _watched_replace(source: Any, target: Any, **rest: Any) -> None:
     if told[stage].get("kills"):
         os.kill(os.getppid() if told[stage]["kills"] == "node" else os.getpid(), signal.SIGKILL)
     time.sleep(told[stage].get("sleeps", 0))
+    while _by_others(stage) < told[stage].get("waits", 0):
+        time.sleep(0.1)
+
+
+def _by_others(stage: str) -> int:
+    lines = [line.split() for line in Path(f"{_CONTROL}.notes").read_text().splitlines()]
+    return sum(at == stage and pid != str(os.getpid()) for at, _, pid in lines)
 
 
 def _watched_version(name: str) -> str:
