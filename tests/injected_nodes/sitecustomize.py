@@ -70,4 +70,5 @@ def _watched_version(name: str) -> str:
 
 
 if _CONTROL.parent.is_dir():
-    os.replace, importlib.metadata.version = _watched_replace, _watched_version
+    os.replace = _watched_replace  # type: ignore[assignment]
+    importlib.metadata.version = _watched_version  # type: ignore[assignment]

@@ -70,9 +70,7 @@ def connect(config: Config) -> None:
     settings, started = config.executor.ray, time.monotonic()
     if _connected():
         return
-    # Read when Ray is imported: no counts are sent anywhere, and what it says of its own goes to its own logs.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
     try:
         import ray
     except ImportError as error:

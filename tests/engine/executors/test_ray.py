@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import real_runs
 import small_source as small
 from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, Run, kill, wait
@@ -32,6 +33,12 @@ from negpipe.stages import STAGES
 
 INJECTED = Path(__file__).parents[2] / "injected_nodes"
 ACTOR = ("executor.kind=ray", "executor.workers=null", "resources.cpus=1", "resources.memory_budget=64MiB")
+
+
+@pytest.fixture(autouse=True)
+def more_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node is six processes, and takes half a minute to start on a busy machine."""
+    monkeypatch.setattr(real_runs, "PATIENCE", 5 * PATIENCE)
 
 
 @dataclass
@@ -262,7 +269,7 @@ def test_a_driver_that_is_killed_and_a_run_that_goes_on(whole: Run, tmp_path: Pa
     finally:
         kill(process)
     orphans = {int(re.findall(r"process (\d+) on", log.read_text())[0]) for log in run.folder.glob(".negpipe/logs/s*")}
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + real_runs.PATIENCE
     while left := [pid for pid in orphans if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
