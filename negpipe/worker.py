@@ -99,7 +99,7 @@ class Actor:
         with contextlib.suppress(OSError):  # a run whose paths are absolute needs it on no node
             os.chdir(self._head["folder"])
         stage, config = _of(self._head)
-        for folder in filter(None, (config.run_dir / BOOKS, config.store)):
+        for folder in filter(None, (None if config.url else config.run_dir / BOOKS, config.store)):
             if not folder.is_dir():
                 raise InputError(
                     f"this folder of the run is not there on {platform.node()}, where Ray placed {stage.name}",

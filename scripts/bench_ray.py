@@ -4,9 +4,9 @@
     python scripts/bench_ray.py --documents 20000 --anchors 2000 --rounds 3
 
 Vectors are brought; encode, index, search and triplets run in so many workers of one core each. By the clock, with all
-imports; Ray's own start as its log has it; from the records on disk, for each stage, the start of its workers (until
-the first part is begun, opening what they share included) and the work after it. The ratio is that of the work, of the
-same round: overhead beyond the start.
+imports; Ray's own start as its log has it; from the records on disk, over all stages, the start of workers (until the
+first part is begun, opening what they share included), their seconds in parts, and between a part and the next one of
+the same worker: that is what an executor costs beyond its start, and its share of the seconds in parts is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -31,27 +33,36 @@ STAGES = ("encode", "index", "search", "triplets")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds: by the clock, of Ray's start, and of starting and working in the stages."""
+    """Seconds: by the clock, of Ray's start, of starting workers, in parts and between them."""
 
     clock: float
     ray: float
     starts: float
-    work: float
+    parts: float
+    between: float
+
+    @property
+    def share(self) -> float:
+        """Of the seconds in parts, those between them."""
+        return self.between / self.parts
 
 
-def of_stages(run_dir: Path) -> tuple[float, float]:
-    """Seconds of starting workers and of their work, over all stages."""
-    starts = work = 0.0
+def of_stages(run_dir: Path) -> tuple[float, float, float]:
+    """Seconds of starting workers, in parts and between them, over all stages."""
+    starts = parts = between = 0.0
     for stage in STAGES:
         books = run_dir / ".negpipe" / stage
         manifest = json.loads((books / "manifest.json").read_text())
-        ended, seconds = (books / "manifest.json").stat().st_mtime, manifest["provenance"]["seconds"]
-        begun = min(
-            (books / f"{part['key']}.json").stat().st_mtime - part["provenance"]["seconds"]
-            for part in manifest["parts"]
-        )
-        starts, work = starts + begun - (ended - seconds), work + ended - begun
-    return starts, work
+        began = (books / "manifest.json").stat().st_mtime - manifest["provenance"]["seconds"]
+        spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for part in manifest["parts"]:
+            ended, seconds = (books / f"{part['key']}.json").stat().st_mtime, part["provenance"]["seconds"]
+            spans[part["provenance"]["pid"]].append((ended - seconds, ended))
+            parts += seconds
+        starts += min(span[0] for own in spans.values() for span in own) - began
+        for own in spans.values():
+            between += sum(after[0] - before[1] for before, after in pairwise(sorted(own)))
+    return starts, parts, between
 
 
 def measured(folder: Path, kind: str, workers: int) -> Measured:
@@ -99,23 +110,22 @@ def main() -> None:
     write(options.work_dir, options.documents, options.anchors, 60, 1024, options.dimension)
     print(f"{options.documents:,} documents, {options.anchors:,} anchors, {options.workers} workers of one core")
     print(
-        f"{'round':>6} {'kind':<6} {'clock':>8} {'Ray starts':>11} {'workers start':>14} {'work':>8} {'ratio':>6} load"
+        f"{'round':>6} {'kind':<6} {'clock':>7} {'Ray':>6} {'starts':>7} {'parts':>7} {'between':>8} {'share':>6} load"
     )
-    ratios = []
+    shares: dict[str, list[float]] = defaultdict(list)
     for number in range(options.rounds):
-        work = 0.0
         for kind in ("local", "ray"):
             one = measured(options.work_dir, kind, options.workers)
-            work = work or one.work
+            shares[kind].append(one.share)
             print(
-                f"{number + 1:>6} {kind:<6} {one.clock:>8.1f} {one.ray:>11.1f} {one.starts:>14.1f} {one.work:>8.1f}"
-                f" {one.work / work:>6.2f} {os.getloadavg()[0]:.1f}",
+                f"{number + 1:>6} {kind:<6} {one.clock:>7.1f} {one.ray:>6.1f} {one.starts:>7.1f} {one.parts:>7.1f}"
+                f" {one.between:>8.2f} {one.share:>6.1%} {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-        ratios.append(one.work / work)
         if rows(options.work_dir / "local") != rows(options.work_dir / "ray"):
             sys.exit("the rows differ")
-    print(f"Ray's work is {statistics.median(ratios):.2f} of local's (median); the same rows")
+    medians = {kind: statistics.median(found) for kind, found in shares.items()}
+    print(f"between parts, of the seconds in them: {medians['ray']:.1%}, local {medians['local']:.1%}; the same rows")
 
 
 if __name__ == "__main__":
