@@ -298,7 +298,7 @@ def test_nodes_with_other_versions_are_refused(whole: Run, tmp_path: Path, nodes
 def test_a_gpu_that_is_not_there_is_named_before_anything_runs(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
     nodes.fill(2)
     run = whole.at(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"search: a worker takes 1 cores, 1 GPUs and .* no node of the cluster has"):
+    with pytest.raises(ConfigError, match=r"index: a worker takes 1 cores, 1 GPUs and .* no node of the cluster has"):
         nodes.mine(run, "search.device=cuda", "executor.ray.wait=1s")
     with pytest.raises(ConfigError, match=r"encode: a worker takes 7 cores, .*lower resources"):
         nodes.mine(run, "resources.cpus=7", "executor.ray.wait=1s")
