@@ -1,35 +1,46 @@
-"""`python -m negpipe.worker`: runs the tasks of one stage that it is sent on standard input.
+"""What runs the tasks of one stage in a process of its own: `python -m negpipe.worker`, or an actor of Ray.
 
-The first line names the stage and the config; each further line is a task. Answers are JSON lines on
-the standard output it was started with; anything a library prints goes to the log. It ends when its
-input closes or holds what is not a message, in the middle of a task if need be: an unpublished part
-leaves nothing behind.
+The first message names the stage and the config; each further one is a task. A process started by name gets them as
+lines of JSON on standard input, and answers on the standard output it was started with; anything a library prints goes
+to the log. It ends when its input closes or holds what is not a message, in the middle of a task if need be: an
+unpublished part leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import logging
 import os
+import platform
 import queue
 import signal
 import sys
 import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from negpipe import graph
+from negpipe import __version__, graph
 from negpipe.config import machine
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
+from negpipe.engine import versions
 from negpipe.engine.budget import Budget
 from negpipe.engine.executors import local
+from negpipe.engine.executors.crew import OUT_OF_MEMORY
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Manifest
-from negpipe.engine.stage import Context, Task, cache_path, opened
-from negpipe.errors import NegpipeError, VanishedError, message_of
+from negpipe.engine.stage import Context, Opened, Stage, Task, cache_path, opened
+from negpipe.errors import InputError, NegpipeError, VanishedError, message_of
 from negpipe.redaction import Redacting
+from negpipe.store.files import BOOKS, explained
+
+_FRAMES = 6  # of a stack that is told; the log has all of them
 
 
 def main() -> None:
@@ -39,10 +50,7 @@ def main() -> None:
     faulthandler.register(local.STACK_SIGNAL)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    log = logging.StreamHandler()
-    log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[log])
-    logging.captureWarnings(True)
+    _log_to_standard_error()
     messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, messages), daemon=True).start()
 
@@ -54,27 +62,118 @@ def main() -> None:
     head = messages.get()
     doing = str(head.get("stage"))
     try:
-        stage, config = replace(graph.of_kind(head["kind"]), name=head["stage"]), load_config(head["config"])
-        if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
-            machine.share_freed_memory()
-        context = _context(config, stage.name, head)
-        with opened(stage, context) as running:
+        with ready(head) as running:
             while True:
                 task = Task(**messages.get())
-                doing = f"{stage.name}, part {task.key} ({task.kind}, {task.rows} rows)"
+                doing = f"{head['stage']}, part {task.key} ({task.kind}, {task.rows} rows)"
                 running.run(task, lambda units, note: answer(units=units, note=note))
                 answer(done=task.key)
-    except NegpipeError as error:
-        answer(**message_of(error))
-        _log_trace()
     except Exception as error:
         _log_trace()
         if _out_of_memory(error):
-            os._exit(local.OUT_OF_MEMORY)
-        answer(error="failed", text=f"{doing}: {type(error).__name__}: {error}")
+            os._exit(OUT_OF_MEMORY)
+        answer(**_told(error, doing))
 
 
-def _context(config: Config, stage: str, head: dict[str, Any]) -> Context:
+class Actor:
+    """The same within Ray, which calls its methods beside each other, each in a thread of its own: `messages` says what
+    `run` does."""
+
+    def __init__(self, head: Mapping[str, Any]) -> None:
+        """Begin to log.
+
+        Args:
+            head: what every worker is told, and `log`, its log, and `folder`, where relative paths begin.
+        """
+        self._head = head
+        self._running: Opened | None = None
+        self._held = ExitStack()
+        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._thread = 0
+        try:
+            self._begin()
+        except Exception as error:
+            self._messages.put(_told(error, str(head["stage"])))
+
+    def _begin(self) -> None:
+        with contextlib.suppress(OSError):  # a run whose paths are absolute needs it on no node
+            os.chdir(self._head["folder"])
+        stage, config = _of(self._head)
+        for folder in filter(None, (None if config.url else config.run_dir / BOOKS, config.store)):
+            if not folder.is_dir():
+                raise InputError(
+                    f"this folder of the run is not there on {platform.node()}, where Ray placed {stage.name}",
+                    file=str(folder),
+                    remedy="With executor.kind: ray, run_dir, store and sources are paths that every node sees",
+                )
+        log = Path(self._head["log"])
+        with explained(log.parent):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        _log_to_standard_error()
+        logging.info("process %d on %s", os.getpid(), platform.node())
+        installed = versions.installed(stage.libraries(config)) | {"negpipe": __version__}
+        self._messages.put({"listening": {"host": platform.node(), "pid": os.getpid(), "versions": installed}})
+
+    def run(self, task: str) -> None:
+        """Make a part; the stage is opened with the first."""
+        self._thread = threading.get_ident()
+        one = Task(**json.loads(task))
+        try:
+            if self._running is None:
+                self._running = self._held.enter_context(ready(self._head))
+            self._running.run(one, lambda units, note: self._messages.put({"units": units, "note": note}))
+            self._messages.put({"done": one.key})
+        except Exception as error:
+            _log_trace()
+            doing = f"{self._head['stage']}, part {one.key} ({one.kind}, {one.rows} rows)"
+            self._messages.put({"ends": OUT_OF_MEMORY} if _out_of_memory(error) else _told(error, doing))
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What a worker says, for as long as it lives."""
+        while True:
+            yield self._messages.get()
+
+    def whereabouts(self) -> str:
+        """Where the task stands; the stacks of all threads go to the log."""
+        faulthandler.dump_traceback(2)
+        frame = sys._current_frames().get(self._thread)
+        frames = traceback.extract_stack(frame)[: -_FRAMES - 1 : -1] if frame else []
+        calls = (f"{call.name} ({Path(call.filename).name}:{call.lineno})" for call in frames)
+        return f"it stands in {', called by '.join(calls) or 'no task yet'}"
+
+
+@contextmanager
+def ready(head: Mapping[str, Any]) -> Iterator[Opened]:
+    """The stage that a worker is told of, opened."""
+    stage, config = _of(head)
+    if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
+        machine.share_freed_memory()
+    with opened(stage, _context(config, stage.name, head)) as running:
+        yield running
+
+
+def _of(head: Mapping[str, Any]) -> tuple[Stage, Config]:
+    return replace(graph.of_kind(head["kind"]), name=head["stage"]), load_config(head["config"])
+
+
+def _log_to_standard_error() -> None:
+    log = logging.StreamHandler()
+    log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
+    logging.captureWarnings(True)
+
+
+def _told(error: Exception, doing: str) -> dict[str, str]:
+    if isinstance(error, NegpipeError):
+        return message_of(error)
+    return {"error": "failed", "text": f"{doing}: {type(error).__name__}: {error}"}
+
+
+def _context(config: Config, stage: str, head: Mapping[str, Any]) -> Context:
     """What the stage is run with: the very inputs that its tasks were planned on."""
     run_dir = config.run_dir
     context = Context(config, run_dir, DigestCache(cache_path(run_dir)), stage=stage, granted=Budget(**head["budget"]))
@@ -92,7 +191,7 @@ def _context(config: Config, stage: str, head: dict[str, Any]) -> Context:
 
 def _out_of_memory(error: Exception) -> bool:
     # torch raises a RuntimeError: "can't allocate memory" on a CPU, "CUDA out of memory" on a GPU.
-    said = str(error).lower()
+    said = "" if isinstance(error, NegpipeError) else str(error).lower()
     return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 

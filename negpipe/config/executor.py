@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,28 +58,55 @@ class Slurm(Section):
     )
 
 
+def _address(value: str) -> str:
+    named = re.fullmatch(r"auto|local|(?:\[[^\]/]+\]|[^:/\[\]]+):(\d{1,5})", value)
+    if not named or not 0 < int(named[1] or 1) < 2**16:
+        raise ValueError(
+            f"'{value}' is not an address: write auto, local or HOST:PORT of a cluster's head; to start a run from"
+            " outside of the cluster, submit the command there (ray job submit)"
+        )
+    return value
+
+
+class Ray(Section):
+    """The cluster that tasks run on, where `executor.kind` is ray."""
+
+    address: Annotated[str, AfterValidator(_address)] = Field(
+        "auto",
+        description="auto: the cluster that runs on this machine, or that RAY_ADDRESS names. HOST:PORT: the one with"
+        " this head. local: a cluster of this machine alone, for the time of the run.",
+    )
+    wait: Annotated[float, BeforeValidator(_seconds)] = Field(
+        30,
+        gt=0,
+        description="Seconds, or such as 10min: as long a cluster has to answer, and to get a node that is large enough"
+        " for a worker (autoscaling takes minutes).",
+    )
+
+
 class Executor(Section):
     """Where tasks run."""
 
-    kind: Literal["inline", "local", "slurm"] = Field(
+    kind: Literal["inline", "local", "slurm", "ray"] = Field(
         "local",
         description="local: worker processes. inline: in this one. slurm: arrays of shards, each with its workers, see"
-        " docs/how-to/slurm.md.",
+        " docs/how-to/slurm.md. ray: on a cluster of Ray, see docs/how-to/ray.md.",
     )
     workers: int | None = Field(
         None,
         ge=1,
         description="Worker processes (local); no more run than resources.cpus. null: one, of a model one for each of"
-        " its devices.",
+        " its devices. Actors (ray). null: as many as the cluster has room for.",
     )
     task_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         None,
         gt=0,
         description="Seconds, or such as 30min or 2h: a worker that says nothing of progress for so long is killed, and"
-        " its task tried again (local). Loading a model and training an index are silent: allow for them. null: never,"
+        " its task tried again. Loading a model and training an index are silent: allow for them. null: never,"
         " silence is only warned about.",
     )
     slurm: Slurm = Slurm()
+    ray: Ray = Ray()
 
 
 def _share(value: Any) -> Any:
@@ -102,11 +130,17 @@ def _budget(value: int) -> int:
 class Resources(Section):
     """What the machine gives. Never changes a result."""
 
-    cpus: int | None = Field(None, ge=1, description="Threads over all workers; null: every core.")
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="Threads over all workers; null: every core. With executor.kind: ray those of each actor; null: the"
+        " cores of a node, shared among its GPUs where an actor has one.",
+    )
     memory_budget: Annotated[int, BeforeValidator(_share), AfterValidator(_budget)] = Field(
         DEFAULT_BUDGET,
         json_schema_extra={"minimum": _LEAST_BUDGET},
-        description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine.",
+        description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine. With executor.kind:"
+        " ray that of each actor.",
     )
     cache: Path | None = Field(
         None,

@@ -565,6 +565,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _devices_of_a_cluster(self) -> Config:
+        if self.executor.kind == "ray":
+            if self.encoder.devices:
+                raise ValueError(
+                    "encoder.devices are those of one machine; with executor.kind: ray, set encoder.device: cuda, and"
+                    " executor.workers to how many"
+                )
+            for section in ("encoder", "search"):
+                if (named := getattr(self, section).device) not in (None, "cpu", "cuda"):
+                    raise ValueError(
+                        f"{section}.device: '{named}' is one of a machine; with executor.kind: ray write cpu or cuda,"
+                        " which GPU it is Ray decides"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _rules_by_column(self) -> Config:
         for setting in ("never_same", "only_same"):
             for name in getattr(self.mining, setting):

@@ -21,6 +21,8 @@ from negpipe.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CPU = "cpu"
+ANY = "any"
+"""Ray's to decide: a GPU where the cluster has any, else the cores. Where tasks run without Ray, the cores."""
 _DEV = Path("/dev")
 _DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")  # files of NVIDIA's, of Jetson's, of Windows' under Linux, of AMD's
 _ASK = """
@@ -39,6 +41,8 @@ def of_encoder(config: Config) -> tuple[str, ...]:
     encoder = config.encoder
     if encoder.backend == "precomputed":
         return (CPU,)
+    if config.executor.kind == "ray":
+        return (encoder.device or ANY,)
     if encoder.devices:
         return _there(encoder.devices, "encoder.devices")
     if encoder.device:
@@ -52,6 +56,8 @@ def of_search(config: Config) -> tuple[str, ...]:
     Raises:
         ConfigError: `search.device` is not there.
     """
+    if config.executor.kind == "ray":
+        return (config.search.device or config.encoder.device or ANY,)
     if config.search.device:
         return _there([config.search.device], "search.device")
     named = next(iter(config.encoder.devices), config.encoder.device)
@@ -82,8 +88,8 @@ def is_gpu(name: str) -> bool:
 
 
 def same(name: str) -> str:
-    """One name for a device that has several: cpu:1 is cpu, cuda is cuda:0."""
-    return f"cuda:{_number(name)}" if is_gpu(name) else CPU if name.startswith(CPU) else name
+    """One name for a device that has several: cpu:1 and any are cpu, cuda is cuda:0."""
+    return f"cuda:{_number(name)}" if is_gpu(name) else CPU if name.startswith((CPU, ANY)) else name
 
 
 def visible(name: str) -> str:

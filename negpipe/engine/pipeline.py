@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from negpipe import __version__
 from negpipe.config import machine
 from negpipe.config.schema import Config
 from negpipe.engine import shown
-from negpipe.engine.executors import inline, local
+from negpipe.engine.executors import cluster, inline, local, ray
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
@@ -105,8 +105,7 @@ def mine(
             elif only and stage.name != only:
                 raise MissingStageError(blocked(state, only))
             else:
-                for ahead in [] if executor else [stage] if only else stages[number:]:
-                    _examine(ahead, context, elsewhere)
+                _examine([] if executor else [stage] if only else stages[number:], context, elsewhere)
                 check_inputs(stage, graph, context)
                 logger.info("%s: runs, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent(), executor or elsewhere.get(stage.name))
@@ -125,12 +124,16 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
-def _examine(stage: Stage, context: Context, elsewhere: Mapping[str, Executor]) -> None:
-    """What is wrong, see `Stage.examine`; the devices of other machines are looked at there."""
-    if stage.name not in elsewhere:
-        stage.examine(context)
-    elif stage.place(context.config) != "apart":
-        stage.check(stage.within(context))
+def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, Executor]) -> None:
+    """Raise what is wrong with stages that are about to run, and can be known, see `Stage.examine`; the devices of
+    other machines are looked at there."""
+    for stage in stages:
+        if stage.name not in elsewhere:
+            stage.examine(context)
+        elif stage.place(context.config) != "apart":
+            stage.check(stage.within(context))
+    if placed := [stage for stage in stages if _executor(stage, stage.within(context)) is ray.run]:
+        ray.examine(placed, context)
 
 
 @contextmanager
@@ -152,7 +155,12 @@ def opened(
     run_dir = config.run_dir
     _make_run_dir(run_dir, config.store, graph)
     check_conditions(config)
-    with _held(config, dropping, hold) as idle, explained(run_dir), digests_of(config, rehash=rehash) as digests:
+    with (
+        _held(config, dropping, hold) as idle,
+        explained(run_dir),
+        digests_of(config, rehash=rehash) as digests,
+        cluster.session(),
+    ):
         context = Context(config, run_dir, digests)
         _check_share(context)
         if idle:
@@ -423,7 +431,7 @@ def _executor(stage: Stage, context: Context) -> Executor:
         return inline.run
     if place == "caller" or (place != "apart" and context.config.executor.kind == "inline"):
         return inline.run
-    return local.run
+    return ray.run if context.config.executor.kind == "ray" else local.run
 
 
 def _counts(manifest: Manifest | None) -> str:

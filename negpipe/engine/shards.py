@@ -23,7 +23,7 @@ from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.stage import Context, Executor, Graph, Progressed, Stage, Task
 from negpipe.engine.state import State, blocked, identity_of
-from negpipe.errors import ConfigError, MissingPartsError, MissingStageError, VersionsError
+from negpipe.errors import ConfigError, MissingPartsError, MissingStageError
 from negpipe.store.claims import PATIENCE, Claims
 from negpipe.store.files import json_bytes
 
@@ -263,17 +263,14 @@ class _Job:
         store, name = self.context.store, self.books.agreed(self.context.key)
         if (there := store.read(name)) is None and store.replace(name, json_bytes(now), None):
             return
-        begun = json.loads(there or store.read(name) or b"{}")
-        if begun != now:
-            differing = [each for each in sorted({*begun, *now}) if begun.get(each) != now.get(each)]
-            had, has = (
-                ", ".join(f"{each} {there.get(each, '(none)')}" for each in differing) for there in (begun, now)
-            )
-            raise VersionsError(
-                f"{self.stage.name}: its shards began with {had}, and {has} is installed on {platform.node()}: install"
-                " the same there. To begin again with other versions, run"
-                f" `negpipe commit {self.stage.name} CONFIG --rebuild` there with all shards at rest"
-            )
+        versions.check_same(
+            json.loads(there or store.read(name) or b"{}"),
+            now,
+            f"{self.stage.name}: its shards",
+            platform.node(),
+            ". To begin again with other versions, run"
+            f" `negpipe commit {self.stage.name} CONFIG --rebuild` there with all shards at rest",
+        )
 
 
 def some(names: Sequence[str]) -> str:

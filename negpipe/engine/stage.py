@@ -121,19 +121,21 @@ class Context:
 
     @property
     def whole(self) -> Budget:
-        """All that the run may use."""
+        """All that the run may use on this machine; on a cluster, all that each of its workers may."""
         return Budget(self.config.resources.memory_budget, self.config.resources.cpus or machine.cores())
 
     @property
     def budget(self) -> Budget:
         """What one task may use: what it was granted, or before that a worker's share of the whole."""
-        whole, workers = self.whole, self.workers
+        whole, workers = self.whole, 1 if self.config.executor.kind == "ray" else self.workers
         return self.granted or Budget(whole.memory // workers, whole.threads // workers)
 
     @property
     def workers(self) -> int:
-        """Processes that share the machine: no more than threads."""
+        """Processes that work at a time: on this machine no more than threads, on a cluster as many as are set."""
         settings = self.config.executor
+        if settings.kind == "ray":
+            return settings.workers or 1
         return min(settings.workers or len(self.devices()), self.whole.threads) if settings.kind != "inline" else 1
 
     def on(self, device: str) -> Context:

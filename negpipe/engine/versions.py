@@ -7,10 +7,11 @@ between them, so what would mix parts of two versions says so, and `--rebuild` m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from negpipe.engine.manifest import Part
+from negpipe.errors import VersionsError
 
 
 def installed(libraries: Iterable[str]) -> dict[str, str]:
@@ -43,6 +44,26 @@ def describe(parts: Iterable[Part], now: dict[str, str]) -> str | None:
         f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from new ones,"
         " --rebuild makes them again"
     )
+
+
+def check_same(begun: Mapping[str, str], now: Mapping[str, str], what: str, host: str, remedy: str = "") -> None:
+    """Have one version of each library within what is made together.
+
+    Args:
+        begun: the versions it began with.
+        now: those of who is to go on.
+        what: that is made, as a subject ("encode: its shards").
+        host: where those are installed.
+        remedy: what helps beside installing the same.
+
+    Raises:
+        VersionsError: they differ.
+    """
+    if begun == now:
+        return
+    differing = [each for each in sorted({*begun, *now}) if begun.get(each) != now.get(each)]
+    had, has = (", ".join(f"{each} {there.get(each, '(none)')}" for each in differing) for there in (begun, now))
+    raise VersionsError(f"{what} began with {had}, and {has} is installed on {host}: install the same there{remedy}")
 
 
 def _differing(part: Part, now: dict[str, str]) -> list[tuple[str, str]]:

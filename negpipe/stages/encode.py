@@ -145,6 +145,8 @@ def _check_devices(context: Context) -> None:
     encoder, names = context.config.encoder, context.devices()
     for name in names:
         encoders.check_precision(encoder.precision, name, "encoder.precision")
+    if context.config.executor.kind == "ray":  # what its nodes have is not known here
+        return
     folder = Path(encoders.resolve_model(encoder, context.digest_file).path)
     halved = encoder.precision != "float32" and encoder.runtime == "torch"  # others begin with torch's float32
     model = encoders.parameters(folder) * (2 if halved else 4)

@@ -13,7 +13,7 @@ from negpipe import graph as front
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.engine import pipeline, upkeep
-from negpipe.engine.executors.local import environment
+from negpipe.engine.executors.crew import environment
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Books
 from negpipe.engine.stage import Context, Graph

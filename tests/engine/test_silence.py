@@ -16,7 +16,7 @@ from torture import blow
 
 from negpipe import graph
 from negpipe.config.file import load_config
-from negpipe.engine.executors import local
+from negpipe.engine.executors import crew, local
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.stage import Context, Task
 from negpipe.errors import ConfigError, TaskFailedError
@@ -96,7 +96,7 @@ def test_silence_is_warned_about_and_ended_by_the_timeout(
     says: str,
     then: str,
 ) -> None:
-    monkeypatch.setattr(local, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(crew, "SILENCE_SECONDS", 1.0)
     strike(monkeypatch, says=says, then=then, once=str(tmp_path / "once"))
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
@@ -128,7 +128,7 @@ def test_silence_alone_ends_nothing(
     run: Run, fresh: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker that thinks for long is only warned about; then it goes on where it was."""
-    monkeypatch.setattr(local, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(crew, "SILENCE_SECONDS", 1.0)
     strike(monkeypatch, then="thinks", once=str(tmp_path / "once"))
     with caplog.at_level(logging.WARNING):
         mine(run)

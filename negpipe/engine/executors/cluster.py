@@ -1,0 +1,231 @@
+"""The cluster of Ray that a run is connected to, and what it has room for.
+
+Connected when a stage is about to run that needs it, once for all of them; let go of when the run ends. A caller's own
+connection is used as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from negpipe.config.executor import Ray
+from negpipe.config.schema import Config
+from negpipe.engine import devices
+from negpipe.engine.budget import Budget
+from negpipe.engine.stage import Context
+from negpipe.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = 2**30  # bytes that a worker holds beside its budget: Python, torch or FAISS
+_OBJECTS = 100 * 2**20  # bytes for what Ray carries, which here is paths; it takes no fewer than 75 MiB
+_LOOK = 1.0  # seconds between two looks at the nodes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one actor takes of a node: cores, GPUs and bytes of memory."""
+
+    cpus: int
+    gpus: int
+    memory: int
+
+    def fits(self, node: dict[str, float]) -> int:
+        """How many a node has room for, when nothing else runs on it."""
+        ways = [node.get("CPU", 0) / self.cpus, node.get("memory", 0) / self.memory]
+        return int(min(ways + ([node.get("GPU", 0) / self.gpus] if self.gpus else [])))
+
+    def __str__(self) -> str:
+        return f"{self.cpus} cores, {self.gpus} GPUs and {self.memory / 2**30:.1f} GiB"
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """At its end, what was connected within it is let go of, and a cluster started within it ends."""
+    before = _connected()
+    try:
+        yield
+    finally:
+        if not before and _connected():
+            import ray
+
+            ray.shutdown()
+
+
+def connect(config: Config) -> None:
+    """Connect to the cluster that the config names, where this process is not connected yet.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at the address in time.
+    """
+    settings, started = config.executor.ray, time.monotonic()
+    if _connected():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"executor.kind: ray needs Ray ({error}): run `pip install 'negpipe[ray]'` on every node"
+        ) from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with _quiet():
+        if settings.address == "local":
+            with _handlers_kept():
+                _start(options)
+        else:
+            _within(settings, lambda: ray.init(address=settings.address, **options))
+    nodes, seconds = alive(), time.monotonic() - started
+    logger.info(
+        "ray: %s in %.1f s: %d nodes with %d cores and %d GPUs",
+        "started" if settings.address == "local" else f"connected to {ray.get_runtime_context().gcs_address}",
+        seconds,
+        len(nodes),
+        *(sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")),
+    )
+
+
+def alive() -> list[dict[str, float]]:
+    """What each live node of the cluster has."""
+    import ray
+
+    nodes: Any = ray.nodes
+    return [node["Resources"] for node in nodes() if node["Alive"]]
+
+
+def granted(context: Context) -> Budget:
+    """What an actor may use: threads and memory as the config says, by default a GPU with its share of a node's cores,
+    or all of them."""
+    (device,) = context.devices()
+    nodes = alive()
+    if device == devices.ANY:
+        device = "cuda" if any(node.get("GPU") for node in nodes) else devices.CPU
+    gpu = devices.is_gpu(device)
+    shares = [int(node["CPU"] // (node["GPU"] if gpu else 1)) for node in nodes if node.get("GPU" if gpu else "CPU")]
+    return Budget(
+        context.budget.memory, context.config.resources.cpus or max(1, min(shares, default=1)), devices.same(device)
+    )
+
+
+def demand(budget: Budget) -> Demand:
+    """What Ray is told that an actor takes."""
+    return Demand(budget.threads, int(devices.is_gpu(budget.device)), budget.memory + _LIBRARIES)
+
+
+def room(config: Config, needed: Demand, stage: str) -> int:
+    """How many actors the cluster has room for, when nothing else runs on it. What has none is waited for.
+
+    Raises:
+        ConfigError: after `executor.ray.wait` no node is large enough.
+    """
+    if count := _fitting(needed):
+        return count
+    logger.warning("%s: no node has %s for a worker: waits %g s for one", stage, needed, config.executor.ray.wait)
+    from ray.util import placement_group, remove_placement_group
+
+    # One that grows is told by this of what is missing.
+    bundle = {"CPU": needed.cpus, "GPU": needed.gpus, "memory": needed.memory}
+    wanted = placement_group([{kind: amount for kind, amount in bundle.items() if amount}])
+    try:
+        deadline = time.monotonic() + config.executor.ray.wait
+        while time.monotonic() < deadline:
+            time.sleep(min(_LOOK, config.executor.ray.wait))
+            if count := _fitting(needed):
+                return count
+    finally:
+        remove_placement_group(wanted)
+    there = sorted(
+        f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs, {node.get('memory', 0) / 2**30:.1f} GiB"
+        for node in alive()
+    )
+    remedy = "set encoder.device and search.device to cpu, or" if needed.gpus else "lower resources, or"
+    raise ConfigError(
+        f"{stage}: a worker takes {needed}, and no node of the cluster has that (there: {'; '.join(there)}): {remedy}"
+        " add such a node; where the cluster grows, raise executor.ray.wait"
+    )
+
+
+def _fitting(needed: Demand) -> int:
+    return sum(needed.fits(node) for node in alive())
+
+
+def _start(options: dict[str, Any]) -> None:
+    """A cluster of this machine alone. Not in a thread, with which what it starts would end."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECTS,
+            _system_config={"prestart_worker_first_driver": False},  # they would lack the actors' environment
+            **options,
+        )
+    except Exception as error:  # Ray has no class for it
+        ray.shutdown()
+        raise ConfigError(
+            f"executor.ray.address: local: Ray does not start here: {error} Its logs are in the newest session under"
+            " /tmp/ray, or RAY_TMPDIR"
+        ) from error
+
+
+def _connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _within(settings: Ray, connect: Callable[[], Any]) -> None:
+    """Connect in a thread: where nobody answers, Ray itself comes back after minutes, to no signal before."""
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            connect()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(settings.wait)
+    if not thread.is_alive() and not failed:
+        return
+    why = str(failed[0]).partition("\n")[0] if failed else f"nothing within {settings.wait:g} s (executor.ray.wait)"
+    raise ConfigError(
+        f"executor.ray.address: no cluster of Ray answers at {settings.address}: {why}. Start one (ray start --head)"
+        " with this machine as one of its nodes, correct the address, or set it to local"
+    )
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, in the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray prints what befalls its workers to standard output, with no setting against it; negpipe tells of it."""
+    from ray._private import worker
+
+    own = vars(worker)
+    before = own.get("listen_error_messages")
+    own["listen_error_messages"] = lambda *_: None
+    try:
+        yield
+    finally:
+        own["listen_error_messages"] = before
