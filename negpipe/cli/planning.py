@@ -11,6 +11,7 @@ import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
 from negpipe.errors import ConfigError
+from negpipe.cli.formats import FormatOption, printed_as
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +27,8 @@ _REFUSED = "refused, see below"
 @app.command()
 def plan(
     config: ConfigArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
     ] = True,
@@ -56,7 +58,6 @@ def plan(
     Example: negpipe plan scifact.yaml --set data.path=my/folder
     """
     import dataclasses
-    import json
 
     from negpipe.cli import console
     from negpipe.config.file import load_config
@@ -69,8 +70,7 @@ def plan(
         _on_cluster(settings, cluster, nodes, as_json=as_json, probe=probe)
         return
     found = estimate.plan(settings, probe_encoder=probe)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    if printed_as("json" if as_json else form, dataclasses.asdict(found), map(dataclasses.asdict, found.steps)):
         return
     for table in (_steps(found), _encoding(found), _kinds(found)):
         if table.row_count:
