@@ -25,7 +25,7 @@ LOADERS := pylate==1.6.0 nemo-automodel==0.7.0 ms-swift==4.6.0 modelscope models
 	aiosignal aiohappyeyeballs simplejson
 FAST := $(addprefix tests/,config data encoders select store)
 
-.PHONY: help setup $(VERBS) mine-shards test test-fast test-slow test-loaders torture check format
+.PHONY: help setup $(VERBS) mine-shards wheel test test-fast test-slow test-loaders torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(QUICKSTART): | $(READY)
-	@$(BIN)/python scripts/make_quickstart.py $@
+	@$(BIN)/python -m negpipe.quickstart $@
 
 mine:      ## run every stage that is not done, and report (default: the quickstart)
 ingest:    ## run one stage: sources to corpus, anchors, positives
@@ -80,6 +80,9 @@ mine-shards: $(READY)  ## run every stage as SHARDS processes side by side, and 
 ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
 mine ingest ablate mine-shards: | $(QUICKSTART)
 endif
+
+wheel: $(READY)  ## build sdist and wheel into dist/
+	@$(BIN)/python scripts/build_wheel.py dist
 
 test: check  ## what has to pass before a commit: check, then all tests but the slow ones
 	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal
