@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from negpipe.review.calibrate import Calibration, Recommendation, Setting
     from negpipe.review.explain import Explanation
     from negpipe.review.quality import Quality
+    from negpipe.rows.exports import Exported
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,19 @@ class Run:
         from negpipe.review import finished
 
         return finished.explain_anchor(self.config, anchor_id)
+
+    def export(self, to: str, out: str | Path, **options: Any) -> Exported:
+        """Write the rows in the layout that a trainer loads.
+
+        Args:
+            to: flagembedding, nemo, tevatron, ms-swift, distillation, pylate, trec-run, jsonl …
+            out: the folder to make, or a file.
+            options: shard_rows, compress, run, force and push_to_hub, as `negpipe export` has them.
+        """
+        from negpipe.review import finished
+        from negpipe.rows.exports import Options
+
+        return finished.export(self.config, Options(to=to, out=Path(out), **options))
 
     def audit(self, file: str | Path | None = None, *, columns: dict[str, str] | None = None, **options: Any) -> Audit:
         """Check the rows, or those of any miner's `file` against this run's qrels; `.findings` has the counts.
