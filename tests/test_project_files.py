@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,40 @@ def test_hosted_checks_call_targets_that_there_are() -> None:
 def test_what_ci_runs_here_is_run_there_too() -> None:
     ours = set(re.findall(r"make ([a-z-]+)", (ROOT / ".ci/run").read_text(encoding="utf-8")))
     assert all(target in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8") for target in ours)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What make looks at, without an environment."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def installs(target: str, checkout: Path) -> list[str]:
+    """What make would install for a target, in order."""
+    done = subprocess.run(["make", "-n", target], cwd=checkout, capture_output=True, text=True, check=True)
+    return re.findall(r"pip install .* (?:-e )?'(?:\.|negpipe)\[(.*)\]'", done.stdout)
+
+
+def test_a_target_installs_what_it_needs(checkout: Path) -> None:
+    assert installs("mine", checkout) == ["offline"]
+    assert installs("train", checkout) == ["offline", "train"]
+    (offline, rest) = installs("test", checkout)
+    assert offline == "offline"
+    extras = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    assert {offline, *rest.split(",")} == set(extras)
+    # After make mine, make test installs the rest alone; after a change of the versions, both again.
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv/.ready-mining").touch()
+    assert installs("mine", checkout) == []
+    assert installs("test", checkout) == [rest]
+    (checkout / ".venv/.ready").touch()
+    assert installs("test", checkout) == []
+    os.utime(checkout / "constraints.txt", (2**32, 2**32))
+    assert installs("test", checkout) == [offline, rest]
 
 
 @pytest.mark.parametrize("page", PAGES)
