@@ -18,7 +18,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.losses import MarginMSELoss
+from sentence_transformers.sentence_transformer.losses import MarginMSELoss
 
 import negpipe
 

@@ -24,15 +24,15 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sysconfig
 import textwrap
 import tokenize
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from negpipe.store.files import growing
 
 logger = logging.getLogger(__name__)
 
@@ -174,14 +174,8 @@ def _write_jsonl(path: Path, rows: Iterable[tuple[str, dict[str, str]]]) -> None
 def write(folder: Path, count: int = _DOCUMENTS) -> None:
     """Make the folder, which must not be there, with `count` documents at most."""
     documents = choose(stdlib_functions(Path(sysconfig.get_path("stdlib"))), count)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir()
+    with growing(folder, single=False) as unfinished:
         queries = write_beir(documents, unfinished)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("%s: %d functions of the standard library, %d queries", folder, len(documents), queries)
 
 

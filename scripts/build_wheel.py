@@ -33,8 +33,8 @@ def build(folder: Path) -> Path:
         (sdist,) = (copy / "dist").iterdir()
         options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
         _run([sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(copy / "dist"), str(sdist)], copy)
-        built = [shutil.copy(path, folder) for path in (copy / "dist").iterdir()]
-    return next(Path(path) for path in built if path.endswith(".whl"))
+        built = [Path(shutil.copy(path, folder)) for path in (copy / "dist").iterdir()]
+    return next(path for path in built if path.suffix == ".whl")
 
 
 def _run(command: list[str], folder: Path) -> None:

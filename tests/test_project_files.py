@@ -19,6 +19,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding=
     *re.findall(r"VERBS := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[0].split()
 }
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/reference/api.md", "docs/reference/glossary.md")
+PAGES += ("docs/how-to/run-directories.md", "docs/how-to/containers.md", "examples/README.md")
 
 
 def test_versions_agree() -> None:

@@ -29,6 +29,7 @@ def relative(folder: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str = "runs
     return path
 
 
+@pytest.mark.slow
 def test_every_command_takes_it_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     relative(tmp_path, monkeypatch)
     assert small.run("mine", "config.yaml", "--set", "mining.num_negatives=2").code == 0
