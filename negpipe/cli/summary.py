@@ -226,7 +226,7 @@ def _candidates(unit: Unit, limit: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("rank", "score", "document", "fate", "rule", "text"):
         right = column in ("rank", "score")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "text")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column not in ("rule", "text"))
     for candidate in unit.candidates[:limit]:
         table.add_row(
             "" if candidate.rank is None else str(candidate.rank),

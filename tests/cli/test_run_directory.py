@@ -162,3 +162,16 @@ def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
     (tmp_path / ".negpipe").mkdir()
     assert "config was not kept" in small.run("status", tmp_path).err
     assert small.run("status", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("name", ["quickstart", "scifact", "ablate"])
+def test_what_is_kept_is_the_whole_config(name: str, tmp_path: Path) -> None:
+    config = load_config(str(Path(__file__).parents[2] / f"configs/{name}.yaml"), [f"run_dir={tmp_path}"])
+    path = kept.path_in(tmp_path)
+    path.parent.mkdir()
+    path.write_text(kept.text(config), encoding="utf-8")
+    again = load_config(tmp_path)
+    assert kept.text(again) == kept.text(config)
+    places = {"store", "data", "encoder"}
+    assert again.model_dump(exclude=places) == config.model_dump(exclude=places)
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == set(config.model_dump())
