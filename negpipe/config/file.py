@@ -32,7 +32,8 @@ def find_config(name: str) -> Path:
         ConfigError: there is no such file; the message names the places looked at.
     """
     named = (CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml"))
-    tried = list(dict.fromkeys([Path(name), kept.path_in(Path(name)), *named]))
+    run = [kept.path_in(Path(name))] if Path(name).is_dir() else []
+    tried = list(dict.fromkeys([Path(name), *run, *named]))
     for path in tried:
         if path.is_file():
             return path
