@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from negpipe.config import presets
+from negpipe.config import presets, safe_yaml
 from negpipe.config.schema import Config
 from negpipe.config.training import flat
 from negpipe.errors import ConfigError
@@ -32,6 +32,8 @@ _NAMES = (  # of the hub, unless there is something of that name here
     *("data.path", "data.corpus.path", "data.queries.path", "data.qrels.path", "encoder.model", "train.base"),
     "train.guide",
 )
+
+_CIRCUMSTANCE = ("executor.", "resources.", "output.report")
 
 
 def path_in(run_dir: Path) -> Path:
@@ -53,6 +55,21 @@ def text(config: Config) -> str:
         absolute = _absolute if key in _PLACES else _absolute_if_here
         section[leaf] = [*map(absolute, value)] if isinstance(value, list) else absolute(value)
     return yaml.safe_dump(redacted(tree), sort_keys=False, allow_unicode=True)
+
+
+def alike(before: str, after: str) -> bool:
+    """Whether two kept configs differ in nothing but what changes no row."""
+    return _asked_for(before) == _asked_for(after)
+
+
+def _asked_for(content: str) -> dict[str, Any] | None:
+    try:
+        tree = safe_yaml.load(content)
+    except ValueError:  # somebody has written to it
+        return None
+    if not isinstance(tree, dict):
+        return None
+    return {key: value for key, value in flat(tree).items() if not key.startswith(_CIRCUMSTANCE)}
 
 
 def _absolute(path: str) -> str:

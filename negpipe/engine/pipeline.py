@@ -121,7 +121,7 @@ def mine(
                     logger.log(level, "%s: %s", stage.name, sentence)
             if stage.name == only:
                 break
-        _keep(config)
+        _keep(config, bool(ran))
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
@@ -163,11 +163,16 @@ def opened(
         yield context
 
 
-def _keep(config: Config) -> None:
-    """Keep the config in its run directory: at once in a new one, elsewhere when what it asks for is made."""
-    path, content = kept.path_in(config.run_dir), kept.text(config).encode()
-    if not path.is_file() or path.read_bytes() != content:
-        publish(path.parent, path.name, lambda file: write_all(file, content), len(content))
+def _keep(config: Config, ran: bool = True) -> None:
+    """Keep the config in its run directory: at once in a new one, elsewhere when what it asks for is made.
+
+    Where nothing ran, a new executor is nothing to write.
+    """
+    path, content = kept.path_in(config.run_dir), kept.text(config)
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if before != content and (ran or not kept.alike(before, content)):
+        data = content.encode()
+        publish(path.parent, path.name, lambda file: write_all(file, data), len(data))
 
 
 @contextmanager

@@ -175,3 +175,18 @@ def test_what_is_kept_is_the_whole_config(name: str, tmp_path: Path) -> None:
     places = {"store", "data", "encoder"}
     assert again.model_dump(exclude=places) == config.model_dump(exclude=places)
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == set(config.model_dump())
+
+
+def test_where_nothing_runs_what_changes_no_row_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    relative(tmp_path, monkeypatch)
+    assert small.run("mine", "config.yaml").code == 0
+    path = kept.path_in(Path("runs/small"))
+    before = path.stat()
+    assert small.run("mine", "config.yaml", "--set", "executor.kind=local", "--set", "resources.cpus=2").code == 0
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    shutil.move("data", "moved")
+    assert "Nothing to do" in small.run("mine", "config.yaml", "--set", "data.path=moved").out
+    assert load_config("runs/small").data.path == str(tmp_path / "moved")
+    path.write_text("{half", encoding="utf-8")
+    assert small.run("mine", "config.yaml", "--set", "data.path=moved").code == 0
+    assert load_config("runs/small").data.path == str(tmp_path / "moved")
