@@ -156,10 +156,9 @@ class Run:
         """The training rows, as output.format lays them out."""
         import pyarrow.parquet as pq
 
-        from negpipe.store import view
-
         with self._context("rows", "triplets") as context:
-            return _joined([pq.read_table(path) for path in view.entries(context.run_dir / "triplets")])
+            files = [file for part in context.manifest("triplets").parts for file in part.all("rows")]
+            return _joined([pq.read_table(context.store.path(file.path)) for file in files])
 
     def ledger(self) -> pa.Table:
         """A row an anchor (with margin_reference: each, an anchor and a positive): candidates seen, taken, dropped by

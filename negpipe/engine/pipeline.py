@@ -166,8 +166,10 @@ def opened(
 def _keep(config: Config, ran: bool = True) -> None:
     """Keep the config in its run directory: at once in a new one, elsewhere when what it asks for is made.
 
-    Where nothing ran, a new executor is nothing to write.
+    Where nothing ran, a new executor is nothing to write. A run directory in a bucket keeps none.
     """
+    if config.url is not None:
+        return
     path, content = kept.path_in(config.run_dir), kept.text(config)
     before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if before != content and (ran or not kept.alike(before, content)):
