@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[1]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)) | {
     *re.findall(r"VERBS := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[0].split()
 }
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/reference/api.md", "docs/reference/glossary.md")
+PAGES: tuple[str, ...] = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/reference/api.md",
+    "docs/reference/glossary.md",
+)
 PAGES += ("docs/how-to/run-directories.md", "docs/how-to/containers.md", "examples/README.md")
 
 
