@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
-from negpipe.errors import ConfigError
 from negpipe.cli.formats import FormatOption, printed_as
+from negpipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +67,7 @@ def plan(
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     if cluster or nodes:
-        _on_cluster(settings, cluster, nodes, as_json=as_json, probe=probe)
+        _on_cluster(settings, cluster, nodes, as_json=as_json or form == "json", probe=probe)
         return
     found = estimate.plan(settings, probe_encoder=probe)
     if printed_as("json" if as_json else form, dataclasses.asdict(found), map(dataclasses.asdict, found.steps)):
