@@ -16,7 +16,11 @@ SET ?=
 SHARDS ?= 4
 
 BIN := .venv/bin
+# What is installed so far: what mining needs, what training needs, everything.
+MINING := .venv/.ready-mining
+TRAINING := .venv/.ready-training
 READY := .venv/.ready
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 VERBS := mine ingest encode index search triplets plan status verify clean audit calibrate quality report train ablate
 QUICKSTART := data/quickstart
 OVERRIDES = $(foreach pair,$(SET),--set '$(pair)')
@@ -25,22 +29,32 @@ LOADERS := pylate==1.6.0 nemo-automodel==0.7.0 ms-swift==4.6.0 modelscope models
 	aiosignal aiohappyeyeballs simplejson
 FAST := $(addprefix tests/,config data encoders select store)
 
-.PHONY: help setup $(VERBS) mine-shards test test-fast test-slow test-loaders torture check format
+.PHONY: help setup $(VERBS) mine-shards wheel test test-fast test-slow test-loaders torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Options: CONFIG=scifact.yaml (a name in configs/ or a path), SET="key=value key=value", PYTHON=python3.11'
 
-setup: $(READY)  ## make .venv with the versions in constraints.txt
+setup: $(READY)  ## make .venv with everything, in the versions of constraints.txt
 
-$(READY): pyproject.toml constraints.txt
+$(MINING): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,train,http,onnx,openvino,ray,slurm,s3,docs,dev]'
+	@$(PIP) -e '.[offline]'
 	@touch $@
 
-$(QUICKSTART): | $(READY)
-	@$(BIN)/python scripts/make_quickstart.py $@
+# By name: negpipe is installed already and is not built again, only what its extras lack is fetched.
+$(TRAINING): $(MINING)
+	@$(PIP) 'negpipe[train]'
+	@touch $@
+
+$(READY): $(MINING)
+	@echo "Installing what tests need."
+	@$(PIP) 'negpipe[train,http,onnx,openvino,ray,slurm,s3,docs,dev]'
+	@touch $(TRAINING) $@
+
+$(QUICKSTART): | $(MINING)
+	@$(BIN)/python -m negpipe.quickstart $@
 
 mine:      ## run every stage that is not done, and report (default: the quickstart)
 ingest:    ## run one stage: sources to corpus, anchors, positives
@@ -61,11 +75,12 @@ ablate:    ## train with several settings, and compare the models (default: the 
 
 ablate: CONFIG := $(if $(filter quickstart.yaml,$(CONFIG)),ablate.yaml,$(CONFIG))
 
-$(VERBS): $(READY)
+train ablate: $(TRAINING)
+$(VERBS): $(MINING)
 	@$(BIN)/negpipe $@ '$(CONFIG)' $(OVERRIDES)
 
 # What a cluster does (configs/cluster), on one machine. commit names what shards that failed have left.
-mine-shards: $(READY)  ## run every stage as SHARDS processes side by side, and commit it
+mine-shards: $(MINING)  ## run every stage as SHARDS processes side by side, and commit it
 	@$(BIN)/negpipe ingest '$(CONFIG)' $(OVERRIDES)
 	@set -e; cpus=$$(( ($$(nproc) + $(SHARDS) - 1) / $(SHARDS) )); \
 	for stage in encode index search triplets; do \
@@ -80,6 +95,9 @@ mine-shards: $(READY)  ## run every stage as SHARDS processes side by side, and 
 ifneq ($(filter $(CONFIG),quickstart quickstart.yaml configs/quickstart.yaml),)
 mine ingest ablate mine-shards: | $(QUICKSTART)
 endif
+
+wheel: $(READY)  ## build sdist and wheel into dist/
+	@$(BIN)/python scripts/build_wheel.py dist
 
 test: check  ## what has to pass before a commit: check, then all tests but the slow ones
 	$(BIN)/pytest -m 'not slow' -n auto --dist worksteal

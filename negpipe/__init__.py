@@ -2,7 +2,11 @@
 
 `negpipe.mine(config)` does what `negpipe mine` does, but for the report, and returns where the rows are and what was
 counted.
+`negpipe.Run(config)` is a run in Python: its stages, and what they made as Arrow tables; `run.select(...)` tries other
+rules in memory.
 `negpipe.mine_hard_negatives` takes the place of sentence-transformers' function of that name.
+
+These names and `negpipe.errors` are stable, see docs/reference/api.md; everything else is private.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from negpipe.compat.sentence_transformers import mine_hard_negatives
     from negpipe.engine.pipeline import Result
+    from negpipe.run import Run, Selection
 
-__all__ = ["mine", "mine_hard_negatives"]
+__all__ = ["Run", "Selection", "mine", "mine_hard_negatives"]
 __version__ = "0.1.0"
 
 
@@ -23,7 +28,7 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     """Run every stage that is not up to date.
 
     Args:
-        config: a path, a name in configs/, or the settings as a mapping.
+        config: a path, a name in configs/, a run directory, or the settings as a mapping.
         overrides: `key.path=value` strings.
 
     Returns:
@@ -43,4 +48,8 @@ def __getattr__(name: str) -> Any:
         from negpipe.compat.sentence_transformers import mine_hard_negatives
 
         return mine_hard_negatives
+    if name in ("Run", "Selection"):
+        from negpipe import run
+
+        return getattr(run, name)
     raise AttributeError(f"module 'negpipe' has no attribute '{name}'")

@@ -13,6 +13,7 @@ from typing import Any
 HIDDEN = "***"
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @ of the authority: a password may hold one
 _QUERY = re.compile(r"(://[^\s?#]*[?#])\S+?(?=[])'\">,.;:]*(?:\s|$))")  # but for the marks of a sentence behind it
+_REDACTED = re.compile(r"://(\*\*\*@|[^\s?#]*[?#]\*\*\*)|\bhf_\*\*\*")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
@@ -21,6 +22,11 @@ def redact(text: str) -> str:
     if "://" in text:
         text = _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
     return _TOKEN.sub(f"hf_{HIDDEN}", text) if "hf_" in text else text
+
+
+def is_redacted(text: str) -> bool:
+    """Whether something was left out of the text, as `redact` does."""
+    return bool(_REDACTED.search(text))
 
 
 def redacted(tree: Any) -> Any:

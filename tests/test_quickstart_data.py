@@ -20,7 +20,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_quickstart.py"
+ROOT = Path(__file__).parents[1]
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv")
 # Modules without side effects, whose functions stand in the modules they are found in.
 IMPORTABLE = ("argparse", "ast", "fractions", "inspect", "pathlib", "shutil", "statistics", "textwrap", "zipfile")
@@ -28,7 +28,7 @@ IMPORTABLE = ("argparse", "ast", "fractions", "inspect", "pathlib", "shutil", "s
 
 def make(folder: Path, *, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    command = [sys.executable, str(SCRIPT), str(folder)]
+    command = [sys.executable, "-m", "negpipe.quickstart", str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -62,11 +62,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
-import make_quickstart
+from negpipe import quickstart
 
-functions = make_quickstart.choose(make_quickstart.stdlib_functions(Path(sys.argv[2])), 150)
+functions = quickstart.choose(quickstart.stdlib_functions(Path(sys.argv[2])), 150)
 Path(sys.argv[3]).mkdir()
-make_quickstart.write_beir(functions, Path(sys.argv[3]))
+quickstart.write_beir(functions, Path(sys.argv[3]))
 """
 
 
@@ -84,7 +84,7 @@ def test_same_python_same_bytes_and_nothing_else(request: pytest.FixtureRequest,
             shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", tmp_path / "modules")
         made = [tmp_path / "0", tmp_path / "1"]
         for out in made:
-            command = [sys.executable, "-c", OF_FEW_MODULES, str(SCRIPT.parent), str(tmp_path / "modules"), str(out)]
+            command = [sys.executable, "-c", OF_FEW_MODULES, str(ROOT), str(tmp_path / "modules"), str(out)]
             subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": out.name}, check=True)
     for name in FILES:
         assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes() != b""

@@ -30,6 +30,8 @@ from negpipe.cli import ablate  # isort: split
 
 from negpipe.cli import refresh  # isort: split
 
+from negpipe.cli import doctor  # isort: split
+
 from negpipe.cli import config, maintenance
 from negpipe.cli.app import app, as_typed
 from negpipe.cli.signals import Terminated, prompt_end
@@ -43,6 +45,7 @@ __all__ = [
     "audit",
     "calibrate",
     "config",
+    "doctor",
     "inspect",
     "main",
     "maintenance",

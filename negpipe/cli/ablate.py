@@ -17,12 +17,14 @@ from negpipe.cli.app import (
     app,
     checked,
 )
+from negpipe.cli.formats import FormatOption, printed_as
 
 
 @app.command()
 def ablate(
     config: ConfigArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
@@ -37,12 +39,10 @@ def ablate(
 
     Example: negpipe ablate scifact.yaml --set 'ablate.sets=[in-batch, default, margins]' --set 'ablate.seeds=[1, 2]'
     """
-    import json
-
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
-    from negpipe.train import ablation
+    from negpipe.train import ablation, ablation_page
 
     console.set_up_logging(checked(log_format), debug=debug)
     made = ablation.ablate(
@@ -52,9 +52,8 @@ def ablate(
         repair=repair,
         rebuild=rebuild,
     )
-    if as_json:
-        typer.echo(json.dumps(made.document(), allow_nan=False))
-    else:
+    rows = (dict(zip(ablation_page.HEAD, row, strict=True)) for row in ablation_page.rows(made))
+    if not printed_as("json" if as_json else form, made.document(), rows):
         printed.show_ablation(made)
     if made.failed:
         raise NegpipeError(f"{len(made.failed)} cells have no result; the log says why: {', '.join(made.failed)}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from negpipe import __version__
 from negpipe.errors import ConfigError
-from negpipe.redaction import redact
+from negpipe.redaction import is_redacted, redact
+
+if TYPE_CHECKING:
+    from negpipe.config.schema import Config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +60,19 @@ def typed() -> str:
     return shlex.join([_typed.get("config") or "CONFIG", *overrides])
 
 
+def named(config: Config) -> str:
+    """What names a run in the next command: its run directory where that keeps this config and can be read without
+    further settings, else what was typed."""
+    from negpipe.config import kept
+
+    try:
+        content = kept.path_in(config.run_dir).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return typed()
+    whole = content == kept.text(config) and not is_redacted(content)
+    return shlex.quote(str(config.run_dir)) if whole else typed()
+
+
 def with_option(overrides: list[str] | None, key: str, value: object) -> list[str]:
     """The overrides of this command, and that of an option which is short for one."""
     every = [*(overrides or []), *([] if value is None else [f"{key}={value}"])]
@@ -70,7 +86,7 @@ def as_typed(message: str) -> str:
 
 
 ConfigArgument = Annotated[
-    str, typer.Argument(help="Config file, or its name in configs/.", metavar="CONFIG", callback=_keep)
+    str, typer.Argument(help="Config file, its name in configs/, or a run directory.", metavar="CONFIG", callback=_keep)
 ]
 SetOption = Annotated[
     list[str] | None,

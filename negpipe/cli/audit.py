@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from negpipe.cli.app import DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.formats import FormatOption, printed_as
 
 # Spelled out, since the checks are imported only when the command runs; a test compares.
 _HELP = """Check every training row of a run, or of any miner's file: is a negative a positive, twice there, unscored?
@@ -42,7 +43,10 @@ Example: negpipe audit --file mined.jsonl --columns anchor=question,positive=pos
 @app.command(help=_HELP)
 def audit(
     config: Annotated[
-        str | None, typer.Argument(help="Config file, or its name in configs/.", metavar="[CONFIG]", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Config file, its name in configs/, or a run directory.", metavar="[CONFIG]", show_default=False
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -62,6 +66,7 @@ def audit(
         float, typer.Option(min=0, max=1, help="Share of the anchors that makes a hub; at least 10 of them.")
     ] = 0.01,
     examples: Annotated[int, typer.Option(min=0, help="Examples of each finding.")] = 3,
+    form: FormatOption = "table",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings as JSON.")] = None,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
@@ -82,7 +87,12 @@ def audit(
     if json_file is not None:
         write_json(json_file, found.document())
     failed = chosen.failed(found.findings)
-    printed.show_audit(found, {one.check for one in failed})
+    findings = [
+        {"check": one.check, "count": one.count, "share": one.share, "of": one.of, "unit": one.unit}
+        for one in found.findings
+    ]
+    if not printed_as(form, found.document(), findings):
+        printed.show_audit(found, {one.check for one in failed})
     if failed:
         listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)
         raise NegpipeError(f"the audit of {found.source} failed: {listed}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.formats import FormatOption, printed_as
 
 _NUMBERS = "Comma-separated, or none."
 
@@ -15,7 +16,8 @@ _NUMBERS = "Comma-separated, or none."
 @app.command()
 def quality(
     config: ConfigArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -28,17 +30,14 @@ def quality(
     Example: negpipe quality quickstart.yaml
     """
     import dataclasses
-    import json
 
-    from negpipe.cli import console, printed
+    from negpipe.cli import console, formats, printed
     from negpipe.config.file import load_config
     from negpipe.review import measures
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = measures.measure_quality(load_config(config, overrides), reporter=console.reporter(log_format))
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
-    else:
+    if not printed_as("json" if as_json else form, dataclasses.asdict(found), formats.measures(found)):
         printed.show_quality(found)
 
 
@@ -64,7 +63,8 @@ def calibrate(
         typer.Option(help="Stand-in: count what this run's model ranks above the positive.", metavar="CONFIG"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw leak against hardness: NAME.svg or NAME.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -78,13 +78,12 @@ def calibrate(
     Example: negpipe calibrate scifact.yaml --coverage 0.95 --relative-margin 0.02,0.05,0.1 --plot leak.svg
     """
     import dataclasses
-    import json
 
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import ConfigError
     from negpipe.review import measures
-    from negpipe.review.calibrate import grid, recommend
+    from negpipe.review.calibrate import grid, recommend, to_table
 
     console.set_up_logging(checked(log_format), debug=debug)
     if near_anchors is not None and second is not None:
@@ -110,13 +109,8 @@ def calibrate(
     advice = recommend(made, coverage=coverage, max_leak=max_leak)
     if plot is not None:
         measures.plot_leak(plot, made, advice)
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {"calibration": dataclasses.asdict(made), "recommendation": dataclasses.asdict(advice)}, allow_nan=False
-            )
-        )
-    else:
+    document = {"calibration": dataclasses.asdict(made), "recommendation": dataclasses.asdict(advice)}
+    if not printed_as("json" if as_json else form, document, to_table(made).to_pylist()):
         printed.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
         where = [settings.run_dir / measures.CALIBRATION, *([plot] if plot else [])]
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)

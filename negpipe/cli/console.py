@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from negpipe.redaction import Redacting, redact
 from negpipe.review.wording import duration, visible
 
 LOG_SECONDS = 30
+_WIDE = 10_000  # characters: no table is as wide
 
 
 class _Visible(RenderHook):
@@ -40,7 +42,14 @@ class _Shown:
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+def _out() -> Console:
+    """A terminal's tables are as wide as it is; those of a file or a pipe as wide as what they hold, or as COLUMNS."""
+    terminal = sys.stdout.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else _WIDE
+    return Console(highlight=False, soft_wrap=not terminal, width=width)
+
+
+out = _out()
 err = Console(stderr=True, highlight=False)
 for _console in (out, err):
     _console.push_render_hook(_Visible())

@@ -42,7 +42,9 @@ def inspect(
 
 @app.command()
 def init(
-    path: Annotated[str, typer.Argument(help="Hub dataset, folder or file.", metavar="NAME")],
+    path: Annotated[
+        str | None, typer.Argument(help="Hub dataset, folder or file.", metavar="[NAME]", show_default=False)
+    ] = None,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -54,12 +56,33 @@ def init(
 ) -> None:
     """Write a config that mines a source: short for negpipe inspect NAME --write NAME.yaml.
 
+    Without a NAME, write a first config, quickstart.yaml, and its data: code search in Python's standard library.
+
     Example: negpipe init mteb/scifact && negpipe mine scifact.yaml
     """
     from negpipe.cli import console
 
     console.set_up_logging(checked(log_format), debug=debug)
+    if path is None:
+        _quickstart(write or Path("quickstart.yaml"))
+        return
     _inspect([path], "train", None, None, write or Path(f"{_named(path)}.yaml"), _ROWS, as_json=False)
+
+
+def _quickstart(write: Path) -> None:
+    """The first config, and its data where they are not there yet."""
+    from negpipe import quickstart
+    from negpipe.cli import console
+    from negpipe.errors import ConfigError
+    from negpipe.store.files import explained
+
+    if write.exists():
+        raise ConfigError(f"{write}: there is such a file already, name another with --write")
+    with explained(Path()):
+        if not quickstart.DATA.exists():
+            quickstart.write(quickstart.DATA)
+        write.write_text(quickstart.CONFIG.read_text(encoding="utf-8"), encoding="utf-8")
+    console.out.print(f"written to {write}: negpipe mine {write}", markup=False, soft_wrap=True)
 
 
 def _named(path: str) -> str:

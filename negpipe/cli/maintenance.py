@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.formats import FormatOption, printed_as
 
 _SHOWN = 20
 
@@ -17,6 +18,7 @@ _SHOWN = 20
 @app.command()
 def status(
     config: ConfigArgument,
+    form: FormatOption = "table",
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -26,11 +28,14 @@ def status(
     Example: negpipe status quickstart.yaml
     """
     from negpipe import graph
-    from negpipe.cli import console, summary
+    from negpipe.cli import console, formats, summary
     from negpipe.config.file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
-    summary.show_status(graph.status(load_config(config, overrides)))
+    states = graph.status(load_config(config, overrides))
+    rows = formats.states(states)
+    if not printed_as(form, rows, rows):
+        summary.show_status(states)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.formats import FormatOption, printed_as
 from negpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ _REFUSED = "refused, see below"
 @app.command()
 def plan(
     config: ConfigArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
     ] = True,
@@ -56,7 +58,6 @@ def plan(
     Example: negpipe plan scifact.yaml --set data.path=my/folder
     """
     import dataclasses
-    import json
 
     from negpipe.cli import console
     from negpipe.config.file import load_config
@@ -66,11 +67,10 @@ def plan(
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     if cluster or nodes:
-        _on_cluster(settings, cluster, nodes, as_json=as_json, probe=probe)
+        _on_cluster(settings, cluster, nodes, as_json=as_json or form == "json", probe=probe)
         return
     found = estimate.plan(settings, probe_encoder=probe)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    if printed_as("json" if as_json else form, dataclasses.asdict(found), map(dataclasses.asdict, found.steps)):
         return
     for table in (_steps(found), _encoding(found), _kinds(found)):
         if table.row_count:

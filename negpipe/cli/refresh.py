@@ -19,6 +19,7 @@ from negpipe.cli.app import (
     checked,
     with_option,
 )
+from negpipe.cli.formats import FormatOption, printed_as
 
 
 @app.command()
@@ -29,7 +30,8 @@ def refresh(
         Literal["loss"] | None,
         typer.Option(help="loss: exit code 1 where the best model is worse than its base.", metavar="VERDICT"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
@@ -45,8 +47,6 @@ def refresh(
 
     Example: negpipe refresh scifact.yaml --rounds 3 --set train.batch_size=64
     """
-    import json
-
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
@@ -57,9 +57,8 @@ def refresh(
     made = refresh(
         settings, rounds, reporter=console.reporter(log_format), rehash=rehash, repair=repair, rebuild=rebuild
     )
-    if as_json:
-        typer.echo(json.dumps(made.document(), allow_nan=False))
-    else:
+    document = made.document()
+    if not printed_as("json" if as_json else form, document, document["rounds"]):
         printed.show_rounds(made)
     if fail_on and made.compared[0].verdict == "LOSS":
         raise NegpipeError("the best model is worse than its base (--fail-on loss)")

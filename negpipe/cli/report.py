@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, typed
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named
+from negpipe.cli.formats import FormatOption, printed_as
 
 
 @app.command()
@@ -33,8 +34,9 @@ def report(
     from negpipe.review import report as reports
 
     console.set_up_logging(checked(log_format), debug=debug)
-    made = reports.write(load_config(config, overrides), out, typed=typed(), anchors=anchors)
-    console.out.print(f"Written: {made}", markup=False)
+    settings = load_config(config, overrides)
+    made = reports.write(settings, out, typed=named(settings), anchors=anchors)
+    console.out.print(f"Written: {made}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -42,7 +44,8 @@ def diff(
     a: Annotated[str, typer.Argument(help="A run directory, a config, or a file or folder of any miner's rows.")],
     b: Annotated[str, typer.Argument(help="What to compare to it.")],
     examples: Annotated[int, typer.Option(min=0, help="Anchors to show, those that changed most first.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
@@ -52,14 +55,13 @@ def diff(
 
     Example: negpipe diff runs/scifact runs/scifact-margin --examples 3
     """
-    import json
 
     from negpipe.cli import console, printed
     from negpipe.review.diff import compare, source_of
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = compare(source_of(a), source_of(b), examples=examples)
-    if as_json:
-        typer.echo(json.dumps(found.document(), allow_nan=False))
-    else:
+    document = found.document()
+    numbers = {name: value for name, value in document.items() if not isinstance(value, dict | list)}
+    if not printed_as("json" if as_json else form, document, [numbers]):
         printed.show_difference(found)

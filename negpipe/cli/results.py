@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.formats import FormatOption, printed_as
 
 
 @app.command()
@@ -59,7 +60,8 @@ def explain(
     config: ConfigArgument,
     anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
     limit: Annotated[int, typer.Option(min=1, help="Candidates, and positives, to show.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -69,17 +71,14 @@ def explain(
     Example: negpipe explain quickstart.yaml --anchor q:json.dumps --limit 20
     """
     import dataclasses
-    import json
 
-    from negpipe.cli import console, summary
+    from negpipe.cli import console, formats, summary
     from negpipe.config.file import load_config
     from negpipe.review import finished
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = finished.explain_anchor(load_config(config, overrides), anchor)
-    if as_json:
-        units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
-        document = dataclasses.asdict(dataclasses.replace(found, units=units))
-        typer.echo(json.dumps(document, allow_nan=False))
-    else:
+    units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
+    document = dataclasses.asdict(dataclasses.replace(found, units=units))
+    if not printed_as("json" if as_json else form, document, formats.candidates(units)):
         summary.show_explanation(found, limit)

@@ -15,7 +15,7 @@ from negpipe.cli.app import (
     SetOption,
     app,
     checked,
-    typed,
+    named,
     with_option,
 )
 from negpipe.errors import RowsError
@@ -52,7 +52,7 @@ def _mine(
     if result.ran and only is None and settings.output.report:
         from negpipe.review import report
 
-        report.after_mining(settings, typed())
+        report.after_mining(settings, named(settings))
     tell(result, settings, log_format, only)
 
 
@@ -68,7 +68,7 @@ def tell(result: Result, settings: Config, log_format: str, only: str | None) ->
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
-        summary.show_result(result, typed())
+        summary.show_result(result, named(settings), settings.mining)
     if "triplets" in result.stats and only in (None, "triplets"):
         rows, least = result.stats["triplets"]["rows"], settings.output.min_rows
         if rows < least:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from negpipe import graph
 from negpipe.cli import console
+from negpipe.config.schema import Mining
 from negpipe.engine.pipeline import Result
 from negpipe.engine.state import State
 from negpipe.ingest.rejected import NAME as REJECTED
@@ -22,6 +23,7 @@ from negpipe.review.wording import clean_text
 from negpipe.stages.triplets import advice, is_short
 
 _SAMPLE_TEXTS = 5
+_OTHER_MARGIN = 0.1  # to be tried
 _STYLE = {
     "current": "green",
     "missing": "dim",
@@ -32,8 +34,8 @@ _STYLE = {
 }
 
 
-def show_result(result: Result, typed: str) -> None:
-    """Where the rows are, samples, scores, drops and what to try next; `typed`: the config with its overrides."""
+def show_result(result: Result, typed: str, mining: Mining) -> None:
+    """Where the rows are, samples, scores, drops and what to try next; `typed`: what names the run in a command."""
     stats = result.stats["triplets"]
     if not result.ran:
         console.out.print("Nothing to do: every stage is up to date.")
@@ -42,14 +44,17 @@ def show_result(result: Result, typed: str) -> None:
     console.out.print(
         f"\n{stats['rows']:,} rows in {files} Parquet file{'s' * (files != 1)}: {place}{'/' * ('://' not in place)}",
         markup=False,
+        soft_wrap=True,
     )
     if count := result.stats["ingest"]["rejected_rows"]:
-        console.out.print(f"{count:,} rows of the source were left out: {result.store.place(REJECTED)}", markup=False)
+        console.out.print(
+            f"{count:,} rows of the source were left out: {result.store.place(REJECTED)}", markup=False, soft_wrap=True
+        )
     if result.ran:
         _show_samples(result)
     _show_scores(stats["scores"])
     _show_drops(stats)
-    _show_next(result, typed)
+    _show_next(result, typed, mining)
 
 
 def _show_samples(result: Result) -> None:
@@ -128,9 +133,8 @@ def _show_drops(stats: dict[str, Any]) -> None:
         console.out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
 
 
-def _show_next(result: Result, typed: str) -> None:
+def _show_next(result: Result, typed: str, mining: Mining) -> None:
     stats = result.stats["triplets"]
-    other = "mining.relative_margin=0.1"
     program = _program()
     lines = [
         ("which settings leak least", f"{program} calibrate {typed}"),
@@ -139,11 +143,12 @@ def _show_next(result: Result, typed: str) -> None:
     ]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
-    elif other.partition("=")[0] not in typed:
-        lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} --set {other}"))
+    elif mining.relative_margin != _OTHER_MARGIN:
+        change = f"--set mining.relative_margin={_OTHER_MARGIN}"
+        lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} {change}"))
     console.out.print("\nNext")
     for what, command in lines:
-        console.out.print(f"  {what + ':':30} {command}", markup=False)
+        console.out.print(f"  {what + ':':30} {command}", markup=False, soft_wrap=True)
 
 
 def _loading(result: Result) -> str:
@@ -220,7 +225,8 @@ def show_explanation(found: Explanation, limit: int) -> None:
 def _candidates(unit: Unit, limit: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("rank", "score", "document", "fate", "rule", "text"):
-        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
+        right = column in ("rank", "score")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column not in ("rule", "text"))
     for candidate in unit.candidates[:limit]:
         table.add_row(
             "" if candidate.rank is None else str(candidate.rank),
@@ -228,7 +234,7 @@ def _candidates(unit: Unit, limit: int) -> Table:
             Text(clean_text(candidate.id)),
             Text(candidate.fate.replace("_", " "), style="green" if candidate.fate == "taken" else ""),
             Text(clean_text(candidate.rule)),
-            Text(clean_text(candidate.text, 60), style="dim"),
+            Text(clean_text(candidate.text, 200), style="dim", no_wrap=True, overflow="ellipsis"),
         )
     return table
 

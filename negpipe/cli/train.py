@@ -19,6 +19,7 @@ from negpipe.cli.app import (
     checked,
     with_option,
 )
+from negpipe.cli.formats import FormatOption, printed_as
 
 
 @app.command()
@@ -28,7 +29,8 @@ def train(
         Literal["loss"] | None,
         typer.Option(help="loss: exit code 1 where the model is worse than its base.", metavar="VERDICT"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: FormatOption = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
@@ -44,8 +46,6 @@ def train(
 
     Example: negpipe train scifact.yaml --set train.batch_size=64 --fail-on loss
     """
-    import json
-
     from negpipe import graph
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
@@ -58,9 +58,8 @@ def train(
     stats = made.stats["train"]
     first = of_document(stats["compared"][0])
     model = made.run_dir / "model"
-    if as_json:
-        typer.echo(json.dumps({"model": str(model), "verdict": first.verdict, **stats}, allow_nan=False))
-    else:
+    document = {"model": str(model), "verdict": first.verdict, **stats}
+    if not printed_as("json" if as_json else form, document, stats["compared"]):
         printed.show_training(stats, model)
     if fail_on and first.verdict == "LOSS":
         raise NegpipeError("the model is worse than its base (--fail-on loss)")

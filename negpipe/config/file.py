@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import logging
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,42 +13,49 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from negpipe.config import safe_yaml
+from negpipe.config import kept, safe_yaml
 from negpipe.config.cluster import Cluster
 from negpipe.config.schema import Config
+from negpipe.config.training import flat
 from negpipe.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 CONFIG_FOLDER = Path("configs")
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 def find_config(name: str) -> Path:
-    """The file of a config named by path or by its name in configs/.
+    """The file of a config named by path, by its run directory, or by its name in configs/.
 
     Raises:
         ConfigError: there is no such file; the message names the places looked at.
     """
-    tried = list(dict.fromkeys([Path(name), CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml")]))
+    named = (CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml"))
+    run = [kept.path_in(Path(name))] if Path(name).is_dir() else []
+    tried = list(dict.fromkeys([Path(name), *run, *named]))
     for path in tried:
         if path.is_file():
             return path
     known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
     hint = f" Configs here: {', '.join(known)}." if known else ""
+    if kept.path_in(Path(name)).parent.is_dir():
+        hint = " It is a run directory whose config was not kept: run `negpipe mine CONFIG` with its config once."
     raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a config.
+    """Read, override and validate a config. What differs from the one that a run directory was made with is logged.
 
     Args:
-        source: path, name in configs/, or the mapping itself.
+        source: path, name in configs/, run directory (the config it was made with), or the mapping itself.
         overrides: `key.path=value` strings; the value is parsed as YAML, but taken as it stands where the setting is a
             text and YAML makes something else of it.
 
     Raises:
         ConfigError: with one line a problem, each with its place in the file.
     """
+    before = None
     if isinstance(source, dict):
         name, tree = "config", json.loads(json.dumps(source, default=str))
     else:
@@ -62,16 +71,27 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} must be a mapping of settings, see `negpipe config schema`")
+        run_dir = path.parents[1] if path.parts[-2:] == Path(kept.NAME).parts else None
+        if run_dir is not None:
+            before = copy.deepcopy(tree)
+            tree["run_dir"] = str(run_dir)
+            given: dict[str, Any] = {}
+            for override in overrides or []:
+                _override(given, override)
+            overrides = [*kept.restored(tree, path, flat(given)), *(overrides or [])]
     for override in overrides or []:
         _override(tree, override)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         changed = tuple(override.partition("=")[0].strip() + "." for override in overrides or [])
         if any(".".join([*map(str, problem["loc"]), ""]).startswith(changed) for problem in problems):
             name += " with --set"
         raise ConfigError(f"{name}: " + "\n".join(map(_explain, problems))) from None
+    for line in kept.changes(before, config) if before else ():
+        logger.info("%s", line)
+    return config
 
 
 def load_cluster(path: Path) -> Cluster:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from negpipe import __version__
-from negpipe.config import machine
+from negpipe.config import kept, machine
 from negpipe.config.schema import Config
 from negpipe.engine import shown
 from negpipe.engine.executors import cluster, inline, local, ray
@@ -31,7 +31,7 @@ from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFa
 from negpipe.redaction import redacted
 from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
-from negpipe.store.files import BOOKS, explained, remove_temporaries
+from negpipe.store.files import BOOKS, explained, publish, remove_temporaries, write_all
 from negpipe.store.lock import driver_lock, run_lock
 from negpipe.store.opening import check_conditions, run_held, run_of
 from negpipe.store.store import LocalStore, Store
@@ -120,6 +120,7 @@ def mine(
                     logger.log(level, "%s: %s", stage.name, sentence)
             if stage.name == only:
                 break
+        _keep(config, bool(ran))
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
@@ -165,7 +166,23 @@ def opened(
         _check_share(context)
         if idle:
             _clear(context)
+        if not kept.path_in(run_dir).exists():
+            _keep(config)
         yield context
+
+
+def _keep(config: Config, ran: bool = True) -> None:
+    """Keep the config in its run directory: at once in a new one, elsewhere when what it asks for is made.
+
+    Where nothing ran, a new executor is nothing to write. A run directory in a bucket keeps none.
+    """
+    if config.url is not None:
+        return
+    path, content = kept.path_in(config.run_dir), kept.text(config)
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if before != content and (ran or not kept.alike(before, content)):
+        data = content.encode()
+        publish(path.parent, path.name, lambda file: write_all(file, data), len(data))
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
 
         files = replace(files, deeper=publish(DEEPER, ".parquet", write_deeper))
     compared = shared.selector.compared
-    ledger: list[pa.Table] = []
+    books: list[pa.Table] = []
     fates = np.zeros(len(CODES), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
     own_positives = 0
@@ -250,7 +250,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         nonlocal fates, own_positives
         for found, units in shared.selector.slices(files):
             counts = rules.counts(units.fates, len(CODES))
-            ledger.append(_ledger(units, counts, context.config, shared))
+            books.append(ledger(units, context.config, shared))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
@@ -265,7 +265,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         _publish(publish, context.config, number, (table for _, table in tables))
         for number, tables in groupby(groups, itemgetter(0))
     )
-    book = pa.concat_tables(ledger)
+    book = pa.concat_tables(books)
     publish(LEDGER, ".parquet", lambda file: pq.write_table(book, file, compression="zstd"))
     publish.drop_checkpoints()
     pairs, seconds = (now - before for now, before in zip(shared.selector.compared, compared, strict=True))
@@ -298,11 +298,12 @@ def _publish(publish: Publisher, config: Config, number: int, tables: Iterable[p
     return rows
 
 
-def _ledger(units: Units, counts: npt.NDArray[np.int64], config: Config, shared: Shared) -> pa.Table:
+def ledger(units: Units, config: Config, shared: Shared) -> pa.Table:
     """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short.
 
     Where given or judged negatives are asked for, also how many they are, and the grades of all that were judged.
     """
+    counts = rules.counts(units.fates, len(CODES))
     width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
     each = config.mining.margin_reference == "each"
     positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))

@@ -75,3 +75,13 @@ def test_what_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
     (tmp_path / "letters.md").write_text("x")
     outcome = small.run("inspect", str(tmp_path / path))
     assert outcome.code == 3 and path in outcome.err
+
+
+def test_init_without_a_name_writes_a_first_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("negpipe.quickstart.stdlib_functions", lambda stdlib: iter(()))  # takes 10 s
+    outcome = small.run("init")
+    assert (outcome.code, outcome.out) == (0, "written to quickstart.yaml: negpipe mine quickstart.yaml\n")
+    assert load_config("quickstart.yaml").data.path == "data/quickstart"
+    assert (tmp_path / "data/quickstart/corpus.jsonl").is_file()
+    assert small.run("init").code == 2, "a config is not written over"

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -24,9 +23,7 @@ from beir_data import write_vectors
 from real_runs import STAGES, Run, encoding_here, kill, wait
 
 import negpipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import make_quickstart
+from negpipe import quickstart
 
 TEXTS = ("anchor_id", "positive_id", "negative_id", "anchor", "positive", "negative")
 SCHEMA = pa.schema(
@@ -142,10 +139,10 @@ def test_quickstart_slice_with_the_embedded_model(tmp_path: Path) -> None:
     modules.mkdir()
     for name in ("argparse", "ast", "inspect", "shutil", "statistics", "tarfile", "textwrap", "zipfile"):
         shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", modules)
-    functions = make_quickstart.choose(make_quickstart.stdlib_functions(modules), 150)
+    functions = quickstart.choose(quickstart.stdlib_functions(modules), 150)
     data = tmp_path / "data"
     data.mkdir()
-    make_quickstart.write_beir(functions, data)
+    quickstart.write_beir(functions, data)
     config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     config["run_dir"], config["data"]["path"] = str(tmp_path / "run"), str(data)
     config["encoder"] |= {"passage_max_length": 64, "query_max_length": 32}

@@ -172,6 +172,7 @@ def test_a_report_that_cannot_be_made_fails_no_mining(folder: Path) -> None:
 
 def test_the_same_run_gives_the_same_page(folder: Path, mined: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere/page.html"
+    assert negpipe("mine", folder / "config.yaml").code == 0  # the copy keeps the config of its own place
     done = negpipe("report", folder / "config.yaml", "--out", out)
     assert (done.code, done.out.strip()) == (0, f"Written: {out}")
     first, second = (path.read_text("utf-8").replace(str(mined), "") for path in (mined / "run/report.html", out))

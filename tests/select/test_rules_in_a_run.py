@@ -267,13 +267,13 @@ def test_the_cost_of_near_duplicates_and_the_commands_to_run_next(tmp_path: Path
     config = small.build(tmp_path)
     plain = small.run("mine", config)
     assert "near duplicates" not in plain.out
-    assert f"negpipe status {config}\n" in plain.out
+    assert f"negpipe status {tmp_path / 'run'}\n" in plain.out
     overrides = ("--set", "mining.near_duplicate=0.99", "--set", "output={format: labeled-pair}")
     outcome = small.run("mine", config, *overrides)
     # q0 to q11 have one positive each, and every candidate of the window (10) but it is compared.
     pairs = re.search(r"([\d,]+) pairs of texts compared for near duplicates, in [\d.]+ s\.", outcome.out)
     assert pairs is not None
     assert 12 * 3 <= int(pairs[1].replace(",", "")) <= 12 * 39
-    typed = f"{config} --set mining.near_duplicate=0.99 --set 'output={{format: labeled-pair}}'"
-    assert f"negpipe mine {typed} --set mining.relative_margin=0.1\n" in outcome.out
-    assert f"negpipe status {typed}\n" in outcome.out
+    # The run keeps its settings: they need not be typed again.
+    assert f"negpipe mine {tmp_path / 'run'} --set mining.relative_margin=0.1\n" in outcome.out
+    assert f"negpipe status {tmp_path / 'run'}\n" in outcome.out

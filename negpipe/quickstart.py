@@ -1,4 +1,4 @@
-"""Write the quickstart data: the Python standard library as a code search task, in a BEIR folder.
+"""The quickstart: its config, and its data, the Python standard library as a code search task in a BEIR folder.
 
 One document is one function or method of the running Python's standard library: its source, exactly as
 written, less every docstring in it; its title is its dotted name, its `module` the one it is in. The name
@@ -24,17 +24,23 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sysconfig
 import textwrap
 import tokenize
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-logger = logging.getLogger("make_quickstart")
+from negpipe.store.files import growing
+
+logger = logging.getLogger(__name__)
+
+CONFIG = Path(__file__).with_suffix(".yaml")
+"""The config of the first run, as configs/ has it."""
+DATA = Path("data/quickstart")
+"""Where that config looks for the data."""
+_DOCUMENTS = 2000
 
 # Tests and demos are no library code; the rest is in some installations of Python and not in others.
 SKIPPED_FOLDERS = {
@@ -165,26 +171,24 @@ def _write_jsonl(path: Path, rows: Iterable[tuple[str, dict[str, str]]]) -> None
             file.write(json.dumps({"_id": key, **row}, ensure_ascii=False) + "\n")
 
 
+def write(folder: Path, count: int = _DOCUMENTS) -> None:
+    """Make the folder, which must not be there, with `count` documents at most."""
+    documents = choose(stdlib_functions(Path(sysconfig.get_path("stdlib"))), count)
+    with growing(folder, single=False) as unfinished:
+        queries = write_beir(documents, unfinished)
+    logger.info("%s: %d functions of the standard library, %d queries", folder, len(documents), queries)
+
+
 def main() -> None:
-    """The command line."""
+    """The command line: python -m negpipe.quickstart OUT_DIR."""
     parser = argparse.ArgumentParser(description="Write the Python standard library as a BEIR code search task.")
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
-    parser.add_argument("--count", type=int, default=2000, help="documents at most (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=_DOCUMENTS, help="documents at most (default: %(default)s)")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists already: remove it to have it made anew")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    documents = choose(stdlib_functions(Path(sysconfig.get_path("stdlib"))), args.count)
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.folder.with_name(f".{args.folder.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir()
-        queries = write_beir(documents, unfinished)
-        unfinished.rename(args.folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    logger.info("%s: %d functions of the standard library, %d queries", args.folder, len(documents), queries)
+    write(args.folder, args.count)
 
 
 if __name__ == "__main__":

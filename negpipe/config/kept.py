@@ -1,0 +1,141 @@
+"""The config that a run keeps of itself: whole, without secrets, and right from whatever folder it is read.
+
+It lies in the run directory, so that every command takes that directory in place of a config. Read back, the run
+directory is the one it lies in. User names, passwords and queries of addresses are left out; what lacks them has to be
+given again, by the environment or `--set`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from negpipe.config import presets, safe_yaml
+from negpipe.config.schema import Config
+from negpipe.config.training import flat
+from negpipe.errors import ConfigError
+from negpipe.redaction import is_redacted, redacted
+
+NAME = ".negpipe/config.yaml"
+"""Its place in a run directory."""
+_PLACES = (
+    *("run_dir", "store", "encoder.cache", "encoder.corpus_vectors", "encoder.anchor_vectors", "index.trained"),
+    "mining.exclude_file",
+)
+_NAMES = (  # of the hub, unless there is something of that name here
+    *("data.path", "data.corpus.path", "data.queries.path", "data.qrels.path", "encoder.model", "train.base"),
+    "train.guide",
+)
+
+_CIRCUMSTANCE = ("executor.", "resources.", "output.report")
+
+
+def path_in(run_dir: Path) -> Path:
+    """Where a run directory keeps its config."""
+    return run_dir / NAME
+
+
+def text(config: Config) -> str:
+    """The config as its run keeps it: YAML, places absolute, secrets left out."""
+    tree = config.model_dump(mode="json")
+    for key in (*_PLACES, *_NAMES):
+        *folders, leaf = key.split(".")
+        section: Any = tree
+        for folder in folders:
+            section = section.get(folder) or {}
+        if not section.get(leaf) or (key == "encoder.model" and config.encoder.backend == "http"):
+            continue
+        value = section[leaf]
+        absolute = _absolute if key in _PLACES else _absolute_if_here
+        section[leaf] = [*map(absolute, value)] if isinstance(value, list) else absolute(value)
+    return yaml.safe_dump(redacted(tree), sort_keys=False, allow_unicode=True)
+
+
+def alike(before: str, after: str) -> bool:
+    """Whether two kept configs differ in nothing but what changes no row."""
+    return _asked_for(before) == _asked_for(after)
+
+
+def _asked_for(content: str) -> dict[str, Any] | None:
+    try:
+        tree = safe_yaml.load(content)
+    except ValueError:  # somebody has written to it
+        return None
+    if not isinstance(tree, dict):
+        return None
+    return {key: value for key, value in flat(tree).items() if not key.startswith(_CIRCUMSTANCE)}
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (a link stays what the user named)
+
+
+def _absolute_if_here(name: str) -> str:
+    if name.startswith("~"):  # is expanded where it is read
+        return name
+    here = name.startswith(("./", "../")) or glob.has_magic(name) or Path(name).exists()
+    return _absolute(name) if here else name
+
+
+def variable(key: str) -> str:
+    """The environment variable that a setting with a secret in it is taken from: NEGPIPE_DATA_PATH for data.path."""
+    return f"NEGPIPE_{key.replace('.', '_').upper()}"
+
+
+def restored(tree: dict[str, Any], path: Path, given: Collection[str]) -> list[str]:
+    """Overrides that give a kept config what it does not hold, from the environment.
+
+    A setting that others depend on by default, `mining.compat`, brings its own again: they are struck from the tree.
+
+    Args:
+        tree: the kept config, which is changed.
+        path: its file.
+        given: the settings that are set anew.
+
+    Raises:
+        ConfigError: an address lacks what was left out, and nobody gives it.
+    """
+    mining = tree.get("mining")
+    if "mining.compat" in given and isinstance(mining, dict):
+        for name in {name for preset in presets.PRESETS.values() for name in preset}:
+            mining.pop(name, None)
+    if "output.include_positives" in given and isinstance(mining, dict):
+        mining.pop("relative_margin", None)
+    secret = [key for key, value in flat(tree).items() if _lacks(value) and not _covered(key, given)]
+    missing = [key for key in secret if variable(key) not in os.environ]
+    if missing:
+        what = "\n".join(
+            f"{key} is {flat(tree)[key]}: set it with --set '{key}=…', or in the environment as {variable(key)}"
+            for key in missing
+        )
+        raise ConfigError(f"{path} does not hold user names, passwords and queries of addresses. {what}")
+    return [f"{key}={os.environ[variable(key)]}" for key in secret]
+
+
+def _lacks(value: Any) -> bool:
+    return any(map(_lacks, value)) if isinstance(value, list) else isinstance(value, str) and is_redacted(value)
+
+
+def _covered(key: str, given: Collection[str]) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in given)
+
+
+def changes(before: Mapping[str, Any], after: Config) -> list[str]:
+    """What differs from the kept config, a line a setting."""
+    was, now = flat(before), flat(redacted(after.model_dump(mode="json")))
+    known = {*was, *(key for key in now if any(key.startswith(f"{section}.") for section in was))}  # not new defaults
+    return [
+        f"{key}: {_shown(now.get(key))}, the run was made with {_shown(was.get(key))}"
+        for key in dict.fromkeys([*was, *now])
+        if key in known and was.get(key) != now.get(key) and key != "run_dir"
+    ]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

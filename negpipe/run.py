@@ -1,0 +1,296 @@
+"""A run in Python: what it is to make, and what it made, as data.
+
+    run = negpipe.Run("scifact.yaml")          # or a run directory: negpipe.Run("runs/scifact")
+    run.mine()
+    run.rows().to_pandas()
+    run.select(relative_margin=0.1).rows       # other rules, in memory: no file is written
+
+Tables are Arrow's: `.to_pandas()` makes a data frame, `duckdb.sql("from rows")` and polars read them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from negpipe import graph
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from negpipe.engine.stage import Context
+    from negpipe.plan.estimate import Plan
+    from negpipe.review.audit import Audit
+    from negpipe.review.calibrate import Calibration, Recommendation, Setting
+    from negpipe.review.explain import Explanation
+    from negpipe.review.quality import Quality
+    from negpipe.rows.exports import Exported
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What other rules select from the same candidates.
+
+    Attributes:
+        rows: training rows, as `Run.rows` has them.
+        ledger: counts of every anchor, as `Run.ledger` has them.
+        config: the run's config with these rules.
+    """
+
+    rows: pa.Table
+    ledger: pa.Table
+    config: Config
+
+
+class Run:
+    """A run directory and its config. Making one reads the config and nothing else.
+
+    Args:
+        config: a path, a name in configs/, a run directory, or the settings as a mapping.
+        overrides: `key.path=value` strings.
+
+    Raises:
+        negpipe.errors.ConfigError: the config is not valid.
+
+    Every method that reads what a stage makes raises `negpipe.errors.MissingStageError` where that stage is not up to
+    date; its message says which command makes it.
+    """
+
+    def __init__(self, config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> None:
+        self._source, self._overrides = config, [*overrides]
+        self.config: Config = load_config(config, self._overrides)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.config.run_dir
+
+    def mine(self, only: str | None = None) -> graph.Result:
+        """Run every stage that is not up to date, or `only` one: ingest, encode, index, search or triplets.
+
+        Returns:
+            the run directory, the folder of the rows, each stage's counts, and which stages ran.
+        """
+        return graph.mine(self.config, only=only)
+
+    def status(self) -> dict[str, str]:
+        """How every stage stands: current, stale, partial, missing, blocked or damaged."""
+        return {state.stage: state.state for state in graph.status(self.config)}
+
+    def plan(self, *, probe: bool = False) -> Plan:
+        """What `mine` would do: of each stage the parts, seconds and bytes, of each kind of index its cost.
+
+        Args:
+            probe: load the encoder to time it, where nothing tells its speed.
+        """
+        from negpipe.plan import estimate
+
+        return estimate.plan(self.config, probe_encoder=probe)
+
+    def corpus(self) -> pa.Table:
+        """The documents, in the order of their row numbers: id, text, and the columns of data.extra.corpus.
+
+        Mapped from disk: it takes no memory until it is read.
+        """
+        from negpipe.data.tables import documents
+
+        with self._context("corpus", "ingest") as context:
+            parts = documents(context.manifest("ingest"))
+            return _tables(context, parts, ["id", "text", *self.config.data.extra.corpus])
+
+    def anchors(self) -> pa.Table:
+        """The anchors: id, text, the columns of data.extra.queries, and positives, the list of their ids."""
+        import pyarrow as pa
+
+        from negpipe.data.tables import Rows, documents, ragged
+
+        with self._context("anchors", "ingest") as context:
+            read = context.manifest("ingest")
+            names = ["id", "text", *self.config.data.extra.queries]
+            table = _tables(context, read.of_kind("anchors"), [*names, "positives"])
+            rows, offsets = ragged(table["positives"])
+            ids = Rows([context.path(part, "table") for part in documents(read)]).strings("id", rows)
+            positives = pa.LargeListArray.from_arrays(pa.array(offsets), ids)
+            return table.select(names).append_column("positives", positives)
+
+    def candidates(self) -> pa.Table:
+        """What search found: anchor_id, document_id, rank (0-based) and score, best first for each anchor.
+
+        Candidates that anchors were given later, searched deeper for their lack of negatives, are not among them. It
+        takes about 40 bytes a candidate: for a large run, read RUN_DIR/search/*.parquet in pieces.
+        """
+        import numpy as np
+        import pyarrow as pa
+
+        from negpipe.data import candidates
+        from negpipe.data.tables import Rows, documents, open_table
+
+        pieces = []
+        with self._context("candidates", "search") as context:
+            read = context.manifest("ingest")
+            corpus = Rows([context.path(part, "table") for part in documents(read)])
+            parts = zip(read.of_kind("anchors"), context.manifest("search").of_kind("candidates"), strict=True)
+            for anchors, part in parts:
+                ids = open_table(context.path(anchors, "table"))["id"]
+                for found in candidates.read(context.path(part, "candidates"), ids, score=self.config.mining.score):
+                    anchor, rank = np.nonzero(found.rows >= 0)
+                    columns = {
+                        "anchor_id": ids.take(pa.array(found.anchors[anchor])),
+                        "document_id": corpus.strings("id", found.rows[anchor, rank]),
+                        "rank": pa.array(rank.astype(np.int32)),
+                        "score": pa.array(found.scores[anchor, rank]),
+                    }
+                    pieces.append(pa.table(columns))
+        return pa.concat_tables(pieces)
+
+    def rows(self) -> pa.Table:
+        """The training rows, as output.format lays them out."""
+        import pyarrow.parquet as pq
+
+        with self._context("rows", "triplets") as context:
+            files = [file for part in context.manifest("triplets").parts for file in part.all("rows")]
+            return _joined([pq.read_table(context.store.path(file.path)) for file in files])
+
+    def ledger(self) -> pa.Table:
+        """A row an anchor (with margin_reference: each, an anchor and a positive): candidates seen, taken, dropped by
+        each reason, and why it has fewer negatives than asked for."""
+        import pyarrow.parquet as pq
+
+        from negpipe.stages.triplets import LEDGER
+
+        with self._context("ledger", "triplets") as context:
+            parts = context.manifest("triplets").parts
+            return _joined([pq.read_table(context.path(part, LEDGER)) for part in parts])
+
+    def select(self, **mining: Any) -> Selection:
+        """Select negatives from the stored candidates with other settings of `mining`, in memory.
+
+        The run stays as it is. The rows are those that `negpipe mine` would write with these settings.
+
+        Args:
+            mining: settings of the section mining by name: relative_margin=0.1, num_negatives=5.
+
+        Raises:
+            negpipe.errors.ConfigError: there is no such setting, or not with this value.
+            negpipe.errors.MissingStageError: they need more candidates than are stored, or another search.
+        """
+        from negpipe.engine.state import digests_of
+        from negpipe.review import finished
+        from negpipe.rows import formats
+        from negpipe.stages import triplets
+
+        changes = [f"mining.{name}={json.dumps(value)}" for name, value in mining.items()]
+        config = load_config(self._source, [*self._overrides, *changes])
+        with digests_of(config) as digests:
+            context = finished.searched(config, digests, "select")
+            opened = triplets.open_selection(context)
+            books = []
+
+            def units() -> Iterator[Any]:
+                for _, some in finished.selected(context, opened):
+                    books.append(triplets.ledger(some, context.config, opened))
+                    yield some
+
+            rows = [table for _, table in formats.tables(units(), opened.corpus, context.config)]
+        return Selection(_joined(rows), _joined(books), config)
+
+    def explain(self, anchor_id: str) -> Explanation:
+        """What became of every candidate of an anchor, and by which rule.
+
+        Raises:
+            negpipe.errors.InputError: no anchor has the id.
+        """
+        from negpipe.review import finished
+
+        return finished.explain_anchor(self.config, anchor_id)
+
+    def export(self, to: str, out: str | Path, **options: Any) -> Exported:
+        """Write the rows in the layout that a trainer loads.
+
+        Args:
+            to: flagembedding, nemo, tevatron, ms-swift, distillation, pylate, trec-run, jsonl …
+            out: the folder to make, or a file.
+            options: shard_rows, compress, run, force and push_to_hub, as `negpipe export` has them.
+        """
+        from negpipe.review import finished
+        from negpipe.rows.exports import Options
+
+        return finished.export(self.config, Options(to=to, out=Path(out), **options))
+
+    def audit(self, file: str | Path | None = None, *, columns: dict[str, str] | None = None, **options: Any) -> Audit:
+        """Check the rows, or those of any miner's `file` against this run's qrels; `.findings` has the counts.
+
+        Args:
+            file: Parquet, JSONL, JSON, CSV or TSV, or a folder; None: the run's own rows.
+            columns: which column of the file holds what, {"anchor": "question"}; what is left out is guessed.
+            options: near, negatives, hub_share and examples, as `negpipe audit` has them.
+        """
+        from negpipe.review import measures
+        from negpipe.review.audit import Options
+
+        return measures.audit_rows(
+            self.config, Options(columns=columns or {}, **options), None if file is None else Path(file)
+        )
+
+    def quality(self) -> Quality:
+        """How well the encoder finds the positives: recall, MRR, nDCG, MAP, ranks and scores."""
+        from negpipe.review import measures
+
+        return measures.measure_quality(self.config)
+
+    def calibrate(
+        self,
+        *,
+        coverage: float = 0.9,
+        max_leak: float = 0.05,
+        settings: Callable[[Config], Sequence[Setting]] | None = None,
+        near_anchors: float | None = None,
+        second: Run | None = None,
+    ) -> tuple[Calibration, Recommendation]:
+        """How many false negatives each setting takes, and which one suits this encoder.
+
+        Args:
+            coverage: least share of anchors that are to get all their negatives.
+            max_leak: leak that is allowed: the upper end of its 95 % interval.
+            settings: what to try, from the resolved config; None: what `negpipe calibrate` tries.
+            near_anchors: stand-in: count positives of anchors from this cosine on.
+            second: stand-in: count what this run's model ranks above the positive.
+
+        Raises:
+            negpipe.errors.InputError: nothing can be tried; the message says what can be done instead.
+        """
+        from negpipe.review import calibrate, measures
+
+        made = measures.calibrate_settings(
+            self.config, settings or calibrate.grid, near=near_anchors, second=second.config if second else None
+        )
+        return made, calibrate.recommend(made, coverage=coverage, max_leak=max_leak)
+
+    @contextmanager
+    def _context(self, wanted: str, last: str) -> Iterator[Context]:
+        from negpipe.engine.state import digests_of
+        from negpipe.review import finished
+
+        with digests_of(self.config) as digests:
+            yield finished.current(self.config, digests, wanted, last=last)
+
+
+def _tables(context: Context, parts: Sequence[Any], names: list[str]) -> pa.Table:
+    from negpipe.data.tables import open_table
+
+    return _joined([open_table(context.path(part, "table")).select(names) for part in parts])
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.concat_tables(tables).unify_dictionaries() if tables else pa.table({})

@@ -1,0 +1,100 @@
+"""negpipe.Run: the examples of docs/reference/api.md, and that what it returns is what commands write."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import small_source as small
+
+import negpipe
+from negpipe.errors import ConfigError, MissingStageError
+
+PAGE = Path(__file__).parents[2] / "docs/reference/api.md"
+
+
+def test_the_examples_of_its_page(tmp_path: Path) -> None:
+    config = str(small.build(tmp_path))
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+    test = doctest.DocTestParser().get_doctest(
+        PAGE.read_text(encoding="utf-8").replace("```", ""), {"config": config}, PAGE.name, str(PAGE), 0
+    )
+    said: list[str] = []
+    results = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
+    assert (results.failed, results.attempted > 15) == (0, True), "".join(said)
+
+
+def test_its_page_names_all_that_is_public() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name in negpipe.__all__:
+        assert f"`negpipe.{name}" in text
+    for name in vars(negpipe.Run):
+        assert name.startswith("_") or f"`{name}" in text
+    assert (Path(negpipe.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_negatives": 2},
+        {"relative_margin": 0.1},
+        {"sampling_strategy": "random", "range_max": 8},
+        {"where": "candidate.id <> 'd3'"},
+        {"margin_reference": "each"},
+        {"num_random": 2},
+        {"compat": "sentence-transformers"},
+    ],
+    ids=str,
+)
+def test_a_selection_is_what_mine_would_write(change: dict[str, object], finished: Path, tmp_path: Path) -> None:
+    run = negpipe.Run(finished / "config.yaml")
+    before = small.made(run.path)
+    selection = run.select(**change)
+    assert small.made(run.path) == before
+    config = small.settings(finished)
+    config |= {"run_dir": str(tmp_path / "run"), "mining": {**config["mining"], **change}}
+    negpipe.mine(config)
+    other = negpipe.Run(config)
+    assert selection.rows.to_pylist() == other.rows().to_pylist()
+    assert selection.ledger.equals(other.ledger().cast(selection.ledger.schema))
+    assert selection.config.mining == other.config.mining
+
+
+def test_tables_are_those_of_the_files(finished: Path) -> None:
+    run = negpipe.Run(finished / "run")
+    assert run.rows().num_rows == pq.read_table(finished / "run/triplets").num_rows
+    assert run.corpus()["id"].to_pylist() == [f"d{number}" for number in range(run.corpus().num_rows)]
+    found = run.candidates().to_pandas()
+    assert found.groupby("anchor_id")["score"].apply(lambda scores: scores.is_monotonic_decreasing).all()
+    assert found.groupby("anchor_id")["rank"].apply(lambda ranks: (ranks == np.arange(len(ranks))).all()).all()
+    assert set(found["anchor_id"]) == set(run.anchors()["id"].to_pylist())
+    calibration, advice = run.calibrate(second=run)
+    assert calibration.estimates
+    assert advice is not None
+    assert run.plan().steps[0].stage == "ingest"
+    assert repr(run) == f"Run({str(finished / 'run')!r})"
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    run = negpipe.Run(small.build(tmp_path))
+    with pytest.raises(MissingStageError, match="negpipe ingest"):
+        run.corpus()
+    run.mine(only="ingest")
+    assert run.corpus().num_rows
+    with pytest.raises(MissingStageError, match="negpipe encode"):
+        run.candidates()
+    with pytest.raises(ConfigError, match="Did you mean"):
+        run.select(num_negativ=2)
+
+
+@pytest.mark.slow
+def test_a_notebook_has_torch_loaded(finished: Path) -> None:
+    script = f"import torch, negpipe; print(negpipe.Run({str(finished / 'run')!r}).select(max_depth=40).rows.num_rows)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
+    assert int(done.stdout) == 36
