@@ -110,7 +110,8 @@ test-loaders: $(READY)  ## exports through the trainers' own code, which is fetc
 	PYTHONPATH=$(CURDIR)/.loaders $(BIN)/pytest -m slow tests/rows/test_real_loaders.py
 
 test-slow: $(READY)  ## the slow tests: kills, damage, rivals, memory, the drop-in, the page in a browser
-	$(BIN)/pytest -m slow -n auto --dist worksteal
+	$(BIN)/pytest -m 'slow and not cluster' -n auto --dist worksteal
+	$(BIN)/pytest -m 'slow and cluster'
 
 torture: $(READY)  ## kills, damage, rivals and random histories at full size, 40 to 60 minutes; prints counts
 	$(BIN)/pytest --torture -m torture -n auto --dist worksteal

@@ -34,6 +34,8 @@ from negpipe.stages import STAGES
 INJECTED = Path(__file__).parents[2] / "injected_nodes"
 ACTOR = ("executor.kind=ray", "executor.workers=null", "resources.cpus=1", "resources.memory_budget=64MiB")
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(autouse=True)
 def more_patience(monkeypatch: pytest.MonkeyPatch) -> None:

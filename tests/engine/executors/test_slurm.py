@@ -37,6 +37,8 @@ LISTS = ("index.kind=IVF2,Flat", "index.shard_size=2000", "index.recall_anchors=
 LARGEST = 4
 """MaxArraySize of slurm.conf."""
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
