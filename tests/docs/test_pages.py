@@ -1,0 +1,120 @@
+"""What the pages of the documentation name is there: keys, commands, options, files, and code that compiles."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from doc_pages import DOCS, ROOT, Block, blocks, pages
+
+from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import command_page
+import config_table
+
+COMMANDS = dict(command_page.commands())
+WHOLE: dict[str, Any] = {"run_dir": "runs/x", "data": {"path": "my/folder"}, "encoder": {"model": "m"}}
+
+
+def test_every_key_of_the_config_is_explained() -> None:
+    for section, table in config_table.tables().items():
+        file = config_table.file_of(section)
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        assert text == config_table.page(section, table), "run: python scripts/config_table.py"
+        assert f"reference/config/{file.name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), "add it to nav"
+
+
+def test_every_command_is_explained() -> None:
+    written = command_page.PAGE.read_text(encoding="utf-8")
+    assert written == command_page.page(), "run: python scripts/command_page.py"
+
+
+def configs() -> Iterator[Block]:
+    for block in blocks("yaml"):
+        tree = yaml.safe_load(block.text)
+        if isinstance(tree, dict) and tree.keys() <= Config.model_fields.keys():
+            yield block
+
+
+@pytest.mark.parametrize("block", [*configs()], ids=str)
+def test_configs_are_accepted(block: Block) -> None:
+    tree = yaml.safe_load(block.text)
+    data = {**WHOLE["data"], **tree.get("data", {})}
+    encoder = tree.get("encoder", {})
+    load_config(
+        {**WHOLE, **tree, "data": data, "encoder": encoder if "model" in encoder else {**WHOLE["encoder"], **encoder}}
+    )
+
+
+def test_yaml_is_a_config_or_known_to_be_another_thing() -> None:
+    others = {block.text.split("\n")[0] for block in blocks("yaml")} - {
+        block.text.split("\n")[0] for block in configs()
+    }
+    assert others <= {"apiVersion: batch/v1"}, "a key that there is not?"
+
+
+def lines() -> Iterator[tuple[Block, str]]:
+    """The commands of negpipe in blocks of shell, as typed."""
+    for block in blocks("bash", "console", ""):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            command = re.sub(r"^\s*(\$ )?(\.venv/bin/)?", "", line)
+            if command.startswith("negpipe "):
+                yield block, command
+
+
+@pytest.mark.parametrize(("block", "line"), [*lines()], ids=str)
+def test_commands_and_their_options_exist(block: Block, line: str) -> None:
+    words = [word.strip("[]") for word in shlex.split(line, comments=True)]
+    name = " ".join(words[1:3]) if words[1] == "config" else words[1]
+    if name == "--help":
+        return
+    for verb in name.split("|"):
+        assert verb in COMMANDS, f"{block}: there is no command {verb}"
+        known = {
+            option for parameter in COMMANDS[verb].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        used = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
+        assert used <= known | {"--help"}, f"{block}: {line}"
+
+
+def test_commands_in_sentences_exist() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for verbs in re.findall(r"`negpipe ([a-z|]+)[ `]", text):
+            for verb in verbs.split("|"):
+                assert verb == "config" or verb in COMMANDS, f"{page}: negpipe {verb}"
+
+
+@pytest.mark.parametrize("block", [*blocks("python")], ids=str)
+def test_python_compiles(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+
+
+def test_keys_in_sentences_exist() -> None:
+    """`mining.range_min` and the like, in code, anywhere."""
+    known = {key for key, *_ in config_table.rows(Config)}
+    known |= {".".join(key.split(".")[:n]) for key in known for n in (1, 2)} | {
+        "data.extra.corpus",
+        "data.extra.queries",
+    }
+    sections = "|".join(name for name in Config.model_fields if name not in ("run_dir", "store", "seed"))
+    for page in pages():
+        if page == DOCS / "decisions.md":  # what was, is not changed
+            continue
+        for key in re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)[`:= ]", page.read_text(encoding="utf-8")):
+            assert key in known or key.rsplit(".", 1)[1] in ("py", "md", "parquet", "json", "jsonl"), f"{page}: {key}"
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 8192
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
