@@ -18,6 +18,7 @@ from negpipe.config.schema import Config
 sys.path.insert(0, str(ROOT / "scripts"))
 import command_page
 import config_table
+import guarantees_page
 
 COMMANDS = dict(command_page.commands())
 WHOLE: dict[str, Any] = {"run_dir": "runs/x", "data": {"path": "my/folder"}, "encoder": {"model": "m"}}
@@ -118,3 +119,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     assert len(text.encode()) <= 8192
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_guarantee_is_listed_with_its_tests() -> None:
+    written = guarantees_page.PAGE.read_text(encoding="utf-8")
+    assert written == guarantees_page.page(), "run: python scripts/guarantees_page.py"
+    assert len(guarantees_page.guarantees()) >= 60
