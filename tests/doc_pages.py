@@ -14,11 +14,12 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=inde
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: where it is, its language, and what it says."""
+    """A code block: where it is, its language, what stands behind the fence, and what it says."""
 
     page: Path
     line: int
     language: str
+    info: str
     text: str
 
     def __str__(self) -> str:
@@ -35,4 +36,4 @@ def blocks(*languages: str) -> Iterator[Block]:
         for found in FENCE.finditer(text):
             language = found["info"].split(" ")[0]
             if language in languages:
-                yield Block(page, text.count("\n", 0, found.start()) + 1, language, found["text"])
+                yield Block(page, text.count("\n", 0, found.start()) + 1, language, found["info"], found["text"])

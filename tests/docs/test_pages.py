@@ -16,6 +16,7 @@ from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import benchmarks_page
 import command_page
 import config_table
 import guarantees_page
@@ -95,7 +96,8 @@ def test_commands_in_sentences_exist() -> None:
 
 @pytest.mark.parametrize("block", [*blocks("python")], ids=str)
 def test_python_compiles(block: Block) -> None:
-    compile(block.text, str(block), "exec")
+    if 'title="' not in block.info:  # a piece of a file, see below
+        compile(block.text, str(block), "exec")
 
 
 def test_keys_in_sentences_exist() -> None:
@@ -125,3 +127,14 @@ def test_every_guarantee_is_listed_with_its_tests() -> None:
     written = guarantees_page.PAGE.read_text(encoding="utf-8")
     assert written == guarantees_page.page(), "run: python scripts/guarantees_page.py"
     assert len(guarantees_page.guarantees()) >= 60
+
+
+def test_every_result_of_a_benchmark_is_shown() -> None:
+    written = benchmarks_page.PAGE.read_text(encoding="utf-8")
+    assert written == benchmarks_page.page(), "run: python scripts/benchmarks_page.py"
+
+
+def test_code_that_is_quoted_stands_in_its_file() -> None:
+    for block in blocks("python"):
+        if title := re.search(r'title="(negpipe/[^"]+)"', block.info):
+            assert block.text.strip("\n") in (ROOT / title[1]).read_text(encoding="utf-8"), f"{block}: {title[1]}"
