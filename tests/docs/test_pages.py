@@ -64,7 +64,7 @@ def test_yaml_is_a_config_or_known_to_be_another_thing() -> None:
 
 def lines() -> Iterator[tuple[Block, str]]:
     """The commands of negpipe in blocks of shell, as typed."""
-    for block in blocks("bash", "console", ""):
+    for block in blocks("bash", "sh", "console", ""):
         for line in block.text.replace("\\\n", " ").splitlines():
             command = re.sub(r"^\s*(\$ )?(\.venv/bin/)?", "", line)
             if command.startswith("negpipe "):
