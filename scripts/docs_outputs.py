@@ -68,7 +68,7 @@ def shape(printed: str) -> list[str]:
     """Lines without numbers, verdicts and samples, which differ from one version of Python or processor to another."""
     lines = []
     for line in printed.splitlines():
-        words = re.sub(r"[-+]?\d[\d,.:]*", "#", line)
+        words = re.sub(r"[-+]?\.?\d[\d,.:]*", "#", line)
         words = re.sub(r"\b(WIN|LOSS|TIE)\b", "VERDICT", words)
         words = " ".join(re.sub(r"-{2,}|[─━╭╮╰╯│]+", " ", words).split())
         sample = re.match(r"(anchor|positive|negative|candidate)s? (#|[A-Z])", words)
