@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def recall(axes: Any, depth: int = 100) -> None:
 
 def main() -> None:
     found = candidates()
-    drawings = {
+    drawings: dict[str, Callable[[Any], None]] = {
         "margins": lambda axes: margins(axes, *found),
         "windows": lambda axes: windows(axes, *found),
         "recall": recall,
