@@ -6,12 +6,15 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from doc_pages import DOCS, ROOT, Block, blocks, pages
 
+from negpipe import errors
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 
@@ -143,3 +146,21 @@ def test_code_that_is_quoted_stands_in_its_file() -> None:
 
 def unindented(code: str) -> str:
     return "\n".join(line.strip() for line in code.strip().splitlines())
+
+
+def test_every_code_of_an_error_is_explained() -> None:
+    text = (DOCS / "reference/exit-codes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (`[^|]+`) \| (\d) \|", text, re.MULTILINE)
+    codes = {code: int(number) for names, number in listed for code in re.findall(r"`([a-z-]+)`", names)}
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.NegpipeError)}
+    assert codes == {"usage": 2, "unexpected": 1} | {kind.code: kind.exit_code for kind in kinds}
+
+
+def test_the_columns_of_a_run_are_explained(finished: Path) -> None:
+    text = (DOCS / "reference/run-directory.md").read_text(encoding="utf-8")
+    sections = {part.split("\n")[0]: part for part in text.split("\n## ")[1:]}
+    folders = {"Rows": "triplets", "Ledger": "ledger", "Candidates": "search", "Id map": "index"}
+    for title, folder in folders.items():
+        names = set(re.findall(r"`([a-z_]+)`", sections[title]))
+        columns = pq.read_schema(next((finished / "run" / folder).glob("*.parquet"))).names
+        assert {name for name in columns if not name.startswith("dropped_")} <= names, title
