@@ -123,7 +123,7 @@ check: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 docs: $(READY)  ## build the documentation into site/, which is read without a network; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)  ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix .

@@ -164,3 +164,13 @@ def test_the_columns_of_a_run_are_explained(finished: Path) -> None:
         names = set(re.findall(r"`([a-z_]+)`", sections[title]))
         columns = pq.read_schema(next((finished / "run" / folder).glob("*.parquet"))).names
         assert {name for name in columns if not name.startswith("dropped_")} <= names, title
+
+
+def test_queries_of_a_run_are_answered(finished: Path) -> None:
+    import duckdb
+
+    queries = [*blocks("sql")]
+    for block in queries:
+        text = re.sub(r"'runs/\w+/", f"'{finished / 'run'}/", block.text)
+        assert duckdb.sql(text).fetchall(), block
+    assert queries
