@@ -58,6 +58,24 @@ def test_configs_are_accepted(block: Block) -> None:
     )
 
 
+def test_configs_in_sentences_are_accepted() -> None:
+    """`data: {format: nemo, path: FOLDER}` and the like, in code."""
+    sections = "|".join(name for name in Config.model_fields if name not in ("run_dir", "store", "seed"))
+    found = [
+        (page, text)
+        for page in pages()
+        if page != DOCS / "decisions.md"
+        for text in re.findall(rf"`((?:{sections}): \{{[^`]+\}})`", page.read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 10
+    for page, text in found:
+        (section, settings), *_ = yaml.safe_load(text).items()
+        try:
+            load_config({**WHOLE, section: {**WHOLE.get(section, {}), **settings}})
+        except errors.ConfigError as error:
+            pytest.fail(f"{page}: {text}: {error}")
+
+
 def test_yaml_is_a_config_or_known_to_be_another_thing() -> None:
     others = {block.text.split("\n")[0] for block in blocks("yaml")} - {
         block.text.split("\n")[0] for block in configs()
