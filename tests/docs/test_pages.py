@@ -190,5 +190,6 @@ def test_queries_of_a_run_are_answered(finished: Path) -> None:
     queries = [*blocks("sql")]
     for block in queries:
         text = re.sub(r"'runs/\w+/", f"'{finished / 'run'}/", block.text)
-        assert duckdb.sql(text).fetchall(), block
+        answer = duckdb.sql(text)
+        assert answer is not None and answer.fetchall(), block
     assert queries
