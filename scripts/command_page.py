@@ -19,8 +19,8 @@ HEAD = """# Commands
 
 <!-- Made by scripts/command_page.py from the command line itself. -->
 
-`negpipe COMMAND --help` says the same. [Exit codes](exit-codes.md) are those of all commands. CONFIG is a path, or the
-name of a file in `configs/`.
+`negpipe COMMAND --help` says the same. [Exit codes](exit-codes.md) are those of all commands. CONFIG is a path, the
+name of a file in `configs/`, or a run directory.
 """
 
 
