@@ -29,7 +29,7 @@ LOADERS := pylate==1.6.0 nemo-automodel==0.7.0 ms-swift==4.6.0 modelscope models
 	aiosignal aiohappyeyeballs simplejson
 FAST := $(addprefix tests/,config data encoders select store)
 
-.PHONY: help setup $(VERBS) mine-shards wheel test test-fast test-slow test-loaders torture check format
+.PHONY: help setup docs $(VERBS) mine-shards wheel test test-fast test-slow test-loaders torture check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ check: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## build the documentation into site/, which is read without a network; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)  ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix .

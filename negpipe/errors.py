@@ -11,7 +11,7 @@ from negpipe.redaction import redact
 
 
 class NegpipeError(Exception):
-    """Anything negpipe can explain, without credentials. `exit_code` and `code` are stable, see the README."""
+    """Anything negpipe can explain, without credentials. `exit_code` and `code` are stable: see docs, Exit codes."""
 
     exit_code = 1
     code = "failed"

@@ -1,8 +1,11 @@
-"""Writes the README's table of config keys from the config itself: `python scripts/config_table.py README.md`."""
+"""Writes the tables of docs/reference/config/, a page for each section, from the config itself.
+
+`python scripts/config_table.py` rewrites what lies between the markers of each page; the rest of a page is written by
+hand. A section without a page gets one, which then needs a line under `nav` in mkdocs.yml.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -12,6 +15,10 @@ from pydantic import BaseModel
 
 from negpipe.config.schema import Config
 
+PAGES = Path(__file__).parents[1] / "docs" / "reference" / "config"
+TOP = ""
+FILES = {TOP: "index.md", "index": "index-section.md"}
+"""Pages that are not called after their section: index.md is the folder's own, of the keys that are in no section."""
 BEGIN, END = "<!-- config: made by scripts/config_table.py -->\n", "<!-- /config -->"
 
 
@@ -26,18 +33,27 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, s
         yield f"{prefix}{name}", _type(field.annotation), default, field.description or ""
 
 
-def table() -> str:
-    """The whole table in Markdown."""
-    lines = ["| key | type | default | what it does |", "|---|---|---|---|"]
+def tables() -> dict[str, str]:
+    """The table of each section in Markdown, by the section's name."""
+    lines: dict[str, list[str]] = {}
     for key, kind, default, text in rows(Config):
-        lines.append(f"| `{key}` | {kind} | {default} | " + text.replace("|", "\\|") + " |")
-    return "\n".join(lines) + "\n"
+        section = key.split(".")[0] if "." in key else TOP
+        head = ["| key | type | default | what it does |", "|---|---|---|---|"]
+        cells = f"| `{key}` | {kind} | {default} | " + text.replace("|", "\\|") + " |"
+        lines.setdefault(section, head).append(cells)
+    return {section: "\n".join(table) + "\n" for section, table in lines.items()}
 
 
-def insert(readme: str) -> str:
-    """The README with the table between its markers."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END, 1)[1]
+def file_of(section: str) -> Path:
+    return PAGES / FILES.get(section, f"{section}.md")
+
+
+def page(section: str, table: str) -> str:
+    """The section's page with the table between its markers."""
+    file = file_of(section)
+    text = file.read_text(encoding="utf-8") if file.exists() else f"# `{section}`\n\n{BEGIN}{END}\n"
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table + END + rest.split(END, 1)[1]
 
 
 def _is_model(part: Any) -> bool:
@@ -75,5 +91,5 @@ def _yaml(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(insert(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for section, table in tables().items():
+        file_of(section).write_text(page(section, table), encoding="utf-8")

@@ -21,7 +21,14 @@ from negpipe.engine.manifest import Books
 from negpipe.errors import NegpipeError
 from negpipe.select import verdicts
 
-pytestmark = pytest.mark.torture
+pytestmark = [
+    pytest.mark.torture,
+    pytest.mark.guarantee(
+        "any bytes stand in configs, sources, records, verdicts",
+        "a result or an explained error",
+        section="input",
+    ),
+]
 
 Record = Callable[[str, object], None]
 SAMPLE, FULL = 40, 10_000

@@ -69,6 +69,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return source(tmp_path_factory.mktemp("goldens"))
 
 
+@pytest.mark.guarantee(
+    "every preset, format and sampler",
+    "gives the rows and the ledger of the first edition, but for the changes that the test lists",
+    section="rows",
+)
 @pytest.mark.parametrize("variant", EXACT)
 def test_rows_and_ledger_are_those_of_the_first_edition(config: dict[str, Any], variant: str) -> None:
     expected, found = json.loads(GOLDENS.read_text("utf-8"))[variant], made(config, variant)

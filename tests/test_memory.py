@@ -117,6 +117,7 @@ def test_parts_of_long_texts_are_refused_while_they_are_read(tmp_path: Path) -> 
 TWO = ("executor.kind=local", "executor.workers=2", "resources.cpus=2")
 
 
+@pytest.mark.guarantee("every stage keeps within `resources.memory_budget`")
 def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     corpus = [{"_id": f"d{i}", "text": f"text {i}"} for i in range(9_000)]
     small.write_rows(tmp_path / "data/corpus.jsonl", corpus)
@@ -154,6 +155,11 @@ def test_candidates_too_many_to_choose_from_are_refused_before_anything_is_encod
 EVERY = (["ingest"], ["encode"], ["index"], ["search"], ["triplets"], ["export", "--to", "flagembedding"])
 
 
+@pytest.mark.guarantee(
+    "every stage keeps within `resources.memory_budget`",
+    "beyond the libraries; what cannot is refused with number and setting",
+    section="rows",
+)
 @pytest.mark.torture
 def test_every_stage_keeps_its_budget(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """270 MB of texts and 180 MB of vectors: no stage could hold either."""
@@ -166,6 +172,7 @@ def test_every_stage_keeps_its_budget(tmp_path: Path, request: pytest.FixtureReq
     assert all(megabytes <= 256 for megabytes in over.values()), over
 
 
+@pytest.mark.guarantee("every stage keeps within `resources.memory_budget`")
 def test_an_index_keeps_its_budget(tmp_path: Path) -> None:
     """58 MB of vectors, as much again in an index of lists: 64 MiB could not hold both."""
     folders = [source(tmp_path / name, rows, 96, "a text") for name, rows in (("small", 6_000), ("large", 150_000))]

@@ -237,6 +237,11 @@ def as_theirs(row: dict[str, Any], scores: bool) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not (scores and name in ("label", "labels"))}
 
 
+@pytest.mark.guarantee(
+    "`mining.compat: sentence-transformers`",
+    "the rows of its `mine_hard_negatives` on the same vectors",
+    section="rows",
+)
 @pytest.mark.torture
 def test_sentence_transformers(worlds: list[World], drawn: int) -> None:
     case, world = Case(drawn), worlds[drawn % 9]
@@ -298,6 +303,11 @@ def ranked(world: World) -> list[Ranked]:
     ]
 
 
+@pytest.mark.guarantee(
+    "`mining.compat: flagembedding`",
+    "the rows of an independent program, which the test holds, written from its `hn_mine`",
+    section="rows",
+)
 @pytest.mark.parametrize("number", range(9))
 def test_flagembedding(worlds: list[World], number: int) -> None:
     """hn_mine: a window of raw ranks, positives and the query out, a draw of the rest, filled from the corpus."""
@@ -321,6 +331,11 @@ def test_flagembedding(worlds: list[World], number: int) -> None:
         assert drawn[0] != drawn[1] or drawn[0] != drawn[2]
 
 
+@pytest.mark.guarantee(
+    "`mining.compat: nemo`",
+    "the rows of an independent program, which the test holds, written from its source",
+    section="rows",
+)
 @pytest.mark.parametrize("number", range(9))
 def test_nemo(worlds: list[World], number: int) -> None:
     """Positives masked by id, then everything above 0.95 of the lowest positive score, then the top."""
@@ -335,6 +350,11 @@ def test_nemo(worlds: list[World], number: int) -> None:
     assert [(row["anchor"], row["positive"], row["negative"]) for row in rows] == expected
 
 
+@pytest.mark.guarantee(
+    "`mining.compat: nv-retriever`",
+    "the rows of an independent program, which the test holds",
+    section="rows",
+)
 @pytest.mark.parametrize("number", range(9))
 def test_nv_retriever(worlds: list[World], number: int) -> None:
     """TopK-PercPos: for each pair, the top of what scores below 95 % of its positive."""

@@ -1,6 +1,6 @@
 """The config: one YAML file, every key typed, unknown keys refused by name.
 
-Key names are fixed by the README's table. Whether a key is part of a stage's identity (a change
+Key names are fixed by the tables of docs/reference/config. Whether a key is part of a stage's identity (a change
 re-runs the stage) is decided by the stages, not here.
 """
 

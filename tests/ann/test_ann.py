@@ -124,6 +124,7 @@ def corpus() -> np.ndarray:
     return vectors[np.argsort(vectors[:, 0], kind="stable")].astype(np.float16)
 
 
+@pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 @pytest.mark.parametrize("depth", [1, 60, 3_500])
 def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(
     corpus: np.ndarray, tmp_path: Path, depth: int
@@ -166,6 +167,7 @@ def test_a_wrong_guess_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     check(found, queries, corpus, 100)
 
 
+@pytest.mark.guarantee("`flat` and `stream` are exact")
 def test_scores_closer_than_rounding_are_ordered_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ann.exact, "_BLOCK_ROWS", 500)
     rng = np.random.default_rng(11)

@@ -71,6 +71,11 @@ def exact(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return rows, products
 
 
+@pytest.mark.guarantee(
+    "an approximate index states its recall",
+    "it is that of an exact search, within its interval",
+    section="rows",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stated_recall_is_true(source: dict[str, Any], kind: str) -> None:
     result = mined(source, f"index.kind={kind}", "index.min_recall=0.9", "index.recall_anchors=150")
@@ -90,6 +95,7 @@ def test_the_stated_recall_is_true(source: dict[str, Any], kind: str) -> None:
     assert pq.read_schema(path).metadata[b"negpipe.ann.approximate"] == kind.encode()
 
 
+@pytest.mark.guarantee("an approximate index states its recall")
 def test_recall_over_the_window_and_the_shift_at_its_edges(source: dict[str, Any]) -> None:
     settings = ["index.kind=IVF16,Flat", "index.nprobe=6", "index.min_recall=0.3", "index.recall_anchors=300"]
     result = mined(source, *settings)
@@ -140,6 +146,7 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
     assert changed == {run_dir / file.path for file in tuned.files}
 
 
+@pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -> None:
     shutil.copytree(source["run_dir"], f"{source['run_dir']}-2")
     one = mined(source, "index.kind=IVF16,Flat")

@@ -22,6 +22,8 @@ from negpipe.review.report import page
 from negpipe.rows.exports.files import published
 from negpipe.store.files import publish
 
+pytestmark = pytest.mark.guarantee("no space, quota, read-only, no permission")
+
 
 @needs_a_namespace
 def test_as_root_of_a_namespace() -> None:

@@ -161,6 +161,7 @@ def test_bytes_do_not_depend_on_threads_or_the_sample(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.guarantee("`flat` and `stream` are exact")
 def test_probing_every_list_is_exact(tmp_path: Path) -> None:
     corpus, anchors = clustered(3_000, 1), clustered(50, 2).astype(np.float32)
     shards = build(tmp_path, corpus, "IVF20,Flat", 10_000)
@@ -252,6 +253,7 @@ def test_groups_of_anchors_change_nothing(tmp_path: Path, kind: str) -> None:
         search(2**20)
 
 
+@pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 @pytest.mark.parametrize("kind", ["IVF20,Flat", "IVF20,SQ8", "OPQ4,IVF8,PQ4x4fs", "PCA8,SQ8", "HNSW8"])
 def test_threads_change_no_byte_of_an_index(tmp_path: Path, kind: str) -> None:
     rows = clustered(3_000, 5)

@@ -97,6 +97,11 @@ class Flushing(OnDevice):
             torch.set_flush_denormal(False)
 
 
+@pytest.mark.guarantee(
+    "a device that multiplies for search changes no byte",
+    "what lies within the proven error of its products is scored on the cores (tested on a stand-in)",
+    section="rows",
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("numbers", [on_device, Off, lambda: Flushing("cpu", 2, 2**28)])
 def test_the_bytes_are_those_of_the_processor(

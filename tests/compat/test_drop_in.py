@@ -109,6 +109,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("drop_in_run")
 
 
+@pytest.mark.guarantee(
+    "`negpipe.mine_hard_negatives` takes the place of the original",
+    "the same dataset: rows, order, columns, types",
+    section="rows",
+)
 @pytest.mark.parametrize("output_format", FORMATS)
 @pytest.mark.parametrize("scores", [True, False])
 def test_same_dataset(world: World, run_dir: Path, output_format: str, scores: bool) -> None:
@@ -118,6 +123,7 @@ def test_same_dataset(world: World, run_dir: Path, output_format: str, scores: b
     check(ours, other)
 
 
+@pytest.mark.guarantee("`negpipe.mine_hard_negatives` takes the place of the original")
 @pytest.mark.parametrize(
     "rules",
     [
@@ -137,6 +143,7 @@ def test_ranking_with_positives(world: World, run_dir: Path) -> None:
     check(*both(world, run_dir=run_dir, include_positives=True, num_negatives=6, output_scores=True))
 
 
+@pytest.mark.guarantee("`negpipe.mine_hard_negatives` takes the place of the original")
 @pytest.mark.parametrize("cutoff", [{"max_score": 0.2}, {"min_score": -0.5}, {"relative_margin": 0.3}, {}])
 def test_cross_encoder(world: World, run_dir: Path, cutoff: dict[str, float]) -> None:
     """It is asked only where a cutoff needs it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,12 +301,3 @@ def test_numbers_are_finite(value: str) -> None:
     settings = {"run_dir": "x", "data": {"path": "d"}, "encoder": {"model": "m"}}
     with pytest.raises(ConfigError, match=r"mining\.relative_margin"):
         load_config(settings, [f"mining.relative_margin={value}"])
-
-
-def test_the_readme_lists_every_key() -> None:
-    root = Path(__file__).parents[2]
-    sys.path.insert(0, str(root / "scripts"))
-    from config_table import insert
-
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    assert insert(readme) == readme, "run: python scripts/config_table.py README.md"

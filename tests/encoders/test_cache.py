@@ -21,6 +21,11 @@ from as_root import needs_a_namespace, needs_root, run_in_a_namespace
 
 from negpipe.encoders.cache import Cache
 
+pytestmark = pytest.mark.guarantee(
+    "the cache is damaged, full, read-only, shared by processes that write at once, or one is killed",
+    "never a wrong vector, no failure; told once",
+)
+
 Floats = npt.NDArray[np.float32]
 LARGE = 2**30
 

@@ -15,7 +15,6 @@ from real_runs import Run, encoding_here
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = Path(__file__).parents[2] / "scripts" / "make_quickstart.py"
 DOCUMENTS = 120
 FAULTS = ["500", "truncated", "429", "503", "dropped", "missing", "timeout", "500", "truncated", "429"]
 ALIKE = {"query_instruction": "find: ", "storage": "float32"}
@@ -25,7 +24,7 @@ ALIKE = {"query_instruction": "find: ", "storage": "float32"}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Functions of the standard library, and what their docstrings say."""
     folder = tmp_path_factory.mktemp("data") / "quickstart"
-    subprocess.run([sys.executable, str(QUICKSTART), str(folder), "--count", str(DOCUMENTS)], check=True)
+    subprocess.run([sys.executable, "-m", "negpipe.quickstart", str(folder), "--count", str(DOCUMENTS)], check=True)
     return folder
 
 

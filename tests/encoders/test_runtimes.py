@@ -92,6 +92,11 @@ def test_vectors_batches_and_cuts_are_those_of_torch(tiny: Path, runtime: str, p
     assert not np.array_equal(expected, found)
 
 
+@pytest.mark.guarantee(
+    "an exported file is of other weights, whether beside the model or in the cache",
+    "the first is not read, the second is made again",
+    section="input",
+)
 @needs["onnx"]
 def test_a_model_is_exported_once_other_weights_again_and_never_mixed(tiny: Path, tmp_path: Path, cache: Path) -> None:
     first = vectors(tiny, "onnx")
@@ -117,6 +122,10 @@ def test_a_model_is_exported_once_other_weights_again_and_never_mixed(tiny: Path
     assert vectors(tiny, "onnx").tobytes() == first.tobytes()
 
 
+@pytest.mark.guarantee(
+    "a model is exported for another runtime by two processes, or by one that is killed",
+    "one whole file, exported once; nothing else is left, and nothing is sent to the runtimes' makers",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_kills_and_rivals_leave_one_whole_file_and_nothing_is_told_to_anybody(

@@ -83,6 +83,10 @@ def test_enough_parts_to_lose(whole: Run) -> None:
     assert sum(counts) >= 40 and min(counts) >= 5
 
 
+@pytest.mark.guarantee(
+    "a run is killed at a write",
+    "what was committed stays, `status` is right, the same bytes after resuming",
+)
 @pytest.mark.torture
 def test_killed_at_a_write_boundary(
     boundary: Boundary, whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -94,6 +98,11 @@ def test_killed_at_a_write_boundary(
     record_property("count: kills survived", 1)
 
 
+@pytest.mark.guarantee(
+    "a run is killed at any moment",
+    "what was committed stays, `status` is right, the same bytes after resuming; at most one task a "
+    "worker is done again",
+)
 @pytest.mark.torture
 def test_killed_at_a_random_moment(
     seed: int,
@@ -118,6 +127,7 @@ def test_killed_at_a_random_moment(
 # --- workers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("a worker dies or runs out of memory")
 def test_a_worker_out_of_memory_is_tried_again(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     forget(run, "search")
@@ -129,6 +139,7 @@ def test_a_worker_out_of_memory_is_tried_again(whole: Run, tmp_path: Path) -> No
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee("a worker dies or runs out of memory")
 def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     forget(run, "search")
@@ -144,6 +155,10 @@ def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path)
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee(
+    "a worker dies or runs out of memory",
+    "tried three times, then the error names the task",
+)
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced(whole: Run, tmp_path: Path) -> None:
     run = whole.at(tmp_path / "run")
@@ -261,6 +276,10 @@ for folder in folders:
 """
 
 
+@pytest.mark.guarantee(
+    "a run is killed while `triplets/` changes",
+    "the old or the new rows, never a mixture and never none",
+)
 @pytest.mark.slow
 @pytest.mark.torture
 def test_swap_cut_short_at_any_step(

@@ -94,6 +94,10 @@ def repaired(run: Run) -> graph.Result:
     return graph.mine(load_config(run.config, ["executor.kind=inline"]), repair=True)
 
 
+@pytest.mark.guarantee(
+    "a bit flips, files are swapped",
+    "`verify` names it and changes nothing; `mine --repair` makes it and what may come from it again",
+)
 def test_every_kind_of_damage_in_every_stage_is_found_and_repaired(
     whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -147,6 +151,7 @@ def test_a_flipped_bit_and_what_may_come_from_it_are_made_again(
     record_property("count: damages found", 1)
 
 
+@pytest.mark.guarantee("a bit flips, files are swapped")
 def test_what_was_made_from_a_flipped_bit_is_not_believed(whole: Run, tmp_path: Path) -> None:
     """The flip is read before it is found: candidates of another depth come from it, and pass every check."""
     run, right = whole.copied(tmp_path / "run"), whole.copied(tmp_path / "right")
@@ -169,6 +174,11 @@ def test_what_was_made_from_a_flipped_bit_is_not_believed(whole: Run, tmp_path: 
     ]
 
 
+@pytest.mark.guarantee(
+    "a changed byte makes a stage fail",
+    "the file is named, with `--repair`",
+    section="input",
+)
 @pytest.mark.parametrize("executor", ["inline", "local"])
 def test_what_fails_for_a_changed_byte_names_the_file(whole: Run, tmp_path: Path, executor: str) -> None:
     """A row number that leads out of the corpus: only the row itself is wrong, every header is as it was."""
@@ -187,6 +197,7 @@ def test_what_fails_for_a_changed_byte_names_the_file(whole: Run, tmp_path: Path
     graph.mine(load_config(run.config, ["executor.kind=inline", *settings]), repair=True)
 
 
+@pytest.mark.guarantee("a bit flips, files are swapped")
 def test_swapped_files_are_found(whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     swapped = 0
     run = whole.copied(tmp_path / "run")
@@ -204,6 +215,10 @@ def test_swapped_files_are_found(whole: Run, tmp_path: Path, record_property: Ca
     record_property("count: damages found", swapped)
 
 
+@pytest.mark.guarantee(
+    "a file is cut or emptied",
+    "seen at use, named, that part made again",
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_cut_file_is_seen_at_use_and_made_again(place: str, whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
@@ -264,6 +279,10 @@ def another_number_of_rows(path: Path) -> None:
 TABLES = [place for place in PLACES if place != "index:flat"]
 
 
+@pytest.mark.guarantee(
+    "a file of the right size has another header or number of rows",
+    "whatever reads the run names it, exit 5; `mine --repair` makes it and what may come from it again",
+)
 @pytest.mark.parametrize("change", [another_header, another_number_of_rows])
 def test_wrong_content_of_the_same_size_is_seen_by_its_header_at_use(
     change: Callable[[Path], None], whole: Run, tmp_path: Path
@@ -301,6 +320,7 @@ def test_wrong_content_of_the_same_size_is_seen_by_its_header_at_use(
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee("a file of the right size has another header or number of rows")
 @pytest.mark.parametrize("change", [another_header, another_number_of_rows])
 def test_a_run_sees_by_its_header_what_is_wrong_with_what_it_reads(
     change: Callable[[Path], None], whole: Run, tmp_path: Path
@@ -326,6 +346,10 @@ def test_a_run_sees_by_its_header_what_is_wrong_with_what_it_reads(
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee(
+    "a record or manifest is damaged",
+    "found, dropped, made again",
+)
 def test_damaged_records_are_found_and_dropped(
     whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

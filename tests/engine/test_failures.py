@@ -18,6 +18,13 @@ from negpipe.config.file import load_config
 from negpipe.errors import NegpipeError
 from negpipe.store.lock import run_lock
 
+pytestmark = pytest.mark.guarantee(
+    "anything fails",
+    "one paragraph; `--debug` for the trace; with `--log-format json`, which every verb but `config "
+    "schema` takes, one object with a code",
+    section="input",
+)
+
 Arguments = list[str]
 Provoke = Callable[[Path], Iterator[Arguments]]
 

@@ -67,6 +67,11 @@ def check_harmless(outcome: small.Outcome) -> None:
 ALLOWED = ("--set", "data.max_bad_rows=1")
 
 
+@pytest.mark.guarantee(
+    "texts or ids hold terminal escapes or HTML",
+    "shown written out, never raw",
+    section="input",
+)
 @pytest.mark.parametrize(
     "command",
     [
@@ -102,6 +107,7 @@ def test_no_command_lets_an_escape_through(command: tuple[str, ...], hostile: Pa
     assert outcome.out + outcome.err
 
 
+@pytest.mark.guarantee("texts or ids hold terminal escapes or HTML")
 def test_an_export_lets_no_html_into_its_card(hostile: Path, tmp_path: Path) -> None:
     outcome = small.run("export", hostile / "config.yaml", "--to", "hub", "--out", tmp_path / "hub", *ALLOWED)
     assert outcome.code == 0, outcome.err
@@ -147,6 +153,11 @@ def test_a_manifest_with_escapes_is_shown_without(hostile: Path, tmp_path: Path)
 # --- paths ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(
+    "an id is `../../x`",
+    "it is never a path",
+    section="input",
+)
 def test_ids_never_become_paths(tmp_path: Path) -> None:
     names = [
         "../../escape",
@@ -199,6 +210,11 @@ class Exploit:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.guarantee(
+    "a vector file holds a pickle",
+    "refused, not run",
+    section="input",
+)
 def test_vectors_are_never_unpickled(tmp_path: Path) -> None:
     owned = tmp_path / "owned"
     bomb = np.array([[Exploit(owned)] * 8] * 40, dtype=object)
@@ -243,6 +259,11 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
         assert not [k for node in calls(name) for k in node.keywords if k.arg == "trust_remote_code"]
 
 
+@pytest.mark.guarantee(
+    "a config holds Python tags or an alias bomb",
+    "refused before it grows",
+    section="input",
+)
 @pytest.mark.parametrize(
     "text",
     [
@@ -272,6 +293,7 @@ def bomb(inner: str, opening: str, closing: str) -> str:
     return "\n".join(levels)
 
 
+@pytest.mark.guarantee("a config holds Python tags or an alias bomb")
 @pytest.mark.parametrize(
     "text",
     [
@@ -311,6 +333,11 @@ class OwnModel(BertModel):
 """
 
 
+@pytest.mark.guarantee(
+    "a model brings code",
+    "not run unless `encoder.trust_remote_code` is on, then with a warning",
+    section="input",
+)
 @pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.parametrize("backend", ["flagembedding", "sentence-transformers"])
@@ -377,6 +404,11 @@ def everything(folder: Path) -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.guarantee(
+    "a URL carries a password or token",
+    "hidden in logs, errors, manifests, cards",
+    section="input",
+)
 def test_no_secret_of_a_url_is_shown_or_written(tmp_path: Path) -> None:
     """A run whose source is at an address with secrets: logs, errors, manifests, sidecars, summary, export, list."""
     import fsspec
@@ -489,6 +521,11 @@ def test_a_file_that_leads_out_of_the_run_directory_is_not_written_through(name:
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.guarantee(
+    "any other link in the run directory leads out",
+    "refused; nothing outside is written or deleted",
+    section="input",
+)
 def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     config = load_config(str(small.build(tmp_path)))
     graph.mine(config)
@@ -514,6 +551,11 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     assert graph.mine(config).ran == ()
 
 
+@pytest.mark.guarantee(
+    "a folder of a stage is a link to another disk",
+    "used; only what was recorded is deleted there, and no link in it is followed",
+    section="input",
+)
 @pytest.mark.parametrize("place", ["ingest", "encode", "index", "search", "ledger"])
 def test_a_folder_of_a_stage_may_lie_on_another_disk(place: str, tmp_path: Path) -> None:
     config, scratch = small.build(tmp_path), tmp_path / "scratch"
@@ -591,6 +633,11 @@ def test_a_link_to_a_folder_around_the_run_is_refused(tmp_path: Path) -> None:
         graph.mine(load_config(str(config)))
 
 
+@pytest.mark.guarantee(
+    "files of your own lie beside the rows",
+    "kept by `clean` and by every new setting",
+    section="input",
+)
 def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     run_dir = tmp_path / "run"
@@ -621,6 +668,11 @@ def test_clean_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> Non
     assert {state.state for state in graph.status(load_config(str(config)))} == {"current"}
 
 
+@pytest.mark.guarantee(
+    "a run directory is made",
+    "for you alone (0700); one that exists keeps its rights",
+    section="input",
+)
 def test_a_new_run_directory_is_for_the_user_alone(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     before = os.umask(0o000)

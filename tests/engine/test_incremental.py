@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small_source as small
 from real_runs import encoding_here
 
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.plan import estimate
+
+pytestmark = pytest.mark.guarantee(
+    "the corpus grew or was edited",
+    "the parts around the change are encoded again; the bytes of a new run",
+)
 
 DOCUMENTS = 600
 

@@ -21,6 +21,15 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import StorageError
 
+pytestmark = [
+    pytest.mark.guarantee("files of your own lie beside the rows"),
+    pytest.mark.guarantee(
+        "the old `triplets/` cannot be deleted or replaced",
+        "in nobody's way; or an error that says where the new rows are complete",
+        section="input",
+    ),
+]
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
@@ -116,6 +125,7 @@ def test_files_of_the_users_survive_every_setting(run: Run) -> None:
     assert [path.read_text(encoding="utf-8") for path in kept] == ["no rows of ours"]
 
 
+@pytest.mark.guarantee("a run is killed while `triplets/` changes")
 def test_a_reader_sees_the_rows_of_one_setting_at_every_moment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at after every change to the disk."""
     config = load_config(run.config, ["executor.kind=inline", "mining.num_negatives=2"])

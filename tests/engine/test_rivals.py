@@ -52,6 +52,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 # --- two runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(
+    "a second run starts",
+    'exit 4 with host, process, start (or "another negpipe process" where its note cannot be read); a '
+    "dead holder's lock is free",
+)
 def test_one_process_at_a_time(whole: Run, tmp_path: Path) -> None:
     run = whole.at(tmp_path / "run")
     first = run.start("ingest")
@@ -71,6 +76,7 @@ def test_one_process_at_a_time(whole: Run, tmp_path: Path) -> None:
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee("a second run starts")
 @pytest.mark.parametrize(
     "said",
     [
@@ -98,6 +104,10 @@ def test_a_holder_that_says_nothing_readable_is_another_process(said: str | byte
     assert not holder.exists()
 
 
+@pytest.mark.guarantee(
+    "locks do not work",
+    "a warning where the system says so; parts are never mixed",
+)
 @pytest.mark.torture
 def test_two_runs_where_everybody_gets_the_lock(
     pair: int, whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -191,6 +201,10 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 SIGNALS = {"SIGTERM": terminate, "SIGTERM to all": terminate_all, "Ctrl-C": interrupt}
 
 
+@pytest.mark.guarantee(
+    "SIGTERM, Ctrl-C",
+    "ends within 10 s, 143 or 130, resumes",
+)
 @pytest.mark.torture
 def test_signals(
     signalled: tuple[str, str], whole: Run, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -275,6 +289,10 @@ def test_a_query_that_is_interrupted_is_no_bug() -> None:
 YEARS = 10 * 365 * 86400
 
 
+@pytest.mark.guarantee(
+    "the clock jumps",
+    "nothing",
+)
 @pytest.mark.parametrize("jump", [YEARS, -YEARS])
 def test_a_clock_that_jumps_changes_nothing(
     jump: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -294,6 +312,10 @@ def test_a_clock_that_jumps_changes_nothing(
     assert run.mine().ran == ()
 
 
+@pytest.mark.guarantee(
+    "a source changes under the same size and time",
+    "not seen; `--rehash` finds it",
+)
 def test_a_source_changed_under_the_same_size_and_time_is_found_by_rehash(tmp_path: Path) -> None:
     folder = numbered_folder(tmp_path / "beir", 60, 30)
     run = Run(precomputed_config(tmp_path / "run", folder))

@@ -309,6 +309,11 @@ def test_other_vectors_and_back(undisturbed: Run, tmp_path: Path) -> None:
     assert run.content("triplets") == content
 
 
+@pytest.mark.guarantee(
+    "`flat` and `stream` are exact",
+    "the same candidates, ties included",
+    section="rows",
+)
 def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None:
     run = undisturbed.copied(tmp_path / "run")
     flat = list(run.content("search").values())
@@ -341,6 +346,11 @@ def test_workers_share_the_cores(undisturbed: Run, tmp_path: Path, monkeypatch: 
     assert len(started) >= 2 and {env[name] for env in started for name in names} == {"3"}
 
 
+@pytest.mark.guarantee(
+    "workers, threads, blocks and memory change no byte",
+    "the same Parquet files",
+    section="rows",
+)
 @pytest.mark.slow
 def test_workers_change_no_byte(undisturbed: Run, tmp_path: Path) -> None:
     inline = undisturbed.at(tmp_path / "inline")

@@ -32,6 +32,11 @@ from negpipe.store.lock import run_lock, shared_run_lock
 from negpipe.store.store import CHANGES, LocalStore
 from negpipe.store.unfinished import owner
 
+pytestmark = pytest.mark.guarantee(
+    "shards run in any order, twice at once, or are killed",
+    "each part is made once, by whoever is left; the bytes of an ordinary run",
+)
+
 SHARDED = ("encode", "index", "search", "triplets")
 LISTS = ("index.kind=IVF2,Flat", "index.shard_size=3000", "index.recall_anchors=20")
 BESIDE = Path(__file__).parents[2]
@@ -144,6 +149,10 @@ def test_the_parts_of_a_shared_store(whole: Run, tmp_path: Path) -> None:
 # --- what is refused --------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(
+    "`commit` comes before all parts are there",
+    "exit 3, with how many, which, and of which shards",
+)
 def test_commit_names_what_is_missing(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     run.forget("encode")
@@ -177,6 +186,10 @@ def test_the_command_line_refuses(tmp_path: Path) -> None:
         assert outcome.code == code and said in outcome.err.replace("\n", " "), outcome.err
 
 
+@pytest.mark.guarantee(
+    "`mine` or `clean` beside a shard, or a shard beside them",
+    "exit 4",
+)
 def test_a_shard_excludes_runs_and_clean_and_is_excluded_by_them(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     run.forget("encode")
@@ -197,6 +210,10 @@ def older(name: str) -> str:
     return "0.0.1" if name == "numpy" else version(name)
 
 
+@pytest.mark.guarantee(
+    "a shard has other versions of libraries",
+    "refused before its first task, exit 2, with both versions",
+)
 def test_other_versions_of_libraries_within_a_run_are_refused(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +350,10 @@ def test_a_shard_that_was_killed_is_run_again(whole: Run, tmp_path: Path, host: 
     assert not left(run)
 
 
+@pytest.mark.guarantee(
+    "clocks of machines differ by hours or years",
+    "nothing",
+)
 @pytest.mark.parametrize("years", [-10, 10])
 def test_clocks_that_differ_change_nothing(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int

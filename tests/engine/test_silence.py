@@ -22,7 +22,14 @@ from negpipe.engine.stage import Context, Task
 from negpipe.errors import ConfigError, TaskFailedError
 from negpipe.stages import STAGES
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "a worker says what is not a message, or nothing",
+        "the first is a death like the others; silence is warned about after 5 minutes with the worker's "
+        "stack, and ended after `executor.task_timeout`",
+    ),
+]
 
 
 @pytest.fixture

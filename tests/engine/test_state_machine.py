@@ -33,6 +33,11 @@ from negpipe.config.file import load_config
 from negpipe.engine import upkeep
 from negpipe.errors import DamagedError, MissingStageError
 
+pytestmark = pytest.mark.guarantee(
+    "settings, source, parts and deaths come in any order",
+    "a current stage holds what a fresh run would make",
+)
+
 SETTINGS: dict[str, list[Any]] = {
     "mining.num_negatives": [3, 2],
     "mining.relative_margin": [None, 0.2],

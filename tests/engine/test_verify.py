@@ -20,6 +20,11 @@ from negpipe import graph
 from negpipe.cli import console
 from negpipe.engine import upkeep
 
+pytestmark = pytest.mark.guarantee(
+    "`verify` runs",
+    "several files are read at a time; the bar goes up to the total",
+)
+
 AT_ONCE = 2
 
 

@@ -15,6 +15,12 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.engine.manifest import Books
 
+pytestmark = pytest.mark.guarantee(
+    "libraries were upgraded",
+    "parts of two versions are warned about by `status` and every run; `--rebuild` makes the older ones again",
+    section="input",
+)
+
 OLDER = "0.0.1"
 
 

@@ -33,7 +33,14 @@ from negpipe.ingest import joins
 from negpipe.review import measures, quality
 from negpipe.review.calibrate import Setting
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "100,000 queries share a text, or 100,000 documents, or one has them all",
+        "time and memory grow with the rows, not with their square",
+        section="input",
+    ),
+]
 
 MANY, MOST, POOL = 8_000, 100_000, 300
 SHAPES = ("text", "anchor", "document", "copies")

@@ -470,6 +470,7 @@ def test_texts_never_steer_the_terminal(tmp_path: Path) -> None:
 MANY = 20_000  # squared, too many for the memory there is
 
 
+@pytest.mark.guarantee("100,000 queries share a text, or 100,000 documents, or one has them all")
 @pytest.mark.parametrize("shape", ["one anchor text", "one anchor", "one document", "no ids"])
 def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path) -> None:
     """One text under many ids; one anchor with many positives; one document, under many ids, of many anchors."""

@@ -17,6 +17,12 @@ import small_source as small
 from beir_data import precomputed_config, tricky_folder, write_vectors
 from real_runs import STAGES, Run
 
+pytestmark = pytest.mark.guarantee(
+    "the report shows the stages, a figure, a review row",
+    "its numbers, bars and marks are what the run's files hold",
+    section="input",
+)
+
 DEPTH, RANDOM_EACH = 64, 5
 
 

@@ -169,6 +169,7 @@ def test_no_second_search_where_it_cannot_help(run: Run, overrides: tuple[str, .
     assert not (run.folder / "deeper").exists()
 
 
+@pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 def test_bytes_do_not_depend_on_workers(run: Run, tmp_path: Path) -> None:
     settings = ("mining.num_random=2", "mining.near_duplicate=0.7", "mining.max_depth=300")
     other = run.copied(tmp_path / "other")

@@ -54,6 +54,12 @@ def test_there_are_enough_cases() -> None:
     assert len(set(map(str, FAULTS))) == len(FAULTS)
 
 
+@pytest.mark.guarantee(
+    "a row is broken, empty or of a wrong type",
+    "named by file, row and field (a broken line of a hub repository by file alone); or, up to `--max-"
+    "bad-rows N`, left out and listed in `rejected.jsonl`",
+    section="input",
+)
 @pytest.mark.torture
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_bad_row_is_refused_by_file_row_and_field(fault: Fault, tmp_path: Path, record_property: Record) -> None:
@@ -75,6 +81,7 @@ def test_a_bad_row_is_refused_by_file_row_and_field(fault: Fault, tmp_path: Path
     record_property("count: bad inputs tried", 1)
 
 
+@pytest.mark.guarantee("a row is broken, empty or of a wrong type")
 @pytest.mark.torture
 @pytest.mark.parametrize("name", sources())
 def test_as_many_bad_rows_as_allowed_are_left_out_and_listed(
@@ -360,6 +367,11 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
 }
 
 
+@pytest.mark.guarantee(
+    "a table is wrong as a whole",
+    "named, with row and remedy",
+    section="input",
+)
 @pytest.mark.torture
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bad_table_is_refused_by_file(name: str, tmp_path: Path, record_property: Record) -> None:
@@ -579,6 +591,11 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES = [("corpus.npy", name) for name in VECTORS] + [("corpus.parquet", name) for name in TABLES_OF_VECTORS]
 
 
+@pytest.mark.guarantee(
+    "a vector is NaN, infinite, zero, missing, of another dimension",
+    "named by file and row",
+    section="input",
+)
 @pytest.mark.torture
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_bad_vectors_are_refused_by_row(

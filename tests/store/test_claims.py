@@ -15,6 +15,8 @@ from negpipe.store.claims import Claims
 from negpipe.store.store import LocalStore
 from negpipe.store.unfinished import owner
 
+pytestmark = pytest.mark.guarantee("shards run in any order, twice at once, or are killed")
+
 KEY = "0123456789abcdef"
 
 

@@ -22,7 +22,14 @@ from real_runs import STAGES
 
 from negpipe.store.files import explained
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "no space, quota, read-only, no permission",
+        "an error with path, free bytes, and those needed (of what is compressed: more than those so far); no"
+        " half file; goes on after",
+    ),
+]
 
 WRITTEN = {"ingest": "ingest", "encode": "encode", "index": "index", "search": "search", "triplets": "ledger"}
 

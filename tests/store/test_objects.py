@@ -17,6 +17,10 @@ from negpipe.store.files import write_all
 from negpipe.store.objects import ObjectStore
 from negpipe.store.unfinished import owner
 
+pytestmark = pytest.mark.guarantee(
+    "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver comes",
+)
+
 KEY = "0123456789abcdef"
 
 
@@ -215,6 +219,10 @@ def test_without_credentials_it_says_where_they_belong(
         on(tmp_path).size("x")
 
 
+@pytest.mark.guarantee(
+    "a service has no conditional writes",
+    "refused before anything is made (exit code 2)",
+)
 def test_a_bucket_without_conditional_writes_is_refused(bucket: Bucket, tmp_path: Path) -> None:
     on(tmp_path).check_conditions()
     bucket.spoil = lambda _: "unconditional"

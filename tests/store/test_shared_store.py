@@ -18,6 +18,11 @@ from negpipe.engine import upkeep
 from negpipe.errors import ConfigError, LockedError, StorageError
 from negpipe.store.lock import run_lock
 
+pytestmark = pytest.mark.guarantee(
+    "two run directories share a store",
+    "each part is made once; `clean` keeps what either needs, and excludes runs at work",
+)
+
 
 @pytest.fixture
 def variants(tmp_path: Path) -> tuple[Run, Run]:

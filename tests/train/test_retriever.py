@@ -191,6 +191,7 @@ class Crash(BaseException):
     """A process that ends in the middle."""
 
 
+@pytest.mark.guarantee("training on a CPU is repeatable")
 @pytest.mark.parametrize("cut", ["between", "while a checkpoint is written"])
 def test_what_a_crash_left_is_gone_on_from_to_the_same_bytes(cut: str, tiny: Path, tmp_path: Path) -> None:
     """With dropout, over the border of an epoch, and with a checkpoint that is not whole."""

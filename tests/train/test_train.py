@@ -268,6 +268,11 @@ def test_runs_that_share_a_store_judge_their_base_once(mined: Run, tmp_path: Pat
     assert {kind for kind in made["one"] if made["one"][kind] == made["other"][kind]} == {"base"}
 
 
+@pytest.mark.guarantee(
+    "training on a CPU is repeatable",
+    "the same model, byte for byte",
+    section="rows",
+)
 def test_same_everything_same_bytes(copy: Run, trained: Run) -> None:
     graph.train(config_of(copy))
     made = [

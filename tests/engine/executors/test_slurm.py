@@ -31,6 +31,11 @@ from negpipe.errors import ConfigError, InputError, LockedError, NegpipeError, T
 from negpipe.plan import estimate
 from negpipe.stages import STAGES
 
+pytestmark = pytest.mark.guarantee(
+    "an array of Slurm is killed in part, always fails, or outlives who submitted it",
+    "submitted again up to a limit; then what is missing and why; the same command waits for it",
+)
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2]
 LISTS = ("index.kind=IVF2,Flat", "index.shard_size=2000", "index.recall_anchors=10")

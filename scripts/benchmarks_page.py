@@ -1,0 +1,66 @@
+"""Writes docs/evidence/benchmarks.md from the results in benchmarks/: `python scripts/benchmarks_page.py`.
+
+A result is a JSON file; the page has them in the order of their names. Its fields: `title`, `machine`, `versions`
+(of libraries, by name), `command`, `date` ("not noted" where nobody did), `written_down` (when the figures were last
+changed here) and `results`, a list of paragraphs in Markdown and of tables, each of `columns` and `rows` of texts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks"
+PAGE = ROOT / "docs" / "evidence" / "benchmarks.md"
+FIELDS = ("title", "machine", "versions", "command", "date", "written_down", "results")
+HEAD = """# Benchmarks
+
+<!-- Made by scripts/benchmarks_page.py from benchmarks/*.json. -->
+
+Nothing was measured on a GPU. The machines are shared, and their speed changes by a third from minute to minute: so
+sides are measured in the same run, and ratios count. "Aim" and "target" are what was to be reached; what was missed
+stands here too.
+"""
+
+
+def results() -> list[dict[str, Any]]:
+    """All results.
+
+    Raises:
+        ValueError: a file has other fields than `FIELDS`.
+    """
+    found = []
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if {*result} != {*FIELDS}:
+            raise ValueError(f"{file}: has {', '.join(result)}, but a result has {', '.join(FIELDS)}")
+        found.append(result)
+    return found
+
+
+def page() -> str:
+    """The whole page in Markdown."""
+    lines = [HEAD]
+    for result in results():
+        lines.append(f"## {result['title']}\n")
+        for block in result["results"]:
+            lines.append(f"{block}\n" if isinstance(block, str) else _table(block["columns"], block["rows"]))
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "not noted"
+        facts = [
+            ["versions", versions],
+            ["command", f"`{result['command']}`"],
+            ["date", f"{result['date']} (written down {result['written_down']})"],
+        ]
+        lines.append(_table(["machine", result["machine"]], facts))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
