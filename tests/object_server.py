@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -134,6 +134,8 @@ def share(
 
 @contextmanager
 def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
+    writing = threading.Lock()  # moto looks at a condition, and writes then; S3 does both in one step
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -182,9 +184,10 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
                 headers = {
                     name: value for name, value in self.headers.items() if name.lower() not in ("expect", "connection")
                 }
-                upstream.request(self.command, self.path, body, headers)
-                answer = upstream.getresponse()
-                content = answer.read()
+                with nullcontext() if self.command in ("GET", "HEAD") else writing:
+                    upstream.request(self.command, self.path, body, headers)
+                    answer = upstream.getresponse()
+                    content = answer.read()
             finally:
                 upstream.close()
             if how == "lost":

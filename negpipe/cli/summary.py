@@ -154,7 +154,7 @@ def _show_next(result: Result, typed: str, mining: Mining) -> None:
 def _loading(result: Result) -> str:
     place = result.store.place("triplets")
     if "://" in place:
-        return 'load_dataset("parquet", data_files=[…]) with the files that this object names'
+        return f'load_dataset("parquet", data_files=[…]), the files that {place} names'
     return f'load_dataset("parquet", data_dir="{place}")'
 
 

@@ -88,7 +88,9 @@ class Context:
             MissingStageError: it is not there; the message says which command makes it.
         """
         if stage not in self.manifests:
-            raise MissingStageError(f"there is no output of {stage} in {self.run_dir}: run `negpipe {stage}` first")
+            raise MissingStageError(
+                f"there is no output of {stage} in {self.config.place}: run `negpipe {stage}` first"
+            )
         return self.manifests[stage]
 
     def after(self, stage: Stage, manifest: Manifest) -> Context:

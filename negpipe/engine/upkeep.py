@@ -18,6 +18,7 @@ from negpipe.store.boundary import stay_inside
 from negpipe.store.cache import OF_CONTENT
 from negpipe.store.files import BOOKS, file_digest
 from negpipe.store.lock import run_lock
+from negpipe.store.objects import PROBE
 from negpipe.store.opening import run_held, run_of, store_of
 from negpipe.store.store import LocalStore, Store
 
@@ -134,7 +135,8 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
 
 def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
     """The same of a run in a bucket, by name: there nobody else puts files that are named like parts."""
-    found = dict[str, int]()
+    probes = [name for name in store.names(BOOKS) if name.startswith(PROBE)]  # of runs that were killed at once
+    found = store.sizes(probes)
     for name, stage in graph.items():
         books = Books(store, name)
         if (manifest := books.manifest()) is None:

@@ -164,7 +164,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
     task = _task("counts", pa.table({name: [n] for name, n in counts.items()}))
     if count := rejected.write(connection, folder / rejected.NAME):
         listed["rejected"] = folder / rejected.NAME
-        logger.warning("%d rows of the source are left out: %s", count, context.run_dir / rejected.NAME)
+        logger.warning("%d rows of the source are left out: %s", count, context.run.place(rejected.NAME))
     if not listed:
         return task
     return replace(

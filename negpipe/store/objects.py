@@ -26,6 +26,7 @@ from negpipe.store.store import Shown, Store
 
 A = TypeVar("A")
 B = TypeVar("B")
+PROBE = f"{files.BOOKS}/probe-"
 _FEW = 32  # files of a folder of which each is asked for; of more, the folder is listed
 _RIVALS = 4
 _THREADS = 16  # requests at a time, which wait for S3 and for nothing else
@@ -160,7 +161,7 @@ class ObjectStore:
         Raises:
             ConfigError: they are not; of two drivers, neither would know of the other.
         """
-        name = f"{files.BOOKS}/probe-{uuid.uuid4().hex}"
+        name = f"{PROBE}{uuid.uuid4().hex}"
         won = each(lambda number: self.replace(name, str(number).encode(), None), range(_RIVALS))
         try:
             if sum(won) != 1:

@@ -46,7 +46,7 @@ FOLDERS = ("ingest", "encode", "index", "search", "rows", "ledger")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "blow" in metafunc.fixturenames:
-        metafunc.parametrize("blow", range(KILLS) if metafunc.config.getoption("--torture") else (3, 8))
+        metafunc.parametrize("blow", range(KILLS) if metafunc.config.getoption("--torture") else (3, 8, 31))
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +329,7 @@ def test_a_run_that_is_killed_at_any_request_goes_on(
     record_property("count: kills of runs in a bucket", int(process.returncode != 0))
     before = parts(bucket.objects("runs/one"))
     mine(machine(local, tmp_path / "a"))
+    graph.clean(load_config(machine(local, tmp_path / "a")))
     check(bucket, local)
     assert before.items() <= parts(bucket.objects("runs/one")).items()
 

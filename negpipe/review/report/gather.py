@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -111,8 +111,8 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
     config = redacted(context.config.model_dump(mode="json"))
     return Report(
         key=made.key,
-        title=Path(context.run_dir).resolve().name,
-        run_dir=str(context.run_dir),
+        title=PurePosixPath(context.config.url or context.run_dir.resolve()).name,
+        run_dir=context.config.place,
         version=__version__,
         typed=typed,
         config=_yaml(config),
