@@ -96,7 +96,7 @@ PASSING = {
     "503": Fault(503, {"Retry-After": "0"}),
     "no answer": Fault(drops=True),
     "cut": Fault(body=lambda body: body[: len(body) // 2]),
-    "connection lost": Fault(headers={"Content-Length": "1000000"}, status=502),
+    "connection lost": Fault(headers={"Content-Length": "1000000", "Connection": "close"}, status=502),
     "no JSON": Fault(body=lambda body: b"<html>"),
     "other JSON": Fault(body=lambda body: b'{"model": "tiny", "data": 3}'),
     "a vector missing": Fault(change=lambda vectors: vectors[1:]),

@@ -102,7 +102,7 @@ def usage(folder: Path) -> Iterator[Arguments]:
 
 def unexpected(folder: Path) -> Iterator[Arguments]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("negpipe.engine.pipeline.run_lock", lambda _: 1 / 0)
+        patch.setattr("negpipe.engine.pipeline.run_held", lambda *_, **__: 1 / 0)
         yield ["mine"]
 
 

@@ -452,7 +452,7 @@ def test_a_new_token_is_no_new_source(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(url: str) -> str:
         return "ETag=1"
 
-    monkeypatch.setattr(identity, "_version", version)
+    monkeypatch.setattr(identity, "version", version)
     from negpipe.config.schema import Data
 
     urls = [f"https://host.invalid/p.jsonl?sig={n}" for n in (1, 2)]
