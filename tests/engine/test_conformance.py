@@ -66,6 +66,11 @@ def made(folder: Path, name: str, bucket: Bucket) -> Content:
     return {path: read(path) for path in files}
 
 
+@pytest.mark.guarantee(
+    "tasks run inline, in workers, in shards, on Slurm or on Ray, and parts lie on a disk or in a bucket",
+    "the same candidates, rows and ledger, byte for byte",
+    section="rows",
+)
 @pytest.mark.parametrize("storage", ["disk", "bucket"])
 @pytest.mark.parametrize(
     "executor",
