@@ -96,7 +96,7 @@ def restored(tree: dict[str, Any], path: Path, given: Collection[str]) -> list[s
     Args:
         tree: the kept config, which is changed.
         path: its file.
-        given: the settings that are set anew.
+        given: the settings that are set again.
 
     Raises:
         ConfigError: an address lacks what was left out, and nobody gives it.

@@ -96,7 +96,7 @@ def derived_range_max(range_min: int, num_negatives: int, max_positives: int, *,
 
     Args:
         range_min: first rank of the window.
-        num_negatives: negatives an anchor.
+        num_negatives: negatives per anchor.
         max_positives: rows of the anchor with the most positives, repeated rows counted.
         filtered: a margin or a highest score may drop candidates, so that more are looked at.
     """

@@ -260,7 +260,7 @@ class Search(Section):
     """How deep candidates are stored, and where they are looked for."""
 
     depth: int | None = Field(
-        None, ge=1, description="Candidates an anchor; null: the least multiple of 64 from mining.range_max + 64 on."
+        None, ge=1, description="Candidates per anchor; null: the least multiple of 64 from mining.range_max + 64 on."
     )
     device: Annotated[Device, AfterValidator(_cpu_or_gpu)] | None = Field(
         None,
@@ -296,13 +296,13 @@ class Mining(Section):
     rank_over: Literal["raw", "survivors"] = Field(
         "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
     )
-    num_negatives: int = Field(3, ge=0, description="Mined negatives an anchor; 0 with num_random alone.")
+    num_negatives: int = Field(3, ge=0, description="Mined negatives per anchor; 0 with num_random alone.")
     num_random: int = Field(
-        0, ge=0, description="Random negatives an anchor beside them, by seed; the same exclusions, no cutoffs."
+        0, ge=0, description="Random negatives per anchor beside them, by seed; the same exclusions, no cutoffs."
     )
     depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
         None,
-        description="Candidates an anchor that are looked at; range_max+max_positives: room for the most positives of"
+        description="Candidates per anchor that are looked at; range_max+max_positives: room for the most positives of"
         " an anchor; null: all stored.",
     )
     max_depth: int | None = Field(
@@ -527,7 +527,7 @@ class Config(Section):
 
     @property
     def depth(self) -> int:
-        """Candidates an anchor that search stores, before it is clamped to the corpus; of a resolved config."""
+        """Candidates per anchor that search stores, before it is clamped to the corpus; of a resolved config."""
         range_max, looked_at = self.mining.range_max, self.mining.depth or 0
         assert range_max is not None and isinstance(looked_at, int), "the config is not resolved"
         return self.search.depth or -(-max(range_max + 64, looked_at) // 64) * 64

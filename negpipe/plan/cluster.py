@@ -209,7 +209,7 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
     texts = job.documents + job.anchors
     brought = config.encoder.backend == "precomputed"
     speed = rates.brought_bytes / vectors if brought else job.speed
-    note = "vectors are brought" if brought else f"{job.speed:,.0f} texts a second and worker, {job.source}"
+    note = "vectors are brought" if brought else f"{job.speed:,.0f} texts per second per worker, {job.source}"
     return Work(
         "encode",
         tasks=tasks,

@@ -40,15 +40,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An undisturbed run, small: what counts here is how it ends."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Run(precomputed_config(folder / "run", numbered_folder(folder / "beir", 160, 80)))
-    run.mine()
-    return run
-
-
 # --- two runs ---------------------------------------------------------------------------------------------
 
 

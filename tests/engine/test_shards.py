@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import small_source as small
 import yaml
-from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, Run, kill, wait
 from torture import blow
 
@@ -40,15 +39,6 @@ pytestmark = pytest.mark.guarantee(
 SHARDED = ("encode", "index", "search", "triplets")
 LISTS = ("index.kind=IVF2,Flat", "index.shard_size=3000", "index.recall_anchors=20")
 BESIDE = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An ordinary run, small, and of many parts."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Run(precomputed_config(folder / "run", numbered_folder(folder / "beir", 160, 80)))
-    run.mine()
-    return run
 
 
 def worked(run: Run, stage: str, number: int, of: int, *overrides: str, **options: Any) -> Worked:

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import real_runs
 import small_source as small
-from beir_data import numbered_folder, precomputed_config
 from real_runs import PATIENCE, Run, kill, wait
 
 from negpipe import graph
@@ -106,15 +105,6 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
             yield Nodes(made, control)
         finally:
             made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An ordinary run, small, and of many parts."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Run(precomputed_config(folder / "run", numbered_folder(folder / "beir", 160, 80)))
-    run.mine()
-    return run
 
 
 def tried_again(caplog: pytest.LogCaptureFixture) -> list[str]:
