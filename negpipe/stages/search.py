@@ -101,8 +101,9 @@ def _is_sliced(context: Context) -> bool:
 
 def _plan_slices(context: Context) -> Iterator[Task]:
     """Anchors whose candidates are there need no slices."""
-    books = context.books("search")
-    yield from slices.tasks(context, [(texts, own) for name, texts, own in _keyed(context) if not books.part(name)])
+    keyed = [*_keyed(context)]
+    there = context.books("search").found([name for name, _, _ in keyed])
+    yield from slices.tasks(context, [(texts, own) for name, texts, own in keyed if name not in there])
 
 
 def _shared(context: Context) -> list[Part]:
@@ -122,25 +123,24 @@ class _Opened:
 
 @contextmanager
 def _open(context: Context) -> Iterator[_Opened | None]:
-    if _is_sliced(context):
-        yield None
-        return
+    yield None if _is_sliced(context) else _whole(context)
+
+
+def _whole(context: Context) -> _Opened:
     parts = [context.path(part, "vectors") for part in documents(context.manifest("encode"))]
     flat = context.manifest("index").of_kind("flat")
-    approximate = context.config.index.approximate
-    index = open_approximate(context) if approximate else None
-    vectors = ann.open_flat(context.path(flat[0], "index")) if flat else ann.open_parts(parts)
-    yield _Opened(vectors, index)
+    index = open_approximate(context) if context.config.index.approximate else None
+    return _Opened(ann.open_flat(context.path(flat[0], "index")) if flat else ann.open_parts(parts), index)
 
 
 def _run(task: Task, opened: _Opened | None, context: Context, publish: Publisher, progress: Progress) -> Made:
     texts = open_table(context.store.path(task.payload["texts"]))
     positives, offsets = ragged(texts["positives"])
     depth = task.payload["depth"]
-    if opened:
-        found = _found(task, opened, positives, offsets, context, publish, progress)
-    else:
+    if task.payload["slices"]:
         found = slices.merged(context, task.payload["slices"], depth)
+    else:  # also where candidates are lost that were there before there were slices: none were planned for them
+        found = _found(task, opened or _whole(context), positives, offsets, context, publish, progress)
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(found.rows)))
     kind = context.config.index.kind if context.config.index.approximate else None
     publish("candidates", ".parquet", lambda file: candidates.write(file, texts["id"], made, approximate=kind))

@@ -146,6 +146,9 @@ def test_what_was_searched_needs_no_slices(encoded: Run, tmp_path: Path) -> None
     run.mine()
     assert run.mine(SLICED).ran == ("slices",) and run.parts("slices") == []
     assert run.states(SLICED)["search"].state == "current"
+    wanted = run.content()
+    run.files("search")[0].unlink()
+    assert "search" in run.mine(SLICED).ran and run.content() == wanted
 
 
 def test_search_asks_for_the_slices(encoded: Run, tmp_path: Path) -> None:
