@@ -1,8 +1,8 @@
-"""A step of a pipeline: check rows of any miner against the qrels, and stop what would train on bad ones.
+"""A pipeline step: check rows from any miner against the qrels, and stop before training on bad ones.
 
 python examples/audit_pipeline.py quickstart.yaml mined.jsonl
 
-Exit code 1 where more than the allowed share of negatives is wrong; the findings are printed as JSON lines for the log.
+Exits with code 1 if more than the allowed share of negatives is wrong; the findings are printed as JSON lines for the log.
 `negpipe audit --file mined.jsonl CONFIG --fail-on positive,duplicate=0.01` does the same from a shell.
 """
 
@@ -14,7 +14,7 @@ import sys
 
 import negpipe
 
-ALLOWED = {  # share of what each check looks at
+ALLOWED = {  # allowed share of the items that each check examines
     "positive_id": 0.0,
     "positive_text": 0.0,
     "positive_normalized": 0.0,
@@ -26,12 +26,12 @@ ALLOWED = {  # share of what each check looks at
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a config, or a run directory: whose qrels the rows are compared to")
+    parser.add_argument("config", help="a config or a run directory, whose qrels the rows are compared with")
     parser.add_argument("rows", help="Parquet, JSONL, JSON, CSV or TSV, or a folder")
     options = parser.parse_args()
 
     run = negpipe.Run(options.config)
-    run.mine(only="ingest")  # the qrels are all that is needed: no model runs
+    run.mine(only="ingest")  # only the qrels are needed: no model runs
     bad = False
     for finding in run.audit(options.rows).findings:
         allowed = ALLOWED.get(finding.check)

@@ -1,6 +1,6 @@
-"""Distil a reranker into a retriever: the reranker scores mined rows, the retriever learns the differences.
+"""Distil a reranker into a retriever: the reranker scores mined rows, the retriever learns the score differences.
 
-A retriever's own hard negatives are where it is wrong, and a reranker knows better by how much. It also finds positives
+A retriever's hard negatives show where it is wrong, and a reranker can tell by how much. It also detects positives
 that nobody labelled: rows whose negative it prefers are left out.
 
 python examples/distil_reranker.py quickstart.yaml cross-encoder/ms-marco-MiniLM-L6-v2 \
@@ -25,17 +25,17 @@ import negpipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a config, or a run directory")
+    parser.add_argument("config", help="a config or a run directory")
     parser.add_argument("reranker", help="the teacher, a cross-encoder")
     parser.add_argument("model", help="the model to train")
     parser.add_argument("out", help="where the trained model goes")
-    parser.add_argument("--steps", type=int, default=-1, help="steps at most; by default one epoch")
+    parser.add_argument("--steps", type=int, default=-1, help="maximum number of steps (default: one epoch)")
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
 
     run = negpipe.Run(options.config)
     run.mine()
-    # The teacher judges, so no margin: what the retriever scores highest teaches most.
+    # No margin, because the teacher decides: the negatives that the retriever scores highest teach it most.
     rows = run.select(relative_margin=None).rows.select(["anchor", "positive", "negative"]).to_pylist()
 
     teacher = CrossEncoder(options.reranker)

@@ -2,7 +2,7 @@
 
 python examples/train_flagembedding.py quickstart.yaml BAAI/bge-small-en-v1.5 models/quickstart
 
-On several GPUs, put `torchrun --nproc_per_node 4` in the place of `python`, and add --negatives_cross_device.
+On several GPUs, run the trainer with `torchrun --nproc_per_node 4` in place of `python`, and add --negatives_cross_device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import negpipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a config, or a run directory")
+    parser.add_argument("config", help="a config or a run directory")
     parser.add_argument("model", help="the model to train")
-    parser.add_argument("out", type=Path, help="where the trained model goes; the rows go beside it")
-    parser.add_argument("--steps", type=int, default=-1, help="steps at most; by default one epoch")
+    parser.add_argument("out", type=Path, help="where the trained model goes; the rows are written next to it")
+    parser.add_argument("--steps", type=int, default=-1, help="maximum number of steps (default: one epoch)")
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
 
@@ -28,7 +28,7 @@ def main() -> None:
     run.mine()
     rows = options.out.with_name(f"{options.out.name}.jsonl")
     run.export("flagembedding", rows, force=True)
-    passages = 1 + run.config.mining.num_negatives  # a positive, and all its negatives
+    passages = 1 + run.config.mining.num_negatives  # one positive and all its negatives
 
     settings = {
         "model_name_or_path": options.model,

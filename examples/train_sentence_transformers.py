@@ -16,14 +16,14 @@ import negpipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a config, or a run directory")
+    parser.add_argument("config", help="a config or a run directory")
     parser.add_argument("model", help="the model to train")
     parser.add_argument("out", help="where the trained model goes")
-    parser.add_argument("--steps", type=int, default=-1, help="steps at most; by default one epoch")
+    parser.add_argument("--steps", type=int, default=-1, help="maximum number of steps (default: one epoch)")
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
 
-    mined = negpipe.mine(options.config)  # nothing runs that is up to date
+    mined = negpipe.mine(options.config)  # stages that are up to date do not run again
     rows = load_dataset("parquet", data_dir=str(mined.triplets), split="train")
     rows = rows.select_columns(["anchor", "positive", "negative"])  # every other column would be an input too
 
@@ -33,7 +33,7 @@ def main() -> None:
         max_steps=options.steps,
         num_train_epochs=1,
         per_device_train_batch_size=options.batch_size,
-        batch_sampler="no_duplicates",  # the same text twice in a batch would be its own negative
+        batch_sampler="no_duplicates",  # a text that appears twice in a batch would be its own negative
         save_strategy="no",
         report_to="none",
     )
