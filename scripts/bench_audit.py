@@ -1,9 +1,9 @@
-"""`negpipe audit` on a generated file: rows a second and the peak memory of the process.
+"""`negpipe audit` on a generated file: rows per second and the peak memory of the process.
 
     python scripts/bench_audit.py [ROWS] [FOLDER]
 
-Writes ROWS (1,000,000) triplets with ids, texts of about 500 characters and scores, 10 negatives an anchor from a
-corpus of a third of the rows, and a known number of faults; keeps the file in FOLDER where one is named.
+Writes ROWS (1,000,000) triplets with ids, texts of about 500 characters and scores, 10 negatives per anchor from a
+corpus a third as large as the number of rows, and a known number of faults. Keeps the file in FOLDER, if given.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/bench_calibrate.py
     python scripts/bench_calibrate.py --anchors 20000 --work-dir runs/bench-calibrate
 
-As many documents as anchors, two positives each: one near the anchor, another one near the first; every anchor is asked
-twice, with one of the two hidden. The run is made first and not measured.
+There are as many documents as anchors, and two positives per anchor: one near the anchor, the other near the first.
+Every anchor is tried twice, with one of the two hidden. The run is made first and is not measured.
 """
 
 from __future__ import annotations

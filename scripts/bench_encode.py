@@ -1,4 +1,4 @@
-"""How fast negpipe encodes beside FlagEmbedding's own `encode_corpus`, and whether its memory is flat.
+"""How fast negpipe encodes compared with FlagEmbedding's own `encode_corpus`, and whether its memory is flat.
 
     python scripts/bench_encode.py
     python scripts/bench_encode.py --texts 4000 --max-length 256 --rounds 4 --no-memory
@@ -8,9 +8,9 @@
     python scripts/bench_encode.py --corpus FOLDER/corpus.jsonl --max-length 256 --batch-tokens 4096 --no-memory
     python scripts/bench_encode.py --base-size --texts 128 --max-length 256 --precision bfloat16 --no-memory
 
-Every measurement runs in its own process, the two sides taking turns at going first. The texts are
-pieces of the standard library's source, from one line to a page: the same on every run of one
-Python version. Loading and a warm-up are not timed. FlagEmbedding always computes in float32.
+Every measurement runs in a separate process; the two sides take turns going first. The texts are pieces of the
+standard library's source, from one line to a page: the same on every run with the same Python version. Loading and
+a warm-up are not timed. FlagEmbedding always computes in float32.
 """
 
 from __future__ import annotations

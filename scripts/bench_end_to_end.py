@@ -1,12 +1,12 @@
-"""From text to rows: `negpipe mine` beside Sentence Transformers' `mine_hard_negatives`, the same model and rules.
+"""From text to rows: `negpipe mine` compared with Sentence Transformers' `mine_hard_negatives`, same model and rules.
 
     python scripts/bench_end_to_end.py FOLDER
     python scripts/bench_end_to_end.py FOLDER --batch-tokens 4096 --rounds 2
     python scripts/bench_end_to_end.py FOLDER --batch-tokens 4096 --runtime openvino
 
-FOLDER is in BEIR layout, with qrels/train.tsv. Each side is a process of its own, timed from its start to its end with
-all imports, loading and writing; peak memory is that of all processes of a side at once, sampled twice a second.
-Ratios are to Sentence Transformers in the same round. Rows that agree are anchors with the same negatives in the same
+FOLDER is in BEIR layout, with qrels/train.tsv. Each side is a separate process, timed from start to end with
+all imports, loading and writing; peak memory is that of all processes of a side together, sampled twice a second.
+Ratios refer to Sentence Transformers in the same round. Rows agree where anchors have the same negatives in the same
 order, compared by text.
 """
 

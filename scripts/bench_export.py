@@ -1,12 +1,12 @@
-"""How fast selected rows become each trainer's layout, and in how much memory.
+"""How fast selected rows are written in each trainer's layout, and in how much memory.
 
     python scripts/bench_export.py
     python scripts/bench_export.py --rows 200000 --layouts nemo hub --characters 2000
 
 A synthetic corpus is written the way `ingest` writes it; units with random documents then go through
-`exports.export` to a folder on disk, as with `negpipe export`. `rows/s` counts (anchor, positive, negative)
-triples in every layout, so that layouts compare: most hold several a row. Every layout runs in its own
-process. Peak memory counts the corpus as far as it is mapped.
+`exports.export` to a folder on disk, as with `negpipe export`. To make layouts comparable, `rows/s` counts (anchor,
+positive, negative) triples in every layout, since most layouts hold several per row. Every layout runs in a separate
+process. Peak memory includes the mapped pages of the corpus.
 """
 
 from __future__ import annotations

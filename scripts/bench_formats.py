@@ -1,12 +1,12 @@
-"""How fast selected rows become Parquet, in every format, and in how much memory.
+"""How fast selected rows are written as Parquet, in every format, and in how much memory.
 
     python scripts/bench_formats.py
     python scripts/bench_formats.py --rows 200000 --formats triplet --characters 2000
 
 A synthetic corpus is written the way `ingest` writes it; units with random documents then go through
-`formats.tables` and `formats.write`, as in the triplets stage, to a file on disk. `rows/s` counts (anchor,
-positive, negative) triples in every format, so that formats compare: n-tuple and labeled-list hold several a row.
-Every format runs in its own process. Peak memory includes what is mapped of the corpus.
+`formats.tables` and `formats.write`, as in the triplets stage, to a file on disk. To make formats comparable, `rows/s`
+counts (anchor, positive, negative) triples in every format: n-tuple and labeled-list hold several per row.
+Every format runs in a separate process. Peak memory includes the mapped pages of the corpus.
 """
 
 from __future__ import annotations

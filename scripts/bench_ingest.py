@@ -1,12 +1,13 @@
-"""How long ingest takes of plain documents, and where ids and texts repeat; and its memory.
+"""How long ingest takes for plain documents and for repeated ids and texts, and how much memory it uses.
 
     python scripts/bench_ingest.py
     python scripts/bench_ingest.py --rows 1000000 --budget 256MiB
 
-`documents`: a BEIR folder of documents of 300 characters, a tenth of them not ASCII, with a thousand queries. And pair
-rows of anchor and positive, for which time is to grow with the rows, whatever they say, in three shapes: `hub`, half of
-them with one positive text; `label`, all of them with one anchor text under ids of their own; `class`, one anchor for
-half of them. For each number of rows: seconds by the clock, rows a second, and the process's peak anonymous memory.
+`documents`: a BEIR folder with documents of 300 characters, a tenth of them not ASCII, and a thousand queries. The
+other shapes are pair rows of anchor and positive, whose time should grow with the number of rows, whatever they
+contain. `hub`: half of them have the same positive text; `label`: all have one anchor text under different ids;
+`class`: half have the same anchor. For each number of rows: wall-clock seconds, rows per second, and the process's
+peak anonymous memory.
 """
 
 from __future__ import annotations

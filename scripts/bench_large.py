@@ -1,11 +1,11 @@
-"""Exact search of a corpus far larger than the memory: its speed beside the same search of vectors in memory.
+"""Exact search of a corpus far larger than memory: its speed compared with the same search of vectors in memory.
 
     python scripts/bench_large.py
     python scripts/bench_large.py --documents 1000000 --anchors 10000 --memory 768MiB
 
-Parts of random float16 vectors are written once (7.7 GB for 10 million of 384 numbers). Each side runs in its own
-process, and prints its rate and its peak memory; the one in memory searches the first part of the corpus, as many rows
-as fit, already converted.
+Parts of random float16 vectors are written once (7.7 GB for 10 million with 384 numbers each). Each side runs in a
+separate process and prints its rate and its peak memory. The in-memory side searches the first part of the corpus, as
+many rows as fit, already converted.
 """
 
 from __future__ import annotations

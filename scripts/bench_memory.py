@@ -1,15 +1,15 @@
-r"""Working memory of every stage beside `resources.memory_budget`.
+r"""Working memory of every stage compared with `resources.memory_budget`.
 
     python scripts/bench_memory.py
     python scripts/bench_memory.py --documents 2000000 --budgets 512MiB
     python scripts/bench_memory.py --documents 100000 --anchors 1000000 --dimension 64 --budgets 512MiB \
         --commands ingest,encode,index,search,triplets
 
-A run over documents of 300 characters with vectors that the user brings, each command in a process of its own. What
-counts is the anonymous memory of the process, looked at every few milliseconds, less that of the same command on a
-thousand documents: pages of mapped files are the kernel's to take back. "failed": the command said that the budget does
-not suffice; what it said is above the table. A large search multiplies by torch, which a small one does without: a
-library, whose own memory is the last line.
+A run over documents of 300 characters with precomputed vectors, each command in a separate process. The measure
+is the anonymous memory of the process, sampled every few milliseconds, minus that of the same command on a
+thousand documents: the kernel can reclaim pages of mapped files. "failed": the command reported that the budget is
+not sufficient; its message is above the table. A large search multiplies with torch, which a small one does not need:
+the last line shows the memory of that library.
 """
 
 from __future__ import annotations

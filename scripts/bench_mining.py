@@ -1,4 +1,4 @@
-"""How fast negpipe mines beside Sentence Transformers' `mine_hard_negatives`, and whether their rows agree.
+"""How fast negpipe mines compared with Sentence Transformers' `mine_hard_negatives`, and whether their rows agree.
 
     python scripts/bench_mining.py
     python scripts/bench_mining.py --hn-mine
@@ -6,13 +6,13 @@
     python scripts/bench_mining.py --small
 
 Both sides get the same vectors (clusters of many sizes, near each other as embeddings are; rounded to
-float16, so that storing them loses nothing), the same window and `top` sampling. Every measurement runs
-in its own process. Sentence Transformers is timed inside, around the one call, without imports and
-loading; negpipe by its own books (the stages' seconds, worker start included) and by the clock around
-its three commands, Python's start included. CPU seconds (negpipe's with every start, theirs without)
-tell what a busy machine hides. `--hn-mine` also times the loop of FlagEmbedding's script of that name: 64 queries a
-search, Python lists. Peak memory is the largest process of each side, with all that it
-imported. Exit code 1: the rows differ by more than near-ties explain.
+float16, so that storing them loses nothing), the same window and `top` sampling. Every measurement runs in a separate
+process. Sentence Transformers is timed around the single call, without imports and loading. negpipe is timed twice: as
+recorded by the stages (worker start included), and by the wall clock around its three commands (Python's start
+included). CPU seconds (with every start for negpipe, without for the other side) are less sensitive to a busy machine.
+`--hn-mine` also times the loop of FlagEmbedding's script of that name: 64 queries per search, Python lists. Peak memory
+is the largest process of each side, including all its imports. Exits with code 1 if the rows differ by more than
+near-ties explain.
 """
 
 from __future__ import annotations

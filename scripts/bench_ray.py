@@ -1,12 +1,13 @@
-"""What Ray costs beside worker processes on one machine: the same run by `executor.kind: local` and by `ray`.
+"""What Ray costs compared with worker processes on one machine: the same run with `executor.kind: local` and `ray`.
 
     python scripts/bench_ray.py
     python scripts/bench_ray.py --documents 20000 --anchors 2000 --rounds 3
 
-Vectors are brought; encode, index, search and triplets run in so many workers of one core each. By the clock, with all
-imports; Ray's own start as its log has it; from the records on disk, over all stages, the start of workers (until the
-first part is begun, opening what they share included), their seconds in parts, and between a part and the next one of
-the same worker: that is what an executor costs beyond its start, and its share of the seconds in parts is printed.
+Vectors are precomputed; encode, index, search and triplets run in a given number of workers with one core each.
+Measured: wall-clock time, with all imports; Ray's start, from its log; and, from the records on disk over all stages,
+the start of workers (until the first part is started, including the opening of shared resources), their seconds in
+parts, and the seconds between a part and the next one of the same worker. The latter are the cost of an executor beyond
+its start; they are also printed as a share of the seconds in parts.
 """
 
 from __future__ import annotations

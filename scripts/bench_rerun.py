@@ -1,12 +1,12 @@
-"""How long the re-runs take that people do all day: another margin over a large run, and nothing to do at all.
+"""How long common re-runs take: another margin over a large run, and a run with nothing to do.
 
     python scripts/bench_rerun.py
     python scripts/bench_rerun.py --documents 100000 --anchors 10000
 
-First a run over documents of 300 characters with vectors of few dimensions (they decide nothing here); then `triplets`
-again with another window; then a run of some 2,000 parts, and the same command again with nothing to do; then 20,000
-texts that all-MiniLM-L6-v2 encodes, and as many and 1 % more. Times are by the clock around the commands, and by the
-stage's own books.
+First a run over documents of 300 characters with vectors of few dimensions (they make no difference here); then
+`triplets` again with another window; then a run with about 2,000 parts, and the same command again with nothing to do;
+then 20,000 texts encoded by all-MiniLM-L6-v2, and the same texts plus 1 %. Times are wall-clock times of the commands,
+and those recorded by the stages.
 """
 
 from __future__ import annotations

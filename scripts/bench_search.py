@@ -1,23 +1,25 @@
-"""How fast each kind of index searches beside exact search, at what recall, on real sentence embeddings.
+"""How fast each kind of index searches compared with exact search, at what recall, on real sentence embeddings.
 
     python scripts/bench_search.py
     python scripts/bench_search.py --documents 1000000 --kinds "stream;auto;+IVF2048,Flat"
     python scripts/bench_search.py --anchors 100000 --documents 1000000
 
-The texts are sentences of the docstrings of the packages installed here, up to 100,000 of them, and 10,000 first
-sentences as anchors, embedded once by all-MiniLM-L6-v2 and kept in --work-dir. More documents than that are made
-from theirs: a real vector, moved by half the difference of two others of its k-means cluster, so that they lie where
-sentences lie, and as they spread; more anchors are made the same way from the real ones. Every kind runs in the same
-minutes, through `negpipe index` and `negpipe search`, in processes of its own; times are those of their tasks. Peak
-memory is that of the whole process.
+The texts are sentences from the docstrings of the packages installed here, up to 100,000 of them, with 10,000 first
+sentences as anchors, embedded once by all-MiniLM-L6-v2 and kept in --work-dir. More documents than that are derived
+from these: a real vector, moved by half the difference of two others of its k-means cluster, so that the new vectors
+are distributed like sentences; more anchors are derived the same way from the real ones. Every kind runs in the same
+minutes, through `negpipe index` and `negpipe search`, in separate processes; times are those of their tasks. Peak
+memory is that of the entire process.
 
-Exact search in float32, as on a processor without matrix units, is what the others are compared with, and they run in
-float32 too; `--kinds` with a + in front run as this processor does it best, those with @cuda behind multiply on a GPU:
+The baseline is exact search in float32, as on a processor without matrix units. The other kinds run in float32 too,
+except that a + in front of a kind in `--kinds` uses the fastest arithmetic of this processor, and @cuda behind it
+multiplies on a GPU:
 
     python scripts/bench_search.py --documents 1000000 --anchors 10000 --kinds "+stream;stream@cuda;faiss@cuda"
 
-and so with 10000000 documents and 100000 anchors. faiss@cuda is FAISS's own flat index on that GPU, in float32, by the
-Python that --faiss names, which has faiss-gpu. Exact kinds say whether they made the bytes of the first of them.
+and likewise with 10000000 documents and 100000 anchors. faiss@cuda is FAISS's own flat index on that GPU, in float32,
+run by the Python that --faiss names, which must have faiss-gpu. Exact kinds report whether they produce the same bytes
+as the first of them.
 """
 
 from __future__ import annotations

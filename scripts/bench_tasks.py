@@ -1,12 +1,12 @@
-"""How long it takes to plan, to take up again and to commit stages of very many tasks, beside the work itself.
+"""How long it takes to plan, resume and commit stages with very many tasks, compared with the work itself.
 
     python scripts/bench_tasks.py
     python scripts/bench_tasks.py --tasks 1000 --work-dir /dev/shm/bench-tasks
 
-The vectors are brought and a part holds about one row, so that `encode`, `search` and `triplets` have a task for each
-anchor. Of each stage all tasks are made; then one record is deleted, the run is planned, taken up again and committed;
-last, the whole of it is looked at once more with nothing to do. For each command: seconds by the clock, its start
-included, and seconds of processors, on which a busy disk or machine has no influence.
+The vectors are precomputed and a part holds about one row, so that `encode`, `search` and `triplets` have one task per
+anchor. For each stage, all tasks are run; then one record is deleted, and the run is planned, resumed and committed;
+finally, the entire run is checked again with nothing to do. For each command: wall-clock seconds, including its start,
+and CPU seconds, which a busy disk or machine does not affect.
 """
 
 from __future__ import annotations

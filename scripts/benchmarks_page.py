@@ -1,8 +1,8 @@
 """Writes docs/evidence/benchmarks.md from the results in benchmarks/: `python scripts/benchmarks_page.py`.
 
-A result is a JSON file; the page has them in the order of their names. Its fields: `title`, `machine`, `versions`
-(of libraries, by name), `command`, `date` ("not noted" where nobody did), `written_down` (when the figures were last
-changed here) and `results`, a list of paragraphs in Markdown and of tables, each of `columns` and `rows` of texts.
+A result is a JSON file; the page shows them in the order of their names. Its fields: `title`, `machine`, `versions`
+(of libraries, by name), `command`, `date` ("not noted" if unknown), `written_down` (when the figures were last
+changed here) and `results`, a list of Markdown paragraphs and of tables, each with `columns` and `rows` of texts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Build the source distribution, and the wheel from it, into a folder: python scripts/build_wheel.py dist
 
-Built from a copy, so that what earlier builds left is in neither, and with the setuptools that is installed: nothing
+Builds from a copy, so that neither contains leftovers of earlier builds, and with the installed setuptools: nothing
 is downloaded.
 """
 

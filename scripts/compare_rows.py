@@ -1,10 +1,10 @@
-"""Compare what two checkouts of negpipe make of the same sources: every preset, format and sampler, row by row.
+"""Compare the rows that two checkouts of negpipe make from the same sources: every preset, format and sampler.
 
     python scripts/compare_rows.py OLD NEW scifact=FOLDER cranfield=FOLDER --work /tmp/compare
 
-OLD and NEW are checkouts, a source is NAME=FOLDER in BEIR layout (`NAME:SPLIT=FOLDER` for another split than train).
-OLD encodes each source once; NEW gets a copy of the run directory, so that its vectors are used as they are. After each
-variant the content of `triplets/` and of the ledger is compared; the exit code is 1 where any differs.
+OLD and NEW are checkouts; a source is NAME=FOLDER in BEIR layout (`NAME:SPLIT=FOLDER` for a split other than train).
+OLD encodes each source once; NEW gets a copy of the run directory, so that both use the same vectors. After each
+variant the contents of `triplets/` and of the ledger are compared; the exit code is 1 if any of them differ.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/reference/config/, a page for each section, from the config itself.
+"""Writes the tables of docs/reference/config/, one page per section, from the config itself.
 
-`python scripts/config_table.py` rewrites what lies between the markers of each page; the rest of a page is written by
+`python scripts/config_table.py` rewrites the text between the markers of each page; the rest of a page is written by
 hand. A section without a page gets one, which then needs a line under `nav` in mkdocs.yml.
 """
 

@@ -1,14 +1,14 @@
-"""Runs the tutorials as a reader would, and puts what the commands print into them: `python scripts/docs_outputs.py`.
+"""Runs the tutorials as a reader would, and inserts the output of the commands: `python scripts/docs_outputs.py`.
 
 The pages are followed from top to bottom, one after the other, in one new folder that has this checkout's configs and
 scripts. A block of bash or python is run, a block with a title is written to the file of that name. A comment in the
-line before a block says what is special about it:
+line before a block marks special cases:
 
-    <!-- output -->     what the block before printed, log included; it is rewritten
+    <!-- output -->     the output of the previous block, including the log; it is rewritten
     <!-- exit 1 -->     the block ends with this exit code
-    <!-- not run -->    the block is left alone
+    <!-- not run -->    the block is not run
 
-`--check` rewrites nothing: it ends with exit code 1 where a block fails, or prints lines of another shape. The shape of
+`--check` rewrites nothing: it ends with exit code 1 if a block fails or prints lines of another shape. The shape of
 a line is its words: numbers, times and the texts of samples differ between machines and versions of Python.
 """
 

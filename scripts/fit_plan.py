@@ -1,13 +1,13 @@
-"""Fit what `negpipe plan --cluster` knows of speeds and sizes, from runs on this machine, and check it on a larger one.
+"""Fit the speeds and sizes used by `negpipe plan --cluster` to runs on this machine, and check them on a larger one.
 
     python scripts/fit_plan.py
     python scripts/fit_plan.py --measures mine.json --work-dir /scratch/fit-plan
 
-Random texts of words and random float16 vectors are mined, stage by stage, by one thread (resources.cpus: 1), with
-real-time priority where the system grants it, so that a busy machine disturbs less. Sizes of up to a million documents
-are fitted; two million, which no fit has seen, are the check. Measures that the file has are not made again; what was
-measured for the values that come with negpipe is scripts/fit_plan.json. Prints the section `rates` of a cluster file,
-and how far each stage's prediction is off.
+Random texts of words and random float16 vectors are mined, stage by stage, with one thread (resources.cpus: 1), with
+real-time priority if the system grants it, so that a busy machine has less influence. Sizes up to a million documents
+are fitted; two million, which are not part of any fit, are the check. Measurements that the file already contains are
+not repeated; those behind the values included in negpipe are in scripts/fit_plan.json. Prints the section `rates` of a
+cluster file, and the error of each stage's prediction.
 """
 
 from __future__ import annotations

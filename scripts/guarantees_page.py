@@ -1,8 +1,8 @@
-"""Writes docs/evidence/guarantees.md from the tests that are marked: `python scripts/guarantees_page.py`.
+"""Writes docs/evidence/guarantees.md from the marked tests: `python scripts/guarantees_page.py`.
 
-`@pytest.mark.guarantee(WHEN, THEN)` on a test, or in a file's `pytestmark`, says what negpipe promises and that this
-test holds it. Where several tests hold a promise, one says it whole and the others repeat WHEN alone. `section="input"`
-puts it into another table. The source is read, not run: the page can name no test that is not there.
+`@pytest.mark.guarantee(WHEN, THEN)` on a test, or in a file's `pytestmark`, states a promise of negpipe and that this
+test verifies it. If several tests verify a promise, one states it in full and the others repeat only WHEN.
+`section="input"` puts it into another table. The source is read, not run: the page can only name tests that exist.
 """
 
 from __future__ import annotations
