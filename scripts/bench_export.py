@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def nothing_found(units: Units) -> Candidates:
-    """The candidates of units that were made up: only a run file would show them."""
+    """The candidates of synthetic units: only a run file would show them."""
     rows = np.empty((len(units.anchor), 0), np.int64)
     return Candidates(
         rows,
@@ -76,8 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="triples")
     parser.add_argument("--documents", type=int, default=100_000)
-    parser.add_argument("--characters", type=int, default=300, help="of a document's text, about")
-    parser.add_argument("--negatives", type=int, default=10, help="of an anchor")
+    parser.add_argument("--characters", type=int, default=300, help="approximate length of a document's text")
+    parser.add_argument("--negatives", type=int, default=10, help="negatives per anchor")
     layouts = [name for name in exports.LAYOUTS if name != "trec-run"]  # whose ranking is not made up
     parser.add_argument("--layouts", nargs="+", choices=layouts, default=layouts)
     parser.add_argument("--corpus", help=argparse.SUPPRESS)

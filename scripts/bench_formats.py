@@ -50,7 +50,7 @@ def write_corpus(folder: Path, documents: int, characters: int, part_rows: int =
 
 
 def slices(options: argparse.Namespace, documents: int) -> Iterator[Units]:
-    """Units of one positive each, with documents anywhere in the corpus."""
+    """Units with one positive each, and documents from anywhere in the corpus."""
     draw = np.random.default_rng(0)
     anchors = -(-options.rows // options.negatives)
     for start in range(0, anchors, SLICE):
@@ -113,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="triples")
     parser.add_argument("--documents", type=int, default=100_000)
-    parser.add_argument("--characters", type=int, default=300, help="of a document's text, about")
-    parser.add_argument("--negatives", type=int, default=10, help="of an anchor")
+    parser.add_argument("--characters", type=int, default=300, help="approximate length of a document's text")
+    parser.add_argument("--negatives", type=int, default=10, help="negatives per anchor")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--corpus", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -30,7 +30,7 @@ HELD_ROWS = 1_000_000
 
 
 def parts(options: argparse.Namespace) -> list[Path]:
-    """The corpus, written where it is not there yet."""
+    """The corpus, written if it does not exist yet."""
     options.work_dir.mkdir(parents=True, exist_ok=True)
     paths = []
     for first in range(0, options.documents, PART_ROWS):
@@ -44,7 +44,7 @@ def parts(options: argparse.Namespace) -> list[Path]:
 
 
 def side(options: argparse.Namespace) -> None:
-    """Search, and print what it took."""
+    """Search, and print time and memory."""
     vectors = ann.open_parts(parts(options))
     if options.side == "held":
         held = np.empty((min(HELD_ROWS, vectors.rows), vectors.dimension), np.float32)
@@ -55,7 +55,7 @@ def side(options: argparse.Namespace) -> None:
     draw = np.random.default_rng(1)
     anchors = draw.standard_normal((options.anchors, options.dimension), np.float32)
     anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
-    # So that the time of imports and of making programs for matrix units is in neither side.
+    # Keeps imports and the compilation for matrix units out of both times.
     about = {"memory": options.memory, "threads": len(os.sched_getaffinity(0))}
     first = np.empty((min(PART_ROWS, vectors.rows), vectors.dimension), np.float32)
     vectors.read(0, first)

@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Greatest anonymous memory of a process in MiB, and its seconds."""
+    """Peak anonymous memory of a process in MiB, and its seconds."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     most = 0
@@ -51,7 +51,7 @@ def run(command: list[str]) -> tuple[float, float]:
             break
         most = max([most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.003)
-    # 1 is an audit that found something.
+    # 1 means that the audit found something.
     if process.wait() > 1:
         print(" ".join(command), "failed:", process.stderr.read()[-2000:] if process.stderr else "", file=sys.stderr)
         most = 0
@@ -61,7 +61,7 @@ def run(command: list[str]) -> tuple[float, float]:
 def measure(
     folder: Path, documents: int, anchors: int, dimension: int, budget: str, commands: list[str]
 ) -> dict[str, tuple[float, float]]:
-    """Of every command: greatest anonymous memory in MiB, seconds."""
+    """For every command: peak anonymous memory in MiB, seconds."""
     config = write(folder, documents, anchors, 300, 16384, dimension)
     settings = yaml.safe_load(config.read_text())
     settings |= {"resources": {"memory_budget": budget}, "executor": {"kind": "inline"}}

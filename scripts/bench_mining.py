@@ -152,7 +152,7 @@ def _save(path: Path, rows: int, dimension: int, make: Callable[[slice], Floats]
     return out
 
 
-# --- the sides, each in a process of its own ----------------------------------------------------------
+# --- the sides, each in a separate process ------------------------------------------------------------
 
 
 def sgemm(options: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def sgemm(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Stub:
-    """As much of a SentenceTransformer as `mine_hard_negatives` calls; the vectors are there already."""
+    """The part of SentenceTransformer that `mine_hard_negatives` calls; the vectors already exist."""
 
     device = "cpu"
 
@@ -236,7 +236,7 @@ def sentence_transformers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def hn_mine(options: argparse.Namespace) -> dict[str, Any]:
-    """Mine as FlagEmbedding's scripts/hn_mine.py does, written again from it: that script is in no package."""
+    """Mine like FlagEmbedding's scripts/hn_mine.py, reimplemented here because no package contains that script."""
     import random
 
     import faiss
@@ -266,7 +266,7 @@ def hn_mine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """How many rows only one side has, and how far scores lie apart."""
+    """How many rows only one side has, and how far the scores differ."""
     import pyarrow.parquet as pq
 
     ours = pq.read_table(options.work_dir / "run" / "triplets")
@@ -292,9 +292,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def _apart_by_place(
     our_keys: list[tuple[str, ...]], ours: npt.NDArray[Any], their_keys: list[tuple[str, ...]], theirs: npt.NDArray[Any]
 ) -> float:
-    """The largest distance between the i-th best negative's scores of the same pair; inf: not equally many.
+    """The largest difference between the scores of the i-th best negative of a pair; inf: the counts differ.
 
-    As small as a rounding error, it proves that rows that differ are near-ties.
+    A difference as small as a rounding error proves that the differing rows are near-ties.
     """
     largest = 0.0
     both = [_by_pair(keys, scores) for keys, scores in ((our_keys, ours), (their_keys, theirs))]
@@ -325,7 +325,7 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended well, workers included: seconds by the clock, CPU seconds, bytes of the largest process."""
+    """A successful command, workers included: wall-clock seconds, CPU seconds, bytes of the largest process."""
 
     seconds: float
     cpu: float
@@ -356,7 +356,7 @@ def side(name: str, folder: Path) -> tuple[Ran, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One negpipe command: the clock around it, and seconds of the stage and of its tasks by its books."""
+    """One negpipe command: its wall-clock time, and the recorded seconds of the stage and of its tasks."""
 
     name: str
     ran: Ran
@@ -365,7 +365,7 @@ class Stage:
 
 
 def negpipe(folder: Path) -> Iterator[Stage]:
-    """Run the stages one by one, from nothing; what comes before index is not measured."""
+    """Run the stages one by one, from scratch; the stages before index are not measured."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     for name in ("ingest", "encode", *STAGES):
         ran = run([sys.executable, "-m", "negpipe", name, str(folder / "config.yaml")])
@@ -441,7 +441,7 @@ def show_summary(rounds: list[Round], options: argparse.Namespace, rows: dict[st
     peak, their_peak = max(done.peak for done in rounds), max(done.theirs["peak"] for done in rounds)
     agree: bool = rows["differing"] <= MAX_DIFFERING
     print(f"\nmedian of {len(rounds)}" if len(rounds) > 1 else "")
-    # What a stage costs to start decides small runs: the targets are for the default sizes.
+    # Small runs are dominated by the start of the stages: the targets are for the default sizes.
     small, large = options.small, options.documents >= 1_000_000
     most, least = (MAX_TIME_LARGE, MIN_SPEED_LARGE) if large else (MAX_TIME, MIN_SPEED)
     _verdict("time of Sentence Transformers'", f"{time_ratio:.2f}", f"at most {most}", time_ratio <= most, small)
@@ -506,17 +506,17 @@ def bench(options: argparse.Namespace, folder: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000, help="documents (%(default)s)")
-    parser.add_argument("--dimension", type=int, default=384, help="numbers of a vector (%(default)s)")
+    parser.add_argument("--dimension", type=int, default=384, help="numbers per vector (%(default)s)")
     parser.add_argument("--anchors", type=int, default=10_000, help="anchors, one positive each (%(default)s)")
     parser.add_argument("--range-min", type=int, default=10, help="first rank of the window (%(default)s)")
-    parser.add_argument("--range-max", type=int, default=210, help="rank after its last (%(default)s)")
-    parser.add_argument("--num-negatives", type=int, default=15, help="negatives an anchor (%(default)s)")
+    parser.add_argument("--range-max", type=int, default=210, help="rank after its last one (%(default)s)")
+    parser.add_argument("--num-negatives", type=int, default=15, help="negatives per anchor (%(default)s)")
     parser.add_argument("--kind", default="stream", help="index.kind (%(default)s)")
     parser.add_argument("--memory", default="2GiB", help="resources.memory_budget (%(default)s)")
-    parser.add_argument("--hn-mine", action="store_true", help="time FlagEmbedding's loop as well: a minute")
-    parser.add_argument("--rounds", type=int, default=1, help="how often all is measured (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="5,000 documents of 64 numbers, 500 anchors: seconds")
-    parser.add_argument("--work-dir", type=Path, help="folder that keeps data and outputs (none: a temporary one)")
+    parser.add_argument("--hn-mine", action="store_true", help="also time FlagEmbedding's loop (takes a minute)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="5,000 documents of 64 numbers, 500 anchors: takes seconds")
+    parser.add_argument("--work-dir", type=Path, help="folder for data and outputs (default: a temporary one)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.small:

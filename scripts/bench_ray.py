@@ -34,7 +34,7 @@ STAGES = ("encode", "index", "search", "triplets")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds: by the clock, of Ray's start, of starting workers, in parts and between them."""
+    """Seconds: wall-clock, Ray's start, start of workers, in parts and between them."""
 
     clock: float
     ray: float
@@ -44,12 +44,12 @@ class Measured:
 
     @property
     def share(self) -> float:
-        """Of the seconds in parts, those between them."""
+        """The seconds between parts, as a share of those in parts."""
         return self.between / self.parts
 
 
 def of_stages(run_dir: Path) -> tuple[float, float, float]:
-    """Seconds of starting workers, in parts and between them, over all stages."""
+    """Seconds for starting workers, in parts and between them, over all stages."""
     starts = parts = between = 0.0
     for stage in STAGES:
         books = run_dir / ".negpipe" / stage
@@ -67,7 +67,7 @@ def of_stages(run_dir: Path) -> tuple[float, float, float]:
 
 
 def measured(folder: Path, kind: str, workers: int) -> Measured:
-    """One run from nothing."""
+    """One run from scratch."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     run_dir = folder / kind
     shutil.rmtree(run_dir, ignore_errors=True)

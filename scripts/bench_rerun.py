@@ -60,7 +60,7 @@ def write(
 
 
 def run(config: Path, *arguments: str) -> tuple[float, float]:
-    """`negpipe mine`: seconds by the clock, peak MiB."""
+    """`negpipe mine`: wall-clock seconds, peak MiB."""
     command = [sys.executable, "-m", "negpipe", "mine", str(config), *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -71,7 +71,7 @@ def run(config: Path, *arguments: str) -> tuple[float, float]:
 
 
 def manifest(config: Path, stage: str) -> dict[str, Any]:
-    """What a stage wrote of itself."""
+    """The manifest of a stage."""
     found: dict[str, Any] = json.loads((config.parent / f"run/.negpipe/{stage}/manifest.json").read_text())
     return found
 

@@ -51,7 +51,7 @@ KINDS = "stream;IVF512,Flat;PQ192x4fs;PQ128x4fs;stream;+stream;+IVF512,Flat"
 
 
 def sentences() -> tuple[list[str], list[tuple[str, str]]]:
-    """Sentences, and (first sentence, second sentence) of docstrings; the files in an order that mixes packages."""
+    """Sentences, and (first sentence, second sentence) pairs from docstrings; the file order mixes packages."""
     root = Path(sysconfig.get_path("purelib"))
     files = sorted(root.rglob("*.py"), key=lambda path: hashlib.md5(str(path.relative_to(root)).encode()).digest())
     found: dict[str, None] = {}
@@ -91,7 +91,7 @@ def _prose(text: str) -> bool:
 
 
 def embed(folder: Path) -> tuple[Floats, Floats]:
-    """Vectors of the sentences and of the anchors, made once."""
+    """Vectors of the sentences and of the anchors, computed once."""
     config = folder / "sentences.yaml"
     if not (folder / "beir" / "qrels" / "train.tsv").exists():
         warnings.simplefilter("ignore")
@@ -157,7 +157,7 @@ def grown(real: Floats, rows: int, seed: int) -> Floats:
 
 
 def prepare(options: argparse.Namespace) -> Path:
-    """The config of the measured runs; vectors as files that the user brings."""
+    """The config of the measured runs; the vectors are precomputed files."""
     folder: Path = options.work_dir / f"{options.documents}x{options.anchors}"
     if not (folder / "config.yaml").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def prepare(options: argparse.Namespace) -> Path:
                 "corpus_vectors": str(folder / "corpus.npy"),
                 "anchor_vectors": str(folder / "anchors.npy"),
             },
-            # Positives are no neighbours here: with a margin, nearly all anchors would be searched again, deeper.
+            # Positives are not neighbours here: with a margin, nearly all anchors would be searched deeper.
             "mining": {"range_min": 10, "range_max": 210, "num_negatives": 15, "relative_margin": None},
             "search": {"depth": 211},
         }
@@ -210,7 +210,7 @@ print(time.perf_counter() - started)
 
 
 def measure(config: Path, kind: str) -> dict[str, Any]:
-    """Seconds of building and of searching, recall, peak memory of the search."""
+    """Seconds for building and for searching, recall, peak memory of the search."""
     program = ["-m", "negpipe"] if kind.startswith("+") else ["-c", FLOAT32]
     name, _, device = kind.removeprefix("+").partition("@")
     run_dir = config.parent / "run"
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-search"))
     parser.add_argument("--faiss", default=sys.executable, help="Python with faiss-gpu (%(default)s)")
     options = parser.parse_args()
-    # In a process of its own: what this one holds would count as memory of those it starts.
+    # In a separate process: the memory of this one would count towards the processes that it starts.
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         config = process.submit(prepare, options).result()
     print(

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bench-tasks"))
-    parser.add_argument("--again", action="store_true", help="keep what ingest made there before")
+    parser.add_argument("--again", action="store_true", help="reuse the output of an earlier ingest in --work-dir")
     options = parser.parse_args()
 
     config, books = options.work_dir / "config.yaml", options.work_dir / "run/.negpipe"

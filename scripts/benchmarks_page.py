@@ -19,9 +19,9 @@ HEAD = """# Benchmarks
 
 <!-- Made by scripts/benchmarks_page.py from benchmarks/*.json. -->
 
-Nothing was measured on a GPU. The machines are shared, and their speed changes by a third from minute to minute: so
-sides are measured in the same run, and ratios count. "Aim" and "target" are what was to be reached; what was missed
-stands here too.
+Nothing was measured on a GPU. The machines are shared, and their speed changes by a third from minute to minute.
+Competing programs are therefore measured in the same run, and only ratios count. "Aim" and "target" are the goals;
+missed goals are listed too.
 """
 
 
@@ -29,7 +29,7 @@ def results() -> list[dict[str, Any]]:
     """All results.
 
     Raises:
-        ValueError: a file has other fields than `FIELDS`.
+        ValueError: the fields of a file are not `FIELDS`.
     """
     found = []
     for file in sorted(RESULTS.glob("*.json")):
@@ -41,7 +41,7 @@ def results() -> list[dict[str, Any]]:
 
 
 def page() -> str:
-    """The whole page in Markdown."""
+    """The complete page in Markdown."""
     lines = [HEAD]
     for result in results():
         lines.append(f"## {result['title']}\n")

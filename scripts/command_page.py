@@ -14,13 +14,13 @@ from negpipe import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
 SHARED = 5
-"""An option that as many commands have, with the same words, is explained once."""
+"""An option that at least this many commands share, with the same help, is described once."""
 HEAD = """# Commands
 
 <!-- Made by scripts/command_page.py from the command line itself. -->
 
-`negpipe COMMAND --help` says the same. [Exit codes](exit-codes.md) are those of all commands. CONFIG is a path, the
-name of a file in `configs/`, or a run directory.
+`negpipe COMMAND --help` prints the same text. All commands use the same [exit codes](exit-codes.md). CONFIG is a path,
+the name of a file in `configs/`, or a run directory.
 """
 
 
@@ -36,7 +36,7 @@ def commands(group: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def page() -> str:
-    """The whole page in Markdown."""
+    """The complete page in Markdown."""
     every = dict(commands())
     uses = Counter(row for command in every.values() for row in _options(command))
     shared = {row for row, count in uses.items() if count >= SHARED}
@@ -44,7 +44,7 @@ def page() -> str:
     lines = [
         HEAD,
         f"{names}\n",
-        "## Options of many commands\n",
+        "## Common options\n",
         *_table("option", (row for row in uses if row in shared)),
     ]
     for name, command in every.items():
@@ -62,7 +62,7 @@ def page() -> str:
 
 
 def _options(command: Any) -> list[tuple[str, str]]:
-    """Each option as it is written, and what it does."""
+    """Each option as typed, and its help."""
     rows = []
     for option in command.params:
         if not _is_option(option) or option.hidden:
@@ -96,7 +96,7 @@ def _value(annotation: Any) -> str:
 
 
 def _description(text: str) -> list[str]:
-    """The paragraphs of a help text; its examples become code."""
+    """The paragraphs of a help text, with its examples as code."""
     lines = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         words = " ".join(paragraph.split())

@@ -60,9 +60,9 @@ APPROXIMATE: dict[str, list[str]] = {
 
 
 def content(run_dir: Path) -> dict[str, str]:
-    """Digests of the rows of `triplets/` and of the current ledger: names of columns, values and their order.
+    """Digests of the rows of `triplets/` and of the current ledger: column names, values and their order.
 
-    Why anchors are short is a content of its own: the first edition said `depth` of those who had seen every document.
+    `shortage_reason` is compared separately: the first edition reported `depth` for anchors that had seen every document.
     """
     manifest = json.loads((run_dir / ".negpipe/triplets/manifest.json").read_text(encoding="utf-8"))
     paths = [run_dir / file["path"] for part in manifest["parts"] for file in part["files"]]
@@ -75,7 +75,7 @@ def content(run_dir: Path) -> dict[str, str]:
 
 
 ADDED = ("dropped_anchor_id",)
-"""Columns of the ledger for reasons that the old edition did not know; what they drop shows in the other columns."""
+"""Ledger columns for reasons that the old edition did not have; their counts show in the other columns."""
 
 
 def digest(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda name: True) -> str:
@@ -90,7 +90,7 @@ def digest(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda name: T
 
 
 def _mine(tree: Path, config: dict[str, Any], settings: list[str], work: Path) -> str:
-    """Run a checkout's command line; what it printed where it failed, else nothing."""
+    """Run a checkout's command line; returns its output if it failed, otherwise an empty string."""
     file = work / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")
     options = [option for setting in settings for option in ("--set", setting)]
@@ -106,7 +106,7 @@ def _mine(tree: Path, config: dict[str, Any], settings: list[str], work: Path) -
 
 
 def _compare(trees: dict[str, Path], name: str, source: str, work: Path, say: Any) -> int:
-    """Every variant of one source; how many differ."""
+    """Compare every variant of one source; returns how many differ."""
     name, _, split = name.partition(":")
     config = {
         "data": {
@@ -148,7 +148,7 @@ def _compare(trees: dict[str, Path], name: str, source: str, work: Path, say: An
 
 
 def main() -> None:
-    """Compare, print a line for each variant, and end with 1 where any differs."""
+    """Compare, print a line for each variant, and exit with 1 if any differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)

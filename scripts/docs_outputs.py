@@ -30,23 +30,23 @@ BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<info>[^\n`]+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 PROGRESS = re.compile(r"\w+: [\d,]+ of [\d,]+ rows|it/s\]$")
-"""Lines that are left out: how many there are depends on the clock."""
+"""Lines that are left out, because their number depends on timing."""
 PATIENCE = 1800
 
 
 @dataclass
 class Ran:
-    """What a block printed, standard output and log as they came but for reports of progress, and how it ended."""
+    """The output of a block (standard output and log, without progress lines), and its exit code."""
 
     code: int
     printed: str
 
 
 def follow(page: Path, folder: Path) -> Iterator[tuple[re.Match[str], str]]:
-    """Run a page's blocks; yields each block of output with what was printed in its place.
+    """Run a page's blocks; yields each output block with the text that was printed.
 
     Raises:
-        RuntimeError: a block ends with another exit code than the page says.
+        RuntimeError: the exit code of a block is not the one on the page.
     """
     ran = Ran(0, "")
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
@@ -99,7 +99,7 @@ def _run(language: str, text: str, folder: Path) -> Ran:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare the shapes of lines, and rewrite nothing")
+    parser.add_argument("--check", action="store_true", help="compare the shapes of lines; rewrite nothing")
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -40,7 +40,7 @@ SHORT = ("index", "triplets")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is mined: an anchor has one positive, a text about so many characters."""
+    """The data to mine: an anchor has one positive, a text about this many characters."""
 
     documents: int
     dimension: int
@@ -68,7 +68,7 @@ def write(folder: Path, sizes: Sizes) -> Path:
     (folder / "beir/qrels").mkdir(parents=True)
     draw = np.random.default_rng(0)
     words = ["".join(map(chr, draw.integers(97, 123, draw.integers(2, 10)))) for _ in range(20_000)]
-    # About as common as words are; lines of them are put together, which is faster than words.
+    # About as frequent as real words; they are joined from prepared lines, which is faster than from words.
     common = 1 / np.arange(1, len(words) + 1)
     chosen = draw.choice(len(words), (20_000, 9), p=common / common.sum())
     lines = [" ".join(words[word] for word in line) for line in chosen]
@@ -108,8 +108,8 @@ def write(folder: Path, sizes: Sizes) -> Path:
 
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Run the stages, the short ones three times; of the median: seconds by the clock, by its own books, of its tasks
-    and of processors, and bytes."""
+    """Run the stages, the short ones three times. From the median run: wall-clock seconds, recorded seconds, seconds of
+    its tasks, CPU seconds, and bytes."""
     config, stages = write(folder, sizes), {}
     for name in STAGES:
         runs = []
@@ -144,7 +144,7 @@ def once(folder: Path, config: Path, name: str) -> dict[str, Any]:
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measures of all sizes, those that are missing made."""
+    """Measurements of all sizes; missing ones are made."""
     known: list[dict[str, Any]] = json.loads(options.measures.read_text()) if options.measures.exists() else []
     for sizes in (*FITTED, *HELD_OUT):
         if not any(asdict(sizes).items() <= one.items() for one in known):
@@ -157,7 +157,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def predicted(rates: Rates, one: dict[str, Any]) -> dict[str, Forecast]:
-    """What the plan says of a run that was measured: one node, one core, a disk that costs nothing."""
+    """The plan for a measured run: one node, one core, a disk that costs nothing."""
     job = Job(one["documents"], one["anchors"], one["dimension"], one["characters"])
     config = Config.model_validate(
         {
@@ -174,9 +174,9 @@ def predicted(rates: Rates, one: dict[str, Any]) -> dict[str, Forecast]:
 
 
 def fitted(measures: list[dict[str, Any]]) -> Rates:
-    """The rates that are least off: of logarithms of seconds by the clock, and of bytes.
+    """The rates with the smallest errors in the logarithms of wall-clock seconds and of bytes.
 
-    `task` and `process_bytes` stay: runs of few tasks do not tell them.
+    `task` and `process_bytes` stay: runs with few tasks do not determine them.
     """
     names = [name for name in Rates.model_fields if name not in ("task", "process_bytes")]
     start = np.log([getattr(Rates(), name) for name in names])
@@ -187,7 +187,7 @@ def fitted(measures: list[dict[str, Any]]) -> Rates:
     def off(logarithms: npt.NDArray[np.float64]) -> list[float]:
         tried = rates(logarithms)
         pairs = [pair for one in measures for *_, pair in compared(tried, one)]
-        # Drawn a little to where they began, so that what no run tells stays there.
+        # Pulled slightly towards the start values, so that rates that no run determines stay there.
         return [*(np.log(said / found) for said, found in pairs), *(0.01 * (logarithms - start))]
 
     found = least_squares(off, start, loss="soft_l1", f_scale=0.1)
@@ -195,7 +195,7 @@ def fitted(measures: list[dict[str, Any]]) -> Rates:
 
 
 def compared(rates: Rates, one: dict[str, Any]) -> Iterator[tuple[str, str, tuple[float, float]]]:
-    """Stage, what is compared, and what is predicted and was measured; searches too small for the fast products not."""
+    """Stage, quantity, prediction and measurement, without searches too small for the fast products."""
     for name, stage in predicted(rates, one).items():
         large = one["documents"] * one["anchors"] * one["dimension"] > SMALL
         if stage.seconds and (name != "search" or large):
@@ -204,7 +204,7 @@ def compared(rates: Rates, one: dict[str, Any]) -> Iterator[tuple[str, str, tupl
 
 
 def show(rates: Rates, measures: list[dict[str, Any]], title: str) -> None:
-    """How far predictions are off, a line a run and stage."""
+    """The errors of the predictions, one line per run and stage."""
     print(f"\n{title}")
     for one in measures:
         print(f"  {one['documents']:,} x {one['dimension']}, {one['anchors']:,} anchors")

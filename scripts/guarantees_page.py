@@ -24,7 +24,7 @@ SECTIONS = {
 
 @dataclass
 class Guarantee:
-    """A promise, and the tests that hold it."""
+    """A promise, and the tests that verify it."""
 
     when: str
     then: str = ""
@@ -33,10 +33,10 @@ class Guarantee:
 
 
 def guarantees(folder: Path = ROOT / "tests") -> dict[str, Guarantee]:
-    """All promises by WHEN, in the order of the files that say them whole.
+    """All promises by WHEN, in the order of the files that state them in full.
 
     Raises:
-        ValueError: a promise is said whole by no test or by two, or of a section that there is not.
+        ValueError: a promise is stated in full by no test or by two, or its section does not exist.
     """
     found: dict[str, Guarantee] = {}
     for file in sorted(folder.rglob("test_*.py")):
@@ -45,14 +45,14 @@ def guarantees(folder: Path = ROOT / "tests") -> dict[str, Guarantee]:
             promise = found.setdefault(when, Guarantee(when))
             promise.tests.append(f"{file.relative_to(folder)}{test}")
             if then and promise.then:
-                raise ValueError(f"{file}: '{when}' is said whole by another test too")
+                raise ValueError(f"{file}: '{when}' is also stated in full by another test")
             if then:
                 promise.then = then[0]
                 named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in mark.keywords}
                 promise.section = named.get("section", "runs")
     for promise in found.values():
         if promise.section not in SECTIONS:
-            raise ValueError(f"{promise.tests}: '{promise.when}' is said whole by no test, or its section is unknown")
+            raise ValueError(f"{promise.tests}: '{promise.when}' is stated in full by no test, or of unknown section")
     return found
 
 
@@ -71,7 +71,7 @@ def page() -> str:
 
 
 def _marks(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Each mark, with `::test` behind it, or nothing where it is the file's."""
+    """Each mark, followed by `::test`, or by nothing if it is the file's."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             marked, test = node.decorator_list, f"::{node.name}"
