@@ -515,7 +515,7 @@ def main() -> None:
     parser.add_argument("--memory", default="2GiB", help="resources.memory_budget (%(default)s)")
     parser.add_argument("--hn-mine", action="store_true", help="also time FlagEmbedding's loop (takes a minute)")
     parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="5,000 documents of 64 numbers, 500 anchors: takes seconds")
+    parser.add_argument("--small", action="store_true", help="5,000 documents of 64 numbers, 500 anchors: seconds")
     parser.add_argument("--work-dir", type=Path, help="folder for data and outputs (default: a temporary one)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()

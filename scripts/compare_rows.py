@@ -62,7 +62,7 @@ APPROXIMATE: dict[str, list[str]] = {
 def content(run_dir: Path) -> dict[str, str]:
     """Digests of the rows of `triplets/` and of the current ledger: column names, values and their order.
 
-    `shortage_reason` is compared separately: the first edition reported `depth` for anchors that had seen every document.
+    `shortage_reason` is separate: the first edition reported `depth` for anchors that had seen every document.
     """
     manifest = json.loads((run_dir / ".negpipe/triplets/manifest.json").read_text(encoding="utf-8"))
     paths = [run_dir / file["path"] for part in manifest["parts"] for file in part["files"]]
