@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
-from negpipe.cli.formats import FormatOption, printed_as
+from negpipe.cli.formats import Format, FormatOption, printed_as
 from negpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def plan(
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     if cluster or nodes:
-        _on_cluster(settings, cluster, nodes, as_json=as_json or form == "json", probe=probe)
+        _on_cluster(settings, cluster, nodes, "json" if as_json else form, probe=probe)
         return
     found = estimate.plan(settings, probe_encoder=probe)
     if printed_as("json" if as_json else form, dataclasses.asdict(found), map(dataclasses.asdict, found.steps)):
@@ -96,9 +96,8 @@ def plan(
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
 
 
-def _on_cluster(config: Config, file: Path | None, nodes: str | None, *, as_json: bool, probe: bool) -> None:
+def _on_cluster(config: Config, file: Path | None, nodes: str | None, form: Format, *, probe: bool) -> None:
     import dataclasses
-    import json
 
     from negpipe.cli import console
     from negpipe.config.file import load_cluster
@@ -109,8 +108,8 @@ def _on_cluster(config: Config, file: Path | None, nodes: str | None, *, as_json
         raise ConfigError("--nodes needs --cluster FILE, which says what a node is")
     described = load_cluster(file)
     found = cluster.outlooks(config, described, _numbers(nodes) or [described.nodes], probe_encoder=probe)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    rows = [{"nodes": each.nodes, **vars(stage)} for each in found.outlooks for stage in each.stages]
+    if printed_as(form, dataclasses.asdict(found), rows):
         return
     job = found.job
     console.out.print(

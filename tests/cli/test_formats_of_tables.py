@@ -38,6 +38,20 @@ def test_json_and_csv(command: str, finished: Path) -> None:
     assert small.run(*words, "--format", "xml").code == 2
 
 
+def test_doctor() -> None:
+    rows = [*csv.DictReader(io.StringIO(small.run("doctor", "--format", "csv").out))]
+    assert {"Python", "Libraries"} <= {row[column] for row in rows for column in ("about", "name")}
+    assert json.loads(small.run("doctor", "--format", "json").out)
+
+
+def test_plan_of_a_cluster(finished: Path) -> None:
+    nodes = str(Path(__file__).parents[2] / "configs/cluster/nodes.yaml")
+    words = ["plan", str(finished / "config.yaml"), "--cluster", nodes, "--nodes", "1,8"]
+    rows = [*csv.DictReader(io.StringIO(small.run(*words, "--format", "csv").out))]
+    assert [(row["nodes"], row["stage"]) for row in rows if row["stage"] == "search"] == [("1", "search"), ("8", "search")]
+    assert json.loads(small.run(*words, "--format", "json").out)
+
+
 def test_diff(finished: Path) -> None:
     rows = [*csv.DictReader(io.StringIO(small.run("diff", finished / "run", finished / "run", "--format", "csv").out))]
     assert rows[0]["added"] == "0"

@@ -124,7 +124,7 @@ def test_a_model_is_exported_once_other_weights_again_and_never_mixed(tiny: Path
 
 @pytest.mark.guarantee(
     "a model is exported for another runtime by two processes, or by one that is killed",
-    "one whole file, exported once; nothing else is left, and nothing is sent to the runtimes' makers",
+    "one complete file, exported once; nothing else is left, and no telemetry is sent",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.guarantee("files of your own lie beside the rows"),
     pytest.mark.guarantee(
         "the old `triplets/` cannot be deleted or replaced",
-        "in nobody's way; or an error that says where the new rows are complete",
+        "it stays beside the new rows; or an error says where the new rows are complete",
         section="input",
     ),
 ]

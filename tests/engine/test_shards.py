@@ -33,7 +33,7 @@ from negpipe.store.unfinished import owner
 
 pytestmark = pytest.mark.guarantee(
     "shards run in any order, twice at once, or are killed",
-    "each part is made once, by whoever is left; the bytes of an ordinary run",
+    "each part is made once, by a shard that is left; the bytes of an ordinary run",
 )
 
 SHARDED = ("encode", "index", "search", "triplets")

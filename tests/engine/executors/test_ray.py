@@ -216,6 +216,10 @@ def test_a_cluster_of_this_machine_alone_makes_what_a_run_makes(whole: Run, tmp_
     assert code == 0 and "ray:" not in log  # nothing to run, nothing started
 
 
+@pytest.mark.guarantee(
+    "Ray loses a node, an actor or the driver, or an actor is slow",
+    "at most one task per lost worker is done again; the bytes of an ordinary run",
+)
 @pytest.mark.slow
 def test_a_node_that_is_lost_in_encode_and_one_in_search(
     whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
@@ -234,6 +238,7 @@ def test_a_node_that_is_lost_in_encode_and_one_in_search(
     assert "3 nodes with 3 cores" in caplog.text or "4 nodes with 3 cores" in caplog.text
 
 
+@pytest.mark.guarantee("Ray loses a node, an actor or the driver, or an actor is slow")
 @pytest.mark.slow
 def test_an_actor_that_is_killed_and_one_that_is_slow(
     whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
@@ -250,6 +255,7 @@ def test_an_actor_that_is_killed_and_one_that_is_slow(
     assert done_again(nodes, "search") == 0
 
 
+@pytest.mark.guarantee("Ray loses a node, an actor or the driver, or an actor is slow")
 @pytest.mark.slow
 def test_a_driver_that_is_killed_and_a_run_that_goes_on(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
     nodes.fill(2)
