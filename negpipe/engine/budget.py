@@ -50,8 +50,8 @@ class Budget:
         """
         if needed > self.memory:
             raise BudgetError(
-                f"{what} needs {-(-needed // 2**20):,} MiB a worker, there are {max(0, self.memory) // 2**20:,}: raise"
-                f" resources.memory_budget, or {remedy}",
+                f"{what} needs {-(-needed // 2**20):,} MiB per worker, {max(0, self.memory) // 2**20:,} are available:"
+                f" raise resources.memory_budget, or {remedy}",
                 needed=needed,
                 there=self.memory,
                 remedy=remedy,

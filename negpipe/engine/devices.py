@@ -72,7 +72,7 @@ def gpus() -> tuple[int, ...]:
         return ()
     asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
     if asked.returncode:
-        logger.warning("torch does not say which GPUs there are, none is used: %s", asked.stderr.strip()[-300:])
+        logger.warning("torch could not list the GPUs, so none is used: %s", asked.stderr.strip()[-300:])
         return ()
     return tuple(map(int, asked.stdout.split()))
 
@@ -110,7 +110,7 @@ def _there(names: Sequence[str], setting: str) -> tuple[str, ...]:
     for name in names:
         if is_gpu(name) and _number(name) >= len(gpus()):
             raise ConfigError(
-                f"{setting}: '{name}' is not there, torch sees {len(gpus())} GPUs: name others, or set it to cpu"
+                f"{setting}: '{name}' does not exist, torch sees {len(gpus())} GPUs: name another, or set it to cpu"
             )
     return tuple(names)
 

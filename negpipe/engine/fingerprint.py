@@ -35,11 +35,11 @@ def canonical(value: Any) -> Any:
         return int(value) if value.is_integer() else value
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError("an identity has string keys only")
+            raise TypeError("the keys of an identity must be strings")
         return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [canonical(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no place in an identity: {value!r}")
+    raise TypeError(f"{type(value).__name__} is not allowed in an identity: {value!r}")
 
 
 def digest(*values: Any) -> str:

@@ -27,7 +27,7 @@ _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
 _AGREED = ".versions"
 _ARRAYS = ".arrays"
-OTHER_CONTENT = "has other content than was written"
+OTHER_CONTENT = "has changed since it was written"
 Book = TypeVar("Book", bound=BaseModel)
 
 
@@ -67,7 +67,7 @@ class File(BaseModel):
         if size is None:
             return f"{self.path} is missing"
         if size != self.bytes:
-            return f"{self.path} has {size:,} bytes, {self.bytes:,} were written"
+            return f"{self.path} has {size:,} bytes, expected {self.bytes:,}"
         return None
 
 
@@ -270,7 +270,7 @@ class Books:
             problem = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
             raise DamagedError(
                 f"{self.run}/{self._manifest} is not a manifest ({problem}):"
-                " delete it and run the stage again, finished parts are reused"
+                " delete it and run the stage again; finished parts are reused"
             ) from None
 
     def content(self) -> bytes | None:
@@ -298,7 +298,7 @@ def _parsed(content: bytes, kind: type[Book]) -> Book:
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if isinstance(value, dict) and "digest" in value and value.pop("digest") != _seal(value):
-        raise ValueError("its content is not what was written")
+        raise ValueError("its content has changed since it was written")
     return kind.model_validate(value)
 
 

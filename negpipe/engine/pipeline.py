@@ -107,7 +107,7 @@ def mine(
             else:
                 _examine([] if executor else [stage] if only else stages[number:], context, elsewhere)
                 check_inputs(stage, graph, context)
-                logger.info("%s: runs, %s", stage.name, state.reason)
+                logger.info("%s: starting, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent(), executor or elsewhere.get(stage.name))
                 ran.append(stage.name)
                 _tell(stage, manifest)
@@ -265,7 +265,7 @@ def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Exe
                 return state.manifest
             if attempt == _ATTEMPTS - 1:
                 raise
-            logger.warning("%s: begins again: %s", stage.name, error)
+            logger.warning("%s: starting again: %s", stage.name, error)
     raise AssertionError
 
 
@@ -330,8 +330,8 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
         files, full = (file for part in read for file in part.files), not context.store.verifies
         if wrong := damaged(context.store, files, full=full):
             raise DamagedError(
-                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
-                " again what is damaged and what may come from it"
+                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair` to"
+                " recompute damaged parts and everything that may derive from them"
             ) from error
         raise
 
@@ -348,7 +348,7 @@ def _run_planned(
         present = {*books.found([task.key for task in plan])}
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
         if present:
-            logger.info("%s: %d of %d parts are there already", stage.name, len(present), len(plan))
+            logger.info("%s: %d of %d parts already exist", stage.name, len(present), len(plan))
 
     def missing() -> Iterator[Task]:
         for task in plan:
@@ -437,7 +437,7 @@ def _check_share(context: Context) -> None:
     settings = context.config.executor
     if settings.kind != "inline" and (settings.workers or 1) > context.workers:
         logger.warning(
-            "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
+            "executor.workers is %d, more than resources.cpus, so %d run at a time", settings.workers, context.workers
         )
 
 

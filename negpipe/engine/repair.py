@@ -34,7 +34,7 @@ def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
     if problems:
         raise DamagedError(
             f"{manifest.stage}: {problems[0]} ({len(problems)} of {len(manifest.parts)} parts)."
-            " Run `negpipe mine CONFIG --repair`, it makes again what is damaged and what may come from it"
+            " Run `negpipe mine CONFIG --repair` to recompute damaged parts and everything that may derive from them"
         )
 
 
@@ -84,7 +84,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     for key in books.recorded():
         part = books.record(key)
         if part is None:
-            logger.warning("%s: %s cannot be read: dropped", stage.name, books.name(key))
+            logger.warning("%s: cannot read %s, dropping it", stage.name, books.name(key))
             books.forget(key)
         elif part.key not in kept:
             found = damaged(store, part.files)
@@ -97,9 +97,9 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     for name in gone:
         store.delete(name)
     for _, problem in wrong:
-        logger.warning("%s: %s: made again", stage.name, problem)
+        logger.warning("%s: %s: recomputing it", stage.name, problem)
     if suspects:
-        logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
+        logger.warning("%s: %d parts may derive from damaged files: recomputing where needed", stage.name, suspects)
     return _changed(wrong)
 
 
@@ -114,7 +114,7 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     if not outdated:
         return
     stage.examine(context)  # what would keep it from running is known before anything is forgotten
-    logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
+    logger.info("%s: recomputing %d parts made with other library versions", stage.name, len(outdated))
     books.drop_manifest()
     for part in outdated:
         books.forget(part.key)

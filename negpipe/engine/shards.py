@@ -108,7 +108,7 @@ def work(
     """
     stage = graph[name]
     if stage.place(config) == "caller":
-        raise ConfigError(f"{name} is not made in shards: run `negpipe {name} CONFIG`")
+        raise ConfigError(f"{name} does not run in shards: run `negpipe {name} CONFIG`")
     with pipeline.opened(config, graph, rehash=rehash, hold="shared") as first:
         context, current = _reached(stage, graph, first)
         if current:
@@ -139,7 +139,7 @@ def commit(config: Config, graph: Graph, name: str, shards: int | None = None, *
         LockedError: a shard is at work.
     """
     if graph[name].place(config) == "caller":
-        raise ConfigError(f"{name} is not made in shards: run `negpipe {name} CONFIG`, which commits it too")
+        raise ConfigError(f"{name} does not run in shards: run `negpipe {name} CONFIG`, which also commits it")
     return pipeline.mine(config, graph, only=name, executor=_refusing(shards), **options)
 
 
@@ -157,7 +157,7 @@ def _refusing(shards: int | None) -> Executor:
             which = f"I/{shards}` for I = {','.join(map(str, lacking))}"
         raise MissingPartsError(
             f"{stage.name}: {len(missing):,} parts are missing: {named}. Run `negpipe work {stage.name} CONFIG"
-            f" --shard {which}, which makes what is missing and nothing else, then commit again"
+            f" --shard {which}, which makes only the missing parts, then commit again"
         )
 
     return run
@@ -228,7 +228,7 @@ class _Job:
                 )
             elif not told:
                 who = sorted({owner for task in left if (owner := self.claims.owner(task.key))})
-                logger.info("%s: waits for %d parts that others work on: %s", self.stage.name, len(left), some(who))
+                logger.info("%s: waiting for %d parts of other processes: %s", self.stage.name, len(left), some(who))
                 told = True
             if not first:
                 time.sleep(min(_LOOK, self.claims.patience / 4))
@@ -268,8 +268,8 @@ class _Job:
             now,
             f"{self.stage.name}: its shards",
             platform.node(),
-            ". To begin again with other versions, run"
-            f" `negpipe commit {self.stage.name} CONFIG --rebuild` there with all shards at rest",
+            ". To start over with other versions, run"
+            f" `negpipe commit {self.stage.name} CONFIG --rebuild` there while no shard is running",
         )
 
 

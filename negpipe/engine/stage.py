@@ -89,7 +89,7 @@ class Context:
         """
         if stage not in self.manifests:
             raise MissingStageError(
-                f"there is no output of {stage} in {self.config.place}: run `negpipe {stage}` first"
+                f"no output of {stage} in {self.config.place}: run `negpipe {stage}` first"
             )
         return self.manifests[stage]
 

@@ -43,14 +43,14 @@ def _look(stage: Stage, context: Context) -> tuple[State, Sequence[Part]]:
     except DamagedError as error:
         return State(stage.name, "damaged", str(error)), ()
     if absent := [name for name in stage.inputs if name not in context.manifests]:
-        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest), manifest.parts if manifest else ()
+        return State(stage.name, "blocked", f"waiting for {absent[0]}", manifest), manifest.parts if manifest else ()
     if manifest is not None:
         return _against(manifest, stage, context), manifest.parts
     parts = [*context.books(stage.name).parts()]
     if not parts:
-        return State(stage.name, "missing", "it has not run yet"), ()
+        return State(stage.name, "missing", "no previous output"), ()
     done = len(parts)
-    return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done), parts
+    return State(stage.name, "partial", f"incomplete, {done} parts on disk", done=done), parts
 
 
 def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
@@ -60,7 +60,7 @@ def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
     if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
     if any(part.lacks_roles for part in manifest.parts):
-        return State(stage.name, "stale", "its records are of the first edition, without roles of files", manifest)
+        return State(stage.name, "stale", "its records have the first edition's format, without file roles", manifest)
     files = [file for part in manifest.parts for file in part.files]
     sizes = context.store.sizes(file.path for file in files)
     problems = [problem for file in files if (problem := file.misfit(sizes.get(file.path)))]
@@ -95,7 +95,7 @@ def identity_of(stage: Stage, context: Context) -> Identity:
 def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
     """Why a manifest is stale, in the words of the config."""
     if manifest.version != now.version:
-        return f"its output was made by version {manifest.version} of the stage, this is version {now.version}"
+        return f"its output was made by version {manifest.version} of the stage, the current version is {now.version}"
     fresh = {**now.settings, **now.sources, **now.inputs}
     old = {**manifest.settings, **manifest.inputs}
     changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
@@ -106,7 +106,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
             continue
         if name not in old:
             if not any(other in old for other in changed):  # one that changed may bring others of its own
-                lines.append(f"{name} is new")
+                lines.append(f"{name} was added")
             continue
         before, after = old[name], fresh[name]
         if name in now.sources:
@@ -117,7 +117,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         )
     # What a setting brought along goes with it.
     gone = [name for name in manifest.settings if name not in fresh] if not lines else []
-    return "; ".join([*lines, *(f"{name} is gone" for name in gone)]) or "its identity changed"
+    return "; ".join([*lines, *(f"{name} was removed" for name in gone)]) or "its identity changed"
 
 
 def _shown(value: Any) -> str:
@@ -145,6 +145,6 @@ def blocked(state: State, wanted: str) -> str:
     reason = f": {state.reason}" if state.reason else ""
     return (
         f"{wanted} needs the output of {state.stage}, which is {state.state}{reason}."
-        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` for all of it"
-        + (", or repeat the --set that it was made with" if state.state == "stale" else "")
+        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` to run all stages"
+        + (", or repeat the --set options that it was made with" if state.state == "stale" else "")
     )

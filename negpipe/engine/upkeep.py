@@ -61,13 +61,13 @@ def inventory(config: Config, graph: Graph) -> Inventory:
             manifest = None
         keys = books.recorded()
         parts = {part.key: part for part in books.records()}
-        unreadable += [f"{store}/{books.name(key)} is not the record of a part" for key in keys if key not in parts]
+        unreadable += [f"{store}/{books.name(key)} is not a valid part record" for key in keys if key not in parts]
         recorded = {file.path: file for part in parts.values() for file in part.files}
         # What is gone was cleaned, or stands elsewhere since the first edition published it.
         files |= {path: recorded[path] for path in store.sizes(recorded)}
         files |= {file.path: file for part in (manifest.parts if manifest else ()) for file in part.files}
     if not files and not unreadable:
-        raise MissingStageError(f"no stage has made anything in {run}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no stage has output in {run}: run `negpipe mine CONFIG` first")
     return Inventory(tuple(files.values()), tuple(unreadable))
 
 
@@ -180,8 +180,8 @@ def _runs(config: Config) -> list[Path]:
             next((run / BOOKS).iterdir(), None)
         except OSError as error:
             raise StorageError(
-                f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so nobody knows which"
-                " parts it needs: make it readable, or say that it is gone:"
+                f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so the parts that it"
+                " needs are unknown: make it readable or, if it is gone, run"
                 f" `negpipe clean CONFIG --forget {run}`"
             ) from error
     return [config.run_dir, *others]
@@ -240,9 +240,9 @@ def forget(config: Config, run_dir: Path) -> None:
     """
     store = _store(config)
     if (run_dir / BOOKS).is_dir():
-        raise ConfigError(f"--forget: {run_dir} is still there: delete it first, or run `clean` with its config")
+        raise ConfigError(f"--forget: {run_dir} still exists: delete it first, or run `clean` with its config")
     if config.store is None:
-        raise ConfigError("--forget is for a store that run directories share, and the config has no `store`")
+        raise ConfigError("--forget needs a config with a shared `store`")
     with registry.kept(store):
         if not registry.forget(store, run_dir):
             known = ", ".join(map(str, registry.registered(store))) or "none"

@@ -41,8 +41,8 @@ def describe(parts: Iterable[Part], now: dict[str, str]) -> str | None:
         return None
     known = ", ".join(f"{name} {then} ({now[name]} is installed)" for name, then in sorted(older))
     return (
-        f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from new ones,"
-        " --rebuild makes them again"
+        f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from those of new ones;"
+        " --rebuild recomputes them"
     )
 
 
@@ -63,7 +63,7 @@ def check_same(begun: Mapping[str, str], now: Mapping[str, str], what: str, host
         return
     differing = [each for each in sorted({*begun, *now}) if begun.get(each) != now.get(each)]
     had, has = (", ".join(f"{each} {there.get(each, '(none)')}" for each in differing) for there in (begun, now))
-    raise VersionsError(f"{what} began with {had}, and {has} is installed on {host}: install the same there{remedy}")
+    raise VersionsError(f"{what} started with {had}, but {has} is installed on {host}: install the same there{remedy}")
 
 
 def _differing(part: Part, now: dict[str, str]) -> list[tuple[str, str]]:

@@ -48,8 +48,8 @@ def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> No
                         waiting.append((target, target))
                         continue
                     raise StorageError(
-                        f"{entry.path} is a link that leads out of the run directory, and nothing is written or deleted"
-                        " there. Put a folder or file in its place; directly in the run directory these may be links"
+                        f"{entry.path} is a link that leads out of the run directory, where nothing is written or"
+                        " deleted. Replace it with a folder or file; only these entries of the run directory may be links"
                         f" to folders: {', '.join(sorted(linkable))}"
                     )
                 # A linked folder may hold other things: what a run makes lies in it and no deeper.

@@ -63,7 +63,7 @@ class Claims:
                 try:
                     self.release(key)
                 except (OSError, NegpipeError) as error:  # what ended the block matters more
-                    logger.warning("%s: its claim cannot be given up, and passes on by itself: %s", key, error)
+                    logger.warning("%s: cannot release its claim, which expires by itself: %s", key, error)
 
     def take(self, key: str) -> bool:
         """Claim a key that nobody works on, as far as is known by now; returns whether it is ours."""
@@ -71,7 +71,7 @@ class Claims:
         if there is not None and not self._is_free(key, there):
             return False
         if there is not None:
-            logger.info("%s: taken over from %s, of which there is no sign of life", key, _owner(there))
+            logger.info("%s: taken over from %s, which shows no sign of life", key, _owner(there))
         content = _sign()
         try:
             if not self.store.replace(self._name(key), content, there):
@@ -127,9 +127,9 @@ class Claims:
                 self._held[key] = content
             else:
                 del self._held[key]
-                logger.warning("%s: another process has taken this claim, so it may be made twice", key)
+                logger.warning("%s: another process has taken this claim, so the work may be done twice", key)
         except (OSError, NegpipeError) as error:
-            logger.warning("%s: its claim cannot be kept alive: %s", key, error)
+            logger.warning("%s: cannot keep its claim alive: %s", key, error)
 
     def _signed(self, key: str, content: bytes) -> bool:
         if self.strict:

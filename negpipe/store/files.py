@@ -22,11 +22,11 @@ from negpipe.store import unfinished
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.EDQUOT: "the disk quota is exceeded",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
-    errno.ENOTDIR: "a folder of its path is a file",
+    errno.ENOTDIR: "part of its path is a file",
     errno.EFBIG: "the file is larger than this file system or the process limit allows",
 }
 _OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading meets them as well
@@ -79,7 +79,7 @@ def explained(path: Path, needed: Callable[[], int] | None = None, *, least: boo
         need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
-            "Nothing finished was lost: make room, or fix path or permission, then run the same command again"
+            "No finished work was lost: free some space, or fix the path or permissions, then run the same command again"
         ) from error
 
 
@@ -132,8 +132,8 @@ def publish(
             if temporary.exists():
                 raise
             raise VanishedError(
-                f"{temporary} vanished while it was written: another process works on this run directory, or files"
-                " in it are being deleted. Stop that, then run the same command again"
+                f"{temporary} vanished while being written: another process uses this run directory, or files"
+                " in it are being deleted. Stop it, then run the same command again"
             ) from error
         finally:
             size = size or bytes_in(temporary)
@@ -207,8 +207,8 @@ def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:
         total, free = sum(needed[folder] for folder in own), shutil.disk_usage(place).free
         if total > free:
             raise StorageError(
-                f"{what} {total:,} bytes in {place}, {free:,} bytes are free there. Nothing finished was lost: make"
-                f" room, or {remedy}, then run the same command again"
+                f"{what} {total:,} bytes in {place}, {free:,} bytes are free there. No finished work was lost: free"
+                f" some space, or {remedy}, then run the same command again"
             )
 
 

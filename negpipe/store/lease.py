@@ -44,7 +44,7 @@ def held(
     with claims.kept():
         if shared:
             if not claims.take(own):
-                raise LockedError(f"{store} cannot be held: run the command again")
+                raise LockedError(f"cannot lock {store}: run the command again")
         else:
             _take(claims, own, store, wait)
         # Each claims first and then looks for the other kind: of two that come at once, one at least sees the other.
@@ -78,7 +78,7 @@ def _outlive(claims: Claims, key: str, store: Store, wait: float) -> None:
         if last != first and time.monotonic() - began >= wait:
             raise LockedError(f"{store} is in use by {who}: wait for it or stop it")
         if not told:
-            logger.info("%s is held by %s: looking whether it lives, for up to %.0f s", store, who, claims.patience)
+            logger.info("%s is held by %s: checking whether it is alive, for up to %.0f s", store, who, claims.patience)
             told = True
         time.sleep(claims.patience / 24)
         last, free = claims.seen(key)

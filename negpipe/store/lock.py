@@ -51,7 +51,7 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        logger.warning("%s cannot be locked (%s): start no second run on it", path.parent.parent, error.strerror)
+        logger.warning("cannot lock %s (%s): do not start a second run on it", path.parent.parent, error.strerror)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     note = {"host": platform.node(), "pid": os.getpid(), "since": since}
     try:

@@ -173,8 +173,8 @@ class ObjectStore:
         finally:
             self.delete(name)
         raise ConfigError(
-            f"run_dir: {self}: this service has no conditional writes ({missing}), so two drivers could both write a"
-            " manifest: take one that has them, as AWS does, or a run_dir on a disk"
+            f"run_dir: {self}: this service does not support conditional writes ({missing}), so two drivers could both write a"
+            " manifest: use one that does, such as AWS, or a run_dir on a disk"
         )
 
     def _fetched(self, name: str) -> Path:
@@ -186,8 +186,8 @@ class ObjectStore:
         def checked(digest: str) -> str:
             if not digest.startswith(wanted[1]):
                 raise DamagedError(
-                    f"{self}/{name} has other content than was written. Run `negpipe mine CONFIG --repair`, it makes"
-                    " again what is damaged and what may come from it"
+                    f"{self}/{name} has changed since it was written. Run `negpipe mine CONFIG --repair` to"
+                    " recompute damaged parts and everything that may derive from them"
                 )
             return copy.name
 

@@ -79,8 +79,8 @@ def check_place(run_dir: Path, store: Path) -> None:
     """
     if os.path.realpath(store) != os.path.realpath(run_dir) and any((store / BOOKS).glob("*/manifest.json")):
         raise ConfigError(
-            f"store: {store} is the run directory of another run, which would not know that its parts are shared: name"
-            " a folder of its own, and move the folders with parts, and the records in .negpipe, there"
+            f"store: {store} is the run directory of another run, which would not know that its parts are shared: use"
+            " a separate folder, and move the folders of parts and the records in .negpipe there"
         )
 
 
@@ -95,8 +95,8 @@ def check_own_parts(run_dir: Path, store: Path) -> None:
     records = [path for path in (run_dir / BOOKS).glob("*/*.json") if re.fullmatch(r"[0-9a-f]{16}\.json", path.name)]
     if records:
         raise ConfigError(
-            f"store: {run_dir} has parts of its own, which would be made again in {store}: name a new run_dir, or move"
-            " its folders of parts, and the records in .negpipe that are named by 16 digits, to the same places in the"
+            f"store: {run_dir} already has parts, which would be recomputed in {store}: use a new run_dir, or move"
+            " its folders of parts, and the records in .negpipe named by 16 digits, to the same places in the"
             " store"
         )
 
@@ -108,7 +108,7 @@ def check_run_dir(run_dir: Path, store: Path | None) -> None:
         ConfigError: it is one.
     """
     if (run_dir / _FOLDER).is_dir() and (store is None or os.path.realpath(store) != os.path.realpath(run_dir)):
-        raise ConfigError(f"run_dir: {run_dir} is a store that run directories share: name another folder")
+        raise ConfigError(f"run_dir: {run_dir} is a store shared by run directories: use another folder")
 
 
 def _entries(store: LocalStore) -> dict[str, str]:
@@ -121,6 +121,6 @@ def _entries(store: LocalStore) -> dict[str, str]:
         except (ValueError, LookupError, TypeError, RecursionError):
             raise DamagedError(
                 f"{store.path(name)} does not name a run directory: delete it, and run `negpipe mine` for the run"
-                " directory that it was of"
+                " directory that it belonged to"
             ) from None
     return found

@@ -25,13 +25,13 @@ TIMEOUT = 60.0
 _PARTS = 10_000  # of one object, by S3's limits
 _BLOCK = 2**20
 _RIGHTS = "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucket"
-_AGAIN = "Nothing finished was lost: run the same command again then"
+_AGAIN = "No finished work was lost: run the same command again"
 _NOT_MET = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404")
 _REFUSALS: dict[tuple[str, ...], tuple[type[NegpipeError], str]] = {
-    ("NoSuchBucket",): (ConfigError, "there is no such bucket: create it, or name another one in run_dir"),
+    ("NoSuchBucket",): (ConfigError, "the bucket does not exist: create it, or name another one in run_dir"),
     ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403"): (
         StorageError,
-        f"the credentials lack a right there: {_RIGHTS} are needed. {_AGAIN}",
+        f"the credentials lack a permission: {_RIGHTS} are needed. {_AGAIN}",
     ),
     ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"): (
         StorageError,
@@ -43,11 +43,11 @@ _REFUSALS: dict[tuple[str, ...], tuple[type[NegpipeError], str]] = {
     ),
     ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"): (
         StorageError,
-        f"the bucket lies in another region: set AWS_DEFAULT_REGION to it. {_AGAIN}",
+        f"the bucket is in another region: set AWS_DEFAULT_REGION to that region. {_AGAIN}",
     ),
     ("RequestTimeTooSkewed",): (
         StorageError,
-        f"this machine's clock is wrong by more than S3 accepts: set it. {_AGAIN}",
+        f"this machine's clock is off by more than S3 accepts: correct it. {_AGAIN}",
     ),
 }
 
@@ -184,8 +184,8 @@ class Bucket:
             yield
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise ConfigError(
-                f"{place}: there are no credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
-                " in the environment; in a config they have no place"
+                f"{place}: no credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+                " in the environment; they do not belong in a config"
             ) from error
         except (ClientError, BotoCoreError, Boto3Error) as error:
             code = next(_said(error), None)
@@ -222,7 +222,7 @@ def _client_error() -> type[Exception]:
 def check_library() -> None:
     """Raises ConfigError: boto3 is not installed."""
     if find_spec("boto3") is None:
-        raise ConfigError("run_dir: s3:// needs boto3: pip install 'negpipe[s3]'")
+        raise ConfigError("run_dir: s3:// needs boto3: run `pip install 'negpipe[s3]'`")
 
 
 @lru_cache(1)

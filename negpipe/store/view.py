@@ -183,7 +183,7 @@ def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[
             if error.errno not in _RACES:
                 raise _stuck(place, folder, error.strerror) from error
     else:
-        raise _stuck(place, folder, f"something is there again after {_ATTEMPTS} attempts")
+        raise _stuck(place, folder, f"it exists again after {_ATTEMPTS} attempts")
     sync_folder(run_dir)
     for other in sorted(folder.parent.iterdir()):
         if other.is_dir() and not other.is_symlink() and other != folder:
@@ -192,8 +192,8 @@ def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[
 
 def _stuck(place: Path, folder: Path, why: str | None) -> StorageError:
     return StorageError(
-        f"{place} cannot be replaced ({why}). Its new content is complete in {folder}: free {place}, or give the right"
-        " to rename it, then run the same command again"
+        f"{place} cannot be replaced ({why}). Its new content is complete in {folder}: move {place} away, or grant the"
+        " permission to rename it, then run the same command again"
     )
 
 

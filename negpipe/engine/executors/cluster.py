@@ -129,7 +129,7 @@ def room(config: Config, needed: Demand, stage: str) -> int:
     """
     if count := _fitting(needed):
         return count
-    logger.warning("%s: no node has %s for a worker: waits %g s for one", stage, needed, config.executor.ray.wait)
+    logger.warning("%s: no node has %s for a worker: waiting %g s for one", stage, needed, config.executor.ray.wait)
     from ray.util import placement_group, remove_placement_group
 
     # One that grows is told by this of what is missing.
@@ -149,8 +149,8 @@ def room(config: Config, needed: Demand, stage: str) -> int:
     )
     remedy = "set encoder.device and search.device to cpu, or" if needed.gpus else "lower resources, or"
     raise ConfigError(
-        f"{stage}: a worker takes {needed}, and no node of the cluster has that (there: {'; '.join(there)}): {remedy}"
-        " add such a node; where the cluster grows, raise executor.ray.wait"
+        f"{stage}: a worker needs {needed}, but no node of the cluster has that (nodes: {'; '.join(there)}): {remedy}"
+        " add such a node; if the cluster scales up, raise executor.ray.wait"
     )
 
 
@@ -198,9 +198,9 @@ def _within(settings: Ray, connect: Callable[[], Any]) -> None:
     thread.join(settings.wait)
     if not thread.is_alive() and not failed:
         return
-    why = str(failed[0]).partition("\n")[0] if failed else f"nothing within {settings.wait:g} s (executor.ray.wait)"
+    why = str(failed[0]).partition("\n")[0] if failed else f"no answer within {settings.wait:g} s (executor.ray.wait)"
     raise ConfigError(
-        f"executor.ray.address: no cluster of Ray answers at {settings.address}: {why}. Start one (ray start --head)"
+        f"executor.ray.address: no Ray cluster answers at {settings.address}: {why}. Start one (ray start --head)"
         " with this machine as one of its nodes, correct the address, or set it to local"
     )
 

@@ -147,7 +147,7 @@ class Crew(ABC, Generic[W]):
         self.attempts[task.key] += 1
         if self.attempts[task.key] > RETRIES:
             raise TaskFailedError(self._obituary(worker, task, cause))
-        logger.warning("%s died by %s; its task is tried again", self._of(worker, task), cause)
+        logger.warning("%s died: %s; retrying its task", self._of(worker, task), cause)
         self.retry(task, worker)
 
     def watch(self, seconds: float) -> None:
@@ -159,16 +159,16 @@ class Crew(ABC, Generic[W]):
                 continue
             worker.silent += seconds
             if limit and worker.silent >= limit:
-                self.lose(worker, task, f"executor.task_timeout ({limit:g} s without a word): {worker.whereabouts()}")
+                self.lose(worker, task, f"executor.task_timeout ({limit:g} s of silence): {worker.whereabouts()}")
             elif worker.silent >= max(SILENCE_SECONDS, 2 * worker.warned):
                 worker.warned = worker.silent
                 logger.warning(
-                    "%s has said nothing for %.0f s: %s. The stacks of all its threads: %s. %s",
+                    "%s has been silent for %.0f s: %s. Stacks of all its threads: %s. %s",
                     self._of(worker, task),
                     worker.silent,
                     worker.whereabouts(),
                     worker.log,
-                    "executor.task_timeout will end it" if limit else "It is not ended: executor.task_timeout is null",
+                    "executor.task_timeout will end it" if limit else "It keeps running: executor.task_timeout is null",
                 )
 
     def _of(self, worker: W, task: Task) -> str:
@@ -180,7 +180,7 @@ class Crew(ABC, Generic[W]):
     def _obituary(self, worker: W, task: Task, cause: str) -> str:
         return (
             f"{self.stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows) died {RETRIES + 1}"
-            f" times, the last time by {cause}. Its log, {worker.log}, ends with: {last_line(worker.log)}"
+            f" times; last cause: {cause}. Its log, {worker.log}, ends with: {last_line(worker.log)}"
         )
 
 

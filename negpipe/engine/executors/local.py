@@ -77,7 +77,7 @@ class _Worker(Worker):
     def whereabouts(self) -> str:
         """From the stacks that it writes to its log."""
         if not self.listening:
-            return "it has not come as far as to read its task"
+            return "it has not read its task yet"
         begin = bytes_in(self.log)
         self.process.send_signal(STACK_SIGNAL)
         size, deadline = begin, time.monotonic() + GRACE
@@ -87,14 +87,14 @@ class _Worker(Worker):
             if begin < size == before:
                 break
         if size == begin:
-            return "it does not say where it stands: it was stopped, or waits for a disk or a driver"
+            return "it does not report its stack: it was stopped, or is waiting for a disk or a driver"
         with self.log.open("rb") as log:
             log.seek(begin)
             stacks = log.read().decode(errors="replace")
         # The main thread is the last, the innermost call of a thread the first.
         frames = _FRAME.findall(re.split(r"(?m)^(?:Current thread|Thread) ", stacks)[-1])[:_FRAMES]
         calls = ", called by ".join(f"{name} ({file}:{line})" for file, line, name in frames)
-        return f"it stands in {calls or 'code that is not Python'}"
+        return f"it is in {calls or 'non-Python code'}"
 
 
 _Lines = queue.Queue[tuple[_Worker, bytes]]
@@ -110,7 +110,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
     workers, names = context.workers, context.devices()
     if workers < len(names):
         logger.warning(
-            "%s: %d of %d devices are used, a worker each (executor.workers, resources.cpus)",
+            "%s: using %d of %d devices, one worker each (executor.workers, resources.cpus)",
             stage.name,
             workers,
             len(names),
@@ -150,7 +150,7 @@ class _Crew(Crew[_Worker]):
         if not line:
             self.lose(worker, task, _cause(worker.process))
         elif message is None:
-            self.lose(worker, task, f"a line that is not a message: {line[:TAIL]!r}")
+            self.lose(worker, task, f"it sent a line that is not a message: {line[:TAIL]!r}")
         elif "listening" in message:
             worker.listening = True
         else:
@@ -222,12 +222,12 @@ def _answer(line: bytes, task: Task) -> dict[str, Any] | None:
 def _cause(process: subprocess.Popen[bytes]) -> str:
     code = process.returncode
     if code is None:
-        return "closing its output"
+        return "it closed its output"
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code in (-signal.SIGKILL, OUT_OF_MEMORY):
         cause += MEMORY_HINT
     if code == NOT_A_MESSAGE:
-        cause += " (it was sent what is not a message)"
+        cause += " (it received a line that is not a message)"
     return cause
 
 

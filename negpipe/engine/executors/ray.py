@@ -67,7 +67,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
     demand = cluster.demand(budget)
     room, wanted = cluster.room(context.config, demand, stage.name), context.config.executor.workers
     if wanted and wanted > room:
-        logger.warning("%s: executor.workers: %d, and there is room for %d (each %s)", stage.name, wanted, room, demand)
+        logger.warning("%s: executor.workers is %d, with room for %d (each %s)", stage.name, wanted, room, demand)
     actors = wanted or room
     config = context.config.model_copy(
         update={"executor": context.config.executor.model_copy(update={"workers": actors})}
@@ -120,7 +120,7 @@ class _Actor(Worker):
         try:
             return str(ray.get(self.handle.whereabouts.options(concurrency_group="looks").remote(), timeout=GRACE))
         except ray.exceptions.RayError:
-            return "it does not say where it stands: it was stopped, or computes without pause"
+            return "it does not report its stack: it was stopped, or computes without pause"
 
 
 @dataclass
@@ -212,17 +212,17 @@ class _Crew(Crew[_Actor]):
         detail = _detail(error)
         if worker.task:
             self.lose(
-                worker, worker.task, f"the loss of its {'node' if 'node' in detail[:40] else 'process'}: {detail}"
+                worker, worker.task, f"its {'node' if 'node' in detail[:40] else 'process'} was lost: {detail}"
             )
             return
         worker.end()
         self.starts[worker.number] += 1
         if self.starts[worker.number] > RETRIES:
             raise TaskFailedError(
-                f"{self.stage.name}: a worker did not start {RETRIES + 1} times, the last time for: {detail}. Its log,"
+                f"{self.stage.name}: a worker failed to start {RETRIES + 1} times; last cause: {detail}. Its log,"
                 f" {worker.log}, ends with: {last_line(worker.log)}"
             )
-        logger.warning("%s: a worker did not start, and is started again: %s", self.stage.name, detail)
+        logger.warning("%s: a worker failed to start, starting it again: %s", self.stage.name, detail)
         self.start(worker.number)
 
     def watch(self, seconds: float) -> None:
@@ -232,7 +232,7 @@ class _Crew(Crew[_Actor]):
         if self.lonely >= _PATIENCE:
             self.lonely = 0.0
             cluster.room(self.context.config, self.demand, self.stage.name)
-            logger.warning("%s: waits for the cluster to have room for a worker (%s)", self.stage.name, self.demand)
+            logger.warning("%s: waiting for room in the cluster for a worker (%s)", self.stage.name, self.demand)
 
 
 def _detail(error: Exception) -> str:

@@ -67,11 +67,11 @@ def arrays(config: Config, work: Work) -> Executor:
     settings = config.executor.slurm
     if config.url is not None:
         raise ConfigError(
-            "executor.kind: slurm needs a run_dir on a file system that the nodes share, where notes and logs are: for"
+            "executor.kind: slurm needs a run_dir on a file system shared by the nodes, for notes and logs: for"
             " a run in a bucket, submit `negpipe work STAGE CONFIG --shard I/N` (configs/cluster/slurm.sh)"
         )
     if find_spec("submitit") is None:
-        raise ConfigError("executor.kind: slurm needs submitit, not installed: run `pip install 'negpipe[slurm]'`")
+        raise ConfigError("executor.kind: slurm needs submitit, which is missing: run `pip install 'negpipe[slurm]'`")
     lacking = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
     if settings.cluster == "slurm" and lacking:
         raise ConfigError(
@@ -155,7 +155,7 @@ class _Driver:
         """
         array, fruitless = self.noted(), 0
         if array:
-            logger.info("%s: waits for %s, which an earlier run submitted", self.stage.name, _named(array))
+            logger.info("%s: waiting for %s, submitted by an earlier run", self.stage.name, _named(array))
         resumed = array is not None
         while array or self.missing:
             before = len(self.missing)
@@ -165,7 +165,7 @@ class _Driver:
             except BaseException:
                 if array.cluster == "slurm":
                     logger.warning(
-                        "%s: %s goes on. The same command waits for it, `scancel %s` ends it",
+                        "%s: %s left running. Run the same command to wait for it, or `scancel %s` to end it",
                         self.stage.name,
                         _named(array),
                         " ".join(array.ids),
@@ -218,7 +218,7 @@ class _Driver:
                     jobs = [job.job_id for job in executor.submit_array(calls)]
             except (RuntimeError, OSError) as error:
                 raise TaskFailedError(
-                    f"{self.stage.name}: Slurm refused an array of {len(shards)}: {error}. See executor.slurm in the"
+                    f"{self.stage.name}: Slurm refused an array of {len(shards)}: {error}. Check executor.slurm in the"
                     " config; finished parts are kept"
                 ) from error
             if array.cluster == "local":
@@ -228,7 +228,7 @@ class _Driver:
             self._store.replace(self._name, content, self.note)
             self.note = content
         logger.info(
-            "%s: submitted %s for %d parts, which fall to %d of %d shards",
+            "%s: submitted %s for %d parts in %d of %d shards",
             self.stage.name,
             _named(array),
             len(self.missing),
@@ -270,9 +270,9 @@ class _Driver:
         if self.missing and states is not None:
             counted = Counter(state.partition(" ")[0] for state in states.values())
             waits = next((state.partition(" ")[2] for state in states.values() if state.startswith("PENDING ")), "")
-            note = f"{counted['RUNNING']} of {len(states)} array tasks run"
+            note = f"{counted['RUNNING']} of {len(states)} array tasks running"
             if counted["PENDING"]:
-                note += f", {counted['PENDING']} wait: {waits}"
+                note += f", {counted['PENDING']} waiting: {waits}"
             self.progress(next(iter(self.missing.values())), 0, note, False)
 
     def _is_settled(self, array: _Array, job: str, state: str, *, late: bool) -> bool:
@@ -305,7 +305,7 @@ class _Driver:
         if job is None and not final:
             return
         named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in self.missing.values()])
-        failure = self.failures[job] if job else TaskFailedError(f"no array task says why, see {array.folder}")
+        failure = self.failures[job] if job else TaskFailedError(f"no array task reported why, see {array.folder}")
         whose = f"array task {job.partition('.')[0]} (shard {array.jobs[job]}): " if job else ""
         log = f". Its log: {array.files(job).stderr}" if job else ""
         text = f"{self.stage.name}: {len(self.missing):,} parts are missing: {named}. {whose}{failure}{log}"
@@ -364,7 +364,7 @@ def _squeue(ids: Sequence[str]) -> dict[str, str] | None:
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:
-        logger.warning("squeue does not answer, and is asked again: %s", done.stderr.strip()[-200:])
+        logger.warning("squeue does not answer, asking again: %s", done.stderr.strip()[-200:])
         return None
     lines = (line.strip().split("|", 2) for line in done.stdout.splitlines())
     return {job: f"{state} {reason}" if state == "PENDING" else state for job, state, reason in lines}
@@ -394,7 +394,7 @@ def _error_of(trace: str) -> NegpipeError:
     _, ours, said = trace.rpartition("\nnegpipe.errors.")
     if not ours:
         last = (trace.strip().splitlines() or ["it failed"])[-1]
-        return TaskFailedError("its time was up (executor.slurm.time)" if "timed-out" in last else last)
+        return TaskFailedError("it ran out of time (executor.slurm.time)" if "timed-out" in last else last)
     name, _, text = said.strip().partition(": ")
     kind = getattr(errors, name, NegpipeError)
     return errors.error_of({"error": kind.code, "text": text})
@@ -407,5 +407,5 @@ def _obituary(state: str, log: Path) -> str:
     except OSError:
         lines = []
     last = next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "(nothing)")
-    how = "it died" if state == _GONE else f"it ended as {state}"
+    how = "it died" if state == _GONE else f"it ended in state {state}"
     return f"{how}, the log ends with: {last}"
