@@ -162,15 +162,15 @@ def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
         index = factory.read(Path(given), vectors.dimension, to_fill=True)
     except DamagedError as error:
         raise InputError(
-            f"it is no index for these vectors: {error}",
+            f"it is not an index for these vectors: {error}",
             file=given,
             field="index.trained",
-            remedy="Name an index that this FAISS trained on vectors of the same model, or set it to null",
+            remedy="Use an index that this FAISS trained on vectors of the same model, or set it to null",
         ) from None
     fresh = factory.make(kind, vectors.dimension)
     if _shape(index) != _shape(fresh) or not index.is_trained:
         raise ConfigError(
-            f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: name an index"
+            f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: use an index"
             " of this kind"
         )
     index.reset()
@@ -278,9 +278,9 @@ def _sentence(stats: Mapping[str, Any]) -> str | None:
         window = stats["recall_window"]
         first, last = window["first"], window["last"] - 1
         return (
-            f"of the true candidates at ranks {first} to {last} {window['recall']:.2%} are found"
-            f" ({window['low']:.2%} to {window['high']:.2%}); what is ranked {first} truly lies"
-            f" {window['shift_first']:.1f} ranks deeper, what is ranked {last} {window['shift_last']:.1f}"
+            f"search finds {window['recall']:.2%} ({window['low']:.2%} to {window['high']:.2%}) of the true candidates"
+            f" at ranks {first} to {last}; the document at rank {first} truly is"
+            f" {window['shift_first']:.1f} ranks deeper, the one at rank {last} {window['shift_last']:.1f}"
         )
     if "recall_anchors" not in stats:
         return None
@@ -310,7 +310,7 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
     if found["recall"] < wanted:
         raise RecallError(
             f"index.kind {config.index.kind} finds {found['recall']:.4f} of the true candidates at ranks {first} to"
-            f" {found['last'] - 1}, index.min_recall is {wanted}: set it higher, so that more is searched, or choose a"
+            f" {found['last'] - 1}, but index.min_recall is {wanted}: raise it, so that more is searched, or choose a"
             " window of lower ranks"
         )
     return found
@@ -349,10 +349,10 @@ def tune(
             return Tuning(effort, count, mean, low, high, curve), measured
     kind, some = config.index.kind, [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]]
     shown = "; ".join(f"{_effort(kind, step)}: recall {step['recall']:.4f}" for step in some)
-    fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
+    fixed = " raise index.nprobe or set it to null," if config.index.nprobe else ""
     raise RecallError(
-        f"index.kind {kind} does not surely reach index.min_recall {config.index.min_recall} over the"
-        f" {depth} nearest documents of {count:,} anchors: {shown}. To go on,{fixed} lower index.min_recall, choose"
+        f"index.kind {kind} does not reliably reach index.min_recall {config.index.min_recall} over the"
+        f" {depth} nearest documents of {count:,} anchors: {shown}. To continue,{fixed} lower index.min_recall, choose"
         " another kind, or search exactly with index.kind: stream"
     )
 

@@ -58,7 +58,7 @@ def choose(rows: int, dimension: int, anchors: int, depth: int) -> tuple[str, st
     if ratio < 2:
         faster = f"{ratio:.1f} times as fast" if ratio > 1 else "no faster"
         why = f"{best} would be {faster}, building included" if best else "the corpus is too small for lists"
-        return "stream", f"exact search costs little here, {why}"
+        return "stream", f"exact search costs little here: {why}"
     return best, f"about {ratio:.1f} times as fast as exact search, building included"
 
 
@@ -68,4 +68,4 @@ def decided(config: Config, rows: int, dimension: int, anchors: int) -> tuple[Co
         return config, ""
     kind, reason = choose(rows, dimension, anchors, min(config.depth, rows))
     index = config.index.model_copy(update={"kind": kind})
-    return config.model_copy(update={"index": index}), f"index.kind auto means {kind}: {reason}"
+    return config.model_copy(update={"index": index}), f"index.kind auto chooses {kind}: {reason}"

@@ -116,7 +116,7 @@ def search_slice(
     row = 4 * vectors.dimension
     each, fixed = needs(vectors.dimension, proposed, budget.threads)
     each += 24 * proposed  # both layers, and a copy
-    what = f"searching a slice for {proposed:,} proposals an anchor"
+    what = f"searching a slice for {proposed:,} proposals per anchor"
     budget.require(fixed + _ANCHORS * each, what, "lower executor.workers or search.depth, or set index.kind: stream")
     size = min(len(anchors), budget.rows(each, fixed, whole=_ANCHORS))  # whole tiles, see `propose`
     for low in range(0, len(anchors), size):
@@ -184,7 +184,7 @@ def check_tuning(proposed: int, budget: Budget) -> None:
     """
     least = (budget.threads * 40 + 64) * _ANCHORS * proposed
     remedy = "lower executor.workers or search.depth, or set index.kind: stream"
-    budget.require(least, f"tuning this index to {proposed:,} proposals an anchor", remedy)
+    budget.require(least, f"tuning this index to {proposed:,} proposals per anchor", remedy)
 
 
 def _tiles(anchors: Floats) -> list[slice]:

@@ -77,7 +77,7 @@ class Checkpoint:
         try:
             publish(self.path.parent, self.path.name, write, kept.nbytes + positive_scores.nbytes)
         except StorageError as error:
-            logger.warning("no checkpoint: %s", error)
+            logger.warning("cannot write a checkpoint: %s", error)
 
     def load(self, best: list[Keys], positives: int) -> tuple[int, Floats] | None:
         """Rows searched and positives' scores, the best keys being filled in; None: there is nothing to go on from."""
@@ -128,7 +128,7 @@ def search_exact(
     if not usable.all():
         raise DamagedError(f"anchor {int(np.argmin(usable))}: {_TOO_LONG}")
     if vectors.rows >= 2**32 - 1:
-        raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
+        raise ConfigError(f"exact search supports fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension, budget)

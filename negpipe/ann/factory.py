@@ -40,12 +40,12 @@ def make(kind: str, dimension: int) -> Any:
     except (RuntimeError, ValueError) as error:
         reason = str(error).rsplit(":", 1)[-1].strip()
         raise ConfigError(
-            f"index.kind {kind!r}: FAISS refuses it for vectors of dimension {dimension} ({reason})."
+            f"index.kind {kind!r}: FAISS rejects it for vectors of dimension {dimension} ({reason})."
             " Set flat, stream, auto, or a factory string such as IVF1024,Flat"
         ) from None
     if isinstance(index, (faiss().IndexRefine, faiss().IndexIDMap)):
         raise ConfigError(
-            f"index.kind {kind!r}: leave out what refines or maps ids: the stored vectors decide, and rows are numbers"
+            f"index.kind {kind!r}: leave out refinement and id maps: stored vectors decide, ids are row numbers"
         )
     if hasattr(inner(index), "do_polysemous_training"):  # takes minutes, for a kind of search that is not used here
         inner(index).do_polysemous_training = False
@@ -136,13 +136,13 @@ def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     lists, quantizer = lists_of(index), getattr(inner(index), "pq", None)
     if quantizer is not None and rows < quantizer.ksub:
         raise ConfigError(
-            f"index.kind {kind!r} has codes of {quantizer.ksub:,} words, which want as many rows to train on, the"
+            f"index.kind {kind!r} has codes of {quantizer.ksub:,} words, which need as many training rows, but the"
             f" corpus has {rows:,}: set fewer bits (such as PQ8x4), SQ8, or index.kind: stream"
         )
     if rows < ROWS_A_LIST * lists:
         fitting = max(1, rows // ROWS_A_LIST)
         raise ConfigError(
-            f"index.kind {kind!r} has {lists:,} lists, which want {ROWS_A_LIST * lists:,} rows to train on, the corpus"
+            f"index.kind {kind!r} has {lists:,} lists, which need {ROWS_A_LIST * lists:,} training rows, but the corpus"
             f" has {rows:,}: set at most {fitting:,} lists, or index.kind: stream"
         )
     return trained_on(lists, rows)

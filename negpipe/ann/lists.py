@@ -116,10 +116,10 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
     for path, first in shards:
         index = read(path, sample.shape[1])
         if not is_lists(index):
-            raise DamagedError(f"{path}: is no IVF index with whole vectors. Run `negpipe index` again")
+            raise DamagedError(f"{path}: is not an IVF index with full vectors. Run `negpipe index` again")
         own = centroids_of(index)
         if centroids is not None and not np.array_equal(own, centroids):
-            raise DamagedError(f"{path}: has other lists than {shards[0][0]}. Run `negpipe index` again")
+            raise DamagedError(f"{path}: has different lists from {shards[0][0]}. Run `negpipe index` again")
         centroids = own
         kept = faiss().downcast_InvertedLists(index.invlists)
         places = [kept.lists.at(number) for number in range(index.nlist)]

@@ -288,7 +288,7 @@ class OnDevice(_ByTorch):
         row = 4 * dimension
         rows = (self._memory // 2 - anchors * row) // (2 * row)
         if rows < STRIP:
-            raise self._refused(f"{anchors:,} anchors of {dimension:,} numbers", "data.part_rows")
+            raise self._refused(f"{anchors:,} anchors of dimension {dimension:,}", "data.part_rows")
         return rows
 
     def room(self, rows: int, dimension: int) -> Any:
@@ -353,8 +353,8 @@ class OnDevice(_ByTorch):
         off = np.abs(products - vectors.astype(np.float64) @ vectors.astype(np.float64).T)
         if not (off <= apart(operand, operand.lengths.max(), operand.errors.max())[:, None]).all():
             raise ConfigError(
-                f"search.device multiplies less exactly than in float32, by up to {off.max():.2g}. Something may force"
-                " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset that, or set"
+                f"search.device multiplies less precisely than float32, by up to {off.max():.2g}. Something may force"
+                " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset it, or set"
                 " search.device: cpu"
             )
 
@@ -376,7 +376,7 @@ class OnDevice(_ByTorch):
         remedy = f"lower {setting}, or set search.device: cpu"
         there = self._memory
         return BudgetError(
-            f"search.device has no memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
+            f"search.device does not have the memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
             there=there,
             remedy=remedy,
         )

@@ -84,7 +84,7 @@ def _opened(path: Path) -> Keys:
     try:
         keys: Keys = mapped.npy(path)
     except BROKEN as error:
-        raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+        raise DamagedError(f"{path}: is not a complete .npy file ({error}). Run `negpipe verify`") from None
     if keys.dtype != np.uint64 or keys.ndim != 3:
         raise DamagedError(f"{path}: holds {keys.dtype} of shape {keys.shape}, not keys. Run `negpipe verify`")
     return keys

@@ -126,7 +126,7 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
         try:
             array = mapped.npy(path)
         except BROKEN as error:
-            raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+            raise DamagedError(f"{path}: is not a complete .npy file ({error}). Run `negpipe verify`") from None
         dimension = dimension or array.shape[-1]
         shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
         if not shaped or array.dtype not in (np.float16, np.float32):
@@ -174,5 +174,5 @@ def open_flat(path: Path) -> Vectors:
     dimension, rows = int.from_bytes(header[4:8], "little"), int.from_bytes(header[8:16], "little")
     sane = 0 < dimension < 2**20 and len(header) + rows * dimension * 4 == size
     if not sane or header != _flat_header(dimension, rows):
-        raise DamagedError(f"{path}: is no whole IndexFlatIP ({size} bytes). Run `negpipe index`")
+        raise DamagedError(f"{path}: is not a complete IndexFlatIP ({size} bytes). Run `negpipe index`")
     return Vectors((_File(path, 0, rows, np.dtype("<f4"), len(header)),), dimension)

@@ -129,11 +129,11 @@ def job_of(cluster: Cluster, known: Known | None) -> Job:
     found["positives"] = found["positives"] or 1.0
     if missing := [f"job.{name}" for name, value in found.items() if not value]:
         raise ConfigError(
-            f"{', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} in the cluster file, as this run has"
-            " not counted them"
+            f"{', '.join(missing)}: not counted by this run: set {'it' if len(missing) == 1 else 'them'} in the cluster"
+            " file"
         )
     if cluster.texts_per_second:
-        return Job(**found, speed=cluster.texts_per_second, source="as the cluster file says")
+        return Job(**found, speed=cluster.texts_per_second, source="from the cluster file")
     return Job(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
 
 
@@ -184,7 +184,7 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
         serial=(rows + anchors) / rates.ingest_rows + texts / rates.ingest_bytes,
         checked=3 * texts,  # the source, and texts that wait on the disk until all are read
         disk=(rows + anchors) * rates.table_bytes + texts,
-        note="one process, whatever the nodes",
+        note="one process, regardless of the nodes",
     )
     yield _encode(config, rates, job, parts + asked, vectors)
     yield _index(config, rates, job, parts, vectors)
@@ -201,7 +201,7 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
         opening=rows / rates.opened,
         opened=rows * _TABLE,
         disk=made * (rates.negative_bytes + rates.compressed * job.text_bytes),
-        note="" if config.executor.workers else "one core a node, more with executor.workers",
+        note="" if config.executor.workers else "one core per node, more with executor.workers",
     )
 
 
@@ -209,7 +209,7 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
     texts = job.documents + job.anchors
     brought = config.encoder.backend == "precomputed"
     speed = rates.brought_bytes / vectors if brought else job.speed
-    note = "vectors are brought" if brought else f"{job.speed:,.0f} texts per second per worker, {job.source}"
+    note = "precomputed vectors" if brought else f"{job.speed:,.0f} texts per second per worker, {job.source}"
     return Work(
         "encode",
         tasks=tasks,
@@ -221,7 +221,7 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
         checked=job.documents * vectors,
         disk=texts * vectors,
         known=speed > 0,
-        note=note if speed else "give texts_per_second in the cluster file",
+        note=note if speed else "set texts_per_second in the cluster file",
     )
 
 
@@ -239,12 +239,12 @@ def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> 
     )
     if config.index.kind == "flat":
         file = job.documents * job.dimension * 4
-        note = "its one file is written by one process: index.kind stream needs none"
+        note = "its single file is written by one process; index.kind stream needs no file"
         moved = file + job.documents * vectors
         serial = job.documents * job.dimension / rates.loaded
         return replace(work, serial=serial, checked=moved, disk=ids + file, note=note)
     known = not config.index.approximate
-    return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled here")
+    return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled")
 
 
 def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int) -> Iterator[Work]:
@@ -268,7 +268,7 @@ def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int
         starting=2 * rates.start + rates.torch,
         disk=job.anchors * depth * stored * slices,
         known=not config.index.approximate,
-        note=f"{config.index.kind} is not modelled here" if config.index.approximate else "searched exactly",
+        note=f"{config.index.kind} is not modelled" if config.index.approximate else "exact search",
     )
     yield searching
     if slices > 1:
@@ -280,7 +280,7 @@ def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int
             written=anchors * depth * rates.candidate_bytes,
             starting=2 * rates.start,
             disk=job.anchors * depth * rates.candidate_bytes,
-            note="merges what was found in slices, as fast as triplets looks at candidates: not measured",
+            note="merges the results of the slices, as fast as triplets reads candidates: not measured",
         )
 
 
@@ -309,7 +309,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     moving = _moving(cluster, nodes, fullest * each + once, moved)
     working = {
         "processors": rounds * work.computing / threads,
-        "one thread a worker": rounds * work.alone + work.opening,
+        "one thread per worker": rounds * work.alone + work.opening,
     }
     times = {max(working, key=working.__getitem__): sum(working.values()), **moving}
     longest = max(times, key=times.__getitem__)
@@ -319,7 +319,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     parts = {longest: times[longest], "one process": alone, "starting": starting}
     bound = max(parts, key=parts.__getitem__)
     if bound == longest and bound not in moving and rounds > 1.5 * work.tasks / nodes / workers:
-        bound = f"{work.tasks:,} tasks, {fullest:,} of them one node's"
+        bound = f"{work.tasks:,} tasks, {fullest:,} of them on one node"
     return Forecast(
         work.stage,
         work.tasks,

@@ -207,11 +207,11 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
 
 def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Speed) -> Step:
     if stage.name == "ingest":
-        return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
+        return Step(stage.name, state, note="reads the source; the other stages can be planned after it")
     if stage.kind == "ingest":
-        return Step(stage.name, state, note="reads the source again, for what the model is judged on")
+        return Step(stage.name, state, note="reads the source again, for the held-out split")
     if "ingest" not in context.manifests:
-        return Step(stage.name, state, note="waits for ingest")
+        return Step(stage.name, state, note="waiting for ingest")
     rows, anchors, dimension = job.rows, job.anchors, job.dimension
     if any(name not in context.manifests for name in stage.inputs):
         done, todo, left = None, None, rows + anchors
@@ -224,27 +224,27 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
     if stage.name == "encode":
         speed = encoding.speed
         seconds = left / speed if speed else None
-        note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
-        note += ", less what the cache has" if context.config.encoder.cache else ""
+        note = f"{left:,} texts at {speed:,.0f} per second, {encoding.source}" if speed else f"{left:,} texts"
+        note += ", minus cached texts" if context.config.encoder.cache else ""
         step = replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
         return _priced(step, stage.within(context), missing) if todo else step
     if stage.name == "search" and context.config.search.slice_documents:
-        return replace(step, disk=anchors * job.depth * candidates.BYTES, note="merges what was found in slices")
+        return replace(step, disk=anchors * job.depth * candidates.BYTES, note="merges the results of the slices")
     if stage.name in ("slices", "search") and dimension:
         flops = 2.0 * rows * anchors * dimension
         share = 1.0 if todo is None else left / max(1, anchors)
         seconds, disk = flops / gflops / 1e9 / SEARCH_SHARE, anchors * job.depth * candidates.BYTES
         if stage.name == "slices" and done is not None and todo is not None:
             share, disk = todo / max(1, done + todo), 8 * job.depth * left  # a key for each of the nearest
-            return replace(step, seconds=share * seconds, disk=disk, note="searched exactly")
-        return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
+            return replace(step, seconds=share * seconds, disk=disk, note="exact search")
+        return replace(step, seconds=share * seconds, disk=int(share * disk), note="exact search")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
         deepest = deeper.limit(context.config, rows)
-        more = f"; anchors that lack them are searched again, to depth {deepest:,}, not counted" if deepest else ""
+        more = f"; anchors short of negatives are searched again, to depth {deepest:,} (not counted)" if deepest else ""
         return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most{more}")
     if stage.name == "train":
-        return replace(step, note="its first steps tell how long it takes")
+        return replace(step, note="its first steps show how long it takes")
     return step
 
 
@@ -291,7 +291,7 @@ def _encoding(context: Context, probe: bool) -> _Speed:
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers
-        return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
+        return _Speed(speed, "measured on existing parts", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
         return _Speed(dimension=encode.brought_dimension(context))
     if config.encoder.backend == "http":  # to time it would be to send something
@@ -306,7 +306,7 @@ def _encoding(context: Context, probe: bool) -> _Speed:
         outcome = Judge(context, sample).outcome
     variants = measured(config.encoder, model.path, sample.texts, budget, asked, outcome)
     own = variants[0]
-    source = f"as {own.texts} of them took just now"
+    source = f"measured on {own.texts} of them"
     return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))
 
 

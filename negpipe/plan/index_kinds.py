@@ -65,7 +65,7 @@ def choices(config: Config, job: Job, sample: Floats | None, largest: int, machi
 
 def _chosen(choice: Choice, reason: str) -> Choice:
     """The kind that `index.kind: auto` means."""
-    return replace(choice, note="; ".join(filter(None, [choice.note, f"what auto chooses: {reason}"])))
+    return replace(choice, note="; ".join(filter(None, [choice.note, f"chosen by auto: {reason}"])))
 
 
 def _seconds(job: Job, machine: Machine) -> float:
@@ -113,7 +113,7 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         rows = _like(job.dimension) if sample is None else sample
         build, search = probe.seconds(kind, job, rows, share, machine.rate, threads * machine.workers)
         note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
-        note += ", training of the rotation not counted" if "OPQ" in kind else ""
+        note += ", excluding training of the rotation" if "OPQ" in kind else ""
     searching = held + min(fixed + each * largest, max(fixed + each, machine.budget.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
     return Choice(

@@ -87,7 +87,7 @@ def measured(
     """
     own = {name: getattr(encoder, name) for name in (*REFERENCE, "batch_tokens") if getattr(encoder, name)}
     ways = [own, *_others(encoder, own, budget.device)]
-    logger.info("plan: times the encoder with %s", ", ".join(map(_shown, ways)))
+    logger.info("plan: timing the encoder with %s", ", ".join(map(_shown, ways)))
     settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
     timed: dict[_Way, Timed] = {}
     models = [encoder.model_copy(update=one) for one in settings]
@@ -99,7 +99,7 @@ def measured(
             elif way is own:
                 raise answer
             else:  # a model may refuse what the machine can do
-                logger.warning("plan: %s is left out: %s", _shown(way), answer)
+                logger.warning("plan: skipping %s: %s", _shown(way), answer)
     reference = next((way for way in timed if REFERENCE.items() <= {*way}), None)
     shared = min(len(one.anchors) for one in timed.values()), min(len(one.vectors) for one in timed.values())
     outcomes: dict[_Way, Outcome] = {}

@@ -164,7 +164,7 @@ def compare(
 def _run(name: str, run: Store) -> Source:
     manifest = Books(run, "triplets").manifest()
     if manifest is None:
-        raise MissingStageError(f"there are no triplets in {run}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no triplets in {run}: run `negpipe mine CONFIG` first")
     return Source(name, run.folder("triplets"), manifest)
 
 
@@ -210,7 +210,7 @@ def _difference(database: duckdb.DuckDBPyConnection, a: Source, b: Source, by_id
     if not counts["common"]:
         raise InputError(
             f"{a.name} and {b.name} have no anchor in common",
-            remedy="They were mined from other queries, or their ids differ: there is nothing to compare",
+            remedy="They were mined from different queries, or their ids differ: nothing can be compared",
         )
     shifts = _row(
         database,

@@ -48,7 +48,7 @@ _LIMITS: dict[str, str | bool | int | float | list[str]] = {
     "temp_directory": "",
     "threads": 1,
 }
-_TEXTS = "Columns are texts: a number is try_cast(candidate.year as integer), null where there is none"
+_TEXTS = "Columns are text: for a number, write try_cast(candidate.year as integer), null where there is none"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def conditions(config: Config) -> list[Condition]:
             found.append(Condition(sql, frozenset(names)))
     for side, own in columns_of(found, config).items():
         if len({name.lower() for name in own}) < len(own):
-            raise _refusal(text, f"names of SQL have no case, so only one of {side}.{', '.join(own)} can stand in it")
+            raise _refusal(text, f"SQL names are case-insensitive, so only one of {side}.{', '.join(own)} can be used")
     return found
 
 
@@ -193,7 +193,7 @@ def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
     """Refuses what is no plain expression, and functions that say something else another time."""
     for part in _parts(whole):
         if part["class"] not in _PLAIN:
-            raise _refusal(text, f"a {part['class'].lower()} cannot stand in it")
+            raise _refusal(text, f"a {part['class'].lower()} is not allowed")
         if part["class"] == "FUNCTION":
             name = part["function_name"]
             pure = _value(
@@ -203,7 +203,7 @@ def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
                 name,
             )
             if not pure or name.startswith("current_"):
-                raise _refusal(text, f"'{name}' cannot stand in it: it is unknown, or no plain function of a row")
+                raise _refusal(text, f"'{name}' is not allowed: it is unknown, or not a plain function of a row")
 
 
 def _check_name(name: tuple[str, ...], config: Config) -> None:
@@ -213,8 +213,8 @@ def _check_name(name: tuple[str, ...], config: Config) -> None:
     if len(name) != 2 or name[0] not in SIDES:
         known = [*NUMBERS, *(f"{side}.{own}" for side in SIDES for own in (*_OWN, *_kept(side, config)))]
         near = difflib.get_close_matches(shown, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; texts stand in single quotes"
-        raise _refusal(text, f"there is no '{shown}': {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; put texts in single quotes"
+        raise _refusal(text, f"'{shown}' does not exist: {hint}")
     if name[1] not in _OWN:
         try:
             config.data.extra.require(SIDES[name[0]], name[1], f"mining.where: '{shown}'")

@@ -300,12 +300,12 @@ FILTERS = (
     Filter(
         "positive_normalized",
         _positive_normalized,
-        _says("the text of a known positive but for case, white space or Unicode form"),
+        _says("the text of a known positive except for case, white space or Unicode form"),
     ),
     Filter("shared_anchor", _shared_anchor, _says("a positive of another anchor with the same text")),
     Filter("anchor_text", _anchor_text, _says("the anchor's own text")),
-    Filter("anchor_id", _anchor_id, _says("the anchor itself, by its id")),
-    Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
+    Filter("anchor_id", _anchor_id, _says("the anchor itself, by id")),
+    Filter("excluded_file", _excluded_file, _says("listed for this anchor in mining.exclude_file")),
     Filter(
         "never_same",
         columns.never_same,
@@ -341,7 +341,7 @@ FILTERS = (
         lambda mining, score, reference: f"not {mining.where} (where)",
         sees="scores",
         drawn=columns.where_drawn,
-        helps="Set a weaker mining.where, or search deeper (mining.max_depth, search.depth)",
+        helps="Relax mining.where, or search deeper (mining.max_depth, search.depth)",
         optional=True,
     ),
     Filter(

@@ -425,7 +425,7 @@ class Selector:
         raise InputError(
             f"at least {int(short.sum())} anchors have fewer than {wanted} negatives: {names}",
             field="mining.on_shortage",
-            remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
+            remedy="Widen the window, lower the margins, raise search.depth, or set mining.on_shortage: keep or drop",
         )
 
     @property

@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, list[str]]:
                         "every row needs anchor_id and document_id, texts or integers",
                         file=str(path),
                         row=line,
-                        remedy='Write {"anchor_id": "…", "document_id": "…"} a line, or CSV with that header',
+                        remedy='Write {"anchor_id": "…", "document_id": "…"} per line, or CSV with that header',
                     )
                 verdicts.setdefault(anchor, []).append(document)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -105,7 +105,7 @@ def _sources(context: Context) -> dict[str, str]:
     for name in ("corpus_vectors", "anchor_vectors"):
         path = _brought(context, name)
         if not path.is_file():
-            raise InputError(f"there is no vector file {path}", field=f"encoder.{name}", remedy="Fix the path")
+            raise InputError(f"vector file {path} does not exist", field=f"encoder.{name}", remedy="Fix the path")
         digests[f"encoder.{name}"] = context.digest_file(path)
     return digests
 
@@ -154,10 +154,10 @@ def _check_devices(context: Context) -> None:
     for name, workers in shared.items():
         needed, there = workers * model, devices.memory(name)
         if needed > there:
-            fewer = f"{there // model} of them have room, lower executor.workers" if there > model else "take another"
+            fewer = f"{there // model} of them fit: lower executor.workers" if there > model else "use another device"
             raise BudgetError(
-                f"encoder.model takes {model // 2**20:,} MiB a worker, {workers} of them take {needed // 2**20:,} MiB"
-                f" of {name}, which has {there // 2**20:,}: {fewer}",
+                f"encoder.model takes {model // 2**20:,} MiB per worker, {workers} workers take {needed // 2**20:,} MiB"
+                f" of {name}, which has {there // 2**20:,} MiB; {fewer}",
                 needed=needed,
                 there=there,
                 remedy=fewer,
@@ -166,7 +166,7 @@ def _check_devices(context: Context) -> None:
 
 def _plan(context: Context) -> Iterator[Task]:
     if context.config.encoder.trust_remote_code:
-        logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
+        logger.warning("encoder.trust_remote_code is on: code shipped with the model runs with your permissions")
     if context.config.encoder.runs_here:
         _tell_prompts(context)
     yield from _tasks(context)
@@ -321,9 +321,9 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
         )
         if corpus.dimension != anchors.dimension:
             raise InputError(
-                f"{anchors.path} has vectors of {anchors.dimension} numbers, {corpus.path} of {corpus.dimension}",
+                f"{anchors.path} has vectors of dimension {anchors.dimension}, {corpus.path} of {corpus.dimension}",
                 field="encoder.anchor_vectors",
-                remedy="Bring both from the same model",
+                remedy="Compute both with the same model",
             )
         yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     elif config.http and config.backend == "http":
@@ -362,10 +362,10 @@ def _check_same(context: Context, served: encoders.Encoder) -> None:
         (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), _kind(task), lambda rows, tokens: None)
         if now.shape[1:] != before.shape or not np.linalg.norm(now[0] - before) <= _NEAR * np.linalg.norm(before):
             raise InputError(
-                f"the server's vector of {task.kind} {table['id'][0].as_py()!r} is not the one that was stored,"
-                f" {part.file('vectors').path}: it has another model, or runs it in another way",
+                f"the server's vector of {task.kind} {table['id'][0].as_py()!r} differs from the stored one,"
+                f" {part.file('vectors').path}: it serves another model, or runs it differently",
                 field="encoder.model",
-                remedy="Have it serve what it served before, or give the new model another name",
+                remedy="Serve the model that was served before, or give the new one another name",
             )
 
 
@@ -380,9 +380,9 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
         if vectors.shape[1] != stored.shape[1]:
             raise InputError(
-                f"the model gives {vectors.shape[1]} numbers, the cache had vectors of {stored.shape[1]}",
+                f"the model gives vectors of dimension {vectors.shape[1]}, the cache {stored.shape[1]}",
                 field="encoder.cache",
-                remedy="See which model the server has, or name another folder",
+                remedy="Check which model the server runs, or use another folder",
             )
         with np.errstate(all="ignore"):
             stored[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
@@ -415,7 +415,7 @@ def check_fits(context: Context, dimension: int) -> None:
     largest = max(parts, key=needs)
     context.budget.require(
         needs(largest),
-        f"encoding a part of {largest.rows:,} rows, texts and vectors,",
+        f"encoding a part of {largest.rows:,} rows (texts and vectors)",
         "lower data.part_rows or executor.workers",
     )
     books = context.own
@@ -428,8 +428,8 @@ def check_fits(context: Context, dimension: int) -> None:
         "index": 4 * rows * dimension if config.index.kind == "flat" and not same else 0,
         "search": candidates.BYTES * searching * min(config.depth, rows),
     }
-    remedy = "set run_dir or store to a larger disk"
-    context.store.check_room(needed, "vectors and what is found with them take about", remedy)
+    remedy = "move run_dir or store to a larger disk"
+    context.store.check_room(needed, "vectors and search results take about", remedy)
 
 
 def _held(encoder: Encoder) -> tuple[int | None, int]:
@@ -462,7 +462,7 @@ def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dic
         if encoder.normalize and not (np.isfinite(length) and length > 0):
             return InputError(f"the numbers in {whose} are too small or too large to scale", remedy=remedy, **place)
         if not encoder.normalize and not _short(vector).all():
-            return InputError(f"{whose} is too long, its products do not fit float32", remedy=remedy, **place)
+            return InputError(f"{whose} is too long: its products do not fit float32", remedy=remedy, **place)
         remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
         return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
     what = "not finite" if vector.any() else "zero"
@@ -557,7 +557,7 @@ def from_cache(stats: Mapping[str, Any]) -> str | None:
     if "cached" not in stats:
         return None
     cached, of = stats["cached"]["texts"], stats["cached"]["of"]
-    uncounted = " (those cut among them are not counted)" if cached else ""
+    uncounted = " (cut texts among them are not counted)" if cached else ""
     return f"{cached:,} of {of:,} texts from the cache{uncounted}; {NOT_EXACT}"
 
 
@@ -590,26 +590,26 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
                 cut["lost"],
                 f"{cut['texts']:,} of {cut['of']:,} {side} were cut at {cut['max_length']} tokens"
                 f" ({percent(cut['lost'])} of all their tokens lost)",
-                f"raise {setting} as far as the model goes, or split the {side}",
+                f"raise {setting} as far as the model allows, or split the {side}",
             )
     equal = stats.get("equal")
     if equal and equal["documents"]:
         yield Defect(
             equal["documents"] / equal["of"],
-            f"{equal['documents']:,} of {equal['of']:,} documents have the very vector of another one, so no search"
-            " tells them apart",
-            "see what their texts have in common, and that the vectors are whole",
+            f"{equal['documents']:,} of {equal['of']:,} documents have exactly the vector of another one, so no search"
+            " can distinguish them",
+            "check what their texts have in common, and whether the vectors are complete",
         )
 
 
 def cost_of(tokens: int, price: float) -> str:
     """What tokens cost, in words."""
-    return f"cost {tokens * price / 1e6:,.4g} at {price:g} a million"
+    return f"cost {tokens * price / 1e6:,.4g} at {price:g} per million"
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     if sent := stats.get("sent"):
-        counted_by = "estimated, as it does not tell" if sent["estimated"] else "as it counts"
+        counted_by = "estimated, as it reports none" if sent["estimated"] else "by its own count"
         cost = f", {cost_of(sent['tokens'], sent['price'])}" if sent["price"] else ""
         yield logging.INFO, f"the server read {sent['tokens']:,} tokens for these vectors, {counted_by}{cost}"
     for one in defects(stats):

@@ -35,7 +35,7 @@ def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) ->
         written = part.meta.get((beside or {}).get(role, ""), part.rows)
         if rows != written:
             path = next(file.path for file in part.files if file.role.partition("-")[0] == role)
-            return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
+            return f"{path} {OTHER_CONTENT} ({rows:,} rows, expected {written:,})"
     return None
 
 

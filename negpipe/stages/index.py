@@ -48,7 +48,7 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="index.trained", remedy="Fix the path")
+        raise InputError("the file does not exist", file=name, field="index.trained", remedy="Fix the path")
     return {"index.trained": context.digest_file(Path(name))}
 
 
@@ -74,7 +74,7 @@ def _check(context: Context) -> None:
     books = context.own
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
-    remedy = "set index.kind: stream, which needs none"
+    remedy = "set index.kind: stream, which needs no file"
     context.store.check_room({"index": size - there}, f"index.kind {kind} writes", remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))

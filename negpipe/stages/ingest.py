@@ -164,7 +164,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
     task = _task("counts", pa.table({name: [n] for name, n in counts.items()}))
     if count := rejected.write(connection, folder / rejected.NAME):
         listed["rejected"] = folder / rejected.NAME
-        logger.warning("%d rows of the source are left out: %s", count, context.run.place(rejected.NAME))
+        logger.warning("%d source rows left out: %s", count, context.run.place(rejected.NAME))
     if not listed:
         return task
     return replace(
@@ -250,7 +250,7 @@ def _tasks(kind: str, tables: Iterator[pa.Table], context: Context) -> Iterator[
         rows = sum(part.num_rows for part in pending)
         beside.require(
             _COPIES * sum(part.nbytes for part in pending),
-            f"a part of {kind}, {rows:,} rows so far, beside the database",
+            f"a part of {kind}, {rows:,} rows so far, next to the database",
             "lower data.part_rows",
         )
     if pending:
@@ -317,7 +317,7 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     most = manifest.stats.get("max_positives")
     if not isinstance(most, int):
         raise DamagedError(
-            "the manifest of ingest is not what was written, it lacks max_positives: run `negpipe mine CONFIG --repair`"
+            "the manifest of ingest is damaged, it lacks max_positives: run `negpipe mine CONFIG --repair`"
         )
     return config.resolved(most), ""
 
@@ -327,7 +327,7 @@ def _outlook(context: Context) -> Iterator[tuple[int, str]]:
     try:
         yield from _cuts(context)
     except Exception as error:  # ingest is done; what is wrong with the model, encode says before it begins
-        logger.info("ingest: how much of the texts the model reads is not known: %s", error)
+        logger.info("ingest: cannot tell how much of the texts the model reads: %s", error)
 
 
 def _cuts(context: Context) -> Iterator[tuple[int, str]]:
@@ -352,7 +352,7 @@ def _cuts(context: Context) -> Iterator[tuple[int, str]]:
             side = "anchors" if kind == "query" else "documents"
             yield (
                 logging.WARNING if lost >= _MANY else logging.INFO,
-                f"of {seen.texts:,} {side}, {cuts.percent(seen.cut / seen.texts)} have more than {limit} tokens"
+                f"{cuts.percent(seen.cut / seen.texts)} of {seen.texts:,} {side} have more than {limit} tokens"
                 f" (encoder.{setting}): {cuts.percent(lost)} of all their tokens will not be read",
             )
 

@@ -75,7 +75,7 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="mining.exclude_file", remedy="Fix the path")
+        raise InputError("the file does not exist", file=name, field="mining.exclude_file", remedy="Fix the path")
     return {"mining.exclude_file": context.digest_file(Path(name))}
 
 
@@ -94,7 +94,7 @@ def _check(context: Context) -> None:
     rows = read["rows"] - (0 if context.config.data.add_positives else read["added_positives"])
     if first >= rows:
         raise InputError(
-            f"the window starts at rank {first}, the corpus has {rows} documents",
+            f"the window starts at rank {first}, but the corpus has {rows} documents",
             field="mining.range_min",
             remedy="Set mining.range_min below the number of documents",
         )
@@ -182,7 +182,7 @@ def _shallower(config: Config, max_positives: int) -> str:
     shown = ", ".join(f"{name} ({value:,} now)" for name, value in named.items() if isinstance(value, int))
     if config.mining.depth != (config.mining.range_max or 0) + max_positives:
         return f"lower {shown}"
-    return f"set smaller numbers for {shown}, which make room for the {max_positives:,} positives of one anchor text"
+    return f"set smaller values for {shown}, which leave room for the {max_positives:,} positives of one anchor text"
 
 
 def part_files(context: Context, task: Task) -> PartFiles:
@@ -382,11 +382,11 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     made, wanted = negatives_of(stats), stats.get("wanted", 0)
     if is_short(stats):
         drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
-        what = f"{made:,} of {wanted:,} negatives asked for" if stats["rows"] else "not one row could be made"
+        what = f"{made:,} of {wanted:,} requested negatives" if stats["rows"] else "no row could be written"
         causes = "".join(f"; {one.problem}" for one in _causes(stats))
         yield (
             logging.WARNING,
-            f"{what}; candidates were dropped: {drops or 'there were none'}{causes}. {advice(stats)}",
+            f"{what}; candidates dropped: {drops or 'none'}{causes}. {advice(stats)}",
         )
     yield from approximate.remarks(stats)
 

@@ -49,7 +49,7 @@ def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> No
                         continue
                     raise StorageError(
                         f"{entry.path} is a link that leads out of the run directory, where nothing is written or"
-                        " deleted. Replace it with a folder or file; only these entries of the run directory may be links"
+                        " deleted. Replace it with a folder or file; in the run directory only these may be links"
                         f" to folders: {', '.join(sorted(linkable))}"
                     )
                 # A linked folder may hold other things: what a run makes lies in it and no deeper.

@@ -79,7 +79,7 @@ def explained(path: Path, needed: Callable[[], int] | None = None, *, least: boo
         need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
-            "No finished work was lost: free some space, or fix the path or permissions, then run the same command again"
+            "No finished work was lost: free some space, or fix path or permissions, then run the same command again"
         ) from error
 
 

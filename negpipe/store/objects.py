@@ -173,8 +173,8 @@ class ObjectStore:
         finally:
             self.delete(name)
         raise ConfigError(
-            f"run_dir: {self}: this service does not support conditional writes ({missing}), so two drivers could both write a"
-            " manifest: use one that does, such as AWS, or a run_dir on a disk"
+            f"run_dir: {self}: this service does not support conditional writes ({missing}), so two drivers could both"
+            " write a manifest: use one that does, such as AWS, or a run_dir on a disk"
         )
 
     def _fetched(self, name: str) -> Path:

@@ -141,7 +141,7 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         changes = arms(config, lambda: _calibrated(config, folder, options, failed))
         made = _made(_configs(config, folder, changes), config, options, failed)
         if not made:
-            raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
+            raise InputError(f"no cell finished; the first error: {next(iter(failed.values()))}")
         found = _compared(config, folder, made, failed, reporter)
         _write(found)
         described = {arm: json.dumps(own, ensure_ascii=False, default=str) for arm, own in changes.items()}
@@ -166,7 +166,7 @@ def _made(
             result = graph.train(own, **options)
             cell = _cell(arm, own)
             if made and cell.anchors != made[0].anchors:
-                raise InputError(f"it is judged on other anchors than '{made[0].arm}': they cannot be compared")
+                raise InputError(f"it was judged on other anchors than '{made[0].arm}': they cannot be compared")
         except _SKIPPED as error:
             logger.error("ablate: %s, seed %d has no result: %s", arm, seed, error)
             failed[f"{arm}, seed {seed}"] = str(error)
@@ -201,7 +201,7 @@ def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict
 def _calibrated(config: Config, folder: Path, options: Mapping[str, Any], failed: dict[str, str]) -> Changes | None:
     """What `calibrate` recommends to who mines with negpipe's other defaults; None, and why in `failed`: nothing."""
     own = child(config, folder / "calibration", {**rules(config), "ablate": None, "output.report": False})
-    logger.info("ablate: calibrates")
+    logger.info("ablate: calibrating")
     try:
         graph.mine(own, **options)
         advice = recommend(measures.calibrate_settings(own, reporter=options["reporter"]), coverage=0.9, max_leak=0.05)

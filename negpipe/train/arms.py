@@ -50,7 +50,7 @@ def arms(config: Config, calibrated: Callable[[], Changes | None]) -> dict[str, 
             found[CALIBRATED] = changes
     for name, own in settings.arms.items():
         if name in found:
-            raise ConfigError(f"ablate.arms: '{name}' is the name of an arm of ablate.sets: give it another")
+            raise ConfigError(f"ablate.arms: '{name}' is the name of an arm of ablate.sets: rename it")
         found[name] = flat(own)
     return found
 

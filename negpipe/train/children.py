@@ -65,7 +65,7 @@ def check_place(config: Config, verb: str) -> None:
     """
     if config.url:
         raise ConfigError(
-            f"run_dir: {verb} makes several runs, in folders of a disk, not in {config.url}: name a folder"
+            f"run_dir: {verb} makes several runs, in folders on a disk, not in {config.url}: use a folder"
         )
 
 
@@ -104,7 +104,7 @@ def manifest(run: Config, stage: str) -> Manifest:
     """
     found = Books(run_of(run), stage).manifest()
     if found is None:
-        raise NegpipeError(f"the output of {stage} in {run.run_dir} is gone: run the command again")
+        raise NegpipeError(f"the output of {stage} in {run.run_dir} is missing: run the command again")
     return found
 
 

@@ -46,10 +46,10 @@ def _split_named(config: Config) -> Iterator[None]:
             raise
         there = [name for name in error.there if name != config.data.split]
         raise InputError(
-            f"there is nothing to judge the model by: {error.problem}",
+            f"there is nothing to judge the model on: {error.problem}",
             file=error.file,
             field="train.eval_split",
-            remedy=f"Splits here: {', '.join(there) or 'none'}. Name one that is not trained on",
+            remedy=f"Available splits: {', '.join(there) or 'none'}. Use one that is not trained on",
             there=error.there,
         ) from None
 

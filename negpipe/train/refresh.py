@@ -127,7 +127,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
     graph.check_trains(config)
     check_place(config, "refresh")
     if config.train and config.train.kind == "reranker":
-        raise ConfigError("train.kind: refresh mines with what it has trained, and a reranker finds nothing: retriever")
+        raise ConfigError("train.kind: refresh mines with the model it trained, and a reranker cannot search: set it to retriever")
     folder, stopped = config.run_dir / FOLDER, None
     runs: list[Config] = []
     done: list[Round] = []
@@ -137,8 +137,8 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
         for number in range(1, rounds + 1):
             before = runs[-1] if runs else None
             run = _config_of(number, config, before)
-            model = run.encoder.model or "the vectors that are brought along"
-            logger.info("round %d of %d: mines with %s, in %s", number, rounds, model, run.run_dir)
+            model = run.encoder.model or "the precomputed vectors"
+            logger.info("round %d of %d: mining with %s, in %s", number, rounds, model, run.run_dir)
             named = _Named(f"round {number}, ", reporter or Silent())
             stats = graph.train(run, reporter=named, **options).stats
             runs.append(run)
@@ -146,7 +146,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
             _write(folder / TABLE, done)
             _tell(done[-1])
             if stopped := _not_risen(done):
-                logger.info("no round after this one: %s", stopped)
+                logger.info("stopping after this round: %s", stopped)
                 break
         best = max(done, key=lambda one: one.score)
         view.point(folder / BEST, Path(str(best.number)))
@@ -209,7 +209,7 @@ def _not_risen(done: Sequence[Round]) -> str | None:
         return None
     best = scores.index(max(scores))
     what = f"the model of round {best}" if best else "the base"
-    return f"round {last.number} does not raise {METRICS[0]}: {last.score:.4f}, and {what} has {max(scores):.4f}"
+    return f"round {last.number} does not improve {METRICS[0]}: {last.score:.4f}, while {what} has {max(scores):.4f}"
 
 
 def _against_base(first: Config, best: Config) -> tuple[Comparison, ...]:
@@ -229,8 +229,8 @@ def _tell(one: Round) -> None:
     logger.info("round %d: %s%s, %s", one.number, scores, changed, leak)
     if one.trained_dimension != one.dimension:
         logger.warning(
-            "round %d: vectors of the model that it trained have %d numbers, those that it mined with %d: rounds after"
-            " it mine with vectors of another width",
+            "round %d: vectors of the trained model have dimension %d, those it mined with %d: later rounds"
+            " mine with vectors of another dimension",
             one.number,
             one.trained_dimension,
             one.dimension,

@@ -65,7 +65,7 @@ def train(
     model = load(encoder, base, device)
     width = int(model.get_embedding_dimension())
     if max(train.matryoshka, default=0) > width:
-        raise ConfigError(f"train.matryoshka: vectors of {base} have {width} numbers: ask for no more")
+        raise ConfigError(f"train.matryoshka: vectors of {base} have dimension {width}: set no larger one")
     kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in trainer.text_columns(config)}
     prompts = {kind: instructed(instruction(encoder, base, kind), [])[0] for kind in KINDS}
     model, log, resumed = trainer.fit(

@@ -158,9 +158,9 @@ def _check(context: Context) -> None:
             )
         if not triplets.negatives_of(context.manifest("triplets").stats):
             raise InputError(
-                f"all {rows:,} rows have the label 1: there is nothing to tell apart",
+                f"all {rows:,} rows have the label 1: there is nothing to learn to distinguish",
                 field="train.kind",
-                remedy="Mine negatives: `negpipe status` and the ledger say why there are none",
+                remedy="Mine negatives: `negpipe status` and the ledger show why there are none",
             )
 
 
@@ -190,15 +190,15 @@ def _check_held_out(context: Context) -> None:
     judge, field = train.judge
     if found.anchors < 2:
         raise InputError(
-            f"{judge} has {found.anchors} anchors with a positive, a comparison takes two",
+            f"{judge} has {found.anchors} anchors with a positive, but a comparison needs two",
             field=field,
-            remedy="Raise train.split.test" if train.split else "Name a split with more judgments",
+            remedy="Raise train.split.test" if train.split else "Use a split with more judgments",
         )
     if found.anchors_trained_on == found.anchors:
         raise InputError(
-            f"all {found.anchors:,} anchors of {judge} are trained on too",
+            f"all {found.anchors:,} anchors of {judge} are also trained on",
             field=field,
-            remedy=f"Name a split with anchors that the split '{context.config.data.split}' has not",
+            remedy=f"Use a split with anchors that are not in the split '{context.config.data.split}'",
         )
 
 
@@ -360,8 +360,8 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
         if count := shared[f"{what}_trained_on"]:
             yield (
                 logging.WARNING,
-                f"{count:,} of {shared[what]:,} held-out {of} ({percent(count / shared[what])}) are trained on too:"
-                " scores on them tell less of what is new",
+                f"{count:,} of {shared[what]:,} held-out {of} ({percent(count / shared[what])}) are also trained on:"
+                " scores on them say less about new data",
             )
 
 

@@ -103,7 +103,7 @@ def scores(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
                 file=str(path),
                 row=first + row,
                 field="scores",
-                remedy="Mine without random negatives, or take a loss that needs no scores",
+                remedy="Mine without random negatives, or use a loss that needs no scores",
             )
     return pa.array(values, pa.list_(pa.float32()))
 
@@ -215,17 +215,17 @@ def save(model: Any, folder: Path, again: Callable[[str], Any], give: Callable[[
     remove(saved)
     model.save_pretrained(str(saved))
     if not (saved / CARD).is_file():  # it logs what hinders it, and goes on
-        raise TaskFailedError(f"{saved}: the model's card was not written, the worker's log says why: run it again")
+        raise TaskFailedError(f"{saved}: the model card was not written, see the worker's log: run the command again")
     ours, theirs = (give(one) for one in (model.eval(), again(str(saved))))
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, 1e-4, 1e-5) or not np.isfinite(ours).all():
-        raise DamagedError(f"{saved}: the saved model gives other numbers than the trained one: run the command again")
+        raise DamagedError(f"{saved}: the saved model gives different outputs from the trained one: run the command again")
     return saved
 
 
 def unloadable(error: Exception, path: str) -> InputError:
     """What is told of a folder that no library loads."""
     return InputError(
-        f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Fetch the model again"
+        f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Download the model again"
     )
 
 

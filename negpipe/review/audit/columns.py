@@ -113,7 +113,7 @@ def layout_of(
 
     for field in mapping:
         if field not in FIELDS:
-            raise ConfigError(f"--columns {field}=…: '{field}' is none of {', '.join(FIELDS)}")
+            raise ConfigError(f"--columns {field}=…: '{field}' is not one of {', '.join(FIELDS)}")
     plain = scratch / "rows.parquet"
     if not mapping and source.exists() and (run := sources.run_of(source)):
         runs.flatten(database, run, texts, plain)
@@ -156,9 +156,9 @@ def layout_of(
         listed = ", ".join(list(types)[:_LISTED]) + (", …" if len(types) > _LISTED else "")
         example = ",".join(f"{field}=COLUMN" for field in missing)
         raise InputError(
-            f"no column is known to hold the {' or the '.join(missing)}; there are: {listed}",
+            f"no column is known to hold the {' or the '.join(missing)}; columns: {listed}",
             file=str(source),
-            remedy=f"Say which: --columns {example} (a file of labelled documents: positive=COLUMN,label=COLUMN)",
+            remedy=f"Name them: --columns {example} (for a file of labelled documents: positive=COLUMN,label=COLUMN)",
         )
     if columns["label"] and columns["negative"]:
         columns["label"] = []
@@ -194,17 +194,17 @@ def _nested(database: duckdb.DuckDBPyConnection, file: Path, name: str) -> tuple
 
 def _files(source: Path) -> list[Path]:
     if not source.exists():
-        raise InputError("there is no such file", file=str(source), remedy="Fix the path")
+        raise InputError("the file does not exist", file=str(source), remedy="Fix the path")
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files:
-        raise InputError("the folder holds no .parquet file", file=str(source), remedy="Name a file, or mine first")
+        raise InputError("the folder contains no .parquet file", file=str(source), remedy="Name a file, or mine first")
     return files
 
 
 def _text_table(source: Path, scratch: Path) -> str:
     extension = sources.extension_of(str(source))
     if extension not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
-        raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, packed or not", file=str(source))
+        raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, compressed or not", file=str(source))
     # As ingest opens it: unpacked, and in UTF-8 without a mark.
     plain = scratch / f"plain{extension}"
     with sources.opened(str(source)) as file, plain.open("wb") as copy:
@@ -229,7 +229,7 @@ def _found(field: str, wanted: str | None, types: Mapping[str, str], source: Pat
             return [(column, _is_list(field, column, types[column], source)) for _, column in numbered]
     if wanted is not None:
         raise InputError(
-            f"there is no column '{wanted}' for the {field}; there are: {', '.join(list(types)[:_LISTED])}",
+            f"column '{wanted}' for the {field} does not exist; columns: {', '.join(list(types)[:_LISTED])}",
             file=str(source),
             field=f"--columns {field}",
         )

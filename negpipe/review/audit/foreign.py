@@ -67,15 +67,15 @@ def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) 
             f"select id from {table} group by id having count(distinct text) > 1 order by id limit 1"
         ).fetchone()
         if twice:
-            problem = f"the {side} id {twice[0]!r} has several texts, so no id says which"
-            remedy = "Give every text its own id, or audit by texts: --columns positive=…,negative=…"
+            problem = f"the {side} id {twice[0]!r} has several texts, so the id is ambiguous"
+            remedy = "Give every text a unique id, or audit by texts: --columns positive=…,negative=…"
             raise InputError(problem, file=str(data.path), remedy=remedy)
         unknown = database.execute(
             f"select {side}, file, row from listed where {side} not in (select id from {table}) order by n limit 1"
         ).fetchone()
         if unknown:
-            problem = f"the {side} {unknown[0]!r} is named here, but it is nowhere"
-            raise InputError(problem, file=unknown[1], row=unknown[2], remedy="Put it beside the rows")
+            problem = f"the {side} {unknown[0]!r} is named here but defined nowhere"
+            raise InputError(problem, file=unknown[1], row=unknown[2], remedy="Add it next to the rows")
     ids = {
         name: database.execute(f"select bool_or(named) from {name}").fetchone() == (True,)
         for name in ("passages", "asked")

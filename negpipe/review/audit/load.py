@@ -53,7 +53,7 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
         except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise InputError(f"cannot be read: {error}", file=str(path)) from None
     if not first:
-        raise InputError("holds no row", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
+        raise InputError("contains no rows", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
     # A view: texts are read again where they are needed, which is quicker than storing them.
     database.execute(f"create view source as {' union all '.join(parts)}")
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
@@ -193,7 +193,7 @@ def _check_known(
         f"{total:,} of {asked_for:,} {what} ids are not among the {where} of {name}, such as {first[0]!r}",
         file=source,
         row=first[1],
-        remedy="If the source has changed run `negpipe ingest CONFIG` first; else name the config the rows were made"
+        remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows were made"
         " from, map the id columns with --columns, or audit without a config",
     )
 

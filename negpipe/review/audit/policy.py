@@ -32,7 +32,7 @@ def policy(text: str | None) -> Policy:
         names = GROUPS.get(name, (name,) if name in GROUPS["any"] else ())
         if not names:
             raise ConfigError(
-                f"--fail-on {text}: there is no check '{name}'. Checks: {', '.join(GROUPS['any'])}."
+                f"--fail-on {text}: unknown check '{name}'. Checks: {', '.join(GROUPS['any'])}."
                 f" Groups: {', '.join(GROUPS)}"
             )
         try:
@@ -40,6 +40,6 @@ def policy(text: str | None) -> Policy:
         except ValueError:
             least = -1.0
         if not 0 <= least <= 1:
-            raise ConfigError(f"--fail-on {text}: '{share}' is no share, write for example {name}=0.01")
+            raise ConfigError(f"--fail-on {text}: '{share}' is not a share; write, for example, {name}=0.01")
         allowed |= dict.fromkeys(names, least)
     return Policy(allowed)

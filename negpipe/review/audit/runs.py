@@ -45,8 +45,8 @@ def flatten(
     """
     kind, files = run
     if texts is None:
-        problem = f"this is {sources.RUNS[kind]}, whose ids say nothing by themselves"
-        remedy = "Name the config of the data that it was made on as well, as in negpipe audit my.yaml --file run.trec"
+        problem = f"this is {sources.RUNS[kind]}, whose ids mean nothing by themselves"
+        remedy = "Also name the config of the data it was made on, as in negpipe audit my.yaml --file run.trec"
         raise InputError(problem, file=files[0], remedy=remedy)
     database.execute("create table ranked (line bigint, anchor_id varchar, negative_id varchar, negative_score double)")
     number = 0

@@ -72,4 +72,4 @@ def _percent(value: float | None) -> float:
 
 def _what(method: str) -> str:
     names = {"hidden": "hidden positives", "near_anchors": "positives of near anchors"}
-    return names.get(method, "what a second model ranks above the positive")
+    return names.get(method, "documents that a second model ranks above the positive")

@@ -63,16 +63,16 @@ def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
         f" from {tried}, {calibration.trials:,} trials and {chosen.negatives:,.0f} negatives"
     ]
     if calibration.anchors < _FEW:
-        lines.append(f"{calibration.anchors} anchors are few: take the interval as a guess")
+        lines.append(f"{calibration.anchors} anchors are few: treat the interval as a guess")
     if not chosen.leaking:
         bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
         lines.append(
-            f"none was taken: with 95 % confidence, it happens to less than {bound} of anchors (rule of three)"
+            f"none was taken: with 95 % confidence, it happens for less than {bound} of anchors (rule of three)"
         )
     if calibration.anchors < calibration.all_anchors / 2:
-        lines.append("most anchors could not be tried; the figures hold for them as far as they are like the others")
+        lines.append("most anchors could not be tried; the figures apply to them as far as they resemble the others")
     if calibration.method == "hidden":
-        lines.append("all positives but one were hidden: where more are known, they are excluded, and less leaks")
+        lines.append("all positives except one were hidden: known ones are excluded in a run, so less leaks")
     return lines
 
 
