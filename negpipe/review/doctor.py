@@ -102,14 +102,14 @@ def _libraries() -> Iterator[Fact]:
     try:
         required = requires("negpipe") or []
     except PackageNotFoundError:
-        yield Fact("Libraries", "negpipe", "runs from a folder, and is not installed: what it requires is not known")
+        yield Fact("Libraries", "negpipe", "runs from a folder without being installed: its requirements are unknown")
         return
     wanted = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: "extra ==" not in line for line in reversed(required)}
     found = installed(wanted)
     yield Fact("Libraries", "required", ", ".join(f"{name} {found[name]}" for name in sorted(found) if wanted[name]))
     extras = [name for name in sorted(found) if not wanted[name]]
     if extras:
-        yield Fact("Libraries", "of extras", ", ".join(f"{name} {found[name]}" for name in extras))
+        yield Fact("Libraries", "from extras", ", ".join(f"{name} {found[name]}" for name in extras))
     if missing := sorted(name for name, always in wanted.items() if always and name not in found):
         yield Fact("Libraries", "missing", ", ".join(missing), f"Run pip install {' '.join(missing)}")
 
@@ -121,11 +121,11 @@ def _loaded(name: str) -> Fact:
             [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False, timeout=_LOADING
         )
     except subprocess.TimeoutExpired:
-        return Fact("Libraries", name, f"does not load within {_LOADING} s", "Look at the disk that Python is on")
+        return Fact("Libraries", name, f"does not load within {_LOADING} s", "Check the disk that Python is on")
     if done.returncode == 0:
         return Fact("Libraries", name, "loads")
     why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Fact("Libraries", name, f"does not load: {why[:300]}", f"Install {name} again")
+    return Fact("Libraries", name, f"does not load: {why[:300]}", f"Reinstall {name}")
 
 
 def _processor() -> Iterator[Fact]:
@@ -162,7 +162,7 @@ def _available() -> int:
 def _gpus() -> Iterator[Fact]:
     sizes = devices.gpus()
     if not sizes:
-        yield Fact("Machine", "GPUs", "none that torch sees")
+        yield Fact("Machine", "GPUs", "none visible to torch")
         return
     asked = subprocess.run([sys.executable, "-c", _GPUS], capture_output=True, text=True, check=False)
     for number, (bytes_of, name) in enumerate(zip(sizes, asked.stdout.splitlines(), strict=False)):
@@ -176,14 +176,14 @@ def _disks(folder: Path) -> Iterator[Fact]:
     for name, path in (
         ("here", folder.absolute()),
         ("temporary files", Path(tempfile.gettempdir())),
-        ("hub's cache", cache),
+        ("hub cache", cache),
     ):
         there = next((place for place in (path, *path.parents) if place.is_dir()), Path("/"))
         disk = shutil.disk_usage(there)
-        state = "" if path.is_dir() else ", not there yet"
+        state = "" if path.is_dir() else ", does not exist yet"
         writable = os.access(there, os.W_OK | os.X_OK)
-        remedy = "" if writable or name != "temporary files" else "Set TMPDIR to a folder that may be written"
-        note = "" if writable else ", may not be written"
+        remedy = "" if writable or name != "temporary files" else "Set TMPDIR to a writable folder"
+        note = "" if writable else ", not writable"
         yield Fact("Disks", name, f"{path}: {size(disk.free)} free of {size(disk.total)}{state}{note}", remedy)
 
 
@@ -195,7 +195,7 @@ def _environment() -> Iterator[Fact]:
         yield Fact("Environment", "proxies", f"{', '.join(proxies)} set")
     from huggingface_hub import get_token
 
-    yield Fact("Environment", "token of the hub", "there is one" if get_token() else "none")
+    yield Fact("Environment", "hub token", "set" if get_token() else "none")
 
 
 def _hub() -> Fact:
@@ -208,7 +208,7 @@ def _hub() -> Fact:
         port = ""
     address = f"{parts.scheme}://{parts.hostname}{port}"  # neither user nor password
     if constants.HF_HUB_OFFLINE:
-        return Fact("Environment", "hub", "not asked: HF_HUB_OFFLINE is set")
+        return Fact("Environment", "hub", "not contacted: HF_HUB_OFFLINE is set")
     started = time.monotonic()
     try:
         asked = urllib.request.Request(address, method="HEAD")

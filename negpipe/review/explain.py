@@ -25,7 +25,7 @@ from negpipe.select.selector import SOURCES, PartFiles, Selector, Units
 Ints = npt.NDArray[np.int64]
 
 _NEAR = 3
-_SAYS = {"random": "a random negative", "given": "brought by the source", "judged": "judged not relevant"}
+_SAYS = {"random": "a random negative", "given": "given by the source", "judged": "judged not relevant"}
 # What no filter dropped.
 _PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, Fate.SHORTAGE)
 
@@ -163,7 +163,7 @@ class _Rule:
         if dropped := filter_of(code):
             return dropped.explain(self._mining, math.nan if score is None else score, self._reference)
         if code == Fate.PREFERRED:
-            return "taken before others: brought by the source, or judged not relevant"
+            return "taken before others: given by the source, or judged not relevant"
         place = f"{'survivor' if rules.rank_over == 'survivors' else 'rank'} {self._ranks[rank]}"
         if code == Fate.BEFORE_WINDOW:
             return f"{place} < {rules.range_min} (range_min)"
@@ -199,6 +199,6 @@ def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
         near = sorted(near)[:_NEAR]
     names = ", ".join(repr(name) for _, name in near)
     return InputError(
-        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; near: {names}" if near else ""),
+        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; similar ids: {names}" if near else ""),
         remedy="Anchors are the queries with a positive in data.split; train.split leaves some of them out",
     )

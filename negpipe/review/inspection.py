@@ -126,7 +126,7 @@ def inspect(data: schema.Data, rows: int) -> Inspection:
     except InputError as error:
         if error.field != "split" or not error.there:
             raise
-        _log.warning("there is no split '%s', '%s' is read", data.split, error.there[0])
+        _log.warning("split '%s' does not exist, reading '%s'", data.split, error.there[0])
         return _inspected(data.model_copy(update={"split": error.there[0]}), rows)
 
 

@@ -104,7 +104,7 @@ def calibrate_settings(
     with digests_of(config) as digests:
         context = searched(config, digests, "calibrate")
         if not context.config.mining.num_negatives:
-            raise ConfigError("mining.num_negatives is 0: there is nothing to calibrate but mined negatives")
+            raise ConfigError("mining.num_negatives is 0: only mined negatives can be calibrated")
         opened = open_selection(context)
         if second is not None:
             with digests_of(second) as others:
@@ -162,7 +162,7 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
         if file is not None:
             return audit.audit(file, shared, _qrels(context), scratch=config.run_dir)
         if config.output.include_positives:
-            raise ConfigError("output.include_positives writes whole rankings: they hold positives, not only negatives")
+            raise ConfigError("output.include_positives writes complete rankings, which hold positives too")
         wanted = options.negatives or context.config.mining.wanted
         found = audit.audit(
             context.run.folder("triplets"), replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
@@ -228,17 +228,17 @@ def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | Non
 
 
 _UNTRIED = {
-    "hidden": "none of {total:,} anchors has two different positives: what is taken by mistake cannot be estimated by"
+    "hidden": "none of {total:,} anchors has two different positives: false negatives cannot be estimated by"
     " hiding positives",
-    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with positives of its own",
-    "second_opinion": "there are no anchors",
+    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with other positives",
+    "second_opinion": "the run has no anchors",
 }
 _INSTEAD = {
-    "hidden": "There are two stand-ins, weaker, each labelled as what it is: `negpipe calibrate CONFIG --near-anchors"
+    "hidden": "Use one of the two weaker stand-ins, each labelled as such: `negpipe calibrate CONFIG --near-anchors"
     " 0.95` counts positives of anchors with nearly the same vector; `negpipe calibrate CONFIG --second OTHER_CONFIG`"
     " counts what another model's run ranks above the positive too",
-    "near_anchors": "Lower it, or take the other stand-in: --second OTHER_CONFIG",
-    "second_opinion": "Look at `negpipe status CONFIG`",
+    "near_anchors": "Lower it, or use the other stand-in: --second OTHER_CONFIG",
+    "second_opinion": "Check `negpipe status CONFIG`",
 }
 
 
@@ -253,7 +253,7 @@ def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candid
 
 def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Trials]:
     if not context.config.encoder.normalize:
-        raise ConfigError("--near-anchors compares cosines, and encoder.normalize is false: take --second instead")
+        raise ConfigError("--near-anchors compares cosines, but encoder.normalize is false: use --second instead")
     texts, vectors = (context.manifest(name).of_kind("anchors") for name in ("ingest", "encode"))
     tables = [open_table(context.path(part, "table")) for part in texts]
     known, offsets = ragged(pa.concat_tables([table.select(["known"]) for table in tables])["known"])

@@ -69,7 +69,7 @@ def about(found: Ablation) -> str:
     """What the columns are."""
     counts = sorted({found.facts[one.arm]["steps"] for one in found.effects})
     apart = (
-        f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps, since an epoch of more rows is longer: set"
+        f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps: an epoch of more rows is longer. Set"
         " train.steps to train all equally."
         if len(counts) > 1
         else ""

@@ -127,7 +127,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
     graph.check_trains(config)
     check_place(config, "refresh")
     if config.train and config.train.kind == "reranker":
-        raise ConfigError("train.kind: refresh mines with the model it trained, and a reranker cannot search: set it to retriever")
+        raise ConfigError("train.kind: refresh needs a model that searches, and a reranker does not: set retriever")
     folder, stopped = config.run_dir / FOLDER, None
     runs: list[Config] = []
     done: list[Round] = []

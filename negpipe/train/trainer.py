@@ -218,7 +218,7 @@ def save(model: Any, folder: Path, again: Callable[[str], Any], give: Callable[[
         raise TaskFailedError(f"{saved}: the model card was not written, see the worker's log: run the command again")
     ours, theirs = (give(one) for one in (model.eval(), again(str(saved))))
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, 1e-4, 1e-5) or not np.isfinite(ours).all():
-        raise DamagedError(f"{saved}: the saved model gives different outputs from the trained one: run the command again")
+        raise DamagedError(f"{saved}: the saved model gives other outputs than the trained one: run the command again")
     return saved
 
 

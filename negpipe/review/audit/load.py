@@ -193,7 +193,7 @@ def _check_known(
         f"{total:,} of {asked_for:,} {what} ids are not among the {where} of {name}, such as {first[0]!r}",
         file=source,
         row=first[1],
-        remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows were made"
+        remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows came"
         " from, map the id columns with --columns, or audit without a config",
     )
 

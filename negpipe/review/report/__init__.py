@@ -58,7 +58,7 @@ def after_mining(config: Config, typed: str) -> Path | None:
     try:
         out = write(config, typed=typed)
     except Exception as error:
-        logger.warning("report: not made, the rows are: %s: %s", type(error).__name__, error)
+        logger.warning("report: failed, the rows are complete: %s: %s", type(error).__name__, error)
         return None
     logger.info("report: %s (%.1f s)", out, time.monotonic() - started)
     return out
@@ -75,5 +75,5 @@ def _at_rest(config: Config) -> Iterator[None]:
             yield
     except LockedError as error:
         raise LockedError(
-            f"{error}. A report is of a finished run; `negpipe status CONFIG` says how it stands"
+            f"{error}. A report needs a finished run; `negpipe status CONFIG` shows its state"
         ) from None

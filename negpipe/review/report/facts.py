@@ -84,7 +84,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     for side, cut in manifest.stats.get("cut", {}).items():
         facts[f"{side} cut"] = f"{cut['texts']:,} of {cut['of']:,}, {cut['lost']:.1%} of all tokens lost"
     if equal := manifest.stats.get("equal"):
-        facts["documents with the vector of another"] = f"{equal['documents']:,} of {equal['of']:,}"
+        facts["documents with another's vector"] = f"{equal['documents']:,} of {equal['of']:,}"
     if sentence := from_cache(manifest.stats):
         facts["cache"] = sentence
     ran = manifest.parts[0].provenance if manifest.parts else {}

@@ -126,8 +126,8 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
         figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
         no_calibration=""
         if calibration
-        else f"How much of this is false, and which margin is better, estimates"
-        f" `negpipe calibrate {typed}`; the next report then shows its plot.",
+        else f"`negpipe calibrate {typed}` estimates how many of the negatives are false, and which margin is better;"
+        " the next report then shows its plot.",
         hubs=_named(opened, hubs[:_HUBS], counts[:_HUBS]),
         audit=audited,
         no_audit=no_audit,
@@ -172,17 +172,17 @@ def _captions(
     full = float(np.mean(negatives >= wanted)) if len(negatives) else 0.0
     most = next(iter(made.stats["drops"].items()), None)
     dropped = "" if most is None else (
-        f" Most were dropped as {most[0].replace('_', ' ')}: {most[1] / max(1, made.stats['candidates']):.1%}."
+        f" Most frequent drop reason: {most[0].replace('_', ' ')}, {most[1] / max(1, made.stats['candidates']):.1%}."
     )  # fmt: skip
     return {
         plots.SCORES: f"Mean scores: {means}.{apart}",
-        plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} lie beyond rank"
+        plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} are beyond rank"
         f" {measured.depth}.",
-        plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} that are asked for.",
+        plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} requested.",
         plots.DROPS: f"{made.stats['candidates']:,} candidates were seen, {made.stats['negatives']:,} taken.{dropped}",
-        plots.HUBS: f"{len(hubs):,} documents are a negative; the most frequent one of {int(hubs.max(initial=0)):,}"
+        plots.HUBS: f"{len(hubs):,} documents are negatives; the most frequent one for {int(hubs.max(initial=0)):,}"
         f" of {measured.anchors:,} anchors.",
-        plots.LEAK: "Each mark is a setting: to the left it takes fewer false negatives, further up harder ones.",
+        plots.LEAK: "Each mark is a setting: further left it takes fewer false negatives, further up harder ones.",
     }
 
 

@@ -18,7 +18,7 @@ from negpipe.review.quality import Quality
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives an anchor"
+SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives per anchor"
 DROPS, HUBS, LEAK = "Candidates dropped, by reason", "Hubs", "Leak against hardness"
 WIDE, SMALL = (8.0, 5.0), (4.6, 2.9)
 _JOINED = 3  # bins of a distribution that make one of the figure
@@ -151,7 +151,7 @@ def _hubs(axes: Axes, hubs: npt.NDArray[np.int64]) -> None:
     counts = np.histogram(hubs, edges)[0].tolist()
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
     _bars(axes, names, counts, ORANGE)
-    axes.set(xlabel="anchors it is a negative of", ylabel="documents")
+    axes.set(xlabel="anchors it is a negative for", ylabel="documents")
 
 
 def _bars(axes: Axes, names: list[str], counts: list[int], colour: str) -> None:
