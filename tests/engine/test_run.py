@@ -325,7 +325,7 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
 
 def test_no_more_workers_than_cores(undisturbed: Run, caplog: pytest.LogCaptureFixture) -> None:
     undisturbed.mine("executor.kind=local", "executor.workers=3", "resources.cpus=2")
-    assert "executor.workers: 3 are more than resources.cpus, so 2 run at a time" in caplog.text
+    assert "executor.workers is 3, more than resources.cpus, so 2 run at a time" in caplog.text
     caplog.clear()
     undisturbed.mine("executor.kind=local", "executor.workers=2", "resources.cpus=2")
     assert "run at a time" not in caplog.text

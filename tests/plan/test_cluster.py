@@ -75,10 +75,10 @@ def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
     assert found["encode"].disk == 1100 * 20
     assert [one.bound for one in found.values()] == [
         "one process",
-        "one thread a worker",
-        "one thread a worker",
+        "one thread per worker",
+        "one thread per worker",
         "processors",
-        "one thread a worker",
+        "one thread per worker",
     ]
 
 

@@ -398,7 +398,7 @@ def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "mapping", "message"),
     [
-        ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; there are: q, docs"),
+        ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; columns: q, docs"),
         ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "no column 'no' for the negative"),
         ('{"query": ["a"], "pos": ["b"], "neg": ["c"]}', {}, "expected a text for the anchor"),
         ('{"query": "a", "pos": [{"text": "b"}], "neg": ["c"]}', {}, "field 'pos': holds STRUCT"),

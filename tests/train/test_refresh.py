@@ -236,7 +236,7 @@ def test_a_run_whose_parts_are_in_a_shared_store_is_the_first_round(
     told.clear()
     made_of(run, 1)
     ran = [record.getMessage() for record in told.records if ": runs, " in record.getMessage()]
-    parts = [record.getMessage() for record in told.records if "parts are there already" in record.getMessage()]
+    parts = [record.getMessage() for record in told.records if "parts already exist" in record.getMessage()]
     assert [line.split(":")[0] for line in ran] == ["encode", "index", "search", "triplets", "train"]
     assert len(parts) >= 5 and all(there == of for there, _, of in (line.split()[1:4] for line in parts))
     made_of(run, 1)
