@@ -173,7 +173,7 @@ def test_5_a_damaged_manifest_is_named_and_its_parts_are_kept(folder: Path) -> N
     assert f"{manifest} is not a manifest" in found.err
     outcome = small.run("mine", config)
     assert outcome.code == 0
-    assert "encode: runs, " in outcome.err
+    assert "encode: starting, " in outcome.err
     assert {path.name: path.stat().st_ino for path in (run_dir / "encode").iterdir()} == inodes
 
 

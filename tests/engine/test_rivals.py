@@ -323,7 +323,7 @@ def test_a_source_changed_under_the_same_size_and_time_is_found_by_rehash(tmp_pa
     config.write_text(json.dumps(run.config), encoding="utf-8")
     outcome = small.run("mine", config, "--set", "executor.kind=inline", "--rehash")
     assert outcome.code == 0
-    assert "ingest: runs, the content of data.path changed" in outcome.err
+    assert "ingest: starting, the content of data.path changed" in outcome.err
     fresh = run.at(tmp_path / "fresh")
     fresh.mine()
     assert run.content() == fresh.content()

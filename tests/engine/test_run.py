@@ -279,7 +279,7 @@ def test_other_model_runs_from_encode_and_is_named(golden: Run, tmp_path: Path) 
     vocabulary = Path(new) / "vocab.txt"
     vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("river", "brook"), encoding="utf-8")
 
-    line = f"encode: runs, encoder.model changed from {old!r} to {new!r}"
+    line = f"encode: starting, encoder.model changed from {old!r} to {new!r}"
     process = run.start("mine", f"encoder.model={new}")
     try:
         assert wait(process, lambda: line in run.log.read_text(encoding="utf-8"))

@@ -403,7 +403,7 @@ def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
         ('{"query": ["a"], "pos": ["b"], "neg": ["c"]}', {}, "expected a text for the anchor"),
         ('{"query": "a", "pos": [{"text": "b"}], "neg": ["c"]}', {}, "field 'pos': holds STRUCT"),
         ('{"query": "a", ', {}, "cannot be read"),
-        ("", {}, "cannot be read|holds no row|no column"),
+        ("", {}, "cannot be read|contains no rows|no column"),
     ],
 )
 def test_files_that_cannot_be_audited(text: str, mapping: dict[str, str], message: str, tmp_path: Path) -> None:
