@@ -105,7 +105,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
             lines.append(f"the output of {name} changed")
             continue
         if name not in old:
-            if not any(other in old for other in changed):  # a changed input may add others
+            if not any(other in old for other in changed):  # a changed setting may add others
                 lines.append(f"{name} was added")
             continue
         before, after = old[name], fresh[name]
@@ -115,7 +115,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         lines.append(
             f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
         )
-    # Inputs added by a removed setting are removed with it.
+    # Settings that came with a changed one disappear with it.
     gone = [name for name in manifest.settings if name not in fresh] if not lines else []
     return "; ".join([*lines, *(f"{name} was removed" for name in gone)]) or "its identity changed"
 

@@ -88,9 +88,9 @@ def verify(config: Config, found: Inventory, progress: Callable[[int], None] = l
 def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
     """Files that no current manifest names, with their bytes: what `clean` frees.
 
-    Only files that certainly belong to negpipe: files named in records, the records, and unrecorded files of killed runs
-    whose names prove it. A stage without a manifest keeps its parts, which it resumes from. In a store shared by several
-    run directories, parts that any of them names are kept.
+    Only files that certainly belong to negpipe: files named in records, the records, and unrecorded files of killed
+    runs whose names prove it. A stage without a manifest keeps its parts, which it resumes from. In a store shared by
+    several run directories, parts that any of them names are kept.
 
     Raises:
         StorageError: a run directory that uses the store cannot be read.
