@@ -30,8 +30,8 @@ def kept(store: LocalStore) -> Iterator[None]:
 
 
 def register(store: LocalStore, run_dir: Path) -> None:
-    """Register a run directory, which is locked. A registered one need not wait: a process that deletes in the store locks
-    all registered run directories exclusively."""
+    """Register a run directory, which is locked. A registered one need not wait: a process that deletes in the store
+    locks all registered run directories exclusively."""
     name, content = _entry(run_dir)
     if store.read(name) != content:
         with kept(store):

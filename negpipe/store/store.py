@@ -70,7 +70,7 @@ class Store(Protocol):
         """The contents of many small files, by name; missing or unreadable files are left out."""
 
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
-        """Write a small file completely if it still holds `expected` (None: if it does not exist); returns whether it did."""
+        """Write a small file completely if it still holds `expected` (None: if missing); returns whether it did."""
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""

@@ -65,8 +65,8 @@ def is_unfinished(name: str) -> bool:
 def _is_abandoned(path: Path, own: bool) -> bool:
     """Whether it has such a name and no process works on it any more.
 
-    A process of the same place is looked up. A process of another place can only be active at the same time if locks fail
-    or the store is shared: it counts as dead after a day without a write.
+    A process of the same place is looked up. A process of another place can only be active at the same time if locks
+    fail or the store is shared: it counts as dead after a day without a write.
     """
     named = _NAME.fullmatch(path.name)
     if named is None:

@@ -78,7 +78,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def is_entry(folder: Path, name: str) -> bool:
-    """Whether a name in a folder that is shown, "1_Pooling/config.json", belongs to what it shows, and is not a user's."""
+    """Whether a name in a shown folder, "1_Pooling/config.json", belongs to what it shows, and is not a user's."""
     return PART.fullmatch(name) is not None or name in _listed(folder)
 
 
