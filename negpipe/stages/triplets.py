@@ -80,7 +80,7 @@ def _sources(context: Context) -> dict[str, str]:
 
 
 def _check(context: Context) -> None:
-    """Check that the exclude file can be read and, once the source is read, that the window begins within the corpus."""
+    """Check that the exclude file is readable and, once the source is read, that the window begins in the corpus."""
     _sources(context)
     if context.config.mining.exclude_file:
         verdicts.read(Path(context.config.mining.exclude_file))
