@@ -3,9 +3,9 @@
 Guarantees: the bytes of one search over all slices. Slices are compared by the same keys that a search compares
 (`pairs.keys_of`), and no score is computed again.
 
-A slice's file is a .npy of (anchors, layers, width) uint64 keys, rows counted from the slice's first row. The last layer
-has scores; for an index that only proposes, the layer before it has the index's own products of the same rows, which
-decide which of all slices' proposals a single search would have scored.
+A slice's file is a .npy of (anchors, layers, width) uint64 keys, rows counted from the slice's first row. The last
+layer has scores; for an index that only proposes, the layer before it has the index's own products of the same rows,
+which decide which of all slices' proposals a single search would have scored.
 """
 
 from __future__ import annotations
