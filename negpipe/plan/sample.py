@@ -136,7 +136,7 @@ class Judge:
         )
 
     def outcome(self, vectors: Floats, anchors: Floats) -> Outcome:
-        """The outcome of (n, d) vectors of the first documents and (m, d) of the first anchors, whose positives these include."""
+        """Outcome of (n, d) vectors of the first documents and (m, d) of the first anchors, with their positives."""
         sample, config = self._sample, self._context.config
         order = np.argsort(sample.rows[: len(vectors)])  # ties by row
         rows, offsets = sample.rows[order], sample.offsets[: len(anchors) + 1]

@@ -71,8 +71,8 @@ def measured(
     anchors: Sequence[tuple[str, int]] = (),
     outcome: Callable[[Floats, Floats], Outcome] | None = None,
 ) -> list[Variant]:
-    """The configured way first, then float32 and those for which this machine has units; on a CPU, if the config does not
-    set `batch_tokens`, with it.
+    """The configured way first, then float32 and those for which this machine has units; on a CPU, if the config does
+    not set `batch_tokens`, with it.
 
     Args:
         encoder: the settings.
