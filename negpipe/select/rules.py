@@ -1,8 +1,8 @@
 """Decides which candidates become negatives: pure functions on numpy arrays.
 
-Every candidate of every unit gets exactly one code: it is taken, it is padding, or the first applicable reason why it is
-not taken. So the counts of a unit add up to its candidates, and the same arrays give the same codes regardless of how
-units are split into blocks.
+Every candidate of every unit gets exactly one code: it is taken, it is padding, or the first applicable reason why it
+is not taken. So the counts of a unit add up to its candidates, and the same arrays give the same codes regardless of
+how units are split into blocks.
 
 A block is n units (anchors, or (anchor, positive) pairs) by k candidates. The column of a candidate is
 its raw rank: 0-based, before any exclusion, -1 rows last. Ragged lists (the positives of each unit) are
@@ -55,7 +55,7 @@ class Rules:
         range_max: rank after the last of the window.
         rank_over: raw: rank among all candidates. survivors: rank among those that passed every filter.
         num_negatives: maximum number taken per unit.
-        sampling_strategy: how negatives are taken from the window. top: the first ranks. The others draw without replacement,
+        sampling_strategy: what is taken of the window. top: the first ranks. The others draw without replacement,
             each draw with probability proportional to w among those left; random: w = 1; simans:
             w = exp(-simans_a * (s - p - simans_b)^2), so simans_b > 0 puts the peak above the positive
             (SimANS, Zhou et al. 2022; w = 1 without p); weighted: w = softmax(s / temperature).

@@ -348,7 +348,7 @@ class Selector:
                 at = anchor[some]
                 block = rows[at], scores[at], reference[some]
                 codes = self.filters.of_scores(anchors, at, *block, dropped[some], positives[some])
-                if own is not None:  # the requested depth is not cut off
+                if own is not None:  # cutoffs do not apply to preferred negatives
                     codes[own[at]] = Fate.TAKEN
                 numbers = None if uniform is None else uniform[at]
                 fates[some] = rules.select(*block, codes, numbers, self.rules, wanted[some])
@@ -409,7 +409,7 @@ class Selector:
         return _joined(_Negatives(unit, rows, scores, np.full(len(rows), -1), sources), units)
 
     def without_itself(self, found: Candidates, units: Units) -> tuple[Candidates, Units]:
-        """A copy without the document that is the anchor itself (`mining.anchor_id`), which has a rank."""
+        """A copy without the document that is the anchor itself (`mining.anchor_id`), which occupies a rank."""
         itself = filters.own_documents(self.filters.lookup, units.anchors, found.rows)
         if not itself.any():
             return found, units

@@ -1,4 +1,4 @@
-"""The table of an ablation for people: on a terminal, as Markdown, and as a page with figures."""
+"""The table of an ablation: for the terminal, as Markdown, and as an HTML page with figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAD = ("arm", *METRICS, *_JUDGED, "rows", "steps", "seeds", "time")
 
 
 class Figure(NamedTuple):
-    """A figure of the page."""
+    """A figure on the page."""
 
     title: str
     svg: str
@@ -38,7 +38,7 @@ class Figure(NamedTuple):
 
 
 def rows(found: Ablation) -> Iterator[list[str]]:
-    """A row for the base, for each where arms have several, then one an arm, best first."""
+    """A row per base, then one per arm, best first."""
     bases = dict.fromkeys(tuple(base.values()) for base in found.bases.values())
     for values in bases:
         arms = [arm for arm, base in found.bases.items() if tuple(base.values()) == values]
@@ -66,7 +66,7 @@ def rows(found: Ablation) -> Iterator[list[str]]:
 
 
 def about(found: Ablation) -> str:
-    """What the columns are."""
+    """Explains the columns."""
     counts = sorted({found.facts[one.arm]["steps"] for one in found.effects})
     apart = (
         f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps: an epoch of more rows is longer. Set"
@@ -85,7 +85,7 @@ def about(found: Ablation) -> str:
 
 
 def write(found: Ablation, settings: dict[str, str]) -> None:
-    """Write both files beside the cells; `settings` says by arm what it changes."""
+    """Write both files next to the cells; `settings` describes the changes of each arm."""
     table = [[*HEAD], *rows(found)]
     lines = [" | ".join(map(_escaped, row)) for row in table]
     lines.insert(1, "|".join(["---", *["---:"] * (len(table[0]) - 1)]))
