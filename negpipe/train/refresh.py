@@ -202,7 +202,7 @@ def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str
 
 
 def _not_risen(done: Sequence[Round]) -> str | None:
-    """Why there is to be no further round; None: the last one found more than any model before."""
+    """Why there is no further round; None: the last one was better than any model before."""
     *earlier, last = done
     scores = [done[0].compared[0].before, *(one.score for one in earlier)]
     if last.score > max(scores):

@@ -78,7 +78,7 @@ def train(
 
 
 def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -> Any:
-    """The model as a cross-encoder with one score, in float32, which reads as many tokens as the encoder reads of both texts.
+    """The model as a cross-encoder with one score, in float32, with the encoder's maximum length of both texts.
 
     Raises:
         InputError: the folder does not load as a model.

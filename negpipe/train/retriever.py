@@ -1,7 +1,7 @@
 """Fine-tunes an encoder on rows with Sentence Transformers' trainer.
 
 Guarantees, in addition to those of `trainer`: no text occurs twice in a batch; anchors and documents are cut and
-prompted according to the encoder settings; the saved model is loaded again and checked to give the same vector as before.
+prompted according to the encoder settings; the saved model is loaded again and checked to give the same vector.
 """
 
 from __future__ import annotations

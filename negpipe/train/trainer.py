@@ -1,8 +1,8 @@
 """Shared by all kinds of models: Sentence Transformers' trainer, its arguments and its checkpoints.
 
-Guarantees: a killed run resumes from its last complete checkpoint; on a CPU, it reaches the same weights, bit for bit, as
-an uninterrupted run (on a GPU as far as its kernels are deterministic); a loss or gradient that is not finite stops the
-run before a checkpoint of it is written.
+Guarantees: a killed run resumes from its last complete checkpoint; on a CPU, it reaches the same weights, bit for bit,
+as an uninterrupted run (on a GPU as far as its kernels are deterministic); a loss or gradient that is not finite stops
+the run before a checkpoint of it is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows whose passages are objects, messages or ids of documents elsewhere, as plain rows of texts and ids."""
+"""Converts rows whose passages are objects, messages or ids of external documents into plain rows of texts and ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import duckdb
 
 FORMATS = ("tevatron", "dpr", "ms-swift", "nemo", "pylate")
-"""Of `data.format`: those whose rows are not plain."""
+"""Values of `data.format` whose rows are not plain."""
 
 _TABLES = {
     "passages": pa.schema({"id": pa.string(), "named": pa.bool_(), "text": pa.string()}),
@@ -31,7 +31,7 @@ _TABLES = {
 
 
 def recognized(source: Path) -> schema.Data | None:
-    """The source, if its rows are of such a layout."""
+    """The source, if its rows have such a layout."""
     try:
         data = sources.recognized(schema.Data(path=str(source)))
     except (ConfigError, InputError):
@@ -45,7 +45,7 @@ def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) 
     An id that a row does not state is null; if no row states one, the column is left out. Rows keep their order.
 
     Raises:
-        InputError: a row cannot be read, or names a document that is not there.
+        InputError: a row cannot be read, or refers to a missing document.
     """
     for name, columns in _TABLES.items():
         database.register("piece", columns.empty_table())
