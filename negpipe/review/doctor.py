@@ -1,7 +1,7 @@
-"""What this machine and this installation are, on one page to paste into an issue. Nothing secret is in it.
+"""Describes this machine and installation on one page to paste into an issue. Contains no secrets.
 
-Nothing is written, and nothing is asked of the network but whether the hub answers. What would stop every run is
-broken; what only some need (a GPU, the hub) is said as it is.
+Nothing is written, and the network is only used to check whether the hub answers. What would stop every run is reported
+as broken; what only some runs need (a GPU, the hub) is just stated.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from negpipe.engine.versions import installed
 from negpipe.redaction import HIDDEN, redact
 from negpipe.review.wording import size
 
-_SECONDS = 3  # the hub has to answer
-_LOADING = 120  # seconds a library has to load, on a disk that nobody has read it from
-_LOADED = ("faiss", "torch")  # parts of them are compiled, and fail where the machine lacks what they need
+_SECONDS = 3  # seconds the hub has to answer
+_LOADING = 120  # seconds a library has to load, from an uncached disk
+_LOADED = ("faiss", "torch")  # partly compiled: they fail if the machine lacks what they need
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 _VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
@@ -46,7 +46,7 @@ _GPUS = "import torch; print(*map(torch.cuda.get_device_name, range(torch.cuda.d
 
 
 class Fact(NamedTuple):
-    """A line of the page. `remedy`: what to do where it is broken, else empty."""
+    """A line of the page. `remedy`: how to fix it if broken, else empty."""
 
     about: str
     name: str
@@ -55,7 +55,7 @@ class Fact(NamedTuple):
 
 
 def examine(folder: Path = Path()) -> list[Fact]:
-    """Every fact, in the order of the page; `folder`: whose disk is looked at. Takes seconds: libraries are loaded."""
+    """Every fact, in the order of the page; `folder`: its disk is checked. Takes seconds, as libraries are loaded."""
     with ThreadPoolExecutor() as pool:
         loading = [pool.submit(_loaded, name) for name in _LOADED]
         hub = pool.submit(_hub)
@@ -66,7 +66,7 @@ def examine(folder: Path = Path()) -> list[Fact]:
 
 
 def broken(facts: list[Fact]) -> list[str]:
-    """What would stop a run, and what to do about it, a line each."""
+    """Everything that would stop a run, with the remedy, one line each."""
     return [f"{fact.name}: {fact.value}. {fact.remedy}" for fact in facts if fact.remedy]
 
 
@@ -115,7 +115,7 @@ def _libraries() -> Iterator[Fact]:
 
 
 def _loaded(name: str) -> Fact:
-    """Whether a library loads, in a process of its own."""
+    """Whether a library loads, tested in a separate process."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False, timeout=_LOADING
@@ -217,7 +217,7 @@ def _hub() -> Fact:
     except urllib.error.HTTPError as error:
         answer = f"answers with {error.code}"
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # Its text may hold a proxy's address.
+        # Its text may contain a proxy's address.
         reason = getattr(error, "reason", error)
         answer = f"does not answer ({getattr(reason, 'strerror', None) or type(reason).__name__})"
     return Fact("Environment", "hub", f"{address} {answer}")

@@ -16,7 +16,7 @@ _PAIRS = 16384
 
 
 def compare(database: duckdb.DuckDBPyConnection, threshold: float, threads: int) -> None:
-    """Create the table `near` (a, h, similarity): negatives of an anchor with their similarity to its nearest positive."""
+    """Create the table `near` (a, h, similarity): negatives of an anchor and similarity to its nearest positive."""
     database.execute("create table alike (left_h ubigint, right_h ubigint, similarity double)")
     # The number of inserted or deleted characters is at least the difference in length.
     reader = (

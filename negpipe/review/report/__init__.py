@@ -1,6 +1,6 @@
-"""`report.html`: what was mined, at a glance, and a sample of it to review. One file, that needs nothing else.
+"""`report.html`: an overview of what was mined, and a sample of it to review. A single self-contained file.
 
-Reads a finished run and changes nothing in it. The same run gives the same figures and the same sample.
+Reads a finished run without changing it. The same run gives the same figures and the same sample.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anchors: int = ANCHORS) -> Path:
-    """Make the report of a run.
+    """Write the report of a run.
 
     Args:
-        config: whose run.
-        out: the file; None: `report.html` in the run directory.
-        typed: config and overrides as a shell takes them, for the commands the page names.
-        anchors: how many are looked at for scores, ranks, hubs and the sample; evenly spaced.
+        config: the config of the run.
+        out: the output file; None: `report.html` in the run directory.
+        typed: config and overrides in shell syntax, for the commands shown on the page.
+        anchors: number used for scores, ranks, hubs and the sample; evenly spaced.
 
     Returns:
-        the file.
+        the path of the file.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
-        LockedError: the run is still going.
+        LockedError: the run is still in progress.
         StorageError: the file cannot be written.
     """
     with _at_rest(config), digests_of(config) as digests:
@@ -53,7 +53,7 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
 
 
 def after_mining(config: Config, typed: str) -> Path | None:
-    """The report at the end of `mine`: what hinders it is a warning, the rows are there."""
+    """Write the report at the end of `mine`; problems only cause a warning, as the rows are complete."""
     started = time.monotonic()
     try:
         out = write(config, typed=typed)
@@ -66,7 +66,7 @@ def after_mining(config: Config, typed: str) -> Path | None:
 
 @contextmanager
 def _at_rest(config: Config) -> Iterator[None]:
-    """Nothing else works on the run; one that was never begun is left alone."""
+    """Make sure no process is working on the run; a run that was never started is left alone."""
     if config.url is None and not (config.run_dir / BOOKS).is_dir():
         yield
         return

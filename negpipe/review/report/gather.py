@@ -1,4 +1,4 @@
-"""What a report shows, read from what the stages left: all of it, or of anchors evenly spaced where there are many."""
+"""Gathers the content of a report from the stages' output: for all anchors, or for evenly spaced ones if there are many."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from negpipe.select.selector import Units
 from negpipe.stages.triplets import LEDGER, Shared, open_selection
 
 logger = logging.getLogger(__name__)
-_AUDITED = 10_000  # rows that are audited on the way; more want the command
-_EARLIER = 20_000  # verdicts that the page repeats
+_AUDITED = 10_000  # maximum rows audited here; more need the command
+_EARLIER = 20_000  # maximum verdicts repeated on the page
 _HUBS = 8
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG element with its words. `wide`: it takes a row of the page."""
+    """An SVG element with its title and caption. `wide`: it spans the page."""
 
     title: str
     svg: str
@@ -51,15 +51,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows; texts are as they stand in the source.
+    """Content of the page; texts are as in the source.
 
     Attributes:
-        key: of the rows.
-        typed: config and overrides, as a shell takes them.
-        looked_at: of how many `anchors` scores, ranks, hubs and cards are.
-        hubs: (anchors, id, text) of the documents that are a negative of most.
-        audit: as `audit.json` has it; None: `no_audit` says why.
-        earlier: verdicts of the present `mining.exclude_file`; None: too many.
+        key: the key of the rows.
+        typed: config and overrides in shell syntax.
+        looked_at: number of `anchors` used for scores, ranks, hubs and cards.
+        hubs: (anchors, id, text) of the documents that are a negative for the most anchors.
+        audit: as in `audit.json`; None: `no_audit` says why.
+        earlier: verdicts of the current `mining.exclude_file`; None: too many.
     """
 
     key: str
@@ -88,9 +88,9 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
     """Read a finished run.
 
     Args:
-        context: of which every stage is current.
-        typed: config and overrides, for the commands the page names.
-        anchors: how many are looked at, about.
+        context: a context in which every stage is current.
+        typed: config and overrides, for the commands shown on the page.
+        anchors: approximate number of anchors to use.
     """
     opened, pool = open_selection(context), Pool()
     total = context.manifest("ingest").stats["anchors"]
@@ -157,7 +157,7 @@ def _numbers(context: Context, measured: Quality, negatives: npt.NDArray[np.int6
 def _captions(
     measured: Quality, negatives: npt.NDArray[np.int64], made: Manifest, hubs: npt.NDArray[np.int64], config: Config
 ) -> dict[str, str]:
-    """What each figure says, in a sentence: for those who cannot see it too."""
+    """A sentence describing each figure, also for users who cannot see it."""
     means = ", ".join(
         f"{name} {found.mean:.3f}"
         for side, (name, _) in plots.SIDES.items()
@@ -207,7 +207,7 @@ def _named(opened: Shared, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.i
 
 
 def _calibration(context: Context) -> Calibration | None:
-    """The last calibration, if it is one of these candidates."""
+    """The last calibration, if it is based on these candidates."""
     try:
         content = context.run.read(measures.CALIBRATION)
         if content is None:
@@ -237,7 +237,7 @@ def _calibration(context: Context) -> Calibration | None:
 
 
 def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any] | None, str]:
-    """The audit of these rows, or why there is none."""
+    """The audit of these rows, or the reason why there is none."""
     try:
         stored = json.loads(context.run.read(measures.AUDIT) or b"")
         if stored[measures.MADE_OF] == made.key:
