@@ -1,4 +1,4 @@
-"""Gathers the content of a report from the stages' output: for all anchors, or for evenly spaced ones if there are many."""
+"""Gathers a report's content from the stages' output: for all anchors, or for evenly spaced ones if there are many."""
 
 from __future__ import annotations
 
