@@ -67,7 +67,7 @@ def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
     if hidden := shown.missing(stage, context, manifest):
-        return State(stage.name, "damaged", f"{hidden} is missing, or shows something else", manifest)
+        return State(stage.name, "damaged", f"{hidden} is missing or shows other files", manifest)
     return State(stage.name, "current", "", manifest)
 
 

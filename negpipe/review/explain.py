@@ -180,7 +180,7 @@ class _Rule:
         if fate == Fate.TAKEN:
             return f"one of the first {rules.num_negatives}" if top else f"drawn ({rules.sampling_strategy})"
         taken = int(np.sum(self._fates == Fate.TAKEN)) or rules.num_negatives
-        return f"{taken} {'before it' if top else 'others'} taken of {self._window} in the window (num_negatives)"
+        return f"{taken} of {self._window} in the window taken {'before it' if top else 'instead'} (num_negatives)"
 
 
 def _number(value: float) -> float | None:

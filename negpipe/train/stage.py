@@ -158,7 +158,7 @@ def _check(context: Context) -> None:
             )
         if not triplets.negatives_of(context.manifest("triplets").stats):
             raise InputError(
-                f"all {rows:,} rows have the label 1: there is nothing to learn to distinguish",
+                f"all {rows:,} rows have the label 1: there is nothing to learn",
                 field="train.kind",
                 remedy="Mine negatives: `negpipe status` and the ledger show why there are none",
             )
