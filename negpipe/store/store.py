@@ -73,7 +73,7 @@ class Store(Protocol):
         """Write a small file completely if it still holds `expected` (None: if missing); returns whether it did."""
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, if it exists."""
 
     def lock(self, name: str, patience: float = 0.0) -> AbstractContextManager[None]:
         """Lock a name against other processes, waiting up to `patience` seconds for it.

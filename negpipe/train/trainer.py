@@ -235,7 +235,7 @@ def _seed(config: Config) -> int:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint; incomplete ones are deleted."""
+    """The last complete checkpoint; incomplete ones are deleted."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found:
         if not (path / _WHOLE).exists():

@@ -84,4 +84,4 @@ def test_of_no_rows_the_rule_that_let_nothing_pass_is_named(tmp_path: Path, capl
     rules = ["mining.only_same=kind", "mining.where=candidate.kind = 'c'", "mining.max_depth=0", "mining.range_max=40"]
     graph.mine(load_config(settings, rules))
     (warning,) = [record.message for record in caplog.records if "candidates were dropped" in record.message]
-    assert "weaker mining.where" in warning
+    assert "Relax mining.where" in warning
