@@ -88,9 +88,7 @@ class Context:
             MissingStageError: it does not exist; the message names the command that makes it.
         """
         if stage not in self.manifests:
-            raise MissingStageError(
-                f"no output of {stage} in {self.config.place}: run `negpipe {stage}` first"
-            )
+            raise MissingStageError(f"no output of {stage} in {self.config.place}: run `negpipe {stage}` first")
         return self.manifests[stage]
 
     def after(self, stage: Stage, manifest: Manifest) -> Context:
@@ -328,8 +326,8 @@ class Stage:
     config: Callable[[Config], Config] = _as_it_is
 
     def within(self, context: Context) -> Context:
-    """The context for the stage's own functions: name, config and inputs as they know them, and the budget of its
-    tasks."""
+        """The context for the stage's own functions: name, config and inputs as they know them, and the budget of its
+        tasks."""
         context = replace(context, config=self.config(context.config))
         known = {name: context.manifests[real] for name, real in self.reads.items() if real in context.manifests}
         return replace(

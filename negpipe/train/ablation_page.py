@@ -146,8 +146,7 @@ def _figures(found: Ablation) -> Iterator[Figure]:
             f"Scores {side}",
             partial(_scores, found=found, side=side),
             "The highest score of a positive and of another document, for every held-out anchor that has one in its"
-            " first 100, by "
-            + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
+            " first 100, by " + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
         )
     yield made("Loss", partial(_losses, found=found), "First seed, mean over a tenth of the steps.")
 

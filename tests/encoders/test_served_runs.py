@@ -79,7 +79,9 @@ def test_plan_tells_tokens_and_cost_and_sends_nothing(server: ModelServer, tmp_p
     written += [f"query {i}" for i in range(small.QUERIES)]
     expected = sum(len(text) // 4 + 1 for text in written)
     assert step.tokens == expected and step.cost == pytest.approx(expected / 1000)
-    assert step.note.endswith(f"about {expected} tokens (a quarter of the bytes), cost 0.{expected} at 1000 per million")
+    assert step.note.endswith(
+        f"about {expected} tokens (a quarter of the bytes), cost 0.{expected} at 1000 per million"
+    )
     config = tmp_path / "served.yaml"
     config.write_text(yaml.safe_dump(run.config))
     assert f"about {expected} tokens" in " ".join(small.run("plan", config).out.split())

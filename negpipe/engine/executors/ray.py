@@ -211,9 +211,7 @@ class _Crew(Crew[_Actor]):
         """
         detail = _detail(error)
         if worker.task:
-            self.lose(
-                worker, worker.task, f"its {'node' if 'node' in detail[:40] else 'process'} was lost: {detail}"
-            )
+            self.lose(worker, worker.task, f"its {'node' if 'node' in detail[:40] else 'process'} was lost: {detail}")
             return
         worker.end()
         self.starts[worker.number] += 1

@@ -74,6 +74,4 @@ def _at_rest(config: Config) -> Iterator[None]:
         with run_held(config):
             yield
     except LockedError as error:
-        raise LockedError(
-            f"{error}. A report needs a finished run; `negpipe status CONFIG` shows its state"
-        ) from None
+        raise LockedError(f"{error}. A report needs a finished run; `negpipe status CONFIG` shows its state") from None
