@@ -123,8 +123,8 @@ def test_devices_that_are_none_are_refused_by_the_config(overrides: list[str], m
     ("override", "message"),
     [
         ("encoder.device=cuda:3", r"encoder\.device: 'cuda:3' does not exist, torch sees 3 GPUs"),
-        ("encoder.devices=[cuda:0, cuda:7]", r"encoder\.devices: 'cuda:7' is not there"),
-        ("search.device=cuda:4", r"search\.device: 'cuda:4' is not there"),
+        ("encoder.devices=[cuda:0, cuda:7]", r"encoder\.devices: 'cuda:7' does not exist"),
+        ("search.device=cuda:4", r"search\.device: 'cuda:4' does not exist"),
         ("encoder.devices=[cuda:2, cpu]", None),
     ],
 )
@@ -195,7 +195,7 @@ def test_models_on_the_cores_share_the_memory_of_the_machine(
     config = with_model(tmp_path, tiny, "encoder.devices=[cpu, cpu:1]")
     STAGES["encode"].examine(context_of(config, tmp_path))
     monkeypatch.setattr("negpipe.config.machine.memory", lambda: 2**16)
-    with pytest.raises(BudgetError, match=r"2 of them take .* MiB of cpu"):
+    with pytest.raises(BudgetError, match=r"2 workers take .* MiB of cpu"):
         STAGES["encode"].examine(context_of(config, tmp_path))
 
 

@@ -281,7 +281,7 @@ def test_a_part_is_done_when_its_files_are_there(tmp_path: Path) -> None:
     assert list(books.parts()) == [part]
     (tmp_path / part.files[0].path).write_bytes(b"dat")
     assert books.part(KEYS[0]) is None
-    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} has 3 bytes, 4 were written"
+    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} has 3 bytes, expected 4"
     (tmp_path / part.files[0].path).write_bytes(b"dada")
     assert books.part(KEYS[0]) == part  # its size is right: only a full check sees it
     assert part.files[0].problem(LocalStore(tmp_path)) is None

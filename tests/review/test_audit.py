@@ -399,7 +399,7 @@ def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
     ("text", "mapping", "message"),
     [
         ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; columns: q, docs"),
-        ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "no column 'no' for the negative"),
+        ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "column 'no' for the negative does not exist"),
         ('{"query": ["a"], "pos": ["b"], "neg": ["c"]}', {}, "expected a text for the anchor"),
         ('{"query": "a", "pos": [{"text": "b"}], "neg": ["c"]}', {}, "field 'pos': holds STRUCT"),
         ('{"query": "a", ', {}, "cannot be read"),

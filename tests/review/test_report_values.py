@@ -80,7 +80,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Mined:
     config = folder / "config.yaml"
     config.write_text(json.dumps(run.config), encoding="utf-8")
     outcome = small.run("mine", config)
-    assert outcome.code == 0 and "report: not made" not in outcome.err, outcome.err
+    assert outcome.code == 0 and "report: failed" not in outcome.err, outcome.err
     return Mined(run, config, page_of(run))
 
 

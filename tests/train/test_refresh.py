@@ -281,7 +281,7 @@ def test_a_base_of_another_width_is_said(
         run.config["encoder"] = {"backend": "precomputed", **vectors}
     made = made_of(run, 2)
     assert [(one.dimension, one.trained_dimension) for one in made.rounds] == [(width, 48), (48, 48)]
-    warned = [record.getMessage() for record in told.records if "another width" in record.getMessage()]
+    warned = [record.getMessage() for record in told.records if "another dimension" in record.getMessage()]
     assert len(warned) == 1 and warned[0].startswith("round 1") and "48" in warned[0]
     assert scores(run, 2)["nDCG@10_before"].equals(scores(run, 1)["nDCG@10_after"])
     show_rounds(made)

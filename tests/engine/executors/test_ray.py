@@ -282,7 +282,7 @@ def test_nodes_with_other_versions_are_refused(whole: Run, tmp_path: Path, nodes
     with pytest.raises(VersionsError) as refused:
         nodes.mine(run)
     said = str(refused.value)
-    assert "encode: its workers began with numpy" in said and "0.0.1" in said and version("numpy") in said
+    assert "encode: its workers started with numpy" in said and "0.0.1" in said and version("numpy") in said
     assert not run.complete("encode")
 
 

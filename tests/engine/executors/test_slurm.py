@@ -333,7 +333,7 @@ def test_an_error_that_will_not_pass_is_not_tried_again(whole: Run, tmp_path: Pa
     with caplog.at_level(logging.INFO), pytest.raises(VersionsError) as ended:
         mined_by(unreliable.of_other_versions, run, of(cluster, 2), "encode")
     assert ended.value.exit_code == ConfigError.exit_code
-    assert "its shards began with numpy" in str(ended.value) and "Its log: " in str(ended.value)
+    assert "its shards started with numpy" in str(ended.value) and "Its log: " in str(ended.value)
     assert len(submitted(caplog)) == 1
 
 
