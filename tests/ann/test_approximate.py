@@ -438,7 +438,7 @@ def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> N
         mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.files[0].path}")
     other = faiss.index_factory(8, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT)
     faiss.write_index(other, str(run_dir / "other.faiss"))
-    with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Name an index") as caught:
+    with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Use an index") as caught:
         mined(source, "index.kind=IVF16,Flat", f"index.trained={run_dir / 'other.faiss'}")
     assert caught.value.field == "index.trained"
 

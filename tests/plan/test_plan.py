@@ -55,7 +55,7 @@ def test_nothing_is_fetched_or_read_before_the_source(tmp_path: Path, monkeypatc
     source["encoder"] = {"model": "some/model"}
     monkeypatch.setattr("negpipe.encoders.resolve_model", fetch)
     found = estimate.plan(load_config(source), probe_encoder=False)
-    assert [step.note for step in found.steps[1:]] == ["waits for ingest"] * 4
+    assert [step.note for step in found.steps[1:]] == ["waiting for ingest"] * 4
 
 
 def test_ids_of_brought_vectors_are_read_by_encode_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
