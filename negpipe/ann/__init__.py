@@ -1,7 +1,7 @@
 """Dense vectors: how they are written, opened, scored in pairs and searched by inner product.
 
-Nothing outside reads the bytes of a vector file, so another representation has the same four parts: `write_part`,
-`open_parts`, `score_pairs`, a search. The only package that imports faiss, and only when it is used.
+Nothing outside this package reads the bytes of a vector file, so another representation needs the same four parts:
+`write_part`, `open_parts`, `score_pairs`, a search. The only package that imports faiss, and only when it is used.
 """
 
 from negpipe.ann import factory, slices

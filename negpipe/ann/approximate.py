@@ -1,7 +1,7 @@
-"""An approximate index: built by factory string, tuned until it finds what was asked for, its recall stated.
+"""An approximate index: built from a factory string, tuned to a requested recall, with its recall stated.
 
 Guarantees: recall is measured on seeded anchors against an exact search over the same vectors; an index that cannot
-reach `index.min_recall` is an error that shows how far each effort came.
+reach `index.min_recall` raises an error that shows the recall of each effort.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 
-_ONE_IN = 32  # rows of a shard that its sample holds
-_SHOWN = 8  # efforts in an error
-_MOST_PROPOSED = 16  # times the depth
+_ONE_IN = 32  # one in so many rows of a shard is in its sample
+_SHOWN = 8  # efforts shown in an error
+_MOST_PROPOSED = 16  # maximum proposals, as a multiple of the depth
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How thorough a search is: lists probed (or efSearch), and rows scored exactly; None where there is no such."""
+    """How thorough a search is: lists probed (or efSearch), and rows scored exactly; None if not applicable."""
 
     nprobe: int | None
     proposed: int | None
@@ -40,7 +40,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Approximate:
-    """An opened index, with the effort it is to be searched with."""
+    """An opened index with its search effort."""
 
     index: lists.Lists | list[tuple[Any, int]]
     vectors: ann.Vectors
@@ -52,14 +52,14 @@ class Approximate:
         return replace(self, effort=effort)
 
     def before(self, row: int) -> Approximate:
-        """The same without the shards that begin at `row` or later."""
+        """A copy without the shards that begin at `row` or later."""
         if isinstance(self.index, lists.Lists):
             kept = tuple(shard for shard in self.index.shards if shard.first < row)
             return replace(self, index=replace(self.index, shards=kept))
         return replace(self, index=[shard for shard in self.index if shard[1] < row])
 
     def proposed(self, depth: int) -> int:
-        """Rows of an anchor whose scores are computed."""
+        """Number of rows per anchor whose scores are computed."""
         return max(depth, self.effort.proposed or depth)
 
     def search_slice(
@@ -70,7 +70,7 @@ class Approximate:
         budget: Budget,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> tuple[Iterator[Keys], tuple[int, int, int]]:
-        """Where the index is that of a slice of the corpus: keys for `slices.write`, and their shape."""
+        """For the index of a slice of the corpus: keys for `slices.write`, and their shape."""
         if isinstance(self.index, lists.Lists):
             width = min(depth, self.vectors.rows)
             found = self.search(anchors, width, budget=budget, progress=progress)
@@ -112,22 +112,22 @@ class Approximate:
 
 
 def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, budget: Budget) -> None:
-    """Whether the configured kind can be trained, filled, tuned and searched.
+    """Check that the configured kind can be trained, filled, tuned and searched in memory.
 
     Args:
-        shard: vectors of the largest file.
-        anchors: of the largest part.
-        held: bytes of the index that a search holds.
+        shard: vectors in the largest file.
+        anchors: anchors in the largest part.
+        held: bytes of the index that a search holds in memory.
 
     Raises:
-        ConfigError: it cannot, and what is lacking.
+        ConfigError: it cannot; the message says what is missing.
     """
     kind = config.index.kind
     wanted = 0 if config.index.trained else factory.rows_wanted(kind, job.dimension, job.rows)
     empty, row = factory.make(kind, job.dimension), 4 * job.dimension
     searching = groups.kept(anchors, job.depth)
     if listed := lists.is_lists(empty):
-        average = job.rows // factory.lists_of(empty)  # of a list's length; the longest is not known yet
+        average = job.rows // factory.lists_of(empty)  # average length of a list; the longest is unknown yet
         searching += sum(lists.needs(job.dimension, job.depth, 1, 0.0, average, sampled(job.rows), budget.threads))
     least, what, remedy = max(
         (3 * shard * row, "building a shard", ", index.shard_size or data.part_rows"),
@@ -146,10 +146,10 @@ def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, 
 
 
 def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
-    """The trained, empty index of `index.kind`, or the one `index.trained` names.
+    """The trained, empty index of `index.kind`, or the one that `index.trained` names.
 
     Raises:
-        ConfigError: see `factory`; or the index named is of another kind.
+        ConfigError: see `factory`; or the given index is of another kind.
     """
     kind, given = config.index.kind, config.index.trained
     if not given:
@@ -162,15 +162,15 @@ def train(config: Config, vectors: ann.Vectors, *, threads: int) -> Any:
         index = factory.read(Path(given), vectors.dimension, to_fill=True)
     except DamagedError as error:
         raise InputError(
-            f"it is no index for these vectors: {error}",
+            f"it is not an index for these vectors: {error}",
             file=given,
             field="index.trained",
-            remedy="Name an index that this FAISS trained on vectors of the same model, or set it to null",
+            remedy="Use an index that this FAISS trained on vectors of the same model, or set it to null",
         ) from None
     fresh = factory.make(kind, vectors.dimension)
     if _shape(index) != _shape(fresh) or not index.is_trained:
         raise ConfigError(
-            f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: name an index"
+            f"index.trained: {given} is {_described(index)}, index.kind {kind} means {_described(fresh)}: use an index"
             " of this kind"
         )
     index.reset()
@@ -188,18 +188,18 @@ def _described(index: Any) -> str:
 
 
 def sampled(rows: int) -> int:
-    """How many of so many rows are looked at to guess."""
+    """Sample size for `rows` rows."""
     return min(lists.SAMPLE_ROWS, -(-rows // _ONE_IN))
 
 
 def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
-    """Some of a shard's rows, at random."""
+    """A random sample of a shard's rows."""
     return factory.sample(vectors, -(-vectors.rows // _ONE_IN), seed)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of an index, some of its vectors, and its first row."""
+    """One file of an index, a sample of its vectors, and its first row."""
 
     index: Path
     sample: Path
@@ -210,7 +210,7 @@ def open_index(kind: str, shards: Sequence[Shard], vectors: ann.Vectors) -> Appr
     """Open the shards of an index of this kind.
 
     Raises:
-        DamagedError: a file is damaged, or they hold another number of rows than the vectors.
+        DamagedError: a file is damaged, or the number of rows differs from that of the vectors.
     """
     places = [(shard.index, shard.first) for shard in shards]
     _, memory = factory.bytes_of(kind, vectors.dimension, vectors.rows, len(places))
@@ -235,13 +235,13 @@ def _check_rows(path: Path, held: int, vectors: ann.Vectors) -> None:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What tuning found.
+    """Result of tuning.
 
     Attributes:
-        effort: the least that reached the recall.
-        anchors: how many were sampled.
+        effort: the least effort that reached the recall.
+        anchors: number of sampled anchors.
         recall, low, high: over the stored depth, with its 95 % interval.
-        curve: efforts tried, each with the mean recall over the stored depth.
+        curve: the tried efforts, each with its mean recall over the stored depth.
     """
 
     effort: Effort
@@ -252,7 +252,7 @@ class Tuning:
     curve: list[dict[str, Any]]
 
     def write(self, file: BinaryIO) -> None:
-        """As JSON."""
+        """Write it as JSON."""
         file.write(json.dumps(asdict(self), indent=1).encode())
 
     @property
@@ -268,7 +268,7 @@ class Tuning:
 
 
 def remarks(stats: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """What the statistics of a stage say of recall, as a stage's remarks."""
+    """What the statistics of a stage say about recall, as remarks of the stage."""
     text = _sentence(stats)
     return [(logging.INFO, text)] if text else []
 
@@ -278,9 +278,9 @@ def _sentence(stats: Mapping[str, Any]) -> str | None:
         window = stats["recall_window"]
         first, last = window["first"], window["last"] - 1
         return (
-            f"of the true candidates at ranks {first} to {last} {window['recall']:.2%} are found"
-            f" ({window['low']:.2%} to {window['high']:.2%}); what is ranked {first} truly lies"
-            f" {window['shift_first']:.1f} ranks deeper, what is ranked {last} {window['shift_last']:.1f}"
+            f"search finds {window['recall']:.2%} ({window['low']:.2%} to {window['high']:.2%}) of the true candidates"
+            f" at ranks {first} to {last}; the document at rank {first} truly is"
+            f" {window['shift_first']:.1f} ranks deeper, the one at rank {last} {window['shift_last']:.1f}"
         )
     if "recall_anchors" not in stats:
         return None
@@ -302,7 +302,7 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
     """Recall over the ranks that `mining.range_min` and `mining.range_max` choose from, as far as they are stored.
 
     Raises:
-        RecallError: it is below `index.min_recall`: tuning looks at the whole depth, the window may lie at its end.
+        RecallError: it is below `index.min_recall`: tuning covers the entire depth, the window may be at its end.
     """
     depth, wanted = measured.hits.shape[1], config.index.min_recall
     first = min(config.mining.range_min, depth - 1)
@@ -310,7 +310,7 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
     if found["recall"] < wanted:
         raise RecallError(
             f"index.kind {config.index.kind} finds {found['recall']:.4f} of the true candidates at ranks {first} to"
-            f" {found['last'] - 1}, index.min_recall is {wanted}: set it higher, so that more is searched, or choose a"
+            f" {found['last'] - 1}, but index.min_recall is {wanted}: raise it, so that more is searched, or choose a"
             " window of lower ranks"
         )
     return found
@@ -319,13 +319,13 @@ def window(measured: recall.Recall, config: Config) -> dict[str, float]:
 def tune(
     opened: Approximate, anchors: ann.Vectors, config: Config, *, candidates: int, budget: Budget
 ) -> tuple[Tuning, recall.Recall]:
-    """Find the least effort that reaches `index.min_recall`, and what it finds.
+    """Find the least effort that reaches `index.min_recall`, and its recall.
 
     Args:
-        candidates: the rows before this one can be among the nearest.
+        candidates: only rows before this one can be among the nearest.
 
     Raises:
-        RecallError: none does; the message shows the curve.
+        RecallError: no effort does; the message shows the curve.
     """
     count = min(config.index.recall_anchors, anchors.rows)
     chosen = np.sort(np.random.default_rng(config.seed).choice(anchors.rows, count, replace=False))
@@ -349,10 +349,10 @@ def tune(
             return Tuning(effort, count, mean, low, high, curve), measured
     kind, some = config.index.kind, [*curve[: -1 : -(-len(curve) // _SHOWN)], curve[-1]]
     shown = "; ".join(f"{_effort(kind, step)}: recall {step['recall']:.4f}" for step in some)
-    fixed = " set index.nprobe higher or null," if config.index.nprobe else ""
+    fixed = " raise index.nprobe or set it to null," if config.index.nprobe else ""
     raise RecallError(
-        f"index.kind {kind} does not surely reach index.min_recall {config.index.min_recall} over the"
-        f" {depth} nearest documents of {count:,} anchors: {shown}. To go on,{fixed} lower index.min_recall, choose"
+        f"index.kind {kind} does not reliably reach index.min_recall {config.index.min_recall} over the"
+        f" {depth} nearest documents of {count:,} anchors: {shown}. To continue,{fixed} lower index.min_recall, choose"
         " another kind, or search exactly with index.kind: stream"
     )
 
@@ -365,9 +365,9 @@ def _effort(kind: str, values: Mapping[str, Any]) -> str:
 def _efforts(
     opened: Approximate, anchors: Floats, exact: Ints, config: Config, candidates: int, budget: Budget
 ) -> Iterator[tuple[Effort, NDArray[np.bool_]]]:
-    """Efforts to try in order, each with what it finds of the exact rows; the caller stops at the first that does."""
+    """Efforts to try in order, each with the exact rows it finds; the caller stops at the first sufficient one."""
     if isinstance(opened.index, lists.Lists):
-        # A row is found exactly if its list is probed: one look at the order of the lists tells of every nprobe.
+        # A row is found exactly if its list is probed: the order of the lists gives the result for every nprobe.
         place = lists.places(opened.index, anchors, exact, budget)
         most = len(opened.index.centroids)
         if config.index.nprobe:
@@ -383,7 +383,7 @@ def _efforts(
     highest = knob[1] if knob else 0
     nprobe = (config.index.nprobe or 1) if knob else None
     while True:
-        # A row is found exactly if it is proposed: one search tells of every smaller number of proposals.
+        # A row is found exactly if it is proposed: one search gives the result for every smaller number of proposals.
         last = not nprobe or config.index.nprobe is not None or nprobe >= highest
         most = min((_MOST_PROPOSED if last else _MOST_PROPOSED // 4) * depth, candidates)
         found = coded.propose(anchors, opened.index, effort_value=nprobe, proposed=most, budget=budget)

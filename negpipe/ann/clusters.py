@@ -1,6 +1,6 @@
-"""The lists of an inverted file: their centres, and which of them a vector belongs to.
+"""The lists of an inverted file: their centres, and the assignment of vectors to them.
 
-Guarantees: the same bytes for any number of threads, and whatever multiplies: `pair_scores` decides.
+Guarantees: the same bytes for any number of threads and any arithmetic: `pair_scores` decides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from negpipe.ann.pairs import NOTHING, grouped, keys_of, pair_scores, rows_of
 from negpipe.ann.products import Arithmetic, Products, arithmetic, pool
 from negpipe.ann.vectors import Floats, Ints
 
-_TILE, _STRIP = 512, 2048  # vectors and centres of one product
+_TILE, _STRIP = 512, 2048  # vectors and centres per product
 _SUMMED = 64  # lists at a time
 
 
@@ -27,13 +27,13 @@ def centres(sample: Floats, count: int, *, seed: int, threads: int) -> Floats:
     from faiss.contrib.clustering import kmeans
 
     numbers = arithmetic(float(ITERATIONS) * sample.size * count)
-    with redirect_stdout(io.StringIO()):  # It prints, verbose or not.
+    with redirect_stdout(io.StringIO()):  # It prints even if not verbose.
         found = kmeans(count, _Sample(sample, numbers, threads), niter=ITERATIONS, seed=seed % 2**32, verbose=False)
     return _unit(found)
 
 
 def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: int) -> Ints:
-    """(n,) int64: the centre with the greatest score with each vector, the first of equals."""
+    """(n,) int64: the centre with the highest score for each vector, the first of equals."""
     held, local = numbers.operand(centres), threading.local()
 
     def of(low: int) -> Ints:
@@ -56,7 +56,7 @@ def nearest(vectors: Floats, centres: Floats, *, numbers: Arithmetic, threads: i
 
 
 class _Sample:
-    """What `faiss.contrib.clustering.kmeans` asks of its data."""
+    """The data interface of `faiss.contrib.clustering.kmeans`."""
 
     def __init__(self, vectors: Floats, numbers: Arithmetic, threads: int) -> None:
         self._vectors, self._numbers, self._threads = vectors, numbers, threads
@@ -71,7 +71,7 @@ class _Sample:
         return self._vectors[rows]
 
     def assign_to(self, centroids: Floats, weights: Any = None) -> tuple[Ints, Floats, Floats]:
-        """The centroid of each vector, distances, which are not needed, and the sum of each centroid's vectors."""
+        """The centroid of each vector, distances (unused), and the sum of each centroid's vectors."""
         count = len(centroids)
         number = nearest(self._vectors, _unit(centroids), numbers=self._numbers, threads=self._threads)
         order, bounds = grouped(number, count)

@@ -1,7 +1,7 @@
-"""Search of any other FAISS index: it proposes, the stored vectors decide.
+"""Search with any other FAISS index: it proposes rows, the stored vectors decide.
 
 Guarantees: every score comes from `pair_scores`; the same bytes for any memory and any number of threads, because FAISS
-is always asked for the same few anchors by one thread.
+always searches the same small groups of anchors, each in one thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def open_shards(shards: Sequence[tuple[Path, int]], dimension: int) -> list[tupl
 
 
 def effort(index: Any) -> tuple[str, int] | None:
-    """FAISS's name of what makes a search of this index more thorough, and its highest value; None: nothing does."""
+    """FAISS's name of this index's effort parameter, and its maximum; None if it has none."""
     inverted = faiss().try_extract_index_ivf(index)
     if inverted is not None:
         return "nprobe", inverted.nlist
@@ -42,12 +42,12 @@ def effort(index: Any) -> tuple[str, int] | None:
 
 
 def is_graph(kind: str) -> bool:
-    """Whether a factory string means a graph, whose effort FAISS calls efSearch."""
+    """Whether a factory string describes a graph, whose effort FAISS calls efSearch."""
     return "HNSW" in kind and "IVF" not in kind
 
 
 def needs(dimension: int, proposed: int, threads: int) -> tuple[int, int]:
-    """Bytes that a search takes for each anchor, and whatever their number."""
+    """Bytes that a search takes per anchor, and independently of their number."""
     row = 4 * dimension
     return row + proposed * 24, threads * _ANCHORS * proposed * 40 + _LEAST_ROWS * 2 * row
 
@@ -63,22 +63,22 @@ def search_coded(
     budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Ints, Floats]:
-    """The best `depth` of the `proposed` rows that the index finds.
+    """The best `depth` of the `proposed` rows found by the index.
 
     Args:
         anchors: (n, d) float32.
         shards: opened indexes, each with its first row.
         vectors: the corpus.
         effort_value: nprobe or efSearch, see `effort`.
-        proposed: rows an anchor that are scored exactly, at least `depth`.
-        budget: changes no result.
+        proposed: rows per anchor that are scored exactly, at least `depth`.
+        budget: does not affect results.
         progress: called with the number of corpus rows just searched.
 
     Returns:
         rows (n, depth) int64, -1 where fewer were found; scores (n, depth) float32, -inf there.
 
     Raises:
-        ConfigError: `budget` does not suffice.
+        ConfigError: `budget` is too small.
     """
     row = 4 * vectors.dimension
     each, fixed = needs(vectors.dimension, proposed, budget.threads)
@@ -105,20 +105,20 @@ def search_slice(
     budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Keys]:
-    """What `search_coded` chooses from: keys of the index's own products and, of the same rows, of their scores.
+    """The proposals of `search_coded`: keys of the index's own products and, for the same rows, of their scores.
 
     Yields:
-        (m, 2, proposed) of some anchors after the others.
+        (m, 2, proposed) some anchors at a time.
 
     Raises:
-        ConfigError: `budget` does not suffice.
+        ConfigError: `budget` is too small.
     """
     row = 4 * vectors.dimension
     each, fixed = needs(vectors.dimension, proposed, budget.threads)
     each += 24 * proposed  # both layers, and a copy
-    what = f"searching a slice for {proposed:,} proposals an anchor"
+    what = f"searching a slice for {proposed:,} proposals per anchor"
     budget.require(fixed + _ANCHORS * each, what, "lower executor.workers or search.depth, or set index.kind: stream")
-    size = min(len(anchors), budget.rows(each, fixed, whole=_ANCHORS))  # whole tiles, see `propose`
+    size = min(len(anchors), budget.rows(each, fixed, whole=_ANCHORS))  # complete tiles, see `propose`
     for low in range(0, len(anchors), size):
         group = anchors[low : low + size]
         share = _share(progress, len(group), len(anchors))
@@ -134,7 +134,7 @@ def _share(progress: Callable[[int], None], group: int, anchors: int) -> Callabl
 
 
 def _rescore(anchors: Floats, vectors: Vectors, best: Keys, block_rows: int, threads: int) -> None:
-    """Put exact scores in the place of products in (n, proposed) keys."""
+    """Replace products by exact scores in (n, proposed) keys."""
     proposed = best.shape[1]
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         for start, block in vectors.blocks(block_rows):
@@ -159,16 +159,16 @@ def propose(
     proposed: int,
     budget: Budget,
 ) -> Iterator[tuple[slice, Ints]]:
-    """The rows the index finds, in its own order, -1 where there are no more: of some anchors, (m, proposed).
+    """The rows found by the index, in its order, -1 if there are no more: (m, proposed), some anchors at a time.
 
-    What `search_coded` returns are the best of the first of them: so one search tells what any number would find.
+    `search_coded` returns the best of the first ones, so one search gives the result for any number of proposals.
 
     Raises:
-        ConfigError: `budget` does not suffice.
+        ConfigError: `budget` is too small.
     """
     each, fixed = proposed * 64, budget.threads * _ANCHORS * proposed * 40
     check_tuning(proposed, budget)
-    size = budget.rows(each, fixed, whole=_ANCHORS)  # whole tiles, or FAISS would be asked for other ones
+    size = budget.rows(each, fixed, whole=_ANCHORS)  # complete tiles, or the groups would differ
     for low in range(0, len(anchors), size):
         here = slice(low, low + size)
         best = _proposals(anchors[here], shards, effort_value, proposed, budget.threads, lambda rows: None)
@@ -177,14 +177,14 @@ def propose(
 
 
 def check_tuning(proposed: int, budget: Budget) -> None:
-    """Whether so many proposals an anchor fit into memory.
+    """Check that so many proposals per anchor fit into memory.
 
     Raises:
         ConfigError: they do not.
     """
     least = (budget.threads * 40 + 64) * _ANCHORS * proposed
     remedy = "lower executor.workers or search.depth, or set index.kind: stream"
-    budget.require(least, f"tuning this index to {proposed:,} proposals an anchor", remedy)
+    budget.require(least, f"tuning this index to {proposed:,} proposals per anchor", remedy)
 
 
 def _tiles(anchors: Floats) -> list[slice]:
@@ -199,7 +199,7 @@ def _proposals(
     threads: int,
     progress: Callable[[int], None],
 ) -> Keys:
-    """(n, proposed) keys of what the index finds, by its own products, in any order."""
+    """(n, proposed) keys of the rows found by the index, by its own products, in any order."""
     best = np.full((len(anchors), proposed), NOTHING)
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         for index, first in shards:

@@ -1,12 +1,12 @@
 """Exact nearest neighbours by inner product, streamed from files in bounded memory.
 
-Guarantees: every score that leaves this module comes from `pair_scores`, which gives the same bits for a pair whoever
-asks; candidates are the true top by (-score, row), ties of any size included; so results are the same bytes for any
+Guarantees: every score that leaves this module comes from `pair_scores`, which gives the same bits for a pair in every
+call; candidates are the true top by (-score, row), including ties of any size; so results are the same bytes for any
 block size, memory budget and thread count, and for float16 parts or the float32 flat file made from them.
 
-How: `products` tells which rows of a block of the corpus may reach an anchor's cut, the worst of its best so far, and
-`pair_scores` scores them while the block is in memory. Before anything is known the cut is guessed from a sample of the
-first block; an anchor of which too few rows reach the guess has that block searched again.
+How: `products` finds which rows of a block of the corpus may reach an anchor's cut (the worst of its best so far), and
+`pair_scores` scores them while the block is in memory. At the start, the cut is estimated from a sample of the first
+block; if too few rows reach an anchor's estimate, that block is searched again for it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from negpipe.store.files import publish
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ROWS = 65536  # at most, at a time
-_SAMPLE_ROWS = 8192  # of the first block, to guess from
+_BLOCK_ROWS = 65536  # maximum rows of a block
+_SAMPLE_ROWS = 8192  # rows of the first block used for the estimate
 _TOO_LONG = "the vector is not finite, or too long for its products. Run `negpipe encode` again"
 
 
@@ -48,13 +48,13 @@ class Found:
 
 @dataclass
 class Checkpoint:
-    """A file that a search writes every `seconds`, once they are over at its end too, and goes on from.
+    """A file that a search writes every `seconds` (if these have passed, at its end too) and resumes from.
 
-    Damaged or foreign, it is ignored; where there is no room for it, the search goes on without.
+    A damaged or foreign file is ignored; without room for it, the search continues without.
 
     Attributes:
-        since: when the seconds begin; several searches may share them.
-        written: whether it was, in this process.
+        since: start of the interval; several searches may share it.
+        written: whether this process has written it.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Checkpoint:
         return time.monotonic() - self.since >= self.seconds
 
     def save(self, rows: int, best: list[Keys], positive_scores: Floats) -> None:
-        """Write what is known after the first `rows` rows of the corpus."""
+        """Write the state after the first `rows` rows of the corpus."""
         kept = np.concatenate(best)
 
         def write(file: BinaryIO) -> None:
@@ -77,10 +77,10 @@ class Checkpoint:
         try:
             publish(self.path.parent, self.path.name, write, kept.nbytes + positive_scores.nbytes)
         except StorageError as error:
-            logger.warning("no checkpoint: %s", error)
+            logger.warning("cannot write a checkpoint: %s", error)
 
     def load(self, best: list[Keys], positives: int) -> tuple[int, Floats] | None:
-        """Rows searched and positives' scores, the best keys being filled in; None: there is nothing to go on from."""
+        """Fill in the best keys; return rows searched and positives' scores. None if there is nothing to resume."""
         try:
             with np.load(self.path, allow_pickle=False) as kept:
                 rows, keys, scores = int(kept["rows"]), kept["best"], kept["positive_scores"]
@@ -111,14 +111,14 @@ def search_exact(
         anchors: (n, d) float32.
         vectors: the corpus, fewer than 2**32 - 1 rows.
         positives: (p,) int64 anchor and (p,) int64 corpus row of each known pair.
-        candidates: the rows before this one can be among the best, those after it only have positives' scores;
+        candidates: only rows before this one can be among the best, later ones only have positives' scores;
             None: all can.
-        budget: its memory holds the results too; one thread more than it has reads ahead. Changes no result.
+        budget: its memory includes the results; one extra thread reads ahead. Does not affect results.
         progress: called after each block with the number of corpus rows just searched.
-        checkpoint: where a long search leaves what it has, and finds it again; of these anchors and vectors alone.
+        checkpoint: stores and restores the state of a long search; for these anchors and vectors only.
 
     Raises:
-        ConfigError: `budget` does not suffice.
+        ConfigError: `budget` is too small.
         DamagedError: a vector is not finite, or a file cannot be read to its end.
     """
     anchors = np.ascontiguousarray(anchors, np.float32)
@@ -128,7 +128,7 @@ def search_exact(
     if not usable.all():
         raise DamagedError(f"anchor {int(np.argmin(usable))}: {_TOO_LONG}")
     if vectors.rows >= 2**32 - 1:
-        raise ConfigError(f"exact search takes fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
+        raise ConfigError(f"exact search supports fewer than 2**32 - 1 rows, the corpus has {vectors.rows}")
     anchor_of, row_of = positives
     positive_scores = np.full(len(row_of), -np.inf, np.float32)
     numbers = arithmetic(float(len(anchors)) * vectors.rows * vectors.dimension, budget)
@@ -141,7 +141,7 @@ def search_exact(
     if checkpoint and (state := checkpoint.load([tile.best.keys for tile in tiles], len(row_of))):
         searched, positive_scores = state
         progress(searched)
-    # No block straddles the border.
+    # No block straddles the border `last`.
     starts = [*range(searched, last, block_rows), *range(max(searched, last), vectors.rows, block_rows)]
     ends = [*starts[1:], vectors.rows]
 
@@ -178,20 +178,20 @@ def search_exact(
 
 
 def _scratch(depth: int) -> int:
-    """Bytes that searching a block takes for each anchor: products of a strip and of the sample, pairs, a merge."""
+    """Bytes per anchor to search a block: products of a strip and of the sample, pairs, a merge."""
     return 13 * STRIP + 4 * _SAMPLE_ROWS + 80 * waiting(depth)
 
 
 def layout(anchors: int, rows: int, dimension: int, depth: int, budget: Budget) -> tuple[int, int, int]:
-    """Number of tiles, rows of a block, and bytes that results, two blocks and every thread's scratch then take.
+    """Number of tiles, rows per block, and total bytes of results, two blocks and every thread's scratch memory.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not fit.
     """
     threads = budget.threads
     scratch = threads * _scratch(depth)
     width = min(STRIP, max(1, budget.memory // (4 * scratch)))
-    # Equally many tiles a thread, or the last ones would leave threads idle at the end of each block.
+    # The same number of tiles per thread, or some threads would be idle at the end of each block.
     tiles = min(anchors, -(-anchors // (width * threads)) * threads)
     fixed = anchors * (depth * 20 + dimension * 6) + scratch * -(-anchors // max(1, tiles))
     row = 2 * (6 * dimension + 16)
@@ -205,10 +205,10 @@ def layout(anchors: int, rows: int, dimension: int, depth: int, budget: Budget) 
 
 
 def needs(rows: int, dimension: int, depth: int, budget: Budget) -> tuple[int, int]:
-    """Bytes that a search takes for each anchor, and whatever their number.
+    """Bytes that a search takes per anchor, and independently of their number.
 
-    `layout` takes scratch for as many anchors as a quarter of the memory has room for, and for no more than there are:
-    of these two bounds the one that lets more of them be searched at a time.
+    `layout` takes scratch for as many anchors as fit into a quarter of the memory, and for no more than there are:
+    of these two bounds, this uses the one that lets more anchors be searched at a time.
     """
     each, scratch = depth * 20 + dimension * 6, budget.threads * _scratch(depth)
     block = min(READ_ROWS, rows) * 2 * (6 * dimension + 16)
@@ -228,7 +228,7 @@ class _Block:
 
     @classmethod
     def load(cls, source: Vectors | Held, first: int, vectors: Floats, numbers: Arithmetic) -> _Block:
-        """Fill `vectors` with the rows from `first` on."""
+        """Fill `vectors` with rows starting at `first`."""
         source.read(first, vectors)
         operand = numbers.operand(vectors)
         if not np.isfinite(operand.lengths).all():
@@ -238,7 +238,7 @@ class _Block:
 
 
 class _Tile:
-    """Up to `STRIP` anchors and the best rows each has met so far."""
+    """Up to `STRIP` anchors and the best rows found for each so far."""
 
     def __init__(self, anchors: Floats, depth: int, numbers: Arithmetic) -> None:
         self.anchors, self._depth, self._numbers = anchors, depth, numbers
@@ -257,7 +257,7 @@ class _Tile:
         sample = block.operand[:: max(4, -(-len(block.vectors) // _SAMPLE_ROWS))]
         guess = np.where(unknown, products.guess(self._operand, sample, self._depth, len(block.vectors)), cut)
         self._sweep(products, block, everybody, guess)
-        # Of those it proves, all rows that reach the cut reach the guess.
+        # For those that it proves, all rows that reach the cut also reach the guess.
         unproven = np.flatnonzero(self.best.cut() < guess)
         if len(unproven):
             cut = self.best.cut()[unproven]

@@ -1,7 +1,7 @@
-"""FAISS indexes by factory string: trained once, then filled shard by shard.
+"""FAISS indexes from factory strings: trained once, then filled shard by shard.
 
-Guarantees: the same bytes for any number of threads. An index is a trained, empty template and shards, each a whole
-FAISS index of consecutive rows whose ids start at 0: every shard is built within memory and by itself.
+Guarantees: the same bytes for any number of threads. An index is a trained, empty template plus shards, each a complete
+FAISS index of consecutive rows with ids from 0: shards are built independently and within memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from negpipe.ann.vectors import Floats, Vectors
 from negpipe.errors import ConfigError, DamagedError
 
 _ROWS_ADDED = 16384
-_MOST_WORDS = 4096  # of codes, that a small index is trained for
-_USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of them
+_MOST_WORDS = 4096  # of codes that a small index is trained for
+_USUAL = (3840, 1344, 1680)  # dimensions: most numbers of sub-quantizers divide one of these
 NO_PAIRS = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
@@ -33,27 +33,27 @@ def make(kind: str, dimension: int) -> Any:
     """An empty index for inner products.
 
     Raises:
-        ConfigError: FAISS refuses the string, or it asks FAISS to refine, which is done here.
+        ConfigError: FAISS rejects the string, or it requests refinement by FAISS, which is done here instead.
     """
     try:
         index = faiss().index_factory(dimension, kind, faiss().METRIC_INNER_PRODUCT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).rsplit(":", 1)[-1].strip()
         raise ConfigError(
-            f"index.kind {kind!r}: FAISS refuses it for vectors of dimension {dimension} ({reason})."
+            f"index.kind {kind!r}: FAISS rejects it for vectors of dimension {dimension} ({reason})."
             " Set flat, stream, auto, or a factory string such as IVF1024,Flat"
         ) from None
     if isinstance(index, (faiss().IndexRefine, faiss().IndexIDMap)):
         raise ConfigError(
-            f"index.kind {kind!r}: leave out what refines or maps ids: the stored vectors decide, and rows are numbers"
+            f"index.kind {kind!r}: leave out refinement and id maps: stored vectors decide, ids are row numbers"
         )
-    if hasattr(inner(index), "do_polysemous_training"):  # takes minutes, for a kind of search that is not used here
+    if hasattr(inner(index), "do_polysemous_training"):  # takes minutes, for a search not used here
         inner(index).do_polysemous_training = False
     return index
 
 
 def fitting_dimension(kind: str) -> int:
-    """A dimension for which FAISS takes a string: what can be known before the vectors'.
+    """A dimension for which FAISS accepts a string; used before that of the vectors is known.
 
     Raises:
         ConfigError: there is none.
@@ -68,27 +68,27 @@ def fitting_dimension(kind: str) -> int:
 
 
 def inner(index: Any) -> Any:
-    """The index behind what transforms vectors before it; it lives as long as `index`."""
+    """The index behind any preceding vector transforms; valid as long as `index`."""
     while isinstance(index, faiss().IndexPreTransform):
         index = faiss().downcast_index(index.index)
     return index
 
 
 def lists_of(index: Any) -> int:
-    """How many lists an index has, 0 where it has none."""
+    """Number of lists of an index, 0 if it has none."""
     inverted = faiss().try_extract_index_ivf(index)
     return 0 if inverted is None else int(inverted.nlist)
 
 
 def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, int]:
-    """Bytes of an index of so many rows and files, and how many of them a search holds: plain lists stay on disk."""
+    """Size in bytes of an index with so many rows and shards, and how much a search holds: plain lists stay on disk."""
     whole = make(kind, dimension)
     inverted, (empty, each) = faiss().try_extract_index_ivf(whole), _measured(kind, dimension)
     entries = rows * each
     if inverted is None:
         return shards * empty + entries, shards * empty + entries
     centres = 4 * inverted.d * lists_of(whole)
-    # FAISS maps plain lists, and reads those for fast scan whole. Of whole vectors one copy of the centres is kept.
+    # FAISS maps plain lists, and loads fast-scan lists. With full vectors, one copy of the centres is kept.
     held = entries if isinstance(inverted, faiss().IndexIVFFastScan) else 0
     kept = 1 if type(whole) is faiss().IndexIVFFlat else shards
     places = 16 * shards * lists_of(whole)
@@ -97,10 +97,10 @@ def bytes_of(kind: str, dimension: int, rows: int, shards: int) -> tuple[int, in
 
 @cache
 def _measured(kind: str, dimension: int) -> tuple[int, int]:
-    """Bytes of an empty file of this kind without its lists' centres, and of each row, by a small index."""
+    """Bytes of an empty file of this kind without list centres, and per row, measured on a small index."""
     small = make(quickly(kind, dimension), dimension)
     quantizer, inverted = getattr(inner(small), "pq", None), faiss().try_extract_index_ivf(small)
-    if quantizer is not None:  # how good its words are does not matter
+    if quantizer is not None:  # the quality of its words does not matter
         quantizer.cp.niter, quantizer.cp.min_points_per_centroid = 1, 1
     count = max(1024, min(_MOST_WORDS, 0 if quantizer is None else quantizer.ksub))
     rows = np.random.default_rng(0).standard_normal((count, dimension), np.float32)
@@ -109,26 +109,26 @@ def _measured(kind: str, dimension: int) -> tuple[int, int]:
         empty = len(faiss().serialize_index(small))
         with single_thread():
             small.add(rows)
-    except RuntimeError:  # it wants more rows than are worth it: then a code's size has to do
+    except RuntimeError:  # it needs too many rows: use the code size instead
         return len(faiss().serialize_index(make(kind, dimension))), inner(small).sa_code_size() + 8
     each = -(-(len(faiss().serialize_index(small)) - empty) // count)
     return empty - (0 if inverted is None else inverted.nlist * (4 * inverted.d + 16)), each
 
 
 def quickly(kind: str, dimension: int) -> str:
-    """A kind whose rows are as large and as far to search through, with four lists and a rotation that is not learned.
+    """A kind with rows of the same size and search cost, but with four lists and a rotation that is not learned.
 
-    What lists cost are products, which can be estimated; a rotation takes minutes to learn, any other is as good here.
+    List costs are products, which can be estimated; learning a rotation takes minutes, and any rotation serves here.
     """
     few = re.sub(r"OPQ\d+_(\d+)", r"RR\1", re.sub(r"IVF\d+(_[A-Z]+\d*|\([^)]*\))?", "IVF4", kind))
     return re.sub(r"OPQ\d+", f"RR{dimension}", few)
 
 
 def rows_wanted(kind: str, dimension: int, rows: int) -> int:
-    """How many of `rows` an index is trained on; 0 where it needs no training.
+    """How many of `rows` an index is trained on; 0 if it needs no training.
 
     Raises:
-        ConfigError: there are too few of them for the index's lists, or for the words of its codes.
+        ConfigError: there are too few for the lists of the index, or for the words of its codes.
     """
     index = make(kind, dimension)
     if index.is_trained:
@@ -136,23 +136,23 @@ def rows_wanted(kind: str, dimension: int, rows: int) -> int:
     lists, quantizer = lists_of(index), getattr(inner(index), "pq", None)
     if quantizer is not None and rows < quantizer.ksub:
         raise ConfigError(
-            f"index.kind {kind!r} has codes of {quantizer.ksub:,} words, which want as many rows to train on, the"
+            f"index.kind {kind!r} has codes of {quantizer.ksub:,} words, which need as many training rows, but the"
             f" corpus has {rows:,}: set fewer bits (such as PQ8x4), SQ8, or index.kind: stream"
         )
     if rows < ROWS_A_LIST * lists:
         fitting = max(1, rows // ROWS_A_LIST)
         raise ConfigError(
-            f"index.kind {kind!r} has {lists:,} lists, which want {ROWS_A_LIST * lists:,} rows to train on, the corpus"
+            f"index.kind {kind!r} has {lists:,} lists, which need {ROWS_A_LIST * lists:,} training rows, but the corpus"
             f" has {rows:,}: set at most {fitting:,} lists, or index.kind: stream"
         )
     return trained_on(lists, rows)
 
 
 def training_bytes(kind: str, dimension: int, rows: int) -> int:
-    """Bytes that training on so many rows takes, themselves included.
+    """Bytes needed to train on `rows` rows, including the rows.
 
-    Measured of 65,536 rows of 384 numbers, 96 MiB: PQ32x4fs 109 MiB, SQ8 201, a learned rotation (OPQ) 1,014, which
-    FAISS learns from so many rows at most.
+    Measured on 65,536 rows of dimension 384, 96 MiB: PQ32x4fs 109 MiB, SQ8 201, a learned rotation (OPQ) 1,014; FAISS
+    learns a rotation from at most that many rows.
     """
     rotating = 9 * min(rows, 65536) if "OPQ" in kind else 0
     return (2 * rows + rotating) * dimension * 4
@@ -171,7 +171,7 @@ def sample(vectors: Vectors, count: int, seed: int) -> Floats:
 
 
 def train(kind: str, rows: Floats, *, seed: int, threads: int) -> Any:
-    """A trained, empty index; `threads` changes no byte."""
+    """A trained, empty index; `threads` does not affect the bytes."""
     index = make(kind, rows.shape[1])
     try:
         fit(index, rows, seed=seed, threads=threads)
@@ -192,14 +192,14 @@ def fit(index: Any, rows: Floats, *, seed: int, threads: int) -> None:
             inside.is_trained = True
             inside = faiss().downcast_index(inside.index)
         inverted = faiss().try_extract_index_ivf(inside)
-        if inverted is not None and inverted.quantizer.is_trained:  # else its centres are coded, which FAISS trains
+        if inverted is not None and inverted.quantizer.is_trained:  # else its centres are coded, and FAISS trains them
             inverted.quantizer.add(centres(rows, inverted.nlist, seed=seed, threads=threads))
         inside.train(rows)
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """For what FAISS computes, and BLAS for it: other numbers of threads would make other indexes."""
+    """Run FAISS and its BLAS in one thread: other numbers of threads would build other indexes."""
     before = faiss().omp_get_max_threads()
     faiss().omp_set_num_threads(1)
     try:
@@ -221,9 +221,9 @@ def fill(
 
     Args:
         index: empty.
-        threads: changes no byte.
+        threads: does not affect the bytes.
         progress: called with the number of vectors just added, and a note.
-        planned: vectors of all shards to be filled: what multiplies faster takes a while to begin. Changes no byte.
+        planned: vectors of all shards to fill: faster arithmetic takes longer to start. Does not affect the bytes.
     """
     numbers = arithmetic(float(max(planned, vectors.rows)) * vectors.dimension * lists_of(index))
     for start, block in vectors.blocks(_ROWS_ADDED):
@@ -254,10 +254,10 @@ def write(index: Any, file: BinaryIO) -> None:
 
 
 def read(path: Path, dimension: int, *, to_fill: bool = False) -> Any:
-    """Open an index; unless it is to be filled, its lists stay on disk, mapped.
+    """Open an index; unless it will be filled, its lists stay on disk, memory-mapped.
 
     Raises:
-        DamagedError: the file is damaged, from another FAISS, or of another dimension.
+        DamagedError: the file is damaged, from another FAISS version, or of another dimension.
     """
     flags = 0 if to_fill else faiss().IO_FLAG_MMAP | faiss().IO_FLAG_READ_ONLY
     try:

@@ -1,4 +1,4 @@
-"""Anchors in groups, where all at once would not fit into memory."""
+"""Searches anchors in groups if all at once would not fit into memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def in_groups(
     progress: Progress,
     whole: int = 1,
 ) -> tuple[Ints, Floats]:
-    """Rows and scores of all anchors, as many of them searched at a time as fit.
+    """Rows and scores of all anchors, searching as many at a time as fit.
 
     Args:
-        anchors: (n, d) vectors, or (n,) numbers by which the search finds theirs.
-        search: of some anchors, within a budget; calls its progress with the rows of the corpus it has just searched.
-        depth: rows of an anchor.
-        each, fixed: bytes it needs for an anchor, and whatever their number.
-        budget: for what is found for all, too.
-        whole: how many must be searched together, if there are as many.
-        progress: called with rows of the corpus, until all were searched for all anchors.
+        anchors: (n, d) vectors, or (n,) numbers by which the search finds them.
+        search: searches some anchors within a budget; calls its progress with the corpus rows just searched.
+        depth: rows per anchor.
+        each, fixed: bytes it needs per anchor, and independently of their number.
+        budget: includes the results of all anchors.
+        whole: number of anchors that must be searched together, if there are that many.
+        progress: called with rows of the corpus, until all rows have been searched for all anchors.
 
     Raises:
-        ConfigError: not even so many fit.
+        ConfigError: not even that many fit.
     """
     check(len(anchors), depth, each=each, fixed=fixed, budget=budget, whole=whole)
     budget = budget.without(kept(len(anchors), depth))
@@ -67,15 +67,15 @@ def check(
     whole: int = 1,
     remedy: str = "lower executor.workers or search.depth, or set index.kind: stream",
 ) -> None:
-    """Whether any group of so many anchors fits; see `in_groups`.
+    """Check that some group of so many anchors fits; see `in_groups`.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none fits.
     """
     least = kept(anchors, depth) + fixed + each * max(1, min(whole, anchors))
     budget.require(least, f"searching {anchors:,} anchors to depth {depth:,}", remedy)
 
 
 def kept(anchors: int, depth: int) -> int:
-    """Bytes of what is found for all."""
+    """Bytes of the results of all anchors."""
     return 12 * anchors * depth

@@ -1,7 +1,7 @@
-"""Search of an inverted file list by list: all anchors are known, so each list is read once and is one matrix product.
+"""Search of an inverted file list by list: all anchors are known, so each list is read once, for one matrix product.
 
-Guarantees: an anchor gets the true top, by (-score, row), of the lists nearest to it: exact within the lists it probes,
-scored by `pair_scores`, the same bytes for any memory and any number of threads. Which lists are probed is exact too.
+Guarantees: an anchor gets the true top, by (-score, row), of its nearest lists: exact within the lists it probes,
+scored by `pair_scores`, the same bytes for any memory and any number of threads. The choice of lists is exact too.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from negpipe.ann.vectors import Floats, Held, Ints
 from negpipe.engine.budget import Budget
 from negpipe.errors import DamagedError
 
-_AHEAD = 4  # lists a thread that are being searched or wait for the merge
-_ORDERED = 0.75  # of the memory, for the order of lists as it is made
-_GUESSED = 256  # anchors at a time
-SAMPLE_ROWS = 8192  # that are looked at to guess
+_AHEAD = 4  # lists per thread that are being searched or wait for the merge
+_ORDERED = 0.75  # share of the memory for computing the order of lists
+_GUESSED = 256  # anchors per estimate
+SAMPLE_ROWS = 8192  # rows sampled for the estimate
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class _Shard:
     path: Path
     first: int
     sizes: Ints  # (nlist,)
-    offsets: Ints  # (nlist,) where a list's vectors begin in the file; its ids follow them
+    offsets: Ints  # (nlist,) where a list's vectors start in the file, followed by its ids
 
     def read(self, number: int, offset: int, *out: NDArray[Any]) -> None:
-        """Fill arrays one after the other from so many bytes behind the begin of a list."""
+        """Fill arrays one after the other, starting `offset` bytes after the start of a list."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[number]) + offset)
-            # A buffered file asks on until the array is full: the system gives 2 GiB at most, and may give less.
+            # A buffered file reads until the array is full: one system call returns at most 2 GiB, possibly less.
             if any(file.readinto(array.reshape(-1).data) < array.nbytes for array in out):
                 raise DamagedError(f"{self.path}: ends within list {number}. Run `negpipe verify`")
 
 
 @dataclass(frozen=True)
 class Lists:
-    """An IVF index with whole vectors, in shards."""
+    """An IVF index with full vectors, in shards."""
 
     centroids: Floats
     shards: tuple[_Shard, ...]
@@ -61,7 +61,7 @@ class Lists:
 
     @cached_property
     def sizes(self) -> Ints:
-        """(nlist,): vectors of each list."""
+        """(nlist,): number of vectors in each list."""
         sizes: Ints = np.sum([shard.sizes for shard in self.shards], axis=0)
         return sizes
 
@@ -71,7 +71,7 @@ class Lists:
 
     @property
     def longest(self) -> int:
-        """Vectors of the longest list."""
+        """Number of vectors in the longest list."""
         return int(self.sizes.max(initial=0))
 
     def ids(self, number: int) -> Ints:
@@ -95,13 +95,13 @@ class Lists:
         return room[:first], ids
 
     def nearest(self, anchors: Floats, nprobe: int, budget: Budget) -> Ints:
-        """(n, nprobe): the lists an anchor probes, nearest first."""
+        """(n, nprobe): the lists that each anchor probes, nearest first."""
         held = Held(self.centroids)
         return search_exact(anchors, held, nprobe, positives=NO_PAIRS, budget=budget).rows
 
 
 def is_lists(index: object) -> bool:
-    """Whether an index is one this module searches."""
+    """Whether this module can search an index."""
     return type(index) is faiss().IndexIVFFlat
 
 
@@ -109,17 +109,17 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
     """Open shards, each with its first row.
 
     Raises:
-        DamagedError: see `factory.read`; or the shards are not of one index.
+        DamagedError: see `factory.read`; or the shards do not belong to one index.
     """
     opened = []
     centroids: Floats | None = None
     for path, first in shards:
         index = read(path, sample.shape[1])
         if not is_lists(index):
-            raise DamagedError(f"{path}: is no IVF index with whole vectors. Run `negpipe index` again")
+            raise DamagedError(f"{path}: is not an IVF index with full vectors. Run `negpipe index` again")
         own = centroids_of(index)
         if centroids is not None and not np.array_equal(own, centroids):
-            raise DamagedError(f"{path}: has other lists than {shards[0][0]}. Run `negpipe index` again")
+            raise DamagedError(f"{path}: has different lists from {shards[0][0]}. Run `negpipe index` again")
         centroids = own
         kept = faiss().downcast_InvertedLists(index.invlists)
         places = [kept.lists.at(number) for number in range(index.nlist)]
@@ -135,7 +135,7 @@ def open_lists(shards: Sequence[tuple[Path, int]], sample: Floats) -> Lists:
 
 
 def places(lists: Lists, anchors: Floats, rows: Ints, budget: Budget) -> Ints:
-    """(n, depth): how many lists lie nearer to an anchor than the one that holds a row."""
+    """(n, depth): how many lists are nearer to an anchor than the one that holds a row."""
     count = len(lists.centroids)
     wanted, at = np.unique(rows, return_inverse=True)
     list_of = np.empty(len(wanted), np.int64)
@@ -151,17 +151,17 @@ def places(lists: Lists, anchors: Floats, rows: Ints, budget: Budget) -> Ints:
         np.put_along_axis(place, nearest, np.arange(count)[None, :], axis=1)
         return np.take_along_axis(place, held, axis=1)
 
-    # Rows and scores that `nearest` finds, as they are made and as they are given, take most; then their order turned.
+    # The rows and scores in `nearest`, internal and returned, take most memory; then their inverted order.
     pieces = -(-len(anchors) * count * 64 // budget.memory)
     split = np.array_split(anchors, pieces), np.array_split(lists_of, pieces)
     return np.concatenate([of(group, held) for group, held in zip(*split, strict=True)])
 
 
 def check_places(dimension: int, count: int, budget: Budget) -> None:
-    """Whether the order of so many lists can be found for an anchor.
+    """Check that the order of so many lists can be computed for an anchor.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it does not fit.
     """
     layout(1, count, dimension, count, budget.share(_ORDERED))
 
@@ -169,16 +169,16 @@ def check_places(dimension: int, count: int, budget: Budget) -> None:
 def needs(
     dimension: int, depth: int, nprobe: int, share: float, longest: int, sample: int, threads: int
 ) -> tuple[int, int]:
-    """Bytes that a search takes for each anchor, and whatever their number.
+    """Bytes that a search takes per anchor, and independently of their number.
 
     Args:
-        share: of the lists that is probed.
-        longest: vectors of the longest list.
-        sample: rows of the sample.
+        share: share of the lists that is probed.
+        longest: number of vectors in the longest list.
+        sample: number of rows in the sample.
     """
     row = 6 * dimension + 16
-    found = int(_AHEAD * threads * 32 * depth * share)  # of the anchors that probe a list
-    scratch = 2**24 + 40 * STRIP * min(waiting(depth), longest)  # products and pieces of pairs, those that wait
+    found = int(_AHEAD * threads * 32 * depth * share)  # for the anchors that probe a list
+    scratch = 2**24 + 40 * STRIP * min(waiting(depth), longest)  # products, pieces of pairs, waiting pairs
     return 2 * row + depth * 56 + nprobe * 32 + found, sample * row + threads * (scratch + longest * row)
 
 
@@ -191,19 +191,19 @@ def search_lists(
     budget: Budget,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Ints, Floats]:
-    """The best rows of every anchor among the `nprobe` lists nearest to it.
+    """The best rows of every anchor among its `nprobe` nearest lists.
 
     Args:
         anchors: (n, d) float32.
-        depth: how many.
-        budget: changes no result.
+        depth: number of rows per anchor.
+        budget: does not affect results.
         progress: called with the number of corpus rows whose lists have just been searched.
 
     Returns:
-        rows (n, depth) int64, -1 where the lists hold fewer; scores (n, depth) float32, -inf there.
+        rows (n, depth) int64, -1 if the lists hold fewer; scores (n, depth) float32, -inf there.
 
     Raises:
-        ConfigError: `budget` does not suffice.
+        ConfigError: `budget` is too small.
     """
     share = nprobe / len(lists.centroids)
     each, fixed = needs(anchors.shape[1], depth, nprobe, share, lists.longest, len(lists.sample), budget.threads)
@@ -214,7 +214,7 @@ def search_lists(
         numbers = arithmetic(float(len(group)) * lists.rows * group.shape[1] * nprobe / len(lists.centroids), budget)
         guess = _guess(group, lists, depth, numbers, threads)
         best = _scan(group, lists, depth, probed, guess, numbers, threads, progress)
-        # A guess is no bound: where what it let pass does not prove it, every row competes.
+        # A guess is not a bound: if the rows it let pass do not prove it, every row competes.
         unproven = np.flatnonzero(scores_of(best.max(axis=1)) < guess)
         if len(unproven):
             everything = np.full(len(unproven), -np.inf, np.float32)
@@ -227,7 +227,7 @@ def search_lists(
 
 
 def _guess(anchors: Floats, lists: Lists, depth: int, numbers: Arithmetic, threads: int) -> Floats:
-    """(n,): a score that somewhat more than `depth` rows of the corpus reach, going by the sample."""
+    """(n,): a score that, according to the sample, slightly more than `depth` rows of the corpus reach."""
     sample = numbers.operand(lists.sample)
 
     def of(tile: Floats) -> Floats:
@@ -248,13 +248,13 @@ def _scan(
     threads: int,
     progress: Callable[[int], None],
 ) -> Keys:
-    """(n, depth): the best keys in the probed lists of scores that reach the cut."""
+    """(n, depth): the best keys in the probed lists, of scores that reach the cut."""
     best = np.full((len(anchors), depth), NOTHING)
     operand, cut = numbers.operand(anchors), cut.copy()
     order, bounds = grouped(probed.ravel(), len(lists.centroids))
     of_list = order // probed.shape[1]
     local = threading.local()
-    # Floors for vectors about as long as those of the sample; lists with longer ones have floors of their own.
+    # Floors for vectors about as long as the sample's; lists with longer vectors get separate floors.
     sample = numbers.operand(lists.sample)
     usual, off = 1.01 * sample.lengths.max(initial=0.0), 1.01 * sample.errors.max(initial=0.0)
     floor_of = floors(numbers, cut, operand, usual, off)

@@ -1,4 +1,4 @@
-"""What an index of any kind costs on this machine, from a small one: right within a factor of two, mostly."""
+"""Estimates what an index of any kind costs on this machine, from a small one: mostly right within a factor of two."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from negpipe.ann.pairs import pair_scores
 from negpipe.ann.products import Float32
 from negpipe.ann.vectors import Floats
 
-SAMPLE = 10_000  # fewer, and FAISS warns of too few to train 256 centroids on
-_GRAPH = 2048  # of them in a graph, which is slow to build
+SAMPLE = 10_000  # with fewer, FAISS warns about too few to train 256 centroids
+_GRAPH = 2048  # of these in a graph, which is slow to build
 _ANCHORS = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """Sizes of a search: documents, their dimension, anchors, candidates an anchor."""
+    """Sizes of a search: documents, their dimension, anchors, candidates per anchor."""
 
     rows: int
     dimension: int
@@ -37,19 +37,19 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
 
     Args:
         kind: FAISS factory string.
-        sample: (SAMPLE, d) vectors of the corpus, or like them. A learned rotation (OPQ) is not timed.
-        share: of the corpus that is probed, where there are lists.
-        rate: multiplications a second of all threads.
-        threads: that search, and find lists; codes and graphs are made by one.
+        sample: (SAMPLE, d) vectors of the corpus, or similar ones. Learning a rotation (OPQ) is not timed.
+        share: share of the corpus that is probed, if there are lists.
+        rate: multiplications per second of all threads.
+        threads: for searching and finding lists; codes and graphs are built by one.
 
     Raises:
-        ConfigError: FAISS refuses the string, or the corpus is too small for it.
+        ConfigError: FAISS rejects the string, or the corpus is too small for it.
     """
     wanted, lists = rows_wanted(kind, job.dimension, job.rows), lists_of(make(kind, job.dimension))
     index = make(quickly(kind, job.dimension), job.dimension)
     quantizer = getattr(faiss().try_extract_index_ivf(index) or inner(index), "pq", None)
     most, rounds = math.inf, 1.0
-    if quantizer is not None:  # its k-means looks at no more than 256 rows a centroid, many times: two tell
+    if quantizer is not None:  # its k-means uses at most 256 rows per centroid, many times: two suffice
         most, rounds, quantizer.cp.niter = 256.0 * quantizer.ksub, quantizer.cp.niter / 2, 2
     took = _timed(lambda: fit(index, sample, seed=0, threads=1))
     training = rounds * took * min(wanted, most) / min(len(sample), most) if wanted else 0.0
@@ -58,7 +58,7 @@ def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, thre
     deeper = math.log(job.rows) / math.log(len(added)) if graph else 1.0
     filling = _timed(lambda: add(index, added, numbers=Float32(), threads=1)) / len(added) * job.rows * deeper
     listing = built(job.rows, wanted, lists) * job.dimension / rate
-    # As large a share of the rows as of all of them: it decides how often a better one is found.
+    # The same share of the rows as in the full search: it decides how often a better row is found.
     proposed = 2 * job.depth if graph else max(1, round(2 * job.depth * len(added) / job.rows))
     if knob := effort(index):
         faiss().ParameterSpace().set_index_parameter(index, knob[0], min(knob[1], 2 * job.depth))

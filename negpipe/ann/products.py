@@ -1,9 +1,9 @@
-"""Which pairs may reach a score: matrix products, in float32, also on a GPU, or in bfloat16 where the processor has
+"""Finds pairs that may reach a score: matrix products in float32 (on a GPU too), or in bfloat16 if the processor has
 units for it.
 
-A product decides nothing, it only says which pairs are worth `pair_scores`. How far it can be from the score has a
-proven bound, larger for bfloat16: there some more pairs are scored, for products ten times as fast. Products are looked
-at where they are made: of a GPU's, the pairs alone come back.
+A product decides nothing, it only selects the pairs worth passing to `pair_scores`. Its distance from the score has a
+proven bound, larger for bfloat16: then a few more pairs are scored, but products are ten times as fast. Products are
+evaluated where they are computed: from a GPU, only the pairs are returned.
 """
 
 from __future__ import annotations
@@ -28,93 +28,93 @@ from negpipe.engine import devices, processor
 from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.errors import BudgetError, ConfigError
 
-STRIP = 1024  # anchors, and rows, of one product: it stays in the processor's cache
-_WORTH_TORCH = 5e11  # multiplications and additions that take float32 as long as importing torch takes
+STRIP = 1024  # anchors, and rows, per product: fits into the processor's cache
+_WORTH_TORCH = 5e11  # operations that take float32 as long as importing torch
 _GRAIN = 128
-_PAIRS = 2**17  # at a time, and one anchor's more: each takes more memory than its product
-_SMALL = 1e-18  # the squares of smaller numbers underflow
+_PAIRS = 2**17  # pairs at a time, plus one anchor's: each takes more memory than its product
+_SMALL = 1e-18  # squares of smaller numbers underflow
 _TINY = float(np.finfo(np.float32).tiny)  # smaller numbers are subnormal: less exact, or flushed to 0
-_MOST_ROWS = 2**14  # of one product on a GPU, which is busy with as many
-_CELL = 8  # bytes there of a product, of whether it is enough, and of looking for those that are
+_MOST_ROWS = 2**14  # rows per product on a GPU; enough to keep it busy
+_CELL = 8  # bytes on the GPU per product, including its comparison and search
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Vectors, as they are multiplied."""
+    """Vectors in the form in which they are multiplied."""
 
-    values: Any  # (n, d), whatever the arithmetic takes; rows beyond n mean nothing
+    values: Any  # (n, d), type depends on the arithmetic; rows beyond n are meaningless
     lengths: NDArray[np.float64]  # (n,) norms of the vectors
-    errors: NDArray[np.float64]  # (n,) how far they lie from `values`, as vectors
+    errors: NDArray[np.float64]  # (n,) their distances from `values`, as vectors
 
     def __getitem__(self, rows: slice) -> Operand:
         return Operand(self.values[rows], self.lengths[rows], self.errors[rows])
 
 
 class Arithmetic(Protocol):
-    """A way to multiply, and to look at products where they are."""
+    """A way to multiply, and to evaluate products where they are."""
 
     strip: int
-    """Rows of a product."""
+    """Rows per product."""
 
     def limited(self) -> AbstractContextManager[object]:
-        """While a pool of threads multiplies, the pool is the only parallelism."""
+        """Context in which a thread pool multiplies and is the only parallelism."""
 
     def one_thread(self) -> None:
-        """What each thread of that pool calls first."""
+        """Called first in each thread of that pool."""
 
     def rows(self, anchors: int, dimension: int) -> int:
-        """How many rows a block may have, of which there are two beside the anchors.
+        """Maximum rows of a block; two blocks are in memory next to the anchors.
 
         Raises:
-            BudgetError: too few.
+            BudgetError: too few fit.
         """
 
     def room(self, rows: int, dimension: int) -> Any:
         """Memory for the values of an operand."""
 
     def operand(self, vectors: Floats, room: Any = None) -> Operand:
-        """(n, d) vectors for `multiply`, in `room` if it is given."""
+        """(n, d) vectors prepared for `multiply`, in `room` if given."""
 
     def take(self, operand: Operand, rows: Ints) -> Operand:
         """Some rows of an operand."""
 
     def scratch(self, anchors: int, rows: int) -> Any:
-        """Memory of one thread for `multiply` and `reached`."""
+        """One thread's memory for `multiply` and `reached`."""
 
     def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> Any:
         """(n, m) products of two operands."""
 
     def greatest(self, products: Any) -> Ints:
-        """(n,) the row of each anchor's greatest product, or where all are negative, of any."""
+        """(n,) the row of each anchor's greatest product; any row if all are negative."""
 
     def reached(self, products: Any, floor: NDArray[Any], scratch: Any) -> Any:
-        """(n, m) which products are at least their anchor's floor, see `floors`. Products may change."""
+        """(n, m) which products are at least their anchor's floor, see `floors`. May modify the products."""
 
     def pieces(self, reached: Any) -> Ints:
-        """The anchors at which pieces of about `_PAIRS` pairs begin."""
+        """The anchors at which pieces of about `_PAIRS` pairs start."""
 
     def pairs(self, reached: Any) -> tuple[Ints, Ints]:
-        """Anchor and row of what is reached, by anchor and row."""
+        """Anchors and rows that are reached, sorted by anchor and row."""
 
     def table(self, anchors: int, rows: int) -> Any:
-        """Memory for products that stay."""
+        """Memory for products that are kept."""
 
     def nth(self, table: Any, number: int) -> Floats:
-        """(n,) of each anchor's products in ascending order, the one at this place. The table may change."""
+        """(n,) the product at place `number` of each anchor, in ascending order. May modify the table."""
 
     def ordered(self, numbers: Floats) -> NDArray[Any]:
-        """Numbers, rounded as products are, for `reached` to compare with."""
+        """Numbers rounded like products, for comparison in `reached`."""
 
 
 class _OnCores(ABC):
-    """Products in this machine's memory."""
+    """Products in main memory."""
 
     dtype: type[Any]
-    """Of products."""
+    """Data type of products."""
     strip = STRIP
 
     def rows(self, anchors: int, dimension: int) -> int:
-        return 2**32  # The task's budget has counted them.
+        return 2**32  # The task's budget accounts for them.
 
     def scratch(self, anchors: int, rows: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         return np.empty(_grains(anchors) * _grains(rows), self.dtype), np.empty(anchors * rows, np.bool_)
@@ -159,15 +159,15 @@ class _OnCores(ABC):
 
     @abstractmethod
     def _order(self, products: NDArray[Any]) -> None:
-        """Change products so that they compare like the numbers they stand for."""
+        """Modify products so that they compare like the numbers they represent."""
 
     def _numbers(self, ordered: NDArray[Any]) -> Floats:
-        """The numbers that ordered products stand for."""
+        """The numbers represented by ordered products."""
         return ordered
 
 
 class Float32(_OnCores):
-    """By numpy: everywhere."""
+    """With numpy: works everywhere."""
 
     dtype = np.float32
 
@@ -179,7 +179,7 @@ class Float32(_OnCores):
         one_thread()
 
     def room(self, rows: int, dimension: int) -> None:
-        pass  # The vectors are multiplied where they are.
+        pass  # The vectors are multiplied in place.
 
     def operand(self, vectors: Floats, room: Any = None) -> Operand:
         return Operand(vectors, _lengths(vectors), np.zeros(len(vectors)))
@@ -194,15 +194,15 @@ class Float32(_OnCores):
         np.matmul(anchors, rows.T, out=out)
 
     def _order(self, products: NDArray[Any]) -> None:
-        pass  # they do
+        pass  # they already compare that way
 
 
 class _ByTorch:
-    """Threads of torch."""
+    """Thread handling for torch."""
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        # A thread that sets its number sets that of all threads that have not begun to compute.
+        # Setting the thread count in one thread sets it for all threads that have not started computing.
         before = _torch().get_num_threads()
         try:
             yield
@@ -215,10 +215,10 @@ class _ByTorch:
 
 
 class BFloat16(_ByTorch, _OnCores):
-    """By torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer.
+    """With torch, which uses the processor's matrix units. A product is the bits of a bfloat16, as an integer.
 
-    Values come in multiples of `_GRAIN` rows: for every new shape of a product a program is made, which takes longer
-    than the product.
+    Values are padded to multiples of `_GRAIN` rows: for every new shape of a product, a program is compiled, which
+    takes longer than the product.
     """
 
     dtype = np.int16
@@ -230,7 +230,7 @@ class BFloat16(_ByTorch, _OnCores):
         values = self.room(*vectors.shape) if room is None else room[: _grains(len(vectors))]
         values[: len(vectors)].copy_(_torch().from_numpy(vectors))
         lengths = _lengths(vectors)
-        # Eight binary digits, rounded to the nearest: no number is off by more than its 2**8th part.
+        # Eight binary digits, rounded to nearest: the relative error is at most 2**-8.
         return Operand(values, lengths, lengths * 2.0**-8 + _SMALL)
 
     def take(self, operand: Operand, rows: Ints) -> Operand:
@@ -258,16 +258,16 @@ class BFloat16(_ByTorch, _OnCores):
 
 
 class OnDevice(_ByTorch):
-    """By torch, in float32, in the memory of a device, to which vectors are copied.
+    """With torch, in float32, in the memory of a device, to which vectors are copied.
 
-    TF32, which reads eleven of a number's 24 binary digits, is switched off: so the bound is that of Float32, which
-    holds for sums in any order, by any number of units. Fewer digits would be faster, with a bound that rests on how
-    units for them add up.
+    TF32, which keeps eleven of a number's 24 binary digits, is switched off, so the bound of Float32 applies: it holds
+    for sums in any order, by any number of units. Fewer digits would be faster, but with a bound that depends on how
+    the units add.
 
     Args:
-        device: as torch calls it.
-        threads: that multiply at a time.
-        memory: bytes that are free there. Half of them are for vectors, a quarter for products.
+        device: its name in torch.
+        threads: number of threads that multiply at a time.
+        memory: free bytes there. Half are for vectors, a quarter for products.
     """
 
     def __init__(self, device: str, threads: int, memory: int) -> None:
@@ -288,7 +288,7 @@ class OnDevice(_ByTorch):
         row = 4 * dimension
         rows = (self._memory // 2 - anchors * row) // (2 * row)
         if rows < STRIP:
-            raise self._refused(f"{anchors:,} anchors of {dimension:,} numbers", "data.part_rows")
+            raise self._refused(f"{anchors:,} anchors of dimension {dimension:,}", "data.part_rows")
         return rows
 
     def room(self, rows: int, dimension: int) -> Any:
@@ -297,7 +297,7 @@ class OnDevice(_ByTorch):
     def operand(self, vectors: Floats, room: Any = None) -> Operand:
         values = self._empty(*vectors.shape) if room is None else room[: len(vectors)]
         values.copy_(_torch().from_numpy(vectors))
-        # Numbers that are not normal may be taken for 0.
+        # Subnormal numbers may be treated as 0.
         return Operand(values, _lengths(vectors), np.full(len(vectors), np.sqrt(vectors.shape[1]) * _TINY))
 
     def take(self, operand: Operand, rows: Ints) -> Operand:
@@ -306,7 +306,7 @@ class OnDevice(_ByTorch):
         return Operand(values, operand.lengths[rows], operand.errors[rows])
 
     def scratch(self, anchors: int, rows: int) -> None:
-        pass  # torch keeps memory that is given back, for the next product.
+        pass  # torch keeps released memory for the next product.
 
     def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> Any:
         with self._memory_for("products"):
@@ -339,9 +339,9 @@ class OnDevice(_ByTorch):
         return numbers
 
     def check(self) -> None:
-        """See that products keep to their bound: what switches TF32 on may be out of reach.
+        """Check that products keep their bound: TF32 may be forced on from outside.
 
-        Sums of few numbers tell best, as errors do not balance.
+        Short sums show it best, as errors do not cancel out.
 
         Raises:
             ConfigError: they do not.
@@ -353,8 +353,8 @@ class OnDevice(_ByTorch):
         off = np.abs(products - vectors.astype(np.float64) @ vectors.astype(np.float64).T)
         if not (off <= apart(operand, operand.lengths.max(), operand.errors.max())[:, None]).all():
             raise ConfigError(
-                f"search.device multiplies less exactly than in float32, by up to {off.max():.2g}. Something may force"
-                " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset that, or set"
+                f"search.device multiplies less precisely than float32, by up to {off.max():.2g}. Something may force"
+                " TF32 on it (NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): unset it, or set"
                 " search.device: cpu"
             )
 
@@ -376,34 +376,34 @@ class OnDevice(_ByTorch):
         remedy = f"lower {setting}, or set search.device: cpu"
         there = self._memory
         return BudgetError(
-            f"search.device has no memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
+            f"search.device does not have the memory for {what}, {there // 2**20:,} MiB were free: {remedy}",
             there=there,
             remedy=remedy,
         )
 
 
 def arithmetic(multiplications: float, budget: Budget = DEFAULT) -> Arithmetic:
-    """The fastest that a task may use for so much work; changes no result."""
+    """The fastest arithmetic that a task may use for so much work; does not affect results."""
     if 2 * multiplications <= _WORTH_TORCH:
         return Float32()
     return _on_gpu(budget) or (BFloat16() if _matrix_units() else Float32())
 
 
 def _on_gpu(budget: Budget) -> OnDevice | None:
-    """On the GPU that is granted; None where there is none, as it was only looked for."""
+    """Arithmetic on the granted GPU; None if it does not exist (it was optional)."""
     if not devices.is_gpu(budget.device):
         return None
     cuda, device = _torch().cuda, _torch().device(devices.own(budget.device))
     if not cuda.is_available() or device.index >= cuda.device_count():
         return None
-    held = cuda.memory_reserved(device) - cuda.memory_allocated(device)  # by torch, from an earlier search
+    held = cuda.memory_reserved(device) - cuda.memory_allocated(device)  # held by torch from an earlier search
     numbers = OnDevice(str(device), budget.threads, cuda.mem_get_info(device)[0] + held)
     numbers.check()
     return numbers
 
 
 def rate(multiplications: float, dimension: int) -> float:
-    """Multiplications a second of one thread, in a search that needs so many. Measures for half a second."""
+    """Multiplications per second of one thread, in a search that needs so many. Measures for half a second."""
     numbers = arithmetic(multiplications)
     vectors = np.random.default_rng(0).standard_normal((STRIP, dimension), np.float32)
     with pool(numbers, 1) as thread:
@@ -423,13 +423,13 @@ def rate(multiplications: float, dimension: int) -> float:
 
 @contextmanager
 def pool(numbers: Arithmetic, threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that multiply, each by itself: the pool is the only parallelism."""
+    """Threads that multiply independently: the pool is the only parallelism."""
     with numbers.limited(), ThreadPoolExecutor(threads, initializer=numbers.one_thread) as executor:
         yield executor
 
 
 def _matrix_units() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in units of their own (Intel AMX)."""
+    """Whether the processor has units for bfloat16 matrix products (Intel AMX)."""
     return "amx_bf16" in processor.flags()
 
 
@@ -442,14 +442,14 @@ def _torch() -> Any:
 
 
 class Products:
-    """Products of up to `anchors` anchors with up to `rows` rows. Has memory of its own: for one thread."""
+    """Products of up to `anchors` anchors with up to `rows` rows. Owns scratch memory: for one thread only."""
 
     def __init__(self, arithmetic: Arithmetic, anchors: int, rows: int = 0) -> None:
         self._arithmetic = arithmetic
         self._scratch = arithmetic.scratch(anchors, rows or arithmetic.strip)
 
     def reaching(self, floor: NDArray[Any], anchors: Operand, rows: Operand) -> Iterator[tuple[Ints, Ints]]:
-        """Anchor and row of the pairs whose product is at least the anchor's floor, by anchor and row, in pieces.
+        """Anchors and rows of pairs whose product is at least the anchor's floor, sorted by anchor and row, in pieces.
 
         Args:
             floor: (n,) see `floors`.
@@ -457,12 +457,12 @@ class Products:
         return self._at_least(floor, self._multiply(anchors, rows))
 
     def greatest(self, anchors: Operand, rows: Operand, score: Callable[[Ints], Floats]) -> Iterator[tuple[Ints, Ints]]:
-        """Anchor and row of a few pairs, by anchor and row, among them the greatest score of every anchor, in pieces.
+        """Anchors and rows of a few pairs, sorted, including the highest score of every anchor, in pieces.
 
-        No anchor is in two of them.
+        No anchor is in two pieces.
 
         Args:
-            score: (n,) scores of the anchors with the (n,) rows it is given.
+            score: returns the (n,) scores of the anchors with the given (n,) rows.
         """
         products = self._multiply(anchors, rows)
         scores = score(self._arithmetic.greatest(products))
@@ -476,13 +476,13 @@ class Products:
             yield low + anchor_of, row_of
 
     def guess(self, anchors: Operand, sample: Operand, depth: int, rows: int) -> Floats:
-        """(n,): a number that, going by a random sample of `rows` rows, somewhat more than `depth` of them reach.
+        """(n,): a number that, according to a random sample of `rows` rows, slightly more than `depth` of them reach.
 
-        -inf where the sample tells too little.
+        -inf if the sample is too small.
         """
         count = len(sample.lengths)
         expected = depth * count / max(1, rows)
-        rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))  # its standard deviation is a square root
+        rank = int(np.ceil(expected + 3.5 * np.sqrt(expected) + 2))  # its standard deviation is sqrt(expected)
         if rank > count // 2:
             return np.full(len(anchors.lengths), -np.inf, np.float32)
         table, strip = self._arithmetic.table(len(anchors.lengths), count), self._arithmetic.strip
@@ -495,22 +495,22 @@ class Products:
 
 
 def floors(arithmetic: Arithmetic, scores: Floats, anchors: Operand, longest: float, error: float) -> NDArray[Any]:
-    """(n,): a pair whose score is at least `scores` has a product that is at least this.
+    """(n,): if a pair's score is at least `scores`, its product is at least this.
 
-    Of rows no longer than `longest` and no farther than `error` from what is multiplied. Rounding a product takes it
-    past no number that is rounded in the same way.
+    For rows no longer than `longest` and no farther than `error` from what is multiplied. Rounding a product never
+    moves it past a number that is rounded in the same way.
     """
     below: Floats = np.nextafter((scores - apart(anchors, longest, error)).astype(np.float32), np.float32(-np.inf))
     return arithmetic.ordered(below)
 
 
 def apart(anchors: Operand, longest: float, error: float) -> NDArray[np.float64]:
-    """(n,): how far a pair's product, before it is rounded, can be from its score, see `floors`.
+    """(n,): maximum distance of a pair's product, before rounding, from its score, see `floors`.
 
     Float32 inner products summed in different orders differ by at most 2 * gamma_d * |q| * |v|, gamma_d about d *
-    2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; 8 covers the "about"), and by
-    what underflow takes: of each of d products and d sums less than the smallest normal number, even where it becomes
-    0. Vectors that are not multiplied as they are add what Cauchy and Schwarz allow.
+    2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; 8 covers the "about"), and by the
+    effect of underflow: for each of d products and d sums, less than the smallest normal number, even if it becomes 0.
+    Vectors that are not multiplied unchanged add the bound of Cauchy and Schwarz.
     """
     dimension = anchors.values.shape[1]
     lengths = anchors.lengths + anchors.errors
@@ -533,6 +533,6 @@ def _fetched(values: Any) -> NDArray[Any]:
 
 
 def _lengths(vectors: Floats) -> NDArray[np.float64]:
-    """(n,): norms, rather too large than too small; inf or NaN where a vector is not finite."""
+    """(n,): norms, rounded up; inf or NaN if a vector is not finite."""
     lengths: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors)) * 1.001 + _SMALL
     return lengths

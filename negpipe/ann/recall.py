@@ -1,4 +1,4 @@
-"""How much of the exact result an approximate search finds, measured on sampled anchors."""
+"""Share of the exact result that an approximate search finds, measured on sampled anchors."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Recall:
     """Which of the true nearest rows were found, for m sampled anchors.
 
     Attributes:
-        hits: (m, depth) bool, whether the row of an anchor's true rank was found.
+        hits: (m, depth) bool, whether the row at each true rank of an anchor was found.
     """
 
     hits: NDArray[np.bool_]
 
     def write(self, file: BinaryIO) -> None:
-        """As .npy."""
+        """Write it as .npy."""
         np.save(file, self.hits, allow_pickle=False)
 
     @classmethod
     def read(cls, path: Path) -> Recall:
-        """What `write` wrote."""
+        """Read a file written by `write`."""
         return cls(np.load(path, allow_pickle=False))
 
     def over(self, first: int, last: int) -> tuple[float, float, float]:
@@ -38,21 +38,21 @@ class Recall:
         return mean, max(0.0, mean - width), min(1.0, mean + width)
 
     def window(self, first: int, last: int) -> dict[str, float]:
-        """What is found of the true ranks first … last - 1, with its interval, and the shifts of the first and last."""
+        """Recall over the true ranks first … last - 1, with its interval, and the shifts of the first and last."""
         mean, low, high = self.over(first, last)
         figures = {"recall": mean, "low": low, "high": high}
         figures |= {"shift_first": self.shift(first), "shift_last": self.shift(last - 1)}
         return {"first": first, "last": last} | {name: round(value, 4) for name, value in figures.items()}
 
     def shift(self, rank: int) -> float:
-        """By how many ranks the row found at `rank` truly lies deeper, on average; rows not found push others up."""
+        """By how many ranks the row found at `rank` is truly deeper, on average; missed rows move others up."""
         order = np.argsort(~self.hits, axis=1, kind="stable")
         known = self.hits.sum(axis=1) > rank
         return float((order[known, rank] - rank).mean()) if known.any() else 0.0
 
 
 def places(found: Ints, true: Ints) -> Ints:
-    """(m, depth): at which place of its anchor's found rows each true row stands, or how many there are."""
+    """(m, depth): the position of each true row among its anchor's found rows, or their number if missing."""
     width = found.shape[1]
     anchor = np.arange(len(true), dtype=np.int64)[:, None] << 32
     keys = np.where(found < 0, -1, anchor + found).ravel()

@@ -1,11 +1,11 @@
-"""The nearest of a corpus from those of its slices, each of which was searched by itself.
+"""Merges the nearest documents of slices, searched independently, into those of the corpus.
 
-Guarantees: the bytes that one search of all slices gives. Slices are compared by the keys that a search compares by
+Guarantees: the bytes of one search over all slices. Slices are compared by the same keys that a search compares
 (`pairs.keys_of`), and no score is computed again.
 
-A slice's file is a .npy of (anchors, layers, width) uint64 keys, rows counted from the first of the slice. The last
-layer has scores; of an index that only proposes, the layer before it has its own products of the same rows, by which
-it is settled which of all slices' proposals would have been looked at.
+A slice's file is a .npy of (anchors, layers, width) uint64 keys, rows counted from the slice's first row. The last
+layer has scores; for an index that only proposes, the layer before it has the index's own products of the same rows,
+which decide which of all slices' proposals a single search would have scored.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from negpipe.store import mapped
 
 
 def layered(rows: Ints, scores: Floats) -> Keys:
-    """(n, 1, k) keys of what a search returns."""
+    """(n, 1, k) keys of a search result."""
     keys = keys_of(scores.ravel(), rows.ravel()).reshape(rows.shape)
     keys[rows < 0] = NOTHING
     return keys[:, np.newaxis]
 
 
 def write(file: BinaryIO, found: Iterable[Keys], shape: tuple[int, int, int]) -> None:
-    """Write the keys of a slice as they come, some anchors after the others; (anchors, layers, width) in all."""
+    """Write the keys of a slice as they arrive, some anchors at a time; (anchors, layers, width) in total."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<u8", "fortran_order": False, "shape": shape})
     for keys in found:
         file.write(np.ascontiguousarray(keys).data)
@@ -43,16 +43,16 @@ def merge(slices: Sequence[tuple[Path, int]], depth: int, proposed: int, *, budg
 
     Args:
         slices: their files, each with its first row; at least one.
-        depth: rows of an anchor.
-        proposed: rows of an anchor whose scores count, of those with layers of proposals.
-        budget: changes no result.
+        depth: rows per anchor.
+        proposed: rows per anchor whose scores count, if there are layers of proposals.
+        budget: does not affect results.
 
     Returns:
-        rows (n, depth) int64, -1 where there are fewer, and scores (n, depth) float32, -inf there.
+        rows (n, depth) int64, -1 if there are fewer, and scores (n, depth) float32, -inf there.
 
     Raises:
         BudgetError: a single anchor does not fit.
-        DamagedError: a file is not what `write` wrote.
+        DamagedError: a file was not written by `write`.
     """
     files = [(_opened(path), np.uint64(first)) for path, first in slices]
     count, layers, _ = files[0][0].shape
@@ -76,7 +76,7 @@ def merge(slices: Sequence[tuple[Path, int]], depth: int, proposed: int, *, budg
 
 
 def _from(keys: Keys, first: np.uint64) -> Keys:
-    """The keys with rows of the corpus."""
+    """The keys with corpus rows instead of slice rows."""
     return np.where(keys == NOTHING, NOTHING, keys + first)
 
 
@@ -84,7 +84,7 @@ def _opened(path: Path) -> Keys:
     try:
         keys: Keys = mapped.npy(path)
     except BROKEN as error:
-        raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+        raise DamagedError(f"{path}: is not a complete .npy file ({error}). Run `negpipe verify`") from None
     if keys.dtype != np.uint64 or keys.ndim != 3:
         raise DamagedError(f"{path}: holds {keys.dtype} of shape {keys.shape}, not keys. Run `negpipe verify`")
     return keys

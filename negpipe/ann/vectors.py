@@ -1,4 +1,4 @@
-"""Vectors in files: parts of .npy, or one file that FAISS opens; read as float32, a block at a time."""
+"""Vectors in files: .npy parts, or one file that FAISS opens; read as float32, a block at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Vectors:
     def read(self, start: int, out: Floats) -> None:
         """Fill `out` (m, dimension) with rows start … start + m.
 
-        Reads instead of mapping, so that pages of a large file never count as this process's memory.
+        Reads instead of mapping, so that pages of a large file do not count as this process's memory.
 
         Raises:
             DamagedError: a file ends early or cannot be read.
@@ -65,7 +65,7 @@ class Vectors:
                 out[row - start : stop - start] = values.reshape(-1, self.dimension)
 
     def take(self, rows: Ints) -> Floats:
-        """Some rows, in the order given, as (len(rows), dimension) float32; reads no more than their pages."""
+        """Some rows, in the order given, as (len(rows), dimension) float32; reads only their pages."""
         out = np.empty((len(rows), self.dimension), np.float32)
         for file in self.files:
             here = np.flatnonzero((rows >= file.first) & (rows < file.first + file.rows))
@@ -88,14 +88,14 @@ class Vectors:
             yield start, block
 
     def place(self, row: int) -> str:
-        """File and row in the file of a row, for messages."""
+        """The file of a row and its row in that file, for messages."""
         file = next(file for file in self.files if row < file.first + file.rows)
         return f"{file.path}, row {row - file.first}"
 
 
 @dataclass(frozen=True)
 class Held:
-    """Vectors in memory, for what takes vectors in files: (rows, dimension) float32."""
+    """Vectors in memory, for code that takes vectors in files: (rows, dimension) float32."""
 
     values: Floats
 
@@ -115,7 +115,7 @@ class Held:
 
 
 def open_parts(paths: Sequence[Path]) -> Vectors:
-    """Vectors of .npy files (m, dimension) of float16 or float32, in the order given. Reads only the headers.
+    """Vectors of .npy files (m, dimension) of float16 or float32, in the given order. Reads only the headers.
 
     Raises:
         DamagedError: a file is missing, cut off, or does not hold such vectors, all of one dimension.
@@ -126,7 +126,7 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
         try:
             array = mapped.npy(path)
         except BROKEN as error:
-            raise DamagedError(f"{path}: is no whole .npy file ({error}). Run `negpipe verify`") from None
+            raise DamagedError(f"{path}: is not a complete .npy file ({error}). Run `negpipe verify`") from None
         dimension = dimension or array.shape[-1]
         shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
         if not shaped or array.dtype not in (np.float16, np.float32):
@@ -140,12 +140,12 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
 
 
 def write_part(values: NDArray[Any], file: BinaryIO) -> None:
-    """Write (m, dimension) vectors of float16 or float32 as `open_parts` opens them."""
+    """Write (m, dimension) vectors of float16 or float32 in the format of `open_parts`."""
     np.save(file, values, allow_pickle=False)
 
 
 def _flat_header(dimension: int, rows: int) -> bytes:
-    """What faiss writes before the vectors of an IndexFlatIP: an empty one's bytes, with the counts put in."""
+    """The bytes that faiss writes before the vectors of an IndexFlatIP: an empty index's, with the counts set."""
     header = bytearray(faiss().serialize_index(faiss().IndexFlatIP(dimension)).tobytes())
     header[8:16] = rows.to_bytes(8, "little")
     header[-8:] = (rows * dimension).to_bytes(8, "little")
@@ -160,10 +160,10 @@ def write_flat(file: BinaryIO, vectors: Vectors) -> None:
 
 
 def open_flat(path: Path) -> Vectors:
-    """The vectors of a file that `write_flat` wrote.
+    """The vectors of a file written by `write_flat`.
 
     Raises:
-        DamagedError: the file is missing, is no IndexFlatIP, or its size is not what its header says.
+        DamagedError: the file is missing, is not an IndexFlatIP, or its size contradicts its header.
     """
     try:
         with path.open("rb") as file:
@@ -174,5 +174,5 @@ def open_flat(path: Path) -> Vectors:
     dimension, rows = int.from_bytes(header[4:8], "little"), int.from_bytes(header[8:16], "little")
     sane = 0 < dimension < 2**20 and len(header) + rows * dimension * 4 == size
     if not sane or header != _flat_header(dimension, rows):
-        raise DamagedError(f"{path}: is no whole IndexFlatIP ({size} bytes). Run `negpipe index`")
+        raise DamagedError(f"{path}: is not a complete IndexFlatIP ({size} bytes). Run `negpipe index`")
     return Vectors((_File(path, 0, rows, np.dtype("<f4"), len(header)),), dimension)

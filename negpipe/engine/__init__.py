@@ -1,1 +1,1 @@
-"""Stages as values and what runs them: keys, records, state, executors, repair."""
+"""Stages as values, and the code that runs them: keys, records, state, executors, repair."""

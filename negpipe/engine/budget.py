@@ -1,7 +1,7 @@
-"""What one task may use, and the one refusal of what does not fit.
+"""What one task may use, and the single error for what does not fit.
 
-Code that holds arrays says how many bytes a row takes and how many are taken whatever the rows; a `Budget` says how
-many rows fit, or refuses.
+Code that holds arrays states the bytes per row and the bytes that do not depend on the rows; a `Budget` computes how
+many rows fit, or raises.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from negpipe.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """Stated by a stage for its tasks, given by the executor. Changes no result.
+    """Requested by a stage for its tasks, granted by the executor. Does not affect results.
 
     Attributes:
         memory: bytes of working memory beyond the libraries.
-        threads: that compute.
-        device: on which the task may compute, by its name in `engine.devices`; a process is shown no other GPU.
+        threads: compute threads.
+        device: the device the task may use, as named by `engine.devices`; its process sees no other GPU.
     """
 
     memory: int
@@ -26,32 +26,32 @@ class Budget:
     device: str = "cpu"
 
     def without(self, held: int) -> Budget:
-        """What is left beside so many bytes."""
+        """The budget left after `held` bytes."""
         return replace(self, memory=self.memory - held)
 
     def share(self, part: float) -> Budget:
-        """A part of the memory, all of the threads."""
+        """A fraction of the memory, with all threads."""
         return replace(self, memory=int(self.memory * part))
 
     def rows(self, each: int, fixed: int = 0, *, whole: int = 1) -> int:
-        """How many rows of `each` bytes fit beside `fixed` bytes, a multiple of `whole`; 0 where none does."""
+        """How many rows of `each` bytes fit in addition to `fixed` bytes, as a multiple of `whole`; 0 if none fits."""
         return max(0, (self.memory - fixed) // each // whole * whole)
 
     def require(self, needed: int, what: str, remedy: str) -> None:
-        """Refuse what does not fit.
+        """Raise an error if `needed` bytes do not fit.
 
         Args:
             needed: bytes.
-            what: what takes them, as a subject ("searching 10 anchors to depth 100").
-            remedy: what helps beside more memory, with the names of settings ("lower search.depth").
+            what: what needs them, as the subject of a sentence ("searching 10 anchors to depth 100").
+            remedy: what helps other than more memory, with setting names ("lower search.depth").
 
         Raises:
-            BudgetError: they are more than there are.
+            BudgetError: more bytes are needed than available.
         """
         if needed > self.memory:
             raise BudgetError(
-                f"{what} needs {-(-needed // 2**20):,} MiB a worker, there are {max(0, self.memory) // 2**20:,}: raise"
-                f" resources.memory_budget, or {remedy}",
+                f"{what} needs {-(-needed // 2**20):,} MiB per worker, {max(0, self.memory) // 2**20:,} are available:"
+                f" raise resources.memory_budget, or {remedy}",
                 needed=needed,
                 there=self.memory,
                 remedy=remedy,
@@ -59,4 +59,4 @@ class Budget:
 
 
 DEFAULT = Budget(2**30)
-"""Of functions that are called without a config."""
+"""Default for functions called without a config."""

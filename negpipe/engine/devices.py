@@ -1,7 +1,7 @@
-"""Which devices a config means, whether they are there, and how a process is shown one of them.
+"""Which devices a config refers to, whether they exist, and how a process is restricted to one of them.
 
-A device has the name that torch gives it where the config is read: cpu, cuda, cuda:1 … Nothing here imports torch: it
-takes seconds, and is not to meet FAISS in the process that hands out tasks. Another process is asked.
+A device has torch's name for it in the process that reads the config: cpu, cuda, cuda:1 … This module does not import
+torch: the import takes seconds, and torch must not meet FAISS in the driver. A subprocess is asked instead.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 CPU = "cpu"
 ANY = "any"
-"""Ray's to decide: a GPU where the cluster has any, else the cores. Where tasks run without Ray, the cores."""
+"""Ray decides: a GPU if the cluster has any, else the cores. Without Ray, the cores."""
 _DEV = Path("/dev")
-_DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")  # files of NVIDIA's, of Jetson's, of Windows' under Linux, of AMD's
+_DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")  # NVIDIA, Jetson, WSL, AMD
 _ASK = """
 import torch
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -33,10 +33,10 @@ print(*(torch.cuda.get_device_properties(number).total_memory for number in rang
 
 
 def of_encoder(config: Config) -> tuple[str, ...]:
-    """Those that the model runs on, one for each worker.
+    """The devices that the model runs on, one per worker.
 
     Raises:
-        ConfigError: one is not there.
+        ConfigError: a device does not exist.
     """
     encoder = config.encoder
     if encoder.backend == "precomputed":
@@ -51,10 +51,10 @@ def of_encoder(config: Config) -> tuple[str, ...]:
 
 
 def of_search(config: Config) -> tuple[str, ...]:
-    """The one that multiplies while a search looks for candidates. Without `search.device`, it need not be there.
+    """The device that computes products during search. Without `search.device`, it need not exist.
 
     Raises:
-        ConfigError: `search.device` is not there.
+        ConfigError: `search.device` does not exist.
     """
     if config.executor.kind == "ray":
         return (config.search.device or config.encoder.device or ANY,)
@@ -72,28 +72,28 @@ def gpus() -> tuple[int, ...]:
         return ()
     asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
     if asked.returncode:
-        logger.warning("torch does not say which GPUs there are, none is used: %s", asked.stderr.strip()[-300:])
+        logger.warning("torch could not list the GPUs, so none is used: %s", asked.stderr.strip()[-300:])
         return ()
     return tuple(map(int, asked.stdout.split()))
 
 
 def memory(name: str) -> int:
-    """Bytes of memory of a device that is there."""
+    """Bytes of memory of an existing device."""
     return gpus()[_number(name)] if is_gpu(name) else machine.memory()
 
 
 def is_gpu(name: str) -> bool:
-    """Whether torch reaches it by CUDA, under which it has AMD's GPUs too."""
+    """Whether torch uses it through CUDA, which includes AMD GPUs."""
     return name.startswith("cuda")
 
 
 def same(name: str) -> str:
-    """One name for a device that has several: cpu:1 and any are cpu, cuda is cuda:0."""
+    """The canonical name of a device: cpu:1 and any are cpu, cuda is cuda:0."""
     return f"cuda:{_number(name)}" if is_gpu(name) else CPU if name.startswith((CPU, ANY)) else name
 
 
 def visible(name: str) -> str:
-    """What CUDA_VISIBLE_DEVICES is for a process that may use this device alone; empty where it is not there."""
+    """CUDA_VISIBLE_DEVICES for a process that may use only this device; empty if it does not exist."""
     if not is_gpu(name):
         return ""
     number, ours = _number(name), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -101,7 +101,7 @@ def visible(name: str) -> str:
 
 
 def own(name: str) -> str:
-    """What torch calls a device in this process: a GPU that is shown alone is cuda:0, whatever its name elsewhere."""
+    """torch's name for a device in this process: a GPU that is the only visible one is cuda:0."""
     alone = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
     return "cuda:0" if is_gpu(name) and alone else same(name)
 
@@ -110,7 +110,7 @@ def _there(names: Sequence[str], setting: str) -> tuple[str, ...]:
     for name in names:
         if is_gpu(name) and _number(name) >= len(gpus()):
             raise ConfigError(
-                f"{setting}: '{name}' is not there, torch sees {len(gpus())} GPUs: name others, or set it to cpu"
+                f"{setting}: '{name}' does not exist, torch sees {len(gpus())} GPUs: name another, or set it to cpu"
             )
     return tuple(names)
 
@@ -120,5 +120,5 @@ def _number(name: str) -> int:
 
 
 def _driver() -> bool:
-    """Whether there is a sign of a GPU, which spares others the question."""
+    """Whether there is any sign of a GPU; if not, torch need not be asked."""
     return any(next(_DEV.glob(pattern), None) for pattern in _DRIVERS)

@@ -1,7 +1,7 @@
-"""Identity: canonical JSON to sha256, and content digests of files with a cache.
+"""Identity: sha256 of canonical JSON, and cached content digests of files.
 
-Equal values give equal digests on every machine; a value of an unknown type raises, it is never
-turned into a string, so that nothing enters or leaves an identity by accident.
+Equal values give equal digests on every machine; a value of an unknown type raises an error instead of being converted
+to a string, so that nothing enters or leaves an identity by accident.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_LENGTH = 16
 
 
 def canonical(value: Any) -> Any:
-    """`value` in plain JSON types.
+    """Return `value` in plain JSON types.
 
     Raises:
         TypeError: a type without one obvious JSON form (a path, a set, a number that is not finite).
@@ -35,11 +35,11 @@ def canonical(value: Any) -> Any:
         return int(value) if value.is_integer() else value
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError("an identity has string keys only")
+            raise TypeError("the keys of an identity must be strings")
         return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [canonical(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no place in an identity: {value!r}")
+    raise TypeError(f"{type(value).__name__} is not allowed in an identity: {value!r}")
 
 
 def digest(*values: Any) -> str:
@@ -53,17 +53,17 @@ def key(*values: Any) -> str:
 
 
 class Beginning:
-    """The first values of many keys, digested once: `Beginning(a, b).key(c)` is `key(a, b, c)`; at least one of each.
+    """The common first values of many keys, hashed once: `Beginning(a, b).key(c)` equals `key(a, b, c)`.
 
-    For tasks that all depend on every part of a corpus: digested for each of them, planning would take a time that
-    grows with their product.
+    At least one value on either side. For tasks that all depend on every part of a corpus: hashing it for each of them
+    would make planning time grow with their product.
     """
 
     def __init__(self, *values: Any) -> None:
         self._digest = hashlib.sha256(_json(values).removesuffix("]").encode())
 
     def key(self, *values: Any) -> str:
-        """The key of the first values and some more."""
+        """The key of the first values followed by `values`."""
         whole = self._digest.copy()
         whole.update(f",{_json(values).removeprefix('[')}".encode())
         return whole.hexdigest()[:KEY_LENGTH]
@@ -76,11 +76,11 @@ def _json(values: Sequence[Any]) -> str:
 class DigestCache:
     """Content digests of files, remembered by path, inode, size and modification time.
 
-    A file that changes with all four kept is the documented limit; `rehash` ignores what is remembered.
-    What took long to read is saved as soon as it is known, whatever becomes of the process.
+    A change that keeps all four goes unnoticed (documented limit); `rehash` ignores the cache.
+    Digests that took long to compute are saved at once, in case the process dies.
     """
 
-    SECONDS = 30.0  # of work that a kill may cost
+    SECONDS = 30.0  # of work that a kill may lose
 
     def __init__(self, path: Path, *, rehash: bool = False) -> None:
         self._path = path
@@ -108,11 +108,11 @@ class DigestCache:
         return value
 
     def save(self) -> None:
-        """Remember for the next run, where the folder is there; best effort, a lost cache only costs time."""
+        """Save for the next run if the folder exists; best effort, a lost cache only costs time."""
         if not self._dirty:
             return
         if self._path.parent.is_dir():
-            content = json.dumps(self._known).encode()  # ASCII: names of files may be no text
+            content = json.dumps(self._known).encode()  # ASCII: file names may not be valid text
             with suppress(OSError, NegpipeError):
                 publish(self._path.parent, self._path.name, lambda file: write_all(file, content))
         self._dirty, self._saved = False, time.monotonic()

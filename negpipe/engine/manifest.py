@@ -1,7 +1,7 @@
-"""What is there: parts with their records, and one manifest a complete stage.
+"""Parts with their records, and one manifest per complete stage.
 
-A record is written after its part, a manifest after all its records: what they name existed when
-they were written. Done is what the store says; every reader checks it again. Both carry a digest of themselves.
+A record is written after its part, a manifest after all its records: the files they name existed when they were
+written. The store decides what is done; every reader checks it again. Records and manifests contain their own digest.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _RECORD = re.compile(r"[0-9a-f]{16}\.json")
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})*(-\d+)?\.npz")
 _AGREED = ".versions"
 _ARRAYS = ".arrays"
-OTHER_CONTENT = "has other content than was written"
+OTHER_CONTENT = "has changed since it was written"
 Book = TypeVar("Book", bound=BaseModel)
 
 
 class File(BaseModel):
-    """A data file: name in the store, size in bytes, sha256, and what it is to its part.
+    """A data file: name in the store, size in bytes, sha256, and its role in its part.
 
-    `role` is one of the part's own words, "ledger"; of several files in one role "rows-00000", "rows-00001". Records of
-    the first edition have none. What is `aside` says something of circumstance and is in no identity.
+    `role` is a word of the part's stage, such as "ledger"; several files of one role are "rows-00000", "rows-00001".
+    Records of the first edition have no roles. An `aside` file holds circumstances and enters no identity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,14 +48,14 @@ class File(BaseModel):
     @field_validator("path")
     @classmethod
     def _inside(cls, path: str) -> str:
-        path.encode()  # half a surrogate pair is a ValueError too
+        path.encode()  # a lone surrogate raises ValueError too
         parts = path.split("/")
         if len(parts) > 2 or not {"", ".", ".."}.isdisjoint(parts) or "\0" in path:
             raise ValueError("not a file of the store or of a folder in it")
         return path
 
     def problem(self, store: Store, *, full: bool = False) -> str | None:
-        """What is wrong with the file in the store, or None. `full` reads it and compares its digest."""
+        """What is wrong with the file in the store, or None. `full` also compares its digest."""
         if problem := self.misfit(store.size(self.path)):
             return problem
         if full and store.digest(self.path) != self.digest:
@@ -63,18 +63,18 @@ class File(BaseModel):
         return None
 
     def misfit(self, size: int | None) -> str | None:
-        """What is wrong with a file of so many bytes, or with there being none; None: nothing."""
+        """What is wrong with a file of `size` bytes (None: missing); None: nothing."""
         if size is None:
             return f"{self.path} is missing"
         if size != self.bytes:
-            return f"{self.path} has {size:,} bytes, {self.bytes:,} were written"
+            return f"{self.path} has {size:,} bytes, expected {self.bytes:,}"
         return None
 
 
 class Part(BaseModel):
-    """One task's output, as its record says.
+    """One task's output, as recorded.
 
-    `meta` is content (counts, digests the next stage keys on); `provenance` is circumstance (process,
+    `meta` is content (counts, digests that the next stage's keys use); `provenance` is circumstance (process,
     host, versions, seconds) and never part of an identity.
     """
 
@@ -88,14 +88,14 @@ class Part(BaseModel):
 
     @property
     def lacks_roles(self) -> bool:
-        """Whether nobody can tell its files apart: a record of the first edition with several of them."""
+        """Whether its files cannot be distinguished: a record of the first edition with several files."""
         return len(self.files) > 1 and not all(file.role for file in self.files)
 
     def file(self, role: str) -> File:
-        """The file of a role, or the only one there is.
+        """The file of a role, or the only file.
 
         Raises:
-            DamagedError: the record names none.
+            DamagedError: the record has no such file.
         """
         found = self.all(role) or (list(self.files) if len(self.files) == 1 else [])
         if len(found) != 1:
@@ -111,7 +111,7 @@ class Part(BaseModel):
         return sorted(found, key=lambda file: file.role)
 
     def identity(self) -> list[Any]:
-        """What another stage may key on: nothing of it depends on the order of files."""
+        """What another stage's keys may use; independent of the order of files."""
         content = sorted((file.role, file.digest) for file in self.files if not file.aside)
         return [self.kind, self.rows, *(digest for _, digest in content)]
 
@@ -139,12 +139,12 @@ class Manifest(BaseModel):
 
 
 class Books:
-    """The records of one stage's parts, in the store, and its manifest, in the run directory.
+    """The part records of one stage (in the store) and its manifest (in the run directory).
 
     Args:
-        run: the store of the run directory, or the folder.
+        run: the store of the run directory, or its folder.
         stage: the stage's name.
-        store: where parts and their records are; None: in the run directory.
+        store: the store of parts and records; None: the run directory.
     """
 
     def __init__(self, run: Path | Store, stage: str, store: Store | None = None) -> None:
@@ -159,17 +159,17 @@ class Books:
         return self.run.scratch / self._manifest
 
     def part(self, key: str) -> Part | None:
-        """The finished part of a key, or None: no record, an unreadable one, or one whose files are gone or cut."""
+        """The finished part of a key; None if record or files are missing, unreadable or cut off."""
         part = self.record(key)
         return None if part is None else self._whole({key: part}).get(key)
 
     def found(self, keys: Collection[str]) -> dict[str, Part]:
-        """The finished parts of many keys, as `part` has them; where listings are late, some may be missing."""
+        """The finished parts of many keys, as by `part`; where listings are delayed, some may be missing."""
         there = {*self.recorded()}
         return self._whole(self._records([key for key in dict.fromkeys(keys) if key in there]))
 
     def record(self, key: str) -> Part | None:
-        """What the record of a key says, or None: there is none, or not as it was written."""
+        """The record of a key; None if it is missing or has changed since it was written."""
         return self._records([key]).get(key)
 
     def _records(self, keys: Sequence[str]) -> dict[str, Part]:
@@ -184,7 +184,7 @@ class Books:
         return found
 
     def _whole(self, parts: Mapping[str, Part]) -> dict[str, Part]:
-        """Those whose files can be told apart and are there with all their bytes."""
+        """Those whose files can be distinguished and exist with all their bytes."""
         known = {key: part for key, part in parts.items() if not part.lacks_roles}
         sizes = self.store.sizes(file.path for part in known.values() for file in part.files)
         return {
@@ -194,7 +194,7 @@ class Books:
         }
 
     def name(self, key: str) -> str:
-        """The record of a key, as the store calls it."""
+        """The store's name of the record of a key."""
         return f"{self.folder}/{key}.json"
 
     def write_part(self, part: Part) -> None:
@@ -203,14 +203,14 @@ class Books:
         self.store.put(self.folder, lambda _: name, lambda file: write_all(file, content), len(content))
 
     def begun(self, key: str) -> Path:
-        """A folder for what a run of this key has begun and may go on from; that of any other key is gone."""
+        """A folder for unfinished work that a run of this key may resume; deletes those of other keys."""
         folder = self.run.scratch / self.folder / f"begun-{key}"
         self.drop_begun(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def drop_begun(self, but: Path | None = None) -> None:
-        """Delete what was begun: the stage is complete."""
+        """Delete unfinished work: the stage is complete."""
         for folder in (self.run.scratch / self.folder).glob("begun-*"):
             if folder != but:
                 remove(folder)
@@ -225,41 +225,41 @@ class Books:
         return [name.removesuffix(".json") for name in names if _RECORD.fullmatch(name)]
 
     def checkpoints(self) -> list[str]:
-        """What long searches of any part have left to go on from, as the scratch folder calls it."""
+        """Checkpoints of long searches, as named in the scratch folder."""
         names = LocalStore(self.store.scratch).names(self.folder)
         return [name for name in names if _CHECKPOINT.fullmatch(name.rpartition("/")[2])]
 
     def agreed(self, key: str) -> str:
-        """With which versions of libraries the shards of a stage of this key began, as the store calls it."""
+        """The store's name of the file with the library versions that the shards of this key started with."""
         return f"{self.folder}/{key}{_AGREED}"
 
     def drop_agreed(self, key: str = "") -> None:
-        """Let the shards of a stage of this key, or of every one, begin with other versions."""
+        """Let the shards of this key, or of every key, start with other versions."""
         for name in self.of_shards():
             if name.endswith(f"{key}{_AGREED}"):
                 self.store.delete(name)
 
     def arrays(self, key: str) -> str:
-        """Which arrays make the shards of a stage of this key, as the store of the run directory calls it."""
+        """The run store's name of the file with the arrays that run the shards of this key."""
         return f"{self.folder}/{key}{_ARRAYS}"
 
     def of_shards(self) -> list[str]:
-        """What shards that are at work need, and those that were killed left, as the store calls it."""
+        """Files of running shards, and leftovers of killed ones, as named in the store."""
         return [name for name in self.store.names(self.folder) if name.endswith((claims.SUFFIX, _AGREED, _ARRAYS))]
 
     def records(self) -> Iterator[Part]:
-        """What every readable record says."""
+        """Every readable record."""
         yield from self._records(self.recorded()).values()
 
     def parts(self) -> Iterator[Part]:
-        """Every part that is there, current or superseded."""
+        """Every existing part, current or superseded."""
         yield from self._whole(self._records(self.recorded())).values()
 
     def manifest(self) -> Manifest | None:
-        """The manifest, or None where the stage never completed.
+        """The manifest, or None if the stage never completed.
 
         Raises:
-            DamagedError: there is one and it cannot be read.
+            DamagedError: it exists but cannot be read.
         """
         content = self.content()
         if content is None:
@@ -270,19 +270,19 @@ class Books:
             problem = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
             raise DamagedError(
                 f"{self.run}/{self._manifest} is not a manifest ({problem}):"
-                " delete it and run the stage again, finished parts are reused"
+                " delete it and run the stage again; finished parts are reused"
             ) from None
 
     def content(self) -> bytes | None:
-        """The manifest as it is stored, for `write_manifest` to expect."""
+        """The stored bytes of the manifest, to pass to `write_manifest` as `expected`."""
         return self.run.read(self._manifest)
 
     def write_manifest(self, manifest: Manifest, expected: bytes | None) -> bool:
-        """Write the manifest if nobody did since it was `expected`; returns whether it was written."""
+        """Write the manifest if it still is `expected`; returns whether it was written."""
         return self.run.replace(self._manifest, _sealed(manifest), expected)
 
     def drop_manifest(self) -> None:
-        """Make the stage one that never completed; its parts stay."""
+        """Delete the manifest, as if the stage had never completed; its parts stay."""
         self.run.delete(self._manifest)
 
 
@@ -299,13 +299,13 @@ def _part(content: bytes) -> Part:
 
 
 def _parsed(content: bytes, kind: type[Book]) -> Book:
-    """Raises ValueError: it is not what was written. One without a digest was written before there were any."""
+    """Raises ValueError: it has changed since it was written. Old ones have no digest."""
     try:
         value = json.loads(content)
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if isinstance(value, dict) and "digest" in value and value.pop("digest") != _seal(value):
-        raise ValueError("its content is not what was written")
+        raise ValueError("its content has changed since it was written")
     return kind.model_validate(value)
 
 

@@ -1,7 +1,7 @@
-"""The order of stages: what must run and why, running it, and what is on disk.
+"""The order of stages: what must run and why, running it, and its status on disk.
 
-Nothing runs whose output is already there: a stage whose manifest carries today's key is left alone,
-and within a stage every part whose key is on disk is kept.
+Nothing runs if its output already exists: a stage whose manifest has the current key is left alone, and within a stage
+every part whose key is on disk is kept.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 3
 
 Hold = Literal["alone", "shared", "driver"]
-"""How a run directory is held: alone, as a shard, or by who hands out shards and waits for them."""
+"""How a run directory is held: alone, by a shard, or by the driver that submits shards and waits for them."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made: the folder of the triplets, each stage's counts, and the store of the run directory."""
+    """Result of a run: the folder of the triplets, each stage's counts, and the store of the run directory."""
 
     run_dir: Path
     triplets: Path
@@ -66,23 +66,23 @@ def mine(
     executor: Executor | None = None,
     elsewhere: Mapping[str, Executor] | None = None,
 ) -> Result:
-    """Bring the stages up to date, or one of them.
+    """Bring all stages, or one of them, up to date.
 
     Args:
-        config: what to make.
-        graph: the stages that make it.
-        only: the name of the one stage to run; its inputs must be there.
-        reporter: where progress goes.
+        config: the config to run.
+        graph: its stages.
+        only: name of the only stage to run; its inputs must exist.
+        reporter: receives progress.
         rehash: read every source file again instead of trusting its modification time.
-        repair: read every file made so far, and make again what is not as it was written or was made from such.
-        rebuild: make again what other versions of libraries made than are installed.
-        executor: takes the tasks instead of the one that stage and config name; whether this machine could run them is
-            not asked then.
-        elsewhere: executors of stages, by name, that have other machines make shards of them.
+        repair: read every existing file; recompute what has changed since it was written and what derives from it.
+        rebuild: recompute parts made with other library versions than are installed.
+        executor: runs the tasks instead of the executor that stage and config select; it is then not checked whether
+            this machine could run them.
+        elsewhere: executors by stage name that run the stages as shards on other machines.
 
     Raises:
-        NegpipeError: with a message for people and an exit code for schedulers.
-        DamagedError: what a stage is about to read is not what was written, as its size or header tells.
+        NegpipeError: with a readable message and an exit code for schedulers.
+        DamagedError: by its size or header, an input of a stage has changed since it was written.
     """
     stages = [*graph.values()]
     run_dir = config.run_dir
@@ -107,7 +107,7 @@ def mine(
             else:
                 _examine([] if executor else [stage] if only else stages[number:], context, elsewhere)
                 check_inputs(stage, graph, context)
-                logger.info("%s: runs, %s", stage.name, state.reason)
+                logger.info("%s: starting, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent(), executor or elsewhere.get(stage.name))
                 ran.append(stage.name)
                 _tell(stage, manifest)
@@ -126,8 +126,8 @@ def mine(
 
 
 def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, Executor]) -> None:
-    """Raise what is wrong with stages that are about to run, and can be known, see `Stage.examine`; the devices of
-    other machines are looked at there."""
+    """Raise what can already be known to be wrong with stages that are about to run, see `Stage.examine`. Devices of
+    other machines are checked there."""
     for stage in stages:
         if stage.name not in elsewhere:
             stage.examine(context)
@@ -141,17 +141,17 @@ def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, 
 def opened(
     config: Config, graph: Graph, *, rehash: bool = False, dropping: bool = False, hold: Hold = "alone"
 ) -> Iterator[Context]:
-    """Hold the run directory, made where it is not there.
+    """Lock the run directory, creating it if it does not exist.
 
     Args:
-        config: whose it is.
+        config: the config of the run.
         graph: the stages that have folders in it.
         rehash: see `mine`.
-        dropping: parts are to be dropped.
-        hold: how; what shards write is left to them.
+        dropping: whether parts will be dropped.
+        hold: how to lock it; files of running shards are left alone.
 
     Returns:
-        what the first stage is looked at with.
+        the context for the first stage.
     """
     run_dir = config.run_dir
     _make_run_dir(run_dir, config.store, graph)
@@ -172,9 +172,9 @@ def opened(
 
 
 def _keep(config: Config, ran: bool = True) -> None:
-    """Keep the config in its run directory: at once in a new one, elsewhere when what it asks for is made.
+    """Save the config in its run directory: in a new one at once, in an existing one once the run is complete.
 
-    Where nothing ran, a new executor is nothing to write. A run directory in a bucket keeps none.
+    If nothing ran, a changed executor alone is not saved. A run directory in a bucket keeps no config.
     """
     if config.url is not None:
         return
@@ -187,10 +187,10 @@ def _keep(config: Config, ran: bool = True) -> None:
 
 @contextmanager
 def _held(config: Config, dropping: bool, hold: Hold) -> Iterator[bool]:
-    """Hold the run directory, and where parts of a shared store are dropped, all others that use it.
+    """Lock the run directory and, if parts of a shared store are dropped, all other run directories that use it.
 
     Returns:
-        whether nobody else was at work on it.
+        whether no other process was working on it.
     """
     with ExitStack() as locks:
         if config.store and dropping:
@@ -211,7 +211,7 @@ def _held(config: Config, dropping: bool, hold: Hold) -> Iterator[bool]:
 
 
 def _clear(context: Context) -> None:
-    """Delete what killed runs left unfinished."""
+    """Delete unfinished files of killed runs."""
     for root in {context.run_dir, context.config.store or context.run_dir}:
         for folder in (root, root / BOOKS):
             for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
@@ -219,7 +219,7 @@ def _clear(context: Context) -> None:
 
 
 def looked(stage: Stage, context: Context) -> State:
-    """How a stage stands; what is of other versions of libraries is warned of."""
+    """The state of a stage; warns about parts made with other library versions."""
     state = look(stage, context)
     if state.versions:
         logger.warning("%s: %s", stage.name, state.versions)
@@ -227,20 +227,20 @@ def looked(stage: Stage, context: Context) -> State:
 
 
 def _tell(stage: Stage, manifest: Manifest) -> None:
-    """What became of a stage that ran."""
+    """Log the outcome of a stage that ran."""
     logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
     for level, remark in stage.remarks(manifest.stats):
         logger.log(level, "%s: %s", stage.name, remark)
 
 
 def check_inputs(stage: Stage, graph: Graph, context: Context) -> None:
-    """What a stage is about to read is what was written, as far as headers tell; a stage that ran reuses old parts."""
+    """Check by headers that a stage's inputs have not changed since they were written, reused parts included."""
     for name in stage.inputs:
         check_headers(context.store, graph[context.manifest(name).stage], context.manifest(name))
 
 
 def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
-    """Texts come to lie in it, so a new one is for the user alone; one that exists keeps its rights."""
+    """It will contain texts, so a new one is private to the user; an existing one keeps its permissions."""
     with explained(run_dir):
         if not run_dir.exists():
             run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
 
 
 def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None) -> Manifest:
-    """`run_stage`, begun again where a second process, let in by a lock that does not work, got in between."""
+    """`run_stage`, restarted if a second process interfered because locks do not work."""
     for attempt in range(_ATTEMPTS):
         try:
             return run_stage(stage, context, reporter, executor)
@@ -265,12 +265,12 @@ def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Exe
                 return state.manifest
             if attempt == _ATTEMPTS - 1:
                 raise
-            logger.warning("%s: begins again: %s", stage.name, error)
+            logger.warning("%s: starting again: %s", stage.name, error)
     raise AssertionError
 
 
 def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None = None) -> Manifest:
-    """Make what is missing of a stage, then its manifest.
+    """Make the missing parts of a stage, then its manifest.
 
     Raises:
         NegpipeError: a task failed; finished parts stay.
@@ -297,15 +297,15 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
     books.run.delete(books.arrays(identity.key))
     claims.drop(books.store, books.folder, keys)
     context.digest_file.save()
-    machine.give_back()  # this process waits beside those of the next stage, which need it
+    machine.give_back()  # the processes of the next stage need it while this one waits
     return manifest
 
 
 def part_of(stage: Stage, context: Context, part_key: str) -> Part:
-    """The part of a task that has ended.
+    """The part of a finished task.
 
     Raises:
-        VanishedError: it is not there.
+        VanishedError: it does not exist.
     """
     part = context.books(stage.name).part(part_key)
     if part is None:
@@ -315,10 +315,10 @@ def part_of(stage: Stage, context: Context, part_key: str) -> Part:
 
 @contextmanager
 def damage_named(stage: Stage, context: Context) -> Iterator[None]:
-    """What nobody foresaw may come of bytes that changed under the same size: then what was read is read whole.
+    """An unexpected error may come from bytes that changed under the same size: verify the inputs in full.
 
     Raises:
-        DamagedError: a file that the stage reads is not as it was written.
+        DamagedError: a file that the stage reads has changed since it was written.
     """
     try:
         yield
@@ -330,8 +330,8 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
         files, full = (file for part in read for file in part.files), not context.store.verifies
         if wrong := damaged(context.store, files, full=full):
             raise DamagedError(
-                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair`, it makes"
-                " again what is damaged and what may come from it"
+                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair` to"
+                " recompute damaged parts and everything that may derive from them"
             ) from error
         raise
 
@@ -339,7 +339,7 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
 def _run_planned(
     stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter, executor: Executor | None
 ) -> bool:
-    """Make what is missing of the tasks that can be planned now; returns whether there were new ones among them."""
+    """Make the missing parts of the tasks that can be planned now; returns whether any task was new."""
     books, before = context.books(stage.name), len(keys)
     plan = stage.plan(context)
     total, done, present = 0, 0, set[str]()
@@ -348,7 +348,7 @@ def _run_planned(
         present = {*books.found([task.key for task in plan])}
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
         if present:
-            logger.info("%s: %d of %d parts are there already", stage.name, len(present), len(plan))
+            logger.info("%s: %d of %d parts already exist", stage.name, len(present), len(plan))
 
     def missing() -> Iterator[Task]:
         for task in plan:
@@ -371,17 +371,17 @@ def run_tasks(
     executor: Executor | None = None,
     ended: Callable[[Task], None] = lambda task: None,
 ) -> None:
-    """Run tasks as stage and config say, and tell of it.
+    """Run tasks as stage and config specify, and report progress.
 
     Args:
         stage: whose tasks they are.
-        tasks: taken from when there is somebody to run one.
-        context: the stage's own.
-        reporter: where progress goes.
-        total: rows of the job, 0 where they are not known.
-        done: rows of it that are there already.
-        executor: another one than stage and config name.
-        ended: called with every task whose part is made.
+        tasks: consumed lazily, when a worker is free.
+        context: that of the stage.
+        reporter: receives progress.
+        total: rows of the job, 0 if unknown.
+        done: rows that already exist.
+        executor: replaces the one that stage and config select.
+        ended: called for every task whose part is finished.
     """
     counted: dict[str, int] = {}
 
@@ -401,7 +401,7 @@ def run_tasks(
 
 
 def status(config: Config, graph: Graph) -> list[State]:
-    """How every stage stands. Reads only."""
+    """The state of every stage. Read-only."""
     states = []
     with digests_of(config) as digests:
         context = Context(config, config.run_dir, digests)
@@ -437,7 +437,7 @@ def _check_share(context: Context) -> None:
     settings = context.config.executor
     if settings.kind != "inline" and (settings.workers or 1) > context.workers:
         logger.warning(
-            "executor.workers: %d are more than resources.cpus, so %d run at a time", settings.workers, context.workers
+            "executor.workers is %d, more than resources.cpus, so %d run at a time", settings.workers, context.workers
         )
 
 

@@ -1,4 +1,4 @@
-"""What this machine's processor can do."""
+"""Features of this machine's processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """Its features in Linux's words, such as `amx_bf16` or `avx512_bf16`; none where the system does not say."""
+    """Its features by their Linux names, such as `amx_bf16` or `avx512_bf16`; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

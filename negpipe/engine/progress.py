@@ -1,4 +1,4 @@
-"""What a long job tells of its progress, and to whom it matters."""
+"""Progress of long jobs, and where it is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter for callers who only want the result."""
+    """A reporter for callers that only want the result."""
 
     def begin(self, stage: str, total: int, done: int) -> None: ...
     def advance(self, units: int, note: str) -> None: ...

@@ -1,7 +1,7 @@
-"""Finding what is not as it was written, and dropping it and what was made from it, so that it is made again.
+"""Finds files that have changed since they were written, and drops them and everything made from them.
 
-Readers compare sizes and headers only, so a byte that changed under the same size may have been read before
-anybody finds it. Whatever may have read it goes with it; what cannot have is kept.
+Readers compare only sizes and headers, so a byte that changed under the same size may have been read before it is
+found. Everything that may have read it is dropped too; everything else is kept.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
-    """Look at what costs next to nothing: that files of the right size are what they were, with as many rows.
+    """Check at almost no cost, by headers, that files of the right size have the recorded kind and rows.
 
     Raises:
-        DamagedError: one is not.
+        DamagedError: a file does not.
     """
     if store.verifies:
         return
@@ -34,16 +34,16 @@ def check_headers(store: Store, stage: Stage, manifest: Manifest) -> None:
     if problems:
         raise DamagedError(
             f"{manifest.stage}: {problems[0]} ({len(problems)} of {len(manifest.parts)} parts)."
-            " Run `negpipe mine CONFIG --repair`, it makes again what is damaged and what may come from it"
+            " Run `negpipe mine CONFIG --repair` to recompute damaged parts and everything that may derive from them"
         )
 
 
 def damaged(
     store: Store, files: Iterable[File], progress: Callable[[int], None] = lambda _: None, *, full: bool = True
 ) -> list[tuple[File, str]]:
-    """The files that are not as they were written, and what is wrong; each is read whole, several at a time.
+    """Files that have changed since they were written, and what is wrong. Reads them in full, several at a time.
 
-    `progress` gets the bytes of every file that was read. Without `full` only sizes are looked at.
+    `progress` gets the bytes of every file read. Without `full`, only sizes are checked.
     """
 
     def check(file: File) -> tuple[File, str | None]:
@@ -56,20 +56,20 @@ def damaged(
 
 
 def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str]:
-    """Drop a stage's parts that are damaged or may come from untrusted files, those of superseded settings too.
+    """Drop a stage's parts that are damaged or may derive from untrusted files, including superseded parts.
 
     Args:
-        stage: one whose inputs are complete.
+        stage: a stage whose inputs are complete.
         context: with the manifests of the stages before it.
-        untrusted: files that held other content than was written, as the store calls them.
+        untrusted: store names of files that had other content than was written.
 
     Returns:
-        such files of this stage.
+        untrusted files of this stage.
     """
     store, books = context.store, context.books(stage.name)
     manifest = _readable(books)
     listed = manifest.parts if manifest else ()
-    # Where a stage goes in rounds, its own parts may come from one another.
+    # In a stage with rounds, parts may derive from one another.
     read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
     wrong = damaged(store, read.values())
     sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
@@ -79,12 +79,12 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     if not kept:
         books.drop_manifest()
     for name in books.checkpoints():
-        (store.scratch / name).unlink(missing_ok=True)  # what a search has found so far, with nothing to prove it
+        (store.scratch / name).unlink(missing_ok=True)  # intermediate search results cannot be verified
     suspects, gone = 0, []
     for key in books.recorded():
         part = books.record(key)
         if part is None:
-            logger.warning("%s: %s cannot be read: dropped", stage.name, books.name(key))
+            logger.warning("%s: cannot read %s, dropping it", stage.name, books.name(key))
             books.forget(key)
         elif part.key not in kept:
             found = damaged(store, part.files)
@@ -97,31 +97,31 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     for name in gone:
         store.delete(name)
     for _, problem in wrong:
-        logger.warning("%s: %s: made again", stage.name, problem)
+        logger.warning("%s: %s: recomputing it", stage.name, problem)
     if suspects:
-        logger.warning("%s: %d parts may come from damaged files: made again where needed", stage.name, suspects)
+        logger.warning("%s: %d parts may derive from damaged files: recomputing where needed", stage.name, suspects)
     return _changed(wrong)
 
 
 def drop_of_other_versions(stage: Stage, context: Context) -> None:
-    """Forget the parts that other versions of libraries made than are installed, so that they are made again.
+    """Drop the records of parts made with other library versions than are installed, so that they are recomputed.
 
-    Their files stay until `clean` takes them.
+    Their files stay until `clean` removes them.
     """
     books, now = context.books(stage.name), versions.installed(stage.libraries(context.config))
     books.drop_agreed()
     outdated = [part for part in books.records() if versions.is_of_others(part, now)]
     if not outdated:
         return
-    stage.examine(context)  # what would keep it from running is known before anything is forgotten
-    logger.info("%s: %d parts of other versions of libraries are made again", stage.name, len(outdated))
+    stage.examine(context)  # find what would keep it from running before dropping anything
+    logger.info("%s: recomputing %d parts made with other library versions", stage.name, len(outdated))
     books.drop_manifest()
     for part in outdated:
         books.forget(part.key)
 
 
 def _changed(wrong: list[tuple[File, str]]) -> set[str]:
-    """Files of the right size, which may have been read as they are."""
+    """Files of the right size, which may have been read in their damaged state."""
     return {file.path for file, problem in wrong if problem.endswith(OTHER_CONTENT)}
 
 
@@ -134,7 +134,7 @@ def _readable(books: Books) -> Manifest | None:
 
 
 def _sound(stage: Stage, context: Context, untrusted: set[str]) -> Callable[[str], bool]:
-    """Whether the part of a key cannot come from an untrusted file."""
+    """A test whether the part of a key cannot derive from an untrusted file."""
     if not untrusted or not stage.inputs:
         return lambda _: True
     context = replace(stage.within(context), key=identity_of(stage, context).key)
@@ -144,7 +144,7 @@ def _sound(stage: Stage, context: Context, untrusted: set[str]) -> Callable[[str
 
 
 def _paths(payload: Any) -> Iterator[str]:
-    """Every text in a task's payload: what it reads is among them."""
+    """Every string in a task's payload: the files it reads are among them."""
     if isinstance(payload, str):
         yield payload
     elif isinstance(payload, dict | list):

@@ -1,8 +1,8 @@
-"""One stage made by several processes, on several machines over a shared file system, and then committed.
+"""Runs one stage in several processes, possibly on several machines over a shared file system, then commits it.
 
-A shard makes the tasks whose key falls to it and writes no manifest. Nothing but the store tells the shards of each
-other: which parts are there, and which tasks somebody has claimed (`store.claims`). So they may start, end and die in
-any order, and be started again; what is left is the bytes of an ordinary run, which `commit` names in the manifest.
+A shard makes the tasks whose keys fall to it and writes no manifest. Shards learn about each other only from the store:
+which parts exist, and which tasks are claimed (`store.claims`). They may start, end and die in any order, and be
+restarted; the result has the bytes of an ordinary run, and `commit` lists it in the manifest.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from negpipe.store.files import json_bytes
 
 logger = logging.getLogger(__name__)
 _SHARD = re.compile(r"(\d+)/(\d+)")
-_NAMED = 5  # of what is missing, in an error
-_LOOK = 2.0  # seconds between two looks at what others work on
+_NAMED = 5  # missing parts listed in an error
+_LOOK = 2.0  # seconds between two checks of other processes' work
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read "3/16".
+        """Parse "3/16".
 
         Raises:
-            ConfigError: that is no shard.
+            ConfigError: not a shard.
         """
         named = _SHARD.fullmatch(text)
         if not named or int(named[1]) >= int(named[2]):
@@ -53,7 +53,7 @@ class Shard:
         return cls(int(named[1]), int(named[2]))
 
     def has(self, key: str) -> bool:
-        """Whether the task of a key falls to it."""
+        """Whether the task with this key falls to this shard."""
         return shard_of(key, self.of) == self.number
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ class Shard:
 
 
 def shard_of(key: str, of: int) -> int:
-    """The shard that a task falls to: the same for every process, whatever has been made."""
+    """The shard that a task falls to: the same in every process, regardless of finished parts."""
     return int(key, 16) % of
 
 
 @dataclass(frozen=True)
 class Worked:
-    """What became of a shard: how many parts it made, found, and saw others make. All of its tasks have theirs."""
+    """Result of a shard: how many parts it made, found, and saw others make. All its tasks have their parts."""
 
     stage: str
     shard: Shard
@@ -87,28 +87,28 @@ def work(
     once: bool = False,
     patience: float = PATIENCE,
 ) -> Worked:
-    """Make what is missing of a shard of a stage. What another process works on is waited for.
+    """Make the missing parts of a shard of a stage, and wait for those that other processes work on.
 
-    A stage that plans in rounds goes on when a round is complete: there, a shard also makes what nobody works on.
+    A stage planned in rounds continues once a round is complete: there, a shard also makes unclaimed parts.
 
     Args:
-        config: what to make.
-        graph: the stages that make it.
-        name: the stage; its inputs must be there.
-        shard: which of its tasks.
-        reporter: where progress goes.
+        config: the config to run.
+        graph: its stages.
+        name: the stage; its inputs must exist.
+        shard: the shard of its tasks to run.
+        reporter: receives progress.
         rehash: read every source file again instead of trusting its modification time.
-        once: leave the rounds to come to who submits the shards.
-        patience: seconds without a sign of life after which another process counts as dead.
+        once: run one round only; the process that submits the shards starts the next.
+        patience: seconds without a sign of life until another process counts as dead.
 
     Raises:
         NegpipeError: a task failed; finished parts stay.
         MissingStageError: an input has not been made.
-        VersionsError: other versions of libraries are installed than where the first shard began.
+        VersionsError: other library versions are installed than where the first shard started.
     """
     stage = graph[name]
     if stage.place(config) == "caller":
-        raise ConfigError(f"{name} is not made in shards: run `negpipe {name} CONFIG`")
+        raise ConfigError(f"{name} does not run in shards: run `negpipe {name} CONFIG`")
     with pipeline.opened(config, graph, rehash=rehash, hold="shared") as first:
         context, current = _reached(stage, graph, first)
         if current:
@@ -125,26 +125,26 @@ def work(
 
 
 def commit(config: Config, graph: Graph, name: str, shards: int | None = None, **options: Any) -> pipeline.Result:
-    """Write the manifest of a stage whose parts are all there. Makes none.
+    """Write the manifest of a stage whose parts all exist. Makes no parts.
 
     Args:
-        config: what was made.
-        graph: the stages that made it.
+        config: the config of the run.
+        graph: its stages.
         name: the stage.
-        shards: how many there were, to name those that lack parts.
+        shards: number of shards, to name those with missing parts.
         options: `rehash` and `rebuild` of `pipeline.mine`.
 
     Raises:
-        MissingPartsError: parts are missing; the message says how many, and which.
-        LockedError: a shard is at work.
+        MissingPartsError: parts are missing; the message says how many and which.
+        LockedError: a shard is running.
     """
     if graph[name].place(config) == "caller":
-        raise ConfigError(f"{name} is not made in shards: run `negpipe {name} CONFIG`, which commits it too")
+        raise ConfigError(f"{name} does not run in shards: run `negpipe {name} CONFIG`, which also commits it")
     return pipeline.mine(config, graph, only=name, executor=_refusing(shards), **options)
 
 
 def _refusing(shards: int | None) -> Executor:
-    """In place of an executor: what there is for one to do is missing."""
+    """An executor that runs nothing and reports its tasks as missing."""
 
     def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
         missing = [*tasks]
@@ -157,17 +157,17 @@ def _refusing(shards: int | None) -> Executor:
             which = f"I/{shards}` for I = {','.join(map(str, lacking))}"
         raise MissingPartsError(
             f"{stage.name}: {len(missing):,} parts are missing: {named}. Run `negpipe work {stage.name} CONFIG"
-            f" --shard {which}, which makes what is missing and nothing else, then commit again"
+            f" --shard {which}, which makes only the missing parts, then commit again"
         )
 
     return run
 
 
 def _reached(stage: Stage, graph: Graph, context: Context) -> tuple[Context, Manifest | None]:
-    """The context with the stages before a stage, and its own manifest where it is current.
+    """The context with the stages before a stage, and the stage's manifest if it is current.
 
     Raises:
-        MissingStageError: one before it is not current.
+        MissingStageError: an earlier stage is not current.
     """
     for before in graph.values():
         if before.name == stage.name:
@@ -176,14 +176,14 @@ def _reached(stage: Stage, graph: Graph, context: Context) -> tuple[Context, Man
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, stage.name))
         context = context.after(before, state.manifest)
-    # Where there is no manifest, a look would read all parts, those of the other shards too.
+    # Without a manifest, looking would read all parts, including those of other shards.
     state = pipeline.looked(stage, context) if context.books(stage.name).content() else State(stage.name, "missing")
     return context, state.manifest if state.state == "current" else None
 
 
 @dataclass
 class _Job:
-    """A shard at work."""
+    """A running shard."""
 
     stage: Stage
     context: Context
@@ -200,7 +200,7 @@ class _Job:
         return self.context.own
 
     def done(self) -> Worked:
-        """Make the tasks of one round after the other."""
+        """Make the tasks, round by round."""
         known: set[str] = set()
         while True:
             planned = [task for task in self.stage.plan(self.context) if task.key not in known]
@@ -212,7 +212,7 @@ class _Job:
                 return Worked(self.stage.name, self.shard, self.made, self.found, self.others)
 
     def _make(self, tasks: list[Task]) -> None:
-        """Make what nobody works on, and wait for what others do, until every task has its part."""
+        """Make unclaimed tasks and wait for claimed ones until every task has its part."""
         present = self.books.found([task.key for task in tasks])
         left = [task for task in tasks if task.key not in present]
         self.found += len(present)
@@ -228,7 +228,7 @@ class _Job:
                 )
             elif not told:
                 who = sorted({owner for task in left if (owner := self.claims.owner(task.key))})
-                logger.info("%s: waits for %d parts that others work on: %s", self.stage.name, len(left), some(who))
+                logger.info("%s: waiting for %d parts of other processes: %s", self.stage.name, len(left), some(who))
                 told = True
             if not first:
                 time.sleep(min(_LOOK, self.claims.patience / 4))
@@ -238,10 +238,10 @@ class _Job:
             left = missing
 
     def _claimed(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """Those that nobody works on, claimed when they are asked for. It waits for nobody: what runs must be heard."""
+        """Unclaimed tasks, each claimed when it is requested. Never blocks: running workers must be listened to."""
         for task in tasks:
             if self.books.part(task.key) is None and self.claims.take(task.key):
-                if self.books.part(task.key):  # it was made, and its claim given up, while we looked
+                if self.books.part(task.key):  # it was finished and its claim released in the meantime
                     self.claims.release(task.key)
                 else:
                     yield task
@@ -252,10 +252,10 @@ class _Job:
         self.made += 1
 
     def _agree(self, present: Mapping[str, Part]) -> None:
-        """Have the libraries that the first shard of the stage began with; parts of earlier runs may have others.
+        """Require the library versions of the stage's first shard; parts of earlier runs may have others.
 
         Raises:
-            VersionsError: this one has not.
+            VersionsError: this shard has others.
         """
         now = versions.installed(self.stage.libraries(self.context.config))
         if said := versions.describe(present.values(), now):
@@ -268,8 +268,8 @@ class _Job:
             now,
             f"{self.stage.name}: its shards",
             platform.node(),
-            ". To begin again with other versions, run"
-            f" `negpipe commit {self.stage.name} CONFIG --rebuild` there with all shards at rest",
+            ". To start over with other versions, run"
+            f" `negpipe commit {self.stage.name} CONFIG --rebuild` there while no shard is running",
         )
 
 

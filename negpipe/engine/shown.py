@@ -1,4 +1,4 @@
-"""What people see of a stage's parts in the run directory."""
+"""How a stage's parts appear to users in the run directory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from negpipe.engine.stage import Context, Shown, Stage
 
 
 def show(stage: Stage, context: Context, manifest: Manifest) -> None:
-    """Show the parts of a complete stage, and nothing of other settings.
+    """Show the parts of a complete stage, and none made with other settings.
 
     Raises:
-        StorageError: it cannot be shown; what was shown still is.
+        StorageError: they cannot be shown; the previous view stays.
     """
 
     def of_the_first_edition() -> set[str]:
-        """Names of the files that it wrote into the folder itself."""
+        """Names of the files that it wrote directly into the folder."""
         paths = (Path(file.path) for part in context.books(stage.name).records() for file in part.files)
         return {path.name for path in paths if path.parent.name.startswith(f".{stage.name}-")}
 
@@ -27,7 +27,7 @@ def show(stage: Stage, context: Context, manifest: Manifest) -> None:
 
 
 def missing(stage: Stage, context: Context, manifest: Manifest) -> str | None:
-    """A name that does not show what it should; None: all do."""
+    """A name that does not show the right files; None if all do."""
     for name, what in stage.views(manifest.parts).items():
         if not context.run.shows(name, _paths(what), _version(what), context.store):
             return name
@@ -35,7 +35,7 @@ def missing(stage: Stage, context: Context, manifest: Manifest) -> str | None:
 
 
 def _version(what: Shown) -> str:
-    """Names what a folder shows: names and content."""
+    """Identifies what a folder shows: names and content."""
     return key({name: file.digest for name, file in what.items()}) if isinstance(what, Mapping) else ""
 
 

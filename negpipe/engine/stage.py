@@ -1,7 +1,7 @@
-"""The one contract: a stage is a frozen value that plans tasks and turns each task into one part.
+"""The central contract: a stage is a frozen value that plans tasks and turns each task into one part.
 
-A task's key covers everything that can change its part's bytes. What is already on disk under that key
-is done; nothing else is asked.
+A task's key covers everything that can change its part's bytes. If a part with that key is on disk, the task is done;
+nothing else is checked.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from negpipe.store.opening import run_of, store_of
 from negpipe.store.store import Store
 
 Progress = Callable[[int, str], None]
-"""Called with units finished since the last call, and a note for people ("58 texts/s")."""
+"""Called with units finished since the last call, and a note for display ("58 texts/s")."""
 
 Shown = File | Mapping[str, File] | None
-"""What a name of the run directory shows: a file, a folder of files by name, or nothing."""
+"""What a name in the run directory shows: a file, a folder of files by name, or nothing."""
 
 
 Place = Literal["caller", "light", "worker", "apart"]
 """Where tasks run.
 
-caller: in the calling process, whatever the executor; payloads need not be JSON. light: there too where a single worker
-would take longer to start than to work. worker: where the executor says. apart: in a process of their own even where
-the executor says inline, as torch and FAISS never share one.
+caller: in the calling process, whatever the executor; payloads need not be JSON. light: likewise, if a single worker
+would take longer to start than to work. worker: as the executor decides. apart: in a separate process even if the
+executor is inline, because torch and FAISS never share one.
 """
 
 
@@ -52,8 +52,8 @@ def _cores(_: Config | None = None) -> tuple[str, ...]:
 class Task:
     """One part to make.
 
-    `rows` sizes the progress bar. `payload` is what `run` needs: plain JSON for stages that run in
-    workers, anything for a stage that runs here.
+    `rows` scales the progress bar. `payload` is the input of `run`: plain JSON for stages that run in
+    workers, any object for stages that run in the calling process.
     """
 
     key: str
@@ -64,48 +64,46 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What plan, open and run may look at: the config, the run directory and the stages before."""
+    """What plan, open and run may use: the config, the run directory and the earlier stages."""
 
     config: Config
     run_dir: Path
     digest_file: DigestCache
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     stage: str = ""
-    """Name of the stage that is looked at or run, under which its own parts are."""
+    """Name of the stage that is inspected or run; its parts are stored under it."""
     key: str = ""
     """Its key."""
     granted: Budget | None = None
-    """What the executor gives each of its tasks."""
+    """The budget that the executor grants each task."""
     devices: Callable[[], tuple[str, ...]] = _cores
-    """Those that its workers compute on, in turn. Asked when they are needed, as it may take seconds."""
+    """The devices of its workers, in turn. Called lazily, as it may take seconds."""
     shard: str = ""
-    """Which of several processes on this run directory it is, for names of logs."""
+    """Identifies this process among several on the run directory, for log names."""
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
 
         Raises:
-            MissingStageError: it is not there; the message says which command makes it.
+            MissingStageError: it does not exist; the message names the command that makes it.
         """
         if stage not in self.manifests:
-            raise MissingStageError(
-                f"there is no output of {stage} in {self.config.place}: run `negpipe {stage}` first"
-            )
+            raise MissingStageError(f"no output of {stage} in {self.config.place}: run `negpipe {stage}` first")
         return self.manifests[stage]
 
     def after(self, stage: Stage, manifest: Manifest) -> Context:
-        """The same, with one more stage complete. Settings that depend on its output are decided."""
+        """A copy with one more complete stage. Settings that depend on its output are resolved."""
         config, _ = stage.settle(self.config, manifest)
         return replace(self, config=config, manifests={**self.manifests, stage.provides or stage.name: manifest})
 
     @property
     def store(self) -> Store:
-        """Where the parts are."""
+        """The store of the parts."""
         return store_of(self.config)
 
     @property
     def run(self) -> Store:
-        """Where manifests are, and what people look at."""
+        """The store of manifests and of what users look at."""
         return run_of(self.config)
 
     def books(self, stage: str) -> Books:
@@ -114,39 +112,39 @@ class Context:
 
     @property
     def own(self) -> Books:
-        """The records of the stage that is looked at or run."""
+        """The records of the stage that is inspected or run."""
         return self.books(self.stage)
 
     def path(self, part: Part, role: str) -> Path:
-        """Where this machine reads a file of a part."""
+        """The path where this machine reads a file of a part."""
         return self.store.path(part.file(role).path)
 
     @property
     def whole(self) -> Budget:
-        """All that the run may use on this machine; on a cluster, all that each of its workers may."""
+        """Everything the run may use on this machine; on a cluster, everything one worker may use."""
         return Budget(self.config.resources.memory_budget, self.config.resources.cpus or machine.cores())
 
     @property
     def budget(self) -> Budget:
-        """What one task may use: what it was granted, or before that a worker's share of the whole."""
+        """What one task may use: its grant or, before that, a worker's share of the total."""
         whole, workers = self.whole, 1 if self.config.executor.kind == "ray" else self.workers
         return self.granted or Budget(whole.memory // workers, whole.threads // workers)
 
     @property
     def workers(self) -> int:
-        """Processes that work at a time: on this machine no more than threads, on a cluster as many as are set."""
+        """Concurrent worker processes: on this machine at most the number of threads, on a cluster as configured."""
         settings = self.config.executor
         if settings.kind == "ray":
             return settings.workers or 1
         return min(settings.workers or len(self.devices()), self.whole.threads) if settings.kind != "inline" else 1
 
     def on(self, device: str) -> Context:
-        """The same for tasks that compute on this device."""
+        """A copy for tasks that compute on this device."""
         return replace(self, granted=replace(self.budget, device=device))
 
 
 class Publisher:
-    """Publishes the files of one task under their final names."""
+    """Publishes the files of a task under their final names."""
 
     def __init__(self, context: Context, stage: Stage, key: str, opened: Opened) -> None:
         self._store, self._stage, self._key = context.store, stage, key
@@ -163,14 +161,14 @@ class Publisher:
         needed: int | None = None,
         aside: bool = False,
     ) -> Path:
-        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, and return where it can be read.
+        """Publish one file as `FOLDER/KEY-DIGEST12SUFFIX`, and return the path where it can be read.
 
         Args:
-            role: what it is to the part; of several in one role "rows-00000" and so on.
-            suffix: of its name.
+            role: its role in the part; several files of one role are "rows-00000" and so on.
+            suffix: the suffix of its name.
             write: writes its content.
-            needed: its bytes, where known before they are written.
-            aside: it says something of circumstance and is in no identity.
+            needed: its size in bytes, if known in advance.
+            aside: it holds circumstances and enters no identity.
         """
         own = role.partition("-")[0]
         folder = own if own in self._stage.folders else self._stage.name
@@ -180,9 +178,9 @@ class Publisher:
         return self._store.path(name)
 
     def checkpoint(self, name: str = "") -> Path:
-        """Where the task may leave what it goes on from if it is cut short.
+        """Path of a checkpoint from which the task can resume if interrupted.
 
-        The versions of libraries are in the path: what another one began would be part of a part with no record of it.
+        The path contains the library versions: otherwise a part could mix versions without a record of it.
         """
         file = "-".join(filter(None, (self._key, self._libraries, name)))
         path = self._store.scratch / BOOKS / self._stage.name / f"{file}.npz"
@@ -190,10 +188,10 @@ class Publisher:
         return path
 
     def drop_checkpoints(self) -> None:
-        """Delete what the task left to go on from, and what it left before this process began, under any versions.
+        """Delete the task's checkpoints, including those of earlier processes with any library versions.
 
-        The folder is not listed for it: it may hold a record of every task, so that all of them would take a time that
-        grows with their square.
+        The folder is not listed here: it may hold a record of every task, so that all tasks together would take time
+        quadratic in their number.
         """
         before = {self._store.scratch / name for name in self._begun if f"/{self._key}" in name}
         for path in self._checkpoints | before:
@@ -202,7 +200,7 @@ class Publisher:
 
 @dataclass(frozen=True)
 class Made:
-    """What `run` says of the part it published: rows, and facts about its content."""
+    """What `run` reports about its published part: rows, and facts about the content."""
 
     rows: int
     meta: dict[str, Any] = field(default_factory=dict)
@@ -265,38 +263,38 @@ class Stage:
     """A stage as a value.
 
     Attributes:
-        name: also its folder in the run directory.
-        version: raised when the same settings give other bytes.
-        inputs: the stages whose content it reads, all of them before it.
-        settings: the slice of the config that can change its bytes, plain JSON.
-        sources: digests of what it reads from outside the run directory, by name.
+        name: also that of its folder in the run directory.
+        version: incremented when the same settings produce different bytes.
+        inputs: the stages whose content it reads, all earlier ones.
+        settings: the part of the config that can change its bytes, as plain JSON.
+        sources: digests of inputs from outside the run directory, by name.
         plan: its tasks in order; may be lazy.
-        open: a context manager with what all tasks of a process share (a model, opened files).
+        open: a context manager for what all tasks of a process share (a model, opened files).
         run: (task, shared, context, publish, progress) → what was made.
-        stats: facts of the finished stage for manifest, log and people.
-        check: raises InputError for what is wrong and can be known before the stages ahead of it have run; called
-            before every stage that is about to run, with the manifests there are by then.
-        serving: (settings of an output, settings asked for) → settings whose output serves as well as what was asked
-            for; candidates stored deeper serve a shallower window.
-        shared: parts of other stages that `run` may read for any task, beside those its payload names.
+        stats: statistics of the finished stage, for manifest, log and status.
+        check: raises InputError for problems that can be detected before the earlier stages have run; called before
+            every stage that is about to run, with the manifests available by then.
+        serving: (settings of an output, requested settings) → settings under which that output also satisfies the
+            request: deeper candidates satisfy a shallower window.
+        shared: parts of other stages that `run` may read for any task, in addition to those in its payload.
         place: where its tasks run, see `Place`.
-        resources: memory and threads that each of its tasks is to be given, where that is not a worker's share.
-        devices: those that its tasks may compute on, each of them on one; see `engine.devices`.
-        rounds: its plan names more tasks once those before are done, and is asked until it names no new ones.
-        views: (its parts) → what people see of them in the run directory, by name: a file, files by the names they have
-            in a folder, or None where there is nothing to show.
-        folders: folders of the store, beside its own, that hold its files of the role of their name.
-        libraries: distributions whose versions may change its bytes; recorded, in no key.
-        settle: (config, its manifest) → the config with the settings that depend on its output decided, and what is to
-            be said of that.
-        remarks: what its statistics say beside counts: levels of logging, and sentences.
-        outlook: (the context with its output) → what that means for the stages to come, said once it is made.
-        misfit: (store, one of its parts) → what the headers of the part's files say that its record does not.
-        provides: the name under which later stages find its output, where it takes another's place.
-        kind: the stage whose functions it has, by name, where it is a second one of a kind; a worker finds them by it.
-        reads: the names by which its functions know its inputs, where those are others: a second search knows as encode
-            what a second encode made.
-        config: the config as its functions see it, where that differs: a second ingest reads another split.
+        resources: memory and threads of each task, where that is not a worker's share.
+        devices: those that its tasks may use, one per task; see `engine.devices`.
+        rounds: its plan yields more tasks once the previous ones are done; it is called until there are no new ones.
+        views: (its parts) → what users see of them in the run directory, by name: a file, files by their names in a
+            folder, or None if there is nothing to show.
+        folders: further folders of the store; each holds its files of the role with that name.
+        libraries: distributions whose versions may change its bytes; recorded, but not in the key.
+        settle: (config, its manifest) → the config with the settings that depend on its output resolved, and a message
+            about that.
+        remarks: messages derived from its statistics: logging levels and sentences.
+        outlook: (the context with its output) → what that means for the following stages, logged once it is made.
+        misfit: (store, one of its parts) → how the headers of the part's files contradict its record.
+        provides: the name under which later stages find its output, if it replaces another stage.
+        kind: the name of the stage whose functions it uses, if it is a second one of a kind; for workers.
+        reads: the names by which its functions know its inputs, if different: a second search knows the output of a
+            second encode as encode's.
+        config: the config as its functions see it, if different: a second ingest reads another split.
     """
 
     name: str
@@ -328,8 +326,8 @@ class Stage:
     config: Callable[[Config], Config] = _as_it_is
 
     def within(self, context: Context) -> Context:
-        """What the stage's own functions are given: its name, config and inputs as it knows them, what its tasks may
-        use."""
+        """The context for the stage's own functions: name, config and inputs as they know them, and the budget of its
+        tasks."""
         context = replace(context, config=self.config(context.config))
         known = {name: context.manifests[real] for name, real in self.reads.items() if real in context.manifests}
         return replace(
@@ -341,38 +339,38 @@ class Stage:
         )
 
     def examine(self, context: Context) -> None:
-        """Raise what is wrong and can be known before it runs: its devices are there, and see `check`."""
+        """Raise problems that can be detected before it runs: missing devices, and see `check`."""
         context = self.within(context)
         context.devices()
         self.check(context)
 
 
 Graph = Mapping[str, Stage]
-"""Stages by name, in the order they run; the engine knows them by nothing else."""
+"""Stages by name, in execution order; the engine's only access to them."""
 
 
 def linkable(graph: Graph) -> set[str]:
-    """Folders that may be links to another disk: all that parts lie in."""
+    """Folders that may be links to another disk: all folders of parts."""
     return set(graph) - {name for stage in graph.values() for name in stage.views(())} | {
         folder for stage in graph.values() for folder in stage.folders
     }
 
 
 Progressed = Callable[[Task, int, str, bool], None]
-"""Called with a task, units finished since the last call, a note for people, and whether its part is made."""
+"""Called with a task, units finished since the last call, a note for display, and whether its part is finished."""
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere, each within `context.budget`. Its word is advice: the pipeline looks at the store."""
+    """Runs tasks somewhere, each within `context.budget`. Its reports are advisory: the pipeline checks the store."""
 
     def __call__(self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
-        """Run tasks until none is left."""
+        """Run all tasks."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A stage in a process that runs its tasks: what they share, the libraries' versions, checkpoints that were there
-    before the first of them."""
+    """A stage opened in a process that runs its tasks: what they share, the library versions, and the checkpoints that
+    existed before the first task."""
 
     stage: Stage
     context: Context
@@ -381,7 +379,7 @@ class Opened:
     begun: Collection[str]
 
     def run(self, task: Task, progress: Progress) -> Part:
-        """Make one part: its files first, then the sidecar."""
+        """Make one part: first its files, then its record."""
         started, context = time.monotonic(), self.context
         publisher = Publisher(context, self.stage, task.key, self)
         made = self.stage.run(task, self.shared, context, publisher, progress)
@@ -407,7 +405,7 @@ class Opened:
 
 @contextmanager
 def opened(stage: Stage, context: Context) -> Iterator[Opened]:
-    """Open a stage in this process, for all of its tasks that run here."""
+    """Open a stage in this process for all tasks that run here."""
     libraries = versions.installed(stage.libraries(context.config))
     begun = context.books(stage.name).checkpoints()
     with stage.open(context) as shared:
@@ -415,5 +413,5 @@ def opened(stage: Stage, context: Context) -> Iterator[Opened]:
 
 
 def cache_path(run_dir: Path) -> Path:
-    """Where content digests of sources are remembered."""
+    """The cache file of content digests of sources."""
     return run_dir / BOOKS / "digests.json"

@@ -1,4 +1,4 @@
-"""How a stage stands: what is on disk against what the config asks for."""
+"""State of a stage: compares what is on disk with what the config asks for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from negpipe.errors import DamagedError
 
 @dataclass(frozen=True)
 class State:
-    """How a stage stands. `reason` says why it is not current; `done` and `total` count parts where known; `versions`
-    what was made with other versions of libraries than are installed."""
+    """State of a stage. `reason` says why it is not current; `done` and `total` count parts if known; `versions` says
+    what was made with other library versions than are installed."""
 
     stage: str
     state: Literal["current", "stale", "partial", "missing", "blocked", "damaged"]
@@ -31,43 +31,43 @@ class State:
 
 
 def look(stage: Stage, context: Context) -> State:
-    """How a stage stands against the config, from its manifest and the files' sizes."""
+    """The state of a stage relative to the config, from its manifest and file sizes."""
     state, parts = _look(stage, context)
     return replace(state, versions=versions.describe(parts, versions.installed(stage.libraries(context.config))))
 
 
 def _look(stage: Stage, context: Context) -> tuple[State, Sequence[Part]]:
-    """How it stands, and its parts, of which there may be many: they are read once."""
+    """Its state and its parts; there may be many, so they are read only once."""
     try:
         manifest = context.books(stage.name).manifest()
     except DamagedError as error:
         return State(stage.name, "damaged", str(error)), ()
     if absent := [name for name in stage.inputs if name not in context.manifests]:
-        return State(stage.name, "blocked", f"it waits for {absent[0]}", manifest), manifest.parts if manifest else ()
+        return State(stage.name, "blocked", f"waiting for {absent[0]}", manifest), manifest.parts if manifest else ()
     if manifest is not None:
         return _against(manifest, stage, context), manifest.parts
     parts = [*context.books(stage.name).parts()]
     if not parts:
-        return State(stage.name, "missing", "it has not run yet"), ()
+        return State(stage.name, "missing", "no previous output"), ()
     done = len(parts)
-    return State(stage.name, "partial", f"it is not complete, {done} parts are on disk", done=done), parts
+    return State(stage.name, "partial", f"incomplete, {done} parts on disk", done=done), parts
 
 
 def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
-    """How a stage stands that has a manifest."""
+    """The state of a stage that has a manifest."""
     identity = identity_of(stage, context)
     serving = replace(identity, settings=stage.serving(manifest.settings, identity.settings))
     if manifest.key not in (identity.key, serving.key):
         return State(stage.name, "stale", _difference(manifest, identity, context.config), manifest)
     if any(part.lacks_roles for part in manifest.parts):
-        return State(stage.name, "stale", "its records are of the first edition, without roles of files", manifest)
+        return State(stage.name, "stale", "its records have the first edition's format, without file roles", manifest)
     files = [file for part in manifest.parts for file in part.files]
     sizes = context.store.sizes(file.path for file in files)
     problems = [problem for file in files if (problem := file.misfit(sizes.get(file.path)))]
     if problems:
         return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
     if hidden := shown.missing(stage, context, manifest):
-        return State(stage.name, "damaged", f"{hidden} is missing, or shows something else", manifest)
+        return State(stage.name, "damaged", f"{hidden} is missing or shows other files", manifest)
     return State(stage.name, "current", "", manifest)
 
 
@@ -93,9 +93,9 @@ def identity_of(stage: Stage, context: Context) -> Identity:
 
 
 def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
-    """Why a manifest is stale, in the words of the config."""
+    """Why a manifest is stale, in terms of the config."""
     if manifest.version != now.version:
-        return f"its output was made by version {manifest.version} of the stage, this is version {now.version}"
+        return f"its output was made by version {manifest.version} of the stage, the current version is {now.version}"
     fresh = {**now.settings, **now.sources, **now.inputs}
     old = {**manifest.settings, **manifest.inputs}
     changed = [name for name in fresh if old.get(name, ...) != fresh[name]]
@@ -105,8 +105,8 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
             lines.append(f"the output of {name} changed")
             continue
         if name not in old:
-            if not any(other in old for other in changed):  # one that changed may bring others of its own
-                lines.append(f"{name} is new")
+            if not any(other in old for other in changed):  # a changed setting may add others
+                lines.append(f"{name} was added")
             continue
         before, after = old[name], fresh[name]
         if name in now.sources:
@@ -115,13 +115,13 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         lines.append(
             f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
         )
-    # What a setting brought along goes with it.
+    # Settings that came with a changed one disappear with it.
     gone = [name for name in manifest.settings if name not in fresh] if not lines else []
-    return "; ".join([*lines, *(f"{name} is gone" for name in gone)]) or "its identity changed"
+    return "; ".join([*lines, *(f"{name} was removed" for name in gone)]) or "its identity changed"
 
 
 def _shown(value: Any) -> str:
-    """As a config has it."""
+    """A value as written in a config."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -133,7 +133,7 @@ def _setting(tree: Any, name: str) -> Any:
 
 @contextmanager
 def digests_of(config: Config, *, rehash: bool = False) -> Iterator[DigestCache]:
-    """The digests of source and model files; what is read is remembered, however the work ends."""
+    """The digests of source and model files; computed digests are saved, however the work ends."""
     digests = DigestCache(cache_path(config.run_dir), rehash=rehash)
     try:
         yield digests
@@ -145,6 +145,6 @@ def blocked(state: State, wanted: str) -> str:
     reason = f": {state.reason}" if state.reason else ""
     return (
         f"{wanted} needs the output of {state.stage}, which is {state.state}{reason}."
-        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` for all of it"
-        + (", or repeat the --set that it was made with" if state.state == "stale" else "")
+        f" Run `negpipe {state.stage} CONFIG` first, or `negpipe mine CONFIG` to run all stages"
+        + (", or repeat the --set options that it was made with" if state.state == "stale" else "")
     )

@@ -1,4 +1,4 @@
-"""Looking after a run directory: are its files whole, and what may go."""
+"""Maintenance of a run directory: verifying its files and deleting what is no longer needed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _STAGING = re.compile(r"\.[a-z]+-[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a run directory has on record.
+    """Everything a run directory has records of.
 
     Attributes:
-        files: those of complete stages, and of parts that are kept for a setting to come back to.
-        unreadable: manifests and parts' records that are not what was written, a line each.
+        files: those of complete stages, and of parts kept in case an earlier setting returns.
+        unreadable: manifests and part records that have changed since they were written, one line each.
     """
 
     files: tuple[File, ...]
@@ -44,10 +44,10 @@ class Inventory:
 
 
 def inventory(config: Config, graph: Graph) -> Inventory:
-    """Read every manifest and every part's record.
+    """Read every manifest and every part record.
 
     Raises:
-        MissingStageError: there is none.
+        MissingStageError: there are none.
     """
     run, store = run_of(config), store_of(config)
     files: dict[str, File] = {}
@@ -61,26 +61,26 @@ def inventory(config: Config, graph: Graph) -> Inventory:
             manifest = None
         keys = books.recorded()
         parts = {part.key: part for part in books.records()}
-        unreadable += [f"{store}/{books.name(key)} is not the record of a part" for key in keys if key not in parts]
+        unreadable += [f"{store}/{books.name(key)} is not a valid part record" for key in keys if key not in parts]
         recorded = {file.path: file for part in parts.values() for file in part.files}
-        # What is gone was cleaned, or stands elsewhere since the first edition published it.
+        # Missing files were cleaned, or moved since the first edition published them.
         files |= {path: recorded[path] for path in store.sizes(recorded)}
         files |= {file.path: file for part in (manifest.parts if manifest else ()) for file in part.files}
     if not files and not unreadable:
-        raise MissingStageError(f"no stage has made anything in {run}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no stage has output in {run}: run `negpipe mine CONFIG` first")
     return Inventory(tuple(files.values()), tuple(unreadable))
 
 
 def verify(config: Config, found: Inventory, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Read every file whole and compare digests; changes nothing.
+    """Read every file in full and compare digests; changes nothing.
 
     Args:
-        config: whose parts they are.
-        found: what is on record.
-        progress: gets the bytes of every file that was read.
+        config: the config of the run.
+        found: its inventory.
+        progress: gets the bytes of every file read.
 
     Returns:
-        what is wrong, a line each.
+        problems, one line each.
     """
     return [*found.unreadable, *(problem for _, problem in damaged(store_of(config), found.files, progress))]
 
@@ -88,9 +88,9 @@ def verify(config: Config, found: Inventory, progress: Callable[[int], None] = l
 def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
     """Files that no current manifest names, with their bytes: what `clean` frees.
 
-    Only what is known to be ours: files that records name, the records, and what a killed run could not record any
-    more, as far as its name proves it. A stage without a manifest keeps its parts, they are what it resumes from. Of a
-    store that several run directories share, what any of them names is kept.
+    Only files that certainly belong to negpipe: files named in records, the records, and unrecorded files of killed
+    runs whose names prove it. A stage without a manifest keeps its parts, which it resumes from. In a store shared by
+    several run directories, parts that any of them names are kept.
 
     Raises:
         StorageError: a run directory that uses the store cannot be read.
@@ -112,7 +112,7 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
         books = Books(config.run_dir, name, store)
         keep = {store.path(file.path) for part in parts for file in part.files}
         keep |= {store.path(books.name(part.key)) for part in parts}
-        own = {name, *stage.folders}  # no record of this stage can name another's files
+        own = {name, *stage.folders}  # no record of this stage can name another stage's files
         ours = {
             store.path(file.path)
             for part in books.records()
@@ -127,15 +127,15 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
             if stage.views(()).keys() & {folder.name}:
                 continue
             ours |= {*unfinished.left_over(folder)}
-            if not folder.is_symlink():  # other stores may have linked the same folder
+            if not folder.is_symlink():  # other stores may link to the same folder
                 ours |= {path for path in _files(folder) - keep - ours if _carries_digest(path)}
         found |= {path for path in ours - keep if path.is_file()}
     return [(path, path.stat().st_size) for path in sorted(found)]
 
 
 def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
-    """The same of a run in a bucket, by name: there nobody else puts files that are named like parts."""
-    probes = [name for name in store.names(BOOKS) if name.startswith(PROBE)]  # of runs that were killed at once
+    """The same for a run in a bucket, by name: only negpipe puts files named like parts there."""
+    probes = [name for name in store.names(BOOKS) if name.startswith(PROBE)]  # of runs killed at their start
     found = store.sizes(probes)
     for name, stage in graph.items():
         books = Books(store, name)
@@ -151,7 +151,7 @@ def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
 
 
 def _growing(run_dir: Path, stage: Stage) -> set[Path]:
-    """Rows that the first edition could not publish. Nobody but a run writes parts into folders of this name."""
+    """Rows that the first edition could not publish. Only runs write parts into folders with this name."""
     folders = [
         folder
         for name in stage.views(())
@@ -169,7 +169,7 @@ def _runs(config: Config) -> list[Path]:
     """The run directories that use the store.
 
     Raises:
-        StorageError: one of them cannot be read.
+        StorageError: a run directory cannot be read.
     """
     if config.store is None:
         registry.check_run_dir(config.run_dir, None)
@@ -180,8 +180,8 @@ def _runs(config: Config) -> list[Path]:
             next((run / BOOKS).iterdir(), None)
         except OSError as error:
             raise StorageError(
-                f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so nobody knows which"
-                " parts it needs: make it readable, or say that it is gone:"
+                f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so the parts that it"
+                " needs are unknown: make it readable or, if it is gone, run"
                 f" `negpipe clean CONFIG --forget {run}`"
             ) from error
     return [config.run_dir, *others]
@@ -192,7 +192,7 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _carries_digest(path: Path) -> bool:
-    """Whether a file is called as `Publisher` calls it, by the digest of what it holds."""
+    """Whether a file's name ends in the digest of its content, as `Publisher` names files."""
     named = _PUBLISHED.fullmatch(path.name)
     return named is not None and file_digest(path).startswith(named[1])
 
@@ -201,7 +201,7 @@ def clean(config: Config, graph: Graph) -> int:
     """Delete what `superseded` lists. Returns the bytes freed.
 
     Raises:
-        LockedError: a run is at work with these parts.
+        LockedError: a run is using these parts.
     """
     stay_inside(config.run_dir, linkable(graph))  # before a lock is written
     with ExitStack() as locks:
@@ -233,16 +233,16 @@ def clean(config: Config, graph: Graph) -> int:
 
 
 def forget(config: Config, run_dir: Path) -> None:
-    """Say that a run directory that used the store is gone.
+    """Unregister a deleted run directory that used the store.
 
     Raises:
         ConfigError: the config has no store, or the store does not know the run directory.
     """
     store = _store(config)
     if (run_dir / BOOKS).is_dir():
-        raise ConfigError(f"--forget: {run_dir} is still there: delete it first, or run `clean` with its config")
+        raise ConfigError(f"--forget: {run_dir} still exists: delete it first, or run `clean` with its config")
     if config.store is None:
-        raise ConfigError("--forget is for a store that run directories share, and the config has no `store`")
+        raise ConfigError("--forget needs a config with a shared `store`")
     with registry.kept(store):
         if not registry.forget(store, run_dir):
             known = ", ".join(map(str, registry.registered(store))) or "none"

@@ -1,7 +1,7 @@
-"""Which versions of libraries made a part, and whether they are those that are installed.
+"""Compares the library versions that made a part with the installed ones.
 
-Versions are circumstance: they are in no key, since an upgrade must not throw vectors away. But bytes may differ
-between them, so what would mix parts of two versions says so, and `--rebuild` makes the older ones again.
+Versions are circumstances and in no key, since an upgrade must not discard vectors. But bytes may differ between
+versions, so mixing parts of two versions is reported, and `--rebuild` recomputes the older ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from negpipe.errors import VersionsError
 
 
 def installed(libraries: Iterable[str]) -> dict[str, str]:
-    """The installed versions by name; libraries that are not there are left out."""
+    """The installed versions by name; missing libraries are left out."""
     found = {}
     for name in libraries:
         try:
@@ -26,12 +26,12 @@ def installed(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def is_of_others(part: Part, now: dict[str, str]) -> bool:
-    """Whether a part was made with other versions than these. One that does not say is believed."""
+    """Whether a part was made with other versions than these. A part without versions is trusted."""
     return bool(_differing(part, now))
 
 
 def describe(parts: Iterable[Part], now: dict[str, str]) -> str | None:
-    """How many parts were made with other versions than these, in one sentence; None: none."""
+    """A sentence saying how many parts were made with other versions than these; None if none."""
     count, total, older = 0, 0, Counter[tuple[str, str]]()
     for part in parts:
         differing = _differing(part, now)
@@ -41,20 +41,20 @@ def describe(parts: Iterable[Part], now: dict[str, str]) -> str | None:
         return None
     known = ", ".join(f"{name} {then} ({now[name]} is installed)" for name, then in sorted(older))
     return (
-        f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from new ones,"
-        " --rebuild makes them again"
+        f"{count:,} of {total:,} parts were made with {known}: their bytes may differ from those of new ones;"
+        " --rebuild recomputes them"
     )
 
 
 def check_same(begun: Mapping[str, str], now: Mapping[str, str], what: str, host: str, remedy: str = "") -> None:
-    """Have one version of each library within what is made together.
+    """Require one version of each library for everything that is made together.
 
     Args:
-        begun: the versions it began with.
-        now: those of who is to go on.
-        what: that is made, as a subject ("encode: its shards").
-        host: where those are installed.
-        remedy: what helps beside installing the same.
+        begun: the versions that the first process used.
+        now: those of the process that continues.
+        what: what is made, as the subject of a sentence ("encode: its shards").
+        host: the machine where `now` is installed.
+        remedy: what helps other than installing the same versions.
 
     Raises:
         VersionsError: they differ.
@@ -63,7 +63,7 @@ def check_same(begun: Mapping[str, str], now: Mapping[str, str], what: str, host
         return
     differing = [each for each in sorted({*begun, *now}) if begun.get(each) != now.get(each)]
     had, has = (", ".join(f"{each} {there.get(each, '(none)')}" for each in differing) for there in (begun, now))
-    raise VersionsError(f"{what} began with {had}, and {has} is installed on {host}: install the same there{remedy}")
+    raise VersionsError(f"{what} started with {had}, but {has} is installed on {host}: install the same there{remedy}")
 
 
 def _differing(part: Part, now: dict[str, str]) -> list[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""What a run would do and cost."""
+"""Estimates what a run would do and cost."""

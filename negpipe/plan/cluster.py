@@ -1,11 +1,11 @@
-"""What each stage would take on a described cluster: time, disk, memory and bytes moved, and what bounds it.
+"""Estimates each stage on a described cluster: time, disk, memory and bytes moved, and its bottleneck.
 
-Nothing is run. A stage is tasks of one size, which nodes share as `negpipe work --shard I/NODES` shares them, and what
-one process does alone before and after. Of a node's time the longer counts, computing or moving bytes: they overlap at
-best. Speeds are those of `Rates`, linear in cores. A node keeps what it read in its page cache where the memory beside
-the budget has room for all of it, else every task reads again.
+Nothing is run. A stage consists of tasks of one size, distributed over nodes as by `negpipe work --shard I/NODES`, and
+of work that one process does alone before and after. A node's time is the longer of computing and moving bytes: at
+best, these overlap. Speeds are those of `Rates`, linear in cores. A node keeps data in its page cache if all of it fits
+into the memory beyond the budget, else every task reads it again.
 
-Not in it: an approximate index, anchors that are searched again deeper, duplicates, and waiting for a scheduler.
+Not covered: approximate indexes, deeper searches for some anchors, duplicates, and waiting for a scheduler.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from negpipe.errors import ConfigError
 from negpipe.plan import estimate
 from negpipe.plan.estimate import Known
 
-_PAGE = 4096  # bytes that are read for a row somewhere in a file, at least
-_TABLE = 28  # bytes of a document's offsets, which a process that opens all tables reads
+_PAGE = 4096  # minimum bytes read for a row at a random place in a file
+_TABLE = 28  # bytes of a document's offsets, read by a process that opens all tables
 _NORMALIZED = 8
-_KEY = 8  # bytes of a candidate of a slice
+_KEY = 8  # bytes per candidate of a slice
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: documents, anchors, numbers of a vector, mean bytes of a text, positives an anchor; texts a
-    worker encodes in a second (0: not known), and how that is known."""
+    """The planned job: documents, anchors, dimension, mean bytes per text, positives per anchor; texts that a worker
+    encodes per second (0: unknown), and the source of that speed."""
 
     documents: int
     anchors: int
@@ -47,20 +47,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage, whatever the nodes.
+    """A stage, independent of the nodes.
 
     Attributes:
-        tasks: that can be made at the same time.
-        computing: seconds of a task on one core, shared by a worker's threads.
-        alone: seconds of a task in one thread of a worker, whatever its threads.
-        read: bytes that a task reads; `again`: of them, those that others read too, every task or one in `slices`.
+        tasks: number of independent tasks.
+        computing: seconds per task on one core, divided among a worker's threads.
+        alone: seconds per task in a single thread of a worker.
+        read: bytes that a task reads; `again`: the part of them that all tasks (or one in `slices`) read.
         written: bytes that a task writes.
-        starting: seconds before anything is done.
-        opening: seconds of one thread, and `opened` bytes, before a process begins its first task.
+        starting: seconds before any work is done.
+        opening: seconds of one thread, and `opened` bytes, before a process starts its first task.
         serial: seconds of one process before and after the tasks, which moves `checked` bytes.
-        disk: bytes that are kept.
-        shared: whether idle nodes take over tasks of others; else a task is its shard's.
-        known: whether its time is.
+        disk: bytes kept on disk.
+        shared: whether idle nodes take over tasks of others; else a task belongs to its shard.
+        known: whether its time is known.
     """
 
     stage: str
@@ -84,8 +84,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage on so many nodes: seconds (None: not known), bytes kept, of memory a node at most, moved between nodes
-    and storage; what takes most of the time, what is to be said, and what would stop it."""
+    """A stage on so many nodes: seconds (None: unknown), bytes kept, peak memory per node, bytes moved between nodes
+    and storage; its bottleneck, a note, and the error that would stop it."""
 
     stage: str
     tasks: int
@@ -100,7 +100,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Outlook:
-    """All stages on so many nodes; `seconds` of those that are known."""
+    """All stages on so many nodes; `seconds` is the sum of known times."""
 
     nodes: int
     seconds: float
@@ -109,7 +109,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Plan:
-    """The job, which index was chosen for it (empty: the config says), and a run on each number of nodes."""
+    """The job, the index chosen for it (empty: as configured), and a run on each number of nodes."""
 
     job: Job
     index: str
@@ -117,10 +117,10 @@ class Plan:
 
 
 def job_of(cluster: Cluster, known: Known | None) -> Job:
-    """Sizes as the cluster file gives them, else as ingest counted them.
+    """Sizes from the cluster file, else from ingest's counts.
 
     Raises:
-        ConfigError: one is in neither place.
+        ConfigError: a size is in neither.
     """
     found: dict[str, Any] = {}
     for name in ("documents", "anchors", "dimension", "text_bytes", "positives"):
@@ -129,19 +129,19 @@ def job_of(cluster: Cluster, known: Known | None) -> Job:
     found["positives"] = found["positives"] or 1.0
     if missing := [f"job.{name}" for name, value in found.items() if not value]:
         raise ConfigError(
-            f"{', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} in the cluster file, as this run has"
-            " not counted them"
+            f"{', '.join(missing)}: not counted by this run: set {'it' if len(missing) == 1 else 'them'} in the cluster"
+            " file"
         )
     if cluster.texts_per_second:
-        return Job(**found, speed=cluster.texts_per_second, source="as the cluster file says")
+        return Job(**found, speed=cluster.texts_per_second, source="from the cluster file")
     return Job(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
 
 
 def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_encoder: bool = True) -> Plan:
-    """What a run would take on each of some numbers of nodes.
+    """Estimate a run on each given number of nodes.
 
     Raises:
-        ConfigError: sizes of the job, or speeds of what the nodes share, are missing.
+        ConfigError: sizes of the job, or speeds of shared network and storage, are missing.
     """
     config, known = estimate.known(config, probe_encoder=probe_encoder and not cluster.texts_per_second)
     job = job_of(cluster, known)
@@ -156,13 +156,13 @@ def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_en
 
 
 def forecast(config: Config, cluster: Cluster, job: Job, nodes: int) -> Outlook:
-    """What a run would take on so many nodes.
+    """Estimate a run on `nodes` nodes.
 
     Args:
-        config: a resolved one; `index.kind` decided.
-        cluster: what the nodes are; its number of nodes is not looked at.
-        job: what is to be made.
-        nodes: how many there are.
+        config: a resolved config with a decided `index.kind`.
+        cluster: description of the nodes; its number of nodes is ignored.
+        job: the job.
+        nodes: number of nodes.
     """
     stages = tuple(_on(work, config, cluster, job, nodes) for work in works(config, cluster, job))
     return Outlook(nodes, sum(stage.seconds or 0.0 for stage in stages), stages)
@@ -172,7 +172,7 @@ def forecast(config: Config, cluster: Cluster, job: Job, nodes: int) -> Outlook:
 
 
 def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
-    """The stages of a job, in their order."""
+    """The stages of a job, in order."""
     rates, part = cluster.rates, config.data.part_rows
     rows, anchors = job.documents, job.anchors
     texts = rows * job.text_bytes
@@ -182,9 +182,9 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
         "ingest",
         starting=rates.start,
         serial=(rows + anchors) / rates.ingest_rows + texts / rates.ingest_bytes,
-        checked=3 * texts,  # the source, and texts that wait on the disk until all are read
+        checked=3 * texts,  # the source, and texts spooled to disk until all are read
         disk=(rows + anchors) * rates.table_bytes + texts,
-        note="one process, whatever the nodes",
+        note="one process, regardless of the nodes",
     )
     yield _encode(config, rates, job, parts + asked, vectors)
     yield _index(config, rates, job, parts, vectors)
@@ -201,7 +201,7 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
         opening=rows / rates.opened,
         opened=rows * _TABLE,
         disk=made * (rates.negative_bytes + rates.compressed * job.text_bytes),
-        note="" if config.executor.workers else "one core a node, more with executor.workers",
+        note="" if config.executor.workers else "one core per node, more with executor.workers",
     )
 
 
@@ -209,11 +209,11 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
     texts = job.documents + job.anchors
     brought = config.encoder.backend == "precomputed"
     speed = rates.brought_bytes / vectors if brought else job.speed
-    note = "vectors are brought" if brought else f"{job.speed:,.0f} texts per second per worker, {job.source}"
+    note = "precomputed vectors" if brought else f"{job.speed:,.0f} texts per second per worker, {job.source}"
     return Work(
         "encode",
         tasks=tasks,
-        starting=2 * rates.start,  # the command and its worker
+        starting=2 * rates.start,  # start of the command and its worker
         alone=texts / tasks / speed if speed else 0.0,
         read=texts / tasks * (vectors if brought else job.text_bytes),
         written=texts / tasks * vectors,
@@ -221,7 +221,7 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
         checked=job.documents * vectors,
         disk=texts * vectors,
         known=speed > 0,
-        note=note if speed else "give texts_per_second in the cluster file",
+        note=note if speed else "set texts_per_second in the cluster file",
     )
 
 
@@ -239,16 +239,16 @@ def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> 
     )
     if config.index.kind == "flat":
         file = job.documents * job.dimension * 4
-        note = "its one file is written by one process: index.kind stream needs none"
+        note = "its single file is written by one process; index.kind stream needs no file"
         moved = file + job.documents * vectors
         serial = job.documents * job.dimension / rates.loaded
         return replace(work, serial=serial, checked=moved, disk=ids + file, note=note)
     known = not config.index.approximate
-    return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled here")
+    return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled")
 
 
 def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int) -> Iterator[Work]:
-    """One task a part of anchors, in slices one for each of them too, and then one that merges."""
+    """One task per part of anchors (and slice, if any), then tasks that merge slices."""
     rates, depth = cluster.rates, min(config.depth, job.documents)
     slices = math.ceil(job.documents / (config.search.slice_documents or job.documents))
     anchors, rows = job.anchors / parts, job.documents / slices
@@ -268,7 +268,7 @@ def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int
         starting=2 * rates.start + rates.torch,
         disk=job.anchors * depth * stored * slices,
         known=not config.index.approximate,
-        note=f"{config.index.kind} is not modelled here" if config.index.approximate else "searched exactly",
+        note=f"{config.index.kind} is not modelled" if config.index.approximate else "exact search",
     )
     yield searching
     if slices > 1:
@@ -280,12 +280,12 @@ def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int
             written=anchors * depth * rates.candidate_bytes,
             starting=2 * rates.start,
             disk=job.anchors * depth * rates.candidate_bytes,
-            note="merges what was found in slices, as fast as triplets looks at candidates: not measured",
+            note="merges the results of the slices, as fast as triplets reads candidates: not measured",
         )
 
 
 def kept(anchors: float, documents: float, depth: float) -> float:
-    """Pairs that a search scores exactly: of rows in any order, the r-th is among the best with probability
+    """Pairs that a search scores exactly: for rows in random order, the r-th is among the best with probability
     depth / r."""
     return anchors * depth * (1 + math.log(documents / depth))
 
@@ -299,7 +299,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     workers = min(config.executor.workers or (cluster.gpus if on_gpus else 1), cores) if work.tasks else 1
     threads = cores // workers
     memory = config.resources.memory_budget + workers * rates.process_bytes
-    # Read once by a node whose page cache keeps it, else by every task.
+    # Read once by a node whose page cache holds it, else by every task.
     kept_in_cache = work.again <= cluster.memory - memory
     each = work.read + work.written - (work.again if kept_in_cache else 0.0)
     fullest = fullest_shard(work.tasks, nodes, shared=work.shared)
@@ -309,7 +309,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     moving = _moving(cluster, nodes, fullest * each + once, moved)
     working = {
         "processors": rounds * work.computing / threads,
-        "one thread a worker": rounds * work.alone + work.opening,
+        "one thread per worker": rounds * work.alone + work.opening,
     }
     times = {max(working, key=working.__getitem__): sum(working.values()), **moving}
     longest = max(times, key=times.__getitem__)
@@ -319,7 +319,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
     parts = {longest: times[longest], "one process": alone, "starting": starting}
     bound = max(parts, key=parts.__getitem__)
     if bound == longest and bound not in moving and rounds > 1.5 * work.tasks / nodes / workers:
-        bound = f"{work.tasks:,} tasks, {fullest:,} of them one node's"
+        bound = f"{work.tasks:,} tasks, {fullest:,} of them on one node"
     return Forecast(
         work.stage,
         work.tasks,
@@ -334,7 +334,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> F
 
 
 def _moving(cluster: Cluster, nodes: int, own: float, every: float) -> dict[str, float]:
-    """Seconds that bytes take, by what limits them: those of the node that moves most, and those of all nodes."""
+    """Seconds to move bytes, by bottleneck: bytes of the busiest node, and of all nodes."""
     if nodes == 1:
         return {"disk": own / cluster.disk_bandwidth}
     assert cluster.network_bandwidth and cluster.storage_bandwidth, "see require_shared"
@@ -342,7 +342,7 @@ def _moving(cluster: Cluster, nodes: int, own: float, every: float) -> dict[str,
 
 
 def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
-    """Tasks of the shard that has most of them: keys fall to shards at random, see `negpipe.engine.shards`."""
+    """Tasks of the largest shard: keys fall to shards at random, see `negpipe.engine.shards`."""
     if nodes == 1 or not tasks or shared:
         return math.ceil(tasks / nodes)
     from scipy.stats import binom
@@ -351,12 +351,12 @@ def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
 
 
 def _refusal(work: Work, config: Config, cluster: Cluster, job: Job, workers: int, threads: int, memory: int) -> str:
-    """What would keep a stage from running on such nodes."""
+    """The error that would keep a stage from running on such nodes."""
     if memory > cluster.memory:
         return f"memory: {memory:,} bytes are needed, a node has {cluster.memory:,}: lower resources.memory_budget"
     if work.computing and work.known:
         budget = Budget(config.resources.memory_budget // workers, threads)
-        anchors, rows = min(job.anchors, 2 * config.data.part_rows), job.documents // work.slices  # a part's at most
+        anchors, rows = min(job.anchors, 2 * config.data.part_rows), job.documents // work.slices  # maximum per part
         try:
             exact.layout(anchors, rows, job.dimension, min(config.depth, rows), budget)
         except ConfigError as error:

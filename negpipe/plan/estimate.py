@@ -1,6 +1,6 @@
-"""What a run would do, before it does it: tasks done and to do, time, disk and memory. Runs no stage.
+"""Estimates a run before it starts: tasks done and to do, time, disk and memory. Does not run any stage.
 
-Times are extrapolated from a probe of this machine and, where parts were made before, from what those took: estimates.
+Times are extrapolated from a probe of this machine and, if parts exist, from their times: estimates.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from negpipe.plan.variants import Variant, measured
 from negpipe.select import deeper
 from negpipe.stages import encode
 
-_SAMPLE = 512  # texts at most, to time the encoder on
-_DIMENSION = 384  # where it is not known yet
-_SHARD_SECONDS = 3600  # about as long a scheduler should have to wait for a shard
-_ROWS_SECOND = 150_000  # rows the last stage writes, a core and second; it is seldom what takes long
+_SAMPLE = 512  # maximum texts to time the encoder on
+_DIMENSION = 384  # if still unknown
+_SHARD_SECONDS = 3600  # target duration of a shard
+_ROWS_SECOND = 150_000  # rows that the last stage writes per core and second; it rarely takes long
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: parts there and to make (None: not known yet), seconds to go, tokens to be sent to a server and what
-    they cost, what is to be said of it, what would stop it, and its shards (None: it is not made in shards, or its time
-    is not known): those that Slurm would be sent, else of about an hour on machines like this one."""
+    """One stage: existing and missing parts (None: still unknown), remaining seconds, tokens to send to a server and
+    their cost, a note, the error that would stop it, and its shards (None: it does not run in shards, or its time is
+    unknown): those that Slurm would be sent, else of about an hour on machines like this one."""
 
     stage: str
     state: str
@@ -56,14 +56,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do.
+    """The plan of a run.
 
     Attributes:
-        gflops: what this machine compares vectors at.
+        gflops: this machine's speed of comparing vectors.
         steps: the stages.
-        choices: kinds of index; empty until the dimension of the vectors is known.
-        encoding: ways to run the encoder; empty once vectors are made, and where they are brought.
-        free: bytes on the disk.
+        choices: kinds of index; empty while the dimension of the vectors is unknown.
+        encoding: ways to run the encoder; empty once vectors exist, and for precomputed vectors.
+        free: free bytes on the disk.
     """
 
     gflops: float
@@ -82,11 +82,11 @@ class Encoding:
 
 
 def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
-    """Look at what is on disk, probe this machine, and estimate the rest.
+    """Check what is on disk, probe this machine, and estimate the rest.
 
     Args:
-        config: what a run would make.
-        probe_encoder: load the model to time it, where no part tells its speed.
+        config: the config of the run.
+        probe_encoder: load the model to time it, if no part records its speed.
     """
     steps: list[Step] = []
     with digests_of(config) as digests:
@@ -111,7 +111,7 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
         chosen = next((choice for choice in choices if choice.kind == context.config.index.kind), None)
         for ahead, stands, then in waiting:
             step = _of_index(_step(ahead, stands, then, job, gflops, encoding), context.config, chosen)
-            # Before ingest, a check of encode would fetch the model, or read whole files of vectors.
+            # Before ingest, encode's check would download the model, or read entire vector files.
             step = _checked(step, ahead, context, job) if read or ahead.name != "encode" else step
             steps.append(_divided(step, ahead, context.config))
         ways = tuple(Encoding(one, (job.rows + job.anchors) / one.speed / context.workers) for one in encoding.variants)
@@ -120,8 +120,8 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
 
 @dataclass(frozen=True)
 class Known:
-    """What ingest and encode left: sizes of the job (dimension 0: not known), mean characters of a text, positives an
-    anchor; texts a worker encodes in a second (0: not known), and how that is known."""
+    """Facts from ingest and encode: sizes of the job (dimension 0: unknown), mean characters per text, positives per
+    anchor; texts that a worker encodes per second (0: unknown), and the source of that speed."""
 
     documents: int
     anchors: int
@@ -133,7 +133,7 @@ class Known:
 
 
 def known(config: Config, *, probe_encoder: bool = True) -> tuple[Config, Known | None]:
-    """The config with what is decided by the stages that are complete, and the sizes; None before ingest."""
+    """The config with settings resolved by complete stages, and the sizes; None before ingest."""
     with digests_of(config) as digests:
         context = Context(config, config.run_dir, digests)
         for stage in graph.stages(config).values():
@@ -155,13 +155,13 @@ def known(config: Config, *, probe_encoder: bool = True) -> tuple[Config, Known 
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the one in which it would be made."""
+    """The folder, or its closest existing parent."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
-    """A step with what would keep it from running, as far as that can be known."""
+    """The step with the error that would keep it from running, as far as it can be detected."""
     try:
         stage.examine(context)
         if stage.name == "encode" and job.dimension:
@@ -172,7 +172,7 @@ def _checked(step: Step, stage: Stage, context: Context, job: Job) -> Step:
 
 
 def _divided(step: Step, stage: Stage, config: Config) -> Step:
-    """A step with the number of shards that it is worth, no more than there are tasks."""
+    """The step with its suggested number of shards, at most the number of tasks."""
     if not step.seconds or step.todo == 0 or stage.place(config) == "caller":
         return step
     if config.executor.kind == "slurm":
@@ -182,7 +182,7 @@ def _divided(step: Step, stage: Stage, config: Config) -> Step:
 
 
 def _sent(stage: Stage, config: Config, missing: list[Task]) -> int | None:
-    """The array tasks that `executor.kind: slurm` begins with."""
+    """The number of array tasks that `executor.kind: slurm` starts with."""
     if config.executor.kind != "slurm" or stage.name not in graph.sharded(config):
         return None
     if len(missing) == 1 and stage.place(config) == "light":
@@ -191,7 +191,7 @@ def _sent(stage: Stage, config: Config, missing: list[Task]) -> int | None:
 
 
 def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
-    """A step with what the configured kind of index costs, where that can be said."""
+    """The step with the cost of the configured kind of index, if it can be estimated."""
     approximate = config.index.approximate
     searching = "slices" if config.search.slice_documents else "search"
     if step.stage == "index" and step.todo != 0 and chosen:
@@ -207,11 +207,11 @@ def _of_index(step: Step, config: Config, chosen: Choice | None) -> Step:
 
 def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, encoding: _Speed) -> Step:
     if stage.name == "ingest":
-        return Step(stage.name, state, note="reads the source; afterwards the plan knows the rest")
+        return Step(stage.name, state, note="reads the source; the other stages can be planned after it")
     if stage.kind == "ingest":
-        return Step(stage.name, state, note="reads the source again, for what the model is judged on")
+        return Step(stage.name, state, note="reads the source again, for the held-out split")
     if "ingest" not in context.manifests:
-        return Step(stage.name, state, note="waits for ingest")
+        return Step(stage.name, state, note="waiting for ingest")
     rows, anchors, dimension = job.rows, job.anchors, job.dimension
     if any(name not in context.manifests for name in stage.inputs):
         done, todo, left = None, None, rows + anchors
@@ -224,32 +224,32 @@ def _step(stage: Stage, state: str, context: Context, job: Job, gflops: float, e
     if stage.name == "encode":
         speed = encoding.speed
         seconds = left / speed if speed else None
-        note = f"{left:,} texts at {speed:,.0f} a second, {encoding.source}" if speed else f"{left:,} texts"
-        note += ", less what the cache has" if context.config.encoder.cache else ""
+        note = f"{left:,} texts at {speed:,.0f} per second, {encoding.source}" if speed else f"{left:,} texts"
+        note += ", minus cached texts" if context.config.encoder.cache else ""
         step = replace(step, seconds=seconds, disk=_bytes(left, dimension, context.config), note=note)
         return _priced(step, stage.within(context), missing) if todo else step
     if stage.name == "search" and context.config.search.slice_documents:
-        return replace(step, disk=anchors * job.depth * candidates.BYTES, note="merges what was found in slices")
+        return replace(step, disk=anchors * job.depth * candidates.BYTES, note="merges the results of the slices")
     if stage.name in ("slices", "search") and dimension:
         flops = 2.0 * rows * anchors * dimension
         share = 1.0 if todo is None else left / max(1, anchors)
         seconds, disk = flops / gflops / 1e9 / SEARCH_SHARE, anchors * job.depth * candidates.BYTES
         if stage.name == "slices" and done is not None and todo is not None:
-            share, disk = todo / max(1, done + todo), 8 * job.depth * left  # a key for each of the nearest
-            return replace(step, seconds=share * seconds, disk=disk, note="searched exactly")
-        return replace(step, seconds=share * seconds, disk=int(share * disk), note="searched exactly")
+            share, disk = todo / max(1, done + todo), 8 * job.depth * left  # one key per nearest document
+            return replace(step, seconds=share * seconds, disk=disk, note="exact search")
+        return replace(step, seconds=share * seconds, disk=int(share * disk), note="exact search")
     if stage.name == "triplets":
         made = anchors * context.config.mining.wanted
         deepest = deeper.limit(context.config, rows)
-        more = f"; anchors that lack them are searched again, to depth {deepest:,}, not counted" if deepest else ""
+        more = f"; anchors short of negatives are searched again, to depth {deepest:,} (not counted)" if deepest else ""
         return replace(step, seconds=made / _ROWS_SECOND, note=f"{made:,} negatives at most{more}")
     if stage.name == "train":
-        return replace(step, note="its first steps tell how long it takes")
+        return replace(step, note="its first steps show how long it takes")
     return step
 
 
 def _priced(step: Step, context: Context, missing: list[Task]) -> Step:
-    """A step with what a server is to be sent, where there is one."""
+    """The step with the tokens to send to a server, if there is one."""
     encoder = context.config.encoder
     if encoder.backend != "http" or not encoder.http:
         return step
@@ -261,7 +261,7 @@ def _priced(step: Step, context: Context, missing: list[Task]) -> Step:
 
 
 def _job(context: Context, dimension: int) -> Job:
-    """Sizes of the search; the dimension is 0 where nothing tells it yet."""
+    """Sizes of the search; the dimension is 0 if still unknown."""
     ingest = context.manifest("ingest")
     rows = sum(part.rows for part in documents(ingest))
     anchors = sum(part.rows for part in ingest.of_kind("anchors"))
@@ -276,7 +276,7 @@ def _bytes(rows: int, dimension: int, config: Config) -> int | None:
 
 @dataclass(frozen=True)
 class _Speed:
-    """Texts a second, how that is known, the dimension of their vectors, 0 where it is not, and what else was timed."""
+    """Texts per second, the source of that, the dimension of their vectors (0: unknown), and other timings."""
 
     speed: float = 0.0
     source: str = ""
@@ -291,10 +291,10 @@ def _encoding(context: Context, probe: bool) -> _Speed:
     seconds = sum(float(part.provenance.get("seconds", 0)) for part in made)
     if seconds:
         speed = sum(part.rows for part in made) / seconds * context.workers
-        return _Speed(speed, "as the parts that are there took", int(made[0].meta["dimension"]))
+        return _Speed(speed, "measured on existing parts", int(made[0].meta["dimension"]))
     if config.encoder.backend == "precomputed":
         return _Speed(dimension=encode.brought_dimension(context))
-    if config.encoder.backend == "http":  # to time it would be to send something
+    if config.encoder.backend == "http":  # timing it would mean sending texts
         return _Speed(dimension=config.encoder.truncate_dim or 0)
     if not probe:
         return _Speed()
@@ -302,11 +302,11 @@ def _encoding(context: Context, probe: bool) -> _Speed:
     asked = [*zip(sample.anchors["text"].to_pylist(), sample.complete.tolist(), strict=True)]
     model = encoders.resolve_model(config.encoder, context.digest_file)
     budget, outcome = context.on(context.devices()[0]).budget, None
-    with suppress(NegpipeError):  # said of the stage that it would stop
+    with suppress(NegpipeError):  # reported for the stage that it would stop
         outcome = Judge(context, sample).outcome
     variants = measured(config.encoder, model.path, sample.texts, budget, asked, outcome)
     own = variants[0]
-    source = f"as {own.texts} of them took just now"
+    source = f"measured on {own.texts} of them"
     return _Speed(own.speed * context.workers, source, own.dimension, tuple(variants))
 
 

@@ -1,4 +1,4 @@
-"""What each kind of index would cost a job: disk, memory, time to build and to search."""
+"""Estimates the cost of each kind of index for a job: disk, memory, time to build and to search."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError
 
-SEARCH_SHARE = 0.75  # of the speed of comparing, the rest is exact scores and merging
-_WRITTEN = 5e8  # bytes a second
-_UNEVEN = 4  # the longest list beside the average
+SEARCH_SHARE = 0.75  # share of the comparison speed; the rest is exact scores and merging
+_WRITTEN = 5e8  # bytes per second
+_UNEVEN = 4  # ratio of the longest list to the average
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One kind of index: bytes on disk and of memory, seconds to build and to search; None where there is a refusal."""
+    """One kind of index: bytes on disk and in memory, seconds to build and to search; None if refused."""
 
     kind: str
     disk: int | None
@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: multiplications a second of all threads, workers, and the budget of each."""
+    """This machine: multiplications per second of all threads, workers, and the budget of each."""
 
     rate: float
     workers: int
@@ -44,12 +44,12 @@ class Machine:
 
 
 def choices(config: Config, job: Job, sample: Floats | None, largest: int, machine: Machine) -> list[Choice]:
-    """Every kind that suits the job, and the configured one.
+    """Every kind suitable for the job, and the configured one.
 
     Args:
-        config: a resolved one; `index.kind` may be auto.
-        sample: `probe.SAMPLE` vectors of the corpus; None: there are none yet.
-        largest: anchors that are searched at a time.
+        config: a resolved config; `index.kind` may be auto.
+        sample: `probe.SAMPLE` vectors of the corpus; None if there are none yet.
+        largest: anchors searched at a time.
     """
     made = list(_exact(job, largest, machine))
     automatic, reason = auto.choose(job.rows, job.dimension, job.anchors, job.depth)
@@ -64,12 +64,12 @@ def choices(config: Config, job: Job, sample: Floats | None, largest: int, machi
 
 
 def _chosen(choice: Choice, reason: str) -> Choice:
-    """The kind that `index.kind: auto` means."""
-    return replace(choice, note="; ".join(filter(None, [choice.note, f"what auto chooses: {reason}"])))
+    """Mark the kind that `index.kind: auto` chooses."""
+    return replace(choice, note="; ".join(filter(None, [choice.note, f"chosen by auto: {reason}"])))
 
 
 def _seconds(job: Job, machine: Machine) -> float:
-    """Of exact search."""
+    """Seconds of exact search."""
     return float(job.rows) * job.anchors * job.dimension / machine.rate / SEARCH_SHARE
 
 
@@ -113,7 +113,7 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         rows = _like(job.dimension) if sample is None else sample
         build, search = probe.seconds(kind, job, rows, share, machine.rate, threads * machine.workers)
         note = f"recall is measured; tried with {len(rows):,} {'random ' if sample is None else ''}vectors"
-        note += ", training of the rotation not counted" if "OPQ" in kind else ""
+        note += ", excluding training of the rotation" if "OPQ" in kind else ""
     searching = held + min(fixed + each * largest, max(fixed + each, machine.budget.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
     return Choice(
@@ -133,7 +133,7 @@ def _like(dimension: int) -> Floats:
 
 
 def sample_of(vectors: ann.Vectors, seed: int) -> Floats | None:
-    """What `choices` tries kinds with, reading no other rows; None: there are too few vectors."""
+    """The sample on which `choices` tries kinds, reading no other rows; None if there are too few vectors."""
     if vectors.rows < probe.SAMPLE:
         return None
     return vectors.take(np.sort(np.random.default_rng(seed).choice(vectors.rows, probe.SAMPLE, replace=False)))

@@ -1,7 +1,7 @@
-"""Some anchors and the documents that hold their positives, and what a config makes of their vectors.
+"""A sample of anchors and documents, including their positives, and what a config mines from their vectors.
 
-Few enough to be encoded in seconds: windows are as in the config and documents are fewer, so what is selected is
-easier than in the run. Two ways to compute vectors can be told apart by it, and no more.
+Small enough to be encoded in seconds: windows are as in the config but documents are fewer, so selection is easier than
+in the run. It serves to compare two ways to compute vectors, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from negpipe.select.selector import Selector
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-_EACH = 5  # documents an anchor
-_POSITIVES = 4  # of an anchor that are among them
+_EACH = 5  # documents per anchor
+_POSITIVES = 4  # positives per anchor among them
 _METRIC = "nDCG@10"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents in the order in which they are encoded, so that the first n are a sample, too.
+    """Documents in encoding order, so that the first n are a sample, too.
 
     Attributes:
-        rows: (n,) rows of the documents, each once; `texts` theirs.
-        anchors: (m) rows of ingest's anchor table.
+        rows: (n,) rows of the documents, each once; `texts` are their texts.
+        anchors: (m,) rows of ingest's anchor table.
         positives: rows of the anchors' positives among the documents, ragged by `offsets` (m + 1,); grades alike.
-        complete: (m,) of how many documents, the first, an anchor and those before it have their positives; ascending.
+        complete: (m,) how many first documents contain the positives of an anchor and those before it; ascending.
     """
 
     rows: Ints
@@ -54,10 +54,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What some vectors of a sample lead to.
+    """Result of some vectors of a sample.
 
     Attributes:
-        negatives: (unit, row) of each that is mined; None where another score than theirs decides.
+        negatives: (unit, row) of each mined negative; None if another score than theirs decides.
         ndcg: nDCG@10, mean over the anchors.
     """
 
@@ -66,9 +66,9 @@ class Outcome:
 
 
 def draw(context: Context, most: int) -> Sample:
-    """A sample of at most so many documents; without anchors where the positives of one have no room.
+    """A sample of at most `most` documents; without anchors if the positives of one do not fit.
 
-    The same for the same ingest; the corpus is not read.
+    Deterministic for the same ingest; the corpus is not read.
     """
     read, generator = context.manifest("ingest"), np.random.default_rng(0)
     corpus = Rows([context.path(part, "table") for part in documents(read)])
@@ -118,11 +118,11 @@ def _some_anchors(context: Context, count: int, generator: np.random.Generator) 
             yield open_table(context.path(part, "table")).take(pa.array(here))
 
     table = pa.concat_tables(taken()).combine_chunks()
-    return table.take(pa.array(generator.permutation(table.num_rows)))  # the first of them are of all parts
+    return table.take(pa.array(generator.permutation(table.num_rows)))  # the first ones come from all parts
 
 
 class Judge:
-    """What the config mines of a sample, by the code that mines."""
+    """Runs the config's mining on a sample, with the code that mines."""
 
     def __init__(self, context: Context, sample: Sample) -> None:
         read = context.manifest("ingest")
@@ -136,9 +136,9 @@ class Judge:
         )
 
     def outcome(self, vectors: Floats, anchors: Floats) -> Outcome:
-        """Of (n, d) vectors of the first documents and (m, d) of the first anchors, whose positives those hold."""
+        """Outcome of (n, d) vectors of the first documents and (m, d) of the first anchors, with their positives."""
         sample, config = self._sample, self._context.config
-        order = np.argsort(sample.rows[: len(vectors)])  # ties go by row
+        order = np.argsort(sample.rows[: len(vectors)])  # ties by row
         rows, offsets = sample.rows[order], sample.offsets[: len(anchors) + 1]
         positives = sample.positives[: offsets[-1]]
         owner = np.repeat(np.arange(len(anchors)), np.diff(offsets))

@@ -1,6 +1,6 @@
-"""Other ways to compute the same model on this machine: how fast they are, and how far what is found with them agrees.
+"""Other ways to compute the same model on this machine: their speed, and the agreement of their results.
 
-Measured on real texts. What is chosen changes vectors, so it is said, never done.
+Measured on real texts. The choice changes vectors, so it is only suggested, never applied.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Floats = NDArray[np.float32]
 
 NEIGHBOURS = 10
 REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}
-"""What the others are compared with."""
+"""The reference for the others."""
 BATCH_TOKENS = 4096
-"""Of the others on a CPU: measured to be the fastest there."""
+"""`batch_tokens` of the others on a CPU: measured to be the fastest there."""
 
 
 _Way = tuple[tuple[str, Any], ...]
@@ -41,15 +41,15 @@ class Variant:
     """One way.
 
     Attributes:
-        settings: of the section `encoder`.
-        configured: whether they are the config's own.
+        settings: keys of the section `encoder`.
+        configured: whether this is the configured way.
         speed: texts per second of one process.
-        agreement: share of each text's 10 nearest among the others that float32 finds, too; None: too few texts.
-        texts: that this was measured on.
+        agreement: share of each text's 10 nearest other texts that float32 finds too; None: too few texts.
+        texts: number of texts it was measured on.
         dimension: of the vectors.
-        compared: anchors and documents that the following is of, the same of all ways.
-        negatives: share of the negatives that the config mines of float32's vectors and of these, too; None: unknown.
-        ndcg: nDCG@10 of the anchors' positives; None where there are no anchors.
+        compared: anchors and documents used for the following, the same for all ways.
+        negatives: share of the negatives mined from float32's vectors that are mined from these too; None: unknown.
+        ndcg: nDCG@10 of the anchors' positives; None without anchors.
     """
 
     settings: Mapping[str, Any]
@@ -71,23 +71,23 @@ def measured(
     anchors: Sequence[tuple[str, int]] = (),
     outcome: Callable[[Floats, Floats], Outcome] | None = None,
 ) -> list[Variant]:
-    """The configured way first, then float32 and those that this machine has units for; on a CPU, where the config does
-    not say `batch_tokens`, with it.
+    """The configured way first, then float32 and those for which this machine has units; on a CPU, if the config does
+    not set `batch_tokens`, with it.
 
     Args:
         encoder: the settings.
         path: the model's folder.
-        texts: a sample of documents; as many are encoded as some seconds take.
+        texts: a sample of documents; as many are encoded as possible within some seconds.
         budget: threads and the device of a process.
-        anchors: texts of anchors, and how many of the documents have their positives.
-        outcome: what (n, d) vectors of the first documents and (m, d) of the first anchors lead to.
+        anchors: texts of anchors, and how many documents contain their positives.
+        outcome: computes the outcome of (n, d) vectors of the first documents and (m, d) of the first anchors.
 
     Raises:
-        NegpipeError: the model does not load, or does not encode, as it is configured.
+        NegpipeError: the model does not load or encode as configured.
     """
     own = {name: getattr(encoder, name) for name in (*REFERENCE, "batch_tokens") if getattr(encoder, name)}
     ways = [own, *_others(encoder, own, budget.device)]
-    logger.info("plan: times the encoder with %s", ", ".join(map(_shown, ways)))
+    logger.info("plan: timing the encoder with %s", ", ".join(map(_shown, ways)))
     settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
     timed: dict[_Way, Timed] = {}
     models = [encoder.model_copy(update=one) for one in settings]
@@ -98,8 +98,8 @@ def measured(
                 logger.info("plan: %s: %.0f texts/s", _shown(way), len(answer.vectors) / answer.seconds)
             elif way is own:
                 raise answer
-            else:  # a model may refuse what the machine can do
-                logger.warning("plan: %s is left out: %s", _shown(way), answer)
+            else:  # a model may refuse what the machine supports
+                logger.warning("plan: skipping %s: %s", _shown(way), answer)
     reference = next((way for way in timed if REFERENCE.items() <= {*way}), None)
     shared = min(len(one.anchors) for one in timed.values()), min(len(one.vectors) for one in timed.values())
     outcomes: dict[_Way, Outcome] = {}
@@ -122,7 +122,7 @@ def measured(
 
 
 def _share(outcomes: Mapping[_Way, Outcome], way: _Way, reference: _Way | None) -> float | None:
-    """Of the reference's negatives, how many are a way's, too."""
+    """Share of the reference's negatives that this way has too."""
     if reference is None or reference not in outcomes:
         return None
     usual, own = outcomes[reference].negatives, outcomes[way].negatives
@@ -130,14 +130,14 @@ def _share(outcomes: Mapping[_Way, Outcome], way: _Way, reference: _Way | None) 
 
 
 def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float | None:
-    """Share of each vector's 10 nearest by dot product, itself left out, that are the same in both.
+    """Share of each vector's 10 nearest by dot product, excluding itself, that are the same in both.
 
     Args:
         some: (n, d) vectors.
-        others: (m, d) of the same texts; what both have is compared.
+        others: (m, d) of the same texts; the common ones are compared.
 
     Returns:
-        0 to 1; None where there are hardly more than 10 texts.
+        0 to 1; None if there are not many more than 10 texts.
     """
     count = min(len(some), len(others))
     if count <= 2 * NEIGHBOURS:

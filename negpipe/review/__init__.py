@@ -1,1 +1,1 @@
-"""A finished run, looked at: audit, calibration, quality, explanations, differences, report."""
+"""Examines finished runs: audit, calibration, quality, explanations, differences, report."""

@@ -1,8 +1,8 @@
-"""What changed in the negatives between two runs, or two files of any miners: in numbers and examples.
+"""Compares the negatives of two runs, or of two files from any miners: numbers and examples.
 
-Anchors and documents are told apart by their ids where both sides have them, by their exact texts elsewhere. A
-negative counts once an anchor, whatever the rows. Both sides are streamed through DuckDB, which spills to disk beyond
-its memory: memory does not grow with the rows. The same rows give the same differences in the same order.
+Anchors and documents are identified by their ids if both sides have them, else by their exact texts. A negative counts
+once per anchor, regardless of rows. Both sides are streamed through DuckDB, which spills to disk beyond its memory:
+memory does not grow with the rows. The same rows give the same differences in the same order.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from negpipe.store.store import LocalStore, Store
 if TYPE_CHECKING:
     import duckdb
 
-_CIRCUMSTANCE = ("run_dir", "store", "executor.", "resources.", "output.report")  # what changes no row
+_CIRCUMSTANCE = ("run_dir", "store", "executor.", "resources.", "output.report")  # settings that do not affect rows
 _TEXT = 200  # characters of a text in an example
-_DOCUMENTS = 5  # of an example, on either side
+_DOCUMENTS = 5  # documents of an example per side
 
 
 @dataclass(frozen=True)
 class Source:
-    """One side: its rows, and the manifest of the run that made them, if there is one."""
+    """One side: its rows, and the manifest of the run that made them, if any."""
 
     name: str
     rows: Path
@@ -43,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Side:
-    """Counts of one side; means are over its negatives, None where the rows do not say."""
+    """Counts of one side; means are over its negatives, None if the rows do not contain them."""
 
     source: str
     anchors: int
@@ -54,7 +54,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Change:
-    """A negative that one side has and the other has not."""
+    """A negative that only one side has."""
 
     id: str | None
     text: str
@@ -64,7 +64,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Example:
-    """An anchor of both sides with some of its negatives that changed, best score first."""
+    """An anchor of both sides with some of its changed negatives, best score first."""
 
     anchor_id: str | None
     anchor: str
@@ -78,16 +78,16 @@ class Difference:
     """How B differs from A.
 
     Attributes:
-        a, b: both sides as they are, anchors of one side alone among them.
-        gained, lost: anchors that B, or A, alone has; `gained_ids` and `lost_ids` name some (texts where ids are not
-            what anchors are told apart by).
-        common: anchors of both. What follows is over these.
-        kept, added, removed: negatives of both, of B alone, of A alone.
+        a, b: both sides in full, including anchors of one side only.
+        gained, lost: number of anchors that only B, or only A, has; `gained_ids` and `lost_ids` list some (texts if
+            anchors are not identified by ids).
+        common: anchors of both. The following is over these.
+        kept, added, removed: negatives of both, only of B, only of A.
         overlap: mean over the anchors of kept / (kept + added + removed).
-        same, disjoint: anchors whose negatives are all the same, and all different.
-        score_shift, rank_shift: mean of B's less A's over kept negatives, None where there is none with both.
+        same, disjoint: anchors whose negatives are all the same, or all different.
+        score_shift, rank_shift: mean of B's minus A's over kept negatives; None if none has both.
         largest_score_shift: the largest of them, up or down.
-        settings: name → A's and B's value, where they differ; None where a side is no run.
+        settings: name → A's and B's value, where they differ; None if a side is not a run.
     """
 
     a: Side
@@ -111,16 +111,16 @@ class Difference:
     examples: list[Example]
 
     def document(self) -> dict[str, Any]:
-        """The same as plain JSON."""
+        """The difference as plain JSON."""
         return asdict(self)
 
 
 def source_of(name: str) -> Source:
-    """What a name on the command line means: a run directory, a config, or a file or folder of rows.
+    """Resolve a command-line name: a run directory, a config, or a file or folder of rows.
 
     Raises:
         MissingStageError: the run has no triplets.
-        ConfigError: there is nothing of that name.
+        ConfigError: nothing has that name.
     """
     path = Path(name)
     if path.is_dir() and not (path / BOOKS).is_dir():
@@ -144,11 +144,11 @@ def compare(
     Args:
         a, b: both sides.
         examples: anchors to show, those that changed most first.
-        budget: for DuckDB. Changes no result.
-        scratch: folder for what spills; None: the system's temporary folder.
+        budget: for DuckDB. Does not affect results.
+        scratch: folder for spilled data; None: the system's temporary folder.
 
     Raises:
-        InputError: a file cannot be read, lacks a column, or holds no row; or the two have no anchor in common.
+        InputError: a file cannot be read, lacks a column, or has no rows; or the two have no anchor in common.
     """
     with (
         tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder,
@@ -164,12 +164,12 @@ def compare(
 def _run(name: str, run: Store) -> Source:
     manifest = Books(run, "triplets").manifest()
     if manifest is None:
-        raise MissingStageError(f"there are no triplets in {run}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no triplets in {run}: run `negpipe mine CONFIG` first")
     return Source(name, run.folder("triplets"), manifest)
 
 
 def _load(database: duckdb.DuckDBPyConnection, side: str, source: Source, folder: Path) -> Layout:
-    """Read one side into a schema of its own."""
+    """Load one side into a separate schema."""
     (folder / side).mkdir()
     database.execute(f"create schema {side}; use {side}")
     layout = layout_of(database, source.rows, {}, folder / side)
@@ -178,7 +178,7 @@ def _load(database: duckdb.DuckDBPyConnection, side: str, source: Source, folder
 
 
 def _pair(database: duckdb.DuckDBPyConnection, anchors_by_id: bool, documents_by_id: bool) -> None:
-    """Make `main.pairs`: every anchor and negative, with what either side says of it."""
+    """Create `main.anchors`, from the pairs of anchor and negative of both sides."""
     anchor = "hash(e.anchor_id)" if anchors_by_id else "e.h"
     document = "case when d.id is null then d.h else hash(d.id) end" if documents_by_id else "d.h"
     database.execute("use main")
@@ -196,7 +196,7 @@ def _pair(database: duckdb.DuckDBPyConnection, anchors_by_id: bool, documents_by
             count(*) filter (b.d is null) as removed, count(*) filter (a.d is null) as added
         from a_pairs a full join b_pairs b using (k, d) group by k
     """)
-    # An anchor of one side alone has nothing to compare.
+    # Anchors of only one side cannot be compared.
     database.execute("create view common as select * from anchors where a_row is not null and b_row is not null")
 
 
@@ -210,7 +210,7 @@ def _difference(database: duckdb.DuckDBPyConnection, a: Source, b: Source, by_id
     if not counts["common"]:
         raise InputError(
             f"{a.name} and {b.name} have no anchor in common",
-            remedy="They were mined from other queries, or their ids differ: there is nothing to compare",
+            remedy="They were mined from different queries, or their ids differ: nothing can be compared",
         )
     shifts = _row(
         database,
@@ -235,7 +235,7 @@ def _difference(database: duckdb.DuckDBPyConnection, a: Source, b: Source, by_id
 
 
 def _alone(database: duckdb.DuckDBPyConnection, side: str, by_id: bool) -> tuple[int, list[str]]:
-    """Anchors that one side alone has: how many, and some of them."""
+    """Anchors that only one side has: their number, and some of them."""
     other = "b" if side == "a" else "a"
     alone = f"from anchors where {other}_row is null"
     name = "anchor_id" if by_id else f"anchor[:{_TEXT}]"
@@ -260,7 +260,7 @@ def _examples(database: duckdb.DuckDBPyConnection, wanted: int) -> list[Example]
 
 
 def _changes(database: duckdb.DuckDBPyConnection, side: str, other: str, k: int) -> list[Change]:
-    """Negatives of an anchor that the other side has not."""
+    """Negatives of an anchor that the other side does not have."""
     rows = database.execute(
         f"""
         select p.id, t.text[:{_TEXT}], p.score, p.rank from (
@@ -276,7 +276,7 @@ def _changes(database: duckdb.DuckDBPyConnection, side: str, other: str, k: int)
 
 
 def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, and digests of what was read; where runs lie is no difference."""
+    """Differing settings and input digests; the location of runs is ignored."""
     left, right = (
         _flat(one.provenance.get("config", {}))
         | {f"content of {name}": digest[:12] for name, digest in one.inputs.items() if name != "search"}

@@ -1,7 +1,7 @@
-"""What this machine and this installation are, on one page to paste into an issue. Nothing secret is in it.
+"""Describes this machine and installation on one page to paste into an issue. Contains no secrets.
 
-Nothing is written, and nothing is asked of the network but whether the hub answers. What would stop every run is
-broken; what only some need (a GPU, the hub) is said as it is.
+Nothing is written, and the network is only used to check whether the hub answers. What would stop every run is reported
+as broken; what only some runs need (a GPU, the hub) is just stated.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from negpipe.engine.versions import installed
 from negpipe.redaction import HIDDEN, redact
 from negpipe.review.wording import size
 
-_SECONDS = 3  # the hub has to answer
-_LOADING = 120  # seconds a library has to load, on a disk that nobody has read it from
-_LOADED = ("faiss", "torch")  # parts of them are compiled, and fail where the machine lacks what they need
+_SECONDS = 3  # seconds the hub has to answer
+_LOADING = 120  # seconds a library has to load, from an uncached disk
+_LOADED = ("faiss", "torch")  # partly compiled: they fail if the machine lacks what they need
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 _VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
@@ -46,7 +46,7 @@ _GPUS = "import torch; print(*map(torch.cuda.get_device_name, range(torch.cuda.d
 
 
 class Fact(NamedTuple):
-    """A line of the page. `remedy`: what to do where it is broken, else empty."""
+    """A line of the page. `remedy`: how to fix it if broken, else empty."""
 
     about: str
     name: str
@@ -55,7 +55,7 @@ class Fact(NamedTuple):
 
 
 def examine(folder: Path = Path()) -> list[Fact]:
-    """Every fact, in the order of the page; `folder`: whose disk is looked at. Takes seconds: libraries are loaded."""
+    """Every fact, in the order of the page; `folder`: its disk is checked. Takes seconds, as libraries are loaded."""
     with ThreadPoolExecutor() as pool:
         loading = [pool.submit(_loaded, name) for name in _LOADED]
         hub = pool.submit(_hub)
@@ -66,7 +66,7 @@ def examine(folder: Path = Path()) -> list[Fact]:
 
 
 def broken(facts: list[Fact]) -> list[str]:
-    """What would stop a run, and what to do about it, a line each."""
+    """Everything that would stop a run, with the remedy, one line each."""
     return [f"{fact.name}: {fact.value}. {fact.remedy}" for fact in facts if fact.remedy]
 
 
@@ -102,30 +102,30 @@ def _libraries() -> Iterator[Fact]:
     try:
         required = requires("negpipe") or []
     except PackageNotFoundError:
-        yield Fact("Libraries", "negpipe", "runs from a folder, and is not installed: what it requires is not known")
+        yield Fact("Libraries", "negpipe", "runs from a folder without being installed: its requirements are unknown")
         return
     wanted = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: "extra ==" not in line for line in reversed(required)}
     found = installed(wanted)
     yield Fact("Libraries", "required", ", ".join(f"{name} {found[name]}" for name in sorted(found) if wanted[name]))
     extras = [name for name in sorted(found) if not wanted[name]]
     if extras:
-        yield Fact("Libraries", "of extras", ", ".join(f"{name} {found[name]}" for name in extras))
+        yield Fact("Libraries", "from extras", ", ".join(f"{name} {found[name]}" for name in extras))
     if missing := sorted(name for name, always in wanted.items() if always and name not in found):
         yield Fact("Libraries", "missing", ", ".join(missing), f"Run pip install {' '.join(missing)}")
 
 
 def _loaded(name: str) -> Fact:
-    """Whether a library loads, in a process of its own."""
+    """Whether a library loads, tested in a separate process."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False, timeout=_LOADING
         )
     except subprocess.TimeoutExpired:
-        return Fact("Libraries", name, f"does not load within {_LOADING} s", "Look at the disk that Python is on")
+        return Fact("Libraries", name, f"does not load within {_LOADING} s", "Check the disk that Python is on")
     if done.returncode == 0:
         return Fact("Libraries", name, "loads")
     why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Fact("Libraries", name, f"does not load: {why[:300]}", f"Install {name} again")
+    return Fact("Libraries", name, f"does not load: {why[:300]}", f"Reinstall {name}")
 
 
 def _processor() -> Iterator[Fact]:
@@ -162,7 +162,7 @@ def _available() -> int:
 def _gpus() -> Iterator[Fact]:
     sizes = devices.gpus()
     if not sizes:
-        yield Fact("Machine", "GPUs", "none that torch sees")
+        yield Fact("Machine", "GPUs", "none visible to torch")
         return
     asked = subprocess.run([sys.executable, "-c", _GPUS], capture_output=True, text=True, check=False)
     for number, (bytes_of, name) in enumerate(zip(sizes, asked.stdout.splitlines(), strict=False)):
@@ -176,14 +176,14 @@ def _disks(folder: Path) -> Iterator[Fact]:
     for name, path in (
         ("here", folder.absolute()),
         ("temporary files", Path(tempfile.gettempdir())),
-        ("hub's cache", cache),
+        ("hub cache", cache),
     ):
         there = next((place for place in (path, *path.parents) if place.is_dir()), Path("/"))
         disk = shutil.disk_usage(there)
-        state = "" if path.is_dir() else ", not there yet"
+        state = "" if path.is_dir() else ", does not exist yet"
         writable = os.access(there, os.W_OK | os.X_OK)
-        remedy = "" if writable or name != "temporary files" else "Set TMPDIR to a folder that may be written"
-        note = "" if writable else ", may not be written"
+        remedy = "" if writable or name != "temporary files" else "Set TMPDIR to a writable folder"
+        note = "" if writable else ", not writable"
         yield Fact("Disks", name, f"{path}: {size(disk.free)} free of {size(disk.total)}{state}{note}", remedy)
 
 
@@ -195,7 +195,7 @@ def _environment() -> Iterator[Fact]:
         yield Fact("Environment", "proxies", f"{', '.join(proxies)} set")
     from huggingface_hub import get_token
 
-    yield Fact("Environment", "token of the hub", "there is one" if get_token() else "none")
+    yield Fact("Environment", "hub token", "set" if get_token() else "none")
 
 
 def _hub() -> Fact:
@@ -208,7 +208,7 @@ def _hub() -> Fact:
         port = ""
     address = f"{parts.scheme}://{parts.hostname}{port}"  # neither user nor password
     if constants.HF_HUB_OFFLINE:
-        return Fact("Environment", "hub", "not asked: HF_HUB_OFFLINE is set")
+        return Fact("Environment", "hub", "not contacted: HF_HUB_OFFLINE is set")
     started = time.monotonic()
     try:
         asked = urllib.request.Request(address, method="HEAD")
@@ -217,7 +217,7 @@ def _hub() -> Fact:
     except urllib.error.HTTPError as error:
         answer = f"answers with {error.code}"
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # Its text may hold a proxy's address.
+        # Its text may contain a proxy's address.
         reason = getattr(error, "reason", error)
         answer = f"does not answer ({getattr(reason, 'strerror', None) or type(reason).__name__})"
     return Fact("Environment", "hub", f"{address} {answer}")

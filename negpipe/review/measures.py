@@ -1,4 +1,4 @@
-"""What judges a run without running a stage: calibration, retriever quality, and the audit of its rows."""
+"""Evaluates a run without running a stage: calibration, retriever quality, and the audit of its rows."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ Ints = npt.NDArray[np.int64]
 
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
 MADE_OF = "made_of"
-"""Where both say which candidates, or which rows, they are of."""
-_ANCHORS = 4096  # looked at at a time
-_JUDGMENTS = 8192  # whose texts are in memory at a time
-_NEIGHBOURS = 16  # near anchors of an anchor, at most
-_SUSPECTS = 2**20  # positives of theirs that are in memory at a time
+"""Key under which both record the candidates, or rows, that they are based on."""
+_ANCHORS = 4096  # anchors processed at a time
+_JUDGMENTS = 8192  # judgments whose texts are in memory at a time
+_NEIGHBOURS = 16  # maximum near anchors per anchor
+_SUSPECTS = 2**20  # their positives in memory at a time
 
 
 def measure_quality(config: Config, *, reporter: Reporter | None = None) -> quality.Quality:
-    """How well the encoder retrieves the positives; see `quality`.
+    """Measure how well the encoder retrieves the positives; see `quality`.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
@@ -67,7 +67,7 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
 def quality_of(
     context: Context, opened: Shared, slices: Iterable[tuple[candidates.Candidates, Units]]
 ) -> quality.Quality:
-    """The same for anchors whose candidates and units the caller reads."""
+    """The same, for candidates and units read by the caller."""
     vectors = [context.path(part, "vectors") for part in context.manifest("encode").of_kind("anchors")]
     random = quality.random_scores(vectors, opened.vectors, opened.searchable, context.config.seed)
     slices = (opened.selector.without_itself(found, units) for found, units in slices)
@@ -83,19 +83,19 @@ def calibrate_settings(
     second: Config | None = None,
     reporter: Reporter | None = None,
 ) -> Calibration:
-    """Try settings on the stored candidates and write `calibration.parquet` into the run directory.
+    """Try settings on the stored candidates and write `calibration.parquet` to the run directory.
 
     Args:
-        config: whose run; what the settings do not name is taken from it.
-        settings: what to try, from the resolved config.
-        near: the stand-in of near anchors, and the cosine from which on they are.
-        second: the stand-in of a second opinion, and the run it comes from.
-        reporter: where progress goes.
+        config: the config of the run; provides everything that the settings do not set.
+        settings: returns the settings to try, given the resolved config.
+        near: use the stand-in of near anchors, with this minimum cosine.
+        second: use the stand-in of a second opinion, from this run.
+        reporter: receives progress.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
-        InputError: nothing can be tried; the message says what can be done instead.
-        ConfigError: the config mines no negatives, or the stand-in does not fit it.
+        InputError: nothing can be tried; the message suggests alternatives.
+        ConfigError: the config mines no negatives, or the stand-in is incompatible with it.
     """
     reporter = reporter or Silent()
     method: Literal["hidden", "near_anchors", "second_opinion"] = (
@@ -104,7 +104,7 @@ def calibrate_settings(
     with digests_of(config) as digests:
         context = searched(config, digests, "calibrate")
         if not context.config.mining.num_negatives:
-            raise ConfigError("mining.num_negatives is 0: there is nothing to calibrate but mined negatives")
+            raise ConfigError("mining.num_negatives is 0: only mined negatives can be calibrated")
         opened = open_selection(context)
         if second is not None:
             with digests_of(second) as others:
@@ -140,16 +140,16 @@ def calibrate_settings(
 
 
 def audit_rows(config: Config | None, options: audit.Options, file: Path | None = None) -> audit.Audit:
-    """Check training rows: a run's, which writes `audit.json` there, or those of any file.
+    """Check training rows: those of a run, writing `audit.json` there, or those of any file.
 
     Args:
-        config: whose rows and qrels; None: a file's rows are compared to nothing else.
-        options: how. Of a run's own rows, how many negatives are wanted is the config's.
-        file: whose rows instead of the run's.
+        config: the config of the run with the rows and qrels; None: a file's rows are only compared to each other.
+        options: how rows are judged. For a run's rows, the wanted number of negatives is the config's.
+        file: a file with rows to use instead of the run's.
 
     Raises:
-        MissingStageError: the rows, or the qrels, are not there; the message says which command makes them.
-        ConfigError: neither a config nor a file, or the run's rows hold rankings.
+        MissingStageError: rows or qrels do not exist; the message names the command that makes them.
+        ConfigError: neither a config nor a file is given, or the run's rows are rankings.
         InputError: see `audit.audit`.
     """
     if config is None:
@@ -162,7 +162,7 @@ def audit_rows(config: Config | None, options: audit.Options, file: Path | None 
         if file is not None:
             return audit.audit(file, shared, _qrels(context), scratch=config.run_dir)
         if config.output.include_positives:
-            raise ConfigError("output.include_positives writes whole rankings: they hold positives, not only negatives")
+            raise ConfigError("output.include_positives writes complete rankings, which hold positives too")
         wanted = options.negatives or context.config.mining.wanted
         found = audit.audit(
             context.run.folder("triplets"), replace(shared, negatives=wanted), _qrels(context), scratch=config.run_dir
@@ -213,12 +213,12 @@ def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | Non
     """Save the plot of leak against hardness as .svg or .png.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: the file system refused the write.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Without a date and with fixed names, equal calibrations give equal files.
+    # Without a date and with fixed names, equal calibrations produce equal files.
     with rc_context({"svg.hashsalt": "negpipe"}):
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         calibrate.draw_leak(figure.subplots(), calibration, advice)
@@ -228,22 +228,22 @@ def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | Non
 
 
 _UNTRIED = {
-    "hidden": "none of {total:,} anchors has two different positives: what is taken by mistake cannot be estimated by"
+    "hidden": "none of {total:,} anchors has two different positives: false negatives cannot be estimated by"
     " hiding positives",
-    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with positives of its own",
-    "second_opinion": "there are no anchors",
+    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with other positives",
+    "second_opinion": "the run has no anchors",
 }
 _INSTEAD = {
-    "hidden": "There are two stand-ins, weaker, each labelled as what it is: `negpipe calibrate CONFIG --near-anchors"
+    "hidden": "Use one of the two weaker stand-ins, each labelled as such: `negpipe calibrate CONFIG --near-anchors"
     " 0.95` counts positives of anchors with nearly the same vector; `negpipe calibrate CONFIG --second OTHER_CONFIG`"
     " counts what another model's run ranks above the positive too",
-    "near_anchors": "Lower it, or take the other stand-in: --second OTHER_CONFIG",
-    "second_opinion": "Look at `negpipe status CONFIG`",
+    "near_anchors": "Lower it, or use the other stand-in: --second OTHER_CONFIG",
+    "second_opinion": "Check `negpipe status CONFIG`",
 }
 
 
 def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candidates.Candidates]]:
-    """Anchors with their stored candidates, as deep as the config looks."""
+    """Anchors with their stored candidates, up to the config's depth."""
     for task in STAGES["triplets"].plan(STAGES["triplets"].within(context)):
         files = part_files(context, task)
         table = open_table(files.anchors)
@@ -253,7 +253,7 @@ def _slices(context: Context, config: Config) -> Iterator[tuple[pa.Table, candid
 
 def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Trials]:
     if not context.config.encoder.normalize:
-        raise ConfigError("--near-anchors compares cosines, and encoder.normalize is false: take --second instead")
+        raise ConfigError("--near-anchors compares cosines, but encoder.normalize is false: use --second instead")
     texts, vectors = (context.manifest(name).of_kind("anchors") for name in ("ingest", "encode"))
     tables = [open_table(context.path(part, "table")) for part in texts]
     known, offsets = ragged(pa.concat_tables([table.select(["known"]) for table in tables])["known"])
@@ -272,7 +272,7 @@ def _near_anchors(context: Context, opened: Shared, least: float) -> Iterator[Tr
             budget=context.budget,
         )
         anchor, column = np.nonzero((near.scores >= least) & (near.rows >= 0) & (near.rows != rows[:, None]))
-        # One of them may have very many positives: as many anchors at a time as have a bounded number.
+        # An anchor may have very many positives: take as many anchors at a time as keep their number bounded.
         per_anchor = np.concatenate([[0], np.cumsum(np.bincount(anchor, minlength=len(rows)))])
         listed = np.concatenate([[0], np.cumsum(np.diff(offsets)[near.rows[anchor, column]])])
         cuts = np.flatnonzero(np.diff(listed[per_anchor[1:]] // _SUSPECTS)) + 1

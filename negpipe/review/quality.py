@@ -1,11 +1,11 @@
-"""How well the encoder retrieves what the qrels name, from stored candidates: does mining have something to find?
+"""Measures how well the encoder retrieves the positives, from stored candidates: can mining find anything?
 
-Metrics come from ir-measures (trec_eval's code, MS MARCO's for MRR). What is fixed here:
+Metrics come from ir-measures (trec_eval's code, MS MARCO's for MRR). Conventions:
 
-- The ranking is the stored one: by score, ties by row. So trec_eval, which is handed ranks, breaks no tie itself.
-- It is truncated at the stored depth. What lies below counts as not found, which MRR@10, nDCG@10 and Recall@k for k
-  up to the depth cannot notice; MAP is that of the truncated ranking and says so in its name.
-- The relevant documents of an anchor are its positives in `data.split`. Only nDCG looks at grades: a positive's gain is
+- The ranking is the stored one: by score, ties by row. trec_eval receives ranks, so it breaks no ties itself.
+- It is truncated at the stored depth. Documents below count as not found, which does not affect MRR@10, nDCG@10 and
+  Recall@k for k up to the depth; MAP is that of the truncated ranking, as its name says.
+- The relevant documents of an anchor are its positives in `data.split`. Only nDCG uses grades: a positive's gain is
   its grade, rounded down, at least 1. Rows are unique texts: ids that share a text are one document.
 """
 
@@ -31,19 +31,19 @@ Floats = npt.NDArray[np.float32]
 
 _CUTOFFS = (1, 5, 10, 50, 100)
 _RANKS = (0, 1, 5, 10, 50, 100)
-_ANCHORS = 1000  # whose rankings are Python objects at a time
+_ANCHORS = 1000  # anchors whose rankings are Python objects at a time
 _BINS = 60
 _RANDOM_ANCHORS, _RANDOM_EACH = 10_000, 5
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Numbers at a glance.
+    """A summary of numbers.
 
     Attributes:
-        quantiles: of 5, 25, 50, 75 and 95 %, by name (`p5`).
-        edges: (b + 1,) borders of the histogram's bins, the last bin closed.
-        counts: (b,) numbers in each bin.
+        quantiles: at 5, 25, 50, 75 and 95 %, by name (`p5`).
+        edges: (b + 1,) edges of the histogram's bins, the last bin closed.
+        counts: (b,) count per bin.
     """
 
     count: int
@@ -56,18 +56,18 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        depth: candidates an anchor that were looked at.
+        depth: candidates per anchor that were considered.
         metrics: means over the anchors, by name: Recall@k, MRR@10, nDCG@10, MAP@depth.
         ranks: positives by raw rank: `0`, `1-4`, …, and `beyond` the depth.
-        median_rank: of the positives; None where it lies beyond the depth.
-        scores: of (anchor, document) pairs: positive, negative (as the config selects them), random, and the
-            positive's less the negative's. Cosines where `encoder.normalize` is set.
+        median_rank: of the positives; None if it is beyond the depth.
+        scores: of (anchor, document) pairs: positive, negative (as selected by the config), random, and the
+            positive's minus the negative's. Cosines if `encoder.normalize` is set.
         outscored: share of negatives that score above the positive their margins refer to.
-        vectors: what encode counted: texts cut at the maximum length, documents with equal vectors.
-        separation: of a positive and a random document drawn alike, how often the positive scores higher.
+        vectors: counts from encode: texts cut at the maximum length, documents with equal vectors.
+        separation: probability that a random positive scores higher than a random document.
     """
 
     anchors: int
@@ -86,9 +86,9 @@ def measure(slices: Iterable[tuple[Candidates, Units]], random: Floats, depth: i
     """Measure the encoder on all anchors.
 
     Args:
-        slices: the candidates of all anchors with what was selected; one float32 a score is kept, no candidate is.
-        random: scores of random pairs, as `random_scores` draws them.
-        depth: candidates an anchor that are looked at, at most as many as are stored.
+        slices: the candidates of all anchors with their selection; keeps one float32 per score, but no candidates.
+        random: scores of random pairs, from `random_scores`.
+        depth: candidates per anchor to consider, at most the stored depth.
     """
     totals: Counter[str] = Counter()
     anchors = 0
@@ -138,8 +138,8 @@ def random_scores(anchors: Sequence[Path], documents: Sequence[Path], searchable
     Args:
         anchors: .npy parts of the anchors' vectors.
         documents: .npy parts of the documents' vectors, in row order.
-        searchable: how many documents, from the first on, can be candidates.
-        seed: any integer from 0 on.
+        searchable: number of documents, from the first on, that can be candidates.
+        seed: any nonnegative integer.
 
     Returns:
         (n,) float32.

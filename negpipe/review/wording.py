@@ -1,17 +1,17 @@
-"""Numbers and texts as people read them, on a terminal and in the report."""
+"""Human-readable numbers and texts, for the terminal and the report."""
 
 from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 45 s, 12 min, 3.5 h."""
+    """Seconds as readable text: 45 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Bytes as readable text."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -20,7 +20,7 @@ def size(count: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Lines in which control characters are written out."""
+    """Text with control characters escaped, except line breaks."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

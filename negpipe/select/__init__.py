@@ -1,1 +1,1 @@
-"""Which candidates become negatives."""
+"""Selects the candidates that become negatives."""

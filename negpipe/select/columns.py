@@ -1,8 +1,8 @@
 """Rules by a column: what a candidate must, or must not, have in common with the anchor and its positives.
 
-Columns are those that `data.extra` keeps, and are looked up by row: memory holds the values of the documents looked at.
-A null or an empty text equals nothing. `never_same` and `only_same` ask whether any known positive matches, `where`
-sees the positive that margins refer to.
+Columns are those that `data.extra` keeps. They are looked up by row: memory holds only the values of documents being
+checked. A null or an empty text equals nothing. `never_same` and `only_same` ask whether any known positive matches,
+`where` uses the positive that margins refer to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 NAMES = ("never_same", "only_same", "where")
 """The rules, as settings and as reasons."""
-_CELL, _BLOCK = 64, 2**23  # bytes for a pair beside its texts, and of the pairs whose values are in memory at a time
+_CELL, _BLOCK = 64, 2**23  # bytes per pair besides its texts, and of all pairs whose values are in memory at a time
 
 
 def asked_for(mining: Mining) -> bool:
@@ -38,7 +38,7 @@ def asked_for(mining: Mining) -> bool:
 
 
 def never_same(lookup: Lookup) -> Masking | None:
-    """Drops what shares the value of one of the columns."""
+    """Drops documents that share the value of any of the columns."""
     names = lookup.mining.never_same
 
     def mask(grid: Grid) -> Mask:
@@ -57,7 +57,7 @@ def never_same(lookup: Lookup) -> Masking | None:
 
 
 def only_same(lookup: Lookup) -> Masking | None:
-    """Drops what does not share the value of each of the columns."""
+    """Drops documents that do not share the values of all columns."""
     names = lookup.mining.only_same
 
     def mask(grid: Grid) -> Mask:
@@ -89,22 +89,22 @@ def _of_the_anchor(grid: Grid, values: Hashes, column: str) -> Mask:
 
 
 def shares(mining: Mining, score: float, reference: float) -> str:
-    """Why `never_same` drops."""
+    """The reason text of `never_same`."""
     return f"shares {' or '.join(mining.never_same)} with a known positive or the anchor (never_same)"
 
 
 def differs(mining: Mining, score: float, reference: float) -> str:
-    """Why `only_same` drops."""
+    """The reason text of `only_same`."""
     return f"does not share {' and '.join(mining.only_same)} (only_same)"
 
 
 def where(lookup: Lookup) -> Masking | None:
-    """Drops what the condition does not hold for."""
+    """Drops documents for which the condition does not hold."""
     return _unless(lookup, conditions(lookup.config))
 
 
 def where_drawn(lookup: Lookup) -> Masking | None:
-    """The same for documents without scores: of conditions joined by `and`, those that name none."""
+    """The same for documents without scores: only those `and`ed conditions that use no score."""
     return _unless(lookup, [one for one in conditions(lookup.config) if not one.scored])
 
 
@@ -117,7 +117,7 @@ def _unless(lookup: Lookup, asked: Sequence[Condition]) -> Masking | None:
     def mask(grid: Grid) -> Mask:
         line, column = np.nonzero(grid.rows >= 0)
         rows = grid.rows[line, column]
-        # Candidates are looked at in blocks, so that their texts stay within bounds.
+        # Candidates are checked in blocks, to bound the memory of their texts.
         size = sum((lookup.corpus.sizes(name, rows) for name in candidate), np.full(rows.shape, _CELL))
         cuts = np.flatnonzero(np.diff(np.cumsum(size) // _BLOCK)) + 1
         dropped = np.zeros(grid.rows.shape, np.bool_)

@@ -1,7 +1,7 @@
-"""`mining.where`: a condition on anchor, positive and candidate, read, checked and evaluated by DuckDB.
+"""`mining.where`: a condition on anchor, positive and candidate, parsed, checked and evaluated by DuckDB.
 
-It is one SQL expression over the names that exist: no table, no subquery, no aggregate, no function whose result may
-change, and the database that evaluates it holds nothing and reaches no file. A null is not true.
+It is one SQL expression over the available names: no table, no subquery, no aggregate, no function whose result may
+vary. The database that evaluates it is empty and has no access to files. A null is not true.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.bool_]
 
 SIDES = {"anchor": "queries", "positive": "corpus", "candidate": "corpus"}
-"""Whose columns can be named, and which of `data.extra` they are."""
+"""The sides whose columns can be named, and their table in `data.extra`."""
 NUMBERS: Mapping[str, pa.DataType] = {"score": pa.float32(), "rank": pa.int64(), "positive_score": pa.float32()}
 _OWN = ("id", "text")
 _PLAIN = (
@@ -48,16 +48,16 @@ _LIMITS: dict[str, str | bool | int | float | list[str]] = {
     "temp_directory": "",
     "threads": 1,
 }
-_TEXTS = "Columns are texts: a number is try_cast(candidate.year as integer), null where there is none"
+_TEXTS = "Columns are text: for a number, write try_cast(candidate.year as integer), null where there is none"
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One of the conditions that `and` joins.
+    """One of the conditions joined by `and`.
 
     Attributes:
-        sql: as DuckDB writes it.
-        names: what it names, such as (candidate, lang) or (score,).
+        sql: as formatted by DuckDB.
+        names: the names it uses, such as (candidate, lang) or (score,).
     """
 
     sql: str
@@ -65,7 +65,7 @@ class Condition:
 
     @property
     def scored(self) -> bool:
-        """Whether it names a score or a rank."""
+        """Whether it uses a score or a rank."""
         return any(len(name) == 1 for name in self.names)
 
 
@@ -73,7 +73,7 @@ def conditions(config: Config) -> list[Condition]:
     """The conditions of `mining.where`.
 
     Raises:
-        ConfigError: it is not one expression over what there is.
+        ConfigError: it is not a single expression over the available names.
     """
     text = config.mining.where
     if text is None:
@@ -81,7 +81,7 @@ def conditions(config: Config) -> list[Condition]:
     with _connect() as database:
         statement, plain = _parse(database, text), _parse(database, "true")
         node, rest = statement["node"], {**plain["node"], "select_list": None}
-        # Nothing stands beside the expression, such as a table.
+        # There must be nothing but the expression, such as a table.
         if {**node, "select_list": None} != rest or len(node["select_list"]) != 1 or node["select_list"][0]["alias"]:
             raise _refusal(text, "expected one condition, such as candidate.lang = anchor.lang and score < 0.8")
         (whole,) = node["select_list"]
@@ -97,7 +97,7 @@ def conditions(config: Config) -> list[Condition]:
             found.append(Condition(sql, frozenset(names)))
     for side, own in columns_of(found, config).items():
         if len({name.lower() for name in own}) < len(own):
-            raise _refusal(text, f"names of SQL have no case, so only one of {side}.{', '.join(own)} can stand in it")
+            raise _refusal(text, f"SQL names are case-insensitive, so only one of {side}.{', '.join(own)} can be used")
     return found
 
 
@@ -108,7 +108,7 @@ def check(config: Config) -> None:
 
 
 def columns_of(asked: Sequence[Condition], config: Config) -> dict[str, dict[str, str]]:
-    """Of each side, the columns that conditions name → what they are called in ingest's tables."""
+    """For each side: columns that the conditions use → their names in ingest's tables."""
     names = sorted(name for name in set().union(*(one.names for one in asked)) if len(name) == 2)
     return {side: {name: _stored(name, side, config) for own, name in names if own == side} for side in SIDES}
 
@@ -117,11 +117,11 @@ class Database:
     """Evaluates conditions.
 
     Attributes:
-        columns: as `columns_of`.
-        numbers: the names of `NUMBERS` that are.
+        columns: see `columns_of`.
+        numbers: the names of `NUMBERS` in use.
 
     Raises:
-        ConfigError: types do not fit, or what the conditions say is neither true nor false.
+        ConfigError: types do not match, or a condition is neither true nor false.
     """
 
     def __init__(self, config: Config, asked: Sequence[Condition]) -> None:
@@ -149,9 +149,9 @@ class Database:
         """Whether all conditions are true.
 
         Args:
-            count: how many pairs.
-            texts: side → values of its columns, in the order of `columns`, one a pair.
-            numbers: those that are named, one a pair.
+            count: number of pairs.
+            texts: side → values of its columns, in the order of `columns`, one per pair.
+            numbers: those in use, one per pair.
 
         Raises:
             InputError: a value cannot be converted.
@@ -190,10 +190,10 @@ def _parse(database: duckdb.DuckDBPyConnection, text: str) -> Any:
 
 
 def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
-    """Refuses what is no plain expression, and functions that say something else another time."""
+    """Refuse everything except plain expressions, and functions whose result may vary."""
     for part in _parts(whole):
         if part["class"] not in _PLAIN:
-            raise _refusal(text, f"a {part['class'].lower()} cannot stand in it")
+            raise _refusal(text, f"a {part['class'].lower()} is not allowed")
         if part["class"] == "FUNCTION":
             name = part["function_name"]
             pure = _value(
@@ -203,7 +203,7 @@ def _check(whole: Any, text: str, database: duckdb.DuckDBPyConnection) -> None:
                 name,
             )
             if not pure or name.startswith("current_"):
-                raise _refusal(text, f"'{name}' cannot stand in it: it is unknown, or no plain function of a row")
+                raise _refusal(text, f"'{name}' is not allowed: it is unknown, or not a plain function of a row")
 
 
 def _check_name(name: tuple[str, ...], config: Config) -> None:
@@ -213,8 +213,8 @@ def _check_name(name: tuple[str, ...], config: Config) -> None:
     if len(name) != 2 or name[0] not in SIDES:
         known = [*NUMBERS, *(f"{side}.{own}" for side in SIDES for own in (*_OWN, *_kept(side, config)))]
         near = difflib.get_close_matches(shown, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; texts stand in single quotes"
-        raise _refusal(text, f"there is no '{shown}': {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; put texts in single quotes"
+        raise _refusal(text, f"'{shown}' does not exist: {hint}")
     if name[1] not in _OWN:
         try:
             config.data.extra.require(SIDES[name[0]], name[1], f"mining.where: '{shown}'")
@@ -232,7 +232,7 @@ def _stored(name: str, side: str, config: Config) -> str:
 
 
 def _parts(tree: Any) -> Iterator[Any]:
-    """The expressions in a serialised one."""
+    """All expressions within a serialised one."""
     waiting = [tree]
     while waiting:
         part = waiting.pop()

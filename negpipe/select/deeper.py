@@ -1,4 +1,4 @@
-"""Adaptive depth: anchors that lack negatives are searched again, deeper, before anything else is done about it.
+"""Adaptive depth: anchors that lack negatives are searched again, deeper, before other remedies.
 
 The search is exact, over the stored vectors, and doubles the depth until an anchor lacks nothing, its
 limit is reached, or deeper candidates cannot help. The result does not depend on threads or memory.
@@ -23,15 +23,15 @@ from negpipe.data.tables import open_table
 from negpipe.engine.budget import Budget
 from negpipe.select.selector import PartFiles, Selector, rows_of
 
-_CELL = 64  # bytes for each candidate of the anchors that are searched together
+_CELL = 64  # bytes per candidate of the anchors that are searched together
 
 
 def limit(config: Config, rows: int) -> int:
-    """How deep anchors may be searched again; 0 where it would change nothing.
+    """The maximum depth to which anchors may be searched again; 0 if that would change nothing.
 
     Args:
-        config: a resolved one.
-        rows: documents that can be candidates.
+        config: a resolved config.
+        rows: number of documents that can be candidates.
     """
     mining = config.mining
     if (
@@ -46,10 +46,10 @@ def limit(config: Config, rows: int) -> int:
 
 
 def check_memory(anchors: int, rows: int, dimension: int, deepest: int, budget: Budget) -> None:
-    """Whether so many anchors of a part can be searched again.
+    """Check that so many anchors of a part can be searched again.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they do not fit.
     """
     half = budget.share(0.5)
     each, fixed = ann.exact.needs(rows, dimension, deepest, half)
@@ -59,7 +59,7 @@ def check_memory(anchors: int, rows: int, dimension: int, deepest: int, budget: 
 
 
 def _together(deepest: int, budget: Budget) -> tuple[int, int]:
-    """Anchors of a group, and those that are searched together: as many groups as fit."""
+    """Anchors per group, and anchors searched together: as many groups as fit."""
     size = max(1, CELLS // deepest)
     return size, max(size, budget.share(0.5).rows(_CELL * deepest))
 
@@ -74,20 +74,20 @@ def deepen(
     progress: Callable[[str], None] = lambda note: None,
     checkpoints: Callable[[str], Path] | None = None,
 ) -> Iterator[Deeper]:
-    """Deeper candidates for the anchors of a part that need them, as `candidates.read` takes them.
+    """Deeper candidates for the anchors of a part that need them, in the form accepted by `candidates.read`.
 
     Args:
-        selector: says who lacks negatives.
-        part: where the anchors, their candidates and their vectors are.
+        selector: determines which anchors lack negatives.
+        part: the files of the anchors, their candidates and their vectors.
         documents: the vectors of the documents that can be candidates.
-        deepest: the limit.
-        budget: as many anchors as fit are searched together. Changes no result.
-        progress: called with a note on how far a search is.
-        checkpoints: the path of what a search leaves to go on from, by its name; None: it leaves nothing.
+        deepest: the maximum depth.
+        budget: as many anchors as fit are searched together. Does not affect results.
+        progress: called with a note on the progress of a search.
+        checkpoints: returns the path of a search's checkpoint, by name; None: no checkpoints.
 
     Raises:
-        ConfigError: `budget` does not suffice.
-        DamagedError: a file is not whole.
+        ConfigError: `budget` is too small.
+        DamagedError: a file is incomplete.
     """
     half = budget.share(0.5)
     size, together = _together(deepest, budget)
@@ -108,7 +108,7 @@ def deepen(
         def search_some(
             some: ann.vectors.Ints, budget: Budget, progress: Callable[[int], None]
         ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
-            who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # Which are searched together depends on memory.
+            who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # The groups depend on memory.
             checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
             found = ann.search_exact(
                 vectors.take(some),
@@ -139,7 +139,7 @@ def deepen(
         if piece.rows.shape[1] >= deepest:
             return
         short = selector.short(rows_of(table, piece.anchors), piece)
-        # Groups depend on nothing but the anchors: what is made of them must not depend on memory.
+        # Groups depend only on the anchors, so that the result does not depend on memory.
         for low in range(0, len(short), size):
             group = short[low : low + size]
             if sum(len(numbers) for numbers, _ in waiting) + len(group) > together:
@@ -157,7 +157,7 @@ def _deepened(
     deepest: int,
     search: Callable[[ann.vectors.Ints, int], tuple[ann.vectors.Ints, ann.vectors.Floats]],
 ) -> tuple[Candidates, ann.vectors.Ints]:
-    """What is found of some anchors, padded to one width, and how deep each was searched."""
+    """The results of some anchors, padded to one width, and the depth to which each was searched."""
     count, depth = found.rows.shape
     depths = np.full(count, depth)
     waiting = np.arange(count)

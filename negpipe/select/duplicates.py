@@ -1,8 +1,8 @@
-"""Near duplicates: which candidates say nearly the same as a positive.
+"""Near duplicates: candidates that say nearly the same as a positive.
 
 The similarity of two texts is 1 - d / (length of both), with d the characters to insert or delete
 between their normalised forms (normalised Indel similarity, `fuzz.ratio` of RapidFuzz over 100). Every
-pair asked for is compared: there is no sketch, and nothing is missed.
+requested pair is compared: there is no sketching, and nothing is missed.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from negpipe.data.texts import normalize
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_PAIRS = 16384  # whose texts are in memory at a time
-_ASKED = 2**20  # pairs that are asked for at a time
+_PAIRS = 16384  # pairs whose texts are in memory at a time
+_ASKED = 2**20  # pairs requested at a time
 
 
 @dataclass
 class Finder:
-    """Compares texts by row, and counts what that costs.
+    """Compares texts by row, and records the cost.
 
     Attributes:
         corpus: all documents, with their texts.
-        threshold: similarity from which on two texts are near duplicates, above 0, at most 1.
-        threads: threads that compare. Changes no result.
-        pairs: pairs compared so far.
+        threshold: minimum similarity of near duplicates, above 0, at most 1.
+        threads: number of comparing threads. Does not affect results.
+        pairs: number of pairs compared so far.
         seconds: time spent so far.
     """
 
@@ -44,11 +44,11 @@ class Finder:
     seconds: float = 0.0
 
     def find(self, rows: Ints, owner: Ints, positives: Ints, offsets: Ints) -> Mask:
-        """Which rows are near duplicates of a positive of their owner.
+        """Find rows that are near duplicates of a positive of their owner.
 
         Args:
             rows: (p,) rows of the corpus.
-            owner: (p,) whose candidate each is.
+            owner: (p,) the owner of each candidate.
             positives: rows of all owners' positives, ragged by offsets (n + 1,).
 
         Returns:
@@ -56,13 +56,13 @@ class Finder:
         """
         started = time.monotonic()
         found = np.zeros(len(rows), np.bool_)
-        # A positive may be one of many: as many candidates at a time as have a bounded number of pairs.
+        # There may be many positives: take as many candidates at a time as keep the number of pairs bounded.
         cuts = np.flatnonzero(np.diff(np.cumsum(np.diff(offsets)[owner]) // _ASKED)) + 1
         for low, high in pairwise([0, *cuts.tolist(), len(rows)]):
             here = slice(low, high)
             positions, ends = members(offsets, owner[here])
             pair = np.repeat(np.arange(low, high), np.diff(ends))
-            # Pairs that several owners ask for are compared once.
+            # Pairs requested by several owners are compared once.
             unique, inverse = np.unique(rows[pair] * len(self.corpus) + positives[positions], return_inverse=True)
             chunks = (unique[at : at + _PAIRS] for at in range(0, len(unique), _PAIRS))
             pieces = [self._alike(*divmod(chunk, len(self.corpus))) for chunk in chunks]

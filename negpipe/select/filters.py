@@ -1,8 +1,8 @@
-"""What must not be a negative: an ordered list of filters.
+"""Documents that must not become negatives: an ordered list of filters.
 
-The order is the precedence: of several filters that drop a candidate the first is counted. Those that see scores come
-last, those that see documents alone first. A filter is written here and named in `FILTERS`; the counts, the ledger's
-columns and what `explain` says follow.
+The order is the precedence: if several filters drop a candidate, the first is counted. Filters that use scores come
+last, those that only use documents first. A filter is defined here and listed in `FILTERS`; the counts, the ledger's
+columns and the output of `explain` follow from that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Lookup:
-    """What filters look things up in: the config, ingest's documents, and what other anchors of the same text have."""
+    """Lookups for filters: the config, ingest's documents, and the positives of other anchors with the same text."""
 
     config: Config
     corpus: Rows
@@ -46,23 +46,23 @@ class Lookup:
 
     @cached_property
     def duplicates(self) -> duplicates.Finder | None:
-        """What compares texts, where the config asks for it."""
+        """The comparison of texts, if configured."""
         threshold = self.mining.near_duplicate
         return None if threshold is None else duplicates.Finder(self.corpus, threshold, self.threads)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """n lines of k documents each that a filter looks at.
+    """n lines of k documents each, to be filtered.
 
     Attributes:
         anchors: rows of ingest's anchor table.
-        anchor: (n,) the row of `anchors` whose documents a line holds.
-        rows: (n, k) of the corpus, -1 where there is no document.
-        scores: (n, k), for filters that see scores.
-        references: (n,) the positive score that margins refer to, NaN where there is none; likewise.
-        spared: (n, k) which documents are no positive of a namesake, whatever is known; None: none.
-        positives: (n,) row of the positive that `references` are of, -1 where there is none; where scores are seen.
+        anchor: (n,) the row of `anchors` that a line belongs to.
+        rows: (n, k) of the corpus, -1 for no document.
+        scores: (n, k), for filters that use scores.
+        references: (n,) the positive score that margins refer to, NaN if there is none; likewise.
+        spared: (n, k) documents that do not count as positives of a namesake, despite being known; None: none.
+        positives: (n,) row of the positive that `references` come from, -1 if there is none; with scores only.
     """
 
     lookup: Lookup
@@ -92,7 +92,7 @@ class Grid:
 
 
 Masking = Callable[[Grid], Mask]
-"""(n, k): which documents of a grid are dropped."""
+"""(n, k): the documents of a grid to drop."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ class Filter:
     """One reason to drop a candidate.
 
     Attributes:
-        name: the reason, as the ledger and `explain` name it.
-        opened: its mask over a grid; None where the config does not ask for it.
-        explain: (settings, the candidate's score, the reference) → why, in words and numbers.
-        sees: documents: what an anchor and a document are; drawn documents pass through it too. scores: the scores of a
-            unit as well. pairs: like documents, but takes so long that it is asked last, and only of those that pass
-            everything else and matter to the choice.
-        drawn: of one that sees scores, the mask over drawn documents, which have none yet.
-        helps: what a user sets to have it drop fewer.
-        optional: the ledger has a column for it only where the config asks for it.
+        name: the reason, as named in the ledger and by `explain`.
+        opened: returns its mask function over grids; None if not configured.
+        explain: (settings, the candidate's score, the reference) → the reason, in words and numbers.
+        sees: documents: properties of an anchor and a document; drawn documents pass through these too. scores: the
+            scores of a unit as well. pairs: like documents, but so slow that it runs last, and only on documents that
+            pass everything else and affect the choice.
+        drawn: for a filter that sees scores: the mask over drawn documents, which have no scores yet.
+        helps: the remedy for dropping too many.
+        optional: the ledger has a column for it only if configured.
     """
 
     name: str
@@ -126,7 +126,7 @@ def _says(text: str) -> Callable[[Mining, float, float], str]:
 
 def _positive(by_id: bool) -> Callable[[Lookup], Masking | None]:
     def opened(lookup: Lookup) -> Masking | None:
-        # One text is one row, whatever its ids: either setting bars it, and the reason says which id was judged.
+        # One text is one row, regardless of its ids: either setting bars it; the reason depends on the judged id.
         return mask if {"positive_id", "positive_text"} & set(lookup.mining.exclude) else None
 
     def mask(grid: Grid) -> Mask:
@@ -154,7 +154,7 @@ def _shared_anchor(lookup: Lookup) -> Masking | None:
         if "positive_normalized" in lookup.mining.exclude:
             found |= rules.contains(grid.normalized, lookup.corpus.numbers("normalized", shared), offsets, lists)
         if found.any():
-            # Its own positives are among what its text has, and barred by other reasons or not at all.
+            # Its own positives are among those of its text, and are barred by other reasons or not at all.
             found &= ~rules.contains(grid.rows, *grid.known, grid.anchor)
         return found if grid.spared is None else found & ~grid.spared
 
@@ -168,7 +168,7 @@ def _anchor_text(lookup: Lookup) -> Masking | None:
 
 
 def _anchor_id(lookup: Lookup) -> Masking | None:
-    """Sets in which the query is itself a document: of two separate numberings, equal ids say nothing."""
+    """For sets in which the query is itself a document; with two separate numberings, equal ids mean nothing."""
     if lookup.mining.anchor_id == "never":
         return None
 
@@ -189,7 +189,7 @@ def _anchor_id(lookup: Lookup) -> Masking | None:
 
 
 def own_documents(lookup: Lookup, anchors: pa.Table, rows: Ints) -> Mask:
-    """(n, k): which rows are the document that their line's anchor is itself (`mining.anchor_id`)."""
+    """(n, k): rows that are the anchor of their line itself (`mining.anchor_id`)."""
     nothing = np.empty((0, 0), np.float32)
     mask = _anchor_id(lookup)
     grid = Grid(lookup, anchors, np.arange(len(rows)), rows, nothing, nothing)
@@ -212,7 +212,7 @@ def _excluded_file(lookup: Lookup) -> Masking | None:
 
 
 def _not_judged(lookup: Lookup) -> Masking | None:
-    """Where documents that somebody found not relevant are the only negatives."""
+    """For configs in which documents judged not relevant are the only negatives."""
 
     def mask(grid: Grid) -> Mask:
         refused, offsets = ragged(grid.anchors["refused"])
@@ -237,7 +237,7 @@ def _near_duplicate(lookup: Lookup) -> Masking | None:
 
 
 def _cutoff(setting: str, mask: Callable[[Mining, float, Floats, Floats], Mask]) -> Callable[[Lookup], Masking | None]:
-    """A filter with a number: (settings, number, scores, references as a column) → mask, in float32."""
+    """A filter with a threshold: (settings, threshold, scores, references as a column) → mask, in float32."""
 
     def opened(lookup: Lookup) -> Masking | None:
         mining, limit = lookup.mining, getattr(lookup.mining, setting)
@@ -254,7 +254,7 @@ def _below(mining: Mining, scores: Floats, limit: npt.ArrayLike) -> Mask:
     return np.less_equal(scores, limit) if mining.strict else np.less(scores, limit)
 
 
-# Thresholds are rounded to float32, in the very expressions of sentence-transformers 6 (`util/hard_negatives.py`): the
+# Thresholds are rounded to float32, with the expressions of sentence-transformers 6 (`util/hard_negatives.py`): the
 # same float32 scores give the same survivors. Equality with a margin holds for negative positives too.
 _max_score = _cutoff("max_score", lambda mining, limit, s, p: _above(mining, s, np.float32(limit)))
 _min_score = _cutoff("min_score", lambda mining, limit, s, p: _below(mining, s, np.float32(limit)))
@@ -269,7 +269,7 @@ def _invalid_score(_: Lookup) -> Masking:
 
 
 def _compared(score: float, over: bool, strict: bool, limit: float, detail: str, setting: str) -> str:
-    """Both sides with as many digits as tell them apart."""
+    """Both sides with enough digits to distinguish them."""
     sign = ("≥" if strict else ">") if over else ("≤" if strict else "<")
     digits = next((n for n in range(3, 9) if f"{score:.{n}f}" != f"{limit:.{n}f}"), 9)
     return f"{score:.{digits}f} {sign} {detail.format(f'{limit:.{digits}f}')} ({setting})"
@@ -300,12 +300,12 @@ FILTERS = (
     Filter(
         "positive_normalized",
         _positive_normalized,
-        _says("the text of a known positive but for case, white space or Unicode form"),
+        _says("the text of a known positive except for case, white space or Unicode form"),
     ),
     Filter("shared_anchor", _shared_anchor, _says("a positive of another anchor with the same text")),
     Filter("anchor_text", _anchor_text, _says("the anchor's own text")),
-    Filter("anchor_id", _anchor_id, _says("the anchor itself, by its id")),
-    Filter("excluded_file", _excluded_file, _says("named for this anchor in mining.exclude_file")),
+    Filter("anchor_id", _anchor_id, _says("the anchor itself, by id")),
+    Filter("excluded_file", _excluded_file, _says("listed for this anchor in mining.exclude_file")),
     Filter(
         "never_same",
         columns.never_same,
@@ -341,7 +341,7 @@ FILTERS = (
         lambda mining, score, reference: f"not {mining.where} (where)",
         sees="scores",
         drawn=columns.where_drawn,
-        helps="Set a weaker mining.where, or search deeper (mining.max_depth, search.depth)",
+        helps="Relax mining.where, or search deeper (mining.max_depth, search.depth)",
         optional=True,
     ),
     Filter(
@@ -373,9 +373,9 @@ _CODES = {one.name: rules.FILTERED + place for place, one in enumerate(FILTERS)}
 DROPS = _CODES | {fate.name.lower(): int(fate) for fate in Fate if fate not in _NOT_DROPPED}
 """Codes of the drop reasons, in their precedence."""
 CODES = {fate.name.lower(): int(fate) for fate in _NOT_DROPPED} | DROPS
-"""Codes of all that can become of a candidate."""
+"""Codes of all fates of a candidate."""
 NAMES = tuple(sorted(CODES, key=CODES.__getitem__))
-"""The same by code."""
+"""The same, by code."""
 
 
 HELPS = {
@@ -384,16 +384,16 @@ HELPS = {
     "after_window": "Set a larger mining.range_max",
     "shortage": "Set mining.on_shortage: keep",
 }
-"""What a user sets to have a reason drop fewer."""
+"""Remedies by reason."""
 
 
 def filter_of(code: int) -> Filter | None:
-    """The filter that drops with a code; None: none does."""
+    """The filter with a code; None if there is none."""
     return FILTERS[code - rules.FILTERED] if code >= rules.FILTERED else None
 
 
 class Filters:
-    """The filters that a config asks for, opened."""
+    """The opened filters of a config."""
 
     def __init__(self, lookup: Lookup) -> None:
         self.lookup = lookup
@@ -403,27 +403,27 @@ class Filters:
         self._asked += [("drawn", _CODES[one.name], mask) for one in FILTERS if (mask := one.drawn(lookup))]
         unasked = {one.name for one, mask in opened if one.optional and not mask}
         self.reasons = {name: code for name, code in DROPS.items() if name not in unasked}
-        """Codes of the drop reasons that the ledger has columns for."""
+        """Codes of the drop reasons with columns in the ledger."""
         self.has_pairs = any(sees == "pairs" for sees, *_ in self._asked)
 
     def of_documents(self, anchors: pa.Table, anchor: Ints, rows: Ints, spared: Mask | None = None) -> Fates:
-        """Which documents their anchor's unit must not have, whatever the score; see `Grid` for the arguments.
+        """Documents that their anchor's unit must not have, regardless of score; see `Grid` for the arguments.
 
         Returns:
-            (n, k) uint8, the code of the first filter that drops a document, 0 where none does.
+            (n, k) uint8, the code of the first filter that drops a document, 0 if none does.
         """
         nothing = np.empty((0, 0), np.float32)
         grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, spared)
         return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
     def of_drawn(self, anchors: pa.Table, anchor: Ints, rows: Ints, positives: Ints) -> Fates:
-        """The same of documents that are drawn, or preferred, whatever their scores."""
+        """The same for drawn or preferred documents, regardless of their scores."""
         nothing = np.empty((0, 0), np.float32)
         grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
         return self._first("drawn", grid, self.of_documents(anchors, anchor, rows))
 
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
-        """The same by the filters that take long, of (p,) rows; (p,)."""
+        """The same with the slow filters, for (p,) rows; returns (p,)."""
         nothing = np.empty((0, 0), np.float32)
         grid = Grid(self.lookup, anchors, anchor, rows[:, None], nothing, nothing)
         return self._first("pairs", grid, np.zeros((len(rows), 1), np.uint8))[:, 0]
@@ -438,7 +438,7 @@ class Filters:
         dropped: Fates,
         positives: Ints | None = None,
     ) -> Fates:
-        """The same with the filters that see scores, where nothing in `dropped` says so yet."""
+        """The same with the filters that see scores, for documents not yet in `dropped`."""
         grid = Grid(self.lookup, anchors, anchor, rows, scores, references, positives=positives)
         return self._first("scores", grid, dropped.copy())
 

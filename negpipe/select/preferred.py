@@ -1,6 +1,6 @@
-"""Negatives that are known before any is looked for: brought by the source, or judged not relevant.
+"""Negatives known before mining: given by the source, or judged not relevant.
 
-They pass the filters of documents, as random ones do, and no cutoffs: somebody has looked at them.
+Like random ones, they must pass the document filters, but no cutoffs: a person has judged them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 GIVEN, JUDGED = 2, 3
-"""Places of their sources in `selector.SOURCES`."""
+"""Indexes of their sources in `selector.SOURCES`."""
 
 
 class Preferred(NamedTuple):
@@ -30,11 +30,11 @@ class Preferred(NamedTuple):
 
     @property
     def counts(self) -> Ints:
-        """(n,) how many each anchor has."""
+        """(n,) number of them per anchor."""
         return np.diff(self.offsets)
 
     def instead(self, mining: Mining) -> Ints:
-        """(n,) how many of them take the place of mined ones."""
+        """(n,) how many of them replace mined ones."""
         if mining.given_negatives != "keep":
             return self.counts
         judged = np.concatenate([[0], np.cumsum(self.sources != GIVEN)])
@@ -42,7 +42,7 @@ class Preferred(NamedTuple):
 
 
 def asked_for(anchors: pa.Table, mining: Mining) -> Preferred:
-    """What the config wants preferred of ingest's anchors, in the order of their lists."""
+    """The preferred negatives of ingest's anchors according to the config, in the order of their lists."""
     rows, offsets = ragged(anchors["refused"])
     grades, _ = ragged(anchors["refused_grades"])
     given = np.isnan(grades.astype(np.float64))
@@ -52,13 +52,13 @@ def asked_for(anchors: pa.Table, mining: Mining) -> Preferred:
 
 
 def best(preferred: Preferred, allowed: Mask, ranks: Ints, mining: Mining) -> Preferred:
-    """Those that are allowed, in order, and no more of them than fit.
+    """The allowed ones, in order, up to the number that fits.
 
     Args:
-        preferred: of some anchors.
-        allowed: which pass the filters.
+        preferred: preferred negatives of some anchors.
+        allowed: those that pass the filters.
         ranks: their raw ranks, -1 beyond the depth.
-        mining: with `given_negatives: keep` there is room for all that are given, else for `num_negatives` in all.
+        mining: with `given_negatives: keep`, all given ones fit, else `num_negatives` in total.
     """
     preferred, ranks = _kept(preferred, allowed), ranks[allowed]
     owner = np.repeat(np.arange(len(preferred.counts)), preferred.counts)

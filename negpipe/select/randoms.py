@@ -1,7 +1,7 @@
 """Random negatives: rows of the corpus drawn by hash, independent of parts, slices and workers.
 
-Every anchor has a sequence of draws of its own, which depends on the seed, the anchor and the size of the corpus
-alone; a unit gets the first that are not barred and did not come before.
+Every anchor has its sequence of draws, which depends only on the seed, the anchor and the size of the corpus; a unit
+gets the first draws that are neither barred nor repeated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-_SPARE = 16  # draws beyond twice the wanted number that are looked at first
-_FEW = 18  # rows of a corpus of which so many draws would mostly repeat one another
+_SPARE = 16  # initial draws beyond twice the wanted number
+_FEW = 18  # rows of a corpus in which so many draws would mostly be repeats
 _CELLS = 2**20  # draws at a time
 
 
@@ -30,12 +30,12 @@ def draw(
     Args:
         seed: any integer.
         anchors: (u,) hash of each unit's anchor.
-        wanted: (u,) how many rows a unit is to get.
-        corpus: number of rows; units for which it does not suffice get all that are not barred.
-        barred: (m,) units and (m, w) rows → (m, w), whether a row must not be a unit's.
+        wanted: (u,) number of rows for each unit.
+        corpus: number of rows; if too small for a unit, the unit gets all rows that are not barred.
+        barred: (m,) units and (m, w) rows → (m, w), whether a row is barred for a unit.
 
     Returns:
-        rows in the order of their drawing, ragged by offsets (u + 1,).
+        rows in drawing order, ragged by offsets (u + 1,).
     """
     drawn = [np.empty(0, np.int64)] * len(wanted)
     pending = np.flatnonzero(wanted > 0)
@@ -46,7 +46,7 @@ def draw(
         step = max(1, _CELLS // max(1, width))
         for start in range(0, len(pending), step):
             units = pending[start : start + step]
-            # How many draws are looked at changes nothing: more of them only continue the sequence.
+            # The number of draws does not affect results: more draws only continue the sequence.
             rows = _sequence(seed, anchors[units], width, corpus)
             good = ~barred(units, rows) & ~_repeated(rows)
             taken = good & (np.cumsum(good, axis=1) <= wanted[units, None])
@@ -61,7 +61,7 @@ def draw(
 
 
 def _replaced(corpus: int) -> int:
-    """Draws with replacement at the beginning of every sequence."""
+    """Number of draws with replacement at the start of every sequence."""
     return 0 if corpus <= _FEW else corpus
 
 
@@ -78,7 +78,7 @@ def _sequence(seed: int, anchors: Hashes, width: int, corpus: int) -> Ints:
 
 
 def _repeated(rows: Ints) -> Mask:
-    """Whether a row stands further left already."""
+    """Whether a row already occurs further left."""
     order = np.argsort(rows, axis=1, kind="stable")
     ordered = np.take_along_axis(rows, order, axis=1)
     repeated = np.zeros(rows.shape, np.bool_)

@@ -1,13 +1,13 @@
-"""Which candidates become negatives: pure functions on numpy arrays.
+"""Decides which candidates become negatives: pure functions on numpy arrays.
 
-Every candidate of every unit gets exactly one code: it is taken, it is padding, or the first reason that applies says
-why not. So the counts of a unit add up to its candidates, and the same arrays give the same codes however the units are
-cut into blocks.
+Every candidate of every unit gets exactly one code: it is taken, it is padding, or the first applicable reason why it
+is not taken. So the counts of a unit add up to its candidates, and the same arrays give the same codes regardless of
+how units are split into blocks.
 
 A block is n units (anchors, or (anchor, positive) pairs) by k candidates. The column of a candidate is
 its raw rank: 0-based, before any exclusion, -1 rows last. Ragged lists (the positives of each unit) are
 `values` with `offsets` of shape (n + 1,) int64: unit i owns `values[offsets[i]:offsets[i + 1]]`. A slice
-of longer offsets goes with the whole of the values.
+of longer offsets goes with the full values.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Doubles = NDArray[np.float64]
 Fates = NDArray[np.uint8]
 _Key = TypeVar("_Key", np.int64, np.uint64)
 
-_CELLS = 2**18  # comparisons at a time in `contains`: what fits the cache
-LONG = 128  # values of a list in which looking up is quicker than comparing
+_CELLS = 2**18  # comparisons at a time in `contains`: fits the cache
+LONG = 128  # length of a list from which lookups are faster than comparisons
 
 
 class Fate(IntEnum):
-    """What became of a candidate that no filter dropped; those dropped have the codes from `FILTERED` on."""
+    """Fate of a candidate that no filter dropped; dropped ones have codes from `FILTERED` on."""
 
     TAKEN = 0
     PADDING = 1
@@ -48,20 +48,20 @@ FILTERED = len(Fate)
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How negatives are chosen among those that no filter dropped.
+    """How negatives are chosen from the candidates that no filter dropped.
 
     Attributes:
         range_min: first rank of the window.
         range_max: rank after the last of the window.
-        rank_over: raw: rank among all candidates. survivors: among those that passed every filter.
-        num_negatives: how many are taken a unit, at most.
-        sampling_strategy: which of the window are taken. top: the first ranks. The others draw without replacement,
+        rank_over: raw: rank among all candidates. survivors: rank among those that passed every filter.
+        num_negatives: maximum number taken per unit.
+        sampling_strategy: what is taken of the window. top: the first ranks. The others draw without replacement,
             each draw with probability proportional to w among those left; random: w = 1; simans:
             w = exp(-simans_a * (s - p - simans_b)^2), so simans_b > 0 puts the peak above the positive
-            (SimANS, Zhou et al. 2022; w = 1 where there is no p); weighted: w = softmax(s / temperature).
+            (SimANS, Zhou et al. 2022; w = 1 without p); weighted: w = softmax(s / temperature).
         temperature: above 0.
-        on_shortage: drop: a unit with fewer than num_negatives gives up those it has. fail selects as keep does;
-            the caller raises, from the counts.
+        on_shortage: drop: a unit with fewer than num_negatives gives up those it has. fail: selects like keep; the
+            caller raises an error based on the counts.
     """
 
     range_min: int
@@ -84,11 +84,11 @@ def contains(
         candidates: (n, k) rows or hashes.
         values: rows or hashes of all lists, at least 0.
         offsets: (m + 1,) int64.
-        lists: (n,) int64, which list is each unit's; None: its own.
+        lists: (n,) int64, the list of each unit; None: unit i has list i.
 
     Returns:
-        (n, k) bool. Short lists are compared value by value. A long one is sorted, once for all units that share it,
-        and looked up in: neither time nor memory grows with its length times the units or the candidates.
+        (n, k) bool. Short lists are compared value by value. A long one is sorted once for all units that share it, and
+        searched: neither time nor memory grows with its length times the number of units or candidates.
     """
     n, k = candidates.shape
     lists = np.arange(n) if lists is None else lists
@@ -115,12 +115,12 @@ def contains(
 
 
 def reference_positives(scores: Scores, offsets: Rows, which: Literal["min", "max"]) -> Rows:
-    """Which positive sets each unit's margins.
+    """The positive that sets each unit's margins.
 
     Args:
-        scores: float32, the scores of all units' positives; NaN comes before all numbers.
+        scores: float32, the scores of all units' positives; NaN sorts before all numbers.
         offsets: (n + 1,) int64.
-        which: min: the lowest of the unit's positives. max: the highest. Of equals the first.
+        which: min: the lowest of the unit's positives. max: the highest. Among equals, the first.
 
     Returns:
         (n,) int64, places in `scores`, -1 for a unit without positives.
@@ -140,12 +140,12 @@ def reference_scores(scores: Scores, offsets: Rows, which: Literal["min", "max"]
 
 
 def uniform(seed: int, anchor_hash: Hashes, document_hash: Hashes) -> Doubles:
-    """A number in (0, 1) for each (seed, anchor, document), and for nothing else.
+    """A number in (0, 1) that depends only on (seed, anchor, document).
 
     The three are chained through the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable
     pseudorandom number generators", OOPSLA 2014, with the constants of Vigna's splitmix64.c at
-    https://prng.di.unimi.it): h = mix(mix(mix(seed) ^ anchor) ^ document). Its upper 52 bits, centred, make
-    the number, so that neither 0 nor 1 can come out.
+    https://prng.di.unimi.it): h = mix(mix(mix(seed) ^ anchor) ^ document). Its upper 52 bits, centred, give
+    the number, which is never 0 or 1.
 
     Args:
         seed: any integer, taken modulo 2^64.
@@ -176,17 +176,17 @@ def select(
     rules: Rules,
     wanted: Rows | None = None,
 ) -> Fates:
-    """The fate of every candidate. Those taken stand in the order of their columns.
+    """The fate of every candidate. Those taken are in the order of their columns.
 
     Args:
-        rows: (n, k) int64, -1 where there is no candidate.
-        scores: (n, k) float32; what stands at padding is ignored.
-        reference: (n,) float32, the positive score p; NaN where there is none.
-        dropped: (n, k) uint8, the code of the filter that drops a candidate, or of one that is taken without being
-            looked at here, 0 where neither is.
+        rows: (n, k) int64, -1 for no candidate.
+        scores: (n, k) float32; values at padding are ignored.
+        reference: (n,) float32, the positive score p; NaN if there is none.
+        dropped: (n, k) uint8, the code of the filter that drops a candidate, or of a candidate that is taken without
+            selection, else 0.
         uniform: (n, k) float64 in (0, 1); None for `top`, which draws nothing.
         rules: what to apply.
-        wanted: (n,) int64, how many are taken of each unit; None: `rules.num_negatives`.
+        wanted: (n,) int64, number taken per unit; None: `rules.num_negatives`.
 
     Returns:
         (n, k) uint8 codes.
@@ -217,7 +217,7 @@ def select(
 
 
 def counts(fates: Fates, codes: int) -> NDArray[np.int64]:
-    """How many candidates of each unit have each of so many codes: (n, codes) int64; a row adds up to k."""
+    """Number of candidates per unit and code: (n, codes) int64; a row adds up to k."""
     counted = np.zeros((len(fates), codes), np.int64)
     step = max(1, _CELLS // max(1, fates.shape[1]))
     for start in range(0, len(fates), step):
@@ -228,15 +228,15 @@ def counts(fates: Fates, codes: int) -> NDArray[np.int64]:
 
 
 def _drop(fates: Fates, dropped: Mask, reason: Fate) -> None:
-    """Mark those still in the running that are dropped: the first reason stays."""
+    """Mark newly dropped candidates: the first reason stays."""
     np.copyto(fates, np.uint8(reason), where=(fates == Fate.TAKEN) & dropped)
 
 
 def _keys(scores: Scores, p: Scores, uniform: Doubles | None, rules: Rules) -> Doubles | None:
-    """What the smallest of are taken; None: the first columns.
+    """Keys whose smallest are taken; None: the first columns are taken.
 
-    The n smallest of -ln(u) / w are a draw without replacement (Efraimidis and Spirakis, 2006). Its logarithm,
-    ln(-ln(u)) - ln(w), orders alike and never underflows.
+    The n smallest values of -ln(u) / w are a draw without replacement (Efraimidis and Spirakis, 2006). Its logarithm,
+    ln(-ln(u)) - ln(w), has the same order and never underflows.
     """
     if rules.sampling_strategy == "top":
         return None
@@ -244,7 +244,7 @@ def _keys(scores: Scores, p: Scores, uniform: Doubles | None, rules: Rules) -> D
         raise ValueError(f"sampling_strategy '{rules.sampling_strategy}' needs uniform numbers")
     if rules.sampling_strategy == "random":
         return uniform
-    with np.errstate(invalid="ignore"):  # padding and invalid scores are out already
+    with np.errstate(invalid="ignore"):  # padding and invalid scores are already excluded
         if rules.sampling_strategy == "weighted":
             log_weight = scores.astype(np.float64) / rules.temperature
         else:

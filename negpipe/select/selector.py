@@ -1,8 +1,8 @@
-"""Selection over stored candidates: what `triplets`, `export` and `explain` all see.
+"""Selection over stored candidates: shared by `triplets`, `export` and `explain`.
 
-One slice of anchors with its candidates becomes units. A unit is an anchor, or with
+A slice of anchors with its candidates is turned into units. A unit is an anchor, or with
 `mining.margin_reference: each` an (anchor, positive) pair; it has its positives, the negatives chosen for
-them, and the fate of every candidate. The same config and the same parts give the same units.
+them, and the fate of every candidate. The same config and parts give the same units.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ SOURCES = ("mined", "random", "given", "judged")
 
 @dataclass(frozen=True)
 class Units:
-    """What was chosen for u units of one slice of anchors.
+    """The selection for u units of one slice of anchors.
 
     Attributes:
         anchors: the slice's rows of ingest's anchor table.
         anchor: (u,) row of `anchors` of each unit.
-        positives: rows of all units' positives, ragged by `positive_offsets` (u + 1,); scores and grades alike.
+        positives: rows of all units' positives, ragged by `positive_offsets` (u + 1,); likewise scores and grades.
         positive_ranks: raw rank of each positive, -1 beyond the depth.
-        negatives: rows of all units' negatives, the preferred, the mined by rank, then the random as drawn, ragged by
-            `negative_offsets` (u + 1,); scores alike.
+        negatives: rows of all units' negatives, preferred, then mined by rank, then random as drawn, ragged by
+            `negative_offsets` (u + 1,); likewise scores.
         negative_ranks: raw rank of each negative, -1 for random ones and beyond the depth.
-        negative_sources: uint8, place in `SOURCES` of each negative.
-        fates: (u, k) uint8, what became of each candidate.
-        references: (u,) the positive score that each unit's margins refer to, NaN where there is none.
+        negative_sources: uint8, index in `SOURCES` of each negative.
+        fates: (u, k) uint8, the fate of each candidate.
+        references: (u,) the positive score that each unit's margins refer to, NaN if there is none.
     """
 
     anchors: pa.Table
@@ -69,17 +69,17 @@ class Units:
 
     @property
     def counts(self) -> Ints:
-        """(u,) how many negatives each unit got."""
+        """(u,) number of negatives per unit."""
         return np.diff(self.negative_offsets)
 
     def of_source(self, *names: str) -> Ints:
-        """(u,) how many negatives of each unit are from some of `SOURCES`."""
+        """(u,) number of negatives per unit from the given `SOURCES`."""
         some = np.isin(self.negative_sources, [SOURCES.index(name) for name in names])
         return np.diff(np.concatenate([[0], np.cumsum(some)])[self.negative_offsets])
 
     @property
     def negative_grades(self) -> Floats:
-        """(m,) the grade of each negative that was judged for its anchor, below `data.min_grade`; else NaN."""
+        """(m,) the grade of each negative that was judged for its anchor below `data.min_grade`; else NaN."""
         refused, offsets = ragged(self.anchors["refused"])
         judged, _ = ragged(self.anchors["refused_grades"])
         grades = np.full(len(self.negatives), np.nan, np.float32)
@@ -88,18 +88,18 @@ class Units:
             width = int(max(refused.max(), self.negatives.max(initial=0))) + 1
             keys = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * width + refused
             wanted = anchor * width + self.negatives
-            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)  # lists ascend, so keys do
+            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)  # lists ascend, so keys do too
             grades = np.where(keys[place] == wanted, judged.astype(np.float32)[place], np.float32(np.nan))
         return grades
 
     @property
     def given_up(self) -> Mask:
-        """(u,) whether a unit had negatives, but too few, and gave them up (on_shortage drop)."""
+        """(u,) whether a unit had too few negatives and gave them up (on_shortage drop)."""
         return np.asarray((self.fates == Fate.SHORTAGE).any(axis=1))
 
     def only_negatives(self) -> Units:
-        """The same without the positives that `output.include_positives` ranks among the negatives."""
-        # Units of pairs have but one positive each: what counts are all of the anchor.
+        """A copy without the positives that `output.include_positives` ranks among the negatives."""
+        # Units of pairs have only one positive each: use all positives of the anchor.
         anchor = self.anchor * (int(max(self.positives.max(initial=0), self.negatives.max(initial=0))) + 1)
         known = np.repeat(anchor, np.diff(self.positive_offsets)) + self.positives
         kept = ~np.isin(np.repeat(anchor, self.counts) + self.negatives, known)
@@ -116,7 +116,7 @@ class Units:
 
 @dataclass(frozen=True)
 class PartFiles:
-    """One part of anchors: the files of ingest, search and encode, and deeper candidates where there are any."""
+    """One part of anchors: the files of ingest, search and encode, and deeper candidates if there are any."""
 
     anchors: Path
     candidates: Path
@@ -126,16 +126,16 @@ class PartFiles:
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of the candidates of u units.
+    """The fates of the candidates of u units.
 
     Attributes:
         anchor: (u,) as in `Units`.
-        offsets: (u + 1,) where each unit's positives begin.
-        reference: (u,) as `Units.references`.
-        rows: (n, k) the candidates of each anchor; scores alike.
-        fates: (u, k) what became of them for each unit.
-        preferred: negatives of each anchor that are taken before.
-        wanted: (u,) how many are to be taken beside those.
+        offsets: (u + 1,) where each unit's positives start.
+        reference: (u,) see `Units.references`.
+        rows: (n, k) the candidates of each anchor; likewise scores.
+        fates: (u, k) their fates for each unit.
+        preferred: negatives of each anchor that are taken first.
+        wanted: (u,) number to take in addition to those.
     """
 
     anchor: Ints
@@ -149,20 +149,20 @@ class Choice:
 
     @property
     def taken(self) -> Ints:
-        """(u,) how many were taken."""
+        """(u,) number taken."""
         return np.asarray((self.fates == Fate.TAKEN).sum(axis=1))
 
 
 class Selector:
-    """Applies a config's mining rules; holds what all slices share.
+    """Applies a config's mining rules; holds the state shared by all slices.
 
     Args:
-        config: a resolved one.
+        config: a resolved config.
         corpus: ingest's documents.
-        namesakes: what other anchors of the same text have.
-        searchable: how many documents, from the first on, can be negatives.
-        vectors: theirs, encode's parts; needed where random negatives are asked for.
-        threads: threads that compare texts. Changes no result.
+        namesakes: positives of other anchors with the same text.
+        searchable: number of documents, from the first on, that can be negatives.
+        vectors: their vectors, encode's parts; needed for random negatives.
+        threads: threads that compare texts. Does not affect results.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class Selector:
         names = {field.name for field in fields(rules.Rules)}
         settings = {name: value for name, value in config.mining.model_dump().items() if name in names}
         if config.output.format == "n-tuple" and config.mining.on_shortage == "keep":
-            settings["on_shortage"] = "drop"  # its rows have no room for fewer
-        if config.mining.on_shortage == "random":  # random ones are added to what is selected
+            settings["on_shortage"] = "drop"  # its rows have a fixed number of negatives
+        if config.mining.on_shortage == "random":  # random ones are added after selection
             settings["on_shortage"] = "keep"
         if not config.mining.num_negatives:
             settings["sampling_strategy"] = "top"
@@ -206,17 +206,17 @@ class Selector:
         return (finder.pairs, finder.seconds) if finder else (0, 0.0)
 
     def slices(self, part: PartFiles, every: int = 1) -> Iterator[tuple[Candidates, Units]]:
-        """Everything of one part, a slice of anchors at a time.
+        """All candidates and units of one part, a slice of anchors at a time.
 
         Args:
             part: its files.
-            every: of how many anchors one is looked at.
+            every: select one in so many anchors.
 
         Yields:
-            the candidates of a slice as they are stored, and its units.
+            the stored candidates of a slice, and its units.
 
         Raises:
-            DamagedError: a file is not whole.
+            DamagedError: a file is incomplete.
             InputError: an anchor is short of negatives, with `mining.on_shortage: fail`.
         """
         table = open_table(part.anchors)
@@ -228,7 +228,7 @@ class Selector:
             yield found, units
 
     def one(self, part: PartFiles, anchor: int) -> tuple[Candidates, Units]:
-        """The same for one anchor, by its place in the part; it may be short."""
+        """The same for one anchor, by its position in the part; it may be short."""
         table = open_table(part.anchors)
         for piece in self._read(part, table):
             if len(at := np.flatnonzero(piece.anchors == anchor)):
@@ -249,13 +249,13 @@ class Selector:
         return self._with_random(units, vectors) if mining.draws else units
 
     def short(self, anchors: pa.Table, found: Candidates) -> Ints:
-        """Anchors of a slice that lack negatives and may find them among deeper candidates, ascending."""
+        """Anchors of a slice that lack negatives and may get them from deeper candidates, ascending."""
         wanted, least = self._config.mining.num_negatives, self._config.mining.min_score
         hopeful = found.rows[:, -1] >= 0
         if least is not None:
             hopeful &= found.scores[:, -1] >= np.float32(least)
         short = np.flatnonzero(hopeful)
-        # Most find what they need among the first candidates: only the others are looked at whole.
+        # Most find what they need among the first candidates: only the others use all.
         for width in (2 * (self.rules.range_min + wanted) + 16, found.rows.shape[1]):
             chosen = self.choose(anchors.take(pa.array(short)), found.narrowed(width).take(short))
             short = short[np.unique(chosen.anchor[chosen.taken < chosen.wanted])]
@@ -299,7 +299,7 @@ class Selector:
         return _joined(_Negatives(unit, rows, scores, ranks, sources), units, before=True)
 
     def _preferred(self, anchors: pa.Table, found: Candidates) -> Preferred:
-        """The negatives of a slice of anchors that are taken before any other is looked at."""
+        """The negatives of a slice of anchors that are taken before any other."""
         asked = preferred.asked_for(anchors, self._config.mining)
         if not len(asked.rows):
             return asked
@@ -312,12 +312,12 @@ class Selector:
         return preferred.best(asked, allowed, _ranks(found.rows, asked.rows, asked.offsets), self._config.mining)
 
     def choose(self, anchors: pa.Table, found: Candidates, dropped: rules.Fates | None = None) -> Choice:
-        """What becomes of every candidate of a slice of anchors; random negatives are not among them.
+        """The fate of every candidate of a slice of anchors; without random negatives.
 
         Args:
             anchors: a slice of ingest's anchors.
             found: their candidates.
-            dropped: what `Filters.of_documents` says of those looked at, where the caller knows it already.
+            dropped: the result of `Filters.of_documents` for these candidates, if the caller has it.
         """
         anchor, offsets, reference = self._references(found)
         positives = self._reference_rows(found.positives, found.positive_scores, offsets)
@@ -335,7 +335,7 @@ class Selector:
         uniform = self._uniform(anchors, rows)
         own: Mask | None = None
         if self._config.output.include_positives:
-            # Positives of other splits, and copies of a positive, would still be false negatives.
+            # Positives of other splits, and copies of a positive, would be false negatives too.
             own = rules.contains(rows, found.positives, found.offsets)
             dropped[own] = Fate.TAKEN
         if self._config.mining.margin_reference == "each":
@@ -348,7 +348,7 @@ class Selector:
                 at = anchor[some]
                 block = rows[at], scores[at], reference[some]
                 codes = self.filters.of_scores(anchors, at, *block, dropped[some], positives[some])
-                if own is not None:  # what is asked for is not cut off
+                if own is not None:  # cutoffs do not apply to preferred negatives
                     codes[own[at]] = Fate.TAKEN
                 numbers = None if uniform is None else uniform[at]
                 fates[some] = rules.select(*block, codes, numbers, self.rules, wanted[some])
@@ -361,7 +361,7 @@ class Selector:
             waiting = np.ones(fates.shape, np.bool_)
             if own is not None:
                 waiting &= ~own[anchor]
-            # Who comes in for one that is dropped may have to be dropped too; the others are never asked about.
+            # The replacement of a dropped candidate may have to be dropped too; the others are never compared.
             while len(cell := np.flatnonzero(waiting & np.isin(fates, matters))):
                 unit, column = np.divmod(cell, rows.shape[1])
                 waiting[unit, column] = False
@@ -371,7 +371,7 @@ class Selector:
         return Choice(anchor, offsets, reference, rows, scores, fates, first, wanted)
 
     def _references(self, found: Candidates) -> tuple[Ints, Ints, Floats]:
-        """The units of a slice: the anchor of each, where its positives begin, and the score that margins refer to."""
+        """The units of a slice: the anchor of each, where its positives start, and the score that margins refer to."""
         if self._config.mining.margin_reference == "each":
             anchor = np.repeat(np.arange(len(found.rows)), np.diff(found.offsets))
             return anchor, np.arange(len(anchor) + 1), found.positive_scores
@@ -379,7 +379,7 @@ class Selector:
         return np.arange(len(found.rows)), found.offsets, reference
 
     def _with_random(self, units: Units, vectors: Floats) -> Units:
-        """The units with random negatives, behind the mined ones."""
+        """The units with random negatives, after the mined ones."""
         settings, mined = self._config.mining, units.counts
         wanted = np.full(len(mined), settings.num_random)
         if settings.on_shortage == "random":
@@ -409,7 +409,7 @@ class Selector:
         return _joined(_Negatives(unit, rows, scores, np.full(len(rows), -1), sources), units)
 
     def without_itself(self, found: Candidates, units: Units) -> tuple[Candidates, Units]:
-        """The same without the document that is the anchor itself (`mining.anchor_id`), which stands in ranks."""
+        """A copy without the document that is the anchor itself (`mining.anchor_id`), which occupies a rank."""
         itself = filters.own_documents(self.filters.lookup, units.anchors, found.rows)
         if not itself.any():
             return found, units
@@ -425,7 +425,7 @@ class Selector:
         raise InputError(
             f"at least {int(short.sum())} anchors have fewer than {wanted} negatives: {names}",
             field="mining.on_shortage",
-            remedy="Widen the window, lower the margins, deepen search.depth, or set mining.on_shortage: keep or drop",
+            remedy="Widen the window, lower the margins, raise search.depth, or set mining.on_shortage: keep or drop",
         )
 
     @property
@@ -444,7 +444,7 @@ class Selector:
 
 
 def rows_of(table: pa.Table, rows: Ints) -> pa.Table:
-    """Rows of a mapped table; without a copy where they follow each other."""
+    """Rows of a mapped table; without a copy if they are consecutive."""
     together = bool((np.diff(rows) == 1).all())
     return table.slice(int(rows[0]) if len(rows) else 0, len(rows)) if together else table.take(pa.array(rows))
 
@@ -460,7 +460,7 @@ class _Negatives(NamedTuple):
 
 
 def _joined(more: _Negatives, units: Units, *, before: bool = False) -> Units:
-    """The units with more negatives, before or behind those they have."""
+    """The units with more negatives, before or after those they have."""
     own = np.repeat(np.arange(len(units.anchor)), units.counts)
     order = np.argsort(np.concatenate([more.unit, own] if before else [own, more.unit]), kind="stable")
 

@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, list[str]]:
                         "every row needs anchor_id and document_id, texts or integers",
                         file=str(path),
                         row=line,
-                        remedy='Write {"anchor_id": "…", "document_id": "…"} a line, or CSV with that header',
+                        remedy='Write {"anchor_id": "…", "document_id": "…"} per line, or CSV with that header',
                     )
                 verdicts.setdefault(anchor, []).append(document)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, list[str]]:
 
 
 def resolve(verdicts: dict[str, list[str]], corpus: Rows) -> dict[str, list[int]]:
-    """Anchor id → rows of the corpus: a verdict on any id of a text is one on the text."""
+    """Anchor id → rows of the corpus: a verdict on any id of a text applies to the text."""
     wanted = {document for documents in verdicts.values() for document in documents}
     row_of = corpus.find(wanted)
     if unknown := wanted - row_of.keys():
@@ -57,7 +57,7 @@ def resolve(verdicts: dict[str, list[str]], corpus: Rows) -> dict[str, list[int]
 
 
 def _id(value: object) -> str | None:
-    """The id as a text, or None where it is none: absent, of another type, half a surrogate pair in it."""
+    """The id as text; None if it is invalid: absent, of another type, or with a lone surrogate."""
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     name = str(value)

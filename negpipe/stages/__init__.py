@@ -1,4 +1,4 @@
-"""The five stages, one a file, in the order they run."""
+"""The five stages, one per file, in execution order."""
 
 from __future__ import annotations
 

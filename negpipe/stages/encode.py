@@ -1,9 +1,9 @@
-"""encode: texts → vectors, one .npy part for each part of texts.
+"""encode: texts → vectors, one .npy part per part of texts.
 
-A part depends on its texts in order and on the settings that touch it: passages do not know the query
-instruction, nor anchors the passage length. Vectors are checked before they are stored: no NaN, no
-infinity, no zero vector, one dimension throughout. With `encoder.cache` they depend, within rounding, on what
-that held; what was made in another way, or by other versions of the libraries, is not taken from there.
+A part depends on its texts in order and on the settings that affect them: passages do not depend on the query
+instruction, nor anchors on the passage length. Vectors are checked before they are stored: no NaN, no infinity, no zero
+vector, one dimension throughout. With `encoder.cache` they depend, within rounding, on what the cache held; vectors
+computed in another way, or with other versions of the libraries, are not taken from it.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Block = tuple[npt.NDArray[np.intp], Floats]
-"""Offsets of some texts in their part, and their vectors, (m, d)."""
+"""Offsets of some texts in their part, and their vectors (m, d)."""
 
 VERSION = 1
 _NOT_IDENTITY = {"model", "revision", "device", "devices", "corpus_vectors", "anchor_vectors", "cache_size", "http"}
-_NOT_IDENTITY |= {"query_prompt_name", "passage_prompt_name"}  # what they choose is in `_sources`
-# Not of a cached vector:
+_NOT_IDENTITY |= {"query_prompt_name", "passage_prompt_name"}  # the chosen prompts are in `_sources`
+# Not part of a cached vector's identity:
 _OF_A_PART = {f"encoder.{name}" for name in ("batch_size", "batch_tokens", "call_texts", "storage", "cache")}
 _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
 _SERVED = _PRECOMPUTED | {"model", "cache", "query_instruction", "query_instruction_format"}
 _SERVED |= {"passage_instruction", "passage_instruction_format"}
-_OF_SERVER = {"api", "answers_as"}  # not the size of requests: servers put batches together as they like
-_NEAR = 0.05  # of its length, that a vector may move: a server's kernels depend on what else is in a batch
-_READ = 64  # bytes of a number of a server's answer: its digits, a float of Python, a float32 waiting for its turn
-_COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors that are read at a time
-_MANY = 0.1  # share of tokens lost, or of documents with the vector of another, that is warned of
+_OF_SERVER = {"api", "answers_as"}  # not the size of requests: servers form batches as they like
+_NEAR = 0.05  # relative change allowed in a vector: a server's kernels depend on the rest of a batch
+_READ = 64  # bytes per number of a server's answer: digits, Python float, queued float32
+_COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors read at a time
+_MANY = 0.1  # share of lost tokens, or of documents with another's vector, that causes a warning
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _settings(config: Config) -> dict[str, Any]:
     if encoder.backend == "http" and encoder.http:
         known = encoder.http.model_dump(mode="json", include=_OF_SERVER, exclude_none=True)
         values |= {f"http.{name}": value for name, value in known.items()}
-    # As before there were such settings.
+    # Defaults are omitted, as before these settings existed.
     if encoder.truncate_dim is None:
         del values["truncate_dim"]
     if encoder.runtime == "torch":
@@ -88,7 +88,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _settings_of(config: Config, kind: str) -> dict[str, Any]:
-    """The slice that can change a part of this kind."""
+    """The settings that can change a part of this kind."""
     other = "encoder.passage_" if kind == "anchors" else "encoder.query_"
     return {name: value for name, value in _settings(config).items() if not name.startswith(other)}
 
@@ -100,24 +100,24 @@ def _sources(context: Context) -> dict[str, str]:
         own = prompts.of_the_model(encoder, model.path)
         return {"encoder.model": model.digest} | {f"encoder.{name}": value for name, value in own.items()}
     digests: dict[str, str] = {}
-    if encoder.backend == "http":  # the name of the model, a setting, is all that is known of it
+    if encoder.backend == "http":  # only the model's name, a setting, is known
         return digests
     for name in ("corpus_vectors", "anchor_vectors"):
         path = _brought(context, name)
         if not path.is_file():
-            raise InputError(f"there is no vector file {path}", field=f"encoder.{name}", remedy="Fix the path")
+            raise InputError(f"vector file {path} does not exist", field=f"encoder.{name}", remedy="Fix the path")
         digests[f"encoder.{name}"] = context.digest_file(path)
     return digests
 
 
 def _brought(context: Context, setting: str) -> Path:
-    """The file of vectors that an `encoder` setting names, or a copy of it in the run directory."""
+    """The vector file that an `encoder` setting names, or its copy in the run directory."""
     return remote.here(getattr(context.config.encoder, setting), context.run_dir / BOOKS / "vectors")
 
 
 def _check(context: Context) -> None:
-    """The model or the vectors are there, batches and devices suit the model: known before the source is read. They
-    fit, once there are some. A server is sent nothing.
+    """Check model or vectors, batches and devices before the source is read, and whether the vectors fit once there are
+    some. Nothing is sent to a server.
     """
     encoder = context.config.encoder
     encoders.check_installed(encoder.runtime)
@@ -136,28 +136,28 @@ def _check(context: Context) -> None:
 
 
 def _check_devices(context: Context) -> None:
-    """Every device computes in the precision, and has memory for the models of the workers that share it.
+    """Check that every device supports the precision and has memory for the models of the workers that share it.
 
     Raises:
-        ConfigError: one does not.
-        BudgetError: one has not.
+        ConfigError: a device does not support it.
+        BudgetError: a device does not have the memory.
     """
     encoder, names = context.config.encoder, context.devices()
     for name in names:
         encoders.check_precision(encoder.precision, name, "encoder.precision")
-    if context.config.executor.kind == "ray":  # what its nodes have is not known here
+    if context.config.executor.kind == "ray":  # the devices of its nodes are unknown here
         return
     folder = Path(encoders.resolve_model(encoder, context.digest_file).path)
-    halved = encoder.precision != "float32" and encoder.runtime == "torch"  # others begin with torch's float32
+    halved = encoder.precision != "float32" and encoder.runtime == "torch"  # other runtimes start from torch's float32
     model = encoders.parameters(folder) * (2 if halved else 4)
     shared = Counter(devices.same(names[number % len(names)]) for number in range(context.workers))
     for name, workers in shared.items():
         needed, there = workers * model, devices.memory(name)
         if needed > there:
-            fewer = f"{there // model} of them have room, lower executor.workers" if there > model else "take another"
+            fewer = f"{there // model} of them fit: lower executor.workers" if there > model else "use another device"
             raise BudgetError(
-                f"encoder.model takes {model // 2**20:,} MiB a worker, {workers} of them take {needed // 2**20:,} MiB"
-                f" of {name}, which has {there // 2**20:,}: {fewer}",
+                f"encoder.model takes {model // 2**20:,} MiB per worker, {workers} workers take {needed // 2**20:,} MiB"
+                f" of {name}, which has {there // 2**20:,} MiB; {fewer}",
                 needed=needed,
                 there=there,
                 remedy=fewer,
@@ -166,14 +166,14 @@ def _check_devices(context: Context) -> None:
 
 def _plan(context: Context) -> Iterator[Task]:
     if context.config.encoder.trust_remote_code:
-        logger.warning("encoder.trust_remote_code is on: code that comes with the model is run with your rights")
+        logger.warning("encoder.trust_remote_code is on: code shipped with the model runs with your permissions")
     if context.config.encoder.runs_here:
         _tell_prompts(context)
     yield from _tasks(context)
 
 
 def _tell_prompts(context: Context) -> None:
-    """What the model's prompts come to, before hours are spent on it."""
+    """Log the model's prompts before hours are spent on encoding."""
     encoder = context.config.encoder
     folder = encoders.resolve_model(encoder, context.digest_file).path
     for name, value in prompts.of_the_model(encoder, folder).items():
@@ -183,13 +183,13 @@ def _tell_prompts(context: Context) -> None:
 
 
 def made_of(context: Context) -> Iterator[Part]:
-    """The parts with rows that are there already."""
+    """The existing parts with rows."""
     books = context.own
     return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
 
 
 def _kind(part: Part | Task) -> encoders.Kind:
-    """As what a part's texts are encoded."""
+    """The kind as which a part's texts are encoded."""
     return "query" if part.kind == "anchors" else "passage"
 
 
@@ -221,11 +221,11 @@ class _Model:
     encoder: encoders.Encoder
     provenance: dict[str, str]
     check: Callable[[int], None]
-    """Whether vectors of a dimension fit: known once there are some."""
+    """Checks that vectors of a dimension fit, once there are some."""
     cache: Cache | None = None
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
-        """Vectors of the part's texts, some at a time; what is known of them all in `meta`."""
+        """Vectors of the part's texts, some at a time; facts about all of them go to `meta`."""
         asked: list[str] = table["text"].to_pylist()
         missing, keys = np.ones(len(asked), np.bool_), []
         if self.cache:
@@ -266,7 +266,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Brought:
-    """Vectors that the user brings."""
+    """Precomputed vectors of the user."""
 
     corpus: VectorFile
     anchors: VectorFile
@@ -275,7 +275,7 @@ class _Brought:
     check: Callable[[int], None]
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
-        """The part's vectors at once: a row group of a Parquet file may hold rows from all over the part."""
+        """All vectors of the part at once: a row group of a Parquet file may hold rows from all over it."""
         others = [[]] * table.num_rows if task.kind == "anchors" else table["other_ids"].to_pylist()
         vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
         meta["differing_duplicates"] = differing
@@ -294,10 +294,10 @@ class _Brought:
 
 
 def brought_dimension(context: Context) -> int:
-    """Numbers of the vectors that the user brings, cut as the config asks.
+    """Dimension of the user's vectors, truncated as configured.
 
     Raises:
-        ConfigError: they are narrower than that.
+        ConfigError: they have fewer dimensions than that.
     """
     encoder = context.config.encoder
     width = dimension_of(_brought(context, "corpus_vectors"), "encoder.corpus_vectors", context.budget)
@@ -306,7 +306,7 @@ def brought_dimension(context: Context) -> int:
 
 
 def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
-    """The file of an `encoder` setting, whose rows ingest counted under the other name."""
+    """The file of an `encoder` setting, whose source rows ingest counted under the name `rows`."""
     path = _brought(context, setting)
     return VectorFile(path, context.manifest("ingest").stats[rows], f"encoder.{setting}", context.budget)
 
@@ -321,9 +321,9 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
         )
         if corpus.dimension != anchors.dimension:
             raise InputError(
-                f"{anchors.path} has vectors of {anchors.dimension} numbers, {corpus.path} of {corpus.dimension}",
+                f"{anchors.path} has vectors of dimension {anchors.dimension}, {corpus.path} of {corpus.dimension}",
                 field="encoder.anchor_vectors",
-                remedy="Bring both from the same model",
+                remedy="Compute both with the same model",
             )
         yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     elif config.http and config.backend == "http":
@@ -343,16 +343,16 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
 def _cache(config: Encoder) -> AbstractContextManager[Cache | None]:
     if config.cache is None:
         return nullcontext()
-    from negpipe.encoders.cache import Cache  # here, as a Python may have been built without SQLite
+    from negpipe.encoders.cache import Cache  # local import, as Python may have been built without SQLite
 
     return closing(Cache(config.cache, config.cache_size))
 
 
 def _check_same(context: Context, served: encoders.Encoder) -> None:
-    """Where parts are there, the server has the model that made them: the first text of one has its vector still.
+    """If parts exist, check that the server still has their model: the first text of one gets the same vector.
 
     Raises:
-        InputError: it has another one.
+        InputError: it has another model.
     """
     books = context.own
     known = ((task, part) for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
@@ -362,10 +362,10 @@ def _check_same(context: Context, served: encoders.Encoder) -> None:
         (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), _kind(task), lambda rows, tokens: None)
         if now.shape[1:] != before.shape or not np.linalg.norm(now[0] - before) <= _NEAR * np.linalg.norm(before):
             raise InputError(
-                f"the server's vector of {task.kind} {table['id'][0].as_py()!r} is not the one that was stored,"
-                f" {part.file('vectors').path}: it has another model, or runs it in another way",
+                f"the server's vector of {task.kind} {table['id'][0].as_py()!r} differs from the stored one,"
+                f" {part.file('vectors').path}: it serves another model, or runs it differently",
                 field="encoder.model",
-                remedy="Have it serve what it served before, or give the new model another name",
+                remedy="Serve the model that was served before, or give the new one another name",
             )
 
 
@@ -380,9 +380,9 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
             stored = np.empty((table.num_rows, vectors.shape[1]), config.storage)
         if vectors.shape[1] != stored.shape[1]:
             raise InputError(
-                f"the model gives {vectors.shape[1]} numbers, the cache had vectors of {stored.shape[1]}",
+                f"the model gives vectors of dimension {vectors.shape[1]}, the cache {stored.shape[1]}",
                 field="encoder.cache",
-                remedy="See which model the server has, or name another folder",
+                remedy="Check which model the server runs, or use another folder",
             )
         with np.errstate(all="ignore"):
             stored[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
@@ -398,10 +398,10 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
 
 
 def check_fits(context: Context, dimension: int) -> None:
-    """The largest part fits into memory; what is to be made onto the disk, and what search will find with it.
+    """Check that the largest part fits into memory, and that vectors and search results fit onto the disk.
 
     Raises:
-        ConfigError, StorageError: they do not.
+        ConfigError, StorageError: they do not fit.
     """
     config = context.config
     block, held = _held(config.encoder)
@@ -409,34 +409,34 @@ def check_fits(context: Context, dimension: int) -> None:
     row = dimension * np.dtype(config.encoder.storage).itemsize
 
     def needs(part: Part) -> int:
-        """Its texts, its vectors as they are stored, and a block of them with its scaled copy are held."""
+        """Bytes held: its texts, its stored vectors, and a block of vectors with its scaled copy."""
         return 2 * part.file("table").bytes + part.rows * row + min(block or part.rows, part.rows) * dimension * held
 
     largest = max(parts, key=needs)
     context.budget.require(
         needs(largest),
-        f"encoding a part of {largest.rows:,} rows, texts and vectors,",
+        f"encoding a part of {largest.rows:,} rows (texts and vectors)",
         "lower data.part_rows or executor.workers",
     )
     books = context.own
     left = [task for task in _tasks(context) if books.part(task.key) is None]
     rows, anchors = (sum(part.rows for part in parts if (part.kind == "anchors") is asks) for asks in (False, True))
-    same = all(task.kind == "anchors" for task in left)  # then what is found for the other anchors stays
+    same = all(task.kind == "anchors" for task in left)  # then the results of the other anchors stay valid
     searching = sum(task.rows for task in left) if same else anchors
     needed = {
         "encode": row * sum(task.rows for task in left),
         "index": 4 * rows * dimension if config.index.kind == "flat" and not same else 0,
         "search": candidates.BYTES * searching * min(config.depth, rows),
     }
-    remedy = "set run_dir or store to a larger disk"
-    context.store.check_room(needed, "vectors and what is found with them take about", remedy)
+    remedy = "move run_dir or store to a larger disk"
+    context.store.check_room(needed, "vectors and search results take about", remedy)
 
 
 def _held(encoder: Encoder) -> tuple[int | None, int]:
-    """Rows that are made at a time, None for all of a part, and bytes a number that they take: float32, twice."""
+    """Rows computed at a time (None: the entire part) and bytes per number: float32, twice."""
     if encoder.backend == "precomputed":
         return None, 8
-    if encoder.http and encoder.backend == "http":  # as they are sent, and as Python reads them
+    if encoder.http and encoder.backend == "http":  # as sent, and as Python reads them
         return encoder.http.concurrency * encoder.http.batch_texts, _READ
     return encoder.call_size, 8
 
@@ -462,7 +462,7 @@ def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dic
         if encoder.normalize and not (np.isfinite(length) and length > 0):
             return InputError(f"the numbers in {whose} are too small or too large to scale", remedy=remedy, **place)
         if not encoder.normalize and not _short(vector).all():
-            return InputError(f"{whose} is too long, its products do not fit float32", remedy=remedy, **place)
+            return InputError(f"{whose} is too long: its products do not fit float32", remedy=remedy, **place)
         remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
         return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
     what = "not finite" if vector.any() else "zero"
@@ -493,17 +493,17 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
 
 
 def _cached(part: Part) -> int:
-    """How many of its texts were not encoded, as a cache had their vectors."""
+    """Number of its texts whose vectors came from a cache."""
     return int(part.meta.get("cached", 0))
 
 
 def encoded(part: Part) -> int:
-    """How many of its texts were given to the model."""
+    """Number of its texts that were given to the model."""
     return part.rows - _cached(part)
 
 
 def _told(encoder: Encoder, parts: list[Part], tokens: int) -> dict[str, Any]:
-    """What is known of a server's tokens: whether it counted them, and what they cost."""
+    """A server's tokens: whether it counted them, and what they cost."""
     if encoder.backend != "http" or not encoder.http:
         return {}
     estimated = any(part.provenance.get("tokens") == server.ESTIMATED for part in parts)
@@ -512,7 +512,7 @@ def _told(encoder: Encoder, parts: list[Part], tokens: int) -> dict[str, Any]:
 
 
 def estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
-    """Tokens that tasks would send to a server: an estimate, from the bytes of their texts."""
+    """Estimated tokens that tasks would send to a server, from the bytes of their texts."""
     total = 0
     for task in tasks:
         texts = open_table(context.store.path(task.payload["part"]))["text"]
@@ -522,7 +522,7 @@ def estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
 
 
 def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
-    """How many texts were cut and what they lost; parts of before it was counted, and what a cache had, left out."""
+    """How many texts were cut and what they lost; excludes cached texts and old parts without these counts."""
     known = [part for part in parts if "cut" in part.meta]
     lost, kept = (sum(part.meta[name] for part in known) for name in ("tokens_lost", "tokens"))
     return {
@@ -534,13 +534,13 @@ def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
 
 
 def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
-    """How many documents have the vector of another one; of very many, as many as a sample of vectors tells."""
+    """How many documents have another's vector; estimated from a sample of vectors if there are very many."""
     vectors = ann.open_parts([context.path(part, "vectors") for part in parts])
     step = np.uint64(1 + vectors.rows // _COUNTED)
     odd = np.random.default_rng(0).integers(2**64, size=vectors.dimension, dtype=np.uint64) | np.uint64(1)
     sampled = [np.empty(0, np.uint64)]
     for _, block in vectors.blocks(_BLOCK):
-        # A sum of odd multiples modulo 2^64: equal bits give equal numbers, in every process. Its upper half is mixed.
+        # A sum of odd multiples modulo 2^64: equal bits give equal numbers in every process. The upper half is mixed.
         hashes = block.view(np.uint32).astype(np.uint64) @ odd
         sampled.append(hashes[(hashes >> np.uint64(32)) % step == 0])
     counts = np.unique(np.concatenate(sampled), return_counts=True)[1]
@@ -548,27 +548,27 @@ def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
 
 
 def counted(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the statistics, what tells how far vectors can be relied on."""
+    """The statistics that show how reliable the vectors are."""
     return {name: stats[name] for name in ("cut", "equal", "cached") if name in stats}
 
 
 def from_cache(stats: Mapping[str, Any]) -> str | None:
-    """What the statistics tell of the cache's part in the vectors, in a sentence; None: there was none."""
+    """A sentence about the share of vectors from the cache; None without a cache."""
     if "cached" not in stats:
         return None
     cached, of = stats["cached"]["texts"], stats["cached"]["of"]
-    uncounted = " (those cut among them are not counted)" if cached else ""
+    uncounted = " (cut texts among them are not counted)" if cached else ""
     return f"{cached:,} of {of:,} texts from the cache{uncounted}; {NOT_EXACT}"
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Why vectors stand for less than their texts.
+    """A reason why vectors represent less than their texts.
 
     Attributes:
-        share: of tokens that were lost, or of the documents concerned.
+        share: share of lost tokens, or of affected documents.
         problem: what is wrong.
-        remedy: what gives fewer of them.
+        remedy: how to reduce it.
     """
 
     share: float
@@ -577,12 +577,12 @@ class Defect:
 
     @property
     def many(self) -> bool:
-        """Whether it is to be warned of."""
+        """Whether it deserves a warning."""
         return self.share >= _MANY
 
 
 def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
-    """Those that the statistics tell of."""
+    """The defects found in the statistics."""
     for side, setting in (("documents", "encoder.passage_max_length"), ("anchors", "encoder.query_max_length")):
         cut = stats.get("cut", {}).get(side)
         if cut and cut["texts"]:
@@ -590,26 +590,26 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
                 cut["lost"],
                 f"{cut['texts']:,} of {cut['of']:,} {side} were cut at {cut['max_length']} tokens"
                 f" ({percent(cut['lost'])} of all their tokens lost)",
-                f"raise {setting} as far as the model goes, or split the {side}",
+                f"raise {setting} as far as the model allows, or split the {side}",
             )
     equal = stats.get("equal")
     if equal and equal["documents"]:
         yield Defect(
             equal["documents"] / equal["of"],
-            f"{equal['documents']:,} of {equal['of']:,} documents have the very vector of another one, so no search"
-            " tells them apart",
-            "see what their texts have in common, and that the vectors are whole",
+            f"{equal['documents']:,} of {equal['of']:,} documents have exactly the vector of another one, so no search"
+            " can distinguish them",
+            "check what their texts have in common, and whether the vectors are complete",
         )
 
 
 def cost_of(tokens: int, price: float) -> str:
-    """What tokens cost, in words."""
-    return f"cost {tokens * price / 1e6:,.4g} at {price:g} a million"
+    """The cost of tokens, in words."""
+    return f"cost {tokens * price / 1e6:,.4g} at {price:g} per million"
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     if sent := stats.get("sent"):
-        counted_by = "estimated, as it does not tell" if sent["estimated"] else "as it counts"
+        counted_by = "estimated, as it reports none" if sent["estimated"] else "by its own count"
         cost = f", {cost_of(sent['tokens'], sent['price'])}" if sent["price"] else ""
         yield logging.INFO, f"the server read {sent['tokens']:,} tokens for these vectors, {counted_by}{cost}"
     for one in defects(stats):
@@ -620,7 +620,7 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
 
 
 def _devices(config: Config) -> tuple[str, ...]:
-    """Those of the encoder where torch runs it."""
+    """The encoder's devices if torch runs it, else the CPU."""
     encoder = config.encoder
     return devices.of_encoder(config) if encoder.runs_here and encoder.runtime == "torch" else (devices.CPU,)
 
@@ -630,7 +630,7 @@ def _libraries(config: Config) -> tuple[str, ...]:
 
 
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
-    """What `index.kind: auto` means, once the sizes are known."""
+    """Resolve `index.kind: auto`, now that the sizes are known."""
     rows, anchors = (
         sum(part.rows for part in manifest.parts if (part.kind == "anchors") is asks) for asks in (False, True)
     )

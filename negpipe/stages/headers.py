@@ -1,4 +1,4 @@
-"""What the headers of a part's files say: next to nothing to look at, and a damaged file seldom keeps them."""
+"""Checks of the headers of a part's files: they cost almost nothing, and damage rarely leaves headers intact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from negpipe.store.store import Store
 
 
 def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) -> str | None:
-    """What they say that the part's record does not; None: nothing.
+    """How the headers contradict the part's record; None if they agree.
 
     Args:
-        store: where it is.
-        part: one whose files hold its rows.
-        beside: role of files that hold other rows than the part's → what the part calls their number.
+        store: the store of the part.
+        part: a part whose files hold its rows.
+        beside: role of files with rows other than the part's → key of their number in the part's meta.
     """
     counts: Counter[str] = Counter()
     for file in (file for file in part.files if not file.aside):
@@ -35,7 +35,7 @@ def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) ->
         written = part.meta.get((beside or {}).get(role, ""), part.rows)
         if rows != written:
             path = next(file.path for file in part.files if file.role.partition("-")[0] == role)
-            return f"{path} {OTHER_CONTENT} ({rows:,} rows, {written:,} were)"
+            return f"{path} {OTHER_CONTENT} ({rows:,} rows, expected {written:,})"
     return None
 
 

@@ -1,7 +1,7 @@
-"""index: vectors → something to search, and the map from row to ids.
+"""index: vectors → a searchable index, and the map from row to ids.
 
-`stream` needs no file, search walks the embedding parts; `flat` is one IndexFlatIP file whose position is the row; a
-FAISS factory string is trained once, filled shard by shard, and tuned on sampled anchors until it finds what
+`stream` needs no file: search reads the embedding parts; `flat` is a single IndexFlatIP file whose positions are the
+rows; a FAISS factory string is trained once, filled shard by shard, and tuned on sampled anchors until it finds what
 `index.min_recall` asks for. All have the id map: Parquet parts of row, id, and every id of the row.
 """
 
@@ -48,12 +48,12 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="index.trained", remedy="Fix the path")
+        raise InputError("the file does not exist", file=name, field="index.trained", remedy="Fix the path")
     return {"index.trained": context.digest_file(Path(name))}
 
 
 def _check(context: Context) -> None:
-    """What can be known before hours are spent: FAISS takes the kind, its parts fit the disk and the memory."""
+    """Check before hours are spent: FAISS accepts the kind, and its parts fit disk and memory."""
     given, kind = _sources(context), context.config.index.kind
     if "encode" not in context.manifests:
         if context.config.index.approximate and kind != "auto":
@@ -74,7 +74,7 @@ def _check(context: Context) -> None:
     books = context.own
     made = (books.part(task.key) for task in _plan(context) if task.kind in ("shard", "flat"))
     there = sum(file.bytes for part in made if part for file in part.files)
-    remedy = "set index.kind: stream, which needs none"
+    remedy = "set index.kind: stream, which needs no file"
     context.store.check_room({"index": size - there}, f"index.kind {kind} writes", remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
@@ -99,7 +99,7 @@ def _plan(context: Context) -> Iterator[Task]:
 
 
 def _approximate(context: Context) -> Iterator[Task]:
-    """Train, then shards, then tune: each planned when what it needs is there."""
+    """Train, then build shards, then tune: each is planned once its inputs exist."""
     config, encode = context.config, context.manifest("encode")
     books = context.own
     parts = documents(encode)
@@ -153,7 +153,7 @@ def groups(parts: list[Part], dimension: int, size: int) -> list[list[Part]]:
 
 
 def places(shards: Sequence[Part]) -> list[dict[str, Any]]:
-    """What opens a shard: its files and its first row."""
+    """What is needed to open a shard: its files and its first row."""
     first, opening = 0, []
     for shard in shards:
         opening.append({"index": shard.file("index").path, "sample": shard.file("sample").path, "first": first})
@@ -162,7 +162,7 @@ def places(shards: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def open_approximate(context: Context) -> approximate.Approximate:
-    """The approximate index of a complete stage, as it was tuned."""
+    """The tuned approximate index of a complete stage."""
     vectors = ann.open_parts([context.path(part, "vectors") for part in documents(context.manifest("encode"))])
     return opened_index(context, places(context.manifest("index").of_kind("shard")), vectors)
 
@@ -170,12 +170,12 @@ def open_approximate(context: Context) -> approximate.Approximate:
 def opened_index(
     context: Context, shards: Sequence[Mapping[str, Any]], vectors: ann.Vectors
 ) -> approximate.Approximate:
-    """The same, of some shards and the vectors that they hold."""
+    """The same for some shards and the vectors that they hold."""
     return approximate.open_index(context.config.index.kind, _shards(context, shards), vectors).tuned(effort(context))
 
 
 def effort(context: Context) -> approximate.Effort:
-    """What the index of a complete stage was tuned to."""
+    """The effort to which the index of a complete stage was tuned."""
     return approximate.read_tuning(context.path(context.manifest("index").of_kind("tuned")[0], "tuning")).effort
 
 
@@ -185,7 +185,7 @@ def _shards(context: Context, opening: Sequence[Mapping[str, Any]]) -> list[appr
 
 
 def recall_window(context: Context) -> dict[str, float] | None:
-    """What an approximate index finds of the configured window; None: search is exact.
+    """Recall of an approximate index in the configured window; None if search is exact.
 
     Raises:
         RecallError: see `approximate.window`.
@@ -233,7 +233,7 @@ def _write_ids(file: BinaryIO, context: Context, task: Task) -> None:
     table = open_table(context.store.path(task.payload["part"]))
     rows = np.arange(task.payload["first"], task.payload["first"] + table.num_rows)
     ids, others = (pa.concat_arrays(table[name].chunks) for name in ("id", "other_ids"))
-    # Every row's own id comes before its others: position i of `places` says where the i-th id of all stands now.
+    # Every row's main id comes before its others: `places[i]` is the current position of the i-th id.
     offsets = others.offsets.to_numpy() - others.offsets[0].as_py() + np.arange(table.num_rows + 1)
     places = np.zeros(offsets[-1], np.int64)
     places[offsets[:-1]] = 1
@@ -254,7 +254,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
 
 
 def _misfit(store: Store, part: Part) -> str | None:
-    """Files of an approximate index are looked at where it is opened."""
+    """Files of an approximate index are checked when it is opened."""
     return headers.misfit(store, part) if part.kind in ("ids", "flat") else None
 
 

@@ -1,18 +1,18 @@
 """ingest: any source → corpus and anchor tables, in one pass over the source.
 
 Guarantees: identical texts share one row; rows are numbered corpus first (in source order), then the
-positives the corpus lacked; every problem of the input is found before anything is encoded. Texts go
-through a spool on disk and everything that must be joined through DuckDB, which spills: memory holds
-one part, whatever the corpus.
+positives missing from the corpus; every problem of the input is found before anything is encoded. Texts
+go through a spool on disk, and joins through DuckDB, which spills to disk: memory holds one part, whatever
+the size of the corpus.
 
 Parts are Arrow IPC files of four kinds. `corpus` and `added` (positives from elsewhere): id, text, hashes of id and
 normalised text, the other ids of the row, its rows in the source. `anchors`: id, text, hashes, rows and grades of its
-positives, rows of all its known positives, rows and grades of what is refused: judged below `data.min_grade` in any
-split, or brought as a negative (grade null), the row that equals its own text and the row that has its own id (-1:
-none), its row in the source. `namesakes`: hash of a normalised text that several queries ask and rows of all their
-known positives, a pair a row, ascending; an anchor finds its own by its hash, so nothing in its part depends on who
-else asks the same. Columns that `data.extra` keeps stand in the first three as `extra:NAME`, with the values of the
-first row that has the text or id.
+positives, rows of all its known positives, rows and grades of refused documents: judged below `data.min_grade` in any
+split, or given as a negative (grade null), the row that equals its own text and the row that has its own id (-1:
+none), its row in the source. `namesakes`: hash of a normalised text that several queries share, and rows of all their
+known positives, one pair per row, ascending; an anchor finds its own by its hash, so its part does not depend on
+other queries with the same text. Columns kept by `data.extra` are in the first three as `extra:NAME`, with the values
+of the first row that has the text or id.
 Rows that were left out are listed in `rejected.jsonl`. With `train.split` the anchors are those of its training side,
 and `split/` lists the judgments of both.
 """
@@ -63,20 +63,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 5
-_PARTS = 3  # their keys cover their content: what another version makes alike is kept
-_SAMPLE, _BYTES = 1000, 4_000_000  # texts, and bytes of them all, whose tokens are counted: about a second
-_MANY = 0.1  # share of tokens not to be read that is warned of
-_COPIES = 5  # of a part: its rows, joined, as they are written, and those of the two parts before
+_PARTS = 3  # their keys cover their content: identical parts of other versions are kept
+_SAMPLE, _BYTES = 1000, 4_000_000  # sampled texts, and their total bytes, whose tokens are counted: about a second
+_MANY = 0.1  # share of unread tokens that causes a warning
+_COPIES = 5  # copies of a part in memory: its rows, joined, as written, and those of the two parts before
 
 
 def _settings(config: Config) -> dict[str, Any]:
     data = config.data
     if data.format != "auto" or (data.path and locate(paths_of(data.path)[0]) in ("file", "folder")):
         data = sources.recognized(data)
-    # Where the data lies is circumstance; what it holds is in the sources' digests.
+    # The data's location is a circumstance; its content is in the sources' digests.
     tables = {name: {"path"} for name in ("corpus", "queries", "qrels") if getattr(data, name)}
     kept = data.model_dump(mode="json", exclude={"path": True, "revision": True, "streaming": True, **tables})
-    # Whether the negatives that it brings are told from other documents; how they are taken, triplets decides.
+    # Whether given negatives are distinguished from other documents; triplets decides how to use them.
     given = {} if config.mining.given_negatives == "ignore" else {"mining.given_negatives": "kept"}
     asked = _split(config)
     divided = {"train.split": asked.model_dump(mode="json")} if asked else {}
@@ -89,7 +89,7 @@ def _split(config: Config) -> Split | None:
 
 def _sources(context: Context) -> dict[str, str]:
     data = sources.recognized(context.config.data)
-    # Of each table in its place: which file is what, and their order, is part of what is read.
+    # Per table: which file has which role, and their order, is part of the input.
     local = [[[Path(name).name, context.digest_file(Path(name))] for name in files] for files in sources.files(data)]
     return {"data.path": digest(local, sources.revision(data))}
 
@@ -100,16 +100,16 @@ def _check(context: Context) -> None:
 
 
 def plan(context: Context, side: split.Side = "train") -> Iterator[Task]:
-    """The source is read, and then one part made while that before it is written.
+    """Read the source, then make each part while the previous one is written.
 
     Args:
-        context: what to read.
-        side: of `train.split`, where there is one, whose anchors are wanted.
+        context: the context of the run.
+        side: the side of `train.split`, if set, whose anchors are wanted.
     """
     with closing(_parts(context, side)) as parts:
-        yield next(parts)  # what takes long can be interrupted in this thread
+        yield next(parts)  # long work can be interrupted in this thread
         yield from ahead(parts)
-    # This process outlives the stage, and Arrow would keep what it no longer needs.
+    # This process outlives the stage, and Arrow would keep unused memory.
     pa.default_memory_pool().release_unused()
 
 
@@ -120,7 +120,7 @@ def _parts(context: Context, side: split.Side) -> Generator[Task]:
     spool = Spool(begun)
     with (
         explained(folder),
-        # What cannot be deleted yet, on NFS because somebody reads it, goes when the next run begins.
+        # Files that cannot be deleted yet (on NFS, while being read) are deleted when the next run starts.
         tempfile.TemporaryDirectory(
             prefix=f"spool-{unfinished.owner()}-", dir=folder, ignore_cleanup_errors=True
         ) as scratch,
@@ -142,19 +142,19 @@ def _parts(context: Context, side: split.Side) -> Generator[Task]:
         anchors = (_anchors(rows, extra) for rows in joins.anchors(connection, config.data.part_rows))
         yield from _tasks("anchors", anchors, context)
         yield from _tasks("namesakes", joins.namesakes(connection), context)
-        # Its files are published when the database is gone.
+        # Its files are published after the database is closed.
         yield _facts(context, side, connection, begun)
 
 
 def _spool_key(context: Context) -> str:
-    """What was read is gone on from where the same files are cut and read in the same way."""
+    """Reading resumes if the same files are cut and read in the same way."""
     read = [context.config.data.model_dump(mode="json"), context.config.mining.given_negatives != "ignore"]
     return key(context.key, read, versions.installed(("pyarrow", "datasets")), __version__)
 
 
 def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnection, folder: Path) -> Task:
-    """The task of the counts, a part of its own so that they are content like the rest, and of what is listed for
-    people."""
+    """The task of the counts, a separate part so that they are content like the rest, and of the lists for
+    users."""
     config, listed = context.config, dict[str, Path]()
     counts: dict[str, float] = {**joins.counts(config, connection)}
     if asked := _split(config):
@@ -164,7 +164,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
     task = _task("counts", pa.table({name: [n] for name, n in counts.items()}))
     if count := rejected.write(connection, folder / rejected.NAME):
         listed["rejected"] = folder / rejected.NAME
-        logger.warning("%d rows of the source are left out: %s", count, context.run.place(rejected.NAME))
+        logger.warning("%d source rows left out: %s", count, context.run.place(rejected.NAME))
     if not listed:
         return task
     return replace(
@@ -173,7 +173,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
 
 
 def _documents(rows: pa.Table, texts: Texts) -> Iterator[pa.Table]:
-    """Rows of the table of a corpus part, and what decides where it is cut."""
+    """Rows of the table of a corpus part, with the columns that decide where it is cut."""
     for here, spooled in texts.take(rows["first"].to_numpy()):
         own = rows.slice(here.start, here.stop - here.start)
         every = own["ids"].combine_chunks()
@@ -198,7 +198,7 @@ def _documents(rows: pa.Table, texts: Texts) -> Iterator[pa.Table]:
 
 
 def _anchors(rows: pa.Table, extra: list[str]) -> pa.Table:
-    """The table of a part of anchors, and what decides where it is cut."""
+    """The table of a part of anchors, with the columns that decide where it is cut."""
     values = rows["extra"]
     table = rows.drop_columns("extra").add_column(2, "id_hash", [hashes(rows["id"].to_pylist())])
     for at, name in enumerate(extra):
@@ -207,18 +207,18 @@ def _anchors(rows: pa.Table, extra: list[str]) -> pa.Table:
 
 
 def cut_points(cuts: npt.NDArray[np.uint64], since: int, part_rows: int) -> Iterator[int]:
-    """Where parts end, decided by content, so that an edit moves no border but its own.
+    """Where parts end, decided by content, so that an edit only moves its own border.
 
     A part ends after a row whose digest says so (one in part_rows / 2), once it has at least
     part_rows / 2 rows, and at the latest at 2 * part_rows.
 
     Args:
         cuts: (n,) digests of the rows that follow.
-        since: rows the open part already has.
-        part_rows: the size aimed at.
+        since: rows that the open part already has.
+        part_rows: the target size.
 
     Yields:
-        positions in `cuts` before which a part ends.
+        positions in `cuts` before which parts end.
     """
     least, most = max(1, part_rows // 2), 2 * part_rows
     ends = np.flatnonzero(cuts % np.uint64(least) == 0) + 1
@@ -250,7 +250,7 @@ def _tasks(kind: str, tables: Iterator[pa.Table], context: Context) -> Iterator[
         rows = sum(part.num_rows for part in pending)
         beside.require(
             _COPIES * sum(part.nbytes for part in pending),
-            f"a part of {kind}, {rows:,} rows so far, beside the database",
+            f"a part of {kind}, {rows:,} rows so far, next to the database",
             "lower data.part_rows",
         )
     if pending:
@@ -264,7 +264,7 @@ def _task(kind: str, table: pa.Table) -> Task:
     elif kind != "namesakes":
         digests = np.stack([table[name].to_numpy() for name in ("cut", "d2")], axis=1)
         meta = {
-            # What encode keys on: the texts in order, and for precomputed vectors where they stood.
+            # Used in encode's keys: the texts in order and, for precomputed vectors, their source rows.
             "texts": hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest(),
             "source_rows": _source_rows(table["id"], table["source_rows"]),
             "characters": pc.sum(pc.utf8_length(table["text"])).as_py(),
@@ -275,7 +275,7 @@ def _task(kind: str, table: pa.Table) -> Task:
 
 
 def _source_rows(ids: pa.ChunkedArray, rows: pa.ChunkedArray) -> str:
-    """`digest` of the ids and of the lists of rows, without the Python objects of the lists."""
+    """`digest` of the ids and of the lists of rows, without creating Python lists."""
     lists = [pc.binary_join(chunk.cast(pa.list_(pa.string())), ",") for chunk in rows.chunks]
     names = json.dumps(ids.to_numpy(zero_copy_only=False).tolist(), separators=(",", ":"))
     numbers = f"[{_joined(pa.concat_arrays(lists), '],[')}]" if len(rows) else ""
@@ -292,8 +292,8 @@ def _run(task: Task, _: None, __: Context, publish: Publisher, progress: Progres
     content: pa.Buffer = task.payload["content"]
     publish("table", ".arrow", lambda file: write_all(file, memoryview(content)), needed=content.size)
     for role, path in task.payload.get("listed", {}).items():
-        # Beside the counts and no parts themselves: they say where rows stood, or what anchors of the other side have,
-        # which no other stage depends on.
+        # Stored with the counts but not parts themselves: they hold source rows, or the judgments of the other
+        # side's anchors, which no other stage depends on.
         with path.open("rb") as source:
             publish(role, path.suffix, partial(shutil.copyfileobj, source), aside=True)
     progress(task.rows, "")
@@ -317,17 +317,17 @@ def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     most = manifest.stats.get("max_positives")
     if not isinstance(most, int):
         raise DamagedError(
-            "the manifest of ingest is not what was written, it lacks max_positives: run `negpipe mine CONFIG --repair`"
+            "the manifest of ingest is damaged, it lacks max_positives: run `negpipe mine CONFIG --repair`"
         )
     return config.resolved(most), ""
 
 
 def _outlook(context: Context) -> Iterator[tuple[int, str]]:
-    """How much of the texts the model will not read, by a sample, where the model is on this disk."""
+    """How much of the texts the model will not read, from a sample, if the model is on this disk."""
     try:
         yield from _cuts(context)
-    except Exception as error:  # ingest is done; what is wrong with the model, encode says before it begins
-        logger.info("ingest: how much of the texts the model reads is not known: %s", error)
+    except Exception as error:  # ingest is done; encode reports problems with the model before it starts
+        logger.info("ingest: cannot tell how much of the texts the model reads: %s", error)
 
 
 def _cuts(context: Context) -> Iterator[tuple[int, str]]:
@@ -340,7 +340,7 @@ def _cuts(context: Context) -> Iterator[tuple[int, str]]:
         parts = [part for part in texts(context.manifest("ingest")) if (part.kind == "anchors") is (kind == "query")]
         rows = Rows([context.path(part, "table") for part in parts])
         at = np.unique(np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(np.int64))
-        # Where these are too many, from all over the corpus still; the last of them may be a book.
+        # If these are too many, still take some from all over the corpus; the last text may be a book.
         at = np.random.default_rng(0).permutation(at)
         sizes = rows.sizes("text", at)
         at = at[np.cumsum(sizes) - sizes < _BYTES]
@@ -352,7 +352,7 @@ def _cuts(context: Context) -> Iterator[tuple[int, str]]:
             side = "anchors" if kind == "query" else "documents"
             yield (
                 logging.WARNING if lost >= _MANY else logging.INFO,
-                f"of {seen.texts:,} {side}, {cuts.percent(seen.cut / seen.texts)} have more than {limit} tokens"
+                f"{cuts.percent(seen.cut / seen.texts)} of {seen.texts:,} {side} have more than {limit} tokens"
                 f" (encoder.{setting}): {cuts.percent(lost)} of all their tokens will not be read",
             )
 

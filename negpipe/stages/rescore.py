@@ -1,6 +1,6 @@
-"""rescore: search's candidates with a further score, `teacher`, from a function of the caller.
+"""rescore: the candidates of search with an additional score, `teacher`, from a function of the caller.
 
-Only for callers from Python, who have a cross-encoder in their process; a run of the command line never
+Only for Python callers with a cross-encoder in their process; a run from the command line never
 has this stage. The first `mining.depth` candidates of each anchor are scored and ranked by it, and their positives
 scored; `mining.score: teacher` selects by it.
 """
@@ -25,14 +25,14 @@ VERSION = 2
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Score = Callable[[Sequence[tuple[str, str]]], Floats]
-"""Scores of (anchor, document) texts, one a pair."""
+"""Scores of (anchor, document) texts, one per pair."""
 
 
 def rescore(score: Score, identity: str) -> Stage:
-    """The stage for one function.
+    """The stage for a score function.
 
     Args:
-        score: called with the candidates of one anchor, and with the positives of one slice.
+        score: called with the candidates of one anchor, and with the positives of a slice.
         identity: changes whenever the scores may.
     """
 
@@ -51,7 +51,7 @@ def rescore(score: Score, identity: str) -> Stage:
     def run(task: Task, corpus: Rows, context: Context, publish: Publisher, progress: Progress) -> Made:
         texts = open_table(context.store.path(task.payload["texts"]))
         pieces, judged = [], []
-        # Those of an earlier, deeper search would change which are looked at.
+        # Candidates of an earlier, deeper search would change which ones are scored.
         path = context.store.path(task.payload["candidates"])
         for found in candidates.read(path, texts["id"], depth=context.config.depth):
             asked: list[str] = texts["text"].take(pa.array(found.anchors)).to_pylist()

@@ -1,8 +1,8 @@
 """search: anchor vectors → the nearest documents of each anchor, deep and unfiltered.
 
-One task is one part of anchors. Stored scores all come from one per-pair function, candidates are
-ordered by (-score, row): the bytes do not depend on threads, memory or the kind of exact index. The
-score of each positive is exact and stored beside the candidates.
+One task is one part of anchors. All stored scores come from one per-pair function, and candidates are ordered by
+(-score, row): the bytes do not depend on threads, memory or the kind of exact index. The score of each positive is
+exact and stored with the candidates.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Readers look at the first `depth` candidates: deeper ones serve, so a narrower window searches nothing.
+    """Readers use the first `depth` candidates: deeper output serves too, so a narrower window needs no search.
 
-    Not those of an approximate index: how thoroughly it is searched was tuned for a depth, and may find others.
+    Not for an approximate index: its effort is tuned for a depth, so other candidates may be found.
     """
     if "index.kind" in wanted:
         return wanted
@@ -47,12 +47,12 @@ def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(context: Context) -> None:
-    """The largest part fits into memory (of an approximate index, index looked), what is found onto the disk."""
+    """Check that the largest part fits into memory (for an approximate index, index has), and results onto the disk."""
     if "encode" not in context.manifests:
         return
     encode = context.manifest("encode")
     rows = sum(part.rows for part in documents(encode))
-    if "index" in context.manifests:  # else it is not known which are found already
+    if "index" in context.manifests:  # else it is unknown which candidates exist
         books = context.own
         left = sum(task.rows for task in _plan(context) if books.part(task.key) is None)
         needed = candidates.BYTES * left * min(context.config.depth, rows)
@@ -67,7 +67,7 @@ def _check(context: Context) -> None:
 
 
 def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
-    """Each part of anchors, texts and vectors, with the key of its candidates."""
+    """For each part of anchors: the key of its candidates, its texts and its vectors."""
     ingest, encode, index = (context.manifest(name) for name in ("ingest", "encode", "index"))
     of_all = Beginning(
         "search",
@@ -100,7 +100,7 @@ def _is_sliced(context: Context) -> bool:
 
 
 def _plan_slices(context: Context) -> Iterator[Task]:
-    """Anchors whose candidates are there need no slices."""
+    """Anchors with existing candidates need no slices."""
     keyed = [*_keyed(context)]
     there = context.books("search").found([name for name, _, _ in keyed])
     yield from slices.tasks(context, [(texts, own) for name, texts, own in keyed if name not in there])
@@ -115,7 +115,7 @@ def _shared(context: Context) -> list[Part]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What is searched: the vectors themselves, or an index that may miss some of them."""
+    """What is searched: the vectors themselves, or an approximate index of them."""
 
     vectors: ann.Vectors
     index: Approximate | None
@@ -139,7 +139,7 @@ def _run(task: Task, opened: _Opened | None, context: Context, publish: Publishe
     depth = task.payload["depth"]
     if task.payload["slices"]:
         found = slices.merged(context, task.payload["slices"], depth)
-    else:  # also where candidates are lost that were there before there were slices: none were planned for them
+    else:  # also for lost candidates that were made without slices: no slices were planned for them
         found = _found(task, opened or _whole(context), positives, offsets, context, publish, progress)
     made = Candidates(found.rows, found.scores, positives, offsets, found.positive_scores, np.arange(len(found.rows)))
     kind = context.config.index.kind if context.config.index.approximate else None
@@ -157,14 +157,14 @@ def _found(
     publish: Publisher,
     progress: Progress,
 ) -> ann.Found:
-    """What a search of the whole corpus finds."""
+    """The result of a search of the entire corpus."""
     anchors = ann.open_parts([context.store.path(task.payload["anchors"])]).all()
     pairs = np.repeat(np.arange(len(anchors)), np.diff(offsets)), positives
     depth, last = task.payload["depth"], task.payload["candidates"]
     searched = reported = 0
 
     def on_block(rows: int) -> None:
-        # The bar counts anchors; a block of the corpus brings all of them forward by its share.
+        # The progress bar counts anchors; each block of the corpus advances all of them by its share.
         nonlocal searched, reported
         searched += rows
         due = len(anchors) * searched // opened.vectors.rows
@@ -210,4 +210,4 @@ STAGE = Stage(
 )
 
 SLICES = slices.stage(_plan_slices)
-"""Comes before it, where `search.slice_documents` is set."""
+"""The stage before it if `search.slice_documents` is set."""

@@ -1,8 +1,8 @@
-"""slices: the nearest documents of each slice of the corpus, where the config asks for slices; `search` merges them.
+"""slices: the nearest documents in each slice of the corpus, if the config asks for slices; `search` merges them.
 
-One task is one slice for one part of anchors, and reads nothing of the other slices: machines that have room for one
-search a corpus that none of them could hold. Rows are counted from the slice's first, so that documents appended to
-the corpus leave what was found in the slices before them.
+One task is one slice for one part of anchors, and reads nothing from other slices: machines with room for one slice
+search a corpus that none of them could hold. Rows are counted from the slice's first row, so documents appended to the
+corpus leave the results of earlier slices valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive parts of the corpus, and of an approximate index the shards that hold them."""
+    """Consecutive parts of the corpus and, for an approximate index, the shards that hold them."""
 
     first: int
     parts: list[Part]
@@ -44,7 +44,7 @@ class Slice:
 
 
 def of(context: Context) -> list[Slice]:
-    """The slices of the corpus, in order: as many documents as are asked for, but whole parts or shards."""
+    """The slices of the corpus, in order: up to the configured number of documents, in complete parts or shards."""
     encode, index, most = context.manifest("encode"), context.manifest("index"), context.config.search.slice_documents
     parts = documents(encode)
     units: list[tuple[list[Part], list[Part]]] = [([part], []) for part in parts]
@@ -64,7 +64,7 @@ def of(context: Context) -> list[Slice]:
 
 
 def _last(piece: Slice, context: Context) -> int:
-    """How many of its first documents can be candidates."""
+    """The number of its first documents that can be candidates."""
     last = sum(part.rows for part in searchable(context.manifest("encode"), context.config))
     return max(0, min(last - piece.first, piece.rows))
 
@@ -76,14 +76,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """As of search: what is deeper serves, where search is exact."""
+    """As in search: deeper output serves too if search is exact."""
     if "index.kind" in wanted:
         return wanted
     return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 
 def _keys(piece: Slice, context: Context) -> Beginning:
-    """What begins the keys of all that is found in a slice; the anchors' vectors and texts end them."""
+    """The common beginning of the keys of a slice's results; the anchors' vectors and texts complete them."""
     config, last = context.config, _last(piece, context)
     return Beginning(
         "slices",
@@ -100,7 +100,7 @@ def _keys(piece: Slice, context: Context) -> Beginning:
 
 
 def _check(context: Context) -> None:
-    """The largest slice and part of anchors fit into memory; of an approximate index, index looked."""
+    """Check that the largest slice and part of anchors fit into memory; for an approximate index, index has."""
     if "index" not in context.manifests or context.config.index.approximate:
         return
     encode = context.manifest("encode")
@@ -112,11 +112,11 @@ def _check(context: Context) -> None:
 
 
 def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Task]:
-    """One a slice and part of anchors, slice by slice, so that a worker reads one at a time.
+    """One task per slice and part of anchors, slice by slice, so that a worker reads one slice at a time.
 
     Args:
-        context: whose.
-        anchors: those that are to be searched, texts and vectors.
+        context: the context of the stage.
+        anchors: those to search, texts and vectors.
     """
     for piece in of(context):
         payload = {
@@ -132,8 +132,8 @@ def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Ta
 
 
 def found(context: Context) -> Callable[[Part, Part], list[dict[str, Any]]]:
-    """What was found in the slices for a part of anchors, texts and vectors, for `merged`; nothing where that is not
-    all there."""
+    """Returns what was found in the slices for a part of anchors (texts, vectors), for `merged`; nothing if any of it
+    is missing."""
     made = {part.key: part for part in context.manifest("slices").parts}
     slices = [(piece, _keys(piece, context)) for piece in of(context)]
 
@@ -154,7 +154,7 @@ def found(context: Context) -> Callable[[Part, Part], list[dict[str, Any]]]:
 
 @dataclass
 class _Opened:
-    """The slice that was read last."""
+    """The last slice read."""
 
     names: list[str] = field(default_factory=list)
     vectors: ann.Vectors | None = None
@@ -199,12 +199,12 @@ def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, prog
 
 
 def merged(context: Context, files: Sequence[Mapping[str, Any]], depth: int) -> ann.Found:
-    """What a search of the whole corpus finds, from what was found in its slices.
+    """The result of a search of the entire corpus, from the results of its slices.
 
     Args:
-        context: whose.
-        files: see `found`; of slices without candidates there are only the positives' scores.
-        depth: of an anchor.
+        context: the context of the stage.
+        files: see `found`; slices without candidates only have the positives' scores.
+        depth: candidates per anchor.
     """
     paths = [(context.store.path(name), each["first"]) for each in files for name in each["found"]]
     proposed = max(depth, effort(context).proposed or depth) if context.config.index.approximate else depth
@@ -214,7 +214,7 @@ def merged(context: Context, files: Sequence[Mapping[str, Any]], depth: int) -> 
 
 
 def stage(plan: Callable[[Context], Iterable[Task]]) -> Stage:
-    """The stage, with what plans it: `search` knows which anchors it has searched."""
+    """The stage with its plan function: `search` knows which anchors it has searched."""
     return Stage(
         name="slices",
         version=VERSION,

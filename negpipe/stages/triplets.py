@@ -1,9 +1,9 @@
-"""triplets: candidates → training rows, and a ledger of what became of every candidate.
+"""triplets: candidates → training rows, and a ledger of the fate of every candidate.
 
-One task turns one part of candidates into one of rows and one of the ledger, a row a unit; anchors that lack negatives
-are searched again, and what is found below what search stored is kept as `deeper`. RUN/triplets shows the rows of all
-parts as `part-NNNNN.parquet`, with `output.rows_per_file` as `part-NNNNN-00000.parquet`, `part-NNNNN-00001.parquet` ….
-Anchors are worked through in slices: memory does not grow with the part.
+One task turns one part of candidates into one part of rows and one of the ledger, one ledger row per unit; anchors that
+lack negatives are searched again, and candidates found beyond the stored depth are kept as `deeper`. RUN/triplets shows
+the rows of all parts as `part-NNNNN.parquet`, or with `output.rows_per_file` as `part-NNNNN-00000.parquet`, …
+Anchors are processed in slices: memory does not grow with the part.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from negpipe.store.store import Store
 
 VERSION = 5
 _ROWS, LEDGER, DEEPER = "rows", "ledger", "deeper"
-"""What a part's files are to it, and their folders."""
+"""The roles of a part's files, and their folders."""
 _ADDED = (*columns.NAMES, "given_negatives", "judged")
-"""Settings that came after the key of this stage had its form."""
+"""Settings added after the form of this stage's key was fixed."""
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
-_COLUMN = 96  # more where rules by a column look up values, measured: 30 by never_same, 85 by where
-_FATE = 8  # bytes for what becomes of a candidate for one positive of its anchor
+_COLUMN = 96  # additional bytes if column rules look up values, measured: 30 by never_same, 85 by where
+_FATE = 8  # bytes for the fate of a candidate for one positive of its anchor
 
 
 def _settings(config: Config) -> dict[str, Any]:
     values = {f"mining.{name}": value for name, value in config.mining.model_dump(mode="json").items()}
-    # A fixed order, whatever the order in the file.
+    # A fixed order, regardless of the order in the file.
     values["mining.exclude"] = sorted(config.mining.exclude)
     del values["mining.exclude_file"], values["mining.compat"]
-    for name in _ADDED:  # at their defaults, rows and ledger are those of before there were any
+    for name in _ADDED:  # with the defaults, rows and ledger are as before these settings existed
         if getattr(config.mining, name) == Mining.model_fields[name].default:
             del values[f"mining.{name}"]
     if config.mining.sampling_strategy != "top" or config.mining.draws:
         values["seed"] = config.seed
-    values["search.depth"] = config.depth  # of candidates that were stored deeper, no more are looked at
-    if not config.data.add_positives:  # deeper and random ones come from the others
+    values["search.depth"] = config.depth  # if candidates were stored deeper, the rest is ignored
+    if not config.data.add_positives:  # deeper and random candidates come from the other documents
         values["data.add_positives"] = False
     output = config.output.model_dump(mode="json", exclude={"report", "min_rows"})
     return values | {f"output.{name}": value for name, value in output.items()}
@@ -75,12 +75,12 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("there is no such file", file=name, field="mining.exclude_file", remedy="Fix the path")
+        raise InputError("the file does not exist", file=name, field="mining.exclude_file", remedy="Fix the path")
     return {"mining.exclude_file": context.digest_file(Path(name))}
 
 
 def _check(context: Context) -> None:
-    """What is excluded can be read; the window begins within the corpus, known once the source is read."""
+    """Check that the exclude file is readable and, once the source is read, that the window begins in the corpus."""
     _sources(context)
     if context.config.mining.exclude_file:
         verdicts.read(Path(context.config.mining.exclude_file))
@@ -94,7 +94,7 @@ def _check(context: Context) -> None:
     rows = read["rows"] - (0 if context.config.data.add_positives else read["added_positives"])
     if first >= rows:
         raise InputError(
-            f"the window starts at rank {first}, the corpus has {rows} documents",
+            f"the window starts at rank {first}, but the corpus has {rows} documents",
             field="mining.range_min",
             remedy="Set mining.range_min below the number of documents",
         )
@@ -115,19 +115,19 @@ def _plan(context: Context) -> Iterator[Task]:
 
 @dataclass(frozen=True)
 class Shared:
-    """What selection needs, for every part."""
+    """Inputs of selection, shared by all parts."""
 
     corpus: Rows
     namesakes: Namesakes
     selector: Selector
     vectors: list[Path]
-    """Of the documents that can be candidates, encode's parts."""
+    """The parts of encode with the documents that can be candidates."""
     searchable: int
-    """How many they are."""
+    """The number of these documents."""
 
 
 def open_selection(context: Context) -> Shared:
-    """Open what ingest and encode left; also for those who read candidates without running the stage."""
+    """Open the output of ingest and encode; also for readers of candidates that do not run the stage."""
     parts = searchable(context.manifest("encode"), context.config)
     read = context.manifest("ingest")
     corpus = Rows([context.path(part, "table") for part in documents(read)])
@@ -138,7 +138,7 @@ def open_selection(context: Context) -> Shared:
 
 
 def _check_memory(context: Context) -> None:
-    """A slice of anchors with everything that is known of its candidates, and some row groups, are held."""
+    """Check the memory for a slice of anchors with all facts about its candidates, and some row groups."""
     read = context.manifest("ingest")
     largest = max((part.rows for part in read.of_kind("anchors")), default=0)
     texts = sum(file.bytes for part in documents(read) for file in part.files)
@@ -154,7 +154,7 @@ def _check_memory(context: Context) -> None:
     def takes(cells: int) -> int:
         if mining.margin_reference != "each":
             return cells * cell
-        # On average, an anchor is looked at for each of its positives; some at a time.
+        # On average, an anchor is processed once per positive; some at a time.
         units = int(cells * read.stats["positives"] / max(1, read.stats["anchors"]))
         return max(cells, min(units, candidates.CELLS)) * cell + units * _FATE
 
@@ -175,14 +175,14 @@ def _check_memory(context: Context) -> None:
 
 
 def _shallower(config: Config, max_positives: int) -> str:
-    """What makes search store fewer candidates."""
+    """A remedy that makes search store fewer candidates."""
     if config.search.depth:
         return f"lower search.depth ({config.depth:,} now)"
     named = {"mining.range_max": config.mining.range_max, "mining.depth": config.mining.depth}
     shown = ", ".join(f"{name} ({value:,} now)" for name, value in named.items() if isinstance(value, int))
     if config.mining.depth != (config.mining.range_max or 0) + max_positives:
         return f"lower {shown}"
-    return f"set smaller numbers for {shown}, which make room for the {max_positives:,} positives of one anchor text"
+    return f"set smaller values for {shown}, which leave room for the {max_positives:,} positives of one anchor text"
 
 
 def part_files(context: Context, task: Task) -> PartFiles:
@@ -208,7 +208,7 @@ def search_deeper(
     progress: Callable[[str], None] = lambda note: None,
     checkpoints: Callable[[str], Path] | None = None,
 ) -> Iterator[Deeper]:
-    """Deeper candidates for the anchors of a part that lack negatives, where the config wants them."""
+    """Deeper candidates for the anchors of a part that lack negatives, if configured."""
     deepest = deeper.limit(context.config, shared.searchable)
     if not deepest:
         return iter(())
@@ -299,9 +299,9 @@ def _publish(publish: Publisher, config: Config, number: int, tables: Iterable[p
 
 
 def ledger(units: Units, config: Config, shared: Shared) -> pa.Table:
-    """One row a unit: candidates seen, dropped by each reason, taken, the deepest rank used, why it is short.
+    """One row per unit: candidates seen, dropped for each reason, taken, the deepest rank used, why it is short.
 
-    Where given or judged negatives are asked for, also how many they are, and the grades of all that were judged.
+    If given or judged negatives are configured, also their number, and the grades of all judged ones.
     """
     counts = rules.counts(units.fates, len(CODES))
     width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
@@ -337,7 +337,7 @@ def ledger(units: Units, config: Config, shared: Shared) -> pa.Table:
 def _shortage_reasons(
     units: Units, counts: npt.NDArray[np.int64], exhausted: npt.NDArray[np.bool_], config: Config
 ) -> list[str | None]:
-    """What a short unit ran out of: the corpus (`exhausted`), the window, or the candidates looked at (depth)."""
+    """What a short unit ran out of: the corpus (`exhausted`), the window, or the candidates considered (depth)."""
     window = (counts[:, Fate.AFTER_WINDOW] > 0) | (config.mining.rank_over == "raw")
     reasons = np.where(exhausted, "corpus", np.where(window, "window", "depth"))
     short = units.counts < config.mining.wanted
@@ -382,29 +382,29 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     made, wanted = negatives_of(stats), stats.get("wanted", 0)
     if is_short(stats):
         drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
-        what = f"{made:,} of {wanted:,} negatives asked for" if stats["rows"] else "not one row could be made"
+        what = f"{made:,} of {wanted:,} requested negatives" if stats["rows"] else "no row could be written"
         causes = "".join(f"; {one.problem}" for one in _causes(stats))
         yield (
             logging.WARNING,
-            f"{what}; candidates were dropped: {drops or 'there were none'}{causes}. {advice(stats)}",
+            f"{what}; candidates dropped: {drops or 'none'}{causes}. {advice(stats)}",
         )
     yield from approximate.remarks(stats)
 
 
 def is_short(stats: Mapping[str, Any]) -> bool:
-    """Whether there is no row, or less than half of the negatives that were asked for."""
+    """Whether there are no rows, or less than half of the requested negatives."""
     return not stats["rows"] or negatives_of(stats) < stats.get("wanted", 0) / 2
 
 
 def negatives_of(stats: Mapping[str, Any]) -> int:
-    """All there are: mined, random and preferred."""
+    """The total number: mined, random and preferred."""
     return sum(stats.get(name, 0) for name in ("negatives", "random_negatives", "preferred_negatives"))
 
 
 def advice(stats: Mapping[str, Any]) -> str:
-    """What gives more rows: vectors that stand for their whole texts, and less of the rule that dropped most."""
+    """How to get more rows: vectors that represent complete texts, and a weaker form of the rule that dropped most."""
     most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
-    if not stats["rows"]:  # the rule that let least of what came to it pass
+    if not stats["rows"]:  # the rule that let the smallest share pass
         left, shares = stats["candidates"], {}
         for reason in sorted(stats["drops"], key=CODES.__getitem__):
             count = stats["drops"][reason]
@@ -416,12 +416,12 @@ def advice(stats: Mapping[str, Any]) -> str:
 
 
 def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:
-    """What makes every rule drop more than it should: vectors that stand for less than their texts."""
+    """Why every rule drops more than it should: vectors that represent less than their texts."""
     return [one for one in encode.defects(stats.get("vectors", {})) if one.many]
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:
-    """The part's number keeps names unique, and names sort in row order."""
+    """The part number makes names unique and sorts them in row order."""
     return {
         "triplets": {
             f"part-{number:05d}{file.role.removeprefix(_ROWS)}.parquet": file

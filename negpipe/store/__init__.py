@@ -1,1 +1,1 @@
-"""The code that knows what a file system is: files that appear whole, folders swapped at once, locks."""
+"""The code that deals with file systems: files that appear complete, folders swapped atomically, locks."""

@@ -1,4 +1,4 @@
-"""Nothing that a run writes or deletes lies outside of its directory, but for folders that the user links to a disk."""
+"""Keeps everything that a run writes or deletes in its directory, except for folders that the user links to a disk."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from negpipe.store.view import is_entry
 
 
 def _shows_a_part(link: Path, home: str) -> bool:
-    """A link in a folder that is shown, see `view`: it is deleted and replaced, nothing is done through it.
+    """A link in a shown folder, see `view`: it is deleted and replaced, never followed.
 
-    In the run directory of a job with rounds, those of the rounds lie deeper.
+    In the run directory of a job with rounds, those of the rounds are deeper.
     """
     inside = link.relative_to(home)
     versions = [folder for folder in inside.parents if folder.parent.name.startswith(".")]
@@ -21,17 +21,17 @@ def _shows_a_part(link: Path, home: str) -> bool:
 
 
 def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> None:
-    """Refuse a run directory in which a link leads out of it.
+    """Refuse a run directory that contains a link that leads out of it.
 
-    The directory itself may be a link, and so may a folder in it: `encode` on a scratch disk. In that folder no link
-    may lead elsewhere.
+    The directory itself may be a link, and so may a folder in it: `encode` on a scratch disk. Within that folder, no
+    link may lead elsewhere.
 
     Args:
         folder: the run directory.
         linkable: folders in it that may be links.
 
     Raises:
-        StorageError: there is such a link; nothing was written or deleted.
+        StorageError: such a link exists; nothing was written or deleted.
     """
     home = os.path.realpath(folder)
     waiting = [(home, home)] if Path(home).is_dir() else []
@@ -48,10 +48,10 @@ def stay_inside(folder: str | os.PathLike[str], linkable: Collection[str]) -> No
                         waiting.append((target, target))
                         continue
                     raise StorageError(
-                        f"{entry.path} is a link that leads out of the run directory, and nothing is written or deleted"
-                        " there. Put a folder or file in its place; directly in the run directory these may be links"
+                        f"{entry.path} is a link that leads out of the run directory, where nothing is written or"
+                        " deleted. Replace it with a folder or file; in the run directory only these may be links"
                         f" to folders: {', '.join(sorted(linkable))}"
                     )
-                # A linked folder may hold other things: what a run makes lies in it and no deeper.
+                # A linked folder may hold other things: a run writes directly into it and no deeper.
                 if entry.is_dir(follow_symlinks=False) and inside == home:
                     waiting.append((entry.path, home))

@@ -1,6 +1,6 @@
-"""Copies of immutable files on a local disk, as many as its share of the disk holds.
+"""Copies of immutable files on a local disk, up to a size limit.
 
-Those that were asked for longest ago make room for others. Times are this machine's own, of its own disk.
+The least recently requested copies make room for others. Times are those of this machine and its disk.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 OF_CONTENT = re.compile(r"(?:.*/)?[0-9a-f]{16}-([0-9a-f]{12})(?:\.[^/]*)?")
-"""Names that say what a file holds: they end in the first twelve digits of its sha256."""
-_IN_USE = 600.0  # seconds after it was asked for in which somebody may be about to open a file
-_SLACK = 16  # a look at the whole folder for every so many-th of the room that is filled
+"""Names that identify a file's content: they end in the first twelve digits of its sha256."""
+_IN_USE = 600.0  # seconds after a request in which a file may still be about to be opened
+_SLACK = 16  # the folder is scanned whenever 1/_SLACK of the room has been filled
 
 
 class Cache:
-    """A folder of such files, in folders of a store. Several processes may have one.
+    """A folder of such files, laid out like the store. Several processes may share it.
 
     Args:
-        folder: of the files.
-        room: bytes they may take. What is asked for at about the same time stays, also where that takes more.
-        in_use: seconds for which a file stays that was asked for.
+        folder: the folder of the files.
+        room: bytes they may take. Files requested at about the same time stay, even if they take more.
+        in_use: seconds for which a requested file stays.
     """
 
     def __init__(self, folder: Path, room: int, in_use: float = _IN_USE) -> None:
         self.folder, self._room, self._in_use = folder, room, in_use
-        self._new = room  # so the first file makes it look
+        self._new = room  # so that the first file triggers a scan
         self._told = False
         self._counting = threading.Lock()
 
     def find(self, name: str) -> Path | None:
-        """The copy of a file, None: there is none."""
+        """The copy of a file, or None."""
         path = self.folder / name
         try:
             os.utime(path)
@@ -45,7 +45,7 @@ class Cache:
         return path
 
     def added(self, size: int) -> None:
-        """Take notice of a file of so many bytes, and make room where need be."""
+        """Account for a new file of `size` bytes, and make room if necessary."""
         with self._counting:
             self._new += size
             if self._new * _SLACK < self._room:
@@ -67,7 +67,7 @@ class Cache:
             if now - used < self._in_use:
                 break
             with suppress(OSError):
-                if path.stat().st_mtime == used:  # nobody has asked for it since
+                if path.stat().st_mtime == used:  # not requested since
                     path.unlink()
                     total -= size
         if total > self._room and not self._told:

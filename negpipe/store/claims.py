@@ -1,10 +1,10 @@
-"""Who works on what, among processes that share a folder of a store.
+"""Claims: which process works on what, among processes that share a folder of a store.
 
-A claim is a small file of the store, named by a key, that holds the owner's name and a number which a thread of the
-owner raises. Another process may take it once the owner is known to be dead, or has not raised it for `patience`
-seconds by the clock of who watches: clocks of two machines are never compared, nor is any time that the store notes.
-Where an owner was only slow, two processes come to do the same work. A claim spares work; what keeps results whole is
-that parts are immutable.
+A claim is a small file of the store, named by a key, with the owner's name and a counter that a thread of the owner
+increments. Another process may take it once the owner is known to be dead, or has not incremented it for `patience`
+seconds on the watching process's clock: clocks of two machines are never compared, nor any times noted by the store.
+If an owner was merely slow, two processes do the same work. A claim saves work; results stay correct because parts are
+immutable.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from negpipe.store.store import Store
 
 logger = logging.getLogger(__name__)
 PATIENCE = 120.0
-"""Seconds without a sign of life after which a claim may be taken: twelve signs, and longer than NFS caches names."""
+"""Seconds without a sign of life until a claim may be taken: twelve signs, and longer than NFS caches names."""
 SUFFIX = ".claim"
 _SIGNS = count()
 
 
 @dataclass
 class Claims:
-    """This process's claims in one folder of a store, and what it has seen of others'.
+    """This process's claims in one folder of a store, and what it has seen of other processes' claims.
 
     Attributes:
-        store: where they are.
-        folder: of the store.
-        patience: seconds, see above; the owner gives a sign of life twelve times as often.
-        strict: a sign of life is given only if nobody has taken the claim since; on a disk that would mean to wait for
-            whoever changes something there, and who waits seems dead.
+        store: the store of the claims.
+        folder: their folder in it.
+        patience: seconds, see above; the owner gives twelve signs of life in that time.
+        strict: give a sign of life only if no other process has taken the claim; on a disk, that would mean waiting for
+            whichever process is changing something there, and a waiting process seems dead.
     """
 
     store: Store
@@ -51,7 +51,7 @@ class Claims:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within it, claims are kept alive; behind it, none is held."""
+        """Keep claims alive within the block; release them at its end."""
         over = threading.Event()
         thread = threading.Thread(target=self._beat, args=(over,), daemon=True)
         thread.start()
@@ -62,40 +62,40 @@ class Claims:
             for key in [*self._held]:
                 try:
                     self.release(key)
-                except (OSError, NegpipeError) as error:  # what ended the block matters more
-                    logger.warning("%s: its claim cannot be given up, and passes on by itself: %s", key, error)
+                except (OSError, NegpipeError) as error:  # the exception that ended the block matters more
+                    logger.warning("%s: cannot release its claim, which expires by itself: %s", key, error)
 
     def take(self, key: str) -> bool:
-        """Claim a key that nobody works on, as far as is known by now; returns whether it is ours."""
+        """Claim a key that no process is known to work on; returns whether it is ours."""
         there = self.store.read(self._name(key))
         if there is not None and not self._is_free(key, there):
             return False
         if there is not None:
-            logger.info("%s: taken over from %s, of which there is no sign of life", key, _owner(there))
+            logger.info("%s: taken over from %s, which shows no sign of life", key, _owner(there))
         content = _sign()
         try:
             if not self.store.replace(self._name(key), content, there):
                 return False
-        except LockedError:  # so many claim something that we did not get to it
+        except LockedError:  # too much contention to get to it
             return False
         with self._changing:
             self._held[key] = content
         return True
 
     def release(self, key: str) -> None:
-        """Give up a claim, where it is still ours."""
+        """Release a claim if it is still ours."""
         with self._changing:
             mine = self._held.pop(key, None)
             if mine is not None and self.store.read(self._name(key)) == mine:
                 self.store.delete(self._name(key))
 
     def owner(self, key: str) -> str | None:
-        """Who has claimed a key, as `unfinished.owner` names it; None: nobody."""
+        """The owner of a key's claim, as named by `unfinished.owner`; None if unclaimed."""
         there = self.store.read(self._name(key))
         return None if there is None else _owner(there)
 
     def seen(self, key: str) -> tuple[bytes | None, bool]:
-        """The last sign of life that was given for a key, None where nobody claims it; and whether it may be taken."""
+        """The last sign of life for a key (None if unclaimed), and whether it may be taken."""
         there = self.store.read(self._name(key))
         return there, there is None or self._is_free(key, there)
 
@@ -121,15 +121,15 @@ class Claims:
                         self._live(key, _sign())
 
     def _live(self, key: str, content: bytes) -> None:
-        """Show that we live; a claim that another has taken meanwhile is theirs."""
+        """Give a sign of life; a claim taken by another process in the meantime stays theirs."""
         try:
             if self._signed(key, content):
                 self._held[key] = content
             else:
                 del self._held[key]
-                logger.warning("%s: another process has taken this claim, so it may be made twice", key)
+                logger.warning("%s: another process has taken this claim, so the work may be done twice", key)
         except (OSError, NegpipeError) as error:
-            logger.warning("%s: its claim cannot be kept alive: %s", key, error)
+            logger.warning("%s: cannot keep its claim alive: %s", key, error)
 
     def _signed(self, key: str, content: bytes) -> bool:
         if self.strict:
@@ -145,7 +145,7 @@ class Claims:
 
 
 def drop(store: Store, folder: str, keys: Iterable[str]) -> None:
-    """Delete the claims on some keys, whoever had them: nobody works on these any more."""
+    """Delete the claims on some keys, whoever owned them: no process works on them any more."""
     there = {*store.names(folder)}
     for name in (f"{folder}/{key}{SUFFIX}" for key in keys):
         if name in there:

@@ -1,6 +1,6 @@
 """Publishing files: a final name never exists half-written, whatever is killed or fills up.
 
-Unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder.
+A unique dot-prefixed temporary sibling → write → flush → fsync → `os.replace` → fsync the folder.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from negpipe.store import unfinished
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.EDQUOT: "the disk quota is exceeded",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
-    errno.ENOTDIR: "a folder of its path is a file",
+    errno.ENOTDIR: "part of its path is a file",
     errno.EFBIG: "the file is larger than this file system or the process limit allows",
 }
-_OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading meets them as well
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading raises them as well
 
 
 BOOKS = ".negpipe"
-"""The folder of a run directory that holds records and everything else that is not for people."""
+"""The folder of a run directory that holds records and everything else not meant for users."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file under its final name: name within its folder, bytes, and sha256 where the name depends on it."""
+    """A file under its final name: name within its folder, bytes, and sha256 if the name depends on it."""
 
     name: str
     bytes: int
@@ -53,15 +53,15 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def explained(path: Path, needed: Callable[[], int] | None = None, *, least: bool = False) -> Iterator[None]:
-    """Turn the file system's refusals to write into errors a person can act on.
+    """Turn write errors of the file system into errors that a user can act on.
 
     Args:
-        path: the folder or file that is written.
-        needed: tells, when it failed, the bytes that are written there.
-        least: these are only the bytes so far.
+        path: the folder or file being written.
+        needed: called on failure: the bytes needed there.
+        least: these are only the bytes so far, a lower bound.
 
     Raises:
-        StorageError: no space, quota used up, read-only, no permission, too large.
+        StorageError: no space, quota exceeded, read-only, no permission, too large.
     """
     try:
         yield
@@ -79,12 +79,12 @@ def explained(path: Path, needed: Callable[[], int] | None = None, *, least: boo
         need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(
             f"cannot write {path}: {_REASONS[refused]}. {need}{free}"
-            "Nothing finished was lost: make room, or fix path or permission, then run the same command again"
+            "No finished work was lost: free some space, or fix path or permissions, then run the same command again"
         ) from error
 
 
 def _refusal(error: Exception, path: Path) -> int | None:
-    """The system's error number. Libraries that write files themselves give it as text only."""
+    """The system's error number. Libraries that write files themselves report it only as text."""
     if isinstance(error, OSError) and error.errno in _REASONS:
         named = error.filename if isinstance(error.filename, str | os.PathLike) else path
         inside = Path(named).absolute().is_relative_to(path.absolute())
@@ -102,15 +102,15 @@ def publish(
     """Write a file and give it its final name, which may depend on its content.
 
     Args:
-        folder: existing or new folder of the file.
-        name: the final name, or what makes it from the sha256 of the content.
-        write: writes the content to the binary file it is given.
-        needed: its bytes, where known: without room for them nothing is begun.
-        ready: called with the whole temporary file and the final name, before it gets it.
+        folder: the file's folder, existing or new.
+        name: the final name, or a function that makes it from the sha256 of the content.
+        write: writes the content to the given binary file.
+        needed: its size in bytes, if known: without room for it, nothing is written.
+        ready: called with the complete temporary file and the final name, before the rename.
 
     Raises:
-        StorageError: the file system refused; no temporary file is left.
-        VanishedError: somebody took the temporary file away.
+        StorageError: the file system refused the write; no temporary file is left.
+        VanishedError: another process removed the temporary file.
     """
     temporary = unfinished.temporary(folder)
     size = 0
@@ -132,8 +132,8 @@ def publish(
             if temporary.exists():
                 raise
             raise VanishedError(
-                f"{temporary} vanished while it was written: another process works on this run directory, or files"
-                " in it are being deleted. Stop that, then run the same command again"
+                f"{temporary} vanished while being written: another process uses this run directory, or files"
+                " in it are being deleted. Stop it, then run the same command again"
             ) from error
         finally:
             size = size or bytes_in(temporary)
@@ -143,17 +143,17 @@ def publish(
 
 
 def fits(folder: Path, needed: int) -> None:
-    """Raises OSError: there is no room for so many bytes in a folder."""
+    """Raises OSError: a folder has no room for `needed` bytes."""
     if needed > shutil.disk_usage(folder).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
 def growing(out: Path, *, single: bool) -> Iterator[Path]:
-    """A temporary folder beside `out`; when the block ends well it takes the name, or with `single` its one file does.
+    """A temporary folder next to `out`; on success it takes that name, or with `single`, its only file does.
 
     Raises:
-        StorageError: the file system refused; what was there is still there.
+        StorageError: the file system refused the write; the previous content stays.
     """
     folder, old = unfinished.temporary(out.parent), out.with_name(f".{out.name}.{uuid.uuid4().hex}.old")
     size = 0
@@ -176,7 +176,7 @@ def growing(out: Path, *, single: bool) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder with everything in it, as far as it can be."""
+    """Delete a file, a link, or a folder with everything in it, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -194,10 +194,10 @@ def sync_tree(root: Path) -> None:
 
 
 def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:
-    """Whether there is room for what is about to be written: bytes by folder, each of which may be a link to a disk.
+    """Check that there is room for the bytes needed in each folder; a folder may be a link to another disk.
 
     Raises:
-        StorageError: a disk has less than its folders need together.
+        StorageError: a disk has less room than its folders need together.
     """
     folders: dict[int, list[Path]] = {}
     for folder in needed:
@@ -207,13 +207,13 @@ def check_room(needed: Mapping[Path, int], what: str, remedy: str) -> None:
         total, free = sum(needed[folder] for folder in own), shutil.disk_usage(place).free
         if total > free:
             raise StorageError(
-                f"{what} {total:,} bytes in {place}, {free:,} bytes are free there. Nothing finished was lost: make"
-                f" room, or {remedy}, then run the same command again"
+                f"{what} {total:,} bytes in {place}, {free:,} bytes are free there. No finished work was lost: free"
+                f" some space, or {remedy}, then run the same command again"
             )
 
 
 def bytes_in(path: Path) -> int:
-    """The size of a file, or of the files in a folder; 0 where there is none."""
+    """The size of a file, or of the files in a folder; 0 if it does not exist."""
     try:
         files = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
         return sum(file.stat().st_size for file in files)
@@ -233,7 +233,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write bytes that are there already, for `publish`."""
+    """Write existing bytes, for `publish`."""
     file.write(data)
 
 
@@ -247,6 +247,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path, *, own: bool = True) -> None:
-    """Delete what killed writers left in a folder, see `unfinished.left_over`. Only under the run lock."""
+    """Delete temporary files of killed writers, see `unfinished.left_over`. Only under the run lock."""
     for path in unfinished.left_over(folder, own=own):
         remove(path)

@@ -1,7 +1,7 @@
-"""Holding something in a store whose locks are not the operating system's: by claims that are kept alive.
+"""Leases for stores without operating system locks: claims that are kept alive.
 
-Who holds it gives signs of life; who wants it watches for them, by its own clock. So it passes on from a holder that
-died, after `patience` seconds, and nothing depends on what time it is anywhere.
+The holder gives signs of life; a process that wants the lease watches for them, by its own clock. A lease of a dead
+holder thus passes on after `patience` seconds, and nothing depends on the time of any machine.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from negpipe.store.store import Store
 logger = logging.getLogger(__name__)
 FOLDER = f"{BOOKS}/locks"
 PATIENCE = 60.0
-"""Seconds without a sign of life after which a holder counts as dead; it gives twelve in that time."""
+"""Seconds without a sign of life until a holder counts as dead; it gives twelve in that time."""
 
 
 @contextmanager
 def held(
     store: Store, name: str, *, shared: bool = False, patience: float = PATIENCE, wait: float = 0.0
 ) -> Iterator[None]:
-    """Hold a name.
+    """Hold a lease on a name.
 
     Args:
-        store: where.
+        store: the store.
         name: a word.
-        shared: others may hold it at the same time who share it too.
+        shared: other processes that share it may hold it at the same time.
         patience: see above.
-        wait: seconds to wait for a holder that lives.
+        wait: seconds to wait for a live holder.
 
     Raises:
         LockedError: another process holds it.
@@ -44,10 +44,10 @@ def held(
     with claims.kept():
         if shared:
             if not claims.take(own):
-                raise LockedError(f"{store} cannot be held: run the command again")
+                raise LockedError(f"cannot lock {store}: run the command again")
         else:
             _take(claims, own, store, wait)
-        # Each claims first and then looks for the other kind: of two that come at once, one at least sees the other.
+        # Each claims first, then checks for the other kind: of two simultaneous ones, at least one sees the other.
         for other in [name] if shared else _sharing(store, name):
             _outlive(claims, other, store, wait)
             if not shared:
@@ -66,10 +66,10 @@ def _take(claims: Claims, key: str, store: Store, wait: float) -> None:
 
 
 def _outlive(claims: Claims, key: str, store: Store, wait: float) -> None:
-    """Return once nobody holds a key any more.
+    """Return once a key is free.
 
     Raises:
-        LockedError: somebody does, and lives.
+        LockedError: a live process holds it.
     """
     began, (first, free) = time.monotonic(), claims.seen(key)
     last, told = first, False
@@ -78,7 +78,7 @@ def _outlive(claims: Claims, key: str, store: Store, wait: float) -> None:
         if last != first and time.monotonic() - began >= wait:
             raise LockedError(f"{store} is in use by {who}: wait for it or stop it")
         if not told:
-            logger.info("%s is held by %s: looking whether it lives, for up to %.0f s", store, who, claims.patience)
+            logger.info("%s is held by %s: checking whether it is alive, for up to %.0f s", store, who, claims.patience)
             told = True
         time.sleep(claims.patience / 24)
         last, free = claims.seen(key)

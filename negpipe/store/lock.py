@@ -1,4 +1,4 @@
-"""Who may work on a run directory, one process alone or several shards together; and for a moment on a store."""
+"""Locks on a run directory, for one process or several shards together, and short ones on a store."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file; the operating system lets go of it when the process ends, however it ends.
+    """Hold a lock file; the operating system releases it when the process ends, however it ends.
 
-    Where the file system has no locks, a warning says so and the work goes on: two processes then do work twice, but
-    every file is named by what it holds and appears whole, so they cannot spoil each other's.
+    If the file system has no locks, a warning says so and the work continues: two processes then do work twice but, as
+    files are named by their content and appear complete, cannot corrupt each other's.
 
     Args:
         path: the lock file.
         patience: seconds to wait for it.
-        holder: a file that says who holds it, of several the last that came.
-        shared: others may hold it at the same time who share it too; it is tried once.
+        holder: a file that says who holds it; with several holders, the latest.
+        shared: other processes that share it may hold it at the same time; tried only once.
 
     Raises:
-        LockedError: another process holds it; the message names host, process and start time where they are known.
+        LockedError: another process holds it; the message names host, process and start time, if known.
     """
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        logger.warning("%s cannot be locked (%s): start no second run on it", path.parent.parent, error.strerror)
+        logger.warning("cannot lock %s (%s): do not start a second run on it", path.parent.parent, error.strerror)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     note = {"host": platform.node(), "pid": os.getpid(), "since": since}
     try:
@@ -69,28 +69,28 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory, see `held`."""
+    """Lock a run directory, see `held`."""
     with held(run_dir / BOOKS / "run.lock", holder=run_dir / BOOKS / "holder.json"):
         yield
 
 
 @contextmanager
 def shared_run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory together with other shards; who wants it alone is refused meanwhile. See `held`."""
+    """Lock a run directory together with other shards; exclusive locks are refused meanwhile. See `held`."""
     with held(run_dir / BOOKS / "run.lock", holder=run_dir / BOOKS / "holder.json", shared=True):
         yield
 
 
 @contextmanager
 def driver_lock(run_dir: Path, *, alone: bool) -> Iterator[bool]:
-    """Hold a run directory against others that hand out its shards, and together with the shards. See `held`.
+    """Lock a run directory against other drivers of its shards, but together with the shards. See `held`.
 
     Args:
         run_dir: the run directory.
-        alone: shards that are at work, left by one that was killed, are a refusal too.
+        alone: running shards, left by a killed driver, are refused too.
 
     Returns:
-        whether nobody was at work on it.
+        whether no process was working on it.
     """
     with held(run_dir / BOOKS / "driver.lock", holder=run_dir / BOOKS / "driver.json"):
         idle = True
@@ -106,13 +106,13 @@ def driver_lock(run_dir: Path, *, alone: bool) -> Iterator[bool]:
 
 
 class _SharedLock:
-    """flock's shared lock on a file that filelock locks exclusively by flock too."""
+    """flock's shared lock on a file that filelock also locks with flock, exclusively."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._handle = path, -1
 
     def acquire(self, timeout: float) -> None:
-        """Try once. Raises Timeout: somebody holds it alone."""
+        """Try once. Raises Timeout: another process holds it exclusively."""
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -125,7 +125,7 @@ class _SharedLock:
             raise
 
     def release(self) -> None:
-        """Closing the file lets go of it."""
+        """Closing the file releases it."""
         os.close(self._handle)
 
 
@@ -138,7 +138,7 @@ def _describe(holder: Path | None) -> str:
 
 
 def _read(holder: Path) -> Any:
-    """What a holder says of itself; None: nothing that can be read."""
+    """What a holder wrote about itself; None if it cannot be read."""
     try:
         return json.loads(holder.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

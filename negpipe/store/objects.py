@@ -1,8 +1,8 @@
-"""A `Store` in a bucket of S3, with copies of what is read on a local disk.
+"""A `Store` in an S3 bucket, with copies of the files read on a local disk.
 
-A file is written on the local disk, goes up under its final key in one request or one completed upload in parts, and
-stays as a copy. What is read is fetched once, and is there only if it has the digest that its name says. What changes
-is written conditionally (If-None-Match, If-Match): of two writers one knows that it came late. Nothing is renamed.
+A file is written to the local disk, uploaded under its final key in one request or one completed multipart upload, and
+kept as a copy. A file is downloaded once, and accepted only if it has the digest in its name. Mutable files are written
+conditionally (If-None-Match, If-Match): of two writers, one learns that it came late. Nothing is renamed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from negpipe.store.store import Shown, Store
 A = TypeVar("A")
 B = TypeVar("B")
 PROBE = f"{files.BOOKS}/probe-"
-_FEW = 32  # files of a folder of which each is asked for; of more, the folder is listed
+_FEW = 32  # up to so many files of a folder are requested one by one; for more, the folder is listed
 _RIVALS = 4
-_THREADS = 16  # requests at a time, which wait for S3 and for nothing else
+_THREADS = 16  # concurrent requests, which only wait for S3
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ObjectStore:
     """A `Store` under a prefix of a bucket.
 
     Attributes:
-        bucket: where.
-        prefix: of its keys, without a slash at the end; may be empty.
-        cache: of its parts, on a local disk; beside them lies what this machine alone needs.
+        bucket: the bucket.
+        prefix: the prefix of its keys, without a trailing slash; may be empty.
+        cache: copies of its parts on a local disk; files that only this machine needs are next to them.
     """
 
     bucket: Bucket
@@ -64,7 +64,7 @@ class ObjectStore:
         made = files.publish(self.scratch / folder, name, write, needed, upload)
         if OF_CONTENT.fullmatch(made.name):
             self.cache.added(made.bytes)
-        else:  # it may change there
+        else:  # it may change in the bucket
             (self.scratch / folder / made.name).unlink(missing_ok=True)
         return made
 
@@ -82,7 +82,7 @@ class ObjectStore:
         found: dict[str, int] = {}
         for folder in (folder for folder, count in folders.items() if count > _FEW):
             found |= {name: size for name, size in self._listed(folder) if name in wanted}
-        missing = sorted(wanted - found.keys())  # a listing may be older than a file
+        missing = sorted(wanted - found.keys())  # a listing may predate a file
         for name, size in zip(missing, each(self.size, missing), strict=True):
             if size is not None:
                 found[name] = size
@@ -110,7 +110,7 @@ class ObjectStore:
             if there is None or there[0] != expected:
                 return False
             condition = {"IfMatch": there[1]}
-        # Refused may also be what we wrote ourselves, when the answer was lost and the request was made again.
+        # Our own write may be refused too, if its answer was lost and the request was repeated.
         return self.bucket.put(key, content, **condition) or self.read(name) == content
 
     def delete(self, name: str) -> None:
@@ -126,7 +126,7 @@ class ObjectStore:
         return lease.held(self, name.rpartition("/")[2], wait=patience)
 
     def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
-        """A bucket has no end; what the local disk lacks is known file by file, see `put`."""
+        """A bucket is unlimited; a lack of local disk is detected per file, see `put`."""
 
     def show(self, name: str, what: Shown, version: str, parts: Store, old: Callable[[], Collection[str]]) -> None:
         wanted, there = _pointer(what, version), self.read(_pointing(name))
@@ -156,10 +156,10 @@ class ObjectStore:
         return shown
 
     def check_conditions(self) -> None:
-        """Find out whether conditional writes are conditional here: of several at once, one alone may win.
+        """Check that conditional writes are conditional here: of several concurrent ones, only one may win.
 
         Raises:
-            ConfigError: they are not; of two drivers, neither would know of the other.
+            ConfigError: they are not; two drivers would not notice each other.
         """
         name = f"{PROBE}{uuid.uuid4().hex}"
         won = each(lambda number: self.replace(name, str(number).encode(), None), range(_RIVALS))
@@ -173,12 +173,12 @@ class ObjectStore:
         finally:
             self.delete(name)
         raise ConfigError(
-            f"run_dir: {self}: this service has no conditional writes ({missing}), so two drivers could both write a"
-            " manifest: take one that has them, as AWS does, or a run_dir on a disk"
+            f"run_dir: {self}: this service does not support conditional writes ({missing}), so two drivers could both"
+            " write a manifest: use one that does, such as AWS, or a run_dir on a disk"
         )
 
     def _fetched(self, name: str) -> Path:
-        """A new copy of a file; of one that is not in the bucket, the path where it would be."""
+        """A new copy of a file; if it is not in the bucket, the path where it would be."""
         copy = self.scratch / name
         wanted = OF_CONTENT.fullmatch(name)
         assert wanted is not None
@@ -186,8 +186,8 @@ class ObjectStore:
         def checked(digest: str) -> str:
             if not digest.startswith(wanted[1]):
                 raise DamagedError(
-                    f"{self}/{name} has other content than was written. Run `negpipe mine CONFIG --repair`, it makes"
-                    " again what is damaged and what may come from it"
+                    f"{self}/{name} has changed since it was written. Run `negpipe mine CONFIG --repair` to"
+                    " recompute damaged parts and everything that may derive from them"
                 )
             return copy.name
 
@@ -208,7 +208,7 @@ class ObjectStore:
 
 
 def each(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """The results for all items, several asked for at a time."""
+    """The results for all items, several computed at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return [*pool.map(function, items)]
 
@@ -218,7 +218,7 @@ def _pointing(name: str) -> str:
 
 
 def _pointer(what: Shown, version: str) -> bytes | None:
-    """What leads readers from a name to the parts that it shows."""
+    """The pointer from a name to the parts that it shows."""
     if what is None:
         return None
     return files.json_bytes({"file": what} if isinstance(what, str) else {"version": version, "files": {**what}})

@@ -1,4 +1,4 @@
-"""Which stores a config names: of its run directory, and of the parts that its stages make."""
+"""The stores that a config names: that of its run directory, and that of its stages' parts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _RUN = "run"
 
 
 def run_of(config: Config) -> Store:
-    """The store of manifests and of what people look at.
+    """The store of manifests and of what users look at.
 
     Raises:
-        ConfigError: it is in a bucket, and what reaches buckets is not installed.
+        ConfigError: it is in a bucket, but boto3 is not installed.
     """
     if config.url is None:
         return LocalStore(config.run_dir)
@@ -36,11 +36,11 @@ def store_of(config: Config) -> Store:
 
 @contextmanager
 def run_held(config: Config, *, shared: bool = False) -> Iterator[None]:
-    """Hold the run directory of a config, or its working folder here and then the run in the bucket.
+    """Lock the run directory of a config, or its local working folder and then the run in the bucket.
 
     Args:
-        config: whose.
-        shared: together with others who share it too.
+        config: the config of the run.
+        shared: together with other processes that share it.
 
     Raises:
         LockedError: another process holds it.
@@ -54,7 +54,7 @@ def run_held(config: Config, *, shared: bool = False) -> Iterator[None]:
 
 
 def check_conditions(config: Config) -> None:
-    """Raises ConfigError: the run is in a bucket that has no conditional writes."""
+    """Raises ConfigError: the run is in a bucket without conditional writes."""
     if isinstance(store := run_of(config), ObjectStore):
         store.check_conditions()
 

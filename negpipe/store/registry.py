@@ -1,4 +1,4 @@
-"""Which run directories have parts in a store that they share."""
+"""The registry of run directories with parts in a shared store."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from negpipe.store.files import BOOKS, json_bytes
 from negpipe.store.store import LocalStore
 
 _FOLDER = f"{BOOKS}/runs"
-_PATIENCE = 60.0  # seconds; `clean` holds the registry while it deletes
+_PATIENCE = 60.0  # seconds; `clean` holds the registry while deleting
 
 
 @contextmanager
 def kept(store: LocalStore) -> Iterator[None]:
-    """Hold the registry: meanwhile no run begins to use the store.
+    """Hold the registry: meanwhile, no further run starts using the store.
 
     Raises:
         LockedError: another process holds it.
@@ -30,8 +30,8 @@ def kept(store: LocalStore) -> Iterator[None]:
 
 
 def register(store: LocalStore, run_dir: Path) -> None:
-    """Note that a run directory, which is held, uses the store. One that is noted has nothing to wait for: who deletes
-    in the store wants all that are noted alone."""
+    """Register a run directory, which is locked. A registered one need not wait: a process that deletes in the store
+    locks all registered run directories exclusively."""
     name, content = _entry(run_dir)
     if store.read(name) != content:
         with kept(store):
@@ -39,7 +39,7 @@ def register(store: LocalStore, run_dir: Path) -> None:
 
 
 def note(store: LocalStore, run_dir: Path) -> None:
-    """The same for who holds the registry."""
+    """The same for a process that already holds the registry."""
     name, content = _entry(run_dir)
     store.replace(name, content, store.read(name))
 
@@ -59,12 +59,12 @@ def registered(store: LocalStore) -> list[Path]:
 
 
 def others(store: LocalStore, run_dir: Path) -> list[Path]:
-    """Those of them that are another than this."""
+    """The registered run directories other than this one."""
     return [path for path in registered(store) if path != Path(os.path.realpath(run_dir))]
 
 
 def forget(store: LocalStore, run_dir: Path) -> bool:
-    """Strike a run directory that is gone; returns whether it was registered."""
+    """Remove the entry of a deleted run directory; returns whether it was registered."""
     names = [name for name, path in _entries(store).items() if path in (str(run_dir.absolute()), str(run_dir))]
     for name in names:
         store.delete(name)
@@ -72,43 +72,43 @@ def forget(store: LocalStore, run_dir: Path) -> bool:
 
 
 def check_place(run_dir: Path, store: Path) -> None:
-    """Refuse a run directory of another run as a store: its own `clean` knows nothing of those who share it.
+    """Refuse another run's run directory as a store: that run's `clean` does not know who shares it.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is a run directory.
     """
     if os.path.realpath(store) != os.path.realpath(run_dir) and any((store / BOOKS).glob("*/manifest.json")):
         raise ConfigError(
-            f"store: {store} is the run directory of another run, which would not know that its parts are shared: name"
-            " a folder of its own, and move the folders with parts, and the records in .negpipe, there"
+            f"store: {store} is the run directory of another run, which would not know that its parts are shared: use"
+            " a separate folder, and move the folders of parts and the records in .negpipe there"
         )
 
 
 def check_own_parts(run_dir: Path, store: Path) -> None:
-    """Refuse a run directory that has parts of its own: in the store they would be made again.
+    """Refuse a run directory that already contains parts: they would be recomputed in the store.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: it contains parts.
     """
     if os.path.realpath(store) == os.path.realpath(run_dir):
         return
     records = [path for path in (run_dir / BOOKS).glob("*/*.json") if re.fullmatch(r"[0-9a-f]{16}\.json", path.name)]
     if records:
         raise ConfigError(
-            f"store: {run_dir} has parts of its own, which would be made again in {store}: name a new run_dir, or move"
-            " its folders of parts, and the records in .negpipe that are named by 16 digits, to the same places in the"
+            f"store: {run_dir} already has parts, which would be recomputed in {store}: use a new run_dir, or move"
+            " its folders of parts, and the records in .negpipe named by 16 digits, to the same places in the"
             " store"
         )
 
 
 def check_run_dir(run_dir: Path, store: Path | None) -> None:
-    """Refuse a store as the run directory of a config that does not say that it is shared.
+    """Refuse a store as the run directory of a config that does not declare it as its store.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is a store.
     """
     if (run_dir / _FOLDER).is_dir() and (store is None or os.path.realpath(store) != os.path.realpath(run_dir)):
-        raise ConfigError(f"run_dir: {run_dir} is a store that run directories share: name another folder")
+        raise ConfigError(f"run_dir: {run_dir} is a store shared by run directories: use another folder")
 
 
 def _entries(store: LocalStore) -> dict[str, str]:
@@ -121,6 +121,6 @@ def _entries(store: LocalStore) -> dict[str, str]:
         except (ValueError, LookupError, TypeError, RecursionError):
             raise DamagedError(
                 f"{store.path(name)} does not name a run directory: delete it, and run `negpipe mine` for the run"
-                " directory that it was of"
+                " directory that it belonged to"
             ) from None
     return found

@@ -1,7 +1,7 @@
-"""Requests to S3: the client, its refusals as errors that people can act on, files up and bytes down.
+"""Requests to S3: the client, its failures as errors that users can act on, uploads and downloads.
 
-Credentials and endpoint come from where boto3 looks for them (environment, profile, the machine's role) and are handed
-on to nobody. What fails for a moment is tried again: by botocore, and where an answer breaks off, from there on.
+Credentials and endpoint come from where boto3 looks for them (environment, profile, the machine's role) and are passed
+on to nothing else. Transient failures are retried: by botocore, and for a download that breaks off, from there on.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from negpipe.errors import ConfigError, NegpipeError, StorageError
 
 LONGEST_PUT = 64 * 2**20
-"""Bytes of a file that goes up in one request; a larger one goes in parts, and appears when the last is there."""
+"""Maximum bytes uploaded in one request; larger files are uploaded in parts and appear when complete."""
 ATTEMPTS = 8
 TIMEOUT = 60.0
-"""Seconds without a byte after which a request counts as lost."""
-_PARTS = 10_000  # of one object, by S3's limits
+"""Seconds without a byte until a request counts as lost."""
+_PARTS = 10_000  # of one object, S3's limit
 _BLOCK = 2**20
 _RIGHTS = "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucket"
-_AGAIN = "Nothing finished was lost: run the same command again then"
+_AGAIN = "No finished work was lost: run the same command again"
 _NOT_MET = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404")
 _REFUSALS: dict[tuple[str, ...], tuple[type[NegpipeError], str]] = {
-    ("NoSuchBucket",): (ConfigError, "there is no such bucket: create it, or name another one in run_dir"),
+    ("NoSuchBucket",): (ConfigError, "the bucket does not exist: create it, or name another one in run_dir"),
     ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403"): (
         StorageError,
-        f"the credentials lack a right there: {_RIGHTS} are needed. {_AGAIN}",
+        f"the credentials lack a permission: {_RIGHTS} are needed. {_AGAIN}",
     ),
     ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"): (
         StorageError,
@@ -43,18 +43,18 @@ _REFUSALS: dict[tuple[str, ...], tuple[type[NegpipeError], str]] = {
     ),
     ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"): (
         StorageError,
-        f"the bucket lies in another region: set AWS_DEFAULT_REGION to it. {_AGAIN}",
+        f"the bucket is in another region: set AWS_DEFAULT_REGION to that region. {_AGAIN}",
     ),
     ("RequestTimeTooSkewed",): (
         StorageError,
-        f"this machine's clock is wrong by more than S3 accepts: set it. {_AGAIN}",
+        f"this machine's clock is off by more than S3 accepts: correct it. {_AGAIN}",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket and the client of this process. Raises StorageError or ConfigError whatever is asked of it."""
+    """A bucket and the client of this process. All methods raise StorageError or ConfigError."""
 
     name: str
 
@@ -63,18 +63,18 @@ class Bucket:
         return _client(os.getpid())
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object, None where there is none."""
+        """Bytes of an object, None if it does not exist."""
         with self.asked(key):
             try:
                 return int(self.client.head_object(Bucket=self.name, Key=key)["ContentLength"])
             except _client_error() as error:
                 if _code(error) in ("404", "NoSuchKey"):
                     return None
-                self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0")  # an answer that says why
+                self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0")  # its answer says why
                 raise
 
     def get(self, key: str) -> tuple[bytes, str] | None:
-        """A small object's content and its tag, None where there is none."""
+        """A small object's content and its tag; None if it does not exist."""
         found: list[bytes] = []
         tag = self.stream(key, found.append)
         return None if tag is None else (b"".join(found), tag)
@@ -82,15 +82,15 @@ class Bucket:
     def stream(
         self, key: str, sink: Callable[[bytes], Any], begun: Callable[[int], None] = lambda _: None
     ) -> str | None:
-        """Hand over an object's bytes, a block at a time; what breaks off is gone on from there.
+        """Pass an object's bytes to `sink` block by block; a broken download is resumed where it broke off.
 
         Args:
             key: the object.
-            sink: gets the bytes.
-            begun: gets the object's size before.
+            sink: receives the bytes.
+            begun: receives the object's size first.
 
         Returns:
-            its tag; None: there is none.
+            its tag; None if it does not exist.
         """
         from botocore.exceptions import BotoCoreError
 
@@ -136,7 +136,7 @@ class Bucket:
         return True
 
     def upload(self, path: Path, key: str) -> None:
-        """Write a file under its final key: in one request, or in parts that become an object at the end."""
+        """Write a file under its final key: in one request, or in parts that become one object at the end."""
         from boto3.s3.transfer import TransferConfig
 
         size = path.stat().st_size
@@ -153,7 +153,7 @@ class Bucket:
             try:
                 self.client.upload_file(str(path), self.name, key, Config=parts)
             except Exception as error:
-                # The answer that it was completed may have been lost, and who asks again hears of no such upload.
+                # The answer to the completion may have been lost; a repeated request then reports no such upload.
                 if "NoSuchUpload" not in str(error) or self.size(key) != size:
                     raise
 
@@ -170,10 +170,10 @@ class Bucket:
 
     @contextmanager
     def asked(self, key: str) -> Iterator[None]:
-        """Turn what S3 and botocore refuse into errors a person can act on.
+        """Turn errors of S3 and botocore into errors that a user can act on.
 
         Raises:
-            ConfigError: there is no such bucket.
+            ConfigError: the bucket does not exist.
             StorageError: anything else.
         """
         from boto3.exceptions import Boto3Error
@@ -184,8 +184,8 @@ class Bucket:
             yield
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise ConfigError(
-                f"{place}: there are no credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
-                " in the environment; in a config they have no place"
+                f"{place}: no credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+                " in the environment; they do not belong in a config"
             ) from error
         except (ClientError, BotoCoreError, Boto3Error) as error:
             code = next(_said(error), None)
@@ -200,7 +200,7 @@ class Bucket:
 
 
 def _said(error: BaseException) -> Iterator[str]:
-    """The code that S3 answered, of an error that was wrapped in another."""
+    """The code of S3's answer, from an error that is wrapped in another."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, _client_error()):
@@ -222,12 +222,12 @@ def _client_error() -> type[Exception]:
 def check_library() -> None:
     """Raises ConfigError: boto3 is not installed."""
     if find_spec("boto3") is None:
-        raise ConfigError("run_dir: s3:// needs boto3: pip install 'negpipe[s3]'")
+        raise ConfigError("run_dir: s3:// needs boto3: run `pip install 'negpipe[s3]'`")
 
 
 @lru_cache(1)
 def _client(_: int) -> Any:
-    """The client of a process of this number: connections do not survive a fork. Threads may share it."""
+    """The client of the process with this id: connections do not survive a fork. Threads may share it."""
     import boto3
     from botocore.config import Config
 
@@ -236,6 +236,6 @@ def _client(_: int) -> Any:
         connect_timeout=TIMEOUT / 6,
         read_timeout=TIMEOUT,
         max_pool_connections=32,
-        response_checksum_validation="when_required",  # names say what parts hold, and manifests are sealed
+        response_checksum_validation="when_required",  # part names contain digests, and manifests are sealed
     )
     return boto3.session.Session().client("s3", config=settings)

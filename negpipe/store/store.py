@@ -1,7 +1,7 @@
-"""The one protocol through which parts, records and pointers are reached; on local disk here.
+"""The single protocol for access to parts, records and pointers, and its implementation for local disks.
 
-Files are named by a folder and a name in it, "search/0f3a…-9c1d….parquet", and immutable once they are there; what
-changes (manifests) is written conditionally, so that of two writers one knows that it came late.
+Files are named by a folder and a name in it, "search/0f3a…-9c1d….parquet", and are immutable once they exist; mutable
+files (manifests) are written conditionally, so that of two writers, one learns that it came late.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from negpipe.store import files, view
 from negpipe.store.lock import held
 
 CHANGES = ".negpipe/changes.lock"
-"""Held for as long as it takes to replace a small file."""
+"""Held while a small file is replaced."""
 _PATIENCE = 30.0  # seconds that another process may take to write a few kilobytes
 _READS = 5
 
 
 Shown = str | Mapping[str, str] | None
-"""What a name shows to people: a file of a store, files by the names they have in a folder, or nothing."""
+"""What a name shows to users: a file of a store, files by their names in a folder, or nothing."""
 
 
 class Store(Protocol):
@@ -32,77 +32,77 @@ class Store(Protocol):
 
     @property
     def scratch(self) -> Path:
-        """A folder for what a process has begun and may go on from, and for what no other machine needs."""
+        """A folder for unfinished work to resume, and for files that no other machine needs."""
 
     @property
     def verifies(self) -> bool:
-        """Whether what `path` leads to was found to be what its name says."""
+        """Whether files are verified against the digest in their name before `path` returns them."""
 
     def put(
         self, folder: str, name: Callable[[str], str], write: Callable[[BinaryIO], None], needed: int | None = None
     ) -> files.Published:
-        """Write a file under its final name, which may depend on the sha256 of its content; it appears whole.
+        """Write a file under its final name, which may depend on the sha256 of its content; it appears complete.
 
         Raises:
-            StorageError: it cannot be written; nothing is left.
-            VanishedError: somebody took away what was being written.
+            StorageError: it cannot be written; nothing is left behind.
+            VanishedError: the file was removed while being written.
         """
 
     def path(self, name: str) -> Path:
-        """Where this machine reads the file, mapped if need be."""
+        """Path where this machine reads the file, possibly memory-mapped."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None where there is none."""
+        """Size of a file in bytes; None if it does not exist."""
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of many files, by name; what is not there is left out."""
+        """Sizes of many files in bytes, by name; missing files are left out."""
 
     def digest(self, name: str) -> str | None:
-        """sha256 of a file's bytes, all of which are read where they lie; None where there is none."""
+        """sha256 of a file's bytes, all read from the store itself; None if it does not exist."""
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, as the other methods take them, sorted."""
+        """Names of the files in a folder, as accepted by the other methods, sorted."""
 
     def read(self, name: str) -> bytes | None:
-        """A small file's content as it is now, None where there is none."""
+        """A small file's current content; None if it does not exist."""
 
     def reads(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The contents of many small files, by name; what is not there, or cannot be read, is left out."""
+        """The contents of many small files, by name; missing or unreadable files are left out."""
 
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
-        """Write a small file whole if it still holds `expected` (None: if there is none); returns whether it did."""
+        """Write a small file completely if it still holds `expected` (None: if missing); returns whether it did."""
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, if it exists."""
 
     def lock(self, name: str, patience: float = 0.0) -> AbstractContextManager[None]:
-        """Hold a name against other processes, waiting so many seconds for it.
+        """Lock a name against other processes, waiting up to `patience` seconds for it.
 
         Raises:
             LockedError: another process holds it.
         """
 
     def check_room(self, needed: Mapping[str, int], what: str, remedy: str) -> None:
-        """Whether there is room for so many bytes in each folder.
+        """Check that each folder has room for the bytes needed.
 
         Raises:
-            StorageError: there is not.
+            StorageError: there is not enough room.
         """
 
     def show(self, name: str, what: Shown, version: str, parts: Store, old: Callable[[], Collection[str]]) -> None:
-        """Make a name show files of the store `parts`, in one step; see `view.show`."""
+        """Make a name show files of the store `parts`, atomically; see `view.show`."""
 
     def shows(self, name: str, what: Shown, version: str, parts: Store) -> bool:
-        """Whether a name shows what it should."""
+        """Whether a name shows the right files."""
 
     def entries(self, name: str) -> list[str]:
-        """The files that a folder that is shown holds, in order, as `path` takes them; not what people put there."""
+        """The files in a shown folder, in order, as accepted by `path`; without files that users put there."""
 
     def folder(self, name: str) -> Path:
-        """Where this machine reads the files that a name shows, under the names they are shown by."""
+        """The local folder with the files that a name shows, under their shown names."""
 
     def place(self, name: str) -> str:
-        """Where people find what a name shows."""
+        """Where users find what a name shows."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class LocalStore:
         return self.root / name
 
     def size(self, name: str) -> int | None:
-        try:  # not by way of `path`: of ten thousand parts, making those would take longer than the system calls
+        try:  # not via `path`: for ten thousand parts, creating Paths would take longer than the system calls
             return os.stat(f"{self.root}/{name}").st_size
         except OSError:
             return None
@@ -157,7 +157,7 @@ class LocalStore:
                     return file.read()
             except FileNotFoundError:
                 return None
-            except OSError as error:  # on NFS, another machine put a new file in its place since it was opened
+            except OSError as error:  # on NFS, another machine replaced the file after it was opened
                 if error.errno != errno.ESTALE or attempt == _READS - 1:
                     raise
         raise AssertionError

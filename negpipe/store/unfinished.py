@@ -1,8 +1,8 @@
-"""Names of files and folders that are not finished. They say who works on them, so that what a dead process left can
-be told from what a live one writes, and from what somebody else put there.
+"""Names of unfinished files and folders. They identify their owner, so that leftovers of a dead process can be
+distinguished from files that a live one writes, and from unrelated files.
 
-A process is known by number and start, as numbers are given again; its place by host name, boot and process namespace:
-in containers every process is number 1, and containers may share a host name.
+A process is identified by number and start time, as numbers are reused; its place by host name, boot and process
+namespace: in containers every process may have number 1, and containers may share a host name.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ _DAY = 86400
 
 
 def temporary(folder: Path) -> Path:
-    """A new name in a folder for a file until it is whole."""
+    """A new name in a folder for an unfinished file."""
     return folder / f".{uuid.uuid4().hex}-{owner()}.tmp"
 
 
 def owner(pid: int | None = None) -> str:
-    """This process, or another one of this place."""
+    """The owner name of this process, or of another one in the same place."""
     pid = pid or os.getpid()
     return f"{pid}.{_state(pid)[1]}@{_place()}"
 
 
 def left_over(folder: Path, *, own: bool = True) -> Iterator[Path]:
-    """What processes that are gone left in a folder: files and folders of the names given here, and nothing else.
+    """Leftovers of dead processes in a folder: only files and folders with names made here.
 
     Args:
         folder: where to look.
-        own: what this process left is nobody's, as a run looks before it begins; not where another run of it may be
-            at work.
+        own: whether leftovers of this process count, as when a run looks before it starts; not if another run of this
+            process may be active.
     """
     with suppress(OSError):
         yield from [path for path in folder.iterdir() if _is_abandoned(path, own)]
 
 
 def is_gone(who: str) -> bool:
-    """Whether an `owner` is known to be dead: a process of this place that is not there; of others nobody knows."""
+    """Whether an `owner` is known to be dead: a missing process of this place; unknown for other places."""
     named = _OWNER.fullmatch(who)
     return named is not None and named[3] == _place() and not _alive(int(named[1]), int(named[2]))
 
 
 def is_here(who: str) -> bool:
-    """Whether an `owner` is known to live: a process of this place that is there."""
+    """Whether an `owner` is known to be alive: an existing process of this place."""
     named = _OWNER.fullmatch(who)
     return named is not None and named[3] == _place() and _alive(int(named[1]), int(named[2]))
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a name is one given here."""
+    """Whether a name was made here."""
     return _NAME.fullmatch(name) is not None
 
 
 def _is_abandoned(path: Path, own: bool) -> bool:
-    """Whether it has such a name, and nobody works on it any more.
+    """Whether it has such a name and no process works on it any more.
 
-    A process of the same place is looked for. One of another place can only be at work beside us where locks fail or a
-    store is shared: it counts as dead after a day without a write.
+    A process of the same place is looked up. A process of another place can only be active at the same time if locks
+    fail or the store is shared: it counts as dead after a day without a write.
     """
     named = _NAME.fullmatch(path.name)
     if named is None:
@@ -82,7 +82,7 @@ def _is_abandoned(path: Path, own: bool) -> bool:
 
 
 def _place() -> str:
-    """The host by name, and eight digits of its boot and this process's namespace of process numbers."""
+    """Host name, and eight digits identifying its boot and this process's PID namespace."""
     known = []
     with suppress(OSError):  # not on Linux
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -100,12 +100,12 @@ def _alive(pid: int, started: int) -> bool:
     except PermissionError:
         pass
     state, since = _state(pid)
-    # In a container without an init process, the dead stay listed: state Z.
+    # In a container without an init process, dead processes stay listed: state Z.
     return state not in ("Z", "X") and (since == started or 0 in (since, started))
 
 
 def _state(pid: int) -> tuple[str, int]:
-    """State and start of a process, in ticks since the boot; 0 where the system does not tell."""
+    """State of a process, and its start in ticks since the boot; 0 if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return fields[0], int(fields[19])

@@ -1,10 +1,10 @@
-"""What people look at: `triplets/`, `model/` and `rejected.jsonl` in the run directory, names that show parts of the
+"""What users look at: `triplets/`, `model/` and `rejected.jsonl` in the run directory, names that show parts of the
 store.
 
-A folder of parts is shown by a pointer, a relative symbolic link that changes in one step: whoever opens it sees the
-rows of one setting at every moment. It leads to `.NAME/VERSION/`, a folder of links to the parts (hard links, symbolic
-ones where the store is on another disk). A single file is shown by a link of its own. Files that people put into a
-shown folder are theirs: they move on to the next one. Ours are told by their name, `PART`, or by the list beside them.
+A folder of parts is shown by a pointer, a relative symbolic link that changes atomically: at every moment, a reader
+sees the rows of one setting. It leads to `.NAME/VERSION/`, a folder of links to the parts (hard links, or symbolic ones
+if the store is on another disk). A single file is shown by a link. Files that users put into a shown folder belong to
+them: they are moved to the next version. Ours are recognised by their name, `PART`, or by the list next to them.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _RACES = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 _ASIDE = "old-"
 Entries = Mapping[str, Path]
 PART = re.compile(r"part-\d{5}(-\d{5})?\.parquet")
-"""What the entries of a shown folder of rows are called."""
+"""The names of entries in a shown folder of rows."""
 _LIST = ".shown"
-"""In a folder whose entries are called otherwise: their names, in JSON."""
+"""In a folder whose entries have other names: the list of these, in JSON."""
 
 
 def show(
     run_dir: Path, name: str, what: Path | Entries | None, version: str, old: Callable[[], Collection[str]]
 ) -> None:
-    """Make a name of the run directory show a file, a folder of files, or nothing.
+    """Make a name in the run directory show a file, a folder of files, or nothing.
 
     Args:
         run_dir: the run directory.
         name: the name.
-        what: the file; the files by the names they are shown under; None: the name goes.
-        version: names what is shown.
-        old: tells which entries are no user's, in a folder that stands where the pointer comes to stand.
+        what: the file; the files by their shown names; None: the name is removed.
+        version: identifies what is shown.
+        old: returns the entries that are not the user's, in a folder that the pointer will replace.
 
     Raises:
-        StorageError: it cannot be changed; what was shown still is.
+        StorageError: it cannot be changed; the previous view stays.
     """
     place = run_dir / name
     with explained(run_dir):
@@ -62,7 +62,7 @@ def show(
 
 
 def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -> bool:
-    """Whether a name shows what it should."""
+    """Whether a name shows the right files."""
     place = run_dir / name
     if what is None:
         return not os.path.lexists(place) or (place.is_dir() and not place.is_symlink())  # the user's own
@@ -73,17 +73,17 @@ def shows(run_dir: Path, name: str, what: Path | Entries | None, version: str) -
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder shows, in order; not what people put there."""
+    """The files that a folder shows, in order; without files that users put there."""
     return sorted(path for path in folder.iterdir() if PART.fullmatch(path.name))
 
 
 def is_entry(folder: Path, name: str) -> bool:
-    """Whether a name in a folder that is shown, "1_Pooling/config.json", is of what it shows, and not a user's."""
+    """Whether a name in a shown folder, "1_Pooling/config.json", belongs to what it shows, and is not a user's."""
     return PART.fullmatch(name) is not None or name in _listed(folder)
 
 
 def stale(run_dir: Path, name: str) -> Iterator[Path]:
-    """Links to parts in folders that a name does not show any more, and what killed runs left of them."""
+    """Links to parts in folders that a name no longer shows, and leftovers of killed runs."""
     current = (run_dir / name).resolve()
     with suppress(OSError):
         for folder in sorted((run_dir / f".{name}").iterdir()):
@@ -96,7 +96,7 @@ def stale(run_dir: Path, name: str) -> Iterator[Path]:
 
 
 def drop_empty(run_dir: Path, name: str) -> None:
-    """Remove folders that hold nothing any more."""
+    """Remove empty folders."""
     with suppress(OSError):
         for folder in (run_dir / f".{name}").iterdir():
             within = sorted(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
@@ -118,13 +118,13 @@ def _filled(folder: Path, entries: Entries) -> Path:
 
 
 def fill(folder: Path, entries: Entries, *, symbolic: bool = True) -> None:
-    """Put links to files into a folder, by the names they are to have there, "1_Pooling/config.json".
+    """Create links to files in a folder, under the given names, such as "1_Pooling/config.json".
 
     Args:
-        folder: made where it is not there.
-        entries: what it is to hold.
-        symbolic: where there can be no hard links, symbolic ones; else copies, as in a folder that nothing shows, in
-            which a link that leads elsewhere would be nobody's.
+        folder: created if it does not exist.
+        entries: its files by name.
+        symbolic: use symbolic links where hard links are impossible; else copies, for folders that nothing shows, in
+            which a link that leads elsewhere would belong to nothing.
     """
     for name, path in entries.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def fill(folder: Path, entries: Entries, *, symbolic: bool = True) -> None:
 
 
 def _listed(folder: Path) -> list[str]:
-    """The entries of a folder, beside those that their names tell."""
+    """The entries of a folder that are not recognised by their names."""
     try:
         names = [PurePosixPath(name) for name in json.loads((folder / _LIST).read_bytes())]
         return [str(name) for name in names if not name.is_absolute() and ".." not in name.parts]
@@ -142,7 +142,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _link(source: Path, name: Path, *, symbolic: bool) -> None:
-    """Put a file under a second name, replacing what has it."""
+    """Link a file under a second name, replacing what has that name."""
     temporary = unfinished.temporary(name.parent)
     try:
         try:
@@ -158,7 +158,7 @@ def _link(source: Path, name: Path, *, symbolic: bool) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Let a link lead to another file or folder, in one step."""
+    """Make a link point to another file or folder, atomically."""
     temporary = unfinished.temporary(link.parent)
     try:
         temporary.symlink_to(target)
@@ -169,7 +169,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[str]]) -> None:
-    """Move the pointer, then what is the user's; each step may already have happened."""
+    """Move the pointer, then the user's files; each step may already have happened."""
     place, target = run_dir / name, Path(folder.parent.name, folder.name)
     for _ in range(_ATTEMPTS):
         if place.is_symlink() and place.readlink() == target:
@@ -179,11 +179,11 @@ def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[
                 os.rename(place, folder.parent / f"{_ASIDE}{uuid.uuid4().hex}")
             point(place, target)
         except OSError as error:
-            # Where locks do not work, another process takes the same steps between ours.
+            # If locks do not work, another process may take the same steps in between.
             if error.errno not in _RACES:
                 raise _stuck(place, folder, error.strerror) from error
     else:
-        raise _stuck(place, folder, f"something is there again after {_ATTEMPTS} attempts")
+        raise _stuck(place, folder, f"it exists again after {_ATTEMPTS} attempts")
     sync_folder(run_dir)
     for other in sorted(folder.parent.iterdir()):
         if other.is_dir() and not other.is_symlink() and other != folder:
@@ -192,19 +192,19 @@ def _point(run_dir: Path, name: str, folder: Path, old: Callable[[], Collection[
 
 def _stuck(place: Path, folder: Path, why: str | None) -> StorageError:
     return StorageError(
-        f"{place} cannot be replaced ({why}). Its new content is complete in {folder}: free {place}, or give the right"
-        " to rename it, then run the same command again"
+        f"{place} cannot be replaced ({why}). Its new content is complete in {folder}: move {place} away, or grant the"
+        " permission to rename it, then run the same command again"
     )
 
 
 def _move_on(before: Path, folder: Path, ours: Collection[str]) -> None:
-    """Take what is the user's along. What was shown of an older setting, whoever made it, stays where it is."""
+    """Move the user's files along. Files shown for an older setting, whoever made them, stay where they are."""
     shown = {_LIST, *(name.partition("/")[0] for name in _listed(before))}
     for path in sorted(before.iterdir()):
         with suppress(OSError):
             if path.name in ours or unfinished.is_unfinished(path.name):
                 path.unlink()
-            # A file that somebody on NFS still reads has a name of the system's and goes by itself.
+            # On NFS, a file that is still being read has a system name and disappears by itself.
             elif not (PART.fullmatch(path.name) or path.name in shown or path.name.startswith(".nfs")):
                 os.rename(path, _free(folder / path.name))
     with suppress(OSError):
@@ -212,7 +212,7 @@ def _move_on(before: Path, folder: Path, ours: Collection[str]) -> None:
 
 
 def _free(path: Path) -> Path:
-    """The path, or the first numbered one that nothing has."""
+    """The path, or the first numbered variant that is free."""
     taken, number = path, 0
     while os.path.lexists(taken):
         number += 1
@@ -228,7 +228,7 @@ def _same(place: Path, path: Path) -> bool:
 
 
 def _alike(place: Path, path: Path) -> bool:
-    """Whether a name is of a file, or of a copy: in a run directory that was copied, links are files of their own."""
+    """Whether a name is a file or a copy of it: in a copied run directory, links have become separate files."""
     try:
         return place.stat().st_size == path.stat().st_size
     except OSError:
@@ -236,5 +236,5 @@ def _alike(place: Path, path: Path) -> bool:
 
 
 def _is_lone(path: Path) -> bool:
-    """Whether a file has no other name: then nobody but a user can have put it there."""
+    """Whether a file has no other name: then only a user can have put it there."""
     return not path.is_symlink() and path.stat().st_nlink == 1

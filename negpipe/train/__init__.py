@@ -1,7 +1,7 @@
-"""Training on the rows, and whether it helped.
+"""Trains models on the rows and measures whether it helped.
 
 The stages of a config with a section `train`: `held_out` reads the split that the model is judged on, `train`
-fine-tunes it on the rows and judges it against what was before. Only `trainer`, `retriever` and `reranker` import
+fine-tunes a model on the rows and compares it with the one before. Only `trainer`, `retriever` and `reranker` import
 torch, when they run.
 """
 
@@ -14,6 +14,6 @@ __all__ = ["with_training"]
 
 
 def with_training(mining: Graph) -> Graph:
-    """The stages that mine, and those that train; what there is to judge by is known before anything is encoded."""
+    """The stages for mining and training; the held-out split is checked before anything is encoded."""
     ingest, *others = mining.values()
     return {each.name: each for each in (ingest, held_out.STAGE, *others, stage.STAGE)}

@@ -1,8 +1,8 @@
-"""`negpipe ablate`: the same training with different settings of mining, and which of them made the better model.
+"""`negpipe ablate`: compares models trained in the same way with different mining settings.
 
-A cell is one arm with one seed: an ordinary run of its own under RUN/ablation, resumed and left alone like any other.
-All share a store, so that texts are encoded and the base judged once, and candidates searched once for each depth.
-Cells go seed by seed, so that every arm has a result when the first round is through.
+A cell is one arm with one seed: an ordinary run under RUN/ablation, resumed and skipped like any other. All share a
+store, so that texts are encoded and the base judged only once, and candidates searched once per depth. Cells run seed
+by seed, so that every arm has a result after the first round.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ logger = logging.getLogger(__name__)
 FOLDER = "ablation"
 TABLE = "ablation.parquet"
 _SKIPPED = (ConfigError, InputError, RecallError, RowsError, TaskFailedError)
-"""What is wrong with one arm alone: the others go on."""
+"""Errors of a single arm: the others continue."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed, once it is made."""
+    """A finished cell: one arm with one seed."""
 
     arm: str
     config: Config
     anchors: list[str]
-    """Ids of those it was judged on."""
+    """Ids of the anchors it was judged on."""
     scores: Mapping[str, Floats]
     """By metric, (anchors,) values of the trained model."""
     base: Mapping[str, Floats]
-    """The same of the model before."""
+    """The same for the model before training."""
     best: Mapping[str, Floats]
-    """(anchors,) highest scores: best_positive_before, best_negative_before, and the same after; NaN where there is
-    none. Empty for rerankers, whose scores are of another kind than those before."""
+    """(anchors,) highest scores: best_positive_before, best_negative_before, and the same after; NaN if there is none.
+    Empty for rerankers, whose scores are not comparable to those before."""
     losses: Floats
-    """(steps,) of training."""
+    """(steps,) training loss."""
     facts: Mapping[str, Any]
     """Rows, coverage, hardness and seconds."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """All that came of it.
+    """The results of an ablation.
 
     Attributes:
-        folder: where the cells and the table are.
-        effects: of the arms, best first.
-        cells: by arm, a cell a seed.
-        facts: by arm: rows, steps, coverage, distance, leak with its interval, seconds; each over the seeds.
-        failed: by cell, why there is no result.
+        folder: the folder of the cells and the table.
+        effects: effects of the arms, best first.
+        cells: by arm, one cell per seed.
+        facts: by arm: rows, steps, coverage, distance, leak with its interval, seconds; over the seeds (leak: first).
+        failed: by cell, why it has no result.
     """
 
     folder: Path
@@ -116,17 +116,17 @@ class Ablation:
 
 
 def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) -> Ablation:
-    """Make every cell that is not made, compare the arms, and write `RUN/ablation/ablation.parquet`.
+    """Run every missing cell, compare the arms, and write `RUN/ablation/ablation.parquet`.
 
     Args:
-        config: with sections `train` and, for other than its defaults, `ablate`.
-        reporter: where progress goes.
-        options: of `graph.train`.
+        config: with a section `train`, and optionally a section `ablate`.
+        reporter: receives progress.
+        options: passed to `graph.train`.
 
     Raises:
-        ConfigError: the config has no section `train`, or the settings of an arm do not go with it.
+        ConfigError: the config has no section `train`, or the settings of an arm are incompatible with it.
         LockedError: another process works on the same ablation.
-        InputError: no cell came to an end; the message says why.
+        InputError: no cell finished; the message says why.
     """
     graph.check_trains(config)
     check_place(config, "ablate")
@@ -134,14 +134,14 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
         raise ConfigError("ablate: statsmodels is not installed: run `pip install 'negpipe[train]'`")
     folder, failed = config.run_dir / FOLDER, dict[str, str]()
     options["reporter"] = reporter
-    # Known before anything runs; what calibration recommends goes with any config that mines.
+    # Checked before anything runs; the settings that calibration recommends suit any config that mines.
     _configs(config, folder, arms(config, dict))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with run_lock(folder):
         changes = arms(config, lambda: _calibrated(config, folder, options, failed))
         made = _made(_configs(config, folder, changes), config, options, failed)
         if not made:
-            raise InputError(f"no cell came to an end; the first: {next(iter(failed.values()))}")
+            raise InputError(f"no cell finished; the first error: {next(iter(failed.values()))}")
         found = _compared(config, folder, made, failed, reporter)
         _write(found)
         described = {arm: json.dumps(own, ensure_ascii=False, default=str) for arm, own in changes.items()}
@@ -152,7 +152,7 @@ def ablate(config: Config, *, reporter: Reporter | None = None, **options: Any) 
 def _made(
     configs: Mapping[tuple[str, int], Config], config: Config, options: Mapping[str, Any], failed: dict[str, str]
 ) -> list[Cell]:
-    """The cells; `failed` gets why there is none of some."""
+    """The cells; the reasons for missing ones go to `failed`."""
     made: list[Cell] = []
     before = config
     ran = seconds = 0.0
@@ -166,7 +166,7 @@ def _made(
             result = graph.train(own, **options)
             cell = _cell(arm, own)
             if made and cell.anchors != made[0].anchors:
-                raise InputError(f"it is judged on other anchors than '{made[0].arm}': they cannot be compared")
+                raise InputError(f"it was judged on other anchors than '{made[0].arm}': they cannot be compared")
         except _SKIPPED as error:
             logger.error("ablate: %s, seed %d has no result: %s", arm, seed, error)
             failed[f"{arm}, seed {seed}"] = str(error)
@@ -181,7 +181,7 @@ def _made(
 
 
 def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict[tuple[str, int], Config]:
-    """The config of every cell by arm and seed, in the order they are made."""
+    """The config of every cell by arm and seed, in execution order."""
     seeds = (config.ablate or Ablate()).seeds
     made: dict[tuple[str, int], Config] = {}
     names: dict[str, str] = {}
@@ -199,9 +199,9 @@ def _configs(config: Config, folder: Path, found: Mapping[str, Changes]) -> dict
 
 
 def _calibrated(config: Config, folder: Path, options: Mapping[str, Any], failed: dict[str, str]) -> Changes | None:
-    """What `calibrate` recommends to who mines with negpipe's other defaults; None, and why in `failed`: nothing."""
+    """The settings that `calibrate` recommends, other settings being defaults; None, with the reason in `failed`."""
     own = child(config, folder / "calibration", {**rules(config), "ablate": None, "output.report": False})
-    logger.info("ablate: calibrates")
+    logger.info("ablate: calibrating")
     try:
         graph.mine(own, **options)
         advice = recommend(measures.calibrate_settings(own, reporter=options["reporter"]), coverage=0.9, max_leak=0.05)
@@ -215,14 +215,14 @@ def _calibrated(config: Config, folder: Path, options: Mapping[str, Any], failed
 
 
 def _cell(arm: str, config: Config) -> Cell:
-    """Read what a cell made."""
+    """Read the results of a cell."""
     found, mined = scores(config), manifest(config, "triplets")
     after, base = ({name: found[f"{name}_{side}"].to_numpy() for name in METRICS} for side in ("after", "before"))
     (model,) = manifest(config, "train").of_kind("model")
     assert config.train is not None
     stats, learned = mined.stats, config.train.negatives
     means = [stats["scores"][side]["mean"] for side in ("positive", "negative")]
-    asked = max(1, stats["wanted"] // config.mining.wanted)  # anchors, or pairs where each has negatives of its own
+    asked = max(1, stats["wanted"] // config.mining.wanted)  # anchors, or pairs if each pair has separate negatives
     facts = {
         "rows": stats["rows"],
         "steps": model.meta["steps"],
@@ -265,7 +265,7 @@ def _compared(
 
 
 def _leak(config: Config, reporter: Reporter | None) -> Leak:
-    """Of what is trained on."""
+    """The leak of the negatives that are trained on."""
     assert config.train is not None
     if not config.train.negatives:
         return Leak(leak_missing="train.negatives is false: no mined negative is trained on")
@@ -273,10 +273,10 @@ def _leak(config: Config, reporter: Reporter | None) -> Leak:
 
 
 def _write(found: Ablation) -> None:
-    """The table, a row an arm."""
+    """Write the table, one row per arm."""
     rows = [*_rows(found)]
     about = {"verdict": found.verdict, "bases": json.dumps(found.bases)}
-    # A column of nulls alone has no type of its own.
+    # A column of nulls has no type.
     kinds = {name: pa.string() if name in ("arm", "leak_missing") else pa.float64() for name in rows[0]}
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()}
     made = pa.table(columns).replace_schema_metadata(about)

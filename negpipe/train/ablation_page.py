@@ -1,4 +1,4 @@
-"""The table of an ablation for people: on a terminal, as Markdown, and as a page with figures."""
+"""The table of an ablation: for the terminal, as Markdown, and as an HTML page with figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAD = ("arm", *METRICS, *_JUDGED, "rows", "steps", "seeds", "time")
 
 
 class Figure(NamedTuple):
-    """A figure of the page."""
+    """A figure on the page."""
 
     title: str
     svg: str
@@ -38,7 +38,7 @@ class Figure(NamedTuple):
 
 
 def rows(found: Ablation) -> Iterator[list[str]]:
-    """A row for the base, for each where arms have several, then one an arm, best first."""
+    """A row per base, then one per arm, best first."""
     bases = dict.fromkeys(tuple(base.values()) for base in found.bases.values())
     for values in bases:
         arms = [arm for arm, base in found.bases.items() if tuple(base.values()) == values]
@@ -66,26 +66,26 @@ def rows(found: Ablation) -> Iterator[list[str]]:
 
 
 def about(found: Ablation) -> str:
-    """What the columns are."""
+    """Explains the columns."""
     counts = sorted({found.facts[one.arm]["steps"] for one in found.effects})
     apart = (
-        f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps, as an epoch of more rows is longer: set"
-        " train.steps to train all alike."
+        f" Arms were trained for {counts[0]:,.0f} to {counts[-1]:,.0f} steps: an epoch of more rows is longer. Set"
+        " train.steps to train all equally."
         if len(counts) > 1
         else ""
     )
     return (
         f"Means over {found.anchors:,} held-out anchors and the seeds; ± is the standard deviation of the seeds' means."
-        f" Difference: of {_FIRST} from the base, with its paired interval over anchors. p: of no difference from the"
-        " base, and from the best arm, between the models that were made, by a paired permutation test, corrected for"
-        " the number of arms (Holm); how much other seeds would differ, ± tells. Leak: expected share of false"
-        " negatives, as calibrate measures it. Distance: mean score of the positives less that of the negatives, small"
-        f" is hard. Coverage: share of anchors with all their negatives. Time: selection and training.{apart}"
+        f" Difference: in {_FIRST} from the base, with its paired interval over anchors. p: of no difference from the"
+        " base, and from the best arm, between the trained models, by a paired permutation test corrected for the"
+        " number of arms (Holm); ± shows how much other seeds would differ. Leak: expected share of false negatives,"
+        " as calibrate measures it. Distance: mean score of the positives minus that of the negatives; small is hard."
+        f" Coverage: share of anchors with all their negatives. Time: selection and training.{apart}"
     )
 
 
 def write(found: Ablation, settings: dict[str, str]) -> None:
-    """Write both files beside the cells; `settings` says by arm what it changes."""
+    """Write both files next to the cells; `settings` describes the changes of each arm."""
     table = [[*HEAD], *rows(found)]
     lines = [" | ".join(map(_escaped, row)) for row in table]
     lines.insert(1, "|".join(["---", *["---:"] * (len(table[0]) - 1)]))
@@ -128,28 +128,27 @@ def _figures(found: Ablation) -> Iterator[Figure]:
     yield made(
         "Effect",
         partial(_effects, found=found),
-        f"Difference of {_FIRST} from the base, best arm first, with its interval of 95 %; dots are the seeds.",
+        f"Difference in {_FIRST} from the base, best arm first, with its 95 % interval; dots are the seeds.",
         (8.0, 1.0 + 0.35 * len(found.effects)),
     )
-    for name, label in (("leak", "leak"), ("distance", "mean score of positives less negatives")):
+    for name, label in (("leak", "leak"), ("distance", "mean score of positives minus negatives")):
         if any(found.facts[one.arm][name] is not None for one in found.effects):
             yield made(
                 f"Effect against {name}",
                 partial(_against, found=found, name=name, label=label),
                 {
-                    "leak": "To the left fewer false negatives are taken.",
-                    "distance": "To the left the negatives are harder.",
+                    "leak": "Further left, fewer false negatives are taken.",
+                    "distance": "Further left, the negatives are harder.",
                 }[name],
             )
     for side in ("before", "after") if found.cells[found.effects[0].arm][0].best else ():
         yield made(
             f"Scores {side}",
             partial(_scores, found=found, side=side),
-            "The highest score of a positive and of another document, of every held-out anchor that has one in its"
-            " first hundred, by "
-            + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
+            "The highest score of a positive and of another document, for every held-out anchor that has one in its"
+            " first 100, by " + ("the base." if side == "before" else f"the first model of '{found.effects[0].arm}'."),
         )
-    yield made("Loss", partial(_losses, found=found), "Of the first seed, the mean over a tenth of the steps.")
+    yield made("Loss", partial(_losses, found=found), "First seed, mean over a tenth of the steps.")
 
 
 def _effects(axes: Axes, found: Ablation) -> None:

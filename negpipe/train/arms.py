@@ -1,7 +1,7 @@
-"""The arms of an ablation: by name, what each changes in the config.
+"""The arms of an ablation: by name, the config changes of each.
 
-Arms that compare rules take as many negatives per anchor as the config does. What the config says of its data, pairs
-that are excluded, columns that must not be shared, holds for all of them.
+Arms that compare rules take as many negatives per anchor as the config does. Config settings about the data (excluded
+pairs, columns that must not be shared) apply to all of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from negpipe.config.training import DISTILLING, TAKES, Ablate, flat
 from negpipe.errors import ConfigError
 
 Changes = Mapping[str, Any]
-"""Values by key; a mapping takes the place of a whole section."""
+"""Values by key; a mapping replaces an entire section."""
 
 CALIBRATED = "calibrated"
-"""The arm whose changes are known once the candidates are."""
+"""The arm whose changes are only known once the candidates are."""
 _OF_THE_DATA = (
     "exclude_file",
     "never_same",
@@ -28,18 +28,18 @@ _OF_THE_DATA = (
     "given_negatives",
     "judged",
 )
-_OF_THE_MINER = ("exclude", "anchor_id")  # settings that the presets of other miners have, too
+_OF_THE_MINER = ("exclude", "anchor_id")  # settings that presets of other miners set too
 
 
 def arms(config: Config, calibrated: Callable[[], Changes | None]) -> dict[str, Changes]:
-    """What each arm of the config's section `ablate` changes, in order.
+    """The changes of each arm of the config's section `ablate`, in order.
 
     Args:
         config: with or without the section.
-        calibrated: asked for the changes of the arm of that name, where there is one; None: it is left out.
+        calibrated: returns the changes of the arm of that name, if requested; None: it is left out.
 
     Raises:
-        ConfigError: an arm of the user has the name of another.
+        ConfigError: a user-defined arm has the name of another arm.
     """
     settings = config.ablate or Ablate()
     found: dict[str, Changes] = {}
@@ -50,20 +50,20 @@ def arms(config: Config, calibrated: Callable[[], Changes | None]) -> dict[str, 
             found[CALIBRATED] = changes
     for name, own in settings.arms.items():
         if name in found:
-            raise ConfigError(f"ablate.arms: '{name}' is the name of an arm of ablate.sets: give it another")
+            raise ConfigError(f"ablate.arms: '{name}' is the name of an arm of ablate.sets: rename it")
         found[name] = flat(own)
     return found
 
 
 def rules(config: Config, **changes: Any) -> Changes:
-    """Mining by negpipe's defaults but for these, the number of negatives, and what is known of the data."""
+    """Mining with negpipe's defaults, except for `changes`, the number of negatives, and facts about the data."""
     kept = _OF_THE_DATA if "compat" in changes else (*_OF_THE_DATA, *_OF_THE_MINER)
     known = config.mining.model_dump(mode="json", include=config.mining.model_fields_set & {*kept})
     return {"mining": {"num_negatives": config.mining.wanted, **known, **changes}}
 
 
 def _in_batch(config: Config) -> dict[str, Changes]:
-    # A row for each pair of anchor and positive, whose negative is not looked at.
+    # One row per pair of anchor and positive; its negative is ignored.
     return {"in-batch": {**rules(config, num_negatives=1, relative_margin=None), "train.negatives": False}}
 
 
@@ -91,7 +91,7 @@ def _batch_sizes(_: Config) -> dict[str, Changes]:
 
 
 def _losses(config: Config) -> dict[str, Changes]:
-    """Those that take the rows as they are. Scores to learn are the base's own: nothing would come of them."""
+    """Losses that fit the rows. Distillation is left out: the scores to learn would be the base's own."""
     assert config.train is not None
     takes = TAKES[config.train.kind]
     return {

@@ -1,4 +1,4 @@
-"""The model's card: the library's own, with what negpipe knows beside it."""
+"""The model card: the library's card, with facts from negpipe added."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from negpipe.redaction import redacted
 from negpipe.sources.places import locate, paths_of
 
 _TYPES = {"nDCG@10": "ndcg_at_10", "MRR@10": "mrr_at_10", "Recall@10": "recall_at_10", "Recall@100": "recall_at_100"}
-"""What the hub calls the metrics."""
+"""The hub's names of the metrics."""
 
 
 def written(
@@ -26,15 +26,15 @@ def written(
     compared: Sequence[Mapping[str, Any]],
     shared: Mapping[str, int],
 ) -> str:
-    """The card.
+    """The text of the card.
 
     Args:
         library: the card that Sentence Transformers wrote.
-        base: the card of the model that was trained, which may not be there.
-        config: what was run.
-        rows: the manifest of the rows that were trained on.
-        compared: every metric before and after, `Comparison.document`.
-        shared: what the held-out split shares with the rows, `Overlap`.
+        base: the card of the base model; may not exist.
+        config: the config of the run.
+        rows: the manifest of the training rows.
+        compared: every metric before and after, as `Comparison.document`.
+        shared: what the held-out split shares with the rows, as `Overlap`.
     """
     from huggingface_hub import EvalResult, ModelCard
 
@@ -91,7 +91,7 @@ negpipe {__version__} mined the {rows.stats["rows"]:,} rows; their fingerprint i
 
 
 def _license(path: Path) -> str | None:
-    """What a card states as the licence; None: nothing, or nobody can read it."""
+    """The licence stated in a card; None if missing or unreadable."""
     from huggingface_hub import ModelCard
 
     try:
@@ -102,7 +102,7 @@ def _license(path: Path) -> str | None:
 
 
 def _datasets(data: Data) -> list[str]:
-    """Datasets of the hub that the rows come from."""
+    """Hub datasets that the rows come from."""
     tables = (data.corpus, data.queries, data.qrels)
     named = [data.path, *(table.path for table in tables if table)]
     return sorted({path for one in named if one for path in paths_of(one) if locate(path) == "hub"})

@@ -1,7 +1,7 @@
-"""Runs that a larger job is made of: rounds of `refresh`, arms of `ablate`.
+"""Runs within a larger job: rounds of `refresh`, arms of `ablate`.
 
-Each is an ordinary run with a config and a run directory of its own. All of a job share a store, so that what is the
-same for them is made once, and the source is read once.
+Each is an ordinary run with a separate config and run directory. All runs of a job share a store, so that identical
+parts are made once, and the source is read once.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from negpipe.store.files import publish, write_all
 from negpipe.store.opening import run_of, store_of
 
 STORE = "store"
-"""The folder beside the run directories, where the config names no store."""
+"""The folder next to the run directories, if the config sets no store."""
 _READING = ("ingest", "held_out")  # the stages that read the source
 
 
 def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
-    """The config with some keys changed and its run in another folder, checked like one that a user wrote.
+    """The config with some keys changed and another run directory, validated like a user's config.
 
     Args:
-        config: of the job, as it was loaded: not a resolved one.
+        config: the job's config as loaded, not resolved.
         folder: the run directory; its siblings share its store.
-        changes: values by key, "mining.range_min"; a mapping takes the place of a whole section.
+        changes: values by key, "mining.range_min"; a mapping replaces an entire section.
 
     Raises:
-        ConfigError: the changes do not go with the config, or name no key of it.
+        ConfigError: the changes are incompatible with the config, or name an unknown key.
     """
     tree = config.model_dump(mode="json", exclude_unset=True)
     tree |= {"run_dir": str(folder), "store": str(config.store or folder.parent / STORE)}
@@ -58,27 +58,27 @@ def child(config: Config, folder: Path, changes: Mapping[str, Any]) -> Config:
 
 
 def check_place(config: Config, verb: str) -> None:
-    """Refuse a run directory in a bucket: the runs of a job lie in folders beside each other, and share a store there.
+    """Refuse a run directory in a bucket: the runs of a job are in sibling folders and share a store there.
 
     Raises:
-        ConfigError: it is in one.
+        ConfigError: it is in a bucket.
     """
     if config.url:
         raise ConfigError(
-            f"run_dir: {verb} makes several runs, in folders of a disk, not in {config.url}: name a folder"
+            f"run_dir: {verb} makes several runs, in folders on a disk, not in {config.url}: use a folder"
         )
 
 
 def written(run: Config) -> None:
-    """Write a run's config beside its folder, so that every command can be asked of it."""
+    """Write a run's config next to its folder, so that every command works on it."""
     text = yaml.safe_dump(redacted(run.model_dump(mode="json", exclude_unset=True)), sort_keys=False)
     publish(run.run_dir.parent, f"{run.run_dir.name}.yaml", lambda file: write_all(file, text.encode()))
 
 
 def inherit(config: Config, before: Config) -> None:
-    """Let a run that has not begun take over what another one of the same store has read of the source.
+    """Let a new run take over the parts that another run of the same store has read from the source.
 
-    The run itself finds out whether it would have read the same; if not, it reads.
+    The run itself checks whether it would have read the same; if not, it reads the source.
     """
     if config.store != before.store:
         return
@@ -97,19 +97,19 @@ def inherit(config: Config, before: Config) -> None:
 
 
 def manifest(run: Config, stage: str) -> Manifest:
-    """What a stage of a run has made.
+    """The manifest of a stage of a run.
 
     Raises:
-        NegpipeError: it is not there.
+        NegpipeError: it does not exist.
     """
     found = Books(run_of(run), stage).manifest()
     if found is None:
-        raise NegpipeError(f"the output of {stage} in {run.run_dir} is gone: run the command again")
+        raise NegpipeError(f"the output of {stage} in {run.run_dir} is missing: run the command again")
     return found
 
 
 def table(run: Config, kind: str, role: str) -> pa.Table:
-    """A table of what training made: of the part of a kind, the file of a role."""
+    """A table written by training: the file of a role in the part of a kind."""
     (part,) = manifest(run, "train").of_kind(kind)
     return pq.read_table(store_of(run).path(part.file(role).path))
 
@@ -121,12 +121,12 @@ def scores(run: Config) -> pa.Table:
 
 @dataclass(frozen=True)
 class Leak:
-    """Estimated share of false negatives among what a run mined, see `calibrate`.
+    """Estimated share of false negatives among a run's mined negatives, see `calibrate`.
 
     Attributes:
-        leak: None where it cannot be estimated, for the reason in `leak_missing`.
-        leak_low, leak_high: hold it with 95 % confidence.
-        leak_anchors: from which it is.
+        leak: None if it cannot be estimated, for the reason in `leak_missing`.
+        leak_low, leak_high: its 95 % confidence interval.
+        leak_anchors: number of anchors it is estimated from.
     """
 
     leak: float | None = None
@@ -137,7 +137,7 @@ class Leak:
 
 
 def leak(run: Config, reporter: Reporter | None) -> Leak:
-    """What the run's own setting leaks, by positives that are hidden."""
+    """The leak of the run's own setting, estimated by hiding positives."""
     if not run.mining.num_negatives:
         return Leak(leak_missing="mining.num_negatives is 0: no negative was mined")
     try:

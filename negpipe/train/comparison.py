@@ -1,6 +1,6 @@
-"""One model against another on the same anchors.
+"""Compares two models on the same anchors.
 
-The interval is Student's, of the mean of the anchors' differences: paired, two-sided, 95 %.
+The interval is Student's, for the mean of the anchors' differences: paired, two-sided, 95 %.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Floats = npt.NDArray[np.float64]
 Verdict = Literal["WIN", "TIE", "LOSS"]
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@10", "Recall@100")
-"""What models are judged by; the first decides."""
+"""The metrics that models are judged by; the first decides."""
 _LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means of a metric before and after, and the interval of their difference; `anchors` are those compared."""
+    """Means of a metric before and after, and the interval of their difference; `anchors` is the number compared."""
 
     metric: str
     before: float
@@ -34,12 +34,12 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the interval lies above 0, around it, or below."""
+        """Whether the interval is above 0, around it, or below."""
         return "WIN" if self.low > 0 else "LOSS" if self.high < 0 else "TIE"
 
     @property
     def line(self) -> str:
-        """For people and scripts."""
+        """The result line, for users and scripts."""
         return (
             f"RESULT: {self.verdict} {self.metric} {_short(self.after, 4)} against {_short(self.before, 4)}"
             f" ({'-' if self.after < self.before else '+'}{_short(abs(self.after - self.before), 4)},"
@@ -52,12 +52,12 @@ class Comparison:
 
 
 def of_document(document: Mapping[str, Any]) -> Comparison:
-    """What `Comparison.document` gave."""
+    """The inverse of `Comparison.document`."""
     return Comparison(**{field.name: document[field.name] for field in fields(Comparison)})
 
 
 def compare(metric: str, before: Floats, after: Floats) -> Comparison:
-    """Compare the values of a metric on the same anchors, two at least."""
+    """Compare the values of a metric on the same anchors, at least two."""
     from scipy import stats
 
     differences = after - before

@@ -1,9 +1,9 @@
-"""What arms of an ablation do to a model, as far as the held-out anchors can tell.
+"""Effects of an ablation's arms on a model, as far as held-out anchors show them.
 
-Every anchor has one value an arm: the mean over its seeds. Arms are compared on the same anchors, in pairs, by a
-permutation test of the mean difference (scipy.stats.permutation_test, two-sided), corrected for their number by Holm
-(statsmodels). The interval of a difference is Student's. Seeds differ by more than anchors tell: their spread stands
-beside the means.
+Every anchor has one value per arm: the mean over its seeds. Arms are compared on the same anchors, in pairs, by a
+permutation test of the mean difference (scipy.stats.permutation_test, two-sided), corrected for their number by Holm's
+method (statsmodels). The interval of a difference is Student's. Seeds differ by more than anchors show: their spread is
+reported with the means.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Floats = npt.NDArray[np.float64]
 LEVEL = 0.05
 _RESAMPLES = 9999
 _POWER = 0.8
-_AT_ONCE = 2_000_000  # numbers of resamples that are in memory
+_AT_ONCE = 2_000_000  # resampled numbers in memory at a time
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One arm.
+    """The effect of one arm.
 
     Attributes:
         arm: its name.
-        seeds: models that were trained.
-        means, spreads: by metric, over anchors and seeds; standard deviation of the seeds' means, None of one seed.
-        difference, low, high: of the first metric from its base, with its interval of 95 %.
-        p_base, p_leader: of its difference from the base and from the leader, corrected; None: it is the leader itself.
-        seen: the smallest difference that these anchors would have shown in four of five cases, of this arm from the
+        seeds: number of trained models.
+        means, spreads: by metric, over anchors and seeds; standard deviation of the seeds' means (None for one seed).
+        difference, low, high: difference in the first metric from its base, with its 95 % interval.
+        p_base, p_leader: corrected p-values of its difference from the base and the leader; None for the leader itself.
+        seen: the smallest difference that these anchors would show in four of five cases, of this arm from the
             leader, of the leader from the base; by the normal distribution, at the first and strictest of Holm's steps.
     """
 
@@ -57,15 +57,15 @@ class Effect:
 
 
 def effects(arms: Mapping[str, Mapping[str, Floats]], bases: Mapping[str, Floats], *, seed: int) -> list[Effect]:
-    """Compare arms with their bases, and with the one whose mean of the first metric is highest.
+    """Compare arms with their bases, and with the arm with the highest mean of the first metric.
 
     Args:
         arms: by name and metric, (seeds, anchors) values.
         bases: by arm, (anchors,) values of the first metric before training.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Returns:
-        the arms, best first; of equals, the one that comes first.
+        the arms, best first; among equals, in the given order.
     """
     first = METRICS[0]
     own = {name: values[first].mean(axis=0) for name, values in arms.items()}
@@ -96,7 +96,7 @@ def effects(arms: Mapping[str, Mapping[str, Floats]], bases: Mapping[str, Floats
 
 
 def verdict(made: Sequence[Effect]) -> str:
-    """Which arm wins, where the tests say so."""
+    """A sentence saying which arm wins, if the tests show it."""
     leader, *others = made
     first = METRICS[0]
     best = f"the best, '{leader.arm}', is at {leader.difference:+.4f} {first}"
@@ -116,7 +116,7 @@ def verdict(made: Sequence[Effect]) -> str:
 
 
 def _errors(tests: int) -> float:
-    """Standard errors that a difference must have to be found with `_POWER` among so many tests."""
+    """Standard errors that a difference must span to be found with power `_POWER` among so many tests."""
     from scipy import stats
 
     return float(stats.norm.ppf(1 - LEVEL / 2 / tests) + stats.norm.ppf(_POWER))

@@ -1,7 +1,7 @@
-"""How well a model finds the positives of held-out anchors in the whole corpus: exact search, figures of ir-measures.
+"""Evaluates how well a model finds the positives of held-out anchors in the entire corpus: exact search, ir-measures.
 
-A reranker orders the best of what an encoder finds. Vectors and a reranker's scores stay in a folder while the work
-goes on, a file a part or a few anchors: a run that was killed does not make them again.
+A reranker orders the best documents found by an encoder. Vectors and a reranker's scores are kept in a folder
+meanwhile, one file per part or per few anchors: a killed run does not recompute them.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ Scores = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 
 BEST = ("best_positive", "best_negative")
-"""Scores that say how far an encoder keeps positives apart."""
+"""Scores that show how well an encoder separates positives."""
 
-_ANCHORS, _BLOCK = 512, 4096  # anchors and documents that are compared at a time
-_RERANKED = 8  # anchors whose documents a reranker scores at a time
+_ANCHORS, _BLOCK = 512, 4096  # anchors and documents compared at a time
+_RERANKED = 8  # anchors per file of a reranker's scores
 _DEPTH = max(int(name.partition("@")[2]) for name in METRICS)
 
 
 def rank(
     context: Context, encoder: Encoder, path: str, folder: Path, *, budget: Budget, progress: Progress
 ) -> tuple[Rows, Scores]:
-    """(n, 100) the best rows of each held-out anchor by an encoder, in order, see `ranking`, and their scores; without
-    the document that is the anchor itself (`mining.anchor_id`).
+    """(n, 100) best rows of each held-out anchor by an encoder, in order, see `ranking`, and their scores; without the
+    document that is the anchor itself (`mining.anchor_id`).
 
     Args:
-        context: with what `held_out` read.
+        context: with the output of `held_out`.
         encoder: the settings that run the model.
         path: its folder.
-        folder: for its vectors.
+        folder: the folder for its vectors.
         budget: memory, threads and the device.
-        progress: told of texts encoded.
+        progress: called with texts encoded.
     """
     read = context.manifest("held_out")
-    # Loaded once there is something to encode.
+    # Loaded only when there is something to encode.
     model: list[encoders.Encoder] = []
 
     def vectors_of(part: Part) -> Path:
@@ -80,7 +80,7 @@ def rank(
         for low in range(0, part.rows, _ANCHORS):
             at = np.arange(low, min(low + _ANCHORS, part.rows))
             ranked, scores = ranking(anchors.take(at), corpus, _DEPTH + 1)
-            # At most one, which goes behind all others and is cut off.
+            # At most one; it is moved to the end and cut off.
             order = np.argsort(own_documents(lookup, table.slice(low, len(at)), ranked), axis=1, kind="stable")
             found.append([np.take_along_axis(each, order[:, :_DEPTH], axis=1) for each in (ranked, scores)])
     rows, scores = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
@@ -90,16 +90,16 @@ def rank(
 def rerank(
     context: Context, rows: Rows, depth: int, path: str, folder: Path, *, budget: Budget, progress: Progress
 ) -> Rows:
-    """The rows of `rank`, of which the best `depth` are ordered by a reranker, equals as they were.
+    """The rows of `rank`, with the best `depth` reordered by a reranker; equal scores keep their order.
 
     Args:
-        context: with what `held_out` read; its encoder says how much of texts is read, and the batch.
-        rows: what `rank` gave.
-        depth: how many of each anchor are ordered; those beyond keep their places.
+        context: with the output of `held_out`; its encoder settings give the maximum lengths and the batch size.
+        rows: the result of `rank`.
+        depth: number of rows per anchor to reorder; the others keep their places.
         path: the reranker's folder.
-        folder: for its scores.
+        folder: the folder for its scores.
         budget: memory, threads and the device.
-        progress: told of anchors whose documents were scored.
+        progress: called with anchors whose documents were scored.
     """
     from negpipe.train import reranker
 
@@ -130,7 +130,7 @@ def rerank(
 
 
 def measure(context: Context, rows: Rows) -> dict[str, Values]:
-    """(n,) values of every metric for each held-out anchor, of its ranking."""
+    """(n,) values of every metric for each held-out anchor, computed from its ranking."""
     found = (
         quality.of_each(METRICS, rows[at], positives, offsets, grades)
         for at, positives, offsets, grades in _judgments(context)
@@ -139,7 +139,7 @@ def measure(context: Context, rows: Rows) -> dict[str, Values]:
 
 
 def best_scores(context: Context, rows: Rows, scores: Scores) -> dict[str, Values]:
-    """(n,) for each held-out anchor the highest score of a positive, and of another document; NaN where its ranking has
+    """(n,) for each held-out anchor, the highest score of a positive and of another document; NaN if its ranking has
     none."""
 
     def found() -> Iterator[dict[str, Values]]:
@@ -158,7 +158,7 @@ def best_scores(context: Context, rows: Rows, scores: Scores) -> dict[str, Value
 
 
 def _judgments(context: Context) -> Iterator[tuple[slice, Rows, Rows, npt.NDArray[Any]]]:
-    """Slices of the held-out anchors: which they are, their positives, those' offsets and grades."""
+    """Slices of the held-out anchors: their range, positives, offsets and grades."""
     start = 0
     for part in context.manifest("held_out").of_kind("anchors"):
         table = open_table(context.path(part, "table"))
@@ -177,14 +177,14 @@ def _joined(pieces: Iterable[Mapping[str, Values]], names: Sequence[str]) -> dic
 def ranking(anchors: npt.NDArray[np.float32], corpus: ann.Vectors, depth: int) -> tuple[Rows, Scores]:
     """(n, depth) best rows of every anchor by (-score, row), -1 beyond the corpus, and their scores.
 
-    Plain products, and not `ann.search_exact`: this process has torch, which must not meet FAISS.
+    Uses plain products instead of `ann.search_exact`: this process has torch, which must not meet FAISS.
     """
     scores = np.full((len(anchors), depth), -np.inf, np.float32)
     rows = np.full((len(anchors), depth), -1, np.int64)
     for start, block in corpus.blocks(_BLOCK):
         numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(anchors), len(block)))
         both = np.concatenate([scores, anchors @ block.T], axis=1)
-        best = np.argsort(-both, axis=1, kind="stable")[:, :depth]  # rows ascend, so the lower one is first of equals
+        best = np.argsort(-both, axis=1, kind="stable")[:, :depth]  # rows ascend: of equals, the lower comes first
         scores = np.take_along_axis(both, best, axis=1)
         rows = np.take_along_axis(np.concatenate([rows, numbers], axis=1), best, axis=1)
     return rows, scores

@@ -1,5 +1,5 @@
-"""held_out: ingest once more, of the split that a model is judged on, or of the test side of `train.split`. Its corpus
-is whole."""
+"""held_out: a second ingest, of the split that a model is judged on, or of the test side of `train.split`. Its corpus
+is complete."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _plan(context: Context) -> Iterator[Task]:
 
 @contextmanager
 def _split_named(config: Config) -> Iterator[None]:
-    """A split that is not there is named by the setting that asks for it."""
+    """Report a missing split under the setting that requests it."""
     assert config.train is not None
     try:
         yield
@@ -46,16 +46,16 @@ def _split_named(config: Config) -> Iterator[None]:
             raise
         there = [name for name in error.there if name != config.data.split]
         raise InputError(
-            f"there is nothing to judge the model by: {error.problem}",
+            f"there is nothing to judge the model on: {error.problem}",
             file=error.file,
             field="train.eval_split",
-            remedy=f"Splits here: {', '.join(there) or 'none'}. Name one that is not trained on",
+            remedy=f"Available splits: {', '.join(there) or 'none'}. Use one that is not trained on",
             there=error.there,
         ) from None
 
 
 def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
-    return config, ""  # how deep to search says the other ingest
+    return config, ""  # the search depth is decided by the other ingest
 
 
 STAGE = replace(

@@ -1,4 +1,4 @@
-"""What a held-out split shares with the one that is trained on."""
+"""Overlap of a held-out split with the training split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Held-out anchors, and different texts of their positives; how many of each are trained on too, normalised."""
+    """Held-out anchors, distinct texts of their positives, and how many of each (normalised) are also trained on."""
 
     anchors: int
     anchors_trained_on: int
@@ -36,7 +36,7 @@ def measure(context: Context) -> Overlap:
 
 
 def _texts(context: Context, read: Manifest) -> tuple[Hashes, Hashes]:
-    """Hashes of the normalised texts of anchors, one each, and of their positives, each once."""
+    """Hashes of the normalised texts of the anchors, one per anchor, and of their positives, each once."""
     corpus = Rows([context.path(part, "table") for part in documents(read)])
     tables = [open_table(context.path(part, "table")) for part in read.of_kind("anchors")]
     anchors = np.concatenate([np.empty(0, np.uint64), *(table["normalized"].to_numpy() for table in tables)])

@@ -1,9 +1,9 @@
-"""Rounds of mining and training: each mines with the model that the one before trained, and trains it on.
+"""Rounds of mining and training: each mines with the model trained in the previous one, and trains it further.
 
-ANCE (Xiong et al. 2021, https://arxiv.org/abs/2007.00808), offline: negatives are renewed between trainings, not beside
-them. A round is an ordinary run in `RUN_DIR/rounds/NUMBER`, whose config lies beside it; what is done of it is left
-alone, so rounds that are done cost nothing, and one that was killed goes on where it was. The rounds share a store, and
-the source is read once. The same config and input give the same table, however often the work was cut short.
+ANCE (Xiong et al. 2021, https://arxiv.org/abs/2007.00808), offline: negatives are renewed between trainings, not during
+them. A round is an ordinary run in `RUN_DIR/rounds/NUMBER`, with its config next to it; finished work is left alone, so
+finished rounds cost nothing, and a killed one is resumed. The rounds share a store, and the source is read once. The
+same config and input give the same table, however often the work was interrupted.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from negpipe.train.comparison import METRICS, Comparison, compare, of_document
 logger = logging.getLogger(__name__)
 
 FOLDER, TABLE, BEST = "rounds", "rounds.parquet", "best"
-"""The rounds' folder in the run directory; in it their table, and a link to the best of them."""
+"""The rounds' folder in the run directory; it contains their table and a link to the best round."""
 _MEASURED = ("changed", *(field.name for field in fields(Leak)))
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round made of the model before it.
+    """Result of one round.
 
     Attributes:
         number: from 1.
-        rows: that it was trained on.
-        dimension: numbers of the vectors that it mined with; `trained_dimension`: of those of the model it trained.
-        changed: share of its negatives, pairs of anchor and document, that the round before had not; None: the first.
-        leak: estimated share of false negatives among its negatives, see `calibrate`; `leak_low` and `leak_high` hold
-            it with 95 % confidence, from `leak_anchors` anchors. None where it cannot be estimated, for the reason in
+        rows: number of rows that it was trained on.
+        dimension: dimension of the vectors it mined with; `trained_dimension`: that of the trained model's vectors.
+        changed: share of its negatives (anchor, document) that the previous round did not have; None in the first.
+        leak: estimated share of false negatives among its negatives, see `calibrate`; `leak_low` to `leak_high` is
+            its 95 % interval, from `leak_anchors` anchors. None if it cannot be estimated, for the reason in
             `leak_missing`.
         mined, trained: digests of its rows, and of its model and scores.
         measured: key of `changed` and `leak`.
-        compared: every metric on the held-out split, of its model against the one before.
+        compared: every metric on the held-out split, comparing its model with the previous one.
     """
 
     number: int
@@ -73,7 +73,7 @@ class Round:
 
     @property
     def score(self) -> float:
-        """What rounds are judged by: the first of `METRICS`."""
+        """The metric that rounds are judged by: the first of `METRICS`."""
         return self.compared[0].after
 
     def document(self) -> dict[str, Any]:
@@ -86,11 +86,11 @@ class Refreshed:
     """All rounds.
 
     Attributes:
-        rounds: in order, one at least.
-        best: the one whose model is best on the held-out split, the first of equals.
-        compared: every metric, of its model against the model that the first round began with.
-        stopped: why there are no more rounds than these; None: there are as many as were asked for.
-        model: folder of the best model.
+        rounds: in order, at least one.
+        best: the round whose model is best on the held-out split, the first among equals.
+        compared: every metric, comparing its model with the one that the first round started from.
+        stopped: why it stopped early; None: all requested rounds were run.
+        model: the folder of the best model.
     """
 
     rounds: tuple[Round, ...]
@@ -112,13 +112,13 @@ class Refreshed:
 
 
 def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **options: Any) -> Refreshed:
-    """Mine and train, again and again, until the held-out score does not rise.
+    """Mine and train repeatedly until the held-out score stops rising.
 
     Args:
         config: with a section `train`; the first round is this config's own `train`.
-        rounds: how many there are to be at most, 1 or more.
-        reporter: where progress goes.
-        options: of every round, see `pipeline.mine`.
+        rounds: maximum number of rounds, at least 1.
+        reporter: receives progress.
+        options: passed to every round, see `pipeline.mine`.
 
     Raises:
         ConfigError: also where the config has no section `train`, or trains a reranker.
@@ -127,7 +127,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
     graph.check_trains(config)
     check_place(config, "refresh")
     if config.train and config.train.kind == "reranker":
-        raise ConfigError("train.kind: refresh mines with what it has trained, and a reranker finds nothing: retriever")
+        raise ConfigError("train.kind: refresh needs a model that searches, and a reranker does not: set retriever")
     folder, stopped = config.run_dir / FOLDER, None
     runs: list[Config] = []
     done: list[Round] = []
@@ -137,8 +137,8 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
         for number in range(1, rounds + 1):
             before = runs[-1] if runs else None
             run = _config_of(number, config, before)
-            model = run.encoder.model or "the vectors that are brought along"
-            logger.info("round %d of %d: mines with %s, in %s", number, rounds, model, run.run_dir)
+            model = run.encoder.model or "the precomputed vectors"
+            logger.info("round %d of %d: mining with %s, in %s", number, rounds, model, run.run_dir)
             named = _Named(f"round {number}, ", reporter or Silent())
             stats = graph.train(run, reporter=named, **options).stats
             runs.append(run)
@@ -146,7 +146,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
             _write(folder / TABLE, done)
             _tell(done[-1])
             if stopped := _not_risen(done):
-                logger.info("no round after this one: %s", stopped)
+                logger.info("stopping after this round: %s", stopped)
                 break
         best = max(done, key=lambda one: one.score)
         view.point(folder / BEST, Path(str(best.number)))
@@ -155,7 +155,7 @@ def refresh(config: Config, rounds: int, *, reporter: Reporter | None = None, **
 
 
 def _config_of(number: int, config: Config, before: Config | None) -> Config:
-    """The config of a round, which is written beside its run directory, so that every command can be asked of it."""
+    """The config of a round; it is written next to its run directory, so that every command works on it."""
     changes: dict[str, Any] = {}
     if before:
         encoder = retriever.as_trained(stage.STAGE.config(before).encoder, before.run_dir / "model")
@@ -191,7 +191,7 @@ def _judged(
 
 
 def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str, Any]:
-    """What `_MEASURED` names."""
+    """The values of `_MEASURED`."""
     changed = None
     if before:
         budget = Budget(run.resources.memory_budget, run.resources.cpus or machine.cores())
@@ -202,18 +202,18 @@ def _measure(run: Config, before: Config | None, reporter: Reporter) -> dict[str
 
 
 def _not_risen(done: Sequence[Round]) -> str | None:
-    """Why there is to be no further round; None: the last one found more than any model before."""
+    """Why there is no further round; None: the last one was better than any model before."""
     *earlier, last = done
     scores = [done[0].compared[0].before, *(one.score for one in earlier)]
     if last.score > max(scores):
         return None
     best = scores.index(max(scores))
     what = f"the model of round {best}" if best else "the base"
-    return f"round {last.number} does not raise {METRICS[0]}: {last.score:.4f}, and {what} has {max(scores):.4f}"
+    return f"round {last.number} does not improve {METRICS[0]}: {last.score:.4f}, while {what} has {max(scores):.4f}"
 
 
 def _against_base(first: Config, best: Config) -> tuple[Comparison, ...]:
-    """The best round's model against the base, anchor by anchor."""
+    """Compare the best round's model with the base, anchor by anchor."""
     before, after = scores(first), scores(best)
     return tuple(
         compare(name, before[f"{name}_before"].to_numpy(), after[f"{name}_after"].to_numpy()) for name in METRICS
@@ -221,7 +221,7 @@ def _against_base(first: Config, best: Config) -> tuple[Comparison, ...]:
 
 
 def _tell(one: Round) -> None:
-    """What became of a round."""
+    """Log the result of a round."""
     first = one.compared[0]
     scores = f"{first.metric} {first.after:.4f} against {first.before:.4f} before"
     changed = "" if one.changed is None else f", {one.changed:.1%} of the negatives are new"
@@ -229,8 +229,8 @@ def _tell(one: Round) -> None:
     logger.info("round %d: %s%s, %s", one.number, scores, changed, leak)
     if one.trained_dimension != one.dimension:
         logger.warning(
-            "round %d: vectors of the model that it trained have %d numbers, those that it mined with %d: rounds after"
-            " it mine with vectors of another width",
+            "round %d: vectors of the trained model have dimension %d, those it mined with %d: later rounds"
+            " mine with vectors of another dimension",
             one.number,
             one.trained_dimension,
             one.dimension,
@@ -245,14 +245,14 @@ def _write(path: Path, done: Sequence[Round]) -> None:
             row |= {f"{metric.metric}_{name}": getattr(metric, name) for name in ("before", "after", "low", "high")}
         rows.append(row)
     table = pa.Table.from_pylist(rows)
-    # A column of nulls alone has no type of its own.
+    # A column of nulls has no type.
     kinds = dict.fromkeys(("changed", "leak", "leak_low", "leak_high"), pa.float64()) | {"leak_missing": pa.string()}
     table = pa.table({name: table[name].cast(kinds.get(name, table[name].type)) for name in table.column_names})
     publish(path.parent, path.name, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured before, by its key."""
+    """Earlier measurements, by key."""
     try:
         rows = pq.read_table(path, columns=["measured", *_MEASURED]).to_pylist()
     except (OSError, ValueError, LookupError):
@@ -262,7 +262,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Named:
-    """A reporter that says of which round a stage is."""
+    """A reporter that shows to which round a stage belongs."""
 
     name: str
     reporter: Reporter

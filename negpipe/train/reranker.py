@@ -1,9 +1,9 @@
-"""Training a cross-encoder on rows with Sentence Transformers' trainer, and scores that it gives.
+"""Trains a cross-encoder on rows with Sentence Transformers' trainer, and computes its scores.
 
-Guarantees, beside those of `trainer`: anchor and document are read together, as they are (no instruction of the encoder
-is put before them), cut to as many tokens as the encoder reads of both, the longer one first; a base without a head,
-such as an encoder, has a new one, which the seed decides; the saved model is loaded again, and gives the score it gave
-before.
+Guarantees, in addition to those of `trainer`: anchor and document are read together, unchanged (the encoder's
+instructions are not prepended), cut to as many tokens as the encoder reads of both, the longer one first; a base
+without a head, such as an encoder, gets a new one, determined by the seed; the saved model is loaded again and checked
+to give the same score as before.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def train(
     Args:
         config: with a section `train`.
         rows: Parquet files of the config's output format.
-        base: folder of the model: a cross-encoder, or any transformer, an encoder's too.
-        folder: where checkpoints are, and what a run before has begun.
-        threads: of the CPU.
+        base: folder of the model: a cross-encoder, or any transformer, including encoders.
+        folder: the folder of checkpoints and unfinished work.
+        threads: CPU threads.
         device: see `engine.devices`.
-        progress: told of every step.
+        progress: called at every step.
 
     Raises:
         InputError: a row has no score to learn, or the model does not load.
-        TaskFailedError: loss or gradient are not finite.
+        TaskFailedError: loss or gradient is not finite.
     """
     from sentence_transformers import CrossEncoderTrainer
     from sentence_transformers.cross_encoder import losses
@@ -78,7 +78,7 @@ def train(
 
 
 def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -> Any:
-    """The model as a cross-encoder with one score, in float32, which reads as much as the encoder reads of both texts.
+    """The model as a cross-encoder with one score, in float32, with the encoder's maximum length of both texts.
 
     Raises:
         InputError: the folder does not load as a model.
@@ -98,7 +98,7 @@ def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -
             local_files_only=True,
             model_card_data=CrossEncoderModelCardData(local_files_only=True, generate_widget_examples=False),
         )
-    except Exception as error:  # loaders raise whatever the files make them raise
+    except Exception as error:  # loaders may raise anything
         raise trainer.unloadable(error, path) from error
     length = encoder.query_max_length + encoder.passage_max_length
     model.max_seq_length = min(length, model.max_seq_length or length)
@@ -106,7 +106,7 @@ def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -
 
 
 def score(model: Any, anchors: Sequence[str], documents: Sequence[str], batch_size: int) -> npt.NDArray[np.float32]:
-    """(n,) logits of pairs by a model that `load` gave: a higher one is better."""
+    """(n,) logits of pairs by a model from `load`: higher is better."""
     import torch
 
     pairs = list(zip(anchors, documents, strict=True))
@@ -117,7 +117,7 @@ def score(model: Any, anchors: Sequence[str], documents: Sequence[str], batch_si
 
 
 def _data(config: Config, rows: Sequence[Path], folder: Path) -> Any:
-    """What the loss takes of the rows: texts, and scores or labels as `label`."""
+    """The columns that the loss needs: texts, and scores or labels as `label`."""
     assert config.train is not None
     distilling, lists = config.train.loss in DISTILLING, config.output.format == "labeled-list"
     texts = trainer.text_columns(config) if distilling else ["anchor", "positive"]

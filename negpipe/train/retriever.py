@@ -1,7 +1,7 @@
-"""Fine-tuning an encoder on rows with Sentence Transformers' trainer.
+"""Fine-tunes an encoder on rows with Sentence Transformers' trainer.
 
-Guarantees, beside those of `trainer`: no text is twice in a batch; anchors and documents are cut and prompted as the
-encoder's settings say; the saved model is loaded again, and gives the vector it gave before.
+Guarantees, in addition to those of `trainer`: no text occurs twice in a batch; anchors and documents are cut and
+prompted according to the encoder settings; the saved model is loaded again and checked to give the same vector.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from negpipe.errors import ConfigError
 from negpipe.train import trainer
 from negpipe.train.trainer import Progress, Trained
 
-_POOLINGS = {"last_token": "lasttoken"}  # as Sentence Transformers calls them
+_POOLINGS = {"last_token": "lasttoken"}  # Sentence Transformers' names
 _PROBE = "a text to compare vectors by"
 
 
@@ -41,19 +41,19 @@ def train(
     """Fine-tune a model.
 
     Args:
-        config: with a section `train`; its encoder is the one that is trained.
+        config: with a section `train`; its encoder is trained.
         rows: Parquet files of the config's output format.
         base: folder of the model.
         guide: folder of the model that guides CachedGISTEmbedLoss.
-        folder: where checkpoints are, and what a run before has begun.
-        threads: of the CPU.
+        folder: the folder of checkpoints and unfinished work.
+        threads: CPU threads.
         device: see `engine.devices`.
-        progress: told of every step.
+        progress: called at every step.
 
     Raises:
-        ConfigError: the model is narrower than `train.matryoshka` asks for.
+        ConfigError: the model has a smaller dimension than `train.matryoshka` asks for.
         InputError: a row has no score to learn, or the model does not load.
-        TaskFailedError: loss or gradient are not finite.
+        TaskFailedError: loss or gradient is not finite.
     """
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -65,7 +65,7 @@ def train(
     model = load(encoder, base, device)
     width = int(model.get_embedding_dimension())
     if max(train.matryoshka, default=0) > width:
-        raise ConfigError(f"train.matryoshka: vectors of {base} have {width} numbers: ask for no more")
+        raise ConfigError(f"train.matryoshka: vectors of {base} have dimension {width}: set no larger one")
     kinds: dict[str, Kind] = {name: "query" if name == "anchor" else "passage" for name in trainer.text_columns(config)}
     prompts = {kind: instructed(instruction(encoder, base, kind), [])[0] for kind in KINDS}
     model, log, resumed = trainer.fit(
@@ -97,14 +97,14 @@ def train(
 
 
 def _plain(path: str, device: str, trusted: bool) -> Any:
-    """A model as its files say."""
+    """A model configured by its files only."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(path, device=device, local_files_only=True, trust_remote_code=trusted)
 
 
 def load(encoder: Encoder, path: str, device: str) -> Any:
-    """The model as Sentence Transformers has it, in float32, pooled as the encoder's settings say.
+    """The model in Sentence Transformers, in float32, pooled according to the encoder settings.
 
     Raises:
         InputError: the folder does not load as a model.
@@ -114,14 +114,14 @@ def load(encoder: Encoder, path: str, device: str) -> Any:
     from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    # No file of the model is looked for on the hub, and no request is made for the sake of the card.
+    # No model file is looked up on the hub, and the card causes no requests.
     card = SentenceTransformerModelCardData(local_files_only=True, generate_widget_examples=False)
     options: dict[str, Any] = {"device": device, "trust_remote_code": encoder.trust_remote_code}
     try:
         model = SentenceTransformer(
             path, model_kwargs={"dtype": torch.float32}, local_files_only=True, model_card_data=card, **options
         )
-    except Exception as error:  # loaders raise whatever the files make them raise
+    except Exception as error:  # loaders may raise anything
         raise trainer.unloadable(error, path) from error
     if encoder.backend == "flagembedding":
         _, pooling = class_and_pooling(encoder, path)
@@ -133,19 +133,19 @@ def load(encoder: Encoder, path: str, device: str) -> Any:
 
 
 def as_trained(encoder: Encoder, folder: Path) -> Encoder:
-    """The settings that run a trained model as its base was run.
+    """The settings that run a trained model like its base.
 
     Args:
         encoder: the settings of the base.
-        folder: of the trained model, which names its pooling itself. Only dense vectors are trained, and only they are
-            saved: what FlagEmbedding had another class for is an ordinary encoder or decoder from then on.
+        folder: the folder of the trained model, which specifies its pooling itself. Only dense vectors are trained and
+            saved: models with a special FlagEmbedding class become ordinary encoders or decoders.
     """
     changed = {"model": str(folder), "revision": None, "model_class": None, "pooling": None}
     return encoder.model_copy(update=changed)
 
 
 def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: str, folder: Path) -> Any:
-    """What the loss takes of the rows."""
+    """The columns that the loss needs."""
     assert config.train is not None
     forms = {kind: instruction(config.encoder, base, kind) for kind in KINDS}
     labels = trainer.score_columns(config) if config.train.loss in DISTILLING else []
@@ -170,7 +170,7 @@ def _data(config: Config, rows: Sequence[Path], kinds: dict[str, Kind], base: st
 
 
 def _loss(config: Config, model: Any, guide: str, device: str) -> Any:
-    """The loss, by the similarity that negpipe's scores are."""
+    """The loss, with the similarity that negpipe's scores use."""
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import cos_sim, dot_score, pairwise_cos_sim, pairwise_dot_score
 

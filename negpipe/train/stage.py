@@ -1,10 +1,10 @@
-"""train: rows → a model, and what they did to it.
+"""train: rows → a model, and its evaluation.
 
-Three parts. `base` has what the encoder finds for every held-out anchor, and the scores before: of the retriever that
-is trained, or of the order that a reranker is to better. It depends on no row, so that runs which share a store judge
-their base once. `model` is what Sentence Transformers saves, a file each, and a log of the steps; RUN/model shows it.
-`evaluation` has the scores before and after, and the model's card, which tells of both; it is made again, and the model
-is not, where only the held-out split changes.
+Three parts. `base` has the ranking that the encoder finds for every held-out anchor, and the scores before training: of
+the retriever to be trained, or of the order that a reranker should improve. It does not depend on rows, so runs that
+share a store judge their base once. `model` is what Sentence Transformers saves, one file each, and a log of the steps;
+RUN/model shows it. `evaluation` has the scores before and after, and the model card, which reports both; if only the
+held-out split changes, it is recomputed, but the model is not.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from negpipe.train.comparison import METRICS, compare
 from negpipe.train.trainer import CARD
 
 VERSION = 5
-# What base and guide name is in `_sources`, what split and eval_split do in the inputs.
+# The contents of base and guide are in `_sources`, those of split and eval_split in the inputs.
 _CIRCUMSTANCE = {"checkpoint_steps", "eval_split", "split", "license", "base", "guide"}
 _RUNS = ("batch_size", "call_texts", "precision", "runtime", "truncate_dim")
 _OF_EVALUATION = {f"encoder.{name}" for name in _RUNS} | {
     "mining.anchor_id",
     "train.rerank_depth",
-    "train.license",  # the card, which is made with it, states it
+    "train.license",  # stated in the card, which is made by the evaluation
 }
 _NOT_USED = {"encoder.storage", "encoder.cache"}
 _EXTRA = ("accelerate", "scipy")
-_STATES = 3  # of float32 a weight in a checkpoint: itself, and two of the optimizer
+_STATES = 3  # float32 numbers per weight in a checkpoint: itself, and two of the optimizer
 _NOT_OF_KIND = {"retriever": {"rerank_depth"}, "reranker": {"guide", "matryoshka", "negatives"}}
 _READ_BY_RERANKER = {"encoder.query_max_length", "encoder.passage_max_length", "encoder.trust_remote_code"}
 
 
 def _config(config: Config) -> Config:
-    """The config whose encoder finds what is judged: a retriever's is the one that is trained."""
+    """The config with the encoder to be judged: for a retriever, the one that is trained."""
     train, encoder = config.train, config.encoder
     assert train is not None
     if train.base is None or train.kind == "reranker":
@@ -82,7 +82,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _sources(context: Context) -> dict[str, str]:
-    """The model that is trained, what a retriever puts before texts, the encoder of a reranker, and the guide."""
+    """The trained model, a retriever's prompts, the encoder of a reranker, and the guide."""
     base = {"train.base": _base(context).digest}
     encoder = {"encoder.model": _encoder(context).digest} if _reranks(context.config) else {}
     guide = {"train.guide": _guide(context).digest} if _guided(context.config) else {}
@@ -95,14 +95,14 @@ def _prompts(context: Context) -> dict[str, str]:
 
 
 def _encoder(context: Context) -> encoders.Model:
-    """What finds the documents that are judged: the retriever before it is trained, or the one before the reranker."""
+    """The encoder that finds the documents: the retriever before training, or the one before the reranker."""
     if _reranks(context.config):
         return encoders.resolve_model(context.config.encoder, context.digest_file)
     return _resolved(context, context.config.encoder, "train.base")
 
 
 def _base(context: Context) -> encoders.Model:
-    """What is trained."""
+    """The model that is trained."""
     train = context.config.train
     assert train is not None
     return _named(context, "base", train.base) if _reranks(context.config) and train.base else _encoder(context)
@@ -138,7 +138,7 @@ def _resolved(context: Context, encoder: Encoder, field: str) -> encoders.Model:
 
 
 def _check(context: Context) -> None:
-    """Everything that can be known before hours are spent."""
+    """Check everything that can be checked before hours are spent."""
     train = context.config.train
     assert train is not None
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -158,17 +158,17 @@ def _check(context: Context) -> None:
             )
         if not triplets.negatives_of(context.manifest("triplets").stats):
             raise InputError(
-                f"all {rows:,} rows have the label 1: there is nothing to tell apart",
+                f"all {rows:,} rows have the label 1: there is nothing to learn",
                 field="train.kind",
-                remedy="Mine negatives: `negpipe status` and the ledger say why there are none",
+                remedy="Mine negatives: `negpipe status` and the ledger show why there are none",
             )
 
 
 def _check_room(context: Context) -> None:
-    """Checkpoints and the model fit onto the disk.
+    """Check that checkpoints and the model fit onto the disk.
 
     Raises:
-        StorageError: they do not.
+        StorageError: they do not fit.
     """
     from negpipe.train.trainer import CHECKPOINTS
 
@@ -182,7 +182,7 @@ def _check_room(context: Context) -> None:
 
 
 def _check_held_out(context: Context) -> None:
-    """There is something to judge by, which was not trained on."""
+    """Check that there are held-out anchors, and that not all are trained on."""
     if "ingest" not in context.manifests:
         return
     found, train = overlap.measure(context), context.config.train
@@ -190,21 +190,21 @@ def _check_held_out(context: Context) -> None:
     judge, field = train.judge
     if found.anchors < 2:
         raise InputError(
-            f"{judge} has {found.anchors} anchors with a positive, a comparison takes two",
+            f"{judge} has {found.anchors} anchors with a positive, but a comparison needs two",
             field=field,
-            remedy="Raise train.split.test" if train.split else "Name a split with more judgments",
+            remedy="Raise train.split.test" if train.split else "Use a split with more judgments",
         )
     if found.anchors_trained_on == found.anchors:
         raise InputError(
-            f"all {found.anchors:,} anchors of {judge} are trained on too",
+            f"all {found.anchors:,} anchors of {judge} are also trained on",
             field=field,
-            remedy=f"Name a split with anchors that the split '{context.config.data.split}' has not",
+            remedy=f"Use a split with anchors that are not in the split '{context.config.data.split}'",
         )
 
 
 def _plan(context: Context) -> Iterator[Task]:
-    """What the base is worth, then the model, and once both are there its evaluation: one at a time, each has the
-    whole machine."""
+    """The base's evaluation, then the model, and once both exist, its evaluation: one at a time, each with all of the
+    machine."""
     train = context.config.train
     assert train is not None
     settings, sources = _settings(context.config), _sources(context)
@@ -233,14 +233,14 @@ def _plan(context: Context) -> Iterator[Task]:
         return
     made: dict[str, Any] = {role: before.file(role).path for role in ("scores", "ranking")}
     made["model"] = {name: file.path for name, file in _model_files(part).items()}
-    # The overlap is with all that was read to train on, and the card names the rows.
+    # The overlap is with everything read for training, and the card names the rows.
     of = [part.identity(), before.identity(), held_out.digest, context.manifest("ingest").digest, rows.digest]
     evaluation = key("train", VERSION, "evaluation", settings, _sources(context), of)
     yield Task(evaluation, "evaluation", before.rows if _reranks(context.config) else judged, made)
 
 
 def _model_files(part: Part) -> dict[str, File]:
-    """The files of a model by the names they have in its folder."""
+    """The files of a model by their names in its folder."""
     return dict(zip(part.meta["names"], part.all("model"), strict=True))
 
 
@@ -274,7 +274,7 @@ def _train(task: Task, folder: Path, context: Context, publish: Publisher, progr
             with path.open("rb") as source:
                 shutil.copyfileobj(source, target)
 
-        # The card tells of the time that training took.
+        # The card contains the training time.
         publish(f"model-{number:05d}", suffix, write, needed=path.stat().st_size, aside=name == CARD)
     publish("log", ".parquet", lambda file: pq.write_table(trained.log, file, compression="zstd"))
     losses = trained.log["loss"].to_pylist()
@@ -360,8 +360,8 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
         if count := shared[f"{what}_trained_on"]:
             yield (
                 logging.WARNING,
-                f"{count:,} of {shared[what]:,} held-out {of} ({percent(count / shared[what])}) are trained on too:"
-                " scores on them tell less of what is new",
+                f"{count:,} of {shared[what]:,} held-out {of} ({percent(count / shared[what])}) are also trained on:"
+                " scores on them say less about new data",
             )
 
 
@@ -394,7 +394,7 @@ STAGE = Stage(
     remarks=_remarks,
     views=_views,
     libraries=_libraries,
-    resources=lambda context: context.whole,  # nothing else runs meanwhile
+    resources=lambda context: context.whole,  # nothing else runs at the same time
     devices=lambda config: devices.of_encoder(config)[:1],
     place=lambda _: "apart",
 )

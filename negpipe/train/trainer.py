@@ -1,8 +1,8 @@
-"""What trainers of every kind of model share: Sentence Transformers' trainer, its arguments and its checkpoints.
+"""Shared by all kinds of models: Sentence Transformers' trainer, its arguments and its checkpoints.
 
-Guarantees: a run that was killed goes on from its last whole checkpoint, on a CPU to the same weights, bit for bit, as
-one that was not (on a GPU as far as its kernels repeat themselves); a loss or gradient that is not finite ends it
-before a checkpoint is written of it.
+Guarantees: a killed run resumes from its last complete checkpoint; on a CPU, it reaches the same weights, bit for bit,
+as an uninterrupted run (on a GPU as far as its kernels are deterministic); a loss or gradient that is not finite stops
+the run before a checkpoint of it is written.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Progress = Callable[[int, str], None]
 """Called with rows trained on since the last call, and a note."""
 
 CHECKPOINTS = 3
-"""That there may be at a time: two are kept while one is written."""
+"""Maximum number at a time: two are kept while one is written."""
 CARD = "README.md"
-"""Of a saved model's folder."""
-_WHOLE = "whole"  # a file in a checkpoint that is on the disk to its last byte
+"""The card's file name in a saved model's folder."""
+_WHOLE = "whole"  # a file in a checkpoint that is completely on the disk
 _LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
 
 
@@ -41,9 +41,9 @@ class Trained:
 
     Attributes:
         folder: the saved model, as Sentence Transformers loads it.
-        log: a row a step: step, loss, learning_rate, gradient_norm.
-        width: numbers that it gives for an input.
-        resumed: the step from which this process went on; 0: from the start.
+        log: one row per step: step, loss, learning_rate, gradient_norm.
+        width: dimension of its output.
+        resumed: the step from which this process resumed; 0: from the start.
     """
 
     folder: Path
@@ -53,10 +53,10 @@ class Trained:
 
 
 def begin(config: Config, threads: int, device: str) -> str:
-    """Seed every generator and set the threads of torch, before a model is loaded. Returns what torch calls the device.
+    """Seed every generator and set torch's threads before a model is loaded. Returns torch's name of the device.
 
     Raises:
-        ConfigError: the device has no units for `train.precision`.
+        ConfigError: the device does not support `train.precision`.
     """
     import torch
     from transformers import set_seed
@@ -70,7 +70,7 @@ def begin(config: Config, threads: int, device: str) -> str:
 
 
 def text_columns(config: Config) -> list[str]:
-    """Columns of anchor, positive and negatives, of triplets and n-tuples."""
+    """Columns of anchor, positive and negatives, for triplets and n-tuples."""
     assert config.train is not None
     if not config.train.negatives:
         return ["anchor", "positive"]
@@ -80,7 +80,7 @@ def text_columns(config: Config) -> list[str]:
 
 
 def score_columns(config: Config) -> list[str]:
-    """Columns of the scores of positive and negatives, of triplets and n-tuples."""
+    """Columns of the scores of positive and negatives, for triplets and n-tuples."""
     return ["scores"] if config.output.format == "n-tuple" else ["positive_score", "negative_score"]
 
 
@@ -88,7 +88,7 @@ def scores(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
     """(n, 1 + negatives) scores of positive and negatives.
 
     Raises:
-        InputError: there is none.
+        InputError: a score is missing.
     """
     if "scores" in batch.schema.names:
         values = batch["scores"].to_pylist()
@@ -103,13 +103,13 @@ def scores(batch: pa.RecordBatch, path: Path, first: int) -> pa.Array:
                 file=str(path),
                 row=first + row,
                 field="scores",
-                remedy="Mine without random negatives, or take a loss that needs no scores",
+                remedy="Mine without random negatives, or use a loss that needs no scores",
             )
     return pa.array(values, pa.list_(pa.float32()))
 
 
 def write_rows(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Any:
-    """Rows as an Arrow stream, which the trainer then reads from disk, a row group at a time."""
+    """Write rows as an Arrow stream, which the trainer then reads from disk, a row group at a time."""
     from datasets import Dataset
 
     path = folder / "rows.arrow"
@@ -132,25 +132,25 @@ def fit(
     data_collator: Any = None,
     **arguments: Any,
 ) -> tuple[Any, pa.Table, int]:
-    """Train, from the last checkpoint on where there is one.
+    """Train, resuming from the last checkpoint if there is one.
 
     Args:
         kind: the trainer's class.
         config: with a section `train`.
-        model: it is changed.
-        data: rows, as `write_rows` gave them.
-        folder: where checkpoints are.
-        device: as `begin` gave it.
-        progress: told of every step.
-        loss: of Sentence Transformers.
-        data_collator: null: the trainer's own.
-        arguments: beside those that all kinds have.
+        model: modified in place.
+        data: rows, from `write_rows`.
+        folder: the folder of checkpoints.
+        device: from `begin`.
+        progress: called at every step.
+        loss: a loss of Sentence Transformers.
+        data_collator: None: the trainer's default.
+        arguments: in addition to those common to all kinds.
 
     Returns:
-        the model, its log, and the step that was gone on from, see `Trained`.
+        the model, its log, and the step it resumed from, see `Trained`.
 
     Raises:
-        TaskFailedError: loss or gradient are not finite.
+        TaskFailedError: loss or gradient is not finite.
     """
     from transformers import PrinterCallback
 
@@ -188,7 +188,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # In bfloat16, the trainer has put a wrapper around the model's forward.
+    # In bfloat16, the trainer wraps the model's forward.
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = pa.table(
@@ -199,33 +199,33 @@ def fit(
 
 
 def save(model: Any, folder: Path, again: Callable[[str], Any], give: Callable[[Any], npt.NDArray[Any]]) -> Path:
-    """Save a model, and see that what is loaded again is the one that was trained.
+    """Save a model, and check that it is the trained one when loaded again.
 
     Args:
         model: with `save_pretrained`.
-        folder: in which its own is made.
+        folder: the parent of the model's folder.
         again: loads it.
-        give: numbers that a model gives for an input.
+        give: computes a model's output for an input.
 
     Raises:
-        DamagedError: it gives others.
+        DamagedError: the loaded model gives other outputs.
         TaskFailedError: the library could not write the model's card.
     """
     saved = folder / "model"
     remove(saved)
     model.save_pretrained(str(saved))
-    if not (saved / CARD).is_file():  # it logs what hinders it, and goes on
-        raise TaskFailedError(f"{saved}: the model's card was not written, the worker's log says why: run it again")
+    if not (saved / CARD).is_file():  # the library logs the problem and continues
+        raise TaskFailedError(f"{saved}: the model card was not written, see the worker's log: run the command again")
     ours, theirs = (give(one) for one in (model.eval(), again(str(saved))))
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, 1e-4, 1e-5) or not np.isfinite(ours).all():
-        raise DamagedError(f"{saved}: the saved model gives other numbers than the trained one: run the command again")
+        raise DamagedError(f"{saved}: the saved model gives other outputs than the trained one: run the command again")
     return saved
 
 
 def unloadable(error: Exception, path: str) -> InputError:
-    """What is told of a folder that no library loads."""
+    """The error for a folder that no library loads."""
     return InputError(
-        f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Fetch the model again"
+        f"the model does not load: {type(error).__name__}: {error}", file=path, remedy="Download the model again"
     )
 
 
@@ -235,7 +235,7 @@ def _seed(config: Config) -> int:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint; those that a kill cut short are deleted."""
+    """The last complete checkpoint; incomplete ones are deleted."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found:
         if not (path / _WHOLE).exists():
@@ -249,7 +249,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
     rows = train.batch_size * train.gradient_accumulation  # a step
 
     class Watcher(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-        """Tells of progress, ends what went wrong, and says which checkpoints are whole."""
+        """Reports progress, stops failed runs, and marks complete checkpoints."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress(state.global_step * rows, "")

@@ -120,7 +120,8 @@ def check_window(rows: Any, true: Any, window: dict[str, float], first: int, las
 
 
 def test_too_few_lists_are_refused_with_the_curve(source: dict[str, Any]) -> None:
-    with pytest.raises(RecallError, match=r"min_recall 0.98 .* nprobe 1: recall 0\.\d+.*index.nprobe higher or null"):
+    told = r"min_recall 0.98 .* nprobe 1: recall 0\.\d+.*raise index.nprobe or set it to null"
+    with pytest.raises(RecallError, match=told):
         mined(source, "index.kind=IVF16,Flat", "index.nprobe=1")
     with pytest.raises(RecallError, match=r"proposed 64: recall 0\.\d+; .*proposed 1,024: recall"):
         mined(source, "index.kind=IVF16,PQ1x4fs", "index.nprobe=1")
@@ -261,7 +262,7 @@ def test_auto_says_why_and_the_log_and_status_state_the_recall(source: dict[str,
     config = Path(source["run_dir"]).parent / "said.yaml"
     config.write_text(json.dumps(source | {"run_dir": str(Path(source["run_dir"]).parent / "said")}))
     outcome = small.run("mine", config, "--set", "index.kind=auto")
-    assert "index.kind auto means stream: exact search costs little here" in outcome.err.replace("\n", " ")
+    assert "index.kind auto chooses stream: exact search costs little here" in outcome.err.replace("\n", " ")
     settings = ("--set", "index.kind=IVF16,Flat", "--set", "index.recall_anchors=150")
     runs = [small.run(command, config, *settings) for command in ("index", "mine")]
     logged = " ".join("".join(run.err for run in runs).split())
@@ -271,8 +272,8 @@ def test_auto_says_why_and_the_log_and_status_state_the_recall(source: dict[str,
             r"IVF16,Flat \(nprobe \d+\) finds [\d.]+% \([\d.]+% to [\d.]+%\) of the true candidates of 150", said
         )
         assert re.search(
-            r"triplets: of the true candidates at ranks 2 to 9 [\d.]+% are found \([\d.]+% to [\d.]+%\);"
-            r" what is ranked 2 truly lies [\d.]+ ranks deeper, what is ranked 9 [\d.]+",
+            r"triplets: search finds [\d.]+% \([\d.]+% to [\d.]+%\) of the true candidates at ranks 2 to 9;"
+            r" the document at rank 2 truly is [\d.]+ ranks deeper, the one at rank 9 [\d.]+",
             said,
         )
 
@@ -304,13 +305,13 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
 
 
 BAD: list[tuple[list[str], type[Exception], str]] = [
-    (["index.kind=IVF16,Flaat"], ConfigError, r"FAISS refuses it .*IVF1024,Flat"),
-    (["index.kind=IVF16,PQ8x4fs,RFlat"], ConfigError, r"leave out what refines or maps ids"),
-    (["index.kind=PQ7x4"], ConfigError, r"FAISS refuses it for vectors of dimension 16"),
+    (["index.kind=IVF16,Flaat"], ConfigError, r"FAISS rejects it .*IVF1024,Flat"),
+    (["index.kind=IVF16,PQ8x4fs,RFlat"], ConfigError, r"leave out refinement and id maps"),
+    (["index.kind=PQ7x4"], ConfigError, r"FAISS rejects it for vectors of dimension 16"),
     (["index.kind=IVF512,Flat"], ConfigError, r"512 lists.*19,968 rows.*has 3,000: set at most 76 lists"),
     (["index.kind=PQ8x12"], ConfigError, r"codes of 4,096 words.*the corpus has 3,000: set fewer bits"),
     (["index.kind=OPQ4,IVF2,PQ4x12"], ConfigError, r"codes of 4,096 words.*or index.kind: stream"),
-    (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*no such file"),
+    (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*the file does not exist"),
     (["index.kind=flat", "index.trained=x.faiss"], ConfigError, r"index.trained needs index.kind"),
 ]
 
@@ -326,7 +327,7 @@ def test_bad_indexes_are_refused(
 
 def test_a_bad_string_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     source = write(tmp_path)
-    with pytest.raises(ConfigError, match="FAISS refuses it"):
+    with pytest.raises(ConfigError, match="FAISS rejects it"):
         mined(source, "index.kind=IVF16,Flaat")
     assert not (tmp_path / "run/ingest").exists()
     with pytest.raises(ConfigError, match=r"512 lists.*the corpus has 3,000: set at most 76 lists"):
@@ -379,7 +380,7 @@ def test_a_window_of_which_too_little_is_found_is_an_error(source: dict[str, Any
     wanted = loose.stats["index"]["recall_interval"][0] - 0.001
     assert window < wanted
     strict = [*settings, f"index.min_recall={wanted}"]
-    message = rf"finds {window:.4f} of the true candidates at ranks 50 to 59, .*higher"
+    message = rf"finds {window:.4f} of the true candidates at ranks 50 to 59, .*raise it"
     with pytest.raises(RecallError, match=message):
         mined(source, *strict, *deep)
     assert mined(source, *strict).stats["triplets"]["recall_window"]["recall"] >= wanted
@@ -437,7 +438,7 @@ def test_a_trained_index_of_another_kind_is_refused(source: dict[str, Any]) -> N
         mined(source, "index.kind=IVF16,SQ8", f"index.trained={run_dir / trained.files[0].path}")
     other = faiss.index_factory(8, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT)
     faiss.write_index(other, str(run_dir / "other.faiss"))
-    with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Name an index") as caught:
+    with pytest.raises(InputError, match=r"other.faiss.*index.trained.*holds dimension 8, .*Use an index") as caught:
         mined(source, "index.kind=IVF16,Flat", f"index.trained={run_dir / 'other.faiss'}")
     assert caught.value.field == "index.trained"
 

@@ -74,7 +74,7 @@ def refused(outcome: small.Outcome, place: Path, needed: int | None) -> None:
     assert (outcome.code, entry["error"]) == (1, "storage"), outcome.err
     need = "" if needed is None else f"{needed:,} bytes are needed. "
     wanted = (
-        f"cannot write {place}: no space left on the device. {need}0 bytes are free there. Nothing finished was lost"
+        f"cannot write {place}: no space left on the device. {need}0 bytes are free there. No finished work was lost"
     )
     assert wanted in entry["message"]
 

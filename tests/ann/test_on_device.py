@@ -173,16 +173,16 @@ def test_what_does_not_fit_the_device_is_refused_with_a_remedy(monkeypatch: pyte
     import torch
 
     anchors, rows = draw(64, 256, 1), draw(2_000, 256, 2)
-    with pytest.raises(
-        BudgetError, match=r"search\.device has no memory for 64 anchors of 256 numbers, 1 MiB were free: .*search"
-    ):
+    told = r"search\.device does not have the memory for 64 anchors of dimension 256, 1 MiB were free: .*search"
+    with pytest.raises(BudgetError, match=told):
         search(OnDevice("cpu", 1, 2**20), anchors, rows, monkeypatch)
 
     def full(*operands: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB")
 
     monkeypatch.setattr(torch, "mm", full)
-    with pytest.raises(BudgetError, match=r"no memory for more products.*executor\.workers.*search\.device: cpu"):
+    told = r"does not have the memory for more products.*executor\.workers.*search\.device: cpu"
+    with pytest.raises(BudgetError, match=told):
         search(on_device(), anchors, rows, monkeypatch)
 
 
@@ -227,7 +227,7 @@ def test_a_device_that_multiplies_with_fewer_digits_is_refused(digits: int) -> N
     coarse = Coarse("cpu", 1, 2**28)
     coarse.digits = digits
     with pytest.raises(
-        ConfigError, match=r"search\.device multiplies less exactly than in float32.*search\.device: cpu"
+        ConfigError, match=r"search\.device multiplies less precisely than float32.*search\.device: cpu"
     ):
         coarse.check()
 

@@ -152,7 +152,7 @@ def test_5_damage_is_found_named_and_made_good(folder: Path) -> None:
     part.write_bytes(content)
     found = small.run("verify", config)
     assert found.code == 5
-    assert f"search/{part.name} has other content than was written" in found.err
+    assert f"search/{part.name} has changed since it was written" in found.err
 
     part.unlink()
     status = small.run("status", config)
@@ -173,7 +173,7 @@ def test_5_a_damaged_manifest_is_named_and_its_parts_are_kept(folder: Path) -> N
     assert f"{manifest} is not a manifest" in found.err
     outcome = small.run("mine", config)
     assert outcome.code == 0
-    assert "encode: runs, " in outcome.err
+    assert "encode: starting, " in outcome.err
     assert {path.name: path.stat().st_ino for path in (run_dir / "encode").iterdir()} == inodes
 
 
@@ -219,7 +219,7 @@ def test_a_run_directory_that_is_a_file(folder: Path) -> None:
     outcome = small.run("mine", folder / "config.yaml", "--set", f"run_dir={folder / 'config.yaml'}")
     assert outcome.code == 1
     assert "cannot write" in outcome.err
-    assert "a folder of its path is a file" in outcome.err
+    assert "part of its path is a file" in outcome.err
 
 
 # --- logs ---------------------------------------------------------------------------------------------

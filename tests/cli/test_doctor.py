@@ -51,7 +51,7 @@ def test_a_page_without_secrets(tmp_path: Path) -> None:
         "memory: ",
         "cores: ",
         "here: ",
-        "token of the hub: there",
+        "hub token: set",
     ):
         assert f"- {name}" in done.stdout
     assert "- hub: http://127.0.0.1:9 does not answer" in done.stdout
@@ -60,7 +60,7 @@ def test_a_page_without_secrets(tmp_path: Path) -> None:
 def test_offline_and_as_json() -> None:
     done = examine("--format", "json", HF_HUB_OFFLINE="1")
     facts = {fact["name"]: fact["value"] for fact in json.loads(done.stdout)}
-    assert facts["hub"] == "not asked: HF_HUB_OFFLINE is set"
+    assert facts["hub"] == "not contacted: HF_HUB_OFFLINE is set"
     assert facts["HF_HUB_OFFLINE"] == "1"
 
 
@@ -70,7 +70,7 @@ def test_what_every_run_needs_is_broken(tmp_path: Path) -> None:
     done = examine(HF_HUB_OFFLINE="1", PYTHONPATH=path)
     assert done.returncode == 1
     assert "faiss: does not load: ImportError: libgomp.so.1 is not there (broken)" in done.stdout
-    assert "Install faiss again" in done.stderr
+    assert "Reinstall faiss" in done.stderr
 
 
 def test_a_line_that_is_broken_says_what_to_do() -> None:

@@ -66,7 +66,7 @@ def test_what_it_does_not_go_with() -> None:
     with pytest.raises(ConfigError, match="store: a run_dir in a bucket keeps its parts there: leave it out"):
         loaded(URL, store="elsewhere")
     trained = loaded(URL, train={})
-    with pytest.raises(ConfigError, match="ablate makes several runs, in folders of a disk, not in s3://my-bucket"):
+    with pytest.raises(ConfigError, match="ablate makes several runs, in folders on a disk, not in s3://my-bucket"):
         ablate(trained)
     with pytest.raises(ConfigError, match="refresh makes several runs"):
         refresh(trained, 2)

@@ -293,7 +293,7 @@ def test_a_plan_does_not_count_what_the_cache_had(source: Source) -> None:
     plan = estimate.plan(load_config(run.config), probe_encoder=False)
     (step,) = [step for step in plan.steps if step.stage == "encode"]
     assert step.todo and step.seconds is None
-    assert step.note == f"{run.parts('ingest', 'corpus')[0]['rows']} texts, less what the cache has"
+    assert step.note == f"{run.parts('ingest', 'corpus')[0]['rows']} texts, minus cached texts"
 
 
 def test_brought_vectors_have_no_cache(tmp_path: Path) -> None:

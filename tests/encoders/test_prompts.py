@@ -187,7 +187,7 @@ def test_a_run_says_which_prompts_it_used(prompted: Prompted, tmp_path: Path, ca
     assert book is not None
     shown = facts.encoder(load_config(run.config), book)
     assert (shown["query_prompt"], shown["passage_prompt"]) == (QUERY, DOCUMENT)
-    assert shown["documents cut"].startswith("0 of 40") and shown["documents with the vector of another"] == "0 of 40"
+    assert shown["documents cut"].startswith("0 of 40") and shown["documents with another's vector"] == "0 of 40"
 
     keys = {part["kind"]: part["key"] for part in run.parts("encode")}
     mined(tmp_path, prompted(NAMED["both"]), "encoder.query_prompt_name=query")

@@ -61,7 +61,8 @@ def test_mine_gives_the_rows_of_the_model_here(server: ModelServer, here: Run, t
     assert vectors(run) == vectors(here) and rows(run) == rows(here) and len(rows(run)) > 20
     assert len(server.texts) == TEXTS
     tokens = server.model.vectors(server.texts)[1]
-    said = f"the server read {tokens:,} tokens for these vectors, as it counts, cost {tokens * 5e-6:.4g} at 5 a million"
+    cost = f"cost {tokens * 5e-6:.4g} at 5 per million"
+    said = f"the server read {tokens:,} tokens for these vectors, by its own count, {cost}"
     assert said in " ".join(outcome.err.split())
     stats = run.manifest("encode")["stats"]
     assert stats["tokens"] == tokens and stats["sent"]["cost"] == pytest.approx(tokens * 5e-6)
@@ -78,7 +79,9 @@ def test_plan_tells_tokens_and_cost_and_sends_nothing(server: ModelServer, tmp_p
     written += [f"query {i}" for i in range(small.QUERIES)]
     expected = sum(len(text) // 4 + 1 for text in written)
     assert step.tokens == expected and step.cost == pytest.approx(expected / 1000)
-    assert step.note.endswith(f"about {expected} tokens (a quarter of the bytes), cost 0.{expected} at 1000 a million")
+    assert step.note.endswith(
+        f"about {expected} tokens (a quarter of the bytes), cost 0.{expected} at 1000 per million"
+    )
     config = tmp_path / "served.yaml"
     config.write_text(yaml.safe_dump(run.config))
     assert f"about {expected} tokens" in " ".join(small.run("plan", config).out.split())
@@ -123,7 +126,7 @@ def test_another_model_under_the_same_name_is_found_out(server: ModelServer, tmp
         run.mine()
     sent = len(server.asked)
     server.always = Fault(change=lambda vectors: [vector[::-1][:dimension] for vector in vectors])
-    with pytest.raises(InputError, match=r"not the one that was stored.*another model"):
+    with pytest.raises(InputError, match=r"differs from the stored one.*another model"):
         run.mine()
     assert server.asked[sent:] == [server.asked[sent][:1]]
 
@@ -150,7 +153,7 @@ def test_a_cache_of_another_dimension_is_said(server: ModelServer, tmp_path: Pat
     with pytest.raises(ConfigError, match="401"):
         run.mine()
     server.always = Fault(change=lambda vectors: [vector[:16] for vector in vectors])
-    with pytest.raises(InputError, match=r"gives 16 numbers, the cache had vectors of 32"):
+    with pytest.raises(InputError, match=r"gives vectors of dimension 16, the cache 32"):
         run.mine()
 
 

@@ -149,7 +149,7 @@ def test_a_task_that_never_fits_into_memory_is_named(whole: Run, tmp_path: Path)
     log = log.replace("\n", "")
     died = [part["key"] for part in whole.parts("search") if f"part {part['key']} (candidates" in log]
     assert len(died) == 1
-    assert "died 3 times, the last time by exit code 12 (out of memory?" in log
+    assert "died 3 times; last cause: exit code 12 (out of memory?" in log
     assert "MemoryError" in log and "Traceback" not in log and len(log) < 2_000
     run.mine()
     assert run.content() == whole.content()

@@ -309,7 +309,7 @@ def test_wrong_content_of_the_same_size_is_seen_by_its_header_at_use(
         before = digests(run)
         outcome = small.run(*readers[number % len(readers)])
         assert (outcome.code, outcome.out) == (5, ""), (place, outcome)
-        assert f"{path.relative_to(run.folder)} has other content than was written (" in outcome.err, (place, outcome)
+        assert f"{path.relative_to(run.folder)} has changed since it was written (" in outcome.err, (place, outcome)
         assert f"Run `negpipe mine {config} --repair`" in outcome.err
         assert digests(run) == before
         assert not (tmp_path / "out.jsonl").exists()
@@ -379,7 +379,7 @@ def test_the_command_repairs(whole: Run, tmp_path: Path) -> None:
     assert "--repair` makes them again" in verified(run)
     code, _, log = run.command("mine", flags=["--repair"])
     assert code == 0
-    assert f"{path.relative_to(run.folder)} has other content than was written: made again" in log
+    assert f"{path.relative_to(run.folder)} has changed since it was written: recomputing it" in log
     assert not verified(run)
     assert run.content() == whole.content()
 

@@ -122,9 +122,9 @@ def test_devices_that_are_none_are_refused_by_the_config(overrides: list[str], m
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("encoder.device=cuda:3", r"encoder\.device: 'cuda:3' is not there, torch sees 3 GPUs"),
-        ("encoder.devices=[cuda:0, cuda:7]", r"encoder\.devices: 'cuda:7' is not there"),
-        ("search.device=cuda:4", r"search\.device: 'cuda:4' is not there"),
+        ("encoder.device=cuda:3", r"encoder\.device: 'cuda:3' does not exist, torch sees 3 GPUs"),
+        ("encoder.devices=[cuda:0, cuda:7]", r"encoder\.devices: 'cuda:7' does not exist"),
+        ("search.device=cuda:4", r"search\.device: 'cuda:4' does not exist"),
         ("encoder.devices=[cuda:2, cpu]", None),
     ],
 )
@@ -182,7 +182,7 @@ def test_more_models_than_a_device_has_memory_for_are_refused_before_anything_ru
     if most >= (config.executor.workers or 0):
         STAGES["encode"].examine(context_of(config, tmp_path))
         return
-    with pytest.raises(BudgetError, match=rf"{config.executor.workers} of them take .* {most} of them have room") as no:
+    with pytest.raises(BudgetError, match=rf"{config.executor.workers} workers take .* {most} of them fit") as no:
         graph.mine(config)
     assert no.value.needed == config.executor.workers * 4 * weights > no.value.there  # type: ignore[operator]
     assert "executor.workers" in no.value.remedy
@@ -195,7 +195,7 @@ def test_models_on_the_cores_share_the_memory_of_the_machine(
     config = with_model(tmp_path, tiny, "encoder.devices=[cpu, cpu:1]")
     STAGES["encode"].examine(context_of(config, tmp_path))
     monkeypatch.setattr("negpipe.config.machine.memory", lambda: 2**16)
-    with pytest.raises(BudgetError, match=r"2 of them take .* MiB of cpu"):
+    with pytest.raises(BudgetError, match=r"2 workers take .* MiB of cpu"):
         STAGES["encode"].examine(context_of(config, tmp_path))
 
 
@@ -296,7 +296,7 @@ def test_parts_go_to_whoever_is_free_each_on_a_device_of_its_own(
     with caplog.at_level(logging.WARNING):
         run.mine(*more, only="encode")
 
-    assert "process" in caplog.text and "(cuda:2), died by signal SIGKILL" in caplog.text
+    assert "process" in caplog.text and "(cuda:2), died: signal SIGKILL" in caplog.text
     # What each worker is shown, what it calls that, and the two that the second GPU had.
     assert sorted(notes.read_text().splitlines()) == ["4 cuda:0 float32", *["7 cuda:0 float32"] * 2]
     made = [part["provenance"] for part in run.parts("encode")]
@@ -314,4 +314,4 @@ def test_devices_without_a_worker_are_told_of(tmp_path: Path, caplog: pytest.Log
     config = with_model(tmp_path, "model", "resources.cpus=2")
     context = STAGES["encode"].within(context_of(config, tmp_path))
     local.run(STAGES["encode"], iter(()), context, lambda *about: None)
-    assert "encode: 2 of 3 devices are used, a worker each" in caplog.text
+    assert "encode: using 2 of 3 devices, one worker each" in caplog.text

@@ -112,7 +112,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "memory": (
         memory_error,
         2,
-        ["needs", "MiB a worker, there are 32: raise", "or lower data.part_rows"],
+        ["needs", "MiB per worker, 32 are available: raise", "or lower data.part_rows"],
     ),
     "input": (input_error, 3, ["corpus.jsonl, row 41: broken JSON", "Write one JSON object a line"]),
     "missing-stage": (missing_stage, 3, ["search needs the output of ingest", "negpipe ingest", "first"]),
@@ -120,7 +120,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "locked": (locked, 4, ["run is in use by process", str(os.getpid()), "wait for it or stop it"]),
     "damaged": (damaged, 5, ["files in", "are damaged", "--repair"]),
     "failed": (failed_audit, 1, ["the audit of", "failed: shortage"]),
-    "recall": (recall, 1, ["does not surely reach index.min_recall 1.0", "nprobe 1: recall 0.", "index.kind: stream"]),
+    "recall": (recall, 1, ["does not reliably reach index.min_recall 1.0", "nprobe 1: recall 0.", "kind: stream"]),
     "rows": (rows, 1, ["0 rows, output.min_rows asks for 1", "mining.max_score", "output.min_rows=0"]),
     "task-failed": (task_failed, 1, ["encode: the worker for part", "died 3 times", "signal SIGKILL", "Its log, "]),
     "usage": (usage, 2, ["No such option"]),

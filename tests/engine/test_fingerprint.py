@@ -238,10 +238,10 @@ def test_json_without_a_form_leaves_nothing(tmp_path: Path) -> None:
     ("error", "reason"),
     [
         (OSError(errno.ENOSPC, "x"), "no space left on the device"),
-        (OSError(errno.EDQUOT, "x"), "quota is used up"),
+        (OSError(errno.EDQUOT, "x"), "quota is exceeded"),
         (OSError(errno.EROFS, "x"), "read-only"),
         (PermissionError(errno.EACCES, "x"), "no permission"),
-        (OSError(errno.ENOTDIR, "x"), "a folder of its path is a file"),
+        (OSError(errno.ENOTDIR, "x"), "part of its path is a file"),
         # Libraries that write files themselves say it in words.
         (RuntimeError("IO Error: could not write: No space left on device"), "no space left on the device"),
     ],
@@ -281,13 +281,13 @@ def test_a_part_is_done_when_its_files_are_there(tmp_path: Path) -> None:
     assert list(books.parts()) == [part]
     (tmp_path / part.files[0].path).write_bytes(b"dat")
     assert books.part(KEYS[0]) is None
-    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} has 3 bytes, 4 were written"
+    assert part.files[0].problem(LocalStore(tmp_path)) == f"{part.files[0].path} has 3 bytes, expected 4"
     (tmp_path / part.files[0].path).write_bytes(b"dada")
     assert books.part(KEYS[0]) == part  # its size is right: only a full check sees it
     assert part.files[0].problem(LocalStore(tmp_path)) is None
     assert (
         part.files[0].problem(LocalStore(tmp_path), full=True)
-        == f"{part.files[0].path} has other content than was written"
+        == f"{part.files[0].path} has changed since it was written"
     )
     (tmp_path / part.files[0].path).unlink()
     assert books.part(KEYS[0]) is None
@@ -327,7 +327,7 @@ def test_a_damaged_manifest_is_an_error(damage: bytes, tmp_path: Path) -> None:
     books = Books(tmp_path, "encode")
     books.write_manifest(make_manifest(make_part(tmp_path)), None)
     books.manifest_path.write_bytes(damage)
-    with pytest.raises(DamagedError, match="delete it and run the stage again, finished parts are reused") as caught:
+    with pytest.raises(DamagedError, match="delete it and run the stage again; finished parts are reused") as caught:
         books.manifest()
     assert str(books.manifest_path) in str(caught.value)
 

@@ -372,7 +372,7 @@ def test_code_of_a_model_runs_only_where_the_config_says_so(
 
     with nullcontext() if full else encoding_here():
         trusting = small.run("encode", config, *arguments, "--set", "encoder.trust_remote_code=true")
-    assert "encoder.trust_remote_code is on: code that comes with the model is run" in trusting.err
+    assert "encoder.trust_remote_code is on: code shipped with the model runs" in trusting.err
     assert owned.exists(), trusting.err
 
 

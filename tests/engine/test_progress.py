@@ -60,6 +60,6 @@ def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.
     overrides = [part for setting in scarce for part in ("--set", setting)]
     outcome = small.run("mine", small.build(tmp_path), *overrides)
     assert outcome.code == 0, outcome.err
-    assert "not one row could be made; candidates were dropped: max score" in " ".join(outcome.err.split())
+    assert "no row could be written; candidates dropped: max score" in " ".join(outcome.err.split())
     said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
     assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]

@@ -153,7 +153,7 @@ def test_a_file_system_without_locks_is_warned_of(whole: Run, tmp_path: Path) ->
     run = whole.copied(tmp_path / "run")
     code, _, log = run.command("mine", environment=blow(locks="not there"))
     assert code == 0
-    assert f"{run.folder} cannot be locked (No locks available): start no second run on it" in log
+    assert f"cannot lock {run.folder} (No locks available): do not start a second run on it" in log
 
 
 def test_a_worker_refuses_manifests_its_tasks_were_not_planned_on(whole: Run) -> None:
@@ -323,7 +323,7 @@ def test_a_source_changed_under_the_same_size_and_time_is_found_by_rehash(tmp_pa
     config.write_text(json.dumps(run.config), encoding="utf-8")
     outcome = small.run("mine", config, "--set", "executor.kind=inline", "--rehash")
     assert outcome.code == 0
-    assert "ingest: runs, the content of data.path changed" in outcome.err
+    assert "ingest: starting, the content of data.path changed" in outcome.err
     fresh = run.at(tmp_path / "fresh")
     fresh.mine()
     assert run.content() == fresh.content()

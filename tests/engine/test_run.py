@@ -279,7 +279,7 @@ def test_other_model_runs_from_encode_and_is_named(golden: Run, tmp_path: Path) 
     vocabulary = Path(new) / "vocab.txt"
     vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("river", "brook"), encoding="utf-8")
 
-    line = f"encode: runs, encoder.model changed from {old!r} to {new!r}"
+    line = f"encode: starting, encoder.model changed from {old!r} to {new!r}"
     process = run.start("mine", f"encoder.model={new}")
     try:
         assert wait(process, lambda: line in run.log.read_text(encoding="utf-8"))
@@ -325,7 +325,7 @@ def test_flat_and_stream_find_the_same(undisturbed: Run, tmp_path: Path) -> None
 
 def test_no_more_workers_than_cores(undisturbed: Run, caplog: pytest.LogCaptureFixture) -> None:
     undisturbed.mine("executor.kind=local", "executor.workers=3", "resources.cpus=2")
-    assert "executor.workers: 3 are more than resources.cpus, so 2 run at a time" in caplog.text
+    assert "executor.workers is 3, more than resources.cpus, so 2 run at a time" in caplog.text
     caplog.clear()
     undisturbed.mine("executor.kind=local", "executor.workers=2", "resources.cpus=2")
     assert "run at a time" not in caplog.text

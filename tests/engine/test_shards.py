@@ -215,7 +215,7 @@ def test_other_versions_of_libraries_within_a_run_are_refused(
     assert made
     with pytest.raises(VersionsError) as refused:
         worked(run, "encode", 1, 2)
-    assert f"began with numpy 0.0.1, and numpy {version('numpy')} is installed on" in str(refused.value)
+    assert f"started with numpy 0.0.1, but numpy {version('numpy')} is installed on" in str(refused.value)
     assert refused.value.exit_code == ConfigError.exit_code and refused.value.code == "versions"
     assert len(run.committed("encode")) == made
     with pytest.raises(MissingPartsError, match=f"{len(keys(whole, 'encode'))} parts are missing"):

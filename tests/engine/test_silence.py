@@ -110,7 +110,7 @@ def test_silence_is_warned_about_and_ended_by_the_timeout(
         mine(run, "executor.task_timeout=8s")
     assert 8 < time.monotonic() - began < 60
     assert run.content() == fresh
-    silent = [record.message for record in caplog.records if "has said nothing" in record.message]
+    silent = [record.message for record in caplog.records if "has been silent" in record.message]
     warned = [message for message in silent if message.startswith("search: the worker for part")]
     assert 1 <= len(warned) <= 8  # at 1, 2, 4 seconds of silence, and of workers that are slow to begin
     assert any("_waits_for_a_disk_that_is_gone" in message for message in warned) is (then == "hangs")

@@ -75,10 +75,10 @@ def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
     assert found["encode"].disk == 1100 * 20
     assert [one.bound for one in found.values()] == [
         "one process",
-        "one thread a worker",
-        "one thread a worker",
+        "one thread per worker",
+        "one thread per worker",
         "processors",
-        "one thread a worker",
+        "one thread per worker",
     ]
 
 
@@ -174,7 +174,10 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({**NODE, **SHARED}))
     outcome = small.run("plan", path, "--cluster", file)
     assert outcome.code == 2
-    assert "job.documents, job.anchors, job.dimension, job.text_bytes: give them in the cluster file" in outcome.err
+    assert (
+        "job.documents, job.anchors, job.dimension, job.text_bytes: not counted by this run: set them in the cluster"
+        in outcome.err
+    )
     file.write_text(yaml.safe_dump({**NODE, **SHARED, "job": JOB}))
     outcome = small.run("plan", path, "--cluster", file, "--nodes", "1,8,64", "--set", "index.kind=stream")
     assert outcome.code == 0, outcome.err

@@ -30,9 +30,7 @@ def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
     assert re.search(r"encode missing .* refused, see below", shown)
-    assert re.search(
-        r"encode: vectors and what is found with them take about [\d,]+ bytes in .*, 1,000 bytes are free", shown
-    )
+    assert re.search(r"encode: vectors and search results take about [\d,]+ bytes in .*, 1,000 bytes are free", shown)
     assert re.search(r"What is to be made takes [\d.]+ kB: make room, or set run_dir", shown)
 
 
@@ -44,7 +42,7 @@ def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.
         found = estimate.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
         steps = {step.stage: step for step in found.steps}
         meant = next(choice for choice in found.choices if choice.kind == kind)
-        assert "what auto chooses: told to" in meant.note
+        assert "chosen by auto: told to" in meant.note
         assert steps["index"].seconds == meant.build and steps["index"].note == meant.note
         assert steps["search"].seconds == pytest.approx(meant.search)
 
@@ -57,7 +55,7 @@ def test_nothing_is_fetched_or_read_before_the_source(tmp_path: Path, monkeypatc
     source["encoder"] = {"model": "some/model"}
     monkeypatch.setattr("negpipe.encoders.resolve_model", fetch)
     found = estimate.plan(load_config(source), probe_encoder=False)
-    assert [step.note for step in found.steps[1:]] == ["waits for ingest"] * 4
+    assert [step.note for step in found.steps[1:]] == ["waiting for ingest"] * 4
 
 
 def test_ids_of_brought_vectors_are_read_by_encode_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +76,7 @@ def test_brackets_in_a_refusal_are_shown(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(json.dumps(source))
     mined(source, "index.kind=stream", only="ingest")
     outcome = small.run("plan", tmp_path / "plan.yaml", "--set", "index.kind='IVF[/old]'")
-    assert outcome.code == 0 and "index.kind 'IVF[/old]': FAISS refuses it" in " ".join(outcome.out.split())
+    assert outcome.code == 0 and "index.kind 'IVF[/old]': FAISS rejects it" in " ".join(outcome.out.split())
 
 
 def test_shards_take_about_an_hour_and_are_no_more_than_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +136,7 @@ def test_plan_tells_without_running(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "stage", "message"),
     [
-        (["index.kind=IVF16,Nonsense"], "index", "index.kind 'IVF16,Nonsense': FAISS refuses it"),
+        (["index.kind=IVF16,Nonsense"], "index", "index.kind 'IVF16,Nonsense': FAISS rejects it"),
         (["search.depth=3000", *FOUR_OF_16], "search", "anchors to depth 3,000 needs"),
         (
             ["mining.range_min=5000", "mining.range_max=6000", "search.depth=6000"],
@@ -221,7 +219,7 @@ def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: P
     graph.mine(load_config(settings), only="ingest")
     found = estimate.plan(load_config(settings))
     encode = next(step for step in found.steps if step.stage == "encode")
-    assert encode.seconds and encode.disk and "took just now" in encode.note
+    assert encode.seconds and encode.disk and "measured on" in encode.note
     assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
     assert not (tmp_path / "run/encode").exists()
     # What goes wrong in the model's own process is said as here.

@@ -398,12 +398,12 @@ def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "mapping", "message"),
     [
-        ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; there are: q, docs"),
-        ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "no column 'no' for the negative"),
+        ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; columns: q, docs"),
+        ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "column 'no' for the negative does not exist"),
         ('{"query": ["a"], "pos": ["b"], "neg": ["c"]}', {}, "expected a text for the anchor"),
         ('{"query": "a", "pos": [{"text": "b"}], "neg": ["c"]}', {}, "field 'pos': holds STRUCT"),
         ('{"query": "a", ', {}, "cannot be read"),
-        ("", {}, "cannot be read|holds no row|no column"),
+        ("", {}, "cannot be read|contains no rows|no column"),
     ],
 )
 def test_files_that_cannot_be_audited(text: str, mapping: dict[str, str], message: str, tmp_path: Path) -> None:

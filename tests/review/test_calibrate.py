@@ -366,7 +366,7 @@ def test_stand_ins_are_labelled_as_what_they_are(searched: Run, tmp_path: Path, 
         (["--sampling", "best"], "'best' is none of top"),
         (["--plot", "leak.pdf"], "ends in .svg or .png"),
         (["--near-anchors", "0.9", "--second", "x.yaml"], "take one"),
-        (["--set", "mining.num_negatives=0", "--set", "mining.num_random=2"], "nothing to calibrate"),
+        (["--set", "mining.num_negatives=0", "--set", "mining.num_random=2"], "only mined negatives can be calibrated"),
     ],
 )
 def test_wrong_options(searched: Run, tmp_path: Path, options: list[str], message: str) -> None:

@@ -166,7 +166,7 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path) -> None:
     for name in (config, tmp_path / "run"):
         done = negpipe("diff", name, runs / "a")
         assert done.code == 3
-        assert f"there are no triplets in {tmp_path / 'run'}: run `negpipe mine" in done.err
+        assert f"no triplets in {tmp_path / 'run'}: run `negpipe mine" in done.err
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"anchor": "x", "positive": "y", "negative": "z"}) + "\n", "utf-8")
     with pytest.raises(InputError, match="have no anchor in common"):

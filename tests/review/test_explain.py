@@ -135,7 +135,7 @@ def test_a_short_anchor_is_explained_where_the_run_fails(mined: Run) -> None:
 
 
 def test_unknown_anchor_names_near_ones(mined: Run) -> None:
-    with pytest.raises(InputError, match=r"no.*'q1o0'.*near: .*'q100'"):
+    with pytest.raises(InputError, match=r"no.*'q1o0'.*similar ids: .*'q100'"):
         explained(mined, "q1o0")
 
 

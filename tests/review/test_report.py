@@ -166,7 +166,7 @@ def test_a_report_that_cannot_be_made_fails_no_mining(folder: Path) -> None:
     (folder / "run/report.html").mkdir()
     done = negpipe("mine", folder / "config.yaml", "--set", "mining.num_negatives=2")
     assert done.code == 0
-    assert "report: not made, the rows are" in done.err
+    assert "report: failed, the rows are complete" in done.err
     assert len(rows_of(folder)) == 2 * reviewed_run.ANCHORS
 
 
@@ -186,7 +186,7 @@ def test_what_is_missing_is_named_with_the_command_to_run(tmp_path: Path) -> Non
     config = reviewed_run.build(tmp_path)
     done = negpipe("report", config)
     assert (done.code, done.out) == (3, "")
-    assert f"Run `negpipe ingest {config}` first, or `negpipe mine {config}` for all of it" in done.err
+    assert f"Run `negpipe ingest {config}` first, or `negpipe mine {config}` to run all stages" in done.err
     assert not (tmp_path / "run").exists()
     for stage, following in (("ingest", "encode"), ("encode", "index"), ("index", "search"), ("search", "triplets")):
         assert negpipe(stage, config).code == 0
@@ -203,7 +203,7 @@ def test_a_run_that_is_still_going_is_let_be(folder: Path) -> None:
         done = negpipe("report", folder / "config.yaml")
     assert done.code == 4
     assert "is in use by process" in done.err
-    assert f"A report is of a finished run; `negpipe status {folder / 'config.yaml'}`" in done.err
+    assert f"A report needs a finished run; `negpipe status {folder / 'config.yaml'}`" in done.err
     assert (folder / "run/report.html").read_bytes() == before
 
 
@@ -275,7 +275,7 @@ def test_fewer_anchors_are_looked_at_where_there_are_many(folder: Path) -> None:
 def test_every_kind_of_run(folder: Path, changes: list[str]) -> None:
     options = [option for change in changes for option in ("--set", change)]
     done = negpipe("mine", folder / "config.yaml", *options)
-    assert done.code == 0 and "not made" not in done.err, done.err
+    assert done.code == 0 and "report: failed" not in done.err, done.err
     report = page_of(folder / "run/report.html")
     if "index.kind=IVF2,Flat" in changes:
         assert "IVF2,Flat" in report.text and "recall at ranks 0 to 9" in report.text

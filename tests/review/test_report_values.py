@@ -80,7 +80,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Mined:
     config = folder / "config.yaml"
     config.write_text(json.dumps(run.config), encoding="utf-8")
     outcome = small.run("mine", config)
-    assert outcome.code == 0 and "report: not made" not in outcome.err, outcome.err
+    assert outcome.code == 0 and "report: failed" not in outcome.err, outcome.err
     return Mined(run, config, page_of(run))
 
 
@@ -214,14 +214,14 @@ def test_the_figure_of_ranks(mined: Mined, anchors: dict[str, Anchor]) -> None:
     figure = mined.figure("Rank of the positives")
     check_bars(figure, "green", wanted)
     first, beyond = (f"{wanted[name] / len(ranks):.1%}" for name in ("0", "beyond"))
-    assert f"{first} of the positives are the nearest document, {beyond} lie beyond rank {DEPTH}." in figure
+    assert f"{first} of the positives are the nearest document, {beyond} are beyond rank {DEPTH}." in figure
 
 
 def test_the_figure_of_negatives_an_anchor(mined: Mined, anchors: dict[str, Anchor]) -> None:
     counts = Counter(len(anchor.negatives) for anchor in anchors.values())
-    figure = mined.figure("Negatives an anchor")
+    figure = mined.figure("Negatives per anchor")
     check_bars(figure, "orange", {str(count): counts[count] for count in sorted(counts)})
-    assert f"{counts[6] / len(anchors):.1%} of the anchors have all 6 that are asked for." in figure
+    assert f"{counts[6] / len(anchors):.1%} of the anchors have all 6 requested." in figure
 
 
 def test_the_figure_of_drops(mined: Mined) -> None:
@@ -234,7 +234,7 @@ def test_the_figure_of_drops(mined: Mined) -> None:
     seen, taken = (sum(row[name] for row in ledger) for name in ("candidates", "taken"))
     assert f"{seen:,} candidates were seen, {taken:,} taken." in figure
     name, count = next(iter(wanted.items()))
-    assert f"Most were dropped as {name}: {count / seen:.1%}." in figure
+    assert f"Most frequent drop reason: {name}, {count / seen:.1%}." in figure
 
 
 def test_the_figure_and_the_table_of_hubs(mined: Mined, anchors: dict[str, Anchor]) -> None:
@@ -247,9 +247,9 @@ def test_the_figure_and_the_table_of_hubs(mined: Mined, anchors: dict[str, Ancho
     figure = mined.figure("Hubs")
     check_bars(figure, "orange", wanted)
     most = max(counts.values())
-    assert f"{len(counts):,} documents are a negative; the most frequent one of {most} of {len(anchors)}" in figure
+    assert f"{len(counts):,} documents are negatives; the most frequent one for {most} of {len(anchors)}" in figure
     (table,) = re.findall(
-        r"<caption>Documents that are a negative of most anchors</caption>.*?</table>", mined.page, re.S
+        r"<caption>Documents that are a negative for most anchors</caption>.*?</table>", mined.page, re.S
     )
     rows = [
         (int(count), html.unescape(name))

@@ -133,7 +133,7 @@ def test_rules_of_the_config_are_asked_as_far_as_ids_tell(tmp_path: Path) -> Non
 def test_what_cannot_be_judged_is_named(mined: Run, tmp_path: Path) -> None:
     anchor, document, _ = negatives(mined)[0]
     good = f"{anchor} Q0 {document} 1 0.5 x"
-    with pytest.raises(InputError, match="say nothing by themselves"):
+    with pytest.raises(InputError, match="mean nothing by themselves"):
         audit.audit(write(tmp_path / "run", [good]), audit.Options(columns={}))
     with pytest.raises(InputError, match="1 of 2 document ids are not among the documents") as caught:
         findings(mined, write(tmp_path / "unknown", [good, f"{anchor} Q0 nowhere 2 0.4 x"]))

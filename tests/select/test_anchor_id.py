@@ -113,7 +113,7 @@ def test_explain_names_it_and_ranks_leave_it_out(tmp_path: Path) -> None:
         part, at = explain.find(finished._parts(context)[0], "arg-3")
         unit = explain.explain(opened.selector, opened.corpus, part, at).units[0]
     first = unit.candidates[0]
-    assert (first.id, first.fate, first.rule) == ("arg-3", "anchor_id", "the anchor itself, by its id")
+    assert (first.id, first.fate, first.rule) == ("arg-3", "anchor_id", "the anchor itself, by id")
     with_itself = measures.measure_quality(load_config(settings, [*overrides, "mining.anchor_id=never"]))
     without = measures.measure_quality(config)
     assert without.metrics["MRR@10"] > with_itself.metrics["MRR@10"]

@@ -256,7 +256,7 @@ def test_quota_used_up_in_a_stage(stage: str, finished: Path, fresh: Path, monke
         patch.setattr(os, "fsync", refuse)
         outcome = small.run("mine", config)
     check_refusal(outcome, run_dir)
-    assert "the disk quota is used up" in outcome.err
+    assert "the disk quota is exceeded" in outcome.err
     assert small.run("mine", config).code == 0
     assert small.output(run_dir) == small.output(finished / "run")
 

@@ -142,7 +142,7 @@ def test_parts_of_a_run_are_moved_into_a_store_and_not_made_again(variants: tupl
     alone = Run({name: value for name, value in first.config.items() if name != "store"})
     alone.mine()
     before = stored(alone.folder)
-    with pytest.raises(ConfigError, match="parts of its own"):
+    with pytest.raises(ConfigError, match="already has parts"):
         first.mine()
     (tmp_path / "store").mkdir(exist_ok=True)
     for path in [*alone.folder.iterdir()]:

@@ -103,7 +103,7 @@ def test_one_anchor_is_nothing_to_compare(halved: Run, tmp_path: Path) -> None:
             continue  # not even one
         if stats["test_anchors"] == 1:
             break
-    with pytest.raises(InputError, match="a comparison takes two") as raised:
+    with pytest.raises(InputError, match="a comparison needs two") as raised:
         graph.train(config)
     assert raised.value.field == "train.split" and raised.value.remedy == "Raise train.split.test"
     assert not (tmp_path / "run/encode").exists()

@@ -170,7 +170,7 @@ def test_rounds_that_are_done_cost_nothing(two: tuple[Run, Refreshed], told: pyt
     again = made_of(run, 2)
     assert again == made and times(run) == before and table(run) == rows
     lines = [record.getMessage() for record in told.records]
-    assert not [line for line in lines if "runs, " in line or "reading " in line]
+    assert not [line for line in lines if ": starting, " in line or "reading " in line]
     assert [line.split(":")[0] for line in lines if " of 2: " in line] == ["round 1 of 2", "round 2 of 2"]
 
 
@@ -180,7 +180,7 @@ def test_more_rounds_go_on_and_read_no_source(
     run, made = two[0].copied(tmp_path / "run"), two[1]
     rows = table(run)
     more = made_of(run, 3)
-    ran = [record.getMessage().split(":")[0] for record in told.records if ": runs, " in record.getMessage()]
+    ran = [record.getMessage().split(":")[0] for record in told.records if ": starting, " in record.getMessage()]
     assert ran == ["encode", "index", "search", "triplets", "train"]
     assert more.rounds[:2] == made.rounds and table(run)[:2] == rows and len(table(run)) == 3
 
@@ -235,8 +235,8 @@ def test_a_run_whose_parts_are_in_a_shared_store_is_the_first_round(
         graph.train(load_config(run.config))
     told.clear()
     made_of(run, 1)
-    ran = [record.getMessage() for record in told.records if ": runs, " in record.getMessage()]
-    parts = [record.getMessage() for record in told.records if "parts are there already" in record.getMessage()]
+    ran = [record.getMessage() for record in told.records if ": starting, " in record.getMessage()]
+    parts = [record.getMessage() for record in told.records if "parts already exist" in record.getMessage()]
     assert [line.split(":")[0] for line in ran] == ["encode", "index", "search", "triplets", "train"]
     assert len(parts) >= 5 and all(there == of for there, _, of in (line.split()[1:4] for line in parts))
     made_of(run, 1)
@@ -281,7 +281,7 @@ def test_a_base_of_another_width_is_said(
         run.config["encoder"] = {"backend": "precomputed", **vectors}
     made = made_of(run, 2)
     assert [(one.dimension, one.trained_dimension) for one in made.rounds] == [(width, 48), (48, 48)]
-    warned = [record.getMessage() for record in told.records if "another width" in record.getMessage()]
+    warned = [record.getMessage() for record in told.records if "another dimension" in record.getMessage()]
     assert len(warned) == 1 and warned[0].startswith("round 1") and "48" in warned[0]
     assert scores(run, 2)["nDCG@10_before"].equals(scores(run, 1)["nDCG@10_after"])
     show_rounds(made)

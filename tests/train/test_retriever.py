@@ -183,7 +183,7 @@ def test_a_card_that_the_library_could_not_write_is_an_error(
 
     monkeypatch.setattr("sentence_transformers.base.model.generate_model_card", fail)
     rows, _ = write_rows(tmp_path, "triplet")
-    with pytest.raises(TaskFailedError, match="the model's card was not written"):
+    with pytest.raises(TaskFailedError, match="the model card was not written"):
         train(config_of(still, "triplet"), tmp_path, rows)
 
 

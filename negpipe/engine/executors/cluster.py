@@ -1,7 +1,7 @@
-"""The cluster of Ray that a run is connected to, and what it has room for.
+"""The Ray cluster that a run is connected to, and how much room it has.
 
-Connected when a stage is about to run that needs it, once for all of them; let go of when the run ends. A caller's own
-connection is used as it is.
+The connection is made when the first stage that needs it is about to run, shared by all stages and closed when the run
+ends. A connection that the caller already has is used as it is.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from negpipe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = 2**30  # bytes that a worker holds beside its budget: Python, torch or FAISS
-_OBJECTS = 100 * 2**20  # bytes for what Ray carries, which here is paths; it takes no fewer than 75 MiB
-_LOOK = 1.0  # seconds between two looks at the nodes
+_LIBRARIES = 2**30  # bytes that a worker holds in addition to its budget: Python, torch or FAISS
+_OBJECTS = 100 * 2**20  # bytes of Ray's object store, which carries only paths here; the minimum is 75 MiB
+_LOOK = 1.0  # seconds between two checks of the nodes
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one actor takes of a node: cores, GPUs and bytes of memory."""
+    """What one actor needs from a node: cores, GPUs and bytes of memory."""
 
     cpus: int
     gpus: int
     memory: int
 
     def fits(self, node: dict[str, float]) -> int:
-        """How many a node has room for, when nothing else runs on it."""
+        """How many actors fit on a node on which nothing else runs."""
         ways = [node.get("CPU", 0) / self.cpus, node.get("memory", 0) / self.memory]
         return int(min(ways + ([node.get("GPU", 0) / self.gpus] if self.gpus else [])))
 
@@ -50,7 +50,7 @@ class Demand:
 
 @contextmanager
 def session() -> Iterator[None]:
-    """At its end, what was connected within it is let go of, and a cluster started within it ends."""
+    """On exit, close connections opened within it and stop a cluster started within it."""
     before = _connected()
     try:
         yield
@@ -62,7 +62,7 @@ def session() -> Iterator[None]:
 
 
 def connect(config: Config) -> None:
-    """Connect to the cluster that the config names, where this process is not connected yet.
+    """Connect to the cluster that the config names, unless already connected.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers at the address in time.
@@ -70,7 +70,7 @@ def connect(config: Config) -> None:
     settings, started = config.executor.ray, time.monotonic()
     if _connected():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster started here
     try:
         import ray
     except ImportError as error:
@@ -95,7 +95,7 @@ def connect(config: Config) -> None:
 
 
 def alive() -> list[dict[str, float]]:
-    """What each live node of the cluster has."""
+    """The resources of each live node."""
     import ray
 
     nodes: Any = ray.nodes
@@ -103,8 +103,8 @@ def alive() -> list[dict[str, float]]:
 
 
 def granted(context: Context) -> Budget:
-    """What an actor may use: threads and memory as the config says, by default a GPU with its share of a node's cores,
-    or all of them."""
+    """What an actor may use: threads and memory from the config; by default a GPU with its share of a node's cores, or
+    all cores."""
     (device,) = context.devices()
     nodes = alive()
     if device == devices.ANY:
@@ -117,22 +117,22 @@ def granted(context: Context) -> Budget:
 
 
 def demand(budget: Budget) -> Demand:
-    """What Ray is told that an actor takes."""
+    """The resources requested from Ray for an actor."""
     return Demand(budget.threads, int(devices.is_gpu(budget.device)), budget.memory + _LIBRARIES)
 
 
 def room(config: Config, needed: Demand, stage: str) -> int:
-    """How many actors the cluster has room for, when nothing else runs on it. What has none is waited for.
+    """How many actors fit on the cluster if nothing else runs on it. Waits if none fits.
 
     Raises:
-        ConfigError: after `executor.ray.wait` no node is large enough.
+        ConfigError: no node is large enough after `executor.ray.wait`.
     """
     if count := _fitting(needed):
         return count
-    logger.warning("%s: no node has %s for a worker: waits %g s for one", stage, needed, config.executor.ray.wait)
+    logger.warning("%s: no node has %s for a worker: waiting %g s for one", stage, needed, config.executor.ray.wait)
     from ray.util import placement_group, remove_placement_group
 
-    # One that grows is told by this of what is missing.
+    # This tells an autoscaling cluster what is missing.
     bundle = {"CPU": needed.cpus, "GPU": needed.gpus, "memory": needed.memory}
     wanted = placement_group([{kind: amount for kind, amount in bundle.items() if amount}])
     try:
@@ -149,8 +149,8 @@ def room(config: Config, needed: Demand, stage: str) -> int:
     )
     remedy = "set encoder.device and search.device to cpu, or" if needed.gpus else "lower resources, or"
     raise ConfigError(
-        f"{stage}: a worker takes {needed}, and no node of the cluster has that (there: {'; '.join(there)}): {remedy}"
-        " add such a node; where the cluster grows, raise executor.ray.wait"
+        f"{stage}: a worker needs {needed}, but no node of the cluster has that (nodes: {'; '.join(there)}): {remedy}"
+        " add such a node; if the cluster scales up, raise executor.ray.wait"
     )
 
 
@@ -159,7 +159,7 @@ def _fitting(needed: Demand) -> int:
 
 
 def _start(options: dict[str, Any]) -> None:
-    """A cluster of this machine alone. Not in a thread, with which what it starts would end."""
+    """Start a cluster on this machine. Not in a thread: its processes would end with the thread."""
     import ray
 
     try:
@@ -167,10 +167,10 @@ def _start(options: dict[str, Any]) -> None:
             address="local",
             include_dashboard=False,
             object_store_memory=_OBJECTS,
-            _system_config={"prestart_worker_first_driver": False},  # they would lack the actors' environment
+            _system_config={"prestart_worker_first_driver": False},  # they would not have the actors' environment
             **options,
         )
-    except Exception as error:  # Ray has no class for it
+    except Exception as error:  # Ray has no specific class
         ray.shutdown()
         raise ConfigError(
             f"executor.ray.address: local: Ray does not start here: {error} Its logs are in the newest session under"
@@ -184,7 +184,7 @@ def _connected() -> bool:
 
 
 def _within(settings: Ray, connect: Callable[[], Any]) -> None:
-    """Connect in a thread: where nobody answers, Ray itself comes back after minutes, to no signal before."""
+    """Connect in a thread: without an answer, Ray returns only after minutes and handles no signals until then."""
     failed: list[Exception] = []
 
     def attempt() -> None:
@@ -198,16 +198,16 @@ def _within(settings: Ray, connect: Callable[[], Any]) -> None:
     thread.join(settings.wait)
     if not thread.is_alive() and not failed:
         return
-    why = str(failed[0]).partition("\n")[0] if failed else f"nothing within {settings.wait:g} s (executor.ray.wait)"
+    why = str(failed[0]).partition("\n")[0] if failed else f"no answer within {settings.wait:g} s (executor.ray.wait)"
     raise ConfigError(
-        f"executor.ray.address: no cluster of Ray answers at {settings.address}: {why}. Start one (ray start --head)"
+        f"executor.ray.address: no Ray cluster answers at {settings.address}: {why}. Start one (ray start --head)"
         " with this machine as one of its nodes, correct the address, or set it to local"
     )
 
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, in the main thread."""
+    """Ray installs its own SIGTERM handler in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -219,7 +219,7 @@ def _handlers_kept() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray prints what befalls its workers to standard output, with no setting against it; negpipe tells of it."""
+    """Ray prints worker failures to standard output and has no setting for that; negpipe reports them itself."""
     from ray._private import worker
 
     own = vars(worker)

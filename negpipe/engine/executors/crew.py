@@ -1,8 +1,8 @@
-"""What executors with workers share: who works on what, and what becomes of deaths and of silence.
+"""Shared by executors with workers: assigning tasks, and handling dead and silent workers.
 
-A worker that dies, or that is silent for longer than `executor.task_timeout`, is replaced and its task tried again, up
-to `RETRIES` times; a task that fails with an explained error ends the run at once. Silence alone is warned about, with
-where the worker stands.
+A worker that dies, or is silent for longer than `executor.task_timeout`, is replaced and its task retried, up to
+`RETRIES` times; a task that fails with an explained error ends the run at once. Without a timeout, silence only leads
+to warnings that show where the worker is.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ logger = logging.getLogger(__name__)
 
 RETRIES = 2
 OUT_OF_MEMORY = 12
-"""Exit code of a worker whose task did not fit into memory: it is tried again like one that was killed."""
+"""Exit code of a worker whose task did not fit into memory: it is retried like that of a killed worker."""
 SILENCE_SECONDS = 300.0
-"""A worker that says nothing for so long is warned about, and again after twice as long."""
+"""Silence after which a worker is warned about; again after twice as long, and so on."""
 MEMORY_HINT = " (out of memory? lower executor.workers, encoder.batch_size or resources.memory_budget)"
 TAIL = 200
-"""Characters of what a worker said that a message quotes."""
+"""Characters of a worker's output quoted in a message."""
 GRACE = 5.0
-"""Seconds for a process to end, and to say where it stands."""
-_TICK = 0.5  # seconds between two looks at who is silent
+"""Seconds that a process has to end, or to report its stack."""
+_TICK = 0.5  # seconds between two checks for silent workers
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 @dataclass(kw_only=True, eq=False)
 class Worker(ABC):
-    """One that runs tasks of a stage one after the other: what it works on, and for how long it has said nothing."""
+    """Runs tasks of a stage one after the other. Tracks its current task and how long it has been silent."""
 
     log: Path
     device: str
@@ -50,17 +50,17 @@ class Worker(ABC):
     warned: float = 0.0
 
     def give(self, task: Task) -> None:
-        """Hand it a task, without waiting for it."""
+        """Send it a task without waiting."""
         self.task = task
         self.send({"key": task.key, "kind": task.kind, "rows": task.rows, "payload": task.payload})
 
     @abstractmethod
     def send(self, message: dict[str, Any]) -> None:
-        """Hand it a message, without waiting for it."""
+        """Send it a message without waiting."""
 
     @abstractmethod
     def dismiss(self) -> None:
-        """Let it go: there will be no more tasks."""
+        """Release it: there are no more tasks."""
 
     @abstractmethod
     def end(self) -> None:
@@ -68,12 +68,12 @@ class Worker(ABC):
 
     @abstractmethod
     def whereabouts(self) -> str:
-        """Where it stands, as a sentence that begins with "it"; the stacks of all its threads go to its log."""
+        """Where it is, as a clause that begins with "it"; writes the stacks of all its threads to its log."""
 
     @property
     @abstractmethod
     def place(self) -> str:
-        """Process and machine, for people."""
+        """Process and machine, for messages."""
 
 
 W = TypeVar("W", bound=Worker)
@@ -81,7 +81,7 @@ W = TypeVar("W", bound=Worker)
 
 @dataclass
 class Crew(ABC, Generic[W]):
-    """The workers of one stage, and what becomes of what they say, and of their silence."""
+    """The workers of one stage; handles their messages and their silence."""
 
     stage: Stage
     tasks: Iterator[Task]
@@ -92,36 +92,36 @@ class Crew(ABC, Generic[W]):
 
     @abstractmethod
     def listen(self, seconds: float) -> None:
-        """Take what a worker says, or give up after so long."""
+        """Handle one message of a worker, or return after `seconds`."""
 
     @abstractmethod
     def retry(self, task: Task, worker: W) -> None:
-        """Begin the task of a worker that is gone once more, with another one in its place."""
+        """Start the task of a lost worker again on a replacement."""
 
     def following(self) -> Task | None:
-        """The next task that is in nobody's hands."""
+        """The next unassigned task."""
         return next(self.tasks, None)
 
     def work(self) -> None:
-        """Until every task is done.
+        """Run until every task is done.
 
         Raises:
-            NegpipeError: what a task raised, or TaskFailedError for a worker that died too often.
+            NegpipeError: the error of a task, or TaskFailedError if a worker died too often.
         """
         looked = time.monotonic()
         while self.busy:
             self.listen(_TICK)
             if (passed := time.monotonic() - looked) >= _TICK:
-                self.watch(min(passed, 2 * _TICK))  # while this process was stopped itself, it could hear nobody
+                self.watch(min(passed, 2 * _TICK))  # while this process itself was stopped, it received no messages
                 looked = time.monotonic()
 
     @property
     def busy(self) -> bool:
-        """Whether there is a task that is not done."""
+        """Whether any task is unfinished."""
         return any(worker.task for worker in self.workers)
 
     def hear(self, worker: W, message: Mapping[str, Any]) -> None:
-        """Take a message of a worker about its task."""
+        """Handle a worker's message about its task."""
         task = worker.task
         assert task is not None
         if "units" in message:
@@ -134,24 +134,24 @@ class Crew(ABC, Generic[W]):
             self.employ(worker)
 
     def employ(self, worker: W) -> None:
-        """Give a worker the next task; without one, it may go."""
+        """Give a worker the next task, or dismiss it if there is none."""
         if following := self.following():
             worker.give(following)
         else:
             worker.dismiss()
 
     def lose(self, worker: W, task: Task, cause: str) -> None:
-        """Try the task of a dead or dying worker again."""
+        """Retry the task of a dead or dying worker."""
         worker.task = None
         worker.end()
         self.attempts[task.key] += 1
         if self.attempts[task.key] > RETRIES:
             raise TaskFailedError(self._obituary(worker, task, cause))
-        logger.warning("%s died by %s; its task is tried again", self._of(worker, task), cause)
+        logger.warning("%s died: %s; retrying its task", self._of(worker, task), cause)
         self.retry(task, worker)
 
     def watch(self, seconds: float) -> None:
-        """Count so many more seconds of everybody's silence: warn of it, or end it."""
+        """Add `seconds` to every worker's silence; warn about silent workers, or end them."""
         limit = self.context.config.executor.task_timeout
         for worker in [*self.workers]:
             task = worker.task
@@ -159,16 +159,16 @@ class Crew(ABC, Generic[W]):
                 continue
             worker.silent += seconds
             if limit and worker.silent >= limit:
-                self.lose(worker, task, f"executor.task_timeout ({limit:g} s without a word): {worker.whereabouts()}")
+                self.lose(worker, task, f"executor.task_timeout ({limit:g} s of silence): {worker.whereabouts()}")
             elif worker.silent >= max(SILENCE_SECONDS, 2 * worker.warned):
                 worker.warned = worker.silent
                 logger.warning(
-                    "%s has said nothing for %.0f s: %s. The stacks of all its threads: %s. %s",
+                    "%s has been silent for %.0f s: %s. Stacks of all its threads: %s. %s",
                     self._of(worker, task),
                     worker.silent,
                     worker.whereabouts(),
                     worker.log,
-                    "executor.task_timeout will end it" if limit else "It is not ended: executor.task_timeout is null",
+                    "executor.task_timeout will end it" if limit else "It keeps running: executor.task_timeout is null",
                 )
 
     def _of(self, worker: W, task: Task) -> str:
@@ -180,26 +180,26 @@ class Crew(ABC, Generic[W]):
     def _obituary(self, worker: W, task: Task, cause: str) -> str:
         return (
             f"{self.stage.name}: the worker for part {task.key} ({task.kind}, {task.rows} rows) died {RETRIES + 1}"
-            f" times, the last time by {cause}. Its log, {worker.log}, ends with: {last_line(worker.log)}"
+            f" times; last cause: {cause}. Its log, {worker.log}, ends with: {last_line(worker.log)}"
         )
 
 
 def last_line(log: Path) -> str:
-    """The end of what a worker logged."""
+    """The last line of a worker's log."""
     lines = []
-    with suppress(OSError):  # somebody may have deleted it
+    with suppress(OSError):  # it may have been deleted
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip()[-TAIL:] for line in reversed(lines) if line.strip()), "(nothing)")
 
 
 def environment(budget: Budget) -> dict[str, str]:
-    """What a worker's libraries see of the machine: so many threads, and no GPU but its own."""
+    """Environment of a worker: limits its libraries to its threads and its GPU."""
     shown = {"CUDA_VISIBLE_DEVICES": devices.visible(budget.device)}
     return dict.fromkeys(_THREADS, str(budget.threads)) | {"PYTHONUNBUFFERED": "1"} | shown
 
 
 def head(stage: Stage, context: Context) -> dict[str, Any]:
-    """What a worker is told before its first task: plain JSON."""
+    """The first message to a worker, before any task: plain JSON."""
     return {
         "kind": stage.kind or stage.name,
         "stage": stage.name,
@@ -210,6 +210,6 @@ def head(stage: Stage, context: Context) -> dict[str, Any]:
 
 
 def log_of(stage: Stage, context: Context, number: int) -> Path:
-    """Where a worker logs."""
+    """The log file of a worker."""
     name = "-".join(filter(None, (stage.name, context.shard, str(number))))
     return context.run_dir / BOOKS / "logs" / f"{name}.log"

@@ -1,4 +1,4 @@
-"""Tasks one after another in this process: for debugging, for tests, and for stages that stream their plan."""
+"""Runs tasks one after another in this process: for debugging, tests, and stages that stream their plan."""
 
 from __future__ import annotations
 

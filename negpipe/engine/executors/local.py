@@ -1,7 +1,7 @@
-"""Tasks in worker subprocesses on this machine: `python -m negpipe.worker`, JSON lines both ways.
+"""Runs tasks in worker subprocesses on this machine: `python -m negpipe.worker`, JSON lines both ways.
 
-What is not a message counts as a death, see `executors.crew`. Workers end with this process, however it ends: they
-watch their standard input.
+Output that is not a message counts as a death, see `executors.crew`. Workers end with this process, however it ends:
+they watch their standard input.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from negpipe.store.files import bytes_in, explained
 logger = logging.getLogger(__name__)
 
 NOT_A_MESSAGE = 76
-"""Exit code of a worker that was sent what is not a message (EX_PROTOCOL of sysexits.h)."""
+"""Exit code of a worker that received a line that is not a message (EX_PROTOCOL of sysexits.h)."""
 STACK_SIGNAL = signal.SIGUSR1
-"""A worker that is sent it writes the stacks of its threads to its log, whatever it is doing."""
+"""Makes a worker write the stacks of its threads to its log, whatever it is doing."""
 LONGEST = 2**24
-"""Bytes of a line; a worker's longest is the text of an error."""
+"""Maximum bytes of a line; the longest are error texts."""
 _FRAMES = 6  # of a stack in a warning; the log has all of them
 _FRAME = re.compile(r'File "(?:.*/)?([^"/]+)", line (\d+) in (.+)')
 
@@ -57,14 +57,14 @@ class _Worker(Worker):
     unsent: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
 
     def send(self, message: dict[str, Any]) -> None:
-        """A process that has stopped reads nothing."""
+        """Queue it for the writing thread: a stopped process does not read."""
         self.unsent.put(line_of(message))
 
     def dismiss(self) -> None:
         self.unsent.put(None)
 
     def end(self) -> None:
-        """One that a broken disk or driver holds ends when that lets go of it."""
+        """A process stuck in a broken disk or driver ends when that releases it."""
         self.process.kill()
         self.dismiss()
         with suppress(subprocess.TimeoutExpired):
@@ -75,9 +75,9 @@ class _Worker(Worker):
         return f"process {self.process.pid} on {platform.node()}"
 
     def whereabouts(self) -> str:
-        """From the stacks that it writes to its log."""
+        """Read from the stacks that it writes to its log."""
         if not self.listening:
-            return "it has not come as far as to read its task"
+            return "it has not read its task yet"
         begin = bytes_in(self.log)
         self.process.send_signal(STACK_SIGNAL)
         size, deadline = begin, time.monotonic() + GRACE
@@ -87,14 +87,14 @@ class _Worker(Worker):
             if begin < size == before:
                 break
         if size == begin:
-            return "it does not say where it stands: it was stopped, or waits for a disk or a driver"
+            return "it does not report its stack: it was stopped, or is waiting for a disk or a driver"
         with self.log.open("rb") as log:
             log.seek(begin)
             stacks = log.read().decode(errors="replace")
         # The main thread is the last, the innermost call of a thread the first.
         frames = _FRAME.findall(re.split(r"(?m)^(?:Current thread|Thread) ", stacks)[-1])[:_FRAMES]
         calls = ", called by ".join(f"{name} ({file}:{line})" for file, line, name in frames)
-        return f"it stands in {calls or 'code that is not Python'}"
+        return f"it is in {calls or 'non-Python code'}"
 
 
 _Lines = queue.Queue[tuple[_Worker, bytes]]
@@ -104,13 +104,13 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
     """See `negpipe.engine.stage.Executor`.
 
     Raises:
-        NegpipeError: what a task raised, or TaskFailedError for a worker that died too often.
+        NegpipeError: the error of a task, or TaskFailedError if a worker died too often.
     """
     crew = _Crew(stage, tasks, context, progress)
     workers, names = context.workers, context.devices()
     if workers < len(names):
         logger.warning(
-            "%s: %d of %d devices are used, a worker each (executor.workers, resources.cpus)",
+            "%s: using %d of %d devices, one worker each (executor.workers, resources.cpus)",
             stage.name,
             workers,
             len(names),
@@ -141,7 +141,7 @@ class _Crew(Crew[_Worker]):
             self.take(*self.lines.get(timeout=seconds))
 
     def take(self, worker: _Worker, line: bytes) -> None:
-        """Take a line of a worker; an empty one is its end."""
+        """Handle a line of a worker; an empty one means that it has ended."""
         task = worker.task
         if task is None:
             return
@@ -150,7 +150,7 @@ class _Crew(Crew[_Worker]):
         if not line:
             self.lose(worker, task, _cause(worker.process))
         elif message is None:
-            self.lose(worker, task, f"a line that is not a message: {line[:TAIL]!r}")
+            self.lose(worker, task, f"it sent a line that is not a message: {line[:TAIL]!r}")
         elif "listening" in message:
             worker.listening = True
         else:
@@ -179,14 +179,14 @@ def _start(stage: Stage, context: Context, number: int, lines: _Lines) -> _Worke
 
 def _write(worker: _Worker) -> None:
     assert worker.process.stdin is not None
-    with suppress(BrokenPipeError), worker.process.stdin as stream:  # its end is reported by the reader
+    with suppress(BrokenPipeError), worker.process.stdin as stream:  # the reader reports that it has ended
         while (line := worker.unsent.get()) is not None:
             stream.write(line)
             stream.flush()
 
 
 def _read(worker: _Worker, lines: _Lines) -> None:
-    """Hand on its lines, the last perhaps cut, then an empty one for its end."""
+    """Queue its lines, the last possibly cut off, then an empty one for its end."""
     assert worker.process.stdout is not None
     while line := worker.process.stdout.readline(LONGEST):
         lines.put((worker, line))
@@ -200,7 +200,7 @@ def line_of(message: dict[str, Any]) -> bytes:
 
 
 def message_of(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a whole line; None for anything else."""
+    """The JSON object of a complete line; None for anything else."""
     try:
         message = json.loads(line.decode()) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -209,7 +209,7 @@ def message_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _answer(line: bytes, task: Task) -> dict[str, Any] | None:
-    """What a worker that has this task may say."""
+    """A line as a message that a worker with this task may send; None for anything else."""
     message = message_of(line)
     match message:
         case {"listening": True} | {"units": int(), "note": str()} | {"error": str(), "text": str()}:
@@ -222,12 +222,12 @@ def _answer(line: bytes, task: Task) -> dict[str, Any] | None:
 def _cause(process: subprocess.Popen[bytes]) -> str:
     code = process.returncode
     if code is None:
-        return "closing its output"
+        return "it closed its output"
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code in (-signal.SIGKILL, OUT_OF_MEMORY):
         cause += MEMORY_HINT
     if code == NOT_A_MESSAGE:
-        cause += " (it was sent what is not a message)"
+        cause += " (it received a line that is not a message)"
     return cause
 
 

@@ -1,9 +1,9 @@
-"""Tasks in actors of Ray, on the nodes of a cluster: `negpipe.worker.Actor`.
+"""Runs tasks in Ray actors, on the nodes of a cluster: `negpipe.worker.Actor`.
 
-An actor is of one stage, has its cores and its GPU for itself, and makes one part after the other; paths and keys
-travel, never arrays. An actor or a node that is lost counts as a death, see `executors.crew`: its task is tried again
-wherever there is room. With the driver Ray ends its actors, and what they had published is kept. The run directory, the
-store and what a stage reads are paths that every node sees.
+An actor serves one stage, has its cores and GPU to itself, and makes one part after the other; only paths and keys are
+transferred, never arrays. A lost actor or node counts as a death, see `executors.crew`: its task is retried wherever
+there is room. Ray ends its actors when the driver ends; what they had published is kept. The run directory, the store
+and the inputs of a stage are paths that every node must see.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from negpipe.errors import TaskFailedError, error_of
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 60.0  # seconds without an actor, after which that is told
-_DETAIL = 300  # characters of what Ray says of a death
-_BESIDE = {"messages": 1, "looks": 1}  # methods of an actor that are called beside its tasks, and their threads
+_PATIENCE = 60.0  # seconds without an actor before a warning
+_DETAIL = 300  # characters of Ray's message about a death
+_BESIDE = {"messages": 1, "looks": 1}  # methods of an actor called while it runs tasks, and their threads
 
 
 def examine(stages: list[Stage], context: Context) -> None:
-    """What can be known before anything runs: the cluster answers, and has nodes that are large enough.
+    """Check before anything runs that the cluster answers and has large enough nodes.
 
     Raises:
-        ConfigError: it does not, or has none.
+        ConfigError: it does not answer, or has none.
     """
     cluster.connect(context.config)
     for stage in stages:
@@ -57,8 +57,8 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
     """See `negpipe.engine.stage.Executor`.
 
     Raises:
-        NegpipeError: what a task raised, or TaskFailedError for an actor that died too often.
-        VersionsError: a node has other versions of libraries than the one that came first.
+        NegpipeError: the error of a task, or TaskFailedError if an actor died too often.
+        VersionsError: a node has other library versions than the first node.
     """
     if (first := next(tasks, None)) is None:
         return
@@ -67,7 +67,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
     demand = cluster.demand(budget)
     room, wanted = cluster.room(context.config, demand, stage.name), context.config.executor.workers
     if wanted and wanted > room:
-        logger.warning("%s: executor.workers: %d, and there is room for %d (each %s)", stage.name, wanted, room, demand)
+        logger.warning("%s: executor.workers is %d, with room for %d (each %s)", stage.name, wanted, room, demand)
     actors = wanted or room
     config = context.config.model_copy(
         update={"executor": context.config.executor.model_copy(update={"workers": actors})}
@@ -88,7 +88,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
 
 @dataclass(kw_only=True, eq=False)
 class _Actor(Worker):
-    """An actor that was asked for; `host` is empty until Ray has started it."""
+    """A requested actor; `host` is empty until Ray has started it."""
 
     handle: Any
     stream: Any
@@ -120,32 +120,32 @@ class _Actor(Worker):
         try:
             return str(ray.get(self.handle.whereabouts.options(concurrency_group="looks").remote(), timeout=GRACE))
         except ray.exceptions.RayError:
-            return "it does not say where it stands: it was stopped, or computes without pause"
+            return "it does not report its stack: it was stopped, or computes without pause"
 
 
 @dataclass
 class _Crew(Crew[_Actor]):
-    """Actors get a task when they are there, so that none waits for one that has no room."""
+    """Actors get a task once they have started, so that no task waits for an actor without room."""
 
     demand: Demand = field(kw_only=True)
     taken: deque[Task] = field(kw_only=True)
-    """Tasks in nobody's hands, taken to see how many actors are worth starting, or lost by one."""
+    """Unassigned tasks: fetched to see how many actors are worth starting, or lost by an actor."""
     versions: Mapping[str, str] = field(default_factory=dict)
     starts: Counter[int] = field(default_factory=Counter)
-    """Actors that ended before they were there, by the number of their place."""
+    """Failed starts of actors, by actor number."""
     lonely: float = 0.0
     """Seconds without any actor."""
 
     def start(self, number: int | None = None) -> None:
-        """Ask for an actor: another one, or one in the place of one that is gone."""
+        """Request an additional actor, or a replacement for a lost one."""
         import ray
 
         number = len({worker.number for worker in self.workers}) if number is None else number
         log = log_of(self.stage, self.context, number)
         shown = environment(self.context.budget)
         if devices.is_gpu(self.context.budget.device):
-            del shown["CUDA_VISIBLE_DEVICES"]  # Ray's to say
-        # The module lies above this one, as it knows all stages: it is named, and not imported.
+            del shown["CUDA_VISIBLE_DEVICES"]  # set by Ray
+        # The module is in a higher layer, as it knows all stages: it is imported by name.
         remote: Any = ray.remote
         kind = remote(concurrency_groups=_BESIDE)(import_module("negpipe.worker").Actor)
         handle = kind.options(
@@ -180,7 +180,7 @@ class _Crew(Crew[_Actor]):
         for stream in ready:
             worker = there[stream]
             self.workers.remove(worker)
-            self.workers.append(worker)  # the next turn is another one's
+            self.workers.append(worker)  # the next turn goes to another one
             try:
                 message = ray.get(next(stream))
             except (ray.exceptions.RayError, StopIteration) as error:
@@ -189,7 +189,7 @@ class _Crew(Crew[_Actor]):
                 self.take(worker, message)
 
     def take(self, worker: _Actor, message: Mapping[str, Any]) -> None:
-        """Take a message of an actor."""
+        """Handle a message of an actor."""
         worker.silent = worker.warned = 0.0
         if there := message.get("listening"):
             worker.host, worker.pid = there["host"], there["pid"]
@@ -204,25 +204,23 @@ class _Crew(Crew[_Actor]):
             self.hear(worker, message)
 
     def mourn(self, worker: _Actor, error: Exception) -> None:
-        """Try what a lost actor was at again, be it its own start.
+        """Retry the task of a lost actor, or its start.
 
         Raises:
-            TaskFailedError: it was tried too often.
+            TaskFailedError: it was retried too often.
         """
         detail = _detail(error)
         if worker.task:
-            self.lose(
-                worker, worker.task, f"the loss of its {'node' if 'node' in detail[:40] else 'process'}: {detail}"
-            )
+            self.lose(worker, worker.task, f"its {'node' if 'node' in detail[:40] else 'process'} was lost: {detail}")
             return
         worker.end()
         self.starts[worker.number] += 1
         if self.starts[worker.number] > RETRIES:
             raise TaskFailedError(
-                f"{self.stage.name}: a worker did not start {RETRIES + 1} times, the last time for: {detail}. Its log,"
+                f"{self.stage.name}: a worker failed to start {RETRIES + 1} times; last cause: {detail}. Its log,"
                 f" {worker.log}, ends with: {last_line(worker.log)}"
             )
-        logger.warning("%s: a worker did not start, and is started again: %s", self.stage.name, detail)
+        logger.warning("%s: a worker failed to start, starting it again: %s", self.stage.name, detail)
         self.start(worker.number)
 
     def watch(self, seconds: float) -> None:
@@ -232,11 +230,11 @@ class _Crew(Crew[_Actor]):
         if self.lonely >= _PATIENCE:
             self.lonely = 0.0
             cluster.room(self.context.config, self.demand, self.stage.name)
-            logger.warning("%s: waits for the cluster to have room for a worker (%s)", self.stage.name, self.demand)
+            logger.warning("%s: waiting for room in the cluster for a worker (%s)", self.stage.name, self.demand)
 
 
 def _detail(error: Exception) -> str:
-    """What Ray says of a death, without its advice; of an exception in an actor, its last line."""
+    """Ray's message about a death, without its advice; for an exception in an actor, the last line."""
     said = str(error).strip()
     _, dead, why = said.partition("The actor is dead because ")
     return (why.partition(" Some common causes")[0] if dead else said.split("\n")[-1])[:_DETAIL].strip()

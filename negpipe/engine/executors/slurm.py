@@ -1,10 +1,10 @@
-"""Shards of a stage as the tasks of Slurm's arrays, submitted by submitit and waited for.
+"""Runs the shards of a stage as Slurm array tasks, submits them with submitit, and waits for them.
 
-An array task is what `negpipe work` is: a shard that makes its parts, or what another has left of them, and writes no
-manifest. Done is what the store says: of Slurm it is only asked whether an array task still waits or runs, of submitit
-why one failed. Which arrays are at work is noted in the run directory, so that a run that finds the note of one that
-died waits for the same arrays. An array that nobody noted, as the run died between submission and note, costs places in
-the queue and nothing else: its tasks have claimed what they make.
+An array task does what `negpipe work` does: it is a shard that makes its parts, or those that another shard left over,
+and writes no manifest. The store decides what is done: Slurm is only asked whether an array task is pending or running,
+submitit why one failed. Submitted arrays are noted in the run directory, so that a run that finds the note of a dead
+run waits for the same arrays. An array without a note (the run died between submission and note) only costs places in
+the queue: its tasks have claimed their work.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ from negpipe.store.store import Store
 logger = logging.getLogger(__name__)
 
 Work = Callable[..., Any]
-"""(config, stage, shard, once=True): makes a shard. A function of a module, as it is named and not sent."""
+"""(config, stage, shard, once=True): runs a shard. A module-level function, as it is pickled by name."""
 
 _PASSING = (TaskFailedError, LockedError, StorageError, VanishedError)
-"""Errors of an array task that another one may not have: what is missing is submitted again."""
+"""Errors that another array task may not hit: missing parts are submitted again."""
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 _ENDED |= {"REVOKED", "TIMEOUT"}
-_GONE = "GONE"  # of a job that Slurm has forgotten, or of a process
-_OWN_END = ("COMPLETED", "FAILED", _GONE)  # of an array task that says how it ended
-_LOOKS = {"slurm": (2.0, 30.0), "local": (0.2, 2.0)}  # seconds between two looks, at first and in the long run
-_HIDDEN = {"slurm": 60.0, "local": 0.0}  # seconds for which NFS may not show what another machine wrote
-_STRAGGLING = 60.0  # seconds for array tasks to end that have nothing left to do
+_GONE = "GONE"  # for a job that Slurm has forgotten, or a dead process
+_OWN_END = ("COMPLETED", "FAILED", _GONE)  # of an array task that reports how it ended
+_LOOKS = {"slurm": (2.0, 30.0), "local": (0.2, 2.0)}  # seconds between two checks, initial and maximum
+_HIDDEN = {"slurm": 60.0, "local": 0.0}  # seconds for which NFS may hide another machine's writes
+_STRAGGLING = 60.0  # seconds that array tasks with nothing left to do have to end
 _LARGEST = 1001  # Slurm's default of MaxArraySize
 
 
 def arrays(config: Config, work: Work) -> Executor:
-    """Have stages made by arrays; a light one of one part, by a worker of this machine.
+    """Return an executor that runs stages as arrays; a light stage with one missing part runs in a local worker.
 
     Raises:
-        ConfigError: submitit or Slurm's commands are not here, a parameter is not one, or the run is in a bucket.
+        ConfigError: submitit or Slurm's commands are missing, a parameter is invalid, or the run is in a bucket.
     """
     settings = config.executor.slurm
     if config.url is not None:
         raise ConfigError(
-            "executor.kind: slurm needs a run_dir on a file system that the nodes share, where notes and logs are: for"
+            "executor.kind: slurm needs a run_dir on a file system shared by the nodes, for notes and logs: for"
             " a run in a bucket, submit `negpipe work STAGE CONFIG --shard I/N` (configs/cluster/slurm.sh)"
         )
     if find_spec("submitit") is None:
-        raise ConfigError("executor.kind: slurm needs submitit, not installed: run `pip install 'negpipe[slurm]'`")
+        raise ConfigError("executor.kind: slurm needs submitit, which is missing: run `pip install 'negpipe[slurm]'`")
     lacking = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
     if settings.cluster == "slurm" and lacking:
         raise ConfigError(
@@ -92,15 +92,15 @@ def arrays(config: Config, work: Work) -> Executor:
 
 @dataclass
 class _Array:
-    """Array tasks that were submitted together: `jobs` has their shards, "3/16", by the number that Slurm gave them, on
-    one machine by process. Their logs are in `folder`."""
+    """Array tasks submitted together: `jobs` maps Slurm job ids (with `cluster: local`, processes) to their shards,
+    "3/16". Their logs are in `folder`."""
 
     cluster: str
     folder: str
     jobs: dict[str, str] = field(default_factory=dict)
 
     def states(self) -> dict[str, str] | None:
-        """How each stands, and why it waits; None: Slurm does not say."""
+        """State of each job, and why it is pending; None: Slurm does not answer."""
         if self.cluster == "local":
             return {job: "RUNNING" if unfinished.is_here(job) else _GONE for job in self.jobs}
         said = _squeue(self.ids)
@@ -108,17 +108,17 @@ class _Array:
 
     @property
     def ids(self) -> list[str]:
-        """As scancel takes them."""
+        """In the form that scancel accepts."""
         return sorted({job.partition("_")[0].partition(".")[0] for job in self.jobs}, key=int)
 
     def files(self, job: str) -> Any:
-        """Where submitit has what belongs to one."""
+        """submitit's paths of a job."""
         from submitit.core.utils import JobPaths
 
         return JobPaths(self.folder, job_id=job.partition(".")[0])
 
     def said(self, job: str) -> str | None:
-        """What one told at its end: the trace of an error, nothing where it did well; None: it did not come to that."""
+        """What a job reported at its end: the traceback of an error, "" if it succeeded; None: nothing."""
         from submitit.core.utils import pickle_load
 
         try:
@@ -128,7 +128,7 @@ class _Array:
         return str(trace) if outcome == "error" else ""
 
     def tidy(self, *, failed: bool) -> None:
-        """Leave the logs where one failed, and nothing else: what was sent has the whole config in it."""
+        """Delete everything except the logs of a failure: the submitted pickles contain the entire config."""
         folder = Path(self.folder)
         for path in [*folder.glob("*.pkl")] if failed else [folder]:
             remove(path)
@@ -136,7 +136,7 @@ class _Array:
 
 @dataclass
 class _Driver:
-    """A stage, or a round of one, that is handed out and waited for; `note` is what the note of its array holds."""
+    """Submits a stage, or one of its rounds, and waits for it; `note` is the content of its array's note."""
 
     config: Config
     work: Work
@@ -148,14 +148,14 @@ class _Driver:
     failures: dict[str, NegpipeError] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Make what is missing.
+        """Make the missing parts.
 
         Raises:
-            NegpipeError: why parts are missing; the class is that of what an array task said.
+            NegpipeError: parts are missing, with the reason; of the class of an array task's error.
         """
         array, fruitless = self.noted(), 0
         if array:
-            logger.info("%s: waits for %s, which an earlier run submitted", self.stage.name, _named(array))
+            logger.info("%s: waiting for %s, submitted by an earlier run", self.stage.name, _named(array))
         resumed = array is not None
         while array or self.missing:
             before = len(self.missing)
@@ -165,7 +165,7 @@ class _Driver:
             except BaseException:
                 if array.cluster == "slurm":
                     logger.warning(
-                        "%s: %s goes on. The same command waits for it, `scancel %s` ends it",
+                        "%s: %s left running. Run the same command to wait for it, or `scancel %s` to end it",
                         self.stage.name,
                         _named(array),
                         " ".join(array.ids),
@@ -180,7 +180,7 @@ class _Driver:
             array, resumed = None, False
 
     def noted(self) -> _Array | None:
-        """The array that was noted, perhaps by a run that is dead."""
+        """The noted array, possibly noted by a dead run."""
         self.note = self._store.read(self._name)
         try:
             return _Array(**json.loads(self.note)) if self.note else None
@@ -196,10 +196,10 @@ class _Driver:
         return self.context.own.arrays(self.context.key)
 
     def _submitted(self) -> _Array:
-        """Shards that have missing parts, as one array, or as many as Slurm's largest one makes necessary.
+        """Submit the shards with missing parts as one array, or several if Slurm's maximum array size requires it.
 
         Raises:
-            TaskFailedError: Slurm refused one.
+            TaskFailedError: Slurm refused an array.
         """
         settings = self.config.executor.slurm
         numbers = sorted({shard_of(key, settings.shards) for key in self.missing})
@@ -218,7 +218,7 @@ class _Driver:
                     jobs = [job.job_id for job in executor.submit_array(calls)]
             except (RuntimeError, OSError) as error:
                 raise TaskFailedError(
-                    f"{self.stage.name}: Slurm refused an array of {len(shards)}: {error}. See executor.slurm in the"
+                    f"{self.stage.name}: Slurm refused an array of {len(shards)}: {error}. Check executor.slurm in the"
                     " config; finished parts are kept"
                 ) from error
             if array.cluster == "local":
@@ -228,7 +228,7 @@ class _Driver:
             self._store.replace(self._name, content, self.note)
             self.note = content
         logger.info(
-            "%s: submitted %s for %d parts, which fall to %d of %d shards",
+            "%s: submitted %s for %d parts in %d of %d shards",
             self.stage.name,
             _named(array),
             len(self.missing),
@@ -238,7 +238,7 @@ class _Driver:
         return array
 
     def _wait(self, array: _Array) -> None:
-        """Wait until all parts are there, or no array task is left that could make one."""
+        """Wait until all parts exist, or no array task is left that could make one."""
         began = time.monotonic()
         ended: dict[str, float] = {}
         complete: float | None = None
@@ -264,19 +264,19 @@ class _Driver:
             time.sleep(min(longest, max(shortest, (now - began) / 10)))
 
     def _look(self, states: dict[str, str] | None) -> None:
-        """Take what has been made from what is missing, and tell how things stand."""
+        """Remove finished parts from the missing ones and report progress."""
         for key in self.context.own.found(self.missing):
             self.progress(self.missing.pop(key), 0, "", True)
         if self.missing and states is not None:
             counted = Counter(state.partition(" ")[0] for state in states.values())
             waits = next((state.partition(" ")[2] for state in states.values() if state.startswith("PENDING ")), "")
-            note = f"{counted['RUNNING']} of {len(states)} array tasks run"
+            note = f"{counted['RUNNING']} of {len(states)} array tasks running"
             if counted["PENDING"]:
-                note += f", {counted['PENDING']} wait: {waits}"
+                note += f", {counted['PENDING']} waiting: {waits}"
             self.progress(next(iter(self.missing.values())), 0, note, False)
 
     def _is_settled(self, array: _Array, job: str, state: str, *, late: bool) -> bool:
-        """Whether it is known what became of an array task that has ended."""
+        """Whether the outcome of an ended array task is known."""
         said, shard = array.said(job), Shard.parse(array.jobs[job])
         lacking = any(shard.has(key) for key in self.missing)
         if said == "":
@@ -295,17 +295,17 @@ class _Driver:
         return True
 
     def _give_up(self, array: _Array, *, final: bool) -> None:
-        """End the run where another array would come to the same.
+        """End the run if another array would fail in the same way.
 
         Raises:
-            NegpipeError: parts are missing, and why.
+            NegpipeError: parts are missing, with the reason.
         """
         lasting = (job for job, failure in self.failures.items() if not isinstance(failure, _PASSING))
         job = next(lasting, None) or (next(iter(self.failures), None) if final else None)
         if job is None and not final:
             return
         named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in self.missing.values()])
-        failure = self.failures[job] if job else TaskFailedError(f"no array task says why, see {array.folder}")
+        failure = self.failures[job] if job else TaskFailedError(f"no array task reported why, see {array.folder}")
         whose = f"array task {job.partition('.')[0]} (shard {array.jobs[job]}): " if job else ""
         log = f". Its log: {array.files(job).stderr}" if job else ""
         text = f"{self.stage.name}: {len(self.missing):,} parts are missing: {named}. {whose}{failure}{log}"
@@ -313,7 +313,7 @@ class _Driver:
 
 
 def _make(work: Work, config: dict[str, Any], stage: str, shard: str) -> None:
-    """What an array task runs: a shard, and of a stage in rounds the round that can be made now."""
+    """Entry point of an array task: a shard; for a stage in rounds, only the current round."""
     log = logging.StreamHandler()
     log.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
@@ -321,10 +321,10 @@ def _make(work: Work, config: dict[str, Any], stage: str, shard: str) -> None:
 
 
 def _submitter(config: Config, folder: Path, stage: str, gpus: int) -> Any:
-    """submitit's executor, as the config sets it up.
+    """submitit's executor, configured from the config.
 
     Raises:
-        ConfigError: a parameter is not one.
+        ConfigError: a parameter is invalid.
     """
     import submitit
 
@@ -348,7 +348,7 @@ def _submitter(config: Config, folder: Path, stage: str, gpus: int) -> Any:
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """What this process has in its environment as a job of Slurm itself is nothing to the jobs that it submits."""
+    """Hide this process's own Slurm variables, if it is a Slurm job, from the jobs that it submits."""
     own = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SUBMITIT_"))}
     own = {name: value for name, value in own.items() if name != "SLURM_CONF" and "SLURM_JOB_ID" in own}
     for name in own:
@@ -360,24 +360,24 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def _squeue(ids: Sequence[str]) -> dict[str, str] | None:
-    """State and reason by job, of those that Slurm still knows; None: it does not answer."""
+    """State and reason by job, for jobs that Slurm still knows; None: it does not answer."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:
-        logger.warning("squeue does not answer, and is asked again: %s", done.stderr.strip()[-200:])
+        logger.warning("squeue does not answer, asking again: %s", done.stderr.strip()[-200:])
         return None
     lines = (line.strip().split("|", 2) for line in done.stdout.splitlines())
     return {job: f"{state} {reason}" if state == "PENDING" else state for job, state, reason in lines}
 
 
 def _cancel_waiting(array: _Array) -> None:
-    """Take array tasks out of the queue that would find nothing to do."""
+    """Cancel pending array tasks that would have nothing to do."""
     if array.cluster == "slurm":
         subprocess.run(["scancel", "--state=PENDING", *array.ids], capture_output=True, check=False)
 
 
 def _largest_array() -> int:
-    """How many tasks an array may have."""
+    """The maximum number of tasks in an array."""
     done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
     named = re.search(r"MaxArraySize\s*=\s*(\d+)", done.stdout)
     return max(1, int(named[1])) if named else _LARGEST
@@ -390,22 +390,22 @@ def _named(array: _Array) -> str:
 
 
 def _error_of(trace: str) -> NegpipeError:
-    """The error at the end of a trace."""
+    """The error at the end of a traceback."""
     _, ours, said = trace.rpartition("\nnegpipe.errors.")
     if not ours:
         last = (trace.strip().splitlines() or ["it failed"])[-1]
-        return TaskFailedError("its time was up (executor.slurm.time)" if "timed-out" in last else last)
+        return TaskFailedError("it ran out of time (executor.slurm.time)" if "timed-out" in last else last)
     name, _, text = said.strip().partition(": ")
     kind = getattr(errors, name, NegpipeError)
     return errors.error_of({"error": kind.code, "text": text})
 
 
 def _obituary(state: str, log: Path) -> str:
-    """What is known of an array task that says nothing."""
+    """What is known about an array task that reported nothing."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         lines = []
     last = next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "(nothing)")
-    how = "it died" if state == _GONE else f"it ended as {state}"
+    how = "it died" if state == _GONE else f"it ended in state {state}"
     return f"{how}, the log ends with: {last}"

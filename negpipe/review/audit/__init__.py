@@ -1,7 +1,7 @@
-"""What is wrong with training rows: every row of a file of any miner, checked against itself and the qrels.
+"""Finds problems in training rows: checks every row of any miner's file against itself and the qrels.
 
-`audit` counts, gives examples and says which chosen checks failed; nothing is printed or decided here. Rows are
-streamed through DuckDB, which spills to disk beyond its memory: time and disk grow with the rows, memory does not.
+`audit` counts, gives examples and says which chosen checks failed; it prints and decides nothing. Rows are streamed
+through DuckDB, which spills to disk beyond its memory: time and disk usage grow with the rows, memory does not.
 The same rows give the same findings in the same order.
 """
 
@@ -45,12 +45,12 @@ class Options:
     """How rows are judged.
 
     Attributes:
-        columns: which column holds what, see `columns.FIELDS`; what is not named is found by usual names.
-        near: similarity from which on a negative is a near duplicate of a positive, above 0, at most 1.
-        negatives: how many a unit is to have; None: as most of them have.
-        hub_share: share of the anchors from which on a document is a hub; never fewer than 10 anchors.
-        examples: of each check.
-        budget: for DuckDB. Changes no result.
+        columns: field → column, see `columns.FIELDS`; other fields are found by their usual names.
+        near: minimum similarity of a negative to a positive to be a near duplicate, above 0, at most 1.
+        negatives: number wanted per unit; None: the most frequent number.
+        hub_share: minimum share of anchors for a document to be a hub; at least 10 anchors.
+        examples: number of examples per check.
+        budget: for DuckDB. Does not affect results.
     """
 
     columns: dict[str, str]
@@ -63,14 +63,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Qrels:
-    """What is known beside the rows.
+    """What is known in addition to the rows.
 
     Attributes:
-        name: where it comes from, for messages.
-        positives: tables of anchor_id, anchor, document (a number), text; a row a judgment.
-        documents: tables of document (its number), id, other_ids (list); a row a document.
-        rules: the rules by a column, where the config asks for one.
-        texts: of anchors and documents, which a run's ids need.
+        name: its origin, for messages.
+        positives: tables of anchor_id, anchor, document (a number), text; one row per judgment.
+        documents: tables of document (its number), id, other_ids (list); one row per document.
+        rules: the column rules, if configured.
+        texts: texts of anchors and documents, needed for runs of ids.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Qrels:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """The result of an audit.
 
     Attributes:
-        source: file or folder.
-        rows, anchors, positives, negatives: how many there are; documents count once a row.
+        source: the file or folder.
+        rows, anchors, positives, negatives: their numbers; documents count once per row.
         qrels: whether the rows were also compared to qrels.
-        findings: one a check, in the order of `CHECKS`, and one a rule that the config asks for; those that the columns
-            do not allow have `of` 0.
+        findings: one per check, in the order of `CHECKS`, and one per rule that the config sets; those that the
+            columns do not allow have `of` 0.
     """
 
     source: str
@@ -101,7 +101,7 @@ class Audit:
     findings: list[Finding]
 
     def document(self) -> dict[str, Any]:
-        """The same as plain JSON."""
+        """The audit as plain JSON."""
         counts = {name: getattr(self, name) for name in ("rows", "anchors", "positives", "negatives")}
         checks_found = {one.check: one.document() for one in self.findings}
         return {"source": self.source, **counts, "qrels": self.qrels, "checks": checks_found}
@@ -112,13 +112,13 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
 
     Args:
         source: .parquet, .jsonl, .jsonl.gz, .csv or .tsv, or a folder of .parquet.
-        options: how.
-        qrels: positives of the same anchors, and the ids that exist.
-        scratch: folder for what spills; None: the system's temporary folder.
+        options: how rows are judged.
+        qrels: positives of the same anchors, and the existing ids.
+        scratch: folder for spilled data; None: the system's temporary folder.
 
     Raises:
-        InputError: the file cannot be read, lacks a column, holds no row, or names ids that the qrels do not know.
-        ConfigError: `options.budget` does not suffice.
+        InputError: the file cannot be read, lacks a column, has no rows, or contains ids unknown to the qrels.
+        ConfigError: `options.budget` is too small.
     """
     with (
         tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder,

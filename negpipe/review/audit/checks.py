@@ -1,9 +1,9 @@
 """The checks: each finds rows or documents, counts them and shows some.
 
-A negative counts under one reason to be a false one, the first of positive_id, positive_text,
-positive_normalized, shared_anchor, anchor_text, anchor_id and near_duplicate that applies. A row that repeats an
-earlier one counts as that, and nothing in it as a repeated negative. All positives of an anchor in the file, and in the
-qrels where there are any, are its positives: an anchor is its id, or its exact text where the file has no ids.
+A negative counts as false for one reason, the first of positive_id, positive_text, positive_normalized, shared_anchor,
+anchor_text, anchor_id and near_duplicate that applies. A row that repeats an earlier one counts as that, and nothing in
+it as a repeated negative. All positives of an anchor in the file, and in the qrels if there are any, are its positives:
+an anchor is identified by its id, or by its exact text if the file has no ids.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "any": (*CHECKS, *RULES),
 }
 _FALSE = (*GROUPS["positive"], "anchor_text", "anchor_id", "near_duplicate")
-_HUB = 10  # anchors; fewer make no hub
+_HUB = 10  # minimum anchors of a hub
 _SHOWN = 300  # characters of a text in an example
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a shortage is one, a document is a hub, and how many examples are shown."""
+    """Thresholds of a shortage and of a hub, and the number of examples."""
 
     negatives: int | None
     hub_share: float
@@ -61,13 +61,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        check: its name; `about` says it in words.
-        count: found, among `of` that were looked at (`unit`: rows, negatives, …).
-        examples: the first of them: row (0-based), anchor_id, anchor, document_id, document and detail, as far as
-            there are any. Texts are cut, and as they stand in the file.
+        check: its name; `about` describes it.
+        count: number found among `of` checked (`unit`: rows, negatives, …).
+        examples: the first of them: row (0-based), anchor_id, anchor, document_id, document and detail, if
+            available. Texts are shortened, but otherwise as in the file.
     """
 
     check: str
@@ -79,16 +79,16 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """Found among those looked at."""
+        """Share found among those checked."""
         return self.count / self.of if self.of else 0.0
 
     def document(self) -> dict[str, Any]:
-        """The same as plain JSON."""
+        """The finding as plain JSON."""
         return {**{name: value for name, value in vars(self).items() if name != "check"}, "share": self.share}
 
 
 def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
-    """Judge every negative and every row, once for all checks."""
+    """Classify every negative and every row once for all checks."""
     by_id = _named("x.a", "positives", "a") if _ids(layout) else "false"
     shared_id = _named("x.text", "shared", "text") if _ids(layout) else "false"
     database.execute(f"""
@@ -123,8 +123,8 @@ def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
 
 
 def _named(owner: str, positives: str, column: str) -> str:
-    """Whether x is a positive by its own id, or as the document that the qrels know under any of its ids."""
-    # Nulls among what is looked up would be compared row by row.
+    """Whether x is a positive by its id, or as a document known to the qrels under any of its ids."""
+    # Nulls among the looked-up values would be compared row by row.
     return " or ".join(
         f"(x.{name} is not null and ({owner}, x.{name}) in"
         f" (select {column}, {name} from {positives} where {name} is not null))"
@@ -133,12 +133,12 @@ def _named(owner: str, positives: str, column: str) -> str:
 
 
 def run(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> Finding:
-    """Count what a check finds, and fetch examples."""
+    """Count the findings of a check, and fetch examples."""
     return _finding(database, check, CHECKS[check], limits, *_query(database, check, layout, limits))
 
 
 def run_rules(database: duckdb.DuckDBPyConnection, asked: Rules, layout: Layout, limits: Limits) -> Iterator[Finding]:
-    """The same for the rules that a config asks for.
+    """The same for the rules that a config sets.
 
     Raises:
         InputError: `mining.where` cannot be evaluated for a row.
@@ -164,7 +164,7 @@ def _finding(
 
 
 def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> tuple[str, int, str]:
-    """What is looked at, how many of it there are, and the query of (row, doc, detail) that finds."""
+    """What is checked, its number, and the query of (row, doc, detail) that finds problems."""
     negatives = _number(database, "select count(*) from negatives")
     if check in _FALSE:
         if check == "near_duplicate":
@@ -242,7 +242,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
 
 def _shortage(database: duckdb.DuckDBPyConnection, limits: Limits) -> tuple[str, int, str]:
     wanted = limits.negatives
-    if wanted is None:  # as most have
+    if wanted is None:  # the most frequent number
         wanted = _number(database, "select size from sizes group by size order by count(*) desc, size desc limit 1")
     absent = (
         "(select a, any_value(anchor_id) as id from known where a not in (select a from entries) group by a)"

@@ -1,4 +1,4 @@
-"""Which columns of a file hold what: by the names that trainers and miners use, or as the caller says."""
+"""Finds the columns of a file: by the names that trainers and miners use, or as specified by the caller."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from negpipe.review.audit import foreign, runs
 if TYPE_CHECKING:
     import duckdb
 
-# What a row may hold, and the usual names of its columns. `#` stands for a number: negative_1, negative_2, …
+# The fields of a row, and the usual names of their columns. `#` stands for a number: negative_1, negative_2, …
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "anchor": ("anchor", "query"),
     "positive": ("positive", "pos"),
@@ -34,38 +34,38 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "rank": ("rank", "ranks"),
 }
 _COPIED = 2**22  # bytes at a time
-_LISTED = 12  # columns that a message names
+_LISTED = 12  # columns listed in a message
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A file and the columns of each field: none, one (of texts or of lists), or one a document.
+    """A file and the columns of each field: none, one (of texts or of lists), or one per document.
 
     Attributes:
-        files: Parquet files, in order; a file of another kind is copied into one.
-        columns: field → its columns in SQL, each with whether it holds lists.
+        files: Parquet files, in order; other files are copied into one.
+        columns: field → its columns in SQL, each with whether it contains lists.
     """
 
     files: Sequence[Path]
     columns: Mapping[str, Sequence[tuple[str, bool]]]
 
     def has(self, field: str) -> bool:
-        """Whether the file has it."""
+        """Whether the file has the field."""
         return bool(self.columns.get(field))
 
     @property
     def labelled(self) -> bool:
-        """Documents of both kinds stand in `positive`, told apart by `label`."""
+        """Whether documents of both kinds are in `positive`, distinguished by `label`."""
         return self.has("label")
 
     @property
     def pairs(self) -> bool:
-        """A row holds one labelled document: an anchor's rows belong together."""
+        """Whether a row has one labelled document: an anchor's rows belong together."""
         return self.labelled and not self.columns["positive"][0][1]
 
     @property
     def ranked(self) -> bool:
-        """Rows name candidates alone: positives are known from elsewhere, and have no scores."""
+        """Whether rows only name candidates: positives come from elsewhere, and have no scores."""
         return not self.has("positive")
 
     @property
@@ -83,7 +83,7 @@ class Layout:
         return f"[{', '.join(f'{value}::{kind}' for value, _ in columns)}]"
 
     def value_of(self, field: str) -> str:
-        """The field as an SQL text."""
+        """The field as SQL text."""
         columns = self.columns.get(field, ())
         return f"{columns[0][0]}::varchar" if columns else "null::varchar"
 
@@ -98,22 +98,22 @@ def layout_of(
     """Find the columns of a file.
 
     Args:
-        database: reads it.
-        source: the file, or a folder of Parquet files, or what `foreign` reads, or a run.
-        mapping: field → column, what is not found by its usual name; `#` stands for a number, a dot leads into an
+        database: reads the file.
+        source: the file, or a folder of Parquet files, or a format of `foreign`, or a run.
+        mapping: field → column, for fields without a usual name; `#` stands for a number, a dot leads into an
             object or a list of them.
-        scratch: where a file that is not Parquet is copied to.
-        texts: what a run's ids stand for.
+        scratch: folder for the copy of a file that is not Parquet.
+        texts: the texts of a run's ids.
 
     Raises:
-        ConfigError: the mapping names what is no field.
+        ConfigError: the mapping contains an unknown field.
         InputError: the file cannot be read, or a column is missing or of the wrong type.
     """
     import duckdb
 
     for field in mapping:
         if field not in FIELDS:
-            raise ConfigError(f"--columns {field}=…: '{field}' is none of {', '.join(FIELDS)}")
+            raise ConfigError(f"--columns {field}=…: '{field}' is not one of {', '.join(FIELDS)}")
     plain = scratch / "rows.parquet"
     if not mapping and source.exists() and (run := sources.run_of(source)):
         runs.flatten(database, run, texts, plain)
@@ -135,7 +135,7 @@ def layout_of(
     types = {row[0]: row[1] for row in described}
     inside = {name: found for name, found in nested.items() if found and name not in types}
     for name, kind in types.items():
-        if kind == "JSON":  # a text here, a list there
+        if kind == "JSON":  # text in some rows, lists in others
             value = quoted(name)
             inside[name] = (
                 f"if(json_type({value}) = 'ARRAY', {value}::varchar[], if({value} is null, null, [{value}->>'$']))",
@@ -156,9 +156,9 @@ def layout_of(
         listed = ", ".join(list(types)[:_LISTED]) + (", …" if len(types) > _LISTED else "")
         example = ",".join(f"{field}=COLUMN" for field in missing)
         raise InputError(
-            f"no column is known to hold the {' or the '.join(missing)}; there are: {listed}",
+            f"no column is known to hold the {' or the '.join(missing)}; columns: {listed}",
             file=str(source),
-            remedy=f"Say which: --columns {example} (a file of labelled documents: positive=COLUMN,label=COLUMN)",
+            remedy=f"Name them: --columns {example} (for a file of labelled documents: positive=COLUMN,label=COLUMN)",
         )
     if columns["label"] and columns["negative"]:
         columns["label"] = []
@@ -166,17 +166,17 @@ def layout_of(
 
 
 def quoted(name: str) -> str:
-    """A name in SQL."""
+    """A quoted SQL name."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def quoted_path(path: Path) -> str:
-    """A path within single quotes in SQL, where it is no pattern."""
+    """A path for single quotes in SQL, with its wildcards escaped."""
     return re.sub(r"([*?\[])", r"[\1]", str(path)).replace("'", "''")
 
 
 def _nested(database: duckdb.DuckDBPyConnection, file: Path, name: str) -> tuple[str, str] | None:
-    """What a name with dots leads to, in SQL, and its type; None: nothing."""
+    """The SQL value and type for a name with dots; None if there is none."""
     import duckdb
 
     first, *keys = name.split(".")
@@ -194,18 +194,18 @@ def _nested(database: duckdb.DuckDBPyConnection, file: Path, name: str) -> tuple
 
 def _files(source: Path) -> list[Path]:
     if not source.exists():
-        raise InputError("there is no such file", file=str(source), remedy="Fix the path")
+        raise InputError("the file does not exist", file=str(source), remedy="Fix the path")
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files:
-        raise InputError("the folder holds no .parquet file", file=str(source), remedy="Name a file, or mine first")
+        raise InputError("the folder contains no .parquet file", file=str(source), remedy="Name a file, or mine first")
     return files
 
 
 def _text_table(source: Path, scratch: Path) -> str:
     extension = sources.extension_of(str(source))
     if extension not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
-        raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, packed or not", file=str(source))
-    # As ingest opens it: unpacked, and in UTF-8 without a mark.
+        raise InputError("expected .parquet, .jsonl, .json, .csv or .tsv, compressed or not", file=str(source))
+    # As ingest opens it: decompressed, and in UTF-8 without a byte order mark.
     plain = scratch / f"plain{extension}"
     with sources.opened(str(source)) as file, plain.open("wb") as copy:
         try:
@@ -229,7 +229,7 @@ def _found(field: str, wanted: str | None, types: Mapping[str, str], source: Pat
             return [(column, _is_list(field, column, types[column], source)) for _, column in numbered]
     if wanted is not None:
         raise InputError(
-            f"there is no column '{wanted}' for the {field}; there are: {', '.join(list(types)[:_LISTED])}",
+            f"column '{wanted}' for the {field} does not exist; columns: {', '.join(list(types)[:_LISTED])}",
             file=str(source),
             field=f"--columns {field}",
         )

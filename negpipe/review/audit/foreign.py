@@ -1,4 +1,4 @@
-"""Rows whose passages are objects, messages or ids of documents elsewhere, as plain rows of texts and ids."""
+"""Converts rows whose passages are objects, messages or ids of external documents into plain rows of texts and ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import duckdb
 
 FORMATS = ("tevatron", "dpr", "ms-swift", "nemo", "pylate")
-"""Of `data.format`: those whose rows are not plain."""
+"""Values of `data.format` whose rows are not plain."""
 
 _TABLES = {
     "passages": pa.schema({"id": pa.string(), "named": pa.bool_(), "text": pa.string()}),
@@ -31,7 +31,7 @@ _TABLES = {
 
 
 def recognized(source: Path) -> schema.Data | None:
-    """The source, if its rows are of such a layout."""
+    """The source, if its rows have such a layout."""
     try:
         data = sources.recognized(schema.Data(path=str(source)))
     except (ConfigError, InputError):
@@ -45,7 +45,7 @@ def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) 
     An id that a row does not state is null; if no row states one, the column is left out. Rows keep their order.
 
     Raises:
-        InputError: a row cannot be read, or names a document that is not there.
+        InputError: a row cannot be read, or refers to a missing document.
     """
     for name, columns in _TABLES.items():
         database.register("piece", columns.empty_table())
@@ -67,15 +67,15 @@ def flatten(database: duckdb.DuckDBPyConnection, data: schema.Data, path: Path) 
             f"select id from {table} group by id having count(distinct text) > 1 order by id limit 1"
         ).fetchone()
         if twice:
-            problem = f"the {side} id {twice[0]!r} has several texts, so no id says which"
-            remedy = "Give every text its own id, or audit by texts: --columns positive=…,negative=…"
+            problem = f"the {side} id {twice[0]!r} has several texts, so the id is ambiguous"
+            remedy = "Give every text a unique id, or audit by texts: --columns positive=…,negative=…"
             raise InputError(problem, file=str(data.path), remedy=remedy)
         unknown = database.execute(
             f"select {side}, file, row from listed where {side} not in (select id from {table}) order by n limit 1"
         ).fetchone()
         if unknown:
-            problem = f"the {side} {unknown[0]!r} is named here, but it is nowhere"
-            raise InputError(problem, file=unknown[1], row=unknown[2], remedy="Put it beside the rows")
+            problem = f"the {side} {unknown[0]!r} is named here but defined nowhere"
+            raise InputError(problem, file=unknown[1], row=unknown[2], remedy="Add it next to the rows")
     ids = {
         name: database.execute(f"select bool_or(named) from {name}").fetchone() == (True,)
         for name in ("passages", "asked")

@@ -1,13 +1,13 @@
-"""Rows into DuckDB: every document once a row, every text once, with the hashes that checks compare.
+"""Loads rows into DuckDB: every document once per row, every text once, with the hashes that checks compare.
 
-entries    row, a (anchor), u (unit: what is to have all its negatives), n (anchor's normalised text), signature
+entries    row, a (anchor), u (unit that should have all its negatives), n (anchor's normalised text), signature
 documents  doc, row, positive, h (text), id, score, rank
 texts      h, text, n, normalized
-negatives  doc, row, a, u, id, document (the qrels' number of the id), h, n, score
-positives  a, id, document, h, n: of an anchor, in the rows (id) and in the qrels (document)
-anchors    a, n: of the rows and of the qrels
+negatives  doc, row, a, u, id, document (the qrels' number for the id), h, n, score
+positives  a, id, document, h, n: positives of an anchor, from the rows (id) and the qrels (document)
+anchors    a, n: from the rows and the qrels
 
-A document of the qrels may have many ids and many anchors: they are never listed together.
+A document of the qrels may have many ids and many anchors: their combinations are never listed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import duckdb
 
 _BATCH = 16384
-# A text that is missing has no hash: it equals nothing.
+# A missing text has no hash: it equals nothing.
 _HASH = "case when {0} is null then null else hash({0}) end"
 
 
@@ -34,7 +34,7 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
     """Read the file once.
 
     Raises:
-        InputError: a row cannot be read, or there is none.
+        InputError: a row cannot be read, or there are none.
     """
     import duckdb
 
@@ -53,8 +53,8 @@ def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> No
         except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise InputError(f"cannot be read: {error}", file=str(path)) from None
     if not first:
-        raise InputError("holds no row", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
-    # A view: texts are read again where they are needed, which is quicker than storing them.
+        raise InputError("contains no rows", file=source, remedy="Run `negpipe mine CONFIG`, or name another file")
+    # A view: texts are read again when needed, which is faster than storing them.
     database.execute(f"create view source as {' union all '.join(parts)}")
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     unit = "hash(anchor, anchor_id)" if layout.pairs else "hash(anchor, anchor_id, texts[1])"
@@ -97,10 +97,10 @@ def qrels(
     name: str,
     layout: Layout,
 ) -> None:
-    """Add what is known beside the rows.
+    """Add the qrels.
 
     Raises:
-        InputError: an id of the rows is unknown there.
+        InputError: an id of the rows is unknown to them.
     """
     database.execute("create table judged (anchor_id varchar, anchor varchar, document bigint, text varchar)")
     database.execute("create table known_ids (document bigint, id varchar)")
@@ -125,7 +125,7 @@ def qrels(
 
 
 def texts(database: duckdb.DuckDBPyConnection, *, with_qrels: bool) -> None:
-    """Every text once, normalised; then what is told apart by it."""
+    """Store every text once, normalised; then the tables that depend on it."""
     parts = ["select anchor as text from source", "select unnest(texts) from source"]
     parts.append("select unnest(negatives) from source")
     if with_qrels:
@@ -181,7 +181,7 @@ def _either(first: str, second: str) -> str:
 def _check_known(
     database: duckdb.DuckDBPyConnection, asked: str, there: str, source: str, name: str, what: str
 ) -> None:
-    # An id that is missing is no unknown one: a check of its own counts it.
+    # A missing id is not an unknown one: a separate check counts it.
     unknown = f"select id, min(row) as row from ({asked}) where id != '' group by id having id not in ({there})"
     first = database.execute(f"select id, row from ({unknown}) order by row, id limit 1").fetchone()
     if first is None:
@@ -193,7 +193,7 @@ def _check_known(
         f"{total:,} of {asked_for:,} {what} ids are not among the {where} of {name}, such as {first[0]!r}",
         file=source,
         row=first[1],
-        remedy="If the source has changed run `negpipe ingest CONFIG` first; else name the config the rows were made"
+        remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows came"
         " from, map the id columns with --columns, or audit without a config",
     )
 

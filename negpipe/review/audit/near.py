@@ -1,4 +1,4 @@
-"""Negatives that say nearly what a positive of their anchor says: every pair is compared, each once."""
+"""Finds negatives that say nearly the same as a positive of their anchor: every pair is compared, each once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PAIRS = 16384
 
 
 def compare(database: duckdb.DuckDBPyConnection, threshold: float, threads: int) -> None:
-    """Make the table `near` (a, h, similarity): negatives of an anchor with their likeness to its nearest positive."""
+    """Create the table `near` (a, h, similarity): negatives of an anchor and similarity to its nearest positive."""
     database.execute("create table alike (left_h ubigint, right_h ubigint, similarity double)")
-    # d characters to insert or delete are at least as many as the lengths differ.
+    # The number of inserted or deleted characters is at least the difference in length.
     reader = (
         database.cursor()
         .sql(f"""

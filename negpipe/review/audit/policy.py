@@ -1,4 +1,4 @@
-"""Which findings fail an audit: `--fail-on`, read and applied."""
+"""Decides which findings fail an audit: parses and applies `--fail-on`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from negpipe.review.audit.checks import GROUPS, Finding
 
 @dataclass(frozen=True)
 class Policy:
-    """Check → the share of what it looks at that may be found without failing."""
+    """Maps checks to the share of findings allowed without failing."""
 
     allowed: Mapping[str, float]
 
     def failed(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Those that fail."""
+        """The failing findings."""
         return [one for one in findings if one.check in self.allowed and one.share > self.allowed[one.check]]
 
 
 def policy(text: str | None) -> Policy:
-    """Read `positive,shortage=0.05`: names of checks or groups, each with the share that is allowed, 0 by default.
+    """Parse `positive,shortage=0.05`: names of checks or groups, each with its allowed share, 0 by default.
 
     Raises:
-        ConfigError: a name is unknown, or a share is none.
+        ConfigError: a name is unknown, or a share is invalid.
     """
     allowed: dict[str, float] = {}
     for item in text.split(",") if text else []:
@@ -32,7 +32,7 @@ def policy(text: str | None) -> Policy:
         names = GROUPS.get(name, (name,) if name in GROUPS["any"] else ())
         if not names:
             raise ConfigError(
-                f"--fail-on {text}: there is no check '{name}'. Checks: {', '.join(GROUPS['any'])}."
+                f"--fail-on {text}: unknown check '{name}'. Checks: {', '.join(GROUPS['any'])}."
                 f" Groups: {', '.join(GROUPS)}"
             )
         try:
@@ -40,6 +40,6 @@ def policy(text: str | None) -> Policy:
         except ValueError:
             least = -1.0
         if not 0 <= least <= 1:
-            raise ConfigError(f"--fail-on {text}: '{share}' is no share, write for example {name}=0.01")
+            raise ConfigError(f"--fail-on {text}: '{share}' is not a share; write, for example, {name}=0.01")
         allowed |= dict.fromkeys(names, least)
     return Policy(allowed)

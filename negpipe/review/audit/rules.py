@@ -1,7 +1,7 @@
-"""The config's rules by a column, asked again of rows: in SQL, and not by the code that selected them.
+"""Checks rows against the config's column rules: in SQL, independently of the code that selected them.
 
 facts  document, and the columns of documents that the rules name
-asks   a (anchor), and those of anchors
+asks   a (anchor), and the columns of anchors that the rules name
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ RULES: Mapping[str, str] = {
     "only_same": "the negative does not share the columns of mining.only_same",
     "where": "mining.where does not hold for the negative",
 }
-"""Checks of what a config may ask for."""
+"""Checks for rules that a config may set."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a config asks for, and the values it asks about.
+    """A config's rules, and the values that they use.
 
     Attributes:
         config: the config.
-        documents: tables of document (its number) and `named(config)["corpus"]`; a row a document.
-        anchors: tables of anchor_id, anchor and `named(config)["queries"]`; a row an anchor.
+        documents: tables of document (its number) and `named(config)["corpus"]`; one row per document.
+        anchors: tables of anchor_id, anchor and `named(config)["queries"]`; one row per anchor.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Rules:
 
 
 def named(config: Config) -> dict[str, list[str]]:
-    """What the rules look at in ingest's documents (corpus) and anchors (queries)."""
+    """The columns of ingest's documents (corpus) and anchors (queries) that the rules use."""
     mining, kept = config.mining, config.data.extra.queries
     names = [name.removeprefix(ANCHOR) for name in (*mining.never_same, *mining.only_same)]
     named = columns_of(conditions(config), config)
@@ -54,7 +54,7 @@ def named(config: Config) -> dict[str, list[str]]:
 
 
 def load(database: duckdb.DuckDBPyConnection, rules: Rules, layout: Layout) -> None:
-    """Read the values."""
+    """Load the values."""
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     wanted = named(rules.config)
     sides = {
@@ -69,7 +69,7 @@ def load(database: duckdb.DuckDBPyConnection, rules: Rules, layout: Layout) -> N
 
 
 def queries(rules: Rules, layout: Layout) -> Iterator[tuple[str, str | None]]:
-    """Every check that the config asks for, with the query of (row, doc, detail); None: the columns do not allow it."""
+    """Every configured check with its query of (row, doc, detail); None if the columns do not allow it."""
     mining = rules.config.mining
     if mining.never_same:
         shared = [
@@ -101,7 +101,7 @@ def _text(text: str) -> str:
 
 
 def _same(name: str, config: Config, *, or_anchor: bool) -> str:
-    """Whether the candidate shares a column with a known positive or the anchor; null and '' share nothing."""
+    """Whether the candidate shares a column with a known positive or the anchor; null and '' never match."""
     column, value = quoted(EXTRA + name.removeprefix(ANCHOR)), _candidate(name)
     of_anchor = f"(x.a, {value}) in (select a, {column} from asks where {column} != '')"
     of_positive = f"(x.a, {value}) in (select a, {column} from known join facts using (document) where {column} != '')"
@@ -115,9 +115,9 @@ def _same(name: str, config: Config, *, or_anchor: bool) -> str:
 
 
 def _where(config: Config, layout: Layout) -> str | None:
-    """Random, given and judged negatives are asked only what names no score; of these, random ones have no rank."""
+    """Random, given and judged negatives are only checked by conditions without scores; random ones have no rank."""
     each = config.mining.margin_reference == "each"
-    # A run holds no positives; a row of one labelled document does not say which positive its negative was chosen for.
+    # Runs have no positives; a row with one labelled document does not name the positive its negative belongs to.
     paired = not layout.ranked and (not layout.pairs if each else layout.scored)
     ranked = layout.has("rank") or layout.has("negative_rank")
     asked = conditions(config)
@@ -128,7 +128,7 @@ def _where(config: Config, layout: Layout) -> str | None:
         for one in asked
         if one.scored
         and (ranked or not config.mining.draws)
-        and not config.mining.prefers  # a row does not say which of its negatives they are
+        and not config.mining.prefers  # a row does not show which of its negatives these are
         and (paired or not _of_a_positive(one))
         and all(known[name[0]] for name in one.names if len(name) == 1)
     ]

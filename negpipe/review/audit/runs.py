@@ -1,4 +1,4 @@
-"""Runs as plain rows: every line is a negative of its anchor, with the texts that the run's ids have."""
+"""Converts runs into plain rows: every line is a negative of its anchor, with the texts of the run's ids."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _LINES = 65536  # at a time
 _LISTED = pa.schema({"anchor_id": pa.string(), "negative_id": pa.string(), "negative_score": pa.float64()})
 COLUMNS = ("anchor", "anchor_id", "negative", "negative_id", "negative_score")
-"""Of the rows, whose names are those of the fields."""
+"""Columns of the rows; named like the fields."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What ids stand for.
+    """The texts of ids.
 
     Attributes:
-        anchors: tables of anchor_id, anchor; a row an anchor.
-        documents: tables of id, other_ids (list), text; a row a document.
+        anchors: tables of anchor_id, anchor; one row per anchor.
+        documents: tables of id, other_ids (list), text; one row per document.
     """
 
     anchors: Iterable[pa.Table]
@@ -38,15 +38,15 @@ class Texts:
 def flatten(
     database: duckdb.DuckDBPyConnection, run: tuple[sources.Run, list[str]], texts: Texts | None, path: Path
 ) -> None:
-    """Write the lines of a run as Parquet, in their order; an id that is unknown has no text.
+    """Write the lines of a run as Parquet, in their order; an unknown id has no text.
 
     Raises:
-        InputError: a line has other fields, or there are no texts to judge by.
+        InputError: a line has other fields, or there are no texts for the ids.
     """
     kind, files = run
     if texts is None:
-        problem = f"this is {sources.RUNS[kind]}, whose ids say nothing by themselves"
-        remedy = "Name the config of the data that it was made on as well, as in negpipe audit my.yaml --file run.trec"
+        problem = f"this is {sources.RUNS[kind]}, whose ids mean nothing by themselves"
+        remedy = "Also name the config of the data it was made on, as in negpipe audit my.yaml --file run.trec"
         raise InputError(problem, file=files[0], remedy=remedy)
     database.execute("create table ranked (line bigint, anchor_id varchar, negative_id varchar, negative_score double)")
     number = 0
@@ -81,7 +81,7 @@ def _pieces(files: list[str], kind: sources.Run) -> Iterator[pa.Table]:
 
 
 def _as_one(pieces: Iterable[pa.Table]) -> pa.RecordBatchReader:
-    """Tables of the same columns, one behind the other and each once."""
+    """Tables of the same columns, one after the other, read once."""
     every = iter(pieces)
     first = next(every)
     batches = (batch for piece in chain([first], every) for batch in piece.to_batches())

@@ -1,6 +1,6 @@
-"""Which settings of `mining` suit this encoder: how often they take what is relevant, and how hard what they take is.
+"""Finds `mining` settings for an encoder: how often they take relevant documents, and how hard their negatives are.
 
-The settings are tried with the product's own selection on the candidates that `search` stored. Nothing is
+The settings are tried with the real selection code on the candidates stored by `search`. Nothing is
 encoded or searched; the same config, candidates and settings give the same numbers.
 """
 

@@ -1,8 +1,8 @@
-"""Leak, hardness and coverage of every setting, with an interval for the leak.
+"""Estimates leak, hardness and coverage of every setting, with an interval for the leak.
 
-leak = suspects taken / negatives taken, over all trials. For `random` both are expectations: of a pool of w
-candidates with h suspects it takes min(n, w), of which min(n, w) * h / w are suspects (the mean of the
-hypergeometric distribution). For `simans` and `weighted`, whose chances have no closed form, it is the mean of
+leak = suspects taken / negatives taken, over all trials. For `random`, both are expectations: from a pool of w
+candidates with h suspects, it takes min(n, w), of which min(n, w) * h / w are suspects (the mean of the
+hypergeometric distribution). For `simans` and `weighted`, whose probabilities have no closed form, it is the mean of
 16 draws. The interval is the percentile bootstrap over anchors (Efron and Tibshirani, 1993, chapter 13): anchors
 are drawn with replacement, all trials of an anchor together, the same draws for every setting.
 """
@@ -34,20 +34,20 @@ Mask = npt.NDArray[np.bool_]
 
 DRAWS = 16
 _RESAMPLES = 1000
-_AT_ONCE = 50  # resamples
+_AT_ONCE = 50  # resamples at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one setting does. Numbers that nothing was taken for are None.
+    """The effect of one setting. Numbers are None if no negative was taken.
 
     Attributes:
-        leak: share of false negatives among those taken; `lo` and `hi` hold it with 95 % confidence.
-        leaking: anchors of which at least a part of a false negative is expected to be taken.
+        leak: share of false negatives among those taken; `lo` to `hi` is its 95 % interval.
+        leaking: anchors with a nonzero expected number of false negatives.
         negatives: expected number of negatives taken.
-        score, rank: means over them; ranks are raw, 0-based, without the anchor itself.
-        distance: mean of the positive's score less theirs.
-        coverage: share of the anchors that get all their negatives, whichever positive is shown.
+        score, rank: means over the negatives; ranks are raw, 0-based, without the anchor itself.
+        distance: mean of the positive's score minus theirs.
+        coverage: share of the anchors that get all their negatives, for any shown positive.
     """
 
     setting: Setting
@@ -64,14 +64,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All settings on the same trials.
+    """All settings, tried on the same trials.
 
     Attributes:
         method: a name in `METHODS`.
-        anchors: anchors that were tried, of `all_anchors`.
-        trials: how often an anchor was tried, in all.
-        num_negatives: wanted each time.
-        estimates: the config's own setting first.
+        anchors: number of anchors tried, out of `all_anchors`.
+        trials: total number of trials.
+        num_negatives: number wanted in each trial.
+        estimates: with the config's setting first.
     """
 
     method: str
@@ -97,14 +97,14 @@ def calibrate(
     """Try every setting on every trial.
 
     Args:
-        config: a resolved one; what a setting does not name is taken from it.
-        corpus, namesakes: ingest's documents, and what anchors of one text have.
-        slices: trials of a slice of anchors each.
-        settings: what to try.
-        method: how the trials were made.
-        all_anchors: anchors of the run.
-        threads: settings that are tried at a time. Changes no result.
-        progress: called with trials that are done.
+        config: a resolved config; provides everything that a setting does not set.
+        corpus, namesakes: ingest's documents, and the positives of anchors with the same text.
+        slices: trials, one slice of anchors at a time.
+        settings: the settings to try.
+        method: how the trials were created.
+        all_anchors: number of anchors of the run.
+        threads: number of settings tried at a time. Does not affect results.
+        progress: called with the number of finished trials.
     """
     selectors = [_selectors(config, setting, corpus, namesakes) for setting in settings]
     sums = np.zeros((len(settings), len(_SUMS)))
@@ -113,7 +113,7 @@ def calibrate(
     with ThreadPoolExecutor(threads) as pool:
         for trials in slices:
             anchors, owner = np.unique(trials.anchor, return_inverse=True)
-            # For each setting and anchor: suspects taken, negatives taken, trials that lack negatives.
+            # For each setting and anchor: suspects taken, negatives taken, trials short of negatives.
             table = np.zeros((len(settings), 3, len(anchors)))
             first = 0
             for piece in trials.pieces():
@@ -141,11 +141,11 @@ def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32],
     """95 % percentile intervals of sum(suspects) / sum(taken), resampling columns.
 
     Args:
-        suspects: (s, a), for s settings and a anchors; taken alike.
+        suspects: (s, a), for s settings and a anchors; likewise taken.
         seed: of the resampling.
 
     Returns:
-        (s, 2) float64, NaN where nothing is taken.
+        (s, 2) float64, NaN if nothing is taken.
     """
     anchors = suspects.shape[1]
     if not anchors:
@@ -166,7 +166,7 @@ def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32],
 
 
 def to_table(calibration: Calibration) -> pa.Table:
-    """A row a setting, with how it was estimated beside it."""
+    """One row per setting, with the facts of the calibration."""
     fixed = {
         "method": calibration.method,
         "anchors": calibration.anchors,
@@ -190,11 +190,11 @@ def to_table(calibration: Calibration) -> pa.Table:
 
 
 _SUMS = ("score", "rank", "distance", "referred")
-"""Sums over the negatives taken; the last counts those with a positive's score to be distant from."""
+"""Sums over the negatives taken; the last counts those with a positive's score as reference."""
 
 
 def _selectors(config: Config, setting: Setting, corpus: Rows, namesakes: Namesakes) -> list[Selector]:
-    """The selection of one setting, once for each draw; for `random` it takes the whole pool."""
+    """The selectors of one setting, one per draw; for `random`, a single one that takes the entire pool."""
     applied = setting.applied(config)
     draws = 1
     if setting.sampling_strategy == "random":
@@ -204,15 +204,15 @@ def _selectors(config: Config, setting: Setting, corpus: Rows, namesakes: Namesa
     elif setting.sampling_strategy != "top":
         draws = DRAWS
     seeded = (applied.model_copy(update={"seed": applied.seed + draw}) for draw in range(draws))
-    # Random negatives are left out, so nothing needs the number of documents that can be candidates.
+    # Random negatives are left out, so the number of documents that can be candidates is not needed.
     return [Selector(one, corpus, namesakes, searchable=len(corpus)) for one in seeded]
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """What does not depend on a setting: why each candidate is excluded, whether it is a suspect, and its rank, (t, k).
+    """Facts independent of the setting, (t, k): why a candidate is excluded, whether it is a suspect, and its rank.
 
-    A rank is that among all but the anchor itself (`mining.anchor_id`).
+    Ranks exclude the anchor itself (`mining.anchor_id`).
     """
 
     excluded: npt.NDArray[np.uint8]
@@ -234,13 +234,13 @@ def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
 def _tried(
     trials: Piece, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """The sums over all negatives; and of each trial: suspects taken, negatives taken, whether it lacks some."""
+    """The sums over all negatives and, per trial: suspects taken, negatives taken, whether some are missing."""
     suspects, taken, short = (np.zeros(len(trials.lists)) for _ in range(3))
     sums = np.zeros(len(_SUMS))
     whole = trials.found.rows.shape[1]
     for selector in selectors:
         waiting = np.arange(len(trials.lists))
-        # Most find the first ones among few candidates: only the others are looked at whole.
+        # Most find the first ones among few candidates: only the others use all.
         narrow = 2 * (setting.range_min + wanted) + 16
         for width in (narrow, whole) if setting.sampling_strategy == "top" and narrow < whole else (whole,):
             found = trials.found.narrowed(width)
@@ -271,7 +271,7 @@ def _tried(
 
 
 def _sums(choice: Choice, chosen: Mask, ranks: npt.NDArray[np.int32], pool: Ints, weight: Doubles) -> Doubles:
-    """Sums over the chosen, each unit by its weight, in the order of `_SUMS`."""
+    """Sums over the chosen negatives, weighted by unit, in the order of `_SUMS`."""
     scores = np.where(chosen, choice.scores[choice.anchor], 0).sum(axis=1, dtype=np.float64)
     placed = np.where(chosen, ranks, 0).sum(axis=1, dtype=np.float64)
     referred = np.isfinite(choice.reference)

@@ -1,4 +1,4 @@
-"""The settings that are tried: a value each of the window's start, one cutoff, and the sampling strategy."""
+"""The settings to try: a start of the window, at most one cutoff, and a sampling strategy each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLING = ("top", "random")
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """Settings of `mining` that are tried together; the others are the config's."""
+    """Settings of `mining` that are tried together; the others come from the config."""
 
     range_min: int
     range_max: int
@@ -28,12 +28,12 @@ class Setting:
 
     @property
     def cutoff(self) -> str:
-        """Its cutoffs, for people."""
+        """Its cutoffs, for display."""
         given = {"relative": self.relative_margin, "absolute": self.absolute_margin, "score ≤": self.max_score}
         return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None) or "none"
 
     def applied(self, config: Config) -> Config:
-        """A resolved config with these settings, for selection alone: shortages are counted, never acted upon."""
+        """A resolved config with these settings, for selection alone: shortages are only counted."""
         changes = {**asdict(self), "on_shortage": "keep", "num_random": 0}
         return config.model_copy(
             update={"mining": config.mining.model_copy(update=changes), "output": Output()},
@@ -46,7 +46,7 @@ class Setting:
 
 
 def of_config(config: Config) -> Setting:
-    """The settings that a resolved config has."""
+    """The settings of a resolved config."""
     mining = config.mining
     assert mining.range_max is not None, "the config is not resolved"
     names = ("range_min", "range_max", "sampling_strategy", "relative_margin", "absolute_margin", "max_score")
@@ -62,9 +62,9 @@ def grid(
     max_score: Sequence[float] = (),
     sampling: Sequence[str] = SAMPLING,
 ) -> list[Setting]:
-    """Every start of the window with every strategy and every cutoff, none among them; the config's own first.
+    """Every window start with every strategy and every cutoff (including none); the config's setting first.
 
-    The window ends where the config's does, or where it has room for all negatives. A start at or beyond
+    The window ends where the config's does, or later if needed for all negatives. A start at or beyond
     the stored depth is left out.
     """
     mine = of_config(config)

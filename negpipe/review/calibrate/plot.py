@@ -1,4 +1,4 @@
-"""Leak against hardness, one point a setting, as one plot."""
+"""Plots leak against hardness, one point per setting."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from negpipe.review.calibrate.recommend import Recommendation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by the colour-blind
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: distinguishable for the colour-blind
 _MARKS = {"none": "o", "relative margin": "s", "absolute margin": "^", "max score": "D"}
 
 
 def draw_leak(axes: Axes, calibration: Calibration, recommendation: Recommendation | None = None) -> None:
-    """Draw every setting with the interval of its leak, the frontier, and the setting that is recommended.
+    """Draw every setting with the interval of its leak, the frontier, and the recommended setting.
 
     Args:
-        axes: where to; the caller saves the figure.
-        calibration: what is drawn.
-        recommendation: draws the frontier and a ring; None: neither.
+        axes: the axes to draw on; the caller saves the figure.
+        calibration: the settings to draw.
+        recommendation: adds the frontier and a ring; None: neither.
     """
     known = [one for one in calibration.estimates if None not in (one.leak, one.lo, one.hi, one.score)]
     strategies = list(dict.fromkeys(one.setting.sampling_strategy for one in known))
@@ -56,7 +56,7 @@ def draw_leak(axes: Axes, calibration: Calibration, recommendation: Recommendati
     )
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")  # what leaks much is hard: nothing stands there
+    axes.legend(fontsize=7, loc="lower right")  # settings that leak a lot are hard: this corner is empty
 
 
 def _kind(one: Estimate) -> str:
@@ -72,4 +72,4 @@ def _percent(value: float | None) -> float:
 
 def _what(method: str) -> str:
     names = {"hidden": "hidden positives", "near_anchors": "positives of near anchors"}
-    return names.get(method, "what a second model ranks above the positive")
+    return names.get(method, "documents that a second model ranks above the positive")

@@ -1,4 +1,4 @@
-"""What to take from a calibration: the frontier of leak against hardness, one setting on it, and how sure that is."""
+"""Recommends a setting from a calibration: the frontier of leak against hardness, one setting on it, its certainty."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from negpipe.review.calibrate.estimate import Calibration, Estimate
 
-_FEW = 100  # anchors below which an interval is a guess
+_FEW = 100  # number of anchors below which an interval is a guess
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to take.
+    """A recommendation.
 
     Attributes:
-        frontier: settings that reach the coverage and of which no other one is harder without leaking more; least
+        frontier: settings that reach the coverage such that no other one is harder without leaking more; least
             leak first.
-        chosen: the hardest of them whose interval lies within the leak that is allowed; where there is none, the
+        chosen: the hardest of them whose interval is within the allowed leak; if there is none, the
             one that leaks least. None: no setting reaches the coverage.
-        allowed: whether `chosen` keeps to it.
-        sure: how sure that is, in sentences.
+        allowed: whether `chosen` is within it.
+        sure: how certain that is, in sentences.
     """
 
     frontier: list[Estimate]
@@ -33,7 +33,7 @@ def recommend(calibration: Calibration, *, coverage: float, max_leak: float) -> 
     """Choose a setting.
 
     Args:
-        calibration: what is known of all of them.
+        calibration: the calibration of all settings.
         coverage: least share of anchors that get all their negatives.
         max_leak: greatest upper end of the leak's interval.
     """
@@ -45,7 +45,7 @@ def recommend(calibration: Calibration, *, coverage: float, max_leak: float) -> 
 
 
 def frontier_of(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Those of which no other one has a higher mean score without more leak; least leak first."""
+    """Estimates such that no other one has a higher mean score without more leak; least leak first."""
     known = [(one.leak, one.score, one) for one in estimates if one.leak is not None and one.score is not None]
     frontier: list[Estimate] = []
     hardest = float("-inf")
@@ -63,19 +63,19 @@ def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
         f" from {tried}, {calibration.trials:,} trials and {chosen.negatives:,.0f} negatives"
     ]
     if calibration.anchors < _FEW:
-        lines.append(f"{calibration.anchors} anchors are few: take the interval as a guess")
+        lines.append(f"{calibration.anchors} anchors are few: treat the interval as a guess")
     if not chosen.leaking:
         bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
         lines.append(
-            f"none was taken: with 95 % confidence, it happens to less than {bound} of anchors (rule of three)"
+            f"none was taken: with 95 % confidence, it happens for less than {bound} of anchors (rule of three)"
         )
     if calibration.anchors < calibration.all_anchors / 2:
-        lines.append("most anchors could not be tried; the figures hold for them as far as they are like the others")
+        lines.append("most anchors could not be tried; the figures apply to them as far as they resemble the others")
     if calibration.method == "hidden":
-        lines.append("all positives but one were hidden: where more are known, they are excluded, and less leaks")
+        lines.append("all positives except one were hidden: known ones are excluded in a run, so less leaks")
     return lines
 
 
 def percent(value: float | None) -> str:
-    """A share for people."""
+    """A share as text."""
     return "?" if value is None else f"{value:.1%}"

@@ -1,12 +1,12 @@
-"""What selection is tried on: anchors of which it is known which candidates would be false negatives.
+"""Trials for selection: anchors with known false negatives among their candidates.
 
-hidden         One positive of an anchor is shown to selection, all others are hidden from it: they are what the
-               annotators might have missed. Needs anchors with two positives.
-near_anchors   A stand-in: positives of anchors whose vectors are nearly the same. Selection sees all that is known.
-second_opinion A stand-in: what another run's model ranks above the positive. Selection sees all that is known.
+hidden         One positive of an anchor is shown to selection, all others are hidden: they stand for what
+               annotators may have missed. Needs anchors with two positives.
+near_anchors   A stand-in: positives of anchors with nearly the same vector. Selection sees all positives.
+second_opinion A stand-in: documents that another run's model ranks above the positive. Selection sees all positives.
 
-Copies of a positive, texts that are equal when normalised, are shown and hidden with it. Positives of other
-splits are hidden like those of the split, but never shown: they have no stored score.
+Copies of a positive (equal normalised texts) are shown and hidden with it. Positives of other
+splits are hidden like those of the split, but never shown, as they have no stored score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS = {
     "second_opinion": "stand-in, not hidden positives: a negative counts as suspect if the second run's model ranks"
     " it above the positive too",
 }
-_UNITS = 4096  # tried at a time
+_UNITS = 4096  # trials at a time
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Piece:
     """Some trials.
 
     Attributes:
-        anchors: (t rows) ingest's anchors as selection is to see them.
+        anchors: (t rows) ingest's anchors as selection should see them.
         found: their candidates.
         suspects: normalised texts (hashes) that would be false negatives, ragged by `offsets`.
-        lists: (t,) which list of them is each trial's.
-        shown: (t,) the one of them that is shown, hence no suspect; all others are hidden, also from what is known of
+        lists: (t,) the list of each trial.
+        shown: (t,) the one that is shown, hence not a suspect; all others are hidden, also from the known positives of
             anchors with the same text. None: nothing is hidden.
     """
 
@@ -58,27 +58,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class Trials:
-    """t trials: memory holds some of them at a time, an anchor may have as many as it has positives.
+    """t trials; memory holds only some at a time, as an anchor may have one per positive.
 
     Attributes:
-        anchor: (t,) place of each trial's anchor among all anchors that were handed in together.
-        take: makes some of the trials, ascending.
+        anchor: (t,) index of each trial's anchor among all anchors passed together.
+        take: creates some of the trials, ascending.
     """
 
     anchor: Ints
     take: Callable[[Ints], Piece]
 
     def pieces(self) -> Iterator[Piece]:
-        """All of them."""
+        """All trials, piece by piece."""
         for low in range(0, len(self.anchor), _UNITS):
             yield self.take(np.arange(low, min(low + _UNITS, len(self.anchor))))
 
 
 def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
-    """A trial for every positive of an anchor that has others beside it."""
+    """A trial for every positive of an anchor that has other positives."""
     known, offsets = ragged(anchors["known"])
     by_id, _ = ragged(anchors["known_by_id"])
-    # What each anchor is known to have, by normalised text: copies of what is shown stand together.
+    # Known positives of each anchor by normalised text: copies of the shown one are adjacent.
     texts, code = np.unique(corpus.numbers("normalized", known), return_inverse=True)
     whose = np.repeat(np.arange(len(found.rows)), np.diff(offsets)) * len(texts) + code
     order = np.argsort(whose, kind="stable")
@@ -109,16 +109,16 @@ def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
 
 
 def near_anchors(anchors: pa.Table, found: Candidates, corpus: Rows, positives: Ints, offsets: Ints) -> Trials:
-    """A trial for every anchor with a near one that has other positives.
+    """A trial for every anchor with a near anchor that has other positives.
 
     Args:
-        positives: rows of the positives of each anchor's near ones, ragged by `offsets` (n + 1,).
+        positives: rows of the positives of each anchor's near anchors, ragged by `offsets` (n + 1,).
     """
     return _suspecting(anchors, found, corpus, positives, offsets)
 
 
 def second_opinion(anchors: pa.Table, found: Candidates, corpus: Rows, other: Candidates) -> Trials:
-    """A trial for every anchor: suspect is what the other run scores above the anchor's lowest positive."""
+    """A trial for every anchor: documents that the other run scores above the anchor's lowest positive are suspects."""
     counts = np.diff(other.offsets)
     lowest = np.full(len(counts), np.inf, np.float32)
     np.minimum.at(lowest, np.repeat(np.arange(len(counts)), counts), other.positive_scores)
@@ -131,7 +131,7 @@ def second_opinion(anchors: pa.Table, found: Candidates, corpus: Rows, other: Ca
 def _suspecting(
     anchors: pa.Table, found: Candidates, corpus: Rows, rows: Ints, offsets: Ints, wanted: Ints | None = None
 ) -> Trials:
-    """Trials of the wanted anchors, or of those with a suspect; what an anchor is known to have is none."""
+    """Trials of the wanted anchors, or of those with a suspect; known positives are never suspects."""
     suspects = corpus.numbers("normalized", rows)
     known, known_offsets = ragged(anchors["known"])
     new = ~_owned(suspects, offsets, corpus.numbers("normalized", known), known_offsets)

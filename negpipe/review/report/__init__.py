@@ -1,6 +1,6 @@
-"""`report.html`: what was mined, at a glance, and a sample of it to review. One file, that needs nothing else.
+"""`report.html`: an overview of what was mined, and a sample of it to review. A single self-contained file.
 
-Reads a finished run and changes nothing in it. The same run gives the same figures and the same sample.
+Reads a finished run without changing it. The same run gives the same figures and the same sample.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anchors: int = ANCHORS) -> Path:
-    """Make the report of a run.
+    """Write the report of a run.
 
     Args:
-        config: whose run.
-        out: the file; None: `report.html` in the run directory.
-        typed: config and overrides as a shell takes them, for the commands the page names.
-        anchors: how many are looked at for scores, ranks, hubs and the sample; evenly spaced.
+        config: the config of the run.
+        out: the output file; None: `report.html` in the run directory.
+        typed: config and overrides in shell syntax, for the commands shown on the page.
+        anchors: number used for scores, ranks, hubs and the sample; evenly spaced.
 
     Returns:
-        the file.
+        the path of the file.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
-        LockedError: the run is still going.
+        LockedError: the run is still in progress.
         StorageError: the file cannot be written.
     """
     with _at_rest(config), digests_of(config) as digests:
@@ -53,12 +53,12 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
 
 
 def after_mining(config: Config, typed: str) -> Path | None:
-    """The report at the end of `mine`: what hinders it is a warning, the rows are there."""
+    """Write the report at the end of `mine`; problems only cause a warning, as the rows are complete."""
     started = time.monotonic()
     try:
         out = write(config, typed=typed)
     except Exception as error:
-        logger.warning("report: not made, the rows are: %s: %s", type(error).__name__, error)
+        logger.warning("report: failed, the rows are complete: %s: %s", type(error).__name__, error)
         return None
     logger.info("report: %s (%.1f s)", out, time.monotonic() - started)
     return out
@@ -66,7 +66,7 @@ def after_mining(config: Config, typed: str) -> Path | None:
 
 @contextmanager
 def _at_rest(config: Config) -> Iterator[None]:
-    """Nothing else works on the run; one that was never begun is left alone."""
+    """Make sure no process is working on the run; a run that was never started is left alone."""
     if config.url is None and not (config.run_dir / BOOKS).is_dir():
         yield
         return
@@ -74,6 +74,4 @@ def _at_rest(config: Config) -> Iterator[None]:
         with run_held(config):
             yield
     except LockedError as error:
-        raise LockedError(
-            f"{error}. A report is of a finished run; `negpipe status CONFIG` says how it stands"
-        ) from None
+        raise LockedError(f"{error}. A report needs a finished run; `negpipe status CONFIG` shows its state") from None

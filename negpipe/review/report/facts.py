@@ -1,4 +1,4 @@
-"""What ran: each stage's counts, time, throughput and memory, and what encoder and index were, for people."""
+"""Facts for the section "What ran": each stage's counts, time, throughput and memory, encoder and index."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _UNITS = {"ingest": "rows", "encode": "texts", "index": "rows", "search": "ancho
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage.
+    """Facts of one stage.
 
     Attributes:
-        count: of `unit`, that the current output holds.
-        bytes: of its files.
-        seconds: its parts took, over all workers and however many runs made them.
-        rate: of `unit` a second of those; None where it was too quick to tell.
-        peak: bytes the largest process held; None where parts do not say.
-        finished: when, in UTC.
+        count: number of `unit` in the current output.
+        bytes: total size of its files.
+        seconds: total time of its parts, over all workers and runs.
+        rate: number of `unit` per second; None if too fast to tell.
+        peak: bytes of the largest process; None if parts do not record it.
+        finished: time in UTC.
     """
 
     name: str
@@ -38,7 +38,7 @@ class StageFacts:
 
 
 def stages(manifests: Mapping[str, Manifest]) -> list[StageFacts]:
-    """All stages in order."""
+    """Facts of all stages, in order."""
     return [_stage(name, manifest) for name, manifest in manifests.items()]
 
 
@@ -60,12 +60,12 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
     )
 
 
-_PROMPTS = ("encoder.query_prompt", "encoder.passage_prompt", "encoder.routes")  # inputs that are no digests
-_COMMIT = 40  # characters; a model of the hub is told by its commit, another one by a digest of its files
+_PROMPTS = ("encoder.query_prompt", "encoder.passage_prompt", "encoder.routes")  # inputs that are not digests
+_COMMIT = 40  # characters; hub models are identified by commit, others by a digest of their files
 
 
 def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
-    """What made the vectors: model, revision, settings, libraries and device."""
+    """The origin of the vectors: model, revision, settings, libraries and device."""
     own = config.encoder
     facts: dict[str, str] = {"backend": own.backend}
     if own.model:
@@ -84,7 +84,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
     for side, cut in manifest.stats.get("cut", {}).items():
         facts[f"{side} cut"] = f"{cut['texts']:,} of {cut['of']:,}, {cut['lost']:.1%} of all tokens lost"
     if equal := manifest.stats.get("equal"):
-        facts["documents with the vector of another"] = f"{equal['documents']:,} of {equal['of']:,}"
+        facts["documents with another's vector"] = f"{equal['documents']:,} of {equal['of']:,}"
     if sentence := from_cache(manifest.stats):
         facts["cache"] = sentence
     ran = manifest.parts[0].provenance if manifest.parts else {}
@@ -94,7 +94,7 @@ def encoder(config: Config, manifest: Manifest) -> dict[str, str]:
 
 
 def index(stats: Mapping[str, Any], triplets: Mapping[str, Any]) -> dict[str, str]:
-    """Its kind, and where it is approximate what it finds, by the statistics of both stages."""
+    """Its kind and, if approximate, its recall, from the statistics of both stages."""
     facts = {"kind": str(stats.get("kind", ""))}
     if "recall" not in stats:
         return facts | {"recall": "1 (exact)"}

@@ -1,4 +1,4 @@
-"""What a report shows, read from what the stages left: all of it, or of anchors evenly spaced where there are many."""
+"""Gathers a report's content from the stages' output: for all anchors, or for evenly spaced ones if there are many."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from negpipe.select.selector import Units
 from negpipe.stages.triplets import LEDGER, Shared, open_selection
 
 logger = logging.getLogger(__name__)
-_AUDITED = 10_000  # rows that are audited on the way; more want the command
-_EARLIER = 20_000  # verdicts that the page repeats
+_AUDITED = 10_000  # maximum rows audited here; more need the command
+_EARLIER = 20_000  # maximum verdicts repeated on the page
 _HUBS = 8
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG element with its words. `wide`: it takes a row of the page."""
+    """An SVG element with its title and caption. `wide`: it spans the page."""
 
     title: str
     svg: str
@@ -51,15 +51,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows; texts are as they stand in the source.
+    """Content of the page; texts are as in the source.
 
     Attributes:
-        key: of the rows.
-        typed: config and overrides, as a shell takes them.
-        looked_at: of how many `anchors` scores, ranks, hubs and cards are.
-        hubs: (anchors, id, text) of the documents that are a negative of most.
-        audit: as `audit.json` has it; None: `no_audit` says why.
-        earlier: verdicts of the present `mining.exclude_file`; None: too many.
+        key: the key of the rows.
+        typed: config and overrides in shell syntax.
+        looked_at: number of `anchors` used for scores, ranks, hubs and cards.
+        hubs: (anchors, id, text) of the documents that are a negative for the most anchors.
+        audit: as in `audit.json`; None: `no_audit` says why.
+        earlier: verdicts of the current `mining.exclude_file`; None: too many.
     """
 
     key: str
@@ -88,9 +88,9 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
     """Read a finished run.
 
     Args:
-        context: of which every stage is current.
-        typed: config and overrides, for the commands the page names.
-        anchors: how many are looked at, about.
+        context: a context in which every stage is current.
+        typed: config and overrides, for the commands shown on the page.
+        anchors: approximate number of anchors to use.
     """
     opened, pool = open_selection(context), Pool()
     total = context.manifest("ingest").stats["anchors"]
@@ -126,8 +126,8 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
         figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
         no_calibration=""
         if calibration
-        else f"How much of this is false, and which margin is better, estimates"
-        f" `negpipe calibrate {typed}`; the next report then shows its plot.",
+        else f"`negpipe calibrate {typed}` estimates how many of the negatives are false, and which margin is better;"
+        " the next report then shows its plot.",
         hubs=_named(opened, hubs[:_HUBS], counts[:_HUBS]),
         audit=audited,
         no_audit=no_audit,
@@ -157,7 +157,7 @@ def _numbers(context: Context, measured: Quality, negatives: npt.NDArray[np.int6
 def _captions(
     measured: Quality, negatives: npt.NDArray[np.int64], made: Manifest, hubs: npt.NDArray[np.int64], config: Config
 ) -> dict[str, str]:
-    """What each figure says, in a sentence: for those who cannot see it too."""
+    """A sentence describing each figure, also for users who cannot see it."""
     means = ", ".join(
         f"{name} {found.mean:.3f}"
         for side, (name, _) in plots.SIDES.items()
@@ -172,17 +172,17 @@ def _captions(
     full = float(np.mean(negatives >= wanted)) if len(negatives) else 0.0
     most = next(iter(made.stats["drops"].items()), None)
     dropped = "" if most is None else (
-        f" Most were dropped as {most[0].replace('_', ' ')}: {most[1] / max(1, made.stats['candidates']):.1%}."
+        f" Most frequent drop reason: {most[0].replace('_', ' ')}, {most[1] / max(1, made.stats['candidates']):.1%}."
     )  # fmt: skip
     return {
         plots.SCORES: f"Mean scores: {means}.{apart}",
-        plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} lie beyond rank"
+        plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} are beyond rank"
         f" {measured.depth}.",
-        plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} that are asked for.",
+        plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} requested.",
         plots.DROPS: f"{made.stats['candidates']:,} candidates were seen, {made.stats['negatives']:,} taken.{dropped}",
-        plots.HUBS: f"{len(hubs):,} documents are a negative; the most frequent one of {int(hubs.max(initial=0)):,}"
+        plots.HUBS: f"{len(hubs):,} documents are negatives; the most frequent one for {int(hubs.max(initial=0)):,}"
         f" of {measured.anchors:,} anchors.",
-        plots.LEAK: "Each mark is a setting: to the left it takes fewer false negatives, further up harder ones.",
+        plots.LEAK: "Each mark is a setting: further left it takes fewer false negatives, further up harder ones.",
     }
 
 
@@ -207,7 +207,7 @@ def _named(opened: Shared, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.i
 
 
 def _calibration(context: Context) -> Calibration | None:
-    """The last calibration, if it is one of these candidates."""
+    """The last calibration, if it is based on these candidates."""
     try:
         content = context.run.read(measures.CALIBRATION)
         if content is None:
@@ -237,7 +237,7 @@ def _calibration(context: Context) -> Calibration | None:
 
 
 def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any] | None, str]:
-    """The audit of these rows, or why there is none."""
+    """The audit of these rows, or the reason why there is none."""
     try:
         stored = json.loads(context.run.read(measures.AUDIT) or b"")
         if stored[measures.MADE_OF] == made.key:

@@ -1,7 +1,7 @@
-"""The page: one HTML file that asks the network for nothing and runs no script but its own.
+"""The page: one HTML file that makes no network requests and only runs its own script.
 
-All that comes from data is escaped: by Jinja in text and attributes, as JSON with `<` written out where the script
-reads it. The Content-Security-Policy allows the one script by its digest.
+All data is escaped: by Jinja in text and attributes, as JSON with `<` escaped where the script
+reads it. The Content-Security-Policy allows only this script, by its digest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ASSETS = files("negpipe.review.report") / "assets"
 
 
 def render(made: Report) -> str:
-    """The report as HTML."""
+    """Render the report as HTML."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""The figures, as SVG that stands in the page: its colours are the page's, so that light and dark both read."""
+"""The figures, as SVG embedded in the page, with the page's colours, so that they work in light and dark mode."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from negpipe.review.quality import Quality
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives an anchor"
+SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives per anchor"
 DROPS, HUBS, LEAK = "Candidates dropped, by reason", "Hubs", "Leak against hardness"
 WIDE, SMALL = (8.0, 5.0), (4.6, 2.9)
-_JOINED = 3  # bins of a distribution that make one of the figure
-# What is drawn in these is shown in the page's; those of `calibrate.draw_leak` are among them.
+_JOINED = 3  # bins of a distribution per bin of the figure
+# These colours are replaced by the page's; they include those of `calibrate.draw_leak`.
 _COLOURS = {
     "#000000": "currentColor",
     "#0072b2": "var(--blue)",
@@ -60,11 +60,11 @@ def draw(
     """Draw every figure.
 
     Args:
-        measured: scores and ranks of the anchors that were looked at.
-        negatives: of each anchor, how many it got.
+        measured: scores and ranks of the anchors used.
+        negatives: number per anchor.
         drops: reason → candidates.
-        hubs: of each document that is a negative, of how many anchors.
-        calibration: None: its figure is left out.
+        hubs: number of anchors per document that is a negative.
+        calibration: None: no such figure.
 
     Returns:
         title → SVG element, in the order of the page.
@@ -82,11 +82,11 @@ def draw(
 
 
 def figure(title: str, paint: Callable[[Axes], object], size: tuple[float, float]) -> str:
-    """An SVG element to stand in a page with `page.css`; `size` in inches, `title` names it within the page."""
+    """An SVG element for a page with `page.css`; `size` in inches, `title` identifies it within the page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Salted by its title: equal figures are equal files, and no two figures of a page share an id.
+    # Salted with the title: equal figures are equal files, and no two figures of a page share an id.
     with rc_context({**_STYLE, "svg.hashsalt": title}):
         drawn = Figure(figsize=size, layout="constrained")
         paint(drawn.subplots())
@@ -96,7 +96,7 @@ def figure(title: str, paint: Callable[[Axes], object], size: tuple[float, float
 
 
 def _inline(svg: str) -> str:
-    """The element alone, without ids that would be there twice, in the page's colours."""
+    """The SVG element alone, without ids that would be duplicated, in the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*<style .*?</style>", "", svg, flags=re.DOTALL)
@@ -151,7 +151,7 @@ def _hubs(axes: Axes, hubs: npt.NDArray[np.int64]) -> None:
     counts = np.histogram(hubs, edges)[0].tolist()
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
     _bars(axes, names, counts, ORANGE)
-    axes.set(xlabel="anchors it is a negative of", ylabel="documents")
+    axes.set(xlabel="anchors it is a negative for", ylabel="documents")
 
 
 def _bars(axes: Axes, names: list[str], counts: list[int], colour: str) -> None:

@@ -1,8 +1,8 @@
 """The review sample: anchors whose negatives a person should look at.
 
-Some are drawn at random, by seed, so that what is marked among them estimates how many negatives are false. The
-others are the riskiest of the rest: negatives that score nearest to the positive, or share most words with it.
-Shown first are the riskiest.
+Some are drawn at random, by seed, so that the marks among them estimate how many negatives are false. The others are
+the riskiest of the rest: their negatives score nearest to the positive, or share most words with it. The riskiest are
+shown first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from negpipe.select.selector import SOURCES, Units
 
 ANCHORS = 50
 _RANDOM = 20
-_COMPARED = 5000  # negatives whose words are looked at
-_WORDS = 100  # positives, and negatives, of a unit whose words are
-_POSITIVES, _NEGATIVES, _LETTERS = 4, 10, 3000  # that are shown of an anchor, and of a text
+_COMPARED = 5000  # maximum negatives whose words are compared
+_WORDS = 100  # maximum positives, and negatives, per unit for that
+_POSITIVES, _NEGATIVES, _LETTERS = 4, 10, 3000  # maximum shown per anchor, and letters per text
 Floats = npt.NDArray[np.float64]
 
 
@@ -39,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Card:
-    """An anchor to review: why it is in the sample, and its documents, of which some more may be left out."""
+    """An anchor to review: why it is in the sample, and its documents, of which some may be left out."""
 
     why: str
     anchor_id: str
@@ -51,17 +51,17 @@ class Card:
 
 @dataclass
 class Pool:
-    """The anchors a sample is drawn from, filled a slice at a time."""
+    """The anchors from which a sample is drawn, filled a slice at a time."""
 
     slices: list[Units] = field(default_factory=list)
 
     def add(self, units: Units) -> None:
-        """Keep what a sample needs."""
+        """Keep what the sample needs."""
         alone = units.only_negatives()
         self.slices.append(replace(alone, fates=alone.fates[:, :0]))
 
     def hubs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Documents, and of how many anchors each is a negative, most first."""
+        """Documents, and for how many anchors each is a negative, in descending order."""
         pairs = [
             np.unique(np.stack([np.repeat(units.anchor, units.counts), units.negatives]), axis=1)[1]
             for units in self.slices
@@ -72,7 +72,7 @@ class Pool:
 
 
 def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
-    """Choose anchors and gather their texts; those without a negative have nothing to review."""
+    """Choose anchors and gather their texts; anchors without negatives are skipped."""
     places = [(units, number) for units in pool.slices for number in np.flatnonzero(units.counts).tolist()]
     if not places:
         return []
@@ -84,21 +84,21 @@ def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
     chosen: dict[int, str] = {}
     for why, risk in (("nearest to its positive", _nearness(places)), ("most words in common", alike)):
         riskiest = [at for at in rest[np.argsort(-risk[rest], kind="stable")].tolist() if at not in chosen]
-        # Half of those that are not drawn, then the other half.
+        # Half of the anchors that are not random, then the other half.
         chosen |= dict.fromkeys(riskiest[: -(-(size - len(drawn)) // 2)][: size - len(drawn) - len(chosen)], why)
     chosen |= dict.fromkeys(drawn, "random")
     return [_card(*places[at], corpus, usual, why) for at, why in chosen.items()]
 
 
 def _nearness(places: Sequence[tuple[Units, int]]) -> Floats:
-    """How far each unit's best negative comes up to the positive its margins refer to, by that one's score."""
+    """How close each unit's best negative comes to the reference positive, relative to that one's score."""
     references = np.array([units.references[at] for units, at in places], np.float64)
     best = np.array([_of(units, "negative", at).max() for units, at in places], np.float64)
     return np.nan_to_num((best - references) / np.maximum(np.abs(references), 1e-6), nan=-np.inf)
 
 
 def _likeness(places: Sequence[tuple[Units, int]], corpus: Rows) -> tuple[Floats, set[str]]:
-    """The most words that each unit's negative shares with a positive, -1 where nobody looked; and usual words."""
+    """The highest word similarity of each unit's negatives to a positive (-1 if not compared), and the common words."""
     total = sum(int(units.counts[at]) for units, at in places)
     looked_at = range(0, len(places), -(-total // _COMPARED))
     rows = [_rows(*places[at], side)[:_WORDS] for at in looked_at for side in ("positive", "negative")]
@@ -133,7 +133,7 @@ def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) ->
 
 
 def _documents(units: Units, number: int, corpus: Rows, side: str, most: int) -> list[tuple[str, Document]]:
-    """Those with the best scores: texts, cut where they are long, and what stands beside them."""
+    """Those with the best scores: texts, shortened if long, and the facts shown with them."""
     best = np.argsort(-_of(units, side, number), kind="stable")[:most]
     ids, texts = (corpus.strings(name, _rows(units, number, side)[best]).to_pylist() for name in ("id", "text"))
     scores, ranks = (_of(units, side, number, column)[best].tolist() for column in ("scores", "ranks"))

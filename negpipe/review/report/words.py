@@ -1,4 +1,4 @@
-"""Words that texts share: what a reviewer's eye should fall on, and how alike two texts look."""
+"""Words shared by texts: for highlighting in the review, and for the similarity of two texts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections import Counter
 from collections.abc import Iterable
 
 _WORD = re.compile(r"\w+")
-_COMMON = 0.2  # share of texts from which on a word says nothing
+_COMMON = 0.2  # share of texts above which a word is uninformative
 
 Pieces = list[tuple[str, str]]
-"""A text in pieces, each with why it is marked: "anchor", "positive", or "" where it is not."""
+"""A text in pieces, each with its mark: "anchor", "positive", or ""."""
 
 
 def words(text: str) -> set[str]:
-    """The words of a text, whatever their case."""
+    """The words of a text, ignoring case."""
     return {word.casefold() for word in _WORD.findall(text)}
 
 
 def common(texts: Iterable[set[str]]) -> set[str]:
-    """Words that more than a fifth of the texts have."""
+    """Words that occur in more than a fifth of the texts."""
     every = list(texts)
     counts = Counter(word for one in every for word in one)
     return {word for word, count in counts.items() if count > max(1, _COMMON * len(every))}
@@ -31,7 +31,7 @@ def likeness(left: set[str], right: set[str]) -> float:
 
 
 def marked(text: str, anchor: set[str], positive: set[str]) -> Pieces:
-    """A text in which the words of the anchor are marked, and those of a positive alone."""
+    """A text with the words of the anchor marked, and those only in a positive."""
     pieces: Pieces = []
     end = 0
     for found in _WORD.finditer(text):

@@ -234,12 +234,12 @@ def test_a_run_that_ended_finds_its_array_at_work(
             graph.mine(load_config(run.config, overrides), only="encode", repair=True)
         if how == signal.SIGINT:
             assert process.returncode == 130
-            assert "The same command waits for it, `scancel " in run.log.read_text(encoding="utf-8")
+            assert "Run the same command to wait for it, or `scancel " in run.log.read_text(encoding="utf-8")
         with caplog.at_level(logging.INFO):
             mined(run, overrides, only="encode")
     finally:
         kill(process)
-    assert not submitted(caplog) and "which an earlier run submitted" in caplog.text
+    assert not submitted(caplog) and "submitted by an earlier run" in caplog.text
     assert run.content() == whole.content()
     made = {part["key"]: part["provenance"]["pid"] for part in run.parts("encode")}
     assert {key: made[key] for key in first} == first
@@ -303,7 +303,7 @@ def test_an_array_task_that_is_killed_is_submitted_again(whole: Run, tmp_path: P
     told = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     log = Path(told.rpartition("Its log: ")[2])
     assert log.is_file() and log.is_relative_to(run.folder / ".negpipe/logs")
-    assert ("it ended as FAILED" if cluster == "slurm" else "it died") in told
+    assert ("it ended in state FAILED" if cluster == "slurm" else "it died") in told
     assert run.content() == whole.content()
 
 
@@ -333,7 +333,7 @@ def test_an_error_that_will_not_pass_is_not_tried_again(whole: Run, tmp_path: Pa
     with caplog.at_level(logging.INFO), pytest.raises(VersionsError) as ended:
         mined_by(unreliable.of_other_versions, run, of(cluster, 2), "encode")
     assert ended.value.exit_code == ConfigError.exit_code
-    assert "its shards began with numpy" in str(ended.value) and "Its log: " in str(ended.value)
+    assert "its shards started with numpy" in str(ended.value) and "Its log: " in str(ended.value)
     assert len(submitted(caplog)) == 1
 
 
@@ -368,7 +368,7 @@ def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_in_a_bucket_is_refused(tmp_path: Path) -> None:
     config = load_config(small.settings(tmp_path) | {"run_dir": "s3://bucket/run"}, of("local", 2))
-    with pytest.raises(ConfigError, match="needs a run_dir on a file system that the nodes share"):
+    with pytest.raises(ConfigError, match="needs a run_dir on a file system shared by the nodes"):
         graph.mine(config)
 
 
@@ -393,7 +393,7 @@ def test_what_slurm_refuses_is_said_in_its_words(whole: Run, tmp_path: Path, clu
             "second",
         ),
         ("Traceback\nModuleNotFoundError: No module named 'negpipe'\n", TaskFailedError, "ModuleNotFoundError: No"),
-        ("a.b.UncompletedJobError: Job not requeued because: timed-out and …", TaskFailedError, "its time was up"),
+        ("a.b.UncompletedJobError: Job not requeued because: timed-out and …", TaskFailedError, "it ran out of time"),
         ("", TaskFailedError, "it failed"),
     ],
 )
