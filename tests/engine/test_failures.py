@@ -121,7 +121,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
     "damaged": (damaged, 5, ["files in", "are damaged", "--repair"]),
     "failed": (failed_audit, 1, ["the audit of", "failed: shortage"]),
     "recall": (recall, 1, ["does not surely reach index.min_recall 1.0", "nprobe 1: recall 0.", "index.kind: stream"]),
-    "rows": (rows, 1, ["0 rows, output.min_rows asks for 1", "mining.max_score", "output.min_rows=0"]),
+    "rows": (rows, 1, ["0 rows, but output.min_rows is 1", "mining.max_score", "output.min_rows=0"]),
     "task-failed": (task_failed, 1, ["encode: the worker for part", "died 3 times", "signal SIGKILL", "Its log, "]),
     "usage": (usage, 2, ["No such option"]),
     "unexpected": (unexpected, 1, ["unexpected ZeroDivisionError", "This is a bug", "--debug"]),
