@@ -1,4 +1,4 @@
-"""Values that several sections have: amounts of memory, devices."""
+"""Types of values shared by several sections: sizes, devices."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from negpipe.errors import ConfigError
 Batches = Callable[[list[str], Kind], list[NDArray[np.intp]]]
 """Offsets of the texts of each forward pass; every text is in one."""
 
-_UNTOLD = "encoder.batch_tokens: this model does not tell how many tokens a text has: leave it out"
+_UNTOLD = "encoder.batch_tokens: this model does not report how many tokens a text has: remove it"
 
 
 def check_tokens(encoder: Settings, folder: str) -> None:

@@ -310,7 +310,10 @@ def test_a_model_without_a_transformer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"runtime": "onnx", "backend": "flagembedding"}, "'onnx' is not for backend 'flagembedding': set backend to"),
+        (
+            {"runtime": "onnx", "backend": "flagembedding"},
+            "'onnx' does not support backend 'flagembedding': set backend to",
+        ),
         ({"runtime": "openvino", "device": "cuda:1"}, "'openvino' runs on a CPU, not on 'cuda:1'"),
         ({"precision": "int8"}, "'torch' does not compute in int8: set .* or runtime to onnx or openvino"),
         ({"runtime": "onnx", "precision": "bfloat16"}, "'onnx' does not compute in bfloat16.*torch or openvino"),

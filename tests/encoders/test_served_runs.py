@@ -258,7 +258,7 @@ def test_no_secret_is_shown_or_written(server: ModelServer, tmp_path: Path, monk
             outcome = small.run(*command)
             shown.append(outcome.out + outcome.err)
         assert "answers 401" in shown[0] and "Again in" in shown[0] and "rows in" in shown[1]
-        assert "url is no address" in shown[4] and "never write the key itself" in shown[5]
+        assert "url is not an address" in shown[4] and "never put the key itself" in shown[5]
         config.unlink()
         written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         for secret in secrets:

@@ -410,14 +410,14 @@ def test_without_the_setting_nothing_is_asked_for(tmp_path: Path) -> None:
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.split and eval_split \('test'\)"):
         config_of(tmp_path, "run", "train.eval_split=test")
-    with pytest.raises(ConfigError, match=r"train\.split\.by: 'url' needs the column.*data\.extra\.corpus"):
+    with pytest.raises(ConfigError, match=r"train\.split\.by: 'url' requires the column.*data\.extra\.corpus"):
         config_of(tmp_path, by="url")
     for share in (0, 1):
         with pytest.raises(ConfigError, match=r"train\.split\.test"):
             config_of(tmp_path, test=share)
     # A split that is divided may be called as the one that is held out by default.
     assert config_of(tmp_path, "run", "data.split=test").train
-    with pytest.raises(ConfigError, match="hold a part of this one out"):
+    with pytest.raises(ConfigError, match="hold out a share of this one"):
         config_of(tmp_path, "run", "data.split=test", "train.split=null")
     # What a process reads that another one wrote is the same config.
     config = config_of(tmp_path)

@@ -517,7 +517,7 @@ def test_extra_columns_of_a_pool(tmp_path: Path) -> None:
     found = {row["text"]: row[EXTRA + "url"] for row in run.tables("documents").to_pylist()}
     assert found == {"x": "X", "y": "Y", "z": "Z", "w": None}
     assert run.tables("anchors")[EXTRA + "type"].to_pylist() == ["t"]
-    with pytest.raises(ConfigError, match=r"data\.extra\.corpus needs data\.corpus"):
+    with pytest.raises(ConfigError, match=r"data\.extra\.corpus requires data\.corpus"):
         run_of(tmp_path, (4, 1), format="flagembedding", path=pairs, extra=extra).mine(only="ingest")
 
 

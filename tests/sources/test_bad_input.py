@@ -264,7 +264,7 @@ def test_window_smaller_than_the_negatives_asked_for(fresh: Path) -> None:
     outcome = small.run("mine", fresh / "config.yaml", "--set", "mining.range_max=2")
     assert outcome.code == 2
     assert "mining.num_negatives (3)" in outcome.err
-    assert "widen the window or ask for fewer" in outcome.err
+    assert "widen the window or lower num_negatives" in outcome.err
     assert not (fresh / "run").exists()
 
 
