@@ -104,7 +104,7 @@ class Actor:
                 raise InputError(
                     f"this folder of the run does not exist on {platform.node()}, where Ray placed {stage.name}",
                     file=str(folder),
-                    remedy="With executor.kind: ray, run_dir, store and sources must be paths that all nodes can access",
+                    remedy="With executor.kind: ray, run_dir, store and sources must be paths that all nodes see",
                 )
         log = Path(self._head["log"])
         with explained(log.parent):

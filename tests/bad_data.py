@@ -305,7 +305,7 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
         elif file.endswith((".csv", ".tsv")):
             sign = b"," if file.endswith(".csv") else b"\t"
             for about, cells in (("too few fields", 1), ("too many fields", len(rows[0]) + 1)):
-                words2 = (f"{cells} fields, but the header names {len(rows[0])}", "Check separators and quotes")
+                words2 = (f"{cells} fields, but the header names {len(rows[0])}", "Check delimiters and quotes")
                 yield Fault(name, f"{file} {about}", file, sign.join([b"x"] * cells), None, words2, "broken")
             yield Fault(
                 name,
@@ -313,6 +313,6 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
                 file,
                 b";".join([b"x"] * len(rows[0])),
                 None,
-                (f"1 fields, but the header names {len(rows[0])}", "Check separators and quotes"),
+                (f"1 fields, but the header names {len(rows[0])}", "Check delimiters and quotes"),
                 "broken",
             )

@@ -202,7 +202,7 @@ def test_an_explained_error_keeps_its_exit_code_with_debug(folder: Path) -> None
     outcome = small.run("mine", folder / "config.yaml", "--set", "data.path=./nowhere", "--debug")
     assert outcome.code == 3
     assert "Traceback" in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("negpipe: ./nowhere: there is no such file or folder")
+    assert outcome.err.splitlines()[-1].startswith("negpipe: ./nowhere: file or folder not found")
 
 
 def test_130_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

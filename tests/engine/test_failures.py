@@ -114,7 +114,7 @@ FAILURES: dict[str, tuple[Provoke, int, list[str]]] = {
         2,
         ["needs", "MiB a worker, there are 32: raise", "or lower data.part_rows"],
     ),
-    "input": (input_error, 3, ["corpus.jsonl, row 41: broken JSON", "Write one JSON object a line"]),
+    "input": (input_error, 3, ["corpus.jsonl, row 41: broken JSON", "Write one JSON object per line"]),
     "missing-stage": (missing_stage, 3, ["search needs the output of ingest", "negpipe ingest", "first"]),
     "storage": (storage_error, 1, ["cannot write", "run", "then run the same command again"]),
     "locked": (locked, 4, ["run is in use by process", str(os.getpid()), "wait for it or stop it"]),

@@ -699,5 +699,5 @@ def test_archives_are_no_source(tmp_path: Path) -> None:
         "mine", small.build(tmp_path / "in"), "--set", "data.format=pairs", "--set", f"data.path={tmp_path}/p.tar.gz"
     )
     assert outcome.code == 3
-    assert "unknown kind of file '.tar'" in outcome.err
+    assert "unknown file extension '.tar'" in outcome.err
     assert not list(tmp_path.rglob("escape*"))

@@ -172,7 +172,7 @@ def test_pieces_are_cut_by_their_content_however_it_comes(tmp_path: Path, monkey
     assert list(tables._blocks(path)) == whole
     monkeypatch.setattr(tables, "opened", lambda path: Reluctant(opened(path), 50_000))
     found: list[Any] = []
-    with pytest.raises(InputError, match=r"row \d+: the file cannot be read on \(the line is dead\)"):
+    with pytest.raises(InputError, match=r"row \d+: the rest of the file cannot be read \(the line is dead\)"):
         found.extend(tables._blocks(path))
     assert found == whole[: len(found)]
 

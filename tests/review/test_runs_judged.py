@@ -162,7 +162,7 @@ def test_a_run_is_no_source(name: str, form: str, tmp_path: Path) -> None:
         changes += [f"data.{side}={path}" for side, path in tables.items()]
     done = small.run("ingest", tmp_path / "config.yaml", *(part for one in changes for part in ("--set", one)))
     assert done.code == 3
-    assert "a ranking, which names candidates and no positives" in done.err.replace("\n", " ")
+    assert "a ranking, which lists candidates but no positives" in done.err.replace("\n", " ")
     assert name in done.err
 
 

@@ -524,7 +524,7 @@ def test_extra_columns_of_a_pool(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"corpus": ["site"]}, r"corpus\.jsonl, row 1, field 'site': there is no such column\. Columns here: .*url"),
+        ({"corpus": ["site"]}, r"corpus\.jsonl, row 1, field 'site': column not found\. Columns here: .*url"),
         ({"queries": ["site"]}, r"queries\.jsonl, row 1, field 'site'.*data\.extra\.queries"),
         ({"corpus": ["tags"]}, r"corpus\.jsonl, row 2, field 'tags': an extra column cannot hold a list"),
     ],

@@ -100,12 +100,12 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "corpus without its text column": (
         rename_key("corpus.jsonl", "text", "body"),
         "",
-        ["corpus.jsonl, row 1, field 'text'", "no such column", "_id, title, body", "data.text"],
+        ["corpus.jsonl, row 1, field 'text'", "column not found", "_id, title, body", "data.text"],
     ),
     "queries without their text column": (
         rename_key("queries.jsonl", "text", "body"),
         "",
-        ["queries.jsonl, row 1, field 'text'", "no such column", "data.columns.query_text"],
+        ["queries.jsonl, row 1, field 'text'", "column not found", "data.columns.query_text"],
     ),
     "judgments without a column": (
         lambda folder: (folder / "data/qrels/train.tsv").write_text("query\tcorpus-id\nq1\td1\n"),
@@ -160,12 +160,12 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "no such split": (
         lambda folder: None,
         "data.split=dev",
-        ["qrels/dev.tsv, field 'split'", "Splits here: train", "data.split"],
+        ["qrels/dev.tsv, field 'split'", "Available splits: train", "data.split"],
     ),
     "broken line": (
         lambda folder: (folder / "data/corpus.jsonl").write_text('{"_id": "d0", "text": "x"}\n{"_id": '),
         "",
-        ["corpus.jsonl, row 2", "broken JSON", "one JSON object a line"],
+        ["corpus.jsonl, row 2", "broken JSON", "one JSON object per line"],
     ),
     "NaN in a document's vector": (
         poison("corpus.npy", 5, np.nan),
@@ -240,7 +240,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "no such folder": (
         lambda folder: None,
         "data.path=./dada",
-        ["./dada", "no such file or folder"],
+        ["./dada", "file or folder not found"],
     ),
 }
 
