@@ -431,14 +431,14 @@ def test_one_group(by: str, remedy: str, tmp_path: Path) -> None:
         source.judged += [(f"q{at}", "d0", 1) for at in range(1, 20)]
     else:
         source.documents = {name: (text, "one") for name, (text, _) in source.documents.items()}
-    with pytest.raises(InputError, match="all 20 anchors are one group") as raised:
+    with pytest.raises(InputError, match="all 20 anchors are in one group") as raised:
         graph.mine(config_of(source.write(tmp_path), by=by), only="ingest")
     assert raised.value.field == "train.split" and raised.value.remedy and remedy in raised.value.remedy
 
 
 @pytest.mark.parametrize(("share", "empty"), [(0.001, "test"), (0.999, "train")])
 def test_an_empty_side(share: float, empty: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"no anchor is on the {empty} side: of 20 groups") as raised:
+    with pytest.raises(InputError, match=f"no anchors on the {empty} side: the largest of 20 groups") as raised:
         graph.mine(config_of(alone(20).write(tmp_path), test=share), only="ingest")
     assert raised.value.field == "train.split" and raised.value.remedy and "train.split.test" in raised.value.remedy
 

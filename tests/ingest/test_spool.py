@@ -82,7 +82,7 @@ def test_a_killed_pass_goes_on_behind_what_it_noted(
     assert 0 < noted["document"] < 60_000
     caplog.set_level("INFO")
     again = mined(config, allowed)
-    assert f"goes on behind {noted['pieces']} pieces" in caplog.text
+    assert f"resuming after {noted['pieces']} pieces" in caplog.text
     assert again.stats == fresh.stats
     assert parts(again.run_dir) == parts(fresh.run_dir)
     assert not begun(tmp_path)

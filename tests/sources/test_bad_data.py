@@ -175,7 +175,7 @@ def test_the_option_is_the_setting_and_people_are_told(tmp_path: Path) -> None:
     assert "corpus.jsonl, row 2: broken JSON" in refused.err
     refused = small.run("mine", config, "--max-bad-rows", 1)
     assert refused.code == 3
-    assert "corpus.jsonl, row 5, field 'text': expected a text, got 4; there are more bad rows" in refused.err
+    assert "corpus.jsonl, row 5, field 'text': expected a text, got 4; the source has more bad rows" in refused.err
     mined = small.run("mine", config, "--max-bad-rows", 2)
     assert mined.code == 0, mined.err
     assert f"2 source rows were skipped: {tmp_path}/run/{NAME}" in mined.out
@@ -268,19 +268,19 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
         ["document id 'd0' appears again", "row 1"],
     ),
     "an integer and a text that print the same": ("jsonl", add("corpus.jsonl", doc(7), doc("7", "y")), 8, ["id '7'"]),
-    "beir: no document": ("beir", put("corpus.jsonl"), None, ["holds no document", "data.path"]),
-    "beir: no query": ("beir", put("queries.jsonl"), None, ["holds no query"]),
+    "beir: no document": ("beir", put("corpus.jsonl"), None, ["contains no documents", "data.path"]),
+    "beir: no query": ("beir", put("queries.jsonl"), None, ["contains no queries"]),
     "beir: qrels without a row": (
         "beir",
         put("qrels/train.tsv", b"query-id\tcorpus-id\tscore"),
         None,
         ["no relevance judgment"],
     ),
-    "jsonl: no document": ("jsonl", put("corpus.jsonl", b"", b"  "), None, ["holds no document"]),
+    "jsonl: no document": ("jsonl", put("corpus.jsonl", b"", b"  "), None, ["contains no documents"]),
     "csv: an empty file": ("csv", put("corpus.csv"), 1, ["the file is empty", "header"]),
     "parquet: no row": ("parquet", put("qrels.parquet"), None, ["column not found"]),
-    "pairs: nothing": ("pairs", put("p.jsonl"), None, ["holds no document"]),
-    "pool: nothing": ("flagembedding", put("f.jsonl", b'{"query": "q", "pos": []}'), None, ["holds no document"]),
+    "pairs: nothing": ("pairs", put("p.jsonl"), None, ["contains no documents"]),
+    "pool: nothing": ("flagembedding", put("f.jsonl", b'{"query": "q", "pos": []}'), None, ["contains no documents"]),
     "beir: all grades are zero": ("beir", column("qrels/train.tsv", "score", [0] * 3), None, ["grade 1 or more"]),
     "beir: all grades are negative": ("beir", column("qrels/train.tsv", "score", [-1] * 3), None, ["data.min_grade"]),
     "parquet: ids of floats": (

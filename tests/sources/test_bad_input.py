@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "no anchor has a positive": (
         lambda folder: None,
         "data.min_grade=2",
-        ["data, field 'data.split'", "positive of grade 2.0 or more in split 'train'", "Splits there are: train"],
+        ["data, field 'data.split'", "positive of grade 2.0 or more in split 'train'", "Available splits: train"],
     ),
     "no such split": (
         lambda folder: None,
