@@ -49,7 +49,7 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
         config: with `train.split`.
         side: the side whose anchors stay.
         database: with the tables of `joins.join`; gets a table `sides` (normalized, test, part: the group's number) of
-    the connected texts, and rows in `put_aside`.
+            the connected texts, and rows in `put_aside`.
         spool: with the columns of documents.
         budget: for the integers.
 
