@@ -165,7 +165,7 @@ def test_cross_encoder(world: World, run_dir: Path, cutoff: dict[str, float]) ->
             "output_format must be one of 'triplet', 'n-tuple', 'labeled-pair', 'labeled-list', got 'triplets'",
         ),
         ({"dataset": {"query": [], "answer": []}}, "the dataset is empty"),
-        ({"dataset": {"query": ["a"]}}, "needs two columns, anchors and positives; it has 'query'"),
+        ({"dataset": {"query": ["a"]}}, "must have two columns, anchors and positives; it has 'query'"),
     ],
 )
 def test_what_it_refuses_we_refuse(world: World, wrong: dict[str, Any], message: str) -> None:

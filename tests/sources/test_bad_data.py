@@ -544,7 +544,7 @@ VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "denormal": (changed(6, 1e-45), 6, ["document 'd6'", "too small or too large to scale", "about length 1"]),
     "denormal in a file of float64": (changed(6, 1e-310, np.float64), 6, ["document 'd6'", "zero"]),
     "too large to scale": (changed(6, 3e38), 6, ["document 'd6'", "too small or too large to scale"]),
-    "too few rows": (vectors(GOOD[:-1]), None, ["39 vectors for 40 rows", "one vector a source row"]),
+    "too few rows": (vectors(GOOD[:-1]), None, ["39 vectors for 40 rows", "one vector per source row"]),
     "one dimension": (vectors(GOOD.ravel()), None, ["matrix of floats", "shape (320,)"]),
     "three dimensions": (vectors(GOOD[None]), None, ["matrix of floats"]),
     "vectors of nothing": (vectors(np.empty((40, 0), np.float32)), None, ["matrix of floats"]),

