@@ -128,7 +128,7 @@ def test_no_answer_in_time_is_asked_again(server: ModelServer) -> None:
 
 def test_two_vectors_with_one_index_are_no_answer(server: ModelServer) -> None:
     server.order = lambda data: [*data[:-1], data[0]]
-    with pytest.raises(TaskFailedError, match=r"broken answer.*two vectors have the index 0"):
+    with pytest.raises(TaskFailedError, match=r"malformed response.*two vectors have the index 0"):
         asked(asking(server))
 
 
