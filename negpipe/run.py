@@ -262,8 +262,8 @@ class Run:
             coverage: minimum share of anchors that get all their negatives.
             max_leak: maximum upper end of the leak's 95 % interval.
             settings: settings to try, from the resolved config; None: the same as `negpipe calibrate`.
-            near_anchors: count positives of anchors with at least this cosine, not hidden ones.
-            second: count what this run's model ranks above the positive, not hidden ones.
+            near_anchors: stand-in for hidden positives: positives of anchors with at least this cosine.
+            second: stand-in for hidden positives: documents that this run's model ranks above the positive.
 
         Raises:
             negpipe.errors.InputError: nothing can be tried; the message suggests alternatives.

@@ -59,11 +59,16 @@ def calibrate(
     ] = None,
     near_anchors: Annotated[
         float | None,
-        typer.Option(help="Count positives of anchors with at least this cosine, not hidden ones.", metavar="COSINE"),
+        typer.Option(
+            help="Stand-in for hidden positives: positives of anchors with at least this cosine.", metavar="COSINE"
+        ),
     ] = None,
     second: Annotated[
         str | None,
-        typer.Option(help="Count what this run's model ranks above the positive, not hidden ones.", metavar="CONFIG"),
+        typer.Option(
+            help="Stand-in for hidden positives: documents that this run's model ranks above the positive.",
+            metavar="CONFIG",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot leak against hardness to NAME.svg or NAME.png.")] = None,
     form: FormatOption = "table",

@@ -20,7 +20,9 @@ def inspect(
     subset: Annotated[str | None, typer.Option("--subset", help="Subset of a hub dataset.", show_default=False)] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Set a data setting: --set data.format=pairs (repeatable).", metavar="data.…"),
+        typer.Option(
+            "--set", help="Override a setting of the source: --set data.format=pairs (repeatable).", metavar="data.…"
+        ),
     ] = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="Write a config for the source to this file.", metavar="FILE.yaml")

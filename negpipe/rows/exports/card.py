@@ -45,7 +45,7 @@ def write(
     }
     settings = yaml.safe_dump(described(config), sort_keys=False, allow_unicode=True)
     text = f"""---
-# license: to be added by whoever may give one for the texts
+# license: add one that covers the texts
 {yaml.safe_dump(front, sort_keys=False)}---
 
 # Hard negatives
