@@ -1,4 +1,4 @@
-"""Console output: streams, log lines and progress. Texts never reach a terminal raw.
+"""Console output: streams, log lines and progress. Raw texts never reach a terminal.
 
 Logs and progress go to standard error, results to standard output.
 """

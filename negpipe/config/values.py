@@ -39,4 +39,4 @@ def _device(value: str) -> str:
 Size = Annotated[int, BeforeValidator(size)]
 """Bytes, also written as 2GiB."""
 Device = Annotated[str, AfterValidator(_device)]
-"""As torch calls it."""
+"""A device, named as in torch."""

@@ -118,7 +118,7 @@ class Deeper:
         return Deeper(place[here], self.rows[here], self.scores[here])
 
     def between(self, low: int, high: int) -> Deeper:
-        """Those of the anchors from `low` to below `high`, numbered from `low` on."""
+        """The candidates of anchors from `low` to below `high`, numbered from `low`."""
         here = slice(*np.searchsorted(self.anchors, [low, high]))
         return Deeper(self.anchors[here] - low, self.rows[here], self.scores[here])
 
