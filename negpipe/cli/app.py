@@ -113,9 +113,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 RehashOption = Annotated[
     bool, typer.Option("--rehash", help="Reread every source file instead of trusting its modification time.")
 ]
-RepairOption = Annotated[
-    bool, typer.Option("--repair", help="Check every output file, and rebuild damaged parts.")
-]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Check every output file, and rebuild damaged parts.")]
 RebuildOption = Annotated[
     bool,
     typer.Option(

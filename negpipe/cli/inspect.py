@@ -124,7 +124,7 @@ def _inspect(
         say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
         say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents per anchor: {many}{first}")
         say("A run lists candidates but no positives, so it cannot be mined alone. To check every line as a negative")
-            say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
+        say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
         return
     if write and write.exists():
         raise ConfigError(f"{write} already exists: choose another file with --write")

@@ -15,9 +15,7 @@ from negpipe.cli.formats import FormatOption, printed_as
 def report(
     config: ConfigArgument,
     out: Annotated[Path | None, typer.Option(help="Output file; default: RUN_DIR/report.html.")] = None,
-    anchors: Annotated[
-        int, typer.Option(min=1, help="Anchors to sample, evenly spaced; more take longer.")
-    ] = 1000,
+    anchors: Annotated[int, typer.Option(min=1, help="Anchors to sample, evenly spaced; more take longer.")] = 1000,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,

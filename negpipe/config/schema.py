@@ -457,9 +457,7 @@ class Output(Section):
     rows_per_file: int | None = Field(
         None, ge=1, description="Rows per Parquet file; the last of a part may have fewer. null: one file per part."
     )
-    min_rows: int = Field(
-        1, ge=0, description="With fewer rows, `mine` and `triplets` complete, but exit with code 1."
-    )
+    min_rows: int = Field(1, ge=0, description="With fewer rows, `mine` and `triplets` complete, but exit with code 1.")
     report: bool = Field(True, description="Write RUN_DIR/report.html at the end of `mine`; changes no row.")
 
     @model_validator(mode="after")

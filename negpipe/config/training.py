@@ -149,9 +149,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_judge(self) -> Train:
         if self.split is not None and self.eval_split is not None:
-            raise ValueError(
-                f"train.split and eval_split ('{self.eval_split}') are alternatives: remove one"
-            )
+            raise ValueError(f"train.split and eval_split ('{self.eval_split}') are alternatives: remove one")
         return self
 
     @property

@@ -76,9 +76,7 @@ def check(encoder: Settings) -> None:
         ConfigError: the libraries are not installed, or the environment lacks the key.
     """
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"encoder.backend: http requires {' and '.join(missing)}: run `pip install 'negpipe[http]'`"
-        )
+        raise ConfigError(f"encoder.backend: http requires {' and '.join(missing)}: run `pip install 'negpipe[http]'`")
     _key(_server(encoder))
 
 
@@ -382,9 +380,7 @@ def _key(server: Server) -> str | None:
         return None
     key = os.environ.get(server.key_env, "").strip()
     if not key:
-        raise ConfigError(
-            "encoder.http.key_env: the environment variable is not set, or empty: export it with the key"
-        )
+        raise ConfigError("encoder.http.key_env: the environment variable is not set, or empty: export it with the key")
     if not (key.isascii() and key.isprintable()):
         raise ConfigError("encoder.http.key_env: the key has characters not allowed in a header: export it again")
     return key

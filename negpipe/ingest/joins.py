@@ -85,9 +85,7 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         what, which = ("query", row[0]) if row[4] else ("document", row[1])
         remedy = f"Add the {what}, or set data.on_unknown_id: skip to ignore such judgments"
         if re.fullmatch(r"\d+\.0", which):
-            remedy = (
-                f"It looks like an id that pandas made a float: read and write ids as text (dtype=str). {remedy}"
-            )
+            remedy = f"It looks like an id that pandas made a float: read and write ids as text (dtype=str). {remedy}"
         error = InputError(
             f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in total)",
             file=row[2],

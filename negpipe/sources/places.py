@@ -97,9 +97,7 @@ def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
     # A name with an extension and without a namespace is not a hub dataset.
     typed_wrong = "/" not in path and 1 < len(Path(path).suffix) <= _ENDING and near(path)
     if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1 or typed_wrong:
-        raise InputError(
-            "file or folder not found", file=path, remedy=near(path) or "Check the config's data section"
-        )
+        raise InputError("file or folder not found", file=path, remedy=near(path) or "Check the config's data section")
     return "hub"
 
 

@@ -337,7 +337,9 @@ def test_weights_are_counted_without_loading_them(copy: Path) -> None:
     assert encoders.parameters(copy) == (copy / "pytorch_model.bin").stat().st_size // 4
     for content in (b"not weights", b"", (12).to_bytes(8, "little") + b'{"a": "b"}  '):
         (copy / "model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match=r"model\.safetensors: the model cannot be loaded: its weights are damaged"):
+        with pytest.raises(
+            InputError, match=r"model\.safetensors: the model cannot be loaded: its weights are damaged"
+        ):
             encoders.parameters(copy)
 
 
@@ -441,7 +443,9 @@ def test_a_cached_hub_model_needs_no_network_and_no_hashing(tiny: Path, tmp_path
     assert done.returncode == 0, done.stderr
     main, pinned, missing = done.stdout.splitlines()
     assert main == pinned == f"{commit} {commit} models--someone--tiny"
-    assert "encoder.model" in missing and "'someone/other' is not a local folder" in missing and "local folder" in missing
+    assert (
+        "encoder.model" in missing and "'someone/other' is not a local folder" in missing and "use a local" in missing
+    )
 
 
 def test_threads_are_those_asked_for(tiny: Path) -> None:

@@ -275,7 +275,9 @@ def test_weights_that_int8_does_not_hold_are_refused(tiny: Path, tmp_path: Path,
         if name.endswith("dense.weight"):
             value[:, 0] *= 1e6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"the model gives different vectors.*encoder\.runtime to torch, or encoder\.precision"):
+    with pytest.raises(
+        InputError, match=r"the model gives different vectors.*encoder\.runtime to torch, or encoder\.precision"
+    ):
         of(folder, "onnx", "int8")
     assert folders(cache) == []
 
