@@ -159,7 +159,7 @@ def _explain(problem: Any, root: type[BaseModel] = Config) -> str:
     shown = problem["input"]
     got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
     if problem["type"] == "model_type":
-        return f"{before}expected settings from {', '.join(_names(problem['loc'], root))}{got}"
+        return f"{before}expected a section with keys from {', '.join(_names(problem['loc'], root))}{got}"
     return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
 
 
