@@ -298,7 +298,7 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
     for file, rows in source.files.items():
         if file.endswith(".jsonl"):
             for about, line, problem in _LINES:
-                remedy = {"not a": "Write {", "invalid": "Save the file as UTF-8", "half a": "whole character"}
+                remedy = {"not a": "Write {", "invalid": "Save the file as UTF-8", "half a": "complete character"}
                 words = next((text for start, text in remedy.items() if problem.startswith(start)), "one JSON object")
                 column = {"half a surrogate pair": "text", "the other half, in a list": "pos"}.get(about)
                 yield Fault(name, f"{file} {about}", file, line, column, (problem, words), "broken")

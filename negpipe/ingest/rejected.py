@@ -32,7 +32,7 @@ def too_many(error: InputError, allowed: int) -> InputError:
         return error
     remedy = f"Or allow more with --max-bad-rows: {NAME} then lists them"
     return InputError(
-        f"{error.problem}; the source has more bad rows than data.max_bad_rows ({allowed:,})",
+        f"{error.problem}; the source has more bad rows than data.max_bad_rows ({allowed:,}) allows",
         file=error.file,
         row=error.row,
         field=error.field,

@@ -198,7 +198,7 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
         ({"cores": None}, "cores: "),
         ({"cores": 0}, "cores: Input should be greater than or equal to 1"),
         ({"disk_bandwidth": "fast"}, "disk_bandwidth: 'fast' is not a bandwidth: write for example 25Gbit/s"),
-        ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: 8 nodes share one run directory"),
+        ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: required, as 8 nodes share one run directory"),
         ({"job": {"anchors": -1}}, "job.anchors: "),
         ({"rates": {"products": 0}}, "rates.products: "),
     ],
@@ -218,7 +218,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for options, said in (
         (("--nodes", "8"), "--nodes requires --cluster FILE"),
         (("--cluster", file, "--nodes", "8,x"), "--nodes 8,x: expected node counts"),
-        (("--cluster", file, "--nodes", "8"), "network_bandwidth: 8 nodes share one run directory"),
+        (("--cluster", file, "--nodes", "8"), "network_bandwidth: required, as 8 nodes share one run directory"),
         (("--cluster", tmp_path / "none.yaml"), "none.yaml cannot be read"),
     ):
         outcome = small.run("plan", path, *options)

@@ -183,7 +183,7 @@ def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
     assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +100\.0% +[01]\.\d{3} +as configured", shown)
-    assert re.search(r"mined for \d+ anchors among 40 documents", " ".join(shown.split()))
+    assert re.search(r"from mining \d+ anchors among 40 documents", " ".join(shown.split()))
     assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +[01]\.\d{3} +different vectors", shown)
     assert max(map(len, shown[shown.index("encoder ") : shown.index("index.kind")].splitlines())) <= 80
     assert "precision" not in small.run("plan", config, "--no-probe").out

@@ -313,7 +313,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"corpus": '{"_id": "d1", "text": "a"}\n{"_id"\n'}, "broken", "broken JSON", "corpus.jsonl", 2, None, "one JSON"),
     ({"corpus": [CORPUS[0], ["d2"]]}, "broken", "not a JSON object", "corpus.jsonl", 2, None, "every line"),
     ({"corpus": b'{"_id": "d1", "text": "\xff"}\n'}, "broken", "UTF-8 at byte 23", "corpus.jsonl", 1, None, "Save"),
-    ({"corpus": doc(text="\ud800")}, "broken", "surrogate", "corpus.jsonl", 2, "text", "whole character"),
+    ({"corpus": doc(text="\ud800")}, "broken", "surrogate", "corpus.jsonl", 2, "text", "complete character"),
     ({"corpus": doc(text="")}, "empty_text", "is empty", "corpus.jsonl", 2, "text", "data.on_empty"),
     ({"corpus": doc(text=None)}, "empty_text", "null", "corpus.jsonl", 2, "text", "data.on_empty"),
     ({"corpus": doc(text=["x"])}, "type", "a list", "corpus.jsonl", 2, "text", "Write a string"),
