@@ -215,7 +215,7 @@ def _encoding(plan: Plan) -> Table:
         settings = "\n".join(shown)  # to be pasted verbatim
         same = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.negatives))
         ndcg = "" if one.ndcg is None else f"{one.ndcg:.3f}"
-        note = "as configured" if one.configured else "different vectors"
+        note = "as configured" if one.configured else "other vectors"
         table.add_row(settings, f"{one.speed:,.0f}", wording.duration(way.seconds), *same, ndcg, note)
     return table
 

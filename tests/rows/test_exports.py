@@ -776,7 +776,7 @@ def test_hub_is_pushed_when_asked(mined: Run, tmp_path: Path, monkeypatch: pytes
         ({"to": "jsonl", "shard_rows": 0}, "1 or more"),
         ({"to": "nemo", "out": "train.json"}, "use a folder without a suffix"),
         ({"to": "tevatron", "out": "train.jsonl"}, "use a folder without a suffix"),
-        ({"to": "trec-run", "out": "run.txt"}, r"a file, with \.trec"),
+        ({"to": "trec-run", "out": "run.txt"}, r"a file with \.trec"),
         ({"to": "jsonl", "out": "x.jsonl", "shard_rows": 5}, "is one file"),
         ({"to": "jsonl", "out": "x.jsonl", "compress": True}, "must end in .gz"),
     ],
