@@ -200,7 +200,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "vectors of two dimensions": (
         as_parquet(None, RAGGED),
         "",
-        ["corpus.parquet, row 20, field 'vector'", "8 numbers", "one dimension"],
+        ["corpus.parquet, row 20, field 'vector'", "8 numbers", "the same dimension"],
     ),
     "too few vectors": (
         save("corpus.npy", small.vectors(39, 1)),
@@ -309,7 +309,7 @@ def test_a_depth_beyond_the_corpus_is_clamped(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "fragments"),
     [
-        ("./no/such/model", ["no folder './no/such/model'", "pkg://PACKAGE/FOLDER"]),
+        ("./no/such/model", ["folder './no/such/model' not found", "pkg://PACKAGE/FOLDER"]),
         ("pkg://no_such_package/model", ["no_such_package", "not installed", "pip install"]),
         ("pkg://numpy/nowhere", ["package 'numpy' has no folder 'nowhere'"]),
         ("nobody/no-such-model", ["'nobody/no-such-model'", "not available on the hub", "Check the name"]),

@@ -202,7 +202,7 @@ def test_columns_from_a_dataset_repository() -> None:
     one = plain(sources.read(data(format="columns", qrels={"path": "repo-qrels", "split": "test"}, **tables)))
     assert one[2502:] == [("train", "8", "3", 2.0, False)]  # the named split makes the anchors
     tables["queries"]["split"] = "dev"
-    with pytest.raises(InputError, match=r"repo, field 'split'.*no split 'dev'.*queries"):
+    with pytest.raises(InputError, match=r"repo, field 'split'.*split 'dev' not found.*queries"):
         sources.read(data(format="columns", qrels="repo-qrels", **tables))
     tables["queries"]["subset"] = "topics"
     with pytest.raises(InputError, match=r"repo: the subset 'topics' of this dataset cannot be loaded .*corpus"):
@@ -326,7 +326,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"qrels": QRELS + "q1\td2\thigh\n"}, "type", "'high' is not a number", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\td2\tnan\n"}, "type", "'nan' is not a number", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\t\t1\n"}, "missing", "no id", "train.tsv", 3, "corpus-id", "an id"),
-    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "separators"),
+    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "delimiters"),
 ]
 
 
@@ -381,7 +381,7 @@ def test_missing_things_name_what_is_near() -> None:
     Path("data/fake.parquet").write_bytes(b"nothing of the kind")
     for path, message in {
         "./data/scifct": r"\./data/scifct: file or folder not found.*Similar names: data/scifact",
-        "data/scifact/corpora.jsonl": r"corpora.jsonl: file not found.*corpus.jsonl",
+        "data/scifact/corpora.jsonl": r"corpora.jsonl: file or folder not found.*corpus.jsonl",
         "data/scifct": r"data/scifct: this dataset cannot be loaded.*offline.*Similar names: data/scifact",
         "data/notes.md": r"notes.md: unknown file extension '.md'.*Supported: .jsonl",
         "data/cut.jsonl.gz": r"cut.jsonl.gz, row \d+: the rest of the file cannot be read",
