@@ -550,7 +550,7 @@ VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "denormal in a file of float64": (changed(6, 1e-310, np.float64), 6, ["document 'd6'", "zero"]),
     "too large to scale": (changed(6, 3e38), 6, ["document 'd6'", "too small or too large to scale"]),
     "too few rows": (vectors(GOOD[:-1]), None, ["39 vectors for 40 rows", "one vector per source row"]),
-    "the same dimension": (vectors(GOOD.ravel()), None, ["matrix of floats", "shape (320,)"]),
+    "one dimension": (vectors(GOOD.ravel()), None, ["matrix of floats", "shape (320,)"]),
     "three dimensions": (vectors(GOOD[None]), None, ["matrix of floats"]),
     "vectors of nothing": (vectors(np.empty((40, 0), np.float32)), None, ["matrix of floats"]),
     "whole numbers": (vectors(np.ones((40, 8), np.int64)), None, ["matrix of floats", "int64"]),
