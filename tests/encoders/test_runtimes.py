@@ -304,7 +304,7 @@ def test_a_model_without_a_transformer_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "text": 1}, unk_token="a"))
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(tmp_path / "static"))
     with pytest.raises(
-        ConfigError, match=r"encoder\.runtime: 'onnx' runs transformers .* set encoder\.runtime to torch"
+        ConfigError, match=r"encoder\.runtime: 'onnx' requires transformers .* set encoder\.runtime to torch"
     ):
         of(tmp_path / "static", "onnx")
 
