@@ -1,10 +1,10 @@
 """negpipe: hard negatives for retrieval and reranking models, in restartable stages.
 
-`negpipe.mine(config)` does what `negpipe mine` does, but for the report, and returns where the rows are and what was
-counted.
-`negpipe.Run(config)` is a run in Python: its stages, and what they made as Arrow tables; `run.select(...)` tries other
+`negpipe.mine(config)` does the same as `negpipe mine`, except for the report, and returns the location of the rows and
+the counts.
+`negpipe.Run(config)` is a run in Python: its stages, and their output as Arrow tables; `run.select(...)` tries other
 rules in memory.
-`negpipe.mine_hard_negatives` takes the place of sentence-transformers' function of that name.
+`negpipe.mine_hard_negatives` replaces the function of sentence-transformers with the same name.
 
 These names and `negpipe.errors` are stable, see docs/reference/api.md; everything else is private.
 """
@@ -28,14 +28,14 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     """Run every stage that is not up to date.
 
     Args:
-        config: a path, a name in configs/, a run directory, or the settings as a mapping.
+        config: a path, a name in configs/, a run directory, or a mapping of settings.
         overrides: `key.path=value` strings.
 
     Returns:
-        the run directory, the folder of the triplets, and each stage's counts.
+        the run directory, the folder of the triplets, and the counts of each stage.
 
     Raises:
-        negpipe.errors.NegpipeError: with a message for people.
+        negpipe.errors.NegpipeError: the run failed; the message says why.
     """
     from negpipe import graph
     from negpipe.config.file import load_config

@@ -1,6 +1,6 @@
-"""The errors negpipe raises on purpose, each with the exit code a scheduler sees.
+"""The errors that negpipe raises on purpose, each with its exit code for schedulers.
 
-A message says what happened, where (file, row, field) and what to do about it, in that order.
+A message says what is wrong, where (file, row, field), and how to fix it, in that order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from negpipe.redaction import redact
 
 
 class NegpipeError(Exception):
-    """Anything negpipe can explain, without credentials. `exit_code` and `code` are stable: see docs, Exit codes."""
+    """Any error that negpipe can explain, without credentials. `exit_code` and `code` are stable, see the docs."""
 
     exit_code = 1
     code = "failed"
@@ -28,7 +28,7 @@ class ConfigError(NegpipeError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """Something takes more memory than there is: bytes `needed`, bytes `there`, and what helps beside more memory."""
+    """A step needs more memory than available: bytes `needed`, bytes `there`, and a `remedy` other than more memory."""
 
     code = "memory"
 
@@ -38,7 +38,7 @@ class BudgetError(ConfigError):
 
 
 class VersionsError(ConfigError):
-    """This machine has other versions of libraries than those that began the stage."""
+    """This machine has different library versions than the one that started the stage."""
 
     code = "versions"
 
@@ -46,8 +46,8 @@ class VersionsError(ConfigError):
 class InputError(NegpipeError):
     """A source file, dataset, model or vector file is wrong or missing.
 
-    `file`, `row` (1-based line of a text file, 0-based row of a binary one) and `field` are put in
-    front of the message where they are known; `remedy` goes behind it. `there`: what there is instead, to choose from.
+    `file`, `row` (1-based line of a text file, 0-based row of a binary one) and `field` precede the message if known;
+    `remedy` follows it. `there`: the available alternatives.
     """
 
     exit_code = 3
@@ -80,14 +80,14 @@ class InputError(NegpipeError):
 
 
 class MissingStageError(NegpipeError):
-    """A stage was asked for whose input stage has not been made yet."""
+    """A requested stage depends on a stage without output."""
 
     exit_code = 3
     code = "missing-stage"
 
 
 class MissingPartsError(MissingStageError):
-    """A stage was to be committed of which parts are missing."""
+    """A stage to be committed lacks parts."""
 
     code = "missing-parts"
 
@@ -100,14 +100,14 @@ class TaskFailedError(NegpipeError):
 
 
 class RecallError(NegpipeError):
-    """An approximate index does not find what `index.min_recall` asks for."""
+    """The recall of an approximate index is below `index.min_recall`."""
 
     exit_code = 1
     code = "recall"
 
 
 class RowsError(NegpipeError):
-    """There are fewer rows than `output.min_rows` asks for."""
+    """There are fewer rows than `output.min_rows`."""
 
     exit_code = 1
     code = "rows"
@@ -121,21 +121,21 @@ class StorageError(NegpipeError):
 
 
 class LockedError(NegpipeError):
-    """Another process works on this run directory."""
+    """Another process is using this run directory."""
 
     exit_code = 4
     code = "locked"
 
 
 class DamagedError(NegpipeError):
-    """A file that negpipe made is missing, cut off or changed."""
+    """A file written by negpipe is missing, truncated or modified."""
 
     exit_code = 5
     code = "damaged"
 
 
 class VanishedError(DamagedError):
-    """What this run was writing was taken away: somebody deletes here, or works here although it is locked."""
+    """Output of this run disappeared while it was written: another process deletes files here, or ignores the lock."""
 
     code = "vanished"
 
@@ -161,10 +161,10 @@ _BY_CODE: dict[str, type[NegpipeError]] = {
 
 
 def message_of(error: NegpipeError) -> dict[str, str]:
-    """An error as a worker reports it."""
+    """An error in the form that a worker reports."""
     return {"error": error.code, "text": str(error)}
 
 
 def error_of(message: dict[str, str]) -> NegpipeError:
-    """The error a worker reported, of the class it had there."""
+    """The error that a worker reported, with its original class."""
     return _BY_CODE.get(message["error"], NegpipeError)(message["text"])

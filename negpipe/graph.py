@@ -1,4 +1,4 @@
-"""The graph of stages that a config asks for, and what the engine does with it."""
+"""The graph of stages for a config, and the operations of the engine on it."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ __all__ = [
 
 
 def stages(config: Config) -> Graph:
-    """All that the config asks for: those that mine, and those that train where there is a section `train`."""
+    """All stages of the config: those for mining, and those for training if there is a section `train`."""
     return _mining(config) if config.train is None else _training(_mining(config))
 
 
 def of_kind(kind: str) -> Stage:
-    """The stage that has a kind's functions."""
+    """The stage that implements a kind."""
     known = {**STAGES, SLICES.name: SLICES}
     return known[kind] if kind in known else _training(STAGES)[kind]
 
 
 def _training(mining: Graph) -> Graph:
-    """The stages that mine and those of `negpipe.train`, which is named and not imported: what it will hold beside
-    them (rounds of mining and training) runs graphs, so it lies above this module."""
+    """The stages for mining and those of `negpipe.train`. That package is imported by name only: its rounds of mining
+    and training run graphs, so it is above this module."""
     graph: Graph = import_module("negpipe.train").with_training(mining)
     return graph
 
 
 def _mining(config: Config, rescore: Stage | None = None) -> Graph:
-    """The five stages, and one more where search is to be in slices; `rescore` comes after search, and its candidates
-    take the place of search's."""
+    """The five stages, plus one for searching in slices; `rescore` follows search, and its candidates replace those of
+    search."""
     graph: dict[str, Stage] = {}
     for name, stage in STAGES.items():
         if name == "search" and config.search.slice_documents:
@@ -71,66 +71,66 @@ def _mining(config: Config, rescore: Stage | None = None) -> Graph:
 
 
 def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Result:
-    """Bring the stages that mine up to date, see `pipeline.mine`.
+    """Bring the stages for mining up to date, see `pipeline.mine`.
 
     Raises:
-        ConfigError: also where `mining.score` names a score that no stage makes.
+        ConfigError: also if no stage computes `mining.score`.
     """
     return _run(config, _mining(config, rescore), rescore, options)
 
 
 def work(config: Config, stage: str, shard: Shard, **options: Any) -> Worked:
-    """Make what is missing of a shard of a stage that mines, see `shards.work`.
+    """Compute the missing parts of a shard of a mining stage, see `shards.work`.
 
     Raises:
-        ConfigError: also where there is no such stage.
+        ConfigError: also if the stage does not exist.
     """
     return shards.work(config, _shared(config, stage), stage, shard, **options)
 
 
 def commit(config: Config, stage: str, **options: Any) -> Result:
-    """Write the manifest of a stage that shards have made, see `shards.commit`.
+    """Write the manifest of a stage computed in shards, see `shards.commit`.
 
     Raises:
-        ConfigError: also where there is no such stage.
+        ConfigError: also if the stage does not exist.
     """
     return shards.commit(config, _shared(config, stage), stage, **options)
 
 
 def sharded(config: Config) -> Graph:
-    """The stages that shards make."""
+    """The stages that can be computed in shards."""
     return {name: stage for name, stage in _mining(config).items() if stage.place(config) != "caller"}
 
 
 def _shared(config: Config, stage: str) -> Graph:
-    """The stages that mine, if one is called so."""
+    """The stages for mining, if `stage` is one of them."""
     graph = _mining(config)
     if stage not in graph:
         *names, last = sharded(config)
-        raise ConfigError(f"{stage!r} is not a stage that is made in shards: these are {', '.join(names)} and {last}")
+        raise ConfigError(f"{stage!r} cannot be computed in shards: choose from {', '.join(names)} and {last}")
     if stage == "triplets":
         _check_scores(config, None)
     return graph
 
 
 def train(config: Config, **options: Any) -> Result:
-    """Bring all stages up to date, those that train too, see `pipeline.mine`.
+    """Bring all stages up to date, including those for training, see `pipeline.mine`.
 
     Raises:
-        ConfigError: also where the config has no section `train`.
+        ConfigError: also if the config has no section `train`.
     """
     check_trains(config)
     return _run(config, stages(config), None, options)
 
 
 def check_trains(config: Config) -> None:
-    """Refuse a config that says nothing of training.
+    """Refuse a config without training.
 
     Raises:
         ConfigError: it has no section `train`.
     """
     if config.train is None:
-        raise ConfigError("train: the config has no such section: add `train: {}` to train with its defaults")
+        raise ConfigError("train: the config has no section train: add `train: {}` to train with the defaults")
 
 
 def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:
@@ -145,7 +145,7 @@ def _check_scores(config: Config, rescore: Stage | None) -> None:
     scores = (DENSE, TEACHER) if rescore else (DENSE,)
     if config.mining.score not in scores:
         raise ConfigError(
-            f"mining.score: no stage makes a score called {config.mining.score!r}, there is {' and '.join(scores)}"
+            f"mining.score: no stage computes the score {config.mining.score!r}: set it to {' or '.join(scores)}"
         )
     if config.mining.score != DENSE and config.mining.draws:
         raise ConfigError(
@@ -154,23 +154,23 @@ def _check_scores(config: Config, rescore: Stage | None) -> None:
         )
     if config.mining.score != DENSE and config.mining.prefers:
         raise ConfigError(
-            f"mining.score: negatives that the source names may have no {config.mining.score} score: set"
+            f"mining.score: negatives from the source may have no {config.mining.score} score: set"
             " mining.given_negatives: ignore and mining.judged: allow"
         )
 
 
 def status(config: Config) -> list[State]:
-    """How every stage stands. Reads only."""
+    """The state of every stage. Read-only."""
     return pipeline.status(config, stages(config))
 
 
 def inventory(config: Config) -> Inventory:
-    """What a run has on record, see `upkeep.inventory`."""
+    """The recorded files of a run, see `upkeep.inventory`."""
     return upkeep.inventory(config, stages(config))
 
 
 def superseded(config: Config) -> list[tuple[Path, int]]:
-    """What `clean` frees, see `upkeep.superseded`."""
+    """The files that `clean` deletes, see `upkeep.superseded`."""
     return upkeep.superseded(config, stages(config))
 
 
@@ -183,7 +183,7 @@ def resolved(config: Config) -> tuple[Config, bool]:
     """The config as the stages see it.
 
     Returns:
-        the config, and whether it is whole: what depends on the data is known once ingest is current.
+        the config, and whether it is complete: values that depend on the data are known once ingest is current.
     """
     mining, positives = config.mining, 0
     if mining.range_max is None or isinstance(mining.depth, str):

@@ -1,18 +1,18 @@
 """The quickstart: its config, and its data, the Python standard library as a code search task in a BEIR folder.
 
-One document is one function or method of the running Python's standard library: its source, exactly as
-written, less every docstring in it; its title is its dotted name, its `module` the one it is in. The name
-stands in the source anyway (`def dedent(`), and a reader of the mined rows recognises it. One query is the
-first paragraph of a docstring, and its positives are the functions that carry it.
+A document is a function or method of the running Python's standard library: its source, exactly as
+written, without docstrings; its title is its dotted name, and `module` is its module. The name is in the
+source anyway (`def dedent(`), and makes the mined rows easy to recognize. A query is the first paragraph of
+a docstring, and its positives are the functions with that docstring.
 
 Guaranteed:
-- No module is imported, nothing is downloaded, and one Python version always gives the same bytes. Which
-  functions are taken hangs on a digest of their names, so that other versions give nearly the same choice.
-- No two documents have the same source, no two queries the same text (case and white space aside).
-  Functions with the same source are one document, under the first one's name, which answers the
-  docstrings of all of them; functions with the same docstring make one query with several positives.
+- No module is imported, nothing is downloaded, and one Python version always gives the same bytes. The
+  choice of functions depends on a digest of their names, so that other versions give nearly the same choice.
+  - No two documents have the same source, no two queries the same text (ignoring case and whitespace).
+  Functions with the same source are one document, under the name of the first, which answers all their
+  docstrings; functions with the same docstring make one query with several positives.
 - Every document has at least one query. Queries are split about 80 : 20 into train and test.
-- The folder appears complete or not at all.
+- The folder is written atomically.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from negpipe.store.files import growing
 logger = logging.getLogger(__name__)
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-"""The config of the first run, as configs/ has it."""
+"""The config of the first run, the same as in configs/."""
 DATA = Path("data/quickstart")
-"""Where that config looks for the data."""
+"""The path of the data in that config."""
 _DOCUMENTS = 2000
 
-# Tests and demos are no library code; the rest is in some installations of Python and not in others.
+# Tests and demos are not library code; the rest is not in every Python installation.
 SKIPPED_FOLDERS = {
     *("test", "tests", "turtledemo", "__pycache__"),
     *("site-packages", "dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3"),
@@ -57,7 +57,7 @@ class Function:
 
     Attributes:
         name: dotted, for example `json.decoder.JSONDecoder.decode`.
-        module: that it is in, for example `json.decoder`.
+        module: its module, for example `json.decoder`.
         source: its lines, decorators first, without indentation and docstrings.
         summary: first paragraph of its docstring, on one line.
     """
@@ -72,12 +72,12 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_functions(stdlib: Path) -> Iterator[Function]:
-    """Documented functions and methods of fitting length, by module path and line; names are unique."""
+    """Documented functions and methods of suitable length, by module path and line; names are unique."""
     seen = set()
     for path in _modules(stdlib):
         with tokenize.open(path) as file:
             text = file.read()
-        lines = text.split("\n")  # not splitlines: it also cuts at form feeds, which are no lines to the parser
+        lines = text.split("\n")  # not splitlines, which also splits at form feeds, unlike the parser
         parts = path.relative_to(stdlib).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         for name, node in _definitions(ast.parse(text), module):
@@ -97,7 +97,7 @@ def _modules(stdlib: Path) -> Iterator[Path]:
 
 
 def _definitions(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, Definition]]:
-    """Functions and methods with their names. Inner functions stay part of the one around them."""
+    """Functions and methods with their names. Inner functions remain part of the outer one."""
     for node in scope.body:
         if isinstance(node, ast.ClassDef):
             yield from _definitions(node, f"{prefix}.{node.name}")
@@ -106,13 +106,13 @@ def _definitions(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tupl
 
 
 def _without_docstrings(function: Definition, lines: list[str]) -> str | None:
-    """The function's source less its docstrings; None if its length does not fit, or if more than they would go.
+    """The function's source without docstrings; None if its length is unsuitable, or if more than docstrings would go.
 
-    Takes the docstrings out of `function` as well.
+    Also removes the docstrings from `function`.
     """
     dropped: set[int] = set()
     for node in ast.walk(function):
-        # A string behind a docstring becomes one when the docstring goes.
+        # A string after a docstring becomes the docstring when that is removed.
         while isinstance(node, Definition | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
             docstring = node.body.pop(0)
             dropped.update(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
@@ -142,7 +142,7 @@ def _digest(text: str) -> bytes:
 
 
 def write_beir(documents: list[list[Function]], folder: Path) -> int:
-    """Write the BEIR files into an existing folder; returns the number of queries."""
+    """Write the BEIR files into an existing folder; return the number of queries."""
     queries: dict[str, Function] = {}
     positives: dict[str, dict[str, None]] = defaultdict(dict)
     for group in documents:
@@ -172,7 +172,7 @@ def _write_jsonl(path: Path, rows: Iterable[tuple[str, dict[str, str]]]) -> None
 
 
 def write(folder: Path, count: int = _DOCUMENTS) -> None:
-    """Make the folder, which must not be there, with `count` documents at most."""
+    """Create the folder, which must not exist, with at most `count` documents."""
     documents = choose(stdlib_functions(Path(sysconfig.get_path("stdlib"))), count)
     with growing(folder, single=False) as unfinished:
         queries = write_beir(documents, unfinished)
@@ -182,11 +182,11 @@ def write(folder: Path, count: int = _DOCUMENTS) -> None:
 def main() -> None:
     """The command line: python -m negpipe.quickstart OUT_DIR."""
     parser = argparse.ArgumentParser(description="Write the Python standard library as a BEIR code search task.")
-    parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
-    parser.add_argument("--count", type=int, default=_DOCUMENTS, help="documents at most (default: %(default)s)")
+    parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="folder to create; it must not exist")
+    parser.add_argument("--count", type=int, default=_DOCUMENTS, help="maximum documents (default: %(default)s)")
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f"{args.folder} exists already: remove it to have it made anew")
+        parser.error(f"{args.folder} already exists: remove it to create it again")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write(args.folder, args.count)
 

@@ -1,7 +1,7 @@
-"""Keeps credentials out of everything that is shown or written down.
+"""Keeps credentials out of everything that is shown or stored.
 
-`redact` is what every log line, error, manifest and summary passes: of a URL it keeps what says where something is.
-The settings themselves stay as they were given, since something has to open the URL.
+Every log line, error, manifest and summary passes through `redact`, which keeps the location in a URL. The settings
+themselves are unchanged, as they are needed to open the URL.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-_USER = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @ of the authority: a password may hold one
-_QUERY = re.compile(r"(://[^\s?#]*[?#])\S+?(?=[])'\">,.;:]*(?:\s|$))")  # but for the marks of a sentence behind it
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")  # up to the last @ of the authority: a password may contain one
+_QUERY = re.compile(r"(://[^\s?#]*[?#])\S+?(?=[])'\">,.;:]*(?:\s|$))")  # without the punctuation after it
 _REDACTED = re.compile(r"://(\*\*\*@|[^\s?#]*[?#]\*\*\*)|\bhf_\*\*\*")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
@@ -25,12 +25,12 @@ def redact(text: str) -> str:
 
 
 def is_redacted(text: str) -> bool:
-    """Whether something was left out of the text, as `redact` does."""
+    """Whether `redact` has removed something from the text."""
     return bool(_REDACTED.search(text))
 
 
 def redacted(tree: Any) -> Any:
-    """Settings whose texts are redacted."""
+    """Settings with redacted texts."""
     if isinstance(tree, dict):
         return {name: redacted(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -39,7 +39,7 @@ def redacted(tree: Any) -> Any:
 
 
 class Redacting(logging.Formatter):
-    """A formatter whose lines, traces included, are redacted."""
+    """A formatter that redacts its lines, including tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))

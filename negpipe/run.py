@@ -1,11 +1,11 @@
-"""A run in Python: what it is to make, and what it made, as data.
+"""A run in Python: its config, its stages, and their output as data.
 
     run = negpipe.Run("scifact.yaml")          # or a run directory: negpipe.Run("runs/scifact")
     run.mine()
     run.rows().to_pandas()
-    run.select(relative_margin=0.1).rows       # other rules, in memory: no file is written
+    run.select(relative_margin=0.1).rows       # other rules, in memory: writes no file
 
-Tables are Arrow's: `.to_pandas()` makes a data frame, `duckdb.sql("from rows")` and polars read them as they are.
+Tables are Arrow tables: `.to_pandas()` makes a data frame, `duckdb.sql("from rows")` and polars read them directly.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What other rules select from the same candidates.
+    """The result of other rules on the same candidates.
 
     Attributes:
-        rows: training rows, as `Run.rows` has them.
-        ledger: counts of every anchor, as `Run.ledger` has them.
+        rows: training rows, as in `Run.rows`.
+        ledger: counts of every anchor, as in `Run.ledger`.
         config: the run's config with these rules.
     """
 
@@ -49,17 +49,17 @@ class Selection:
 
 
 class Run:
-    """A run directory and its config. Making one reads the config and nothing else.
+    """A run directory and its config. Creating it only reads the config.
 
     Args:
-        config: a path, a name in configs/, a run directory, or the settings as a mapping.
+        config: a path, a name in configs/, a run directory, or a mapping of settings.
         overrides: `key.path=value` strings.
 
     Raises:
         negpipe.errors.ConfigError: the config is not valid.
 
-    Every method that reads what a stage makes raises `negpipe.errors.MissingStageError` where that stage is not up to
-    date; its message says which command makes it.
+    Every method that reads the output of a stage raises `negpipe.errors.MissingStageError` if that stage is not up to
+    date; the message names the command to run.
     """
 
     def __init__(self, config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> None:
@@ -78,19 +78,19 @@ class Run:
         """Run every stage that is not up to date, or `only` one: ingest, encode, index, search or triplets.
 
         Returns:
-            the run directory, the folder of the rows, each stage's counts, and which stages ran.
+            the run directory, the folder of the rows, the counts of each stage, and the stages that ran.
         """
         return graph.mine(self.config, only=only)
 
     def status(self) -> dict[str, str]:
-        """How every stage stands: current, stale, partial, missing, blocked or damaged."""
+        """The state of every stage: current, stale, partial, missing, blocked or damaged."""
         return {state.stage: state.state for state in graph.status(self.config)}
 
     def plan(self, *, probe: bool = False) -> Plan:
-        """What `mine` would do: of each stage the parts, seconds and bytes, of each kind of index its cost.
+        """What `mine` would do: parts, seconds and bytes of each stage, and the cost of each index kind.
 
         Args:
-            probe: load the encoder to time it, where nothing tells its speed.
+            probe: load the encoder to time it if its speed is unknown.
         """
         from negpipe.plan import estimate
 
@@ -99,7 +99,7 @@ class Run:
     def corpus(self) -> pa.Table:
         """The documents, in the order of their row numbers: id, text, and the columns of data.extra.corpus.
 
-        Mapped from disk: it takes no memory until it is read.
+        Mapped from disk, so it takes no memory until it is read.
         """
         from negpipe.data.tables import documents
 
@@ -108,7 +108,7 @@ class Run:
             return _tables(context, parts, ["id", "text", *self.config.data.extra.corpus])
 
     def anchors(self) -> pa.Table:
-        """The anchors: id, text, the columns of data.extra.queries, and positives, the list of their ids."""
+        """The anchors: id, text, the columns of data.extra.queries, and positives, a list of document ids."""
         import pyarrow as pa
 
         from negpipe.data.tables import Rows, documents, ragged
@@ -123,10 +123,10 @@ class Run:
             return table.select(names).append_column("positives", positives)
 
     def candidates(self) -> pa.Table:
-        """What search found: anchor_id, document_id, rank (0-based) and score, best first for each anchor.
+        """The candidates: anchor_id, document_id, rank (0-based) and score, best first for each anchor.
 
-        Candidates that anchors were given later, searched deeper for their lack of negatives, are not among them. It
-        takes about 40 bytes a candidate: for a large run, read RUN_DIR/search/*.parquet in pieces.
+        Excludes candidates found later, in deeper searches for anchors that lacked negatives. Takes about 40 bytes per
+        candidate: for a large run, read RUN_DIR/search/*.parquet in pieces.
         """
         import numpy as np
         import pyarrow as pa
@@ -153,7 +153,7 @@ class Run:
         return pa.concat_tables(pieces)
 
     def rows(self) -> pa.Table:
-        """The training rows, as output.format lays them out."""
+        """The training rows in the layout of output.format."""
         import pyarrow.parquet as pq
 
         with self._context("rows", "triplets") as context:
@@ -161,8 +161,8 @@ class Run:
             return _joined([pq.read_table(context.store.path(file.path)) for file in files])
 
     def ledger(self) -> pa.Table:
-        """A row an anchor (with margin_reference: each, an anchor and a positive): candidates seen, taken, dropped by
-        each reason, and why it has fewer negatives than asked for."""
+        """One row per anchor (with margin_reference: each, per anchor and positive): candidates seen, taken, dropped
+        for each reason, and why it has fewer negatives than requested."""
         import pyarrow.parquet as pq
 
         from negpipe.stages.triplets import LEDGER
@@ -174,14 +174,14 @@ class Run:
     def select(self, **mining: Any) -> Selection:
         """Select negatives from the stored candidates with other settings of `mining`, in memory.
 
-        The run stays as it is. The rows are those that `negpipe mine` would write with these settings.
+        The run is not changed. The rows are the same that `negpipe mine` would write with these settings.
 
         Args:
-            mining: settings of the section mining by name: relative_margin=0.1, num_negatives=5.
+            mining: settings of the section mining: relative_margin=0.1, num_negatives=5.
 
         Raises:
-            negpipe.errors.ConfigError: there is no such setting, or not with this value.
-            negpipe.errors.MissingStageError: they need more candidates than are stored, or another search.
+            negpipe.errors.ConfigError: a setting does not exist, or has an invalid value.
+            negpipe.errors.MissingStageError: the settings require more candidates than are stored, or another search.
         """
         from negpipe.engine.state import digests_of
         from negpipe.review import finished
@@ -204,7 +204,7 @@ class Run:
         return Selection(_joined(rows), _joined(books), config)
 
     def explain(self, anchor_id: str) -> Explanation:
-        """What became of every candidate of an anchor, and by which rule.
+        """The fate of every candidate of an anchor, and the rule behind it.
 
         Raises:
             negpipe.errors.InputError: no anchor has the id.
@@ -214,12 +214,12 @@ class Run:
         return finished.explain_anchor(self.config, anchor_id)
 
     def export(self, to: str, out: str | Path, **options: Any) -> Exported:
-        """Write the rows in the layout that a trainer loads.
+        """Write the rows in the layout of a trainer.
 
         Args:
             to: flagembedding, nemo, tevatron, ms-swift, distillation, pylate, trec-run, jsonl …
-            out: the folder to make, or a file.
-            options: shard_rows, compress, run, force and push_to_hub, as `negpipe export` has them.
+            out: the folder to create, or a file.
+            options: shard_rows, compress, run, force and push_to_hub, as in `negpipe export`.
         """
         from negpipe.review import finished
         from negpipe.rows.exports import Options
@@ -227,12 +227,12 @@ class Run:
         return finished.export(self.config, Options(to=to, out=Path(out), **options))
 
     def audit(self, file: str | Path | None = None, *, columns: dict[str, str] | None = None, **options: Any) -> Audit:
-        """Check the rows, or those of any miner's `file` against this run's qrels; `.findings` has the counts.
+        """Check the rows, or those of any miner's `file`, against this run's qrels; `.findings` has the counts.
 
         Args:
             file: Parquet, JSONL, JSON, CSV or TSV, or a folder; None: the run's own rows.
-            columns: which column of the file holds what, {"anchor": "question"}; what is left out is guessed.
-            options: near, negatives, hub_share and examples, as `negpipe audit` has them.
+            columns: columns of the file by field, {"anchor": "question"}; others are guessed.
+            options: near, negatives, hub_share and examples, as in `negpipe audit`.
         """
         from negpipe.review import measures
         from negpipe.review.audit import Options
@@ -256,17 +256,17 @@ class Run:
         near_anchors: float | None = None,
         second: Run | None = None,
     ) -> tuple[Calibration, Recommendation]:
-        """How many false negatives each setting takes, and which one suits this encoder.
+        """Estimate the false negatives of each setting, and recommend one for this encoder.
 
         Args:
-            coverage: least share of anchors that are to get all their negatives.
-            max_leak: leak that is allowed: the upper end of its 95 % interval.
-            settings: what to try, from the resolved config; None: what `negpipe calibrate` tries.
-            near_anchors: stand-in: count positives of anchors from this cosine on.
-            second: stand-in: count what this run's model ranks above the positive.
+            coverage: minimum share of anchors that get all their negatives.
+            max_leak: maximum upper end of the leak's 95 % interval.
+            settings: settings to try, from the resolved config; None: the same as `negpipe calibrate`.
+            near_anchors: stand-in for hidden positives: positives of anchors with at least this cosine.
+            second: stand-in for hidden positives: documents that this run's model ranks above the positive.
 
         Raises:
-            negpipe.errors.InputError: nothing can be tried; the message says what can be done instead.
+            negpipe.errors.InputError: nothing can be tried; the message suggests alternatives.
         """
         from negpipe.review import calibrate, measures
 

@@ -1,9 +1,9 @@
-"""What runs the tasks of one stage in a process of its own: `python -m negpipe.worker`, or an actor of Ray.
+"""Runs the tasks of one stage in a separate process: `python -m negpipe.worker`, or a Ray actor.
 
-The first message names the stage and the config; each further one is a task. A process started by name gets them as
-lines of JSON on standard input, and answers on the standard output it was started with; anything a library prints goes
-to the log. It ends when its input closes or holds what is not a message, in the middle of a task if need be: an
-unpublished part leaves nothing behind.
+The first message has the stage and the config; each further one is a task. A process gets them as lines of JSON on
+standard input, and answers on its original standard output; anything that a library prints goes to the log. It ends
+when its input closes or contains something other than a message, even in the middle of a task: an unpublished part
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from negpipe.errors import InputError, NegpipeError, VanishedError, message_of
 from negpipe.redaction import Redacting
 from negpipe.store.files import BOOKS, explained
 
-_FRAMES = 6  # of a stack that is told; the log has all of them
+_FRAMES = 6  # of a reported stack; the log has all of them
 
 
 def main() -> None:
@@ -76,14 +76,14 @@ def main() -> None:
 
 
 class Actor:
-    """The same within Ray, which calls its methods beside each other, each in a thread of its own: `messages` says what
-    `run` does."""
+    """The same within Ray, which calls its methods concurrently, each in a separate thread: `messages` reports the
+    progress of `run`."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
-        """Begin to log.
+        """Start the log.
 
         Args:
-            head: what every worker is told, and `log`, its log, and `folder`, where relative paths begin.
+            head: the first message of every worker, plus `log`, its log, and `folder`, the base of relative paths.
         """
         self._head = head
         self._running: Opened | None = None
@@ -96,15 +96,15 @@ class Actor:
             self._messages.put(_told(error, str(head["stage"])))
 
     def _begin(self) -> None:
-        with contextlib.suppress(OSError):  # a run whose paths are absolute needs it on no node
+        with contextlib.suppress(OSError):  # not needed for absolute paths
             os.chdir(self._head["folder"])
         stage, config = _of(self._head)
         for folder in filter(None, (None if config.url else config.run_dir / BOOKS, config.store)):
             if not folder.is_dir():
                 raise InputError(
-                    f"this folder of the run is not there on {platform.node()}, where Ray placed {stage.name}",
+                    f"this folder of the run does not exist on {platform.node()}, where Ray placed {stage.name}",
                     file=str(folder),
-                    remedy="With executor.kind: ray, run_dir, store and sources are paths that every node sees",
+                    remedy="With executor.kind: ray, run_dir, store and sources must be paths that all nodes see",
                 )
         log = Path(self._head["log"])
         with explained(log.parent):
@@ -119,7 +119,7 @@ class Actor:
         self._messages.put({"listening": {"host": platform.node(), "pid": os.getpid(), "versions": installed}})
 
     def run(self, task: str) -> None:
-        """Make a part; the stage is opened with the first."""
+        """Compute a part; the first call opens the stage."""
         self._thread = threading.get_ident()
         one = Task(**json.loads(task))
         try:
@@ -133,24 +133,24 @@ class Actor:
             self._messages.put({"ends": OUT_OF_MEMORY} if _out_of_memory(error) else _told(error, doing))
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What a worker says, for as long as it lives."""
+        """The messages of a worker, as long as it lives."""
         while True:
             yield self._messages.get()
 
     def whereabouts(self) -> str:
-        """Where the task stands; the stacks of all threads go to the log."""
+        """The current position of the task; the stacks of all threads go to the log."""
         faulthandler.dump_traceback(2)
         frame = sys._current_frames().get(self._thread)
         frames = traceback.extract_stack(frame)[: -_FRAMES - 1 : -1] if frame else []
         calls = (f"{call.name} ({Path(call.filename).name}:{call.lineno})" for call in frames)
-        return f"it stands in {', called by '.join(calls) or 'no task yet'}"
+        return f"it is in {', called by '.join(calls) or 'no task yet'}"
 
 
 @contextmanager
 def ready(head: Mapping[str, Any]) -> Iterator[Opened]:
-    """The stage that a worker is told of, opened."""
+    """The worker's stage, opened."""
     stage, config = _of(head)
-    if stage.place(config) != "apart":  # A model's threads may be many, and one heap would make them wait.
+    if stage.place(config) != "apart":  # A model may have many threads, which would wait for a shared heap.
         machine.share_freed_memory()
     with opened(stage, _context(config, stage.name, head)) as running:
         yield running
@@ -174,7 +174,7 @@ def _told(error: Exception, doing: str) -> dict[str, str]:
 
 
 def _context(config: Config, stage: str, head: Mapping[str, Any]) -> Context:
-    """What the stage is run with: the very inputs that its tasks were planned on."""
+    """The context of the stage, with exactly the inputs that its tasks were planned on."""
     run_dir = config.run_dir
     context = Context(config, run_dir, DigestCache(cache_path(run_dir)), stage=stage, granted=Budget(**head["budget"]))
     manifests: dict[str, Manifest] = {}
@@ -182,8 +182,8 @@ def _context(config: Config, stage: str, head: Mapping[str, Any]) -> Context:
         manifest = context.books(made_by).manifest()
         if manifest is None or manifest.digest != digest:
             raise VanishedError(
-                f"the output of {made_by} in {run_dir} changed during the run: another process works on it."
-                " Stop that, then run the same command again"
+                f"the output of {made_by} in {run_dir} changed during the run: another process is using it."
+                " Stop that process, then run the same command again"
             )
         manifests[name] = manifest
     return replace(context, manifests=manifests)
@@ -196,8 +196,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _log_trace() -> None:
-    with contextlib.suppress(OSError):  # the disk may be full, and what happened is to be told all the same
-        logging.exception("the worker ends")
+    with contextlib.suppress(OSError):  # the disk may be full, but the error must still be reported
+        logging.exception("the worker failed")
         sys.stderr.flush()
 
 
@@ -206,7 +206,7 @@ def _listen(stream: BinaryIO, messages: queue.SimpleQueue[dict[str, Any]]) -> No
     for line in stream:
         message = local.message_of(line)
         if message is None:
-            logging.error("this is not a message: %r", line[:200])
+            logging.error("not a message: %r", line[:200])
             code = local.NOT_A_MESSAGE
             break
         messages.put(message)

@@ -298,14 +298,14 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
     for file, rows in source.files.items():
         if file.endswith(".jsonl"):
             for about, line, problem in _LINES:
-                remedy = {"not a": "Write {", "invalid": "Save the file as UTF-8", "half a": "whole character"}
+                remedy = {"not a": "Write {", "invalid": "Save the file as UTF-8", "half a": "complete character"}
                 words = next((text for start, text in remedy.items() if problem.startswith(start)), "one JSON object")
                 column = {"half a surrogate pair": "text", "the other half, in a list": "pos"}.get(about)
                 yield Fault(name, f"{file} {about}", file, line, column, (problem, words), "broken")
         elif file.endswith((".csv", ".tsv")):
             sign = b"," if file.endswith(".csv") else b"\t"
             for about, cells in (("too few fields", 1), ("too many fields", len(rows[0]) + 1)):
-                words2 = (f"{cells} fields, but the header names {len(rows[0])}", "Check separators and quotes")
+                words2 = (f"{cells} fields, but the header names {len(rows[0])}", "Check delimiters and quotes")
                 yield Fault(name, f"{file} {about}", file, sign.join([b"x"] * cells), None, words2, "broken")
             yield Fault(
                 name,
@@ -313,6 +313,6 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
                 file,
                 b";".join([b"x"] * len(rows[0])),
                 None,
-                (f"1 fields, but the header names {len(rows[0])}", "Check separators and quotes"),
+                (f"1 fields, but the header names {len(rows[0])}", "Check delimiters and quotes"),
                 "broken",
             )

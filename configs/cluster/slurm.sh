@@ -1,11 +1,11 @@
 #!/bin/bash
-# Mine on a Slurm cluster whose nodes share a file system: one array of shards for each stage, then a small job that
-# commits it, each waiting for the one before.
+# Mine on a Slurm cluster whose nodes share a file system: one array of shards per stage, then a small job that commits
+# it, each waiting for the previous one.
 #
 #   configs/cluster/slurm.sh CONFIG SHARDS [--set key=value ...]
 #
-# `negpipe plan CONFIG` says how many shards are worth it. After a failure, or for a corpus that has grown, submit the same
-# line again: nothing that is done is done again. The options below are of one job, edit them.
+# `negpipe plan CONFIG` shows how many shards are useful. After a failure, or for a corpus that has grown, submit the
+# same line again: finished work is not repeated. The options below are for one job; adapt them.
 set -euo pipefail
 
 config=${1:?CONFIG SHARDS} shards=${2:?CONFIG SHARDS}
@@ -18,7 +18,7 @@ submit() { # NAME COMMAND, with the options of sbatch in $options; the next job 
     local after=()
     [[ -z ${last-} ]] || after=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
     last=$(sbatch --parsable --job-name="negpipe-$1" "${after[@]}" "${options[@]}" --wrap "exec $2")
-    last=${last%%;*} # where there are several clusters, its name stands behind it
+    last=${last%%;*} # with several clusters, the cluster's name follows
     echo "$1: job $last"
 }
 
@@ -27,7 +27,7 @@ options=("${small[@]}")
 submit ingest "$negpipe ingest$arguments"
 for stage in encode index search triplets; do
     count=$shards
-    # The shards of an approximate index wait for each other (it is trained, filled, tuned): few do.
+    # The shards of an approximate index wait for each other (it is trained, filled, tuned): a few suffice.
     [[ $stage != index ]] || count=${INDEX_SHARDS:-1}
     options=("${large[@]}" --array="0-$((count - 1))")
     [[ $stage != encode ]] || options+=(--gres=gpu:1)

@@ -60,9 +60,9 @@ __all__ = [
 
 
 def main() -> None:
-    """Run the command line and leave with the documented exit code."""
+    """Run the command line and exit with the documented code."""
     if sys.platform == "win32":
-        sys.exit("negpipe: Windows is not supported: use Linux, WSL's will do")
+        sys.exit("negpipe: Windows is not supported: use Linux, for example in WSL")
     machine.share_freed_memory()
     arguments = sys.argv[1:]
     log_format = "json" if "json" in arguments or "--log-format=json" in arguments else "plain"
@@ -77,16 +77,16 @@ def main() -> None:
     except Terminated:
         sys.exit(_interrupted("Terminated", 143))
     except TyperException as error:
-        # Without a message it has shown the help already.
+        # Without a message, Typer has already shown the help.
         message = error.format_message()
         if "extra argument" in message and "--set" in arguments:
-            message += ". A value with blanks or braces stands in quotes: --set 'data.text={title} {text}'"
+            message += ". Quote values with spaces or braces: --set 'data.text={title} {text}'"
         sys.exit(_fail(message, "usage", error.exit_code, log_format) if message else error.exit_code)
     except Exception as error:
-        hint = "" if debug else " Run the same command with --debug for the trace."
+        hint = "" if debug else " Run the same command with --debug for the traceback."
         message = f"unexpected {type(error).__name__}: {error}. This is a bug; finished parts are kept.{hint}"
         sys.exit(_fail(message, "unexpected", 1, log_format, trace=debug))
-    # Typer raises neither Ctrl-C nor an exit of its own: it returns their codes.
+    # Typer does not raise on Ctrl-C or typer.Exit: it returns their exit codes.
     sys.exit(_interrupted("Interrupted", code) if code == 130 else code)
 
 
@@ -108,5 +108,5 @@ def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bo
 def _interrupted(what: str, code: int) -> int:
     from negpipe.cli import console
 
-    console.err.print(f"{what}. Finished parts are kept: run the same command to go on.", style="yellow")
+    console.err.print(f"{what}. Finished parts are kept: run the same command again to resume.", style="yellow")
     return code

@@ -1,4 +1,4 @@
-"""The command that compares settings by the models they make: `ablate`."""
+"""The `ablate` command: compare settings by the models trained with them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def ablate(
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a model for each of several settings of mining and each seed, and say which setting makes the best.
+    """Train a model for each mining setting and seed, and show which setting gives the best model.
 
-    The section ablate says which. Texts are encoded once, and candidates searched once for each depth. What is made
-    already is left alone, so that a run that was stopped goes on. Everything is in RUN_DIR/ablation.
+    The config section ablate lists the settings. Texts are encoded once, and candidates are searched once per depth.
+    Finished work is reused, so an interrupted run resumes. All output is in RUN_DIR/ablation.
 
     Example: negpipe ablate scifact.yaml --set 'ablate.sets=[in-batch, default, margins]' --set 'ablate.seeds=[1, 2]'
     """
@@ -56,4 +56,4 @@ def ablate(
     if not printed_as("json" if as_json else form, made.document(), rows):
         printed.show_ablation(made)
     if made.failed:
-        raise NegpipeError(f"{len(made.failed)} cells have no result; the log says why: {', '.join(made.failed)}")
+        raise NegpipeError(f"{len(made.failed)} cells have no result (see the log): {', '.join(made.failed)}")

@@ -1,4 +1,4 @@
-"""The command line itself, and the options that commands share."""
+"""The Typer app, and the options that commands share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Mine hard negatives for retrieval and reranking models: ingest, encode, index, search, triplets.\n\n"
-    "Every stage restarts from what is on disk; after a failure run the same command again.\n\n"
+    "Every stage resumes from the output on disk: after a failure, run the same command again.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage or config, 3 bad input, 4 run directory in use, 5 damaged output,"
     " 130 and 143 interrupted.",
 )
@@ -36,13 +36,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
 
 
-config_app = typer.Typer(no_args_is_help=True, help="Check a config, print its schema or its values.")
+config_app = typer.Typer(no_args_is_help=True, help="Check a config, or print its values or the schema.")
 app.add_typer(config_app, name="config")
 
 
@@ -55,14 +55,14 @@ def _keep(parameter: typer.CallbackParam, value: Any) -> Any:
 
 
 def typed() -> str:
-    """The config and the overrides of this command, as a shell takes them."""
+    """The config and the overrides of this command, quoted for a shell."""
     overrides = (word for override in _typed.get("overrides") or () for word in ("--set", redact(override)))
     return shlex.join([_typed.get("config") or "CONFIG", *overrides])
 
 
 def named(config: Config) -> str:
-    """What names a run in the next command: its run directory where that keeps this config and can be read without
-    further settings, else what was typed."""
+    """How the next command refers to this run: by its run directory if that stores this config and needs no further
+    settings, else by the arguments as typed."""
     from negpipe.config import kept
 
     try:
@@ -74,14 +74,14 @@ def named(config: Config) -> str:
 
 
 def with_option(overrides: list[str] | None, key: str, value: object) -> list[str]:
-    """The overrides of this command, and that of an option which is short for one."""
+    """The overrides of this command, plus that of an option that is short for one."""
     every = [*(overrides or []), *([] if value is None else [f"{key}={value}"])]
     _typed["overrides"] = every
     return every
 
 
 def as_typed(message: str) -> str:
-    """A message in which the commands to run next have the config and the overrides of this one."""
+    """The message, with the config and overrides of this command filled into the commands that it suggests."""
     return re.sub(r"(?<=negpipe )(\w+(?: \w+)?) CONFIG\b", lambda found: f"{found[1]} {typed()}", message)
 
 
@@ -92,42 +92,40 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override a setting: --set mining.num_negatives=5 (repeatable). In quotes where it holds blanks or braces:"
+        help="Override a setting: --set mining.num_negatives=5 (repeatable). Quote values with spaces or braces:"
         " --set 'data.text={title} {text}'.",
         callback=_keep,
     ),
 ]
-LogOption = Annotated[str, typer.Option("--log-format", help="plain, or json for schedulers.")]
+LogOption = Annotated[str, typer.Option("--log-format", help="Log format: plain, or json for schedulers.")]
 BadRowsOption = Annotated[
     int | None,
     typer.Option(
         "--max-bad-rows",
         min=0,
-        help="Rows of the source that may be bad: left out, and listed in RUN_DIR/rejected.jsonl. Short for --set"
+        help="Number of bad source rows to skip; they are listed in RUN_DIR/rejected.jsonl. Short for --set"
         " data.max_bad_rows=N.",
         metavar="N",
         show_default=False,
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RehashOption = Annotated[
-    bool, typer.Option("--rehash", help="Read every source file again instead of trusting its modification time.")
+    bool, typer.Option("--rehash", help="Reread every source file instead of trusting its modification time.")
 ]
-RepairOption = Annotated[
-    bool, typer.Option("--repair", help="Read every file made so far again, and make what is damaged again.")
-]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Check every output file, and rebuild damaged parts.")]
 RebuildOption = Annotated[
     bool,
     typer.Option(
         "--rebuild",
-        help="Make again what other versions of libraries made than are installed; parts that do not say by which"
-        " they were made stay.",
+        help="Rebuild parts made with library versions other than those installed; parts without recorded versions"
+        " are kept.",
     ),
 ]
 
 
 def checked(log_format: str) -> str:
-    """The log format, if there is one of that name."""
+    """The log format, if it is valid."""
     if log_format not in ("plain", "json"):
         raise ConfigError(f"--log-format {log_format}: expected plain or json")
     return log_format

@@ -1,4 +1,4 @@
-"""`negpipe audit`: check training rows, and stop what would train on bad ones."""
+"""The `audit` command: check training rows, and fail on bad ones."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import typer
 from negpipe.cli.app import DebugOption, LogOption, SetOption, app, checked
 from negpipe.cli.formats import FormatOption, printed_as
 
-# Spelled out, since the checks are imported only when the command runs; a test compares.
-_HELP = """Check every training row of a run, or of any miner's file: is a negative a positive, twice there, unscored?
+# Spelled out, as the checks are imported only when the command runs; a test compares them.
+_HELP = """Check every training row of a run or of any miner's file for false, repeated or unscored negatives.
 
-Checks (what `--fail-on` takes, comma-separated; with NAME=SHARE a share of what is looked at may be found):
+Checks (for `--fail-on`, comma-separated; NAME=SHARE allows findings up to this share):
 
 - positive: positive_id, positive_text, positive_normalized, shared_anchor (a positive of an anchor with the same text)
 - duplicate: near_duplicate (of a positive), repeated_negative, duplicate_row
 - score: non_finite, above_positive
-- text: anchor_text (the negative is the anchor's own), anchor_id (the anchor itself, by its id), empty_text
-- shortage, missing_id, hub (a document is the negative of unusually many anchors)
-- rules: never_same, only_same, where (those of the config's mining settings that are set)
-- any: all of them
+- text: anchor_text (the negative has the anchor's text), anchor_id (the negative has the anchor's id), empty_text
+- shortage, missing_id, hub (a document is a negative of unusually many anchors)
+- rules: never_same, only_same, where (if set in the config's mining section)
+- any: all checks
 
-A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to those of a
-CONFIG where one is given. Columns are found by usual names (anchor or query, positive or pos, negative or neg or
-negative_1 …, label, ids, scores; FlagEmbedding's lists as well) or by --columns FIELD=COLUMN; `#` is a number, a dot
-leads into objects (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and PyLate are read too,
-and runs (TREC's `query Q0 document rank score tag`, Tevatron's three columns): with a CONFIG whose data they are of,
-every line is a negative of its anchor.
+A run's rows are compared to its qrels, and RUN_DIR/audit.json is written. A file's rows are compared to the qrels of
+CONFIG, if given. Columns are found by their usual names (anchor or query, positive or pos, negative or neg or
+negative_1 …, label, ids, scores; also FlagEmbedding's lists) or set by --columns FIELD=COLUMN, where `#` stands for a
+number and a dot for a field of an object (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and
+PyLate is read too, as are runs (TREC's `query Q0 document rank score tag`, Tevatron's three columns): with the CONFIG
+of their data, every line is a negative of its anchor.
 Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
 negative_rank, rank.
 
-Exit code 1 when a chosen check fails.
+Exits with code 1 if a selected check fails.
 
 Example: negpipe audit scifact.yaml --fail-on positive,duplicate,shortage=0.05
 
@@ -50,24 +50,24 @@ def audit(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Rows of any miner: .parquet, .jsonl, .jsonl.gz, .json, .csv, .tsv, or a folder."),
+        typer.Option(help="Rows of any miner: a .parquet, .jsonl, .jsonl.gz, .json, .csv or .tsv file, or a folder."),
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(help="Which column holds what.", metavar="FIELD=COLUMN,…", show_default=False)
+        str | None, typer.Option(help="Column of each field.", metavar="FIELD=COLUMN,…", show_default=False)
     ] = None,
     fail_on: Annotated[
-        str | None, typer.Option(help="Checks that make the exit code 1.", metavar="CHECKS", show_default=False)
+        str | None, typer.Option(help="Checks that cause exit code 1.", metavar="CHECKS", show_default=False)
     ] = None,
-    near: Annotated[float, typer.Option(min=0.01, max=1, help="Similarity that makes a near duplicate.")] = 0.9,
+    near: Annotated[float, typer.Option(min=0.01, max=1, help="Minimum similarity of near duplicates.")] = 0.9,
     negatives: Annotated[
-        int | None, typer.Option(min=1, help="Negatives wanted; by default as many as the config, or most, have.")
+        int | None, typer.Option(min=1, help="Negatives expected; default: as in the config or in most rows.")
     ] = None,
     hub_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the anchors that makes a hub; at least 10 of them.")
+        float, typer.Option(min=0, max=1, help="Minimum share of anchors for a hub; at least 10 anchors.")
     ] = 0.01,
-    examples: Annotated[int, typer.Option(min=0, help="Examples of each finding.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Examples to show per check.")] = 3,
     form: FormatOption = "table",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file as JSON.")] = None,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -107,6 +107,6 @@ def _columns(text: str | None) -> dict[str, str]:
         if not equals or not column or not field:
             raise ConfigError(f"--columns {text}: expected FIELD=COLUMN, for example anchor=query,negative=neg")
         if field in mapping:
-            raise ConfigError(f"--columns {text}: '{field}' is there twice; negative_# means negative_1, negative_2 …")
+            raise ConfigError(f"--columns {text}: '{field}' is given twice; negative_# means negative_1, negative_2 …")
         mapping[field] = column
     return mapping

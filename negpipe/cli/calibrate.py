@@ -1,4 +1,4 @@
-"""Commands about the encoder and the settings that suit it: `quality` and `calibrate`."""
+"""The commands `quality` and `calibrate`: measure the encoder, and recommend settings for it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def quality(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say how well the encoder finds the positives, and how far negatives are from them. Runs no stage.
+    """Show how well the encoder finds the positives, and how far negatives are from them. Does not run any stage.
 
-    Recall, MRR, nDCG and MAP on the anchors against the qrels; ranks of the positives; scores of positives, negatives
-    and random pairs.
+    Reports recall, MRR, nDCG and MAP on the anchors against the qrels, ranks of the positives, and scores of positives,
+    negatives and random pairs.
 
     Example: negpipe quality quickstart.yaml
     """
@@ -45,35 +45,43 @@ def quality(
 def calibrate(
     config: ConfigArgument,
     coverage: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of anchors that are to get all their negatives.")
+        float, typer.Option(min=0, max=1, help="Minimum share of anchors that get all their negatives.")
     ] = 0.9,
     max_leak: Annotated[
-        float, typer.Option(min=0, max=1, help="Leak that is allowed: the upper end of its 95 % interval.")
+        float, typer.Option(min=0, max=1, help="Maximum upper end of the leak's 95 % interval.")
     ] = 0.05,
-    range_min: Annotated[str | None, typer.Option(help=f"Starts of the window to try. {_NUMBERS}")] = None,
+    range_min: Annotated[str | None, typer.Option(help=f"Window starts to try. {_NUMBERS}")] = None,
     relative_margin: Annotated[str | None, typer.Option(help=f"Relative margins to try. {_NUMBERS}")] = None,
     absolute_margin: Annotated[str | None, typer.Option(help=f"Absolute margins to try. {_NUMBERS}")] = None,
     max_score: Annotated[str | None, typer.Option(help=f"Highest scores to try. {_NUMBERS}")] = None,
-    sampling: Annotated[str | None, typer.Option(help="Of top, random, simans, weighted; comma-separated.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="Samplers to try: top, random, simans, weighted; comma-separated.")
+    ] = None,
     near_anchors: Annotated[
-        float | None, typer.Option(help="Stand-in: count positives of anchors from this cosine on.", metavar="COSINE")
+        float | None,
+        typer.Option(
+            help="Stand-in for hidden positives: positives of anchors with at least this cosine.", metavar="COSINE"
+        ),
     ] = None,
     second: Annotated[
         str | None,
-        typer.Option(help="Stand-in: count what this run's model ranks above the positive.", metavar="CONFIG"),
+        typer.Option(
+            help="Stand-in for hidden positives: documents that this run's model ranks above the positive.",
+            metavar="CONFIG",
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw leak against hardness: NAME.svg or NAME.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot leak against hardness to NAME.svg or NAME.png.")] = None,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say which margins and windows suit this encoder: how many false negatives each setting takes. Runs no stage.
+    """Estimate the false negatives of margins and windows, and recommend a setting. Does not run any stage.
 
-    Of anchors with several positives one is shown, the others are hidden: leak is the share of hidden positives among
-    the negatives taken. Tried with every start of the window, every strategy, and every cutoff alone; what is not tried
-    is the config's. Writes RUN_DIR/calibration.parquet.
+    For anchors with several positives, one is shown and the others are hidden: leak is the share of hidden positives
+    among the negatives taken. Tries every window start with every sampler and each cutoff separately; other settings
+    are the config's. Writes RUN_DIR/calibration.parquet.
 
     Example: negpipe calibrate scifact.yaml --coverage 0.95 --relative-margin 0.02,0.05,0.1 --plot leak.svg
     """
@@ -87,9 +95,9 @@ def calibrate(
 
     console.set_up_logging(checked(log_format), debug=debug)
     if near_anchors is not None and second is not None:
-        raise ConfigError("--near-anchors and --second are two ways to estimate: take one")
+        raise ConfigError("--near-anchors and --second are alternatives: use only one")
     if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise ConfigError(f"--plot {plot}: expected a name that ends in .svg or .png")
+        raise ConfigError(f"--plot {plot}: expected a file name ending in .svg or .png")
     given = {
         "range_min": _numbers("--range-min", range_min, int),
         "relative_margin": _numbers("--relative-margin", relative_margin),
@@ -126,7 +134,7 @@ def _numbers(option: str, text: str | None, kind: type[int] | type[float] = floa
     try:
         return [kind(value) for value in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected numbers with commas between them, such as 0,5,10") from None
+        raise ConfigError(f"{option} {text}: expected comma-separated numbers, such as 0,5,10") from None
 
 
 def _strategies(text: str | None) -> list[str] | None:
@@ -135,5 +143,5 @@ def _strategies(text: str | None) -> list[str] | None:
     names = None if text is None else text.split(",")
     for name in names or ():
         if name not in ("top", "random", "simans", "weighted"):
-            raise ConfigError(f"--sampling {text}: '{name}' is none of top, random, simans, weighted")
+            raise ConfigError(f"--sampling {text}: '{name}' is not one of top, random, simans, weighted")
     return names

@@ -1,4 +1,4 @@
-"""Commands about a config file."""
+"""The `config` commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config_check(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Validate a config; every problem with its place.
+    """Validate a config, and list every problem with its location.
 
     Example: negpipe config check scifact.yaml
     """
@@ -31,7 +31,7 @@ def config_check(
 
 @config_app.command("schema")
 def config_schema() -> None:
-    """Print the JSON schema of configs, for editors.
+    """Print the JSON schema of the config, for editors.
 
     Example: negpipe config schema > negpipe.schema.json
     """
@@ -47,12 +47,12 @@ def config_show(
     config: ConfigArgument,
     overrides: SetOption = None,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="Numbers for what depends on other settings and on the data.")
+        bool, typer.Option("--resolved", help="Fill in values that depend on other settings or the data.")
     ] = False,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Print a config with every default filled in, those of mining.compat included.
+    """Print a config with all defaults filled in, including those of mining.compat.
 
     Example: negpipe config show quickstart.yaml --resolved --set mining.compat=sentence-transformers
     """

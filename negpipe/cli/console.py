@@ -1,4 +1,4 @@
-"""What people see: streams, log lines, progress, sizes and durations. Texts never reach a terminal raw.
+"""Console output: streams, log lines and progress. Raw texts never reach a terminal.
 
 Logs and progress go to standard error, results to standard output.
 """
@@ -23,11 +23,11 @@ from negpipe.redaction import Redacting, redact
 from negpipe.review.wording import duration, visible
 
 LOG_SECONDS = 30
-_WIDE = 10_000  # characters: no table is as wide
+_WIDE = 10_000  # characters: wider than any table
 
 
 class _Visible(RenderHook):
-    """Whatever a console prints, `visible` has passed it: what a file holds never steers the terminal."""
+    """Passes all console output through `visible`, so that the contents of files never control the terminal."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Shown(renderable) for renderable in renderables]
@@ -43,7 +43,7 @@ class _Shown:
 
 
 def _out() -> Console:
-    """A terminal's tables are as wide as it is; those of a file or a pipe as wide as what they hold, or as COLUMNS."""
+    """Tables fit the width of a terminal; in a file or a pipe they are as wide as their contents, or as COLUMNS."""
     terminal = sys.stdout.isatty()
     width = None if terminal or "COLUMNS" in os.environ else _WIDE
     return Console(highlight=False, soft_wrap=not terminal, width=width)
@@ -62,7 +62,7 @@ class _Plain(Redacting):
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line, for schedulers."""
+    """One JSON object per line, for schedulers."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -86,7 +86,7 @@ def set_up_logging(log_format: str, *, debug: bool) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_Plain("%(asctime)s %(message)s", "%H:%M:%S"))
-    # A warning of a library is a log line too, or it would break JSON lines.
+    # Library warnings become log lines too, as they would break JSON lines.
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -95,7 +95,7 @@ def set_up_logging(log_format: str, *, debug: bool) -> None:
 
 
 def reporter(log_format: str) -> Reporter:
-    """Bars on a terminal, a log line every half minute elsewhere."""
+    """Progress bars on a terminal, else a log line every half minute."""
     return _Bars() if err.is_terminal and log_format != "json" else _Lines()
 
 
@@ -120,7 +120,7 @@ class _Bars:
     def advance(self, units: int, note: str) -> None:
         if self._progress:
             self._progress.advance(self._task, units)
-            if note:  # what was said last stays until something else is
+            if note:  # the last note stays until there is another
                 self._progress.update(self._task, note=note)
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""The command that says what this machine and this installation are: `doctor`."""
+"""The `doctor` command: describe this machine and this installation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from negpipe.cli.formats import FormatOption, printed_as
 
 @app.command()
 def doctor(form: FormatOption = "table", log_format: LogOption = "plain", debug: DebugOption = False) -> None:
-    """Say what this machine and this installation are, on one page to paste into an issue. No secret is in it.
+    """Describe this machine and installation on one page to paste into an issue. Contains no secrets.
 
-    Versions, processor, memory, GPUs, free disk, the hub. Exit code 1 where something is broken that every run needs.
+    Shows versions, processor, memory, GPUs, free disk space and the hub. Exits with code 1 if something that every run
+    needs is broken.
 
     Example: negpipe doctor
     """

@@ -1,4 +1,4 @@
-"""How a command that prints a table prints it: for people, or as JSON or CSV for programs."""
+"""Output formats of commands that print a table: a table for people, JSON or CSV for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FormatOption = Annotated[
 
 
 def printed_as(form: Format, document: Any, rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Print a document as JSON or its rows as CSV. Returns False where a table is wanted, and prints nothing."""
+    """Print a document as JSON or its rows as CSV; for a table, print nothing and return False."""
     if form == "json":
         typer.echo(json.dumps(document, allow_nan=False))
     elif form == "csv":
@@ -44,7 +44,7 @@ def _csv(rows: list[Mapping[str, Any]]) -> str:
 
 
 def states(found: Iterable[State]) -> list[dict[str, Any]]:
-    """A row a stage."""
+    """One row per stage."""
     rows = []
     for state in found:
         parts = state.manifest.parts if state.manifest else ()
@@ -65,7 +65,7 @@ def states(found: Iterable[State]) -> list[dict[str, Any]]:
 
 
 def measures(found: Quality) -> Iterator[dict[str, Any]]:
-    """A row a number: what it is of, its name, and its value."""
+    """One row per number: what it describes, its name, and its value."""
     for name, value in found.metrics.items():
         yield {"of": "metric", "name": name, "value": value}
     for name, count in found.ranks.items():
@@ -76,7 +76,7 @@ def measures(found: Quality) -> Iterator[dict[str, Any]]:
 
 
 def candidates(units: Iterable[Unit]) -> Iterator[dict[str, Any]]:
-    """A row a candidate, with the number of its unit."""
+    """One row per candidate, with the number of its unit."""
     for number, unit in enumerate(units):
         for one in unit.candidates:
             yield {

@@ -1,4 +1,4 @@
-"""The commands that say what a source is, and write a config for it."""
+"""The commands `inspect` and `init`: describe a source, and write a config for it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ _ROWS = 100_000
 @app.command()
 def inspect(
     paths: Annotated[list[str], typer.Argument(help="Folder, files or hub dataset.", metavar="PATH...")],
-    split: Annotated[str, typer.Option("--split", help="Which judgments make anchors.")] = "train",
-    subset: Annotated[str | None, typer.Option("--subset", help="Config of a hub dataset.", show_default=False)] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the judgments that define anchors.")] = "train",
+    subset: Annotated[str | None, typer.Option("--subset", help="Subset of a hub dataset.", show_default=False)] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of the source: --set data.format=pairs (repeatable).", metavar="data.…"),
+        typer.Option(
+            "--set", help="Override a setting of the source: --set data.format=pairs (repeatable).", metavar="data.…"
+        ),
     ] = None,
     write: Annotated[
-        Path | None, typer.Option("--write", help="Write a config that mines it to this file.", metavar="FILE.yaml")
+        Path | None, typer.Option("--write", help="Write a config for the source to this file.", metavar="FILE.yaml")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Records that are read of each table.")] = _ROWS,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Records to read from each table.")] = _ROWS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say what a source is: layout, tables, columns, counts, odd rows; and the config that mines it. Or what a run is.
+    """Describe a source: layout, tables, columns, counts, odd rows, and the config that mines it. Also describes runs.
 
     Example: negpipe inspect my/folder --write my.yaml && negpipe mine my.yaml
     """
@@ -48,15 +50,15 @@ def init(
     write: Annotated[
         Path | None,
         typer.Option(
-            "--write", help="The config to write; else NAME.yaml here.", metavar="FILE.yaml", show_default=False
+            "--write", help="Config file to write; default: NAME.yaml.", metavar="FILE.yaml", show_default=False
         ),
     ] = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Write a config that mines a source: short for negpipe inspect NAME --write NAME.yaml.
+    """Write a config for a source. Short for negpipe inspect NAME --write NAME.yaml.
 
-    Without a NAME, write a first config, quickstart.yaml, and its data: code search in Python's standard library.
+    Without NAME, write a first config, quickstart.yaml, and its data: code search in Python's standard library.
 
     Example: negpipe init mteb/scifact && negpipe mine scifact.yaml
     """
@@ -70,14 +72,14 @@ def init(
 
 
 def _quickstart(write: Path) -> None:
-    """The first config, and its data where they are not there yet."""
+    """Write the first config, and its data if missing."""
     from negpipe import quickstart
     from negpipe.cli import console
     from negpipe.errors import ConfigError
     from negpipe.store.files import explained
 
     if write.exists():
-        raise ConfigError(f"{write}: there is such a file already, name another with --write")
+        raise ConfigError(f"{write} already exists: choose another file with --write")
     with explained(Path()):
         if not quickstart.DATA.exists():
             quickstart.write(quickstart.DATA)
@@ -120,14 +122,12 @@ def _inspect(
         first = "" if ranking.whole else f" (of the first {rows:,} lines)"
         many = f"median {ranking.median:,}, fewest {ranking.fewest:,}, most {ranking.most:,}"
         say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
-        say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents of an anchor: {many}{first}")
-        say(
-            "A run names candidates and no positives: nothing is mined from it alone. Beside a config of the data it is"
-        )
-        say(f"of, every line is checked as a negative of its anchor: negpipe audit CONFIG --file {paths[0]}")
+        say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents per anchor: {many}{first}")
+        say("A run lists candidates but no positives, so it cannot be mined alone. To check every line as a negative")
+        say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
         return
     if write and write.exists():
-        raise ConfigError(f"{write}: there is such a file already, name another with --write")
+        raise ConfigError(f"{write} already exists: choose another file with --write")
     source = {"path": paths[0] if len(paths) == 1 else paths, "split": split, "subset": subset}
     run_dir = f"runs/{_named(paths[0])}"
     tree = {"run_dir": run_dir, "data": source, "encoder": {"model": "none"}}
@@ -151,17 +151,17 @@ def _inspect(
     anchors = sum(found.positives.values())
     total = sum(count * many for count, many in found.positives.items())
     most = max(found.positives, default=0)
-    say(f"anchors in data.split {found.data.split}: {anchors:,}, positives: {total:,}, most of one anchor {most:,}")
+    say(f"anchors in data.split {found.data.split}: {anchors:,}, positives: {total:,}, most per anchor {most:,}")
     if found.given:
-        say(f"negatives that the source brings: {found.given:,} (mining.given_negatives: first or keep takes them)")
+        say(f"negatives in the source: {found.given:,} (used with mining.given_negatives: first or keep)")
     for kind, count in found.odd.items():
         say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
     for example in found.examples:
         say(f"  {example}")
     if found.odd:
-        say("Such rows end a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip)")
+        say("Such rows stop a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip)")
     say(
         f"\nwritten to {write}: negpipe mine {write}"
         if write
-        else f"\nA config that mines it (--write FILE.yaml):\n\n{text}"
+        else f"\nConfig that mines it (--write FILE.yaml saves it):\n\n{text}"
     )

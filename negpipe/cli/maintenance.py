@@ -1,4 +1,4 @@
-"""Commands that look after a run directory."""
+"""Commands that maintain a run directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def status(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say how every stage stands, and why what is not current is not.
+    """Show the state of every stage, and why a stage is not current.
 
     Example: negpipe status quickstart.yaml
     """
@@ -45,7 +45,7 @@ def verify(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Read every file the run made again and compare its digest. Changes nothing; exit code 5 when one differs.
+    """Check every file of the run against its digest. Changes nothing; exits with code 5 if a file differs.
 
     Example: negpipe verify quickstart.yaml
     """
@@ -71,25 +71,25 @@ def verify(
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DamagedError(
             f"{len(problems)} of {count} files in {place} are damaged:\n{listed}{more}\n"
-            "`negpipe mine CONFIG --repair` makes them again"
+            "Rebuild them with `negpipe mine CONFIG --repair`."
         )
-    console.out.print(f"{count} files in {place} are whole.", markup=False)
+    console.out.print(f"{count} files in {place} are intact.", markup=False)
 
 
 @app.command()
 def clean(
     config: ConfigArgument,
     overrides: SetOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     forget: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="A run directory that used the store and is gone.")
+        Path | None, typer.Option(metavar="RUN_DIR", help="Unregister a deleted run directory from the store.")
     ] = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Delete parts of settings that are no longer current. Asks first.
+    """Delete parts made with settings that are no longer current, after confirmation.
 
-    Of a store that several run directories share, what any of them needs is kept.
+    In a store that several run directories share, parts that any of them needs are kept.
 
     Example: negpipe clean quickstart.yaml
     """
@@ -122,7 +122,7 @@ def clean(
     except typer.Abort:
         if sys.stdin.isatty():
             raise
-        raise ConfigError("nobody is here to be asked: pass --yes to delete these files") from None
+        raise ConfigError("no terminal to ask for confirmation: pass --yes to delete these files") from None
     if not agreed:
         console.out.print("Nothing was deleted.")
         return

@@ -1,4 +1,4 @@
-"""The command that says what a run would do."""
+"""The `plan` command: show what a run would do."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def plan(
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it, where nothing tells its speed.")
+        bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it if its speed is unknown.")
     ] = True,
     cluster: Annotated[
         Path | None,
         typer.Option(
-            help="Say instead what a run would take on the nodes that this YAML file describes, also before there is"
-            " any data: see docs/how-to/plan-a-cluster.md.",
+            help="Plan a run on the nodes described in this YAML file instead, even before any data exists: see"
+            " docs/how-to/plan-a-cluster.md.",
             metavar="FILE",
             show_default=False,
         ),
@@ -44,7 +44,7 @@ def plan(
     nodes: Annotated[
         str | None,
         typer.Option(
-            help="With --cluster: numbers of nodes to compare, 1,8,64; without: as the file says.",
+            help="With --cluster: node counts to compare, such as 1,8,64; default: as in the file.",
             metavar="N,…",
             show_default=False,
         ),
@@ -53,7 +53,7 @@ def plan(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say what a run would do: parts done and to do, time, disk, and what each kind of index would cost. Runs nothing.
+    """Show what a run would do: parts done and to do, time, disk space, and the cost of each index kind. Runs nothing.
 
     Example: negpipe plan scifact.yaml --set data.path=my/folder
     """
@@ -77,7 +77,7 @@ def plan(
             console.out.print(table)
             console.out.print()
     if shards := ", ".join(_shards(found)):
-        how = "as arrays of Slurm" if settings.executor.kind == "slurm" else "in shards (negpipe work)"
+        how = "as Slurm arrays" if settings.executor.kind == "slurm" else "in shards (negpipe work)"
         console.out.print(f"On several machines like this one, {how}: {shards}.\n")
     if found.encoding:
         console.out.print(f"{_of_encoding(found.encoding[0].variant)}\n")
@@ -92,7 +92,7 @@ def plan(
     console.out.print(f"Free at {settings.store or settings.run_dir}: {wording.size(found.free)}.")
     if (needed := sum(step.disk or 0 for step in found.steps)) > found.free and settings.url is None:
         size = wording.size(needed)
-        console.out.print(f"[red]What is to be made takes {size}: make room, or set run_dir or store.[/red]")
+        console.out.print(f"[red]The run needs {size}: free up space, or set run_dir or store.[/red]")
     console.out.print(f"This machine compares vectors at {found.gflops:,.0f} GFLOP/s; times are estimates.")
 
 
@@ -105,7 +105,7 @@ def _on_cluster(config: Config, file: Path | None, nodes: str | None, form: Form
     from negpipe.review import wording
 
     if file is None:
-        raise ConfigError("--nodes needs --cluster FILE, which says what a node is")
+        raise ConfigError("--nodes requires --cluster FILE, which describes a node")
     described = load_cluster(file)
     found = cluster.outlooks(config, described, _numbers(nodes) or [described.nodes], probe_encoder=probe)
     rows = [{"nodes": each.nodes, **vars(stage)} for each in found.outlooks for stage in each.stages]
@@ -128,29 +128,29 @@ def _on_cluster(config: Config, file: Path | None, nodes: str | None, form: Form
     for sentence in dict.fromkeys(said):
         console.out.print(wording.visible(sentence), markup=False, soft_wrap=True)
     console.out.print(
-        "Estimates: speeds of a core are those of section rates, fitted to runs on one machine; waiting for a"
-        " scheduler is not in them.",
+        "Estimates: the speeds of a core are those in the section rates, fitted to runs on one machine; time spent"
+        " waiting for a scheduler is not included.",
         soft_wrap=True,
     )
 
 
 def _numbers(text: str | None) -> list[int]:
-    """Numbers of nodes.
+    """Parse node counts.
 
     Raises:
-        ConfigError: they are none.
+        ConfigError: the text is not a list of numbers.
     """
     if text is None:
         return []
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise ConfigError(f"--nodes {text}: expected numbers of nodes, for example 1,8,64")
+        raise ConfigError(f"--nodes {text}: expected node counts, for example 1,8,64")
     return [int(number) for number in text.split(",")]
 
 
 def _on_nodes(outlook: Outlook) -> Table:
     from negpipe.review import wording
 
-    numbers = ("tasks", "about", "disk", "memory a node", "moved")
+    numbers = ("tasks", "time", "disk", "memory per node", "moved")
     first = f"{outlook.nodes:,} node{'s' if outlook.nodes > 1 else ''}"
     table = _table(first, *numbers, "bound by", numbers=numbers)
     for one in outlook.stages:
@@ -163,7 +163,7 @@ def _on_nodes(outlook: Outlook) -> Table:
     longest = max(outlook.stages, key=lambda one: one.seconds or 0.0)
     lacking = [one.stage for one in outlook.stages if one.seconds is None]
     without = f", {', '.join(lacking)} not counted" if lacking else ""
-    table.add_row("together", "", wording.duration(outlook.seconds), disk, "", moved, longest.stage + without)
+    table.add_row("total", "", wording.duration(outlook.seconds), disk, "", moved, longest.stage + without)
     return table
 
 
@@ -181,7 +181,7 @@ def _steps(plan: Plan) -> Table:
 
     from negpipe.review import wording
 
-    numbers = ("parts done", "to do", "about", "disk")
+    numbers = ("parts done", "to do", "time", "disk")
     table = _table("stage", "state", *numbers, "", numbers=numbers)
     for step in plan.steps:
         counts = ("" if count is None else f"{count:,}" for count in (step.done, step.todo))
@@ -192,7 +192,7 @@ def _steps(plan: Plan) -> Table:
 
 
 def _shards(plan: Plan) -> Iterator[str]:
-    """How many each stage is worth, and how long one takes."""
+    """The number of shards that suits each stage, and the time one takes."""
     from negpipe.review import wording
 
     for step in plan.steps:
@@ -203,15 +203,15 @@ def _shards(plan: Plan) -> Iterator[str]:
 def _encoding(plan: Plan) -> Table:
     from negpipe.review import wording
 
-    numbers = ("texts/s", "about", "nearest", "negatives", "nDCG@10")  # 80 columns, with what is to be pasted
+    numbers = ("texts/s", "time", "nearest", "negatives", "nDCG@10")  # 80 columns, with the lines to paste
     table = _table("encoder", *numbers, "", numbers=numbers)
     table.columns[0].no_wrap = True
-    # What is pasted must not leave another runtime where it is.
+    # The pasted lines must override another runtime.
     usual = {way.variant.settings["runtime"] for way in plan.encoding if way.variant.configured} <= {"torch"}
     for way in plan.encoding:
         one = way.variant
         shown = (f"{name}: {value}" for name, value in one.settings.items() if not (usual and value == "torch"))
-        settings = "\n".join(shown)  # to be pasted as they are
+        settings = "\n".join(shown)  # to be pasted verbatim
         same = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.negatives))
         ndcg = "" if one.ndcg is None else f"{one.ndcg:.3f}"
         note = "as configured" if one.configured else "other vectors"
@@ -220,15 +220,15 @@ def _encoding(plan: Plan) -> Table:
 
 
 def _of_encoding(one: Variant) -> str:
-    """What the columns of `_encoding` say."""
+    """The legend of the columns of `_encoding`."""
     from negpipe.plan import variants
 
     anchors, documents = one.compared
-    mined = f" negatives, nDCG@10: of what is mined for {anchors:,} anchors among {documents:,} documents."
+    mined = f" negatives, nDCG@10: from mining {anchors:,} anchors among {documents:,} documents."
     return (
-        f"nearest: of the {variants.NEIGHBOURS} nearest among {one.texts:,} documents, the share that float32 finds,"
-        f" too.{mined if anchors else ''} The lines of the first column are pasted under encoder: in the config;"
-        " batch_tokens takes the place of batch_size."
+        f"nearest: share of the {variants.NEIGHBOURS} nearest among {one.texts:,} documents that float32 finds too."
+        f"{mined if anchors else ''} Paste the lines of the first column under encoder: in the config;"
+        " batch_tokens replaces batch_size."
     )
 
 

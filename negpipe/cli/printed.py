@@ -1,4 +1,4 @@
-"""Tables of what was judged: quality, calibration and audit, for people."""
+"""Tables for people: quality, calibration, audit, training and differences."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def show_quality(found: Quality) -> None:
     for name, values in found.scores.items():
         scores.add_row(name, *_spread(values))
     out.print(scores)
-    median = f"beyond {found.depth}" if found.median_rank is None else str(found.median_rank)
-    lines = [f"The median positive stands at rank {median}."]
+    median = f"beyond rank {found.depth}" if found.median_rank is None else f"at rank {found.median_rank}"
+    lines = [f"The median positive is {median}."]
     if found.outscored is not None:
         lines.append(f"{found.outscored:.1%} of the negatives score above their positive.")
     if found.separation is not None:
@@ -62,7 +62,7 @@ def _spread(values: Distribution) -> list[str]:
 
 
 def show_calibration(made: Calibration, advice: Recommendation, *, coverage: float, max_leak: float) -> None:
-    """Every setting, then what is recommended."""
+    """Every setting, then the recommendation."""
     out.print(f"{METHODS[made.method]}\n", markup=False)
     title = f"{made.anchors:,} of {made.all_anchors:,} anchors, {made.trials:,} trials, {made.num_negatives} negatives"
     rows = table(title, "sampling", "from", "cutoff", "leak", "lo", "hi", "score", "rank", "below", "cover", "")
@@ -79,21 +79,21 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
     out.print(rows)
     out.print(
         "\nfrom: range_min. leak, lo, hi: share of false negatives and its 95 % interval. score, rank: of the"
-        " negatives taken. below: how far below the positive. cover: anchors that get all their negatives, whichever"
-        " positive is shown, from the stored candidates alone. front: nothing is harder without leaking more.",
+        " negatives taken. below: distance below the positive. cover: share of anchors that get all their negatives"
+        " from the stored candidates alone, whichever positive is shown. front: every harder setting leaks more.",
         style="dim",
     )
     if advice.chosen is None:
         best = max(one.coverage for one in made.estimates)
         out.print(
-            f"\nNo setting gives {coverage:.0%} of the anchors all their negatives, the best gives {best:.1%}:"
+            f"\nNo setting gives {coverage:.0%} of the anchors all their negatives; the best gives {best:.1%}:"
             " ask for fewer negatives, lower --coverage, or store deeper candidates (search.depth)"
         )
         return
     why = (
-        f"the hardest whose leak stays within {max_leak:.1%}"
+        f"the hardest setting with a leak within {max_leak:.1%}"
         if advice.allowed
-        else f"the one that leaks least: none stays within {max_leak:.1%}"
+        else f"the setting with the least leak, as none is within {max_leak:.1%}"
     )
     out.print(f"\nRecommended at a coverage of {coverage:.0%}: {why}")
     for line in advice.sure:
@@ -120,15 +120,15 @@ def _cells(one: Estimate) -> list[str]:
 
 
 _NEMO = """
-NeMo's checklist for mined sets, and the checks here that answer it: question ids unique, documents exist:
-duplicate_row, missing_id (with a CONFIG unknown ids are refused). No positive or sibling positive among negatives:
+NeMo's checklist for mined sets, and the corresponding checks here. Question ids unique, documents exist:
+duplicate_row, missing_id (with a CONFIG, unknown ids are refused). No positive or sibling positive among negatives:
 positive_id, positive_text, positive_normalized, shared_anchor. Negatives unique in a row: repeated_negative. Scores
-finite: non_finite. Enough distinct negatives: shortage. Corpus and lineage known: the run's audit.json names it."""
+finite: non_finite. Enough distinct negatives: shortage. Corpus and lineage known: see the run's audit.json."""
 
 
 def show_audit(found: Audit, failed: set[str]) -> None:
     """Counts of every check, and examples of what was found."""
-    compared = "the qrels and each other" if found.qrels else "each other (no qrels: name a CONFIG to compare to them)"
+    compared = "the qrels and each other" if found.qrels else "each other (no qrels: pass a CONFIG to use its qrels)"
     out.print(
         f"{found.source}: {found.rows:,} rows, {found.anchors:,} anchors, {found.positives:,} positives and"
         f" {found.negatives:,} negatives, compared to {compared}\n",
@@ -142,7 +142,7 @@ def show_audit(found: Audit, failed: set[str]) -> None:
         if one.of:
             rows.add_row(one.check, f"{one.count:,}", f"{one.share:.2%}", f"{one.of:,}", one.unit, style=style)
         else:
-            rows.add_row(one.check, "", "", "", "not checked: no such column", style="dim")
+            rows.add_row(one.check, "", "", "", "not checked: no column for it", style="dim")
     out.print(rows)
     out.print(_NEMO, style="dim", markup=False)
     for one in found.findings:
@@ -153,10 +153,10 @@ def show_audit(found: Audit, failed: set[str]) -> None:
 
 
 def show_training(stats: dict[str, Any], model: Path) -> None:
-    """What was trained, its metrics before and after, and the result as the last line."""
+    """The training, the metrics before and after, and the result as the last line."""
     loss = " to ".join(f"{value:.4f}" for value in stats["loss"])
     steps = f"{stats['steps']:,} step{'s' * (stats['steps'] != 1)}"
-    out.print(f"{steps} on {stats['rows']:,} rows, loss {loss}. The model: {model}/\n", markup=False)
+    out.print(f"{steps} on {stats['rows']:,} rows, loss {loss}. Model: {model}/\n", markup=False)
     compared = [of_document(document) for document in stats["compared"]]
     rows = table(f"{stats['held_out_anchors']:,} held-out anchors", "", "before", "after", "difference", "95 %", "")
     for one in compared:
@@ -165,7 +165,7 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
     out.print(rows)
     shared = stats["overlap"]
     out.print(
-        f"\nTrained on too: {shared['anchors_trained_on']:,} of {shared['anchors']:,} held-out anchors,"
+        f"\nAlso trained on: {shared['anchors_trained_on']:,} of {shared['anchors']:,} held-out anchors,"
         f" {shared['positives_trained_on']:,} of {shared['positives']:,} texts of their positives.\n",
         markup=False,
     )
@@ -173,7 +173,7 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
 
 
 def show_ablation(made: Ablation) -> None:
-    """Every arm, best first, and what can be said of them as the last line."""
+    """Every arm, best first, and the verdict as the last line."""
     head, rows = ablation_page.HEAD, [*ablation_page.rows(made)]
     for title, first, last in ((f"{made.anchors:,} held-out anchors", 1, 5), ("\nCompared", 5, 9), ("\nRows", 9, None)):
         shown = table(title, *head[:1], *head[first:last])
@@ -189,7 +189,7 @@ def show_ablation(made: Ablation) -> None:
 
 
 def show_rounds(made: Refreshed) -> None:
-    """What every round made of the model before it, and the best one against the base as the last line."""
+    """Every round compared to the model before it, and the best one to the base in the last line."""
     metric, base = METRICS[0], made.rounds[0].compared[0].before
     title = f"{made.compared[0].anchors:,} held-out anchors"
     rows = table(title, "round", metric, "difference", "95 %", "", "rows", "new", "leak", "")
@@ -211,20 +211,20 @@ def show_rounds(made: Refreshed) -> None:
     out.print(rows)
     anchors = f"{made.best.leak_anchors:,} anchor{'s' * (made.best.leak_anchors != 1)}"
     notes = [
-        "difference: to the model before, with its 95 % interval. new: share of the negatives that the round before had"
-        " not. leak: estimated share of false negatives among them, from"
+        "difference: to the previous model, with its 95 % interval. new: share of the negatives that the previous round"
+        " did not have. leak: estimated share of false negatives, from"
         f" {anchors} with several positives."
     ]
     notes += [f"No leak: {reason}." for reason in dict.fromkeys(one.leak_missing for one in made.rounds) if reason]
     notes += [
-        f"The vectors of round {one.number}'s model have {one.trained_dimension} numbers, it was mined with vectors of"
-        f" {one.dimension}."
+        f"The vectors of round {one.number}'s model have {one.trained_dimension} dimensions; it was mined with vectors"
+        f" of {one.dimension}."
         for one in made.rounds
         if one.dimension != one.trained_dimension
     ]
     out.print("\n" + "\n".join(notes), style="dim", markup=False)
     stopped = f"Stopped: {made.stopped}. " if made.stopped else ""
-    out.print(f"\n{stopped}The model of round {made.best.number}: {made.model}/\n", markup=False)
+    out.print(f"\n{stopped}Model of round {made.best.number}: {made.model}/\n", markup=False)
     out.print(made.compared[0].line, markup=False, soft_wrap=True)
 
 
@@ -255,12 +255,12 @@ def show_difference(found: Difference) -> None:
     changes.add_row("anchors with the same negatives", f"{found.same:,}", f"{found.same / found.common:.1%}")
     changes.add_row("anchors with none in common", f"{found.disjoint:,}", f"{found.disjoint / found.common:.1%}")
     out.print(changes)
-    lines = [f"Overlap {found.overlap:.1%}: kept among all that either side has, mean over the anchors."]
+    lines = [f"Overlap {found.overlap:.1%}: share of kept among the negatives of both sides, mean over the anchors."]
     if found.score_shift is not None:
         most = _number(found.largest_score_shift, ".4f")
-        lines.append(f"Negatives kept: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")
+        lines.append(f"Kept negatives: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")
     if found.rank_shift is not None:
-        lines.append(f"Negatives kept: ranks shift by {found.rank_shift:+.1f} on average.")
+        lines.append(f"Kept negatives: ranks shift by {found.rank_shift:+.1f} on average.")
     for what, count, names in (
         ("gained", found.gained, found.gained_ids),
         ("lost", found.lost, found.lost_ids),
@@ -274,7 +274,7 @@ def show_difference(found: Difference) -> None:
             settings.add_row(name, *(clean_text("null" if value is None else str(value), 60) for value in values))
         out.print(settings)
     elif found.settings is not None:
-        out.print("\nNo setting differs.")
+        out.print("\nNo settings differ.")
     for example in found.examples:
         name = "" if example.anchor_id is None else f"{clean_text(example.anchor_id)} "
         out.print(f"\nanchor {name}{clean_text(example.anchor, 100)}", style="bold", markup=False)

@@ -1,4 +1,4 @@
-"""The command that mines and trains in rounds: `refresh`."""
+"""The `refresh` command: mine and train in rounds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from negpipe.cli.formats import FormatOption, printed_as
 @app.command()
 def refresh(
     config: ConfigArgument,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of mining and training, at most.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Maximum number of rounds of mining and training.")] = 3,
     fail_on: Annotated[
         Literal["loss"] | None,
-        typer.Option(help="loss: exit code 1 where the best model is worse than its base.", metavar="VERDICT"),
+        typer.Option(help="loss: exit with code 1 if the best model is worse than its base.", metavar="VERDICT"),
     ] = None,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
@@ -40,10 +40,10 @@ def refresh(
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Mine with the current model, train it, mine again with the new one: until the held-out score does not rise.
+    """Mine with the current model, train it and mine again with the new one, until the held-out score stops rising.
 
-    Every round is a run in RUN_DIR/rounds/NUMBER, with its config in RUN_DIR/rounds/NUMBER.yaml; the best model is
-    RUN_DIR/rounds/best/model. What is done is not done again: the same command, with more --rounds too, goes on.
+    Every round is a run in RUN_DIR/rounds/NUMBER, with its config in RUN_DIR/rounds/NUMBER.yaml; the best model is in
+    RUN_DIR/rounds/best/model. To resume or to add rounds, run the same command again: finished work is not repeated.
 
     Example: negpipe refresh scifact.yaml --rounds 3 --set train.batch_size=64
     """

@@ -1,4 +1,4 @@
-"""Commands that show what was mined: `report` and `diff`."""
+"""The commands `report` and `diff`: show the mined rows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from negpipe.cli.formats import FormatOption, printed_as
 @app.command()
 def report(
     config: ConfigArgument,
-    out: Annotated[Path | None, typer.Option(help="The file; by default RUN_DIR/report.html.")] = None,
-    anchors: Annotated[
-        int, typer.Option(min=1, help="Anchors to look at, evenly spaced; time grows with them.")
-    ] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Output file; default: RUN_DIR/report.html.")] = None,
+    anchors: Annotated[int, typer.Option(min=1, help="Anchors to sample, evenly spaced; more take longer.")] = 1000,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Write one HTML file that shows what was mined, with a sample of it to review. Runs no stage.
+    """Write an HTML report of the mined rows, with a sample to review. Does not run any stage.
 
-    What ran, scores, ranks, drops, the audit, and 50 anchors with their negatives, to mark those that are right
-    answers: the verdicts it saves are what `mining.exclude_file` takes. It needs no network, and asks for none.
+    Contains the stages, scores, ranks, drops, the audit, and 50 anchors with their negatives. Mark negatives that are
+    correct answers, and pass the saved verdicts to `mining.exclude_file`. Works offline.
 
     Example: negpipe report quickstart.yaml --out report.html
     """
@@ -42,16 +40,16 @@ def report(
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="A run directory, a config, or a file or folder of any miner's rows.")],
-    b: Annotated[str, typer.Argument(help="What to compare to it.")],
-    examples: Annotated[int, typer.Option(min=0, help="Anchors to show, those that changed most first.")] = 5,
+    b: Annotated[str, typer.Argument(help="The same, to compare with A.")],
+    examples: Annotated[int, typer.Option(min=0, help="Anchors to show, most changed first.")] = 5,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Say what changed in the negatives from A to B, in numbers and examples.
+    """Show how the negatives changed from A to B, in numbers and examples.
 
-    Anchors and documents are told apart by their ids, or by their texts where one side has no ids.
+    Anchors and documents are matched by id, or by text if one side has no ids.
 
     Example: negpipe diff runs/scifact runs/scifact-margin --examples 3
     """

@@ -1,4 +1,4 @@
-"""Commands that read what a run made."""
+"""Commands that read the output of a run."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="flagembedding, nemo, tevatron, tevatron-passages, ms-swift, ms-swift-reranker, distillation, pylate,"
-            " trec-run, sentence-transformers, jsonl or hub.",
+            help="Layout: flagembedding, nemo, tevatron, tevatron-passages, ms-swift, ms-swift-reranker, distillation,"
+            " pylate, trec-run, sentence-transformers, jsonl or hub.",
             metavar="LAYOUT",
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to make; or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet, NAME.trec.")
+        Path, typer.Option(help="Folder to create, or a file: NAME.jsonl, NAME.jsonl.gz, NAME.parquet, NAME.trec.")
     ],
-    shard_rows: Annotated[int | None, typer.Option(help="Rows a file, at most; by default all in one.")] = None,
-    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON, and runs.")] = False,
+    shard_rows: Annotated[int | None, typer.Option(help="Maximum rows per file; default: one file.")] = None,
+    compress: Annotated[bool, typer.Option("--gzip", help="Compress JSON files and runs.")] = False,
     run: Annotated[
-        bool, typer.Option("--run", help="tevatron, tevatron-passages: write run.tsv, the stored ranking, too.")
+        bool, typer.Option("--run", help="tevatron, tevatron-passages: also write run.tsv, the stored ranking.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing output.")] = False,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(help="hub: upload to this repository too; it is made private if it is new.", metavar="REPO"),
+        typer.Option(help="hub: also upload to this repository; created as private if new.", metavar="REPO"),
     ] = None,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Write the training rows in the exact layout that a trainer loads. Runs no stage, needs ingest and search.
+    """Write the training rows in the exact layout that a trainer loads.
+
+    Does not run any stage; requires the output of ingest and search.
 
     Example: negpipe export scifact.yaml --to flagembedding --out exports/scifact
     """
@@ -59,14 +61,14 @@ def export(
 def explain(
     config: ConfigArgument,
     anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
-    limit: Annotated[int, typer.Option(min=1, help="Candidates, and positives, to show.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum candidates and positives to show.")] = 50,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Show an anchor's candidates in order: score, rank, and why each was taken or not.
+    """Show an anchor's candidates in order, with score, rank, and why each was taken or dropped.
 
     Example: negpipe explain quickstart.yaml --anchor q:json.dumps --limit 20
     """

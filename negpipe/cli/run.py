@@ -57,10 +57,10 @@ def _mine(
 
 
 def tell(result: Result, settings: Config, log_format: str, only: str | None) -> None:
-    """What became of a run, of all stages or of one.
+    """Print the result of a run, of all stages or of one.
 
     Raises:
-        RowsError: there are too few rows.
+        RowsError: the run has too few rows.
     """
     from negpipe.cli import console, summary
     from negpipe.stages.triplets import advice
@@ -73,7 +73,7 @@ def tell(result: Result, settings: Config, log_format: str, only: str | None) ->
         rows, least = result.stats["triplets"]["rows"], settings.output.min_rows
         if rows < least:
             raise RowsError(
-                f"{rows:,} rows, output.min_rows asks for {least:,}. {advice(result.stats['triplets'])}, or set"
+                f"{rows:,} rows, but output.min_rows is {least:,}. {advice(result.stats['triplets'])}, or set"
                 f" output.min_rows={rows}"
             )
 
@@ -135,7 +135,7 @@ def _stage_command(name: str, help_text: str) -> None:
         _mine(config, overrides, log_format, debug, rehash, name, rebuild=rebuild)
 
 
-_stage_command("encode", "Turn texts into vectors.")
+_stage_command("encode", "Encode texts into vectors.")
 _stage_command("index", "Build the index and the id map.")
 _stage_command("slices", "Find the nearest documents in each slice of the corpus (search.slice_documents).")
 _stage_command("search", "Find the candidates of every anchor.")

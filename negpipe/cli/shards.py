@@ -1,4 +1,4 @@
-"""Commands that make a stage on several machines: `work` and `commit`."""
+"""The commands `work` and `commit`: run a stage on several machines."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def work(
     stage: StageArgument,
     config: ConfigArgument,
     shard: Annotated[
-        str, typer.Option(help="Which shard of how many, from 0: $SLURM_ARRAY_TASK_ID/16.", metavar="I/N")
+        str, typer.Option(help="Shard number, from 0, and number of shards: $SLURM_ARRAY_TASK_ID/16.", metavar="I/N")
     ] = "0/1",
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     rehash: RehashOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make one shard of a stage, beside others on other machines. The stages before it must be there, commit follows.
+    """Compute one shard of a stage, in parallel with other machines. Requires the previous stages; then run commit.
 
-    Killed or run again, it makes what is missing and nothing else. It ends when all of its parts are there.
+    After an interruption, run the same command again: it computes only missing parts. It ends when all its parts exist.
 
     Example: negpipe work encode scifact.yaml --shard 3/16
     """
@@ -48,7 +48,7 @@ def work(
     worked = graph.work(settings, stage, chosen, reporter=console.reporter(log_format), rehash=rehash)
     fields = {"stage": stage, "shard": shard, "made": worked.made, "found": worked.found, "others": worked.others}
     console.logger.info(
-        "%s: shard %s is done: %d parts made, %d were there, %d made by others meanwhile",
+        "%s: shard %s done: %d parts made, %d already existed, %d made by others meanwhile",
         *fields.values(),
         extra={"fields": fields},
     )
@@ -61,7 +61,7 @@ def commit(
     shards: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many there were, to name those that lack parts.", metavar="N", show_default=False
+            min=1, help="Number of shards, to list those with missing parts.", metavar="N", show_default=False
         ),
     ] = None,
     overrides: SetOption = None,
@@ -70,7 +70,7 @@ def commit(
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Complete a stage that shards have made, once all its parts are there; names those missing. Computes nothing.
+    """Complete a stage computed in shards, or list its missing parts. Computes nothing.
 
     Example: negpipe commit encode scifact.yaml --shards 16
     """

@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C end a command within seconds, whatever it is doing.
 
-Both are raised where the program stands, so that everything is let go of in order. A library may raise an error of
-its own instead; one that computes for long may not come back to Python at all (a query in DuckDB does the one or the
-other): then the process just ends, which costs the part it was making and nothing else.
+Both are raised as exceptions in the main thread, so that resources are released in order. A library may raise another
+error instead, or not return to Python for a long time (a DuckDB query may do either). In the latter case the process
+exits at once, which costs only the part in progress.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Terminated(BaseException):
-    """SIGTERM, where the program stood."""
+    """SIGTERM, raised in the main thread."""
 
 
 @contextmanager
 def prompt_end() -> Iterator[None]:
-    """Within it, SIGTERM raises Terminated, SIGINT KeyboardInterrupt, and neither waits longer than GRACE_SECONDS."""
+    """While active, SIGTERM raises Terminated and SIGINT KeyboardInterrupt; after GRACE_SECONDS the process exits."""
     arrived: list[type[BaseException]] = []
 
     def end(number: int, _: FrameType | None) -> NoReturn:
@@ -59,6 +59,6 @@ def _watch(told: int, over: threading.Event) -> None:
     while number := os.read(told, 1):
         code = EXIT_CODES.get(signal.Signals(number[0]))
         if code and not over.wait(GRACE_SECONDS):
-            os.write(2, b"Ended in the middle of a part. Finished parts are kept: run the same command to go on.\n")
+            os.write(2, b"Stopped during a part. Finished parts are kept: run the same command again to resume.\n")
             os._exit(code)
     os.close(told)

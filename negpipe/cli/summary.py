@@ -1,4 +1,4 @@
-"""What a command tells at its end: samples, scores, drops, states, fates. To standard output."""
+"""Summaries that commands print to standard output: samples, scores, drops, states, fates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from negpipe.review.wording import clean_text
 from negpipe.stages.triplets import advice, is_short
 
 _SAMPLE_TEXTS = 5
-_OTHER_MARGIN = 0.1  # to be tried
+_OTHER_MARGIN = 0.1  # suggested as a variant
 _STYLE = {
     "current": "green",
     "missing": "dim",
@@ -35,7 +35,7 @@ _STYLE = {
 
 
 def show_result(result: Result, typed: str, mining: Mining) -> None:
-    """Where the rows are, samples, scores, drops and what to try next; `typed`: what names the run in a command."""
+    """Location of the rows, samples, scores, drops and next steps; `typed`: the run's name in commands."""
     stats = result.stats["triplets"]
     if not result.ran:
         console.out.print("Nothing to do: every stage is up to date.")
@@ -48,7 +48,7 @@ def show_result(result: Result, typed: str, mining: Mining) -> None:
     )
     if count := result.stats["ingest"]["rejected_rows"]:
         console.out.print(
-            f"{count:,} rows of the source were left out: {result.store.place(REJECTED)}", markup=False, soft_wrap=True
+            f"{count:,} source rows were skipped: {result.store.place(REJECTED)}", markup=False, soft_wrap=True
         )
     if result.ran:
         _show_samples(result)
@@ -68,7 +68,7 @@ def _show_samples(result: Result) -> None:
         at = sorted({0, batch.num_rows // 2, batch.num_rows - 1})
         console.out.print("\nSamples")
         for row in batch.take(at).to_pylist():
-            # A ranking with positives (n-tuple) has them among its negatives, also those that other rows are of.
+            # A ranking with positives (n-tuple) has them among its negatives, including those of other rows.
             own = batch.filter(pc.equal(batch["anchor"], row["anchor"]))["positive"].to_pylist()
             for name, text, score, rank in _documents(row, own)[:_SAMPLE_TEXTS]:
                 line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
@@ -81,7 +81,7 @@ def _show_samples(result: Result) -> None:
 
 
 def _documents(row: dict[str, Any], positives: list[Any]) -> list[tuple[str, str, float | None, int | None]]:
-    """What a row of any format holds: whose text, the text, its score and its rank, where the row has them."""
+    """The documents of a row of any format: side, text, score and rank, if the row has them."""
     if "labels" in row:
         texts, labels = row["positive"], row["labels"]
         scores, ranks = row.get("scores"), row.get("ranks")
@@ -130,16 +130,16 @@ def _show_drops(stats: dict[str, Any]) -> None:
         seconds = f"{stats['seconds_comparing']:,.1f} s"
         console.out.print(f"{stats['texts_compared']:,} pairs of texts compared for near duplicates, in {seconds}.")
     if stats["short_anchors"]:
-        console.out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than asked for (ledger/ says why).")
+        console.out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than requested (reasons: ledger/).")
 
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
     stats = result.stats["triplets"]
     program = _program()
     lines = [
-        ("which settings leak least", f"{program} calibrate {typed}"),
-        ("how every stage stands", f"{program} status {typed}"),
-        ("the rows in Python", _loading(result)),
+        ("settings that leak least", f"{program} calibrate {typed}"),
+        ("state of every stage", f"{program} status {typed}"),
+        ("load the rows in Python", _loading(result)),
     ]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
@@ -154,12 +154,12 @@ def _show_next(result: Result, typed: str, mining: Mining) -> None:
 def _loading(result: Result) -> str:
     place = result.store.place("triplets")
     if "://" in place:
-        return f'load_dataset("parquet", data_files=[…]), the files that {place} names'
+        return f'load_dataset("parquet", data_files=[…]) with the files listed in {place}'
     return f'load_dataset("parquet", data_dir="{place}")'
 
 
 def _program() -> str:
-    """How this program is called here."""
+    """The command that runs this program."""
     if shutil.which("negpipe"):
         return "negpipe"
     called = Path(sys.argv[0])
@@ -167,7 +167,7 @@ def _program() -> str:
 
 
 def show_status(states: list[State]) -> None:
-    """One line a stage."""
+    """One line per stage."""
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "parts", "rows", "size", "seconds", "finished"):
         table.add_column(column, justify="right" if column in ("parts", "rows", "size", "seconds") else "left")
@@ -193,15 +193,15 @@ def show_status(states: list[State]) -> None:
         for _, remark in graph.of_kind(state.stage).remarks(state.manifest.stats) if state.manifest else ():
             console.out.print(f"{state.stage}: {remark}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
-            console.out.print(f"{state.stage}: {count} rows of the source were left out, see {REJECTED}", markup=False)
+            console.out.print(f"{state.stage}: {count} source rows were skipped, see {REJECTED}", markup=False)
 
 
 def show_explanation(found: Explanation, limit: int) -> None:
-    """An anchor, its first `limit` positives, and as many candidates with their fates, a table a unit."""
+    """An anchor, its first `limit` positives, and as many candidates with their fates, in one table per unit."""
     console.out.print(
         Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300))
     )
-    over = "ranks that count survivors only" if found.rank_over == "survivors" else "raw ranks"
+    over = "ranks among survivors only" if found.rank_over == "survivors" else "raw ranks"
     for unit in found.units:
         console.out.print()
         for positive in unit.positives[:limit]:

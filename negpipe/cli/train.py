@@ -1,4 +1,4 @@
-"""The command that trains: `train`."""
+"""The `train` command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(
     config: ConfigArgument,
     fail_on: Annotated[
         Literal["loss"] | None,
-        typer.Option(help="loss: exit code 1 where the model is worse than its base.", metavar="VERDICT"),
+        typer.Option(help="loss: exit with code 1 if the model is worse than its base.", metavar="VERDICT"),
     ] = None,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
@@ -39,10 +39,10 @@ def train(
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a model on the rows, and say whether it finds more than its base did. Mines what is not up to date first.
+    """Train a model on the rows and compare it to its base. Runs mining stages that are not up to date first.
 
-    It is judged on the queries of train.eval_split, or those that train.split holds out, against the whole corpus; a
-    reranker orders the best that the encoder finds there. The last line is the result. The model is in RUN_DIR/model.
+    The model is judged on the queries of train.eval_split, or those held out by train.split, against the entire corpus;
+    a reranker orders the encoder's best documents. The last line is the result. The model is saved in RUN_DIR/model.
 
     Example: negpipe train scifact.yaml --set train.batch_size=64 --fail-on loss
     """

@@ -1,1 +1,1 @@
-"""In the place of other miners' functions."""
+"""Drop-in replacements for the functions of other miners."""

@@ -1,4 +1,4 @@
-"""What callers pass as a dataset or a corpus: its columns, or a ValueError that names the argument and what to pass."""
+"""Columns of a dataset or corpus passed by a caller, or a ValueError with the argument and the expected types."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _TAKEN = "a datasets.Dataset or IterableDataset, a dict of lists, a list of dict
 
 
 def columns_of(dataset: Any) -> Mapping[str, Sequence[Any]]:
-    """Column → its values, all of one length. A stream is read to its end.
+    """Column → its values, all of the same length. A stream is read to its end.
 
     Raises:
-        ValueError: it is nothing of what is taken, or holds several splits, or columns of unequal lengths.
+        ValueError: the dataset has an unsupported type, several splits, or columns of different lengths.
     """
     import pandas as pd
     from datasets import Dataset, IterableDataset
 
     if isinstance(dataset, Dataset):
-        # Each is read where it is asked for.
+        # Each is read when requested.
         return {name: dataset[name] for name in dataset.column_names}
     if isinstance(dataset, pd.DataFrame):
         if twice := dataset.columns[dataset.columns.duplicated()].tolist():
-            raise ValueError(f"dataset: it has several columns {twice[0]!r}: give each a name of its own")
+            raise ValueError(f"dataset: it has several columns {twice[0]!r}: give each a unique name")
         return {str(name): values.tolist() for name, values in dataset.items()}
     if isinstance(dataset, Mapping):
         splits = [name for name, split in dataset.items() if isinstance(split, Dataset | IterableDataset)]
@@ -36,17 +36,17 @@ def columns_of(dataset: Any) -> Mapping[str, Sequence[Any]]:
 
 
 def pair_of(names: Sequence[str], anchor: str | None, positive: str | None) -> tuple[str, str]:
-    """The anchor column and the positive column; what is not named is the first, or the second, that is left.
+    """The anchor column and the positive column; by default, the first and second remaining columns.
 
     Raises:
-        ValueError: a name that there is not, both the same, or too few columns.
+        ValueError: a name is not found, both are the same, or there are too few columns.
     """
     there = ", ".join(map(repr, names))
     for argument, name in (("anchor_column_name", anchor), ("positive_column_name", positive)):
         if name is not None and name not in names:
             raise ValueError(f"{argument}: the dataset has no column {name!r}; its columns are {there}")
     if len(names) < 2:
-        raise ValueError(f"the dataset needs two columns, anchors and positives; it has {there}")
+        raise ValueError(f"the dataset must have two columns, anchors and positives; it has {there}")
     if anchor is not None and anchor == positive:
         raise ValueError(f"positive_column_name: {positive!r} is the anchor column; the columns are {there}")
     first, second = names[:2]
@@ -58,10 +58,10 @@ def pair_of(names: Sequence[str], anchor: str | None, positive: str | None) -> t
 
 
 def pairs(columns: Mapping[str, Sequence[Any]], anchor: str, positive: str) -> list[tuple[str, str]]:
-    """(anchor, positive), one a row; a list of positives gives as many.
+    """(anchor, positive), one per row; a list of positives yields one for each.
 
     Raises:
-        ValueError: something that is no text, or an empty list.
+        ValueError: a value is not a text, or a list is empty.
     """
     found: list[tuple[str, str]] = []
     for row, (query, value) in enumerate(zip(_whole(columns[anchor]), _whole(columns[positive]), strict=True)):
@@ -76,14 +76,14 @@ def pairs(columns: Mapping[str, Sequence[Any]], anchor: str, positive: str) -> l
 
 
 def texts_of(corpus: Any) -> list[str]:
-    """Raises ValueError where the corpus is no sequence of texts."""
+    """Raises ValueError if the corpus is not a sequence of texts."""
     import pandas as pd
     from datasets import Dataset, IterableDataset
 
     if corpus is None:
         return []
     if isinstance(corpus, Dataset | IterableDataset | Mapping | pd.DataFrame):
-        raise ValueError(f"corpus: expected a list of texts, found {_named(corpus)}: pass its texts, as corpus['text']")
+        raise ValueError(f"corpus: expected a list of texts, found {_named(corpus)}: pass corpus['text']")
     if isinstance(corpus, str) or not isinstance(corpus, Iterable):
         raise ValueError(f"corpus: expected a list of texts, found {_named(corpus)}")
     texts = _whole(corpus)
@@ -95,7 +95,7 @@ def texts_of(corpus: Any) -> list[str]:
 def _one_split(dataset: Mapping[str, Any], splits: list[str]) -> Mapping[str, Sequence[Any]]:
     if len(dataset) > 1:
         names = ", ".join(map(repr, dataset))
-        raise ValueError(f"dataset: it holds the splits {names}: pass one of them, such as dataset[{splits[0]!r}]")
+        raise ValueError(f"dataset: it has the splits {names}: pass one of them, such as dataset[{splits[0]!r}]")
     return columns_of(dataset[splits[0]])
 
 
@@ -111,14 +111,14 @@ def _of_lists(dataset: Mapping[Any, Any]) -> Mapping[str, Sequence[Any]]:
 
 
 def _whole(values: Iterable[Any]) -> list[Any]:
-    """All values; of a data set's column at once, since one by one takes a hundred times as long."""
+    """All values; a dataset's column at once, as one by one takes a hundred times as long."""
     from datasets.arrow_dataset import Column
 
     return list(values[:] if isinstance(values, Column) else values)
 
 
 def _is_list(value: Any) -> bool:
-    """Lists, and the arrays that pandas reads them as."""
+    """Lists, and the arrays that pandas makes of them."""
     return isinstance(value, list | tuple) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1)
 
 
@@ -130,5 +130,5 @@ def _check_text(where: str, row: int, text: Any) -> None:
 def _named(value: Any) -> str:
     if isinstance(value, list | tuple):
         odd = next(entry for entry in value if not isinstance(entry, Mapping))
-        return f"a {type(value).__name__} that holds a {type(odd).__name__}"
+        return f"a {type(value).__name__} with a {type(odd).__name__}"
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,6 +1,6 @@
-"""A caller's (anchor, positive) texts: the source of a run, and its rows with the caller's own texts.
+"""A caller's (anchor, positive) texts as the source of a run, and its rows with the caller's texts.
 
-Texts are told apart as sentence-transformers does, letter for letter; an id is a text's place.
+Like in sentence-transformers, texts are distinguished character by character; an id is the position of a text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of a dataset, and the documents that are searched.
+    """Rows of a dataset, and the documents to search.
 
     Attributes:
-        columns: the names of the anchor column and of the positive column.
-        rows: (anchor, positive), one a row of the dataset, or several where it has a list of positives.
+        columns: the names of the anchor column and the positive column.
+        rows: (anchor, positive), one per row of the dataset, or several for a list of positives.
         corpus: further documents.
     """
 
@@ -42,14 +42,14 @@ class Pairs:
 
     @classmethod
     def of(cls, dataset: Any, anchor: str | None, positive: str | None, corpus: Any = None) -> Pairs:
-        """Read a dataset; the columns that are not named are its first two.
+        """Read a dataset; by default, the columns are its first two.
 
         Raises:
-            ValueError: see `columns`; or there are no rows.
+            ValueError: see `columns`; or the dataset has no rows.
         """
         columns = columns_of(dataset)
         if not any(len(values) for values in columns.values()):
-            raise ValueError("the dataset is empty: it needs rows of an anchor and a positive")
+            raise ValueError("the dataset is empty: it must have rows of an anchor and a positive")
         names = pair_of(list(columns), anchor, positive)
         return cls(names, pairs(columns, *names), texts_of(corpus))
 
@@ -63,11 +63,11 @@ class Pairs:
 
     @property
     def max_positives(self) -> int:
-        """The most rows of an anchor, repeated ones counted."""
+        """The most rows of an anchor, counting repeated ones."""
         return max(Counter(anchor for anchor, _ in self.rows).values())
 
     def settings(self, folder: Path) -> dict[str, Any]:
-        """Settings of a run in `folder` that reads what `write` puts there."""
+        """Settings of a run in `folder` that reads the output of `write`."""
         source = folder / "source"
         tables = {name: str(source / f"{name}.parquet") for name in ("corpus", "queries", "qrels")}
         return {
@@ -110,7 +110,7 @@ class Pairs:
             write_vectors(folder / "source" / f"{name}.npy", vectors)
 
     def dataset(self, triplets: Path, output_format: str, scores: bool) -> Dataset:
-        """The rows with the caller's own texts, in the columns of sentence-transformers."""
+        """The rows with the caller's texts, in the columns of sentence-transformers."""
         import pyarrow.dataset as ds
         from datasets import Dataset
 
@@ -135,12 +135,12 @@ class Pairs:
 
 
 def _wrapped(text: str) -> str:
-    """Ingest strips texts and refuses empty ones; sentence-transformers tells them apart."""
+    """Protect a text: ingest strips texts and rejects empty ones; sentence-transformers does not."""
     return text if text and text == text.strip() and text[0] != "\2" else f"\2{text}\3"
 
 
 def unwrapped(text: str) -> str:
-    """The caller's text behind one of the run's."""
+    """The caller's text of a protected one."""
     return text[1:-1] if text[0] == "\2" else text
 
 
@@ -149,14 +149,14 @@ def _check_finite(texts: Sequence[str], vectors: Floats) -> None:
     if len(bad):
         raise InputError(
             f"the model's vector of the text {texts[int(bad[0])][:80]!r} is not finite ({len(bad):,} such vectors)",
-            remedy="Look at the text; if others fail too, the model's weights are damaged or its precision is too low",
+            remedy="Check the text; if others fail too, the model's weights are damaged or its precision is too low",
         )
 
 
 def _never_zero(documents: Floats, anchors: Floats) -> Iterator[Floats]:
     """Vectors with the same inner products, none of them zero: a zero vector's cosine is 0 with all others.
 
-    The stages refuse a zero vector, which tells of a damaged file where vectors come from one.
+    The stages reject zero vectors, which indicate a damaged file if vectors come from one.
     """
     zero = [~vectors.any(axis=1) for vectors in (documents, anchors)]
     for place, (vectors, here) in enumerate(zip((documents, anchors), zero, strict=True)):

@@ -2,7 +2,7 @@
 
 Guarantees: the same `datasets.Dataset` (rows, order, columns, types) for `top`, scores within rounding;
 `random` draws from the same candidates, by seed. The models run in the caller's process, the search in a
-subprocess of its own: torch and FAISS never meet, and no script needs a main guard.
+subprocess: torch and FAISS are never in the same process, and no script needs a main guard.
 """
 
 from __future__ import annotations
@@ -73,23 +73,23 @@ def mine_hard_negatives(
 ) -> Dataset:
     """Add hard negatives to a dataset of (anchor, positive) pairs.
 
-    The arguments up to `margin` are those of `sentence_transformers.util.mine_hard_negatives`, whose documentation
-    holds. `use_faiss` and `faiss_batch_size` are taken and change nothing: the search is exact either way.
-    `cache_folder` keeps vectors by a digest of the model's weights, so that two models never share them.
-    `use_multi_process` starts the models' own worker processes, which import the caller's script: that one option
-    needs a main guard, as there. A zero vector has a cosine of 0 with everything, as there.
+    The arguments up to `margin` are those of `sentence_transformers.util.mine_hard_negatives`; its documentation
+    applies. `use_faiss` and `faiss_batch_size` are accepted and change nothing: the search is exact either way.
+    `cache_folder` stores vectors by a digest of the model's weights, so that two models never share them.
+    `use_multi_process` starts the models' worker processes, which import the caller's script: only this option
+    requires a main guard, as there. A zero vector has a cosine of 0 with everything, as there.
 
     Args:
         dataset: as there; or a stream of rows (read to its end), a dict of lists, a dict of one split, a list of
-            dicts, a pandas DataFrame. A list in the positive column stands for that many positives.
-        anchor_column_name: None: the first column. A name that there is not is an error, where sentence-transformers
-            takes the first column; `positive_column_name` alike, with the second.
-        run_dir: where the stages work; what is there already is not done again. None: a temporary folder, removed.
-        seed: of `sampling_strategy="random"`.
+            dicts, a pandas DataFrame. A list in the positive column contains several positives.
+        anchor_column_name: None: the first column. An unknown name is an error, while sentence-transformers uses the
+            first column; the same applies to `positive_column_name` and the second column.
+        run_dir: the run directory; finished work in it is not repeated. None: a temporary folder, deleted afterwards.
+        seed: seed of `sampling_strategy="random"`.
 
     Raises:
-        ValueError: arguments that do not fit, as there; before a model is asked for anything.
-        InputError: a vector is not finite; the message has its text.
+        ValueError: invalid arguments, as there; before a model is used.
+        InputError: a vector is not finite; the message contains its text.
     """
     if as_triplets is not None:
         output_format = "triplet" if as_triplets else "n-tuple"
@@ -111,7 +111,7 @@ def mine_hard_negatives(
         range_max = presets.derived_range_max(range_min, num_negatives, pairs.max_positives, filtered=filtered)
     _check_window(range_min, range_max, num_negatives)
     if getattr(model, "similarity_fn_name", None) in ("euclidean", "manhattan"):
-        raise ValueError(f"similarity '{model.similarity_fn_name}': the search knows cosine and dot products")
+        raise ValueError(f"similarity '{model.similarity_fn_name}': only cosine and dot product are supported")
     _check_prompt_name("query", model, query_prompt_name, query_prompt)
     _check_prompt_name("corpus", model, corpus_prompt_name, corpus_prompt)
 
@@ -136,7 +136,7 @@ def mine_hard_negatives(
     known = identity(model) if cache_folder else None
     vectors = {}
     with _folder(run_dir) as folder:
-        # Whatever is wrong with the arguments is said before the model has worked for hours.
+        # Errors in the arguments are reported before the model has run for hours.
         source = pairs.settings(folder) | settings
         here, apart = (load_config(source | {"executor": {"kind": kind}}) for kind in ("inline", "local"))
         with _pool(model, bool(use_multi_process), pool) as workers:
@@ -162,7 +162,7 @@ def mine_hard_negatives(
                 found = cross_encoder.predict(own, batch_size=batch_size, convert_to_tensor=True, pool=workers)
                 return np.asarray(found.float().cpu().numpy(), np.float32)
 
-            # Without a digest of its weights a model is never taken for the one before.
+            # Without a digest of its weights, a model is never taken for the previous one.
             between = rescore(score, identity(cross_encoder) or uuid.uuid4().hex) if rescored else None
             result = graph.mine(here, rescore=between)
         logger.log(logging.INFO if verbose else logging.DEBUG, "mined: %s", result.stats["triplets"])
@@ -185,11 +185,11 @@ def _check_window(range_min: int, range_max: int, num_negatives: int) -> None:
     if not 0 <= range_min < range_max:
         raise ValueError(f"range_min ({range_min}) must be at least 0 and below range_max ({range_max})")
     if num_negatives > range_max - range_min:
-        raise ValueError(f"{num_negatives} negatives do not fit into the ranks {range_min} to {range_max}")
+        raise ValueError(f"{num_negatives} negatives do not fit in the ranks {range_min} to {range_max}")
 
 
 def _vectors(encode: Any, texts: list[str], cached: Path | None, **options: Any) -> Floats:
-    """Vectors of texts, (n, d) float32, from the cache if they are there."""
+    """Vectors of texts, (n, d) float32, from the cache if available."""
     if cached is not None and cached.is_file():
         return np.asarray(np.load(cached, allow_pickle=False), np.float32)
     vectors = np.asarray(encode(texts, convert_to_numpy=True, **options), np.float32)
@@ -209,7 +209,7 @@ def _folder(run_dir: str | Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _pool(model: Any, wanted: bool, devices: list[str] | None) -> Iterator[Any]:
-    """The model's own worker processes, where they are asked for."""
+    """The model's worker processes, if requested."""
     if not wanted:
         yield None
         return

@@ -1,1 +1,1 @@
-"""What a user may set: the schema of the config file, other miners' presets, and reading it."""
+"""The config file: its schema, the presets of other miners, and reading it."""

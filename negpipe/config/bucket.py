@@ -1,4 +1,4 @@
-"""Run directories in a bucket: what their address may be, and where this machine works for them."""
+"""Run directories in a bucket: their address, and their working folder on this machine."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ _ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
 
 
 def bucket_url(address: str) -> str:
-    """The address in one form: no slash at the end, none doubled.
+    """The normalized address, without trailing or doubled slashes.
 
     Raises:
-        ValueError: no bucket of S3, or one that negpipe does not write to.
+        ValueError: the address is not that of an S3 bucket, or negpipe does not write there.
     """
     scheme, slashes, rest = address.partition("://")
     if slashes and scheme != "s3":
         raise ValueError(
-            f"run_dir: {scheme}:// is no place to write to: of object stores negpipe knows s3:// alone to write only if"
-            " nobody else did, without which two drivers spoil each other's manifests. Take s3://BUCKET/PREFIX, or a"
-            " folder"
+            f"run_dir: {scheme}:// is not supported: negpipe needs conditional writes, which it uses on s3:// only;"
+            " without them, two drivers overwrite each other's manifests. Use s3://BUCKET/PREFIX or a folder"
         )
     if "@" in rest.partition("/")[0]:
         raise ValueError(
-            "run_dir: credentials have no place in a config: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"
+            "run_dir: a config must not contain credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, in the environment"
         )
     named = _ADDRESS.fullmatch(address)
     parts = [part for part in (named[2] or "").split("/") if part] if named else []
     if named is None or any(part in (".", "..") for part in parts) or set("?#\\") & set(address):
-        raise ValueError("run_dir: expected s3://BUCKET/PREFIX, the bucket in small letters, digits, dots and dashes")
+        raise ValueError("run_dir: expected s3://BUCKET/PREFIX, the bucket in lowercase letters, digits, dots, dashes")
     return "/".join([f"s3://{named[1]}", *parts])
 
 
 def working_folder(url: str, cache: Path | None) -> Path:
-    """The folder of this machine for a run in a bucket: named to be recognised, and told from all others."""
+    """The folder on this machine for a run in a bucket, with a recognizable and unique name."""
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "negpipe"
     name = url.rpartition("/")[2]

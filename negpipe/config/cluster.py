@@ -1,4 +1,4 @@
-"""A cluster as a YAML file describes it, the job that is planned on it, and what was measured of one core's speed."""
+"""A cluster described by a YAML file, the job planned on it, and the measured speed of a core."""
 
 from __future__ import annotations
 
@@ -24,66 +24,66 @@ def _bandwidth(value: Any) -> Any:
 
 
 Bandwidth = Annotated[int, BeforeValidator(_bandwidth), Field(gt=0)]
-"""Bytes a second, also written as 25Gbit/s or 800MB/s."""
+"""Bytes per second, also written as 25Gbit/s or 800MB/s."""
 _Rate = Annotated[float, Field(gt=0)]
 
 
 class Rates(Section):
-    """What one core does in a second, and what a row takes on disk.
+    """The speed of one core, and the size of a row on disk.
 
     The defaults were fitted by scripts/fit_plan.py to the runs in scripts/fit_plan.json, on an Intel Xeon with matrix
-    units (AMX): see docs/how-to/plan-a-cluster.md for how far they are off. Another machine's are given in the file.
+    units (AMX); see docs/how-to/plan-a-cluster.md for their error. Set those of other machines in the file.
     """
 
-    ingest_rows: _Rate = Field(1.05e5, description="Documents and anchors a second that ingest numbers.")
-    ingest_bytes: _Rate = Field(7.3e7, description="Bytes of text a second that ingest reads and writes.")
-    brought_bytes: _Rate = Field(1.9e8, description="Bytes a second of vectors that are brought, not encoded.")
-    checked_bytes: _Rate = Field(1.05e8, description="Bytes a second of vectors that encode looks through at its end.")
-    ids_rows: _Rate = Field(6.6e5, description="Documents a second of the map from rows to ids (index).")
-    products: _Rate = Field(2.4e11, description="Multiplications a second of two numbers of vectors (search).")
-    loaded: _Rate = Field(1.5e8, description="Numbers of vectors a second that one thread reads and converts (search).")
-    pairs: _Rate = Field(4.9e6, description="Pairs a second that are scored exactly, and kept (search).")
-    looked_at: _Rate = Field(1.5e8, description="Candidates a second that filters and samplers look at (triplets).")
-    negatives: _Rate = Field(4.1e4, description="Negatives a second that are written (triplets).")
-    opened: _Rate = Field(2.4e6, description="Documents a second whose tables a process opens (triplets).")
-    start: float = Field(1.2, ge=0, description="Seconds for a process to begin.")
-    torch: float = Field(0.2, ge=0, description="Seconds to import torch, which multiplies for a large search.")
+    ingest_rows: _Rate = Field(1.05e5, description="Documents and anchors per second that ingest numbers.")
+    ingest_bytes: _Rate = Field(7.3e7, description="Bytes of text per second that ingest reads and writes.")
+    brought_bytes: _Rate = Field(1.9e8, description="Bytes per second of precomputed vectors.")
+    checked_bytes: _Rate = Field(1.05e8, description="Bytes per second of vectors that encode checks at its end.")
+    ids_rows: _Rate = Field(6.6e5, description="Documents per second of the id map (index).")
+    products: _Rate = Field(2.4e11, description="Multiplications per second of two vector components (search).")
+    loaded: _Rate = Field(1.5e8, description="Vector components per second that a thread reads and converts (search).")
+    pairs: _Rate = Field(4.9e6, description="Pairs per second that are scored exactly and kept (search).")
+    looked_at: _Rate = Field(1.5e8, description="Candidates per second that filters and samplers check (triplets).")
+    negatives: _Rate = Field(4.1e4, description="Negatives per second that are written (triplets).")
+    opened: _Rate = Field(2.4e6, description="Documents per second whose tables a process opens (triplets).")
+    start: float = Field(1.2, ge=0, description="Seconds to start a process.")
+    torch: float = Field(0.2, ge=0, description="Seconds to import torch, used for large searches.")
     task: float = Field(0.001, ge=0, description="Seconds to plan a task and to commit its part, in one process.")
-    table_bytes: float = Field(56, ge=0, description="Bytes on disk of a row of a corpus part beside its text.")
-    id_bytes: float = Field(7.5, ge=0, description="Bytes on disk of a document in the map from rows to ids.")
+    table_bytes: float = Field(56, ge=0, description="Bytes on disk of a row of a corpus part, without its text.")
+    id_bytes: float = Field(7.5, ge=0, description="Bytes on disk of a document in the id map.")
     candidate_bytes: float = Field(8.6, ge=0, description="Bytes on disk of a candidate.")
-    negative_bytes: float = Field(30, ge=0, description="Bytes on disk of a negative's row beside its text.")
-    compressed: float = Field(0.4, gt=0, description="Bytes on disk of a byte of text in a row, compressed.")
-    process_bytes: Size = Field(500 * 2**20, gt=0, description="Memory of a process beside its budget: libraries.")
+    negative_bytes: float = Field(30, ge=0, description="Bytes on disk of a negative's row, without its text.")
+    compressed: float = Field(0.4, gt=0, description="Bytes on disk per byte of text in a row, compressed.")
+    process_bytes: Size = Field(500 * 2**20, gt=0, description="Memory of a process beyond its budget: libraries.")
 
 
 class Sizes(Section):
-    """How large the job is. What is left out is known once the source has been ingested."""
+    """The size of the job. Missing values are known once the source has been ingested."""
 
     documents: int | None = Field(None, ge=1, description="Rows of the corpus.")
     anchors: int | None = Field(None, ge=1, description="Queries with a positive.")
-    dimension: int | None = Field(None, ge=1, description="Numbers of a vector.")
+    dimension: int | None = Field(None, ge=1, description="Dimensions of a vector.")
     text_bytes: float | None = Field(None, gt=0, description="Mean bytes of a document's text.")
-    positives: float | None = Field(None, ge=1, description="Positives an anchor, on average.")
+    positives: float | None = Field(None, ge=1, description="Mean positives per anchor.")
 
 
 class Cluster(Section):
-    """Nodes, all alike, that share the run directory."""
+    """Identical nodes that share the run directory."""
 
-    nodes: Annotated[int, Field(ge=1)] = Field(1, description="How many; --nodes 1,8,64 compares numbers of them.")
-    cores: int = Field(ge=1, description="Of a node.")
-    memory: Size = Field(gt=0, description="Of a node.")
-    gpus: int = Field(0, ge=0, description="Of a node; encode has a worker on each.")
-    disk: Size | None = Field(None, gt=0, description="Of a node: where a single one has its run directory.")
-    disk_bandwidth: Bandwidth = Field(description="Of a node's disk.")
-    network_bandwidth: Bandwidth | None = Field(None, description="Between a node and the storage that all share.")
-    storage: Size | None = Field(None, gt=0, description="Bytes of the storage that all nodes share.")
-    storage_bandwidth: Bandwidth | None = Field(None, description="Of that storage, all nodes together.")
+    nodes: Annotated[int, Field(ge=1)] = Field(1, description="Number of nodes; --nodes 1,8,64 compares several.")
+    cores: int = Field(ge=1, description="Cores per node.")
+    memory: Size = Field(gt=0, description="Memory per node.")
+    gpus: int = Field(0, ge=0, description="GPUs per node; encode has a worker on each.")
+    disk: Size | None = Field(None, gt=0, description="Disk space per node, for the run directory of a single node.")
+    disk_bandwidth: Bandwidth = Field(description="Bandwidth of a node's disk.")
+    network_bandwidth: Bandwidth | None = Field(None, description="Bandwidth from a node to the shared storage.")
+    storage: Size | None = Field(None, gt=0, description="Bytes of the storage shared by all nodes.")
+    storage_bandwidth: Bandwidth | None = Field(None, description="Bandwidth of that storage for all nodes together.")
     texts_per_second: _Rate | None = Field(
-        None, description="Texts a worker encodes in a second; null: as the parts that are there took, or this machine."
+        None, description="Texts per second and worker; null: as measured on the existing parts, or on this machine."
     )
     gflops: _Rate | None = Field(
-        None, description="Of a node's search, as `negpipe plan` prints it there; null: rates.products, every core."
+        None, description="Search speed of a node, as printed there by `negpipe plan`; null: rates.products, all cores."
     )
     job: Sizes = Sizes()
     rates: Rates = Rates()
@@ -95,7 +95,7 @@ class Cluster(Section):
         return self
 
     def require_shared(self, nodes: int) -> None:
-        """Raise ValueError where nodes are to share a storage of which nothing is known."""
+        """Raise ValueError if several nodes share a storage of unknown speed."""
         for name in ("network_bandwidth", "storage_bandwidth"):
             if nodes > 1 and getattr(self, name) is None:
-                raise ValueError(f"{name}: {nodes} nodes share one run directory, say how fast they reach it")
+                raise ValueError(f"{name}: required, as {nodes} nodes share one run directory")

@@ -1,4 +1,4 @@
-"""Reading a config: from a file or a mapping, with overrides, every error with its place in the file."""
+"""Reading a config from a file or a mapping, with overrides; every error has its location in the file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 def find_config(name: str) -> Path:
-    """The file of a config named by path, by its run directory, or by its name in configs/.
+    """The file of a config given by path, run directory, or name in configs/.
 
     Raises:
-        ConfigError: there is no such file; the message names the places looked at.
+        ConfigError: the file does not exist; the message lists the places searched.
     """
     named = (CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml"))
     run = [kept.path_in(Path(name))] if Path(name).is_dir() else []
@@ -40,20 +40,20 @@ def find_config(name: str) -> Path:
     known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
     hint = f" Configs here: {', '.join(known)}." if known else ""
     if kept.path_in(Path(name)).parent.is_dir():
-        hint = " It is a run directory whose config was not kept: run `negpipe mine CONFIG` with its config once."
+        hint = " It is a run directory without a stored config: run `negpipe mine CONFIG` with its config once."
     raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a config. What differs from the one that a run directory was made with is logged.
+    """Read, override and validate a config. Differences from the config stored in a run directory are logged.
 
     Args:
-        source: path, name in configs/, run directory (the config it was made with), or the mapping itself.
-        overrides: `key.path=value` strings; the value is parsed as YAML, but taken as it stands where the setting is a
-            text and YAML makes something else of it.
+        source: path, name in configs/, run directory (its stored config), or a mapping.
+        overrides: `key.path=value` strings; the value is parsed as YAML, but taken verbatim if the setting is a text
+            and the YAML value is not.
 
     Raises:
-        ConfigError: with one line a problem, each with its place in the file.
+        ConfigError: one line per problem, each with its location in the file.
     """
     before = None
     if isinstance(source, dict):
@@ -65,7 +65,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
             tree = safe_yaml.load(path.read_text(encoding="utf-8"))
         except ValueError as error:
             if path.suffix in (".jsonl", ".csv", ".tsv"):
-                raise ConfigError(f"{path} holds data: negpipe inspect {path} --write my.yaml makes a config") from None
+                raise ConfigError(f"{path} is data: negpipe inspect {path} --write my.yaml writes a config") from None
             raise ConfigError(f"{path} is not valid YAML: {error}") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -98,7 +98,7 @@ def load_cluster(path: Path) -> Cluster:
     """Read and validate the description of a cluster.
 
     Raises:
-        ConfigError: with one line a problem, each with its place in the file.
+        ConfigError: one line per problem, each with its location in the file.
     """
     try:
         tree = safe_yaml.load(path.read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def load_cluster(path: Path) -> Cluster:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping: cores, memory, disk_bandwidth and what else is known of a node")
+        raise ConfigError(f"{path} must be a mapping: cores, memory, disk_bandwidth and further properties of a node")
     try:
         return Cluster.model_validate(tree)
     except ValidationError as error:
@@ -126,7 +126,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[folder] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: '{folder}' holds a value, not settings")
+            raise ConfigError(f"--set {override}: '{folder}' is a value, not a section")
         node = child
     is_text = _is_text([*folders, leaf])
     try:
@@ -140,7 +140,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _is_text(path: list[str]) -> bool:
-    """Whether a setting is a text, or null: `{text}` is then no mapping, and 1e5 no number."""
+    """Whether a setting is a text or null, so that `{text}` is not a mapping and 1e5 not a number."""
     model: type[BaseModel] | None = Config
     for folder in path[:-1]:
         model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
@@ -159,7 +159,7 @@ def _explain(problem: Any, root: type[BaseModel] = Config) -> str:
     shown = problem["input"]
     got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
     if problem["type"] == "model_type":
-        return f"{before}expected settings, some of {', '.join(_names(problem['loc'], root))}{got}"
+        return f"{before}expected a section with keys from {', '.join(_names(problem['loc'], root))}{got}"
     return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
 
 
@@ -172,12 +172,12 @@ _ELSEWHERE = {
     "candidate_pool": "data.corpus",
     "input_file": "data.path",
 }
-"""Other miners' keys; what each of those is called here."""
+"""Keys of other miners, and their names here."""
 
 
 def _hint(folders: list[Any], leaf: str, root: type[BaseModel]) -> str:
     if root is Config and leaf in _ELSEWHERE:
-        return f"Here it is {_ELSEWHERE[leaf]}; mining.compat takes a whole setting over."
+        return f"Use {_ELSEWHERE[leaf]} instead; mining.compat applies all settings of another miner."
     elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"Did you mean '{' or '.join(elsewhere)}'?"
@@ -187,7 +187,7 @@ def _hint(folders: list[Any], leaf: str, root: type[BaseModel]) -> str:
 
 
 def _names(folders: Iterable[Any], root: type[BaseModel]) -> list[str]:
-    """The keys known at a place of the file."""
+    """The keys known at a location in the file."""
     model: type[BaseModel] | None = root
     for folder in folders:
         model = _model(model.model_fields[folder].annotation) if model and folder in model.model_fields else None
@@ -203,7 +203,7 @@ def _paths(model: type[BaseModel], before: str = "") -> Iterator[str]:
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation, also where it is optional."""
+    """The model in an annotation, even if optional."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model, get_args(annotation))), None)

@@ -1,8 +1,8 @@
-"""The config that a run keeps of itself: whole, without secrets, and right from whatever folder it is read.
+"""The config that a run stores: complete, without secrets, and valid from any working directory.
 
-It lies in the run directory, so that every command takes that directory in place of a config. Read back, the run
-directory is the one it lies in. User names, passwords and queries of addresses are left out; what lacks them has to be
-given again, by the environment or `--set`.
+It is in the run directory, so that every command accepts that directory instead of a config. When it is read, the run
+directory is the one that contains it. User names, passwords and queries of addresses are left out: such addresses must
+be set again, by the environment or `--set`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from negpipe.errors import ConfigError
 from negpipe.redaction import is_redacted, redacted
 
 NAME = ".negpipe/config.yaml"
-"""Its place in a run directory."""
+"""Its path in a run directory."""
 _PLACES = (
     *("run_dir", "store", "encoder.cache", "encoder.corpus_vectors", "encoder.anchor_vectors", "index.trained"),
     "mining.exclude_file",
 )
-_NAMES = (  # of the hub, unless there is something of that name here
+_NAMES = (  # on the hub, unless a local file has that name
     *("data.path", "data.corpus.path", "data.queries.path", "data.qrels.path", "encoder.model", "train.base"),
     "train.guide",
 )
@@ -37,12 +37,12 @@ _CIRCUMSTANCE = ("executor.", "resources.", "output.report")
 
 
 def path_in(run_dir: Path) -> Path:
-    """Where a run directory keeps its config."""
+    """The path of the config stored in a run directory."""
     return run_dir / NAME
 
 
 def text(config: Config) -> str:
-    """The config as its run keeps it: YAML, places absolute, secrets left out."""
+    """The config as its run stores it: YAML, with absolute paths and without secrets."""
     tree = config.model_dump(mode="json")
     for key in (*_PLACES, *_NAMES):
         *folders, leaf = key.split(".")
@@ -58,14 +58,14 @@ def text(config: Config) -> str:
 
 
 def alike(before: str, after: str) -> bool:
-    """Whether two kept configs differ in nothing but what changes no row."""
+    """Whether two stored configs differ only in settings that do not change rows."""
     return _asked_for(before) == _asked_for(after)
 
 
 def _asked_for(content: str) -> dict[str, Any] | None:
     try:
         tree = safe_yaml.load(content)
-    except ValueError:  # somebody has written to it
+    except ValueError:  # edited by hand
         return None
     if not isinstance(tree, dict):
         return None
@@ -73,33 +73,33 @@ def _asked_for(content: str) -> dict[str, Any] | None:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (a link stays what the user named)
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (keeps links as the user named them)
 
 
 def _absolute_if_here(name: str) -> str:
-    if name.startswith("~"):  # is expanded where it is read
+    if name.startswith("~"):  # expanded when it is read
         return name
     here = name.startswith(("./", "../")) or glob.has_magic(name) or Path(name).exists()
     return _absolute(name) if here else name
 
 
 def variable(key: str) -> str:
-    """The environment variable that a setting with a secret in it is taken from: NEGPIPE_DATA_PATH for data.path."""
+    """The environment variable for a setting that contains a secret: NEGPIPE_DATA_PATH for data.path."""
     return f"NEGPIPE_{key.replace('.', '_').upper()}"
 
 
 def restored(tree: dict[str, Any], path: Path, given: Collection[str]) -> list[str]:
-    """Overrides that give a kept config what it does not hold, from the environment.
+    """Overrides from the environment for settings that a stored config lacks.
 
-    A setting that others depend on by default, `mining.compat`, brings its own again: they are struck from the tree.
+    A new value of a setting that sets defaults of others, such as `mining.compat`, removes those from the tree.
 
     Args:
-        tree: the kept config, which is changed.
+        tree: the stored config, which is modified.
         path: its file.
-        given: the settings that are set again.
+        given: the settings overridden by the user.
 
     Raises:
-        ConfigError: an address lacks what was left out, and nobody gives it.
+        ConfigError: an address lacks its secret, and neither the user nor the environment sets it.
     """
     mining = tree.get("mining")
     if "mining.compat" in given and isinstance(mining, dict):
@@ -111,10 +111,10 @@ def restored(tree: dict[str, Any], path: Path, given: Collection[str]) -> list[s
     missing = [key for key in secret if variable(key) not in os.environ]
     if missing:
         what = "\n".join(
-            f"{key} is {flat(tree)[key]}: set it with --set '{key}=…', or in the environment as {variable(key)}"
+            f"{key} is {flat(tree)[key]}: set it with --set '{key}=…' or the environment variable {variable(key)}"
             for key in missing
         )
-        raise ConfigError(f"{path} does not hold user names, passwords and queries of addresses. {what}")
+        raise ConfigError(f"{path} does not store user names, passwords and queries of addresses. {what}")
     return [f"{key}={os.environ[variable(key)]}" for key in secret]
 
 
@@ -127,11 +127,11 @@ def _covered(key: str, given: Collection[str]) -> bool:
 
 
 def changes(before: Mapping[str, Any], after: Config) -> list[str]:
-    """What differs from the kept config, a line a setting."""
+    """Differences from the stored config, one line per setting."""
     was, now = flat(before), flat(redacted(after.model_dump(mode="json")))
     known = {*was, *(key for key in now if any(key.startswith(f"{section}.") for section in was))}  # not new defaults
     return [
-        f"{key}: {_shown(now.get(key))}, the run was made with {_shown(was.get(key))}"
+        f"{key}: {_shown(now.get(key))}; the run was made with {_shown(was.get(key))}"
         for key in dict.fromkeys([*was, *now])
         if key in known and was.get(key) != now.get(key) and key != "run_dir"
     ]

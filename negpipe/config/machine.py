@@ -1,4 +1,4 @@
-"""What this machine has: its memory, which a container may cut, and how the C library keeps it."""
+"""The resources of this machine: cores, memory, which a container may limit, and how the C library frees it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def memory() -> int:
-    """Bytes this process may use: of the machine, or of the container it runs in."""
+    """Memory in bytes that this process may use, limited by the machine or its container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(_CGROUP.read_text()))
@@ -28,10 +28,10 @@ def cores() -> int:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most. Its parent's peak, which getrusage passes on, is not among them."""
+    """Peak memory of this process in bytes, without its parent's peak, which getrusage includes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:  # not on Linux: bytes, and nothing of the parent's
+    except OSError:  # not on Linux: in bytes, without the parent's peak
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -39,15 +39,15 @@ def peak_memory() -> int:
 
 
 def share_freed_memory() -> None:
-    """Let what one thread frees serve the others: glibc keeps a heap for each of them, and none returns its memory.
+    """Share freed memory between threads: glibc keeps a heap per thread, which does not return its memory.
 
-    A search by lists took a third more than it used. For processes of our own, before they compute.
+    Without this, a search by lists took a third more memory than it used. Call it in our processes before they compute.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
-    """Give memory that was freed back to the system, where its C library keeps it (glibc). Changes nothing else."""
+    """Return freed memory to the system, if the C library keeps it (glibc). Changes nothing else."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

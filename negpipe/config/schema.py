@@ -1,6 +1,6 @@
-"""The config: one YAML file, every key typed, unknown keys refused by name.
+"""The config: one YAML file with typed keys; unknown keys are errors.
 
-Key names are fixed by the tables of docs/reference/config. Whether a key is part of a stage's identity (a change
+Key names are fixed by the tables in docs/reference/config. Whether a key is part of a stage's identity (a change
 re-runs the stage) is decided by the stages, not here.
 """
 
@@ -32,49 +32,49 @@ from negpipe.errors import ConfigError
 _OWN_NAMES = ("id", "score", "rank", "grade")
 
 ANCHOR = "anchor."
-"""Comes before a column's name in `mining.never_same` and `only_same`: the anchor's own."""
+"""Prefix of an anchor's column in `mining.never_same` and `only_same`."""
 
 Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"]
 
 
 class Dialect(Section):
-    """How CSV and TSV files are written."""
+    """Format of CSV and TSV files."""
 
     header: tuple[str, ...] | None = Field(
         None,
-        description="Names of the columns of files without a header, for example [id, text]; null: the first line.",
+        description="Column names of files without a header, for example [id, text]; null: the first line.",
     )
     quoting: Literal["standard", "none"] = Field(
-        "standard", description="standard: fields may be in double quotes. none: a quote is a sign like others."
+        "standard", description="standard: fields may be in double quotes. none: quotes are ordinary characters."
     )
     delimiter: str | None = Field(
-        None, description="tab, comma, semicolon, pipe or one sign; null: a comma in .csv, else a tab."
+        None, description="tab, comma, semicolon, pipe or one character; null: comma for .csv, else tab."
     )
 
     @model_validator(mode="after")
     def _sign(self) -> Dialect:
         if self.delimiter is not None and len(self.sign(self.delimiter)) != 1:
-            raise ValueError(f"delimiter '{self.delimiter}': write tab, comma, semicolon, pipe or one sign")
+            raise ValueError(f"delimiter '{self.delimiter}': use tab, comma, semicolon, pipe or one character")
         if self.header is not None and len({*self.header}) < max(1, len(self.header)):
-            raise ValueError("header: name every column once")
+            raise ValueError("header: column names must be unique")
         return self
 
     def sign(self, otherwise: str) -> str:
-        """The delimiter, `otherwise` where none is set."""
+        """The delimiter, or `otherwise` if none is set."""
         name = self.delimiter or otherwise
         return {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}.get(name, name)
 
 
 class Table(Section):
-    """Where one table is: files, a URL or a hub dataset."""
+    """Location of one table: files, a URL or a hub dataset."""
 
     path: str | tuple[str, ...] = Field(
-        description="File (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz, .bz2, .xz, .zst), a pattern such as"
-        " docs-*.jsonl, a list of files, URL or hub dataset name."
+        description="File (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz, .bz2, .xz, .zst), pattern such as"
+        " docs-*.jsonl, list of files, URL or hub dataset."
     )
     subset: str | None = Field(None, description="Hub dataset configuration.")
     split: str = Field("train", description="Hub dataset split.")
-    table: Dialect | None = Field(None, description="How its CSV or TSV files are written; null: as data.table says.")
+    table: Dialect | None = Field(None, description="Format of its CSV or TSV files; null: data.table.")
 
 
 def _table(value: Any) -> Any:
@@ -85,9 +85,9 @@ _Table = Annotated[Table, BeforeValidator(_table)]
 
 
 class Columns(Section):
-    """Names of the columns that are read. The defaults are BEIR's."""
+    """Names of the columns to read. The defaults are BEIR's."""
 
-    corpus_id: str | None = Field("_id", description="Document id; null: ids are digests of the text.")
+    corpus_id: str | None = Field("_id", description="Document id; null: a digest of the text.")
     query_id: str = Field("_id", description="Query id.")
     query_text: str = Field("text", description="Query text.")
     qrels_query_id: str = Field("query-id", description="Query id in the qrels.")
@@ -98,16 +98,16 @@ class Columns(Section):
     anchor_id: str | None = Field(None, description="Anchor id of a pair row; null: a digest of the text.")
     positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
     negative: str | None = Field(
-        "negative", description="Negative texts that pair rows bring, also negative_1, negative_2 …; null: not read."
+        "negative", description="Negative texts of a pair row, also negative_1, negative_2 …; null: not read."
     )
     negative_id: str | None = Field(None, description="Their ids, also negative_1_id …; null: digests of the texts.")
     label: str | None = Field(
-        None, description="Grades of the positives of a pair row, a number or as many in a list; null: 1."
+        None, description="Grade of a pair row's positive, or list of grades if it has several; null: 1."
     )
 
 
 class Extra(Section):
-    """Further columns of the source."""
+    """Additional columns of the source."""
 
     corpus: tuple[str, ...] = Field((), description="Columns of the corpus, or of pair rows, for example [title, url].")
     queries: tuple[str, ...] = Field((), description="Columns of the queries, or of pair rows, for example [lang].")
@@ -117,18 +117,18 @@ class Extra(Section):
         for side, names in self:
             for name in names:
                 if name in _OWN_NAMES:
-                    raise ValueError(f"'{name}' is what a column of negpipe's own is called: rename it in the source")
+                    raise ValueError(f"'{name}' is a column name reserved by negpipe: rename it in the source")
                 if names.count(name) > 1:
-                    raise ValueError(f"{side} names '{name}' twice")
+                    raise ValueError(f"{side} lists '{name}' twice")
         return self
 
     def require(self, side: str, column: str, setting: str) -> None:
-        """Raise ValueError where a column that a setting needs is not kept: corpus or queries."""
+        """Raise ValueError if a column that a setting requires is not kept. `side`: corpus or queries."""
         kept = getattr(self, side)
         if column not in kept:
             whole = ", ".join((*kept, column))
             raise ValueError(
-                f"{setting} needs the column '{column}', which is not kept: set data.extra.{side}: [{whole}]"
+                f"{setting} requires the column '{column}', which is not kept: set data.extra.{side}: [{whole}]"
             )
 
 
@@ -150,92 +150,91 @@ class Data(Section):
         "pylate",
     ] = Field(
         "auto",
-        description="auto: what data.path looks like, as `negpipe inspect` says. beir: folder or hub dataset with"
+        description="auto: detected from data.path, as shown by `negpipe inspect`. beir: folder or hub dataset with"
         " corpus, queries, qrels. mteb: one repository with all three. pairs: rows of anchor and positive text."
-        " columns: three tables, by column names. Others: as these programs write it.",
+        " columns: three tables with data.columns. Others: the format of that program.",
     )
     path: str | tuple[str, ...] | None = Field(
-        None, description="Local folder or file, a pattern such as rows-*.jsonl, a list of files, URL, or hub dataset."
+        None, description="Local folder or file, pattern such as rows-*.jsonl, list of files, URL, or hub dataset."
     )
-    subset: str | None = Field(None, description="Hub dataset configuration (of mteb: what comes before -corpus).")
-    revision: str | None = Field(None, description="Hub dataset revision; null: the newest.")
+    subset: str | None = Field(None, description="Hub dataset configuration (mteb: the part before -corpus).")
+    revision: str | None = Field(None, description="Hub dataset revision; null: the latest.")
     corpus: _Table | None = Field(
         None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding)."
     )
     queries: _Table | None = Field(None, description="Query table (columns).")
     qrels: _Table | None = Field(None, description="Relevance table (columns).")
     streaming: bool = Field(
-        False, description="Read hub datasets as they come, without a copy on this disk: for those larger than it."
+        False, description="Stream hub datasets without a local copy, for datasets larger than the disk."
     )
     columns: Columns = Columns()
     table: Dialect = Dialect()
-    split: str = Field("train", description="Which qrels make anchors, or which split of pair rows is read.")
-    text: str = Field("{title} {text}", description="How a document's columns make its text.")
-    extra: Extra = Field(Extra(), description="Columns to carry along: rows have them as positive_title, anchor_lang.")
-    part_rows: int = Field(16384, ge=1, description="About how many rows a part holds (half to twice as many).")
-    min_grade: float = Field(1, description="Least grade that makes a document a positive.")
-    add_positives: bool = Field(True, description="Positives missing from the corpus can be candidates.")
-    on_empty: Literal["error", "skip"] = Field("error", description="What to do with an empty or null text.")
-    on_unknown_id: Literal["error", "skip"] = Field("error", description="What to do with qrels that name unknown ids.")
+    split: str = Field("train", description="Split of qrels that define anchors, or split of pair rows to read.")
+    text: str = Field("{title} {text}", description="Template of a document's text from its columns.")
+    extra: Extra = Field(Extra(), description="Columns to keep; rows have them as positive_title, anchor_lang.")
+    part_rows: int = Field(16384, ge=1, description="Approximate rows per part (half to twice as many).")
+    min_grade: float = Field(1, description="Minimum grade of a positive.")
+    add_positives: bool = Field(True, description="Add positives missing from the corpus as candidates.")
+    on_empty: Literal["error", "skip"] = Field("error", description="Handling of empty or null texts.")
+    on_unknown_id: Literal["error", "skip"] = Field("error", description="Handling of qrels with unknown ids.")
     max_bad_rows: int = Field(
         0,
         ge=0,
-        description="Rows that may be bad (broken, of a wrong type, empty, naming unknown ids): they are left out and"
-        " listed in rejected.jsonl; one more is an error.",
+        description="Maximum number of bad rows (malformed, wrong type, empty, unknown ids): they are skipped and"
+        " listed in rejected.jsonl; more are an error.",
     )
 
     @model_validator(mode="after")
     def _paths(self) -> Data:
         missing = [name for name in ("corpus", "queries", "qrels") if getattr(self, name) is None]
         if self.format == "columns" and missing:
-            raise ValueError(f"format 'columns' needs data.{missing[0]}: a file, URL or hub dataset")
+            raise ValueError(f"format 'columns' requires data.{missing[0]}: a file, URL or hub dataset")
         if self.format not in ("auto", "columns") and self.path is None:
-            raise ValueError(f"format '{self.format}' needs data.path: a local folder or file, URL or hub dataset")
+            raise ValueError(f"format '{self.format}' requires data.path: a local folder or file, URL or hub dataset")
         if self.path is not None and not self.path:
-            raise ValueError("data.path names nothing")
+            raise ValueError("data.path is empty")
         if self.format == "auto" and self.path is None and missing:
-            raise ValueError("the source is missing: give data.path, or data.corpus, data.queries and data.qrels")
+            raise ValueError("the source is missing: set data.path, or data.corpus, data.queries and data.qrels")
         if self.format == "flagembedding" and self.extra.corpus and self.corpus is None:
-            raise ValueError("data.extra.corpus needs data.corpus: texts in lists of pos and neg have no columns")
+            raise ValueError("data.extra.corpus requires data.corpus: texts in pos and neg lists have no columns")
         return self
 
 
 def _kind(value: str) -> str:
-    # FAISS's name of an exact index is Flat.
+    # FAISS calls an exact index Flat.
     return value.lower() if value.lower() in ("flat", "stream", "auto") else value
 
 
 class Index(Section):
-    """How the vectors are searched."""
+    """The index of the vectors."""
 
     kind: Annotated[str, AfterValidator(_kind)] = Field(
         "flat",
         min_length=1,
-        description="flat: writes an exact index file that faiss.read_index opens. stream: exact, straight from the"
-        " embedding parts, no second copy. auto: chooses by the sizes of the job, and logs why. Else a FAISS factory"
-        " string, such as IVF1024,Flat: approximate, with its recall measured.",
+        description="flat: an exact index file that faiss.read_index opens. stream: exact, directly from the embedding"
+        " parts, without a second copy. auto: chosen by the size of the job; the log shows why. Else a FAISS factory"
+        " string, such as IVF1024,Flat: approximate, with measured recall.",
     )
     min_recall: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="Least recall of an approximate index, over the stored depth and over the window; an error where it"
-        " is not reached.",
+        description="Minimum recall of an approximate index, over the stored depth and the window; less is an error.",
     )
-    recall_anchors: int = Field(1000, ge=1, description="Sampled anchors that are searched exactly to measure recall.")
+    recall_anchors: int = Field(1000, ge=1, description="Sampled anchors to search exactly to measure recall.")
     nprobe: int | None = Field(
-        None, ge=1, description="Lists an anchor probes (efSearch of HNSW); null: as few as reach min_recall."
+        None, ge=1, description="Lists to probe per anchor (HNSW: efSearch); null: the fewest that reach min_recall."
     )
     shard_size: Size = Field(
         256 * 2**20,
         ge=1,
-        description="Vectors of a file of an approximate index, in bytes of float32; filling one takes three times as"
-        " much memory. Part of the identity.",
+        description="Size of the vectors in one file of an approximate index, as float32; filling it takes three times"
+        " that memory. Part of the identity.",
     )
     trained: str | None = Field(
         None,
-        description="A trained FAISS index of this kind to keep, such as index/KEY.faiss of another run; null: one is"
-        " trained on a sample of the corpus.",
+        description="Trained FAISS index of this kind to reuse, such as index/KEY.faiss of another run; null: train on"
+        " a sample of the corpus.",
     )
 
     @property
@@ -246,33 +245,33 @@ class Index(Section):
     @model_validator(mode="after")
     def _fits(self) -> Index:
         if self.trained and self.kind in ("flat", "stream", "auto"):
-            raise ValueError("index.trained needs index.kind to be the factory string it was made with")
+            raise ValueError("index.trained requires index.kind to be its factory string")
         return self
 
 
 def _cpu_or_gpu(value: str) -> str:
     if not value.startswith(("cpu", "cuda")):
-        raise ValueError(f"'{value}' makes no products here: write cpu, cuda or cuda:1 …")
+        raise ValueError(f"'{value}' is not supported for search: use cpu, cuda or cuda:1 …")
     return value
 
 
 class Search(Section):
-    """How deep candidates are stored, and where they are looked for."""
+    """Depth of the stored candidates, and where to search."""
 
     depth: int | None = Field(
-        None, ge=1, description="Candidates per anchor; null: the least multiple of 64 from mining.range_max + 64 on."
+        None, ge=1, description="Candidates per anchor; null: mining.range_max + 64, rounded up to a multiple of 64."
     )
     device: Annotated[Device, AfterValidator(_cpu_or_gpu)] | None = Field(
         None,
-        description="Where the products of large searches are made: cpu, or one GPU, cuda, cuda:1 …; null: the"
-        " encoder's first, which is a GPU where there is one. Changes no byte.",
+        description="Device for large searches: cpu, or one GPU, cuda, cuda:1 …; null: the encoder's first device,"
+        " which is a GPU if available. Changes no byte.",
     )
     slice_documents: int | None = Field(
         None,
         ge=1,
-        description="Search the corpus in slices of so many documents, whole parts and of an index whole shards, and"
-        " merge what is found: a task then reads one slice, for a corpus that does not fit one machine's disk or cache."
-        " null: a task reads it all. Changes no byte.",
+        description="Search the corpus in slices of this many documents, rounded to parts or index shards, and merge"
+        " the results: each task reads one slice, for a corpus that does not fit one machine's disk or cache. null:"
+        " each task reads the entire corpus. Changes no byte.",
     )
 
 
@@ -284,87 +283,86 @@ class Mining(Section):
     """Which candidates become negatives."""
 
     compat: Literal["sentence-transformers", "flagembedding", "nemo", "nv-retriever"] | None = Field(
-        None, description="Take the settings that are not given here from another miner; null: from this table."
+        None, description="Preset: take missing settings from another miner; null: the defaults of this table."
     )
     range_min: int = Field(0, ge=0, description="First rank of the window, 0-based.")
     range_max: int | None = Field(
         192,
         ge=1,
-        description="Rank after the last of the window; null: range_min + num_negatives + the most positives of an"
-        " anchor, num_negatives counted 10 times if a margin or max_score is set.",
+        description="End of the window, exclusive; null: range_min + num_negatives + the most positives of an anchor,"
+        " with 10 * num_negatives if a margin or max_score is set.",
     )
     rank_over: Literal["raw", "survivors"] = Field(
-        "survivors", description="raw: rank among all documents. survivors: rank among what passed every filter."
+        "survivors", description="raw: rank among all documents. survivors: rank among those that passed every filter."
     )
-    num_negatives: int = Field(3, ge=0, description="Mined negatives per anchor; 0 with num_random alone.")
+    num_negatives: int = Field(3, ge=0, description="Mined negatives per anchor; 0 for random ones only (num_random).")
     num_random: int = Field(
-        0, ge=0, description="Random negatives per anchor beside them, by seed; the same exclusions, no cutoffs."
+        0, ge=0, description="Additional random negatives per anchor, by seed; the same exclusions, no cutoffs."
     )
     depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
         None,
-        description="Candidates per anchor that are looked at; range_max+max_positives: room for the most positives of"
-        " an anchor; null: all stored.",
+        description="Candidates per anchor to consider; range_max+max_positives: with room for the most positives of an"
+        " anchor; null: all stored.",
     )
     max_depth: int | None = Field(
         1024,
         ge=0,
-        description="How deep anchors that lack negatives are searched again, doubling what is stored; null or 0: not."
-        " Needs rank_over survivors and depth null.",
+        description="Maximum depth to search anchors that lack negatives again, by doubling; null or 0: never. Requires"
+        " rank_over: survivors and depth: null.",
     )
     sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
         "top",
-        description="Which of the window are taken. top: the first. random: any. simans: likeliest at positive +"
-        " simans_b. weighted: by softmax(score / temperature). All but top draw without replacement, by seed.",
+        description="Sampler of the window. top: the first. random: uniform. simans: likeliest at positive + simans_b."
+        " weighted: by softmax(score / temperature). All except top draw without replacement, by seed.",
     )
     simans_a: float = Field(1.0, ge=0, description="simans: weight = exp(-a * (score - positive - b)^2).")
     simans_b: float = Field(0.0, description="simans: above 0 prefers scores above the positive's.")
     temperature: float = Field(1.0, gt=0, description="weighted: lower is closer to top.")
     margin_reference: Literal["min", "max", "each"] = Field(
         "min",
-        description="Which positive score margins refer to: the anchor's lowest, its highest, or each positive's own,"
-        " with negatives of its own.",
+        description="Positive score that margins refer to: the anchor's lowest, its highest, or that of each positive,"
+        " with separate negatives per positive.",
     )
     given_negatives: Literal["ignore", "first", "keep"] = Field(
         "ignore",
-        description="Negatives that the source brings. ignore: documents like others. first: taken before mined ones."
-        " keep: beside them, all of them.",
+        description="Negatives in the source. ignore: treat them like other documents. first: take them before mined"
+        " ones. keep: add all of them to the mined ones.",
     )
     judged: Literal["allow", "prefer", "only"] = Field(
         "allow",
-        description="Documents judged for the anchor with a grade below data.min_grade. allow: candidates like others."
-        " prefer: taken first. only: nothing else is taken.",
+        description="Documents judged for the anchor with a grade below data.min_grade. allow: ordinary candidates."
+        " prefer: taken first. only: no others are taken.",
     )
     score: str = Field(
         "dense",
         min_length=1,
-        description="Which of the candidates' scores ranks, windows, margins and cutoffs use; dense: the vectors'.",
+        description="Score of the candidates that ranks, windows, margins and cutoffs use; dense: of the vectors.",
     )
-    strict: bool = Field(False, description="Drop what equals a cutoff too.")
+    strict: bool = Field(False, description="Also drop scores equal to a cutoff.")
     absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
     relative_margin: float | None = Field(
         0.05, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
     )
-    max_score: float | None = Field(None, description="Drop scores above it.")
-    min_score: float | None = Field(None, description="Drop scores below it.")
+    max_score: float | None = Field(None, description="Drop higher scores.")
+    min_score: float | None = Field(None, description="Drop lower scores.")
     exclude: tuple[Exclusion, ...] = Field(
         ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
-        description="What is never a negative.",
+        description="Rules for documents that are never negatives.",
     )
     anchor_id: Literal["contained", "always", "never"] = Field(
         "contained",
-        description="Whether a document with the anchor's own id, no known positive of it, is left out. contained:"
-        " where its normalised text equals or contains the anchor's, or the other way round, as equal ids alone prove"
-        " nothing.",
+        description="Whether to drop a document with the anchor's id that is not a known positive. contained: only if"
+        " its normalized text equals or contains the anchor's, or vice versa, as equal ids alone prove nothing.",
     )
     exclude_file: str | None = Field(
         None,
-        description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, a reviewer's verdicts.",
+        description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, such as review verdicts.",
     )
     never_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (),
-        description="Columns of data.extra, such as [doc]: drop candidates that share the value of one with a known"
-        " positive, or with the anchor where it has the column. anchor.NAME: with the anchor alone. A null or an"
-        " empty text equals nothing.",
+        description="Columns of data.extra, such as [doc]: drop candidates that share the value of any with a known"
+        " positive, or with the anchor if it has the column. anchor.NAME: with the anchor only. Null and empty texts"
+        " equal nothing.",
     )
     only_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (),
@@ -374,20 +372,19 @@ class Mining(Section):
     where: str | None = Field(
         None,
         min_length=1,
-        description="Drop candidates for which this SQL condition does not hold, over anchor.NAME, positive.NAME and"
+        description="Drop candidates that do not meet this SQL condition over anchor.NAME, positive.NAME and"
         " candidate.NAME (id, text and the columns of data.extra, all texts), score, rank and positive_score.",
     )
     near_duplicate: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Drop candidates whose normalised text is as similar as this to that of a known positive: 1 -"
+        description="Drop candidates whose normalized text is at least this similar to that of a known positive: 1 -"
         " (characters to insert or delete) / (length of both).",
     )
     on_shortage: Literal["keep", "drop", "fail", "random"] = Field(
         "keep",
-        description="Anchors with fewer negatives: keep what there is, drop the anchor, fail, or fill up with random"
-        " ones.",
+        description="Anchors with too few negatives: keep them, drop them, fail, or fill up with random negatives.",
     )
 
     @model_validator(mode="before")
@@ -398,8 +395,8 @@ class Mining(Section):
     @model_validator(mode="after")
     def _window(self) -> Mining:
         if not self.wanted:
-            raise ValueError("mining.num_negatives and mining.num_random are both 0: ask for one of them")
-        if self.range_max is None:  # as wide as it must be
+            raise ValueError("mining.num_negatives and mining.num_random are both 0: set one of them")
+        if self.range_max is None:  # as wide as needed
             return self
         width = self.range_max - self.range_min
         if width < 1:
@@ -407,23 +404,23 @@ class Mining(Section):
         if width < self.num_negatives:
             raise ValueError(
                 f"the window of {width} ranks (mining.range_min {self.range_min} to mining.range_max {self.range_max})"
-                f" is smaller than mining.num_negatives ({self.num_negatives}): widen the window or ask for fewer"
+                f" is smaller than mining.num_negatives ({self.num_negatives}): widen the window or lower num_negatives"
             )
         return self
 
     @property
     def wanted(self) -> int:
-        """Negatives of an anchor that lacks none."""
+        """Negatives of an anchor that has all of them."""
         return self.num_negatives + self.num_random
 
     @property
     def prefers(self) -> bool:
-        """Whether negatives that the source names may be among them."""
+        """Whether negatives named by the source may be taken."""
         return self.given_negatives != "ignore" or self.judged != "allow"
 
     @property
     def draws(self) -> bool:
-        """Whether random negatives may be among them."""
+        """Whether random negatives may be taken."""
         return self.num_random > 0 or self.on_shortage == "random"
 
     def resolved(self, max_positives: int) -> Mining:
@@ -437,49 +434,47 @@ class Mining(Section):
 
 
 class Output(Section):
-    """What the triplets stage writes."""
+    """The output of the triplets stage."""
 
     format: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = Field(
         "triplet",
-        description="triplet: a row for each positive and negative. n-tuple: a row for each positive with all its"
-        " negatives in columns, none if one is missing. labeled-pair: a row for each document, label 1 or 0."
-        " labeled-list: a row for each positive, with lists of documents and labels.",
+        description="triplet: a row per positive and negative. n-tuple: a row per positive, with all its negatives in"
+        " columns; no row if one is missing. labeled-pair: a row per document, with label 1 or 0. labeled-list: a row"
+        " per positive, with lists of documents and labels.",
     )
-    ids: bool = Field(True, description="Ids beside the texts.")
-    scores: bool = Field(True, description="Scores of positives and negatives.")
-    ranks: bool = Field(True, description="Raw ranks, null beyond the stored depth.")
+    ids: bool = Field(True, description="Write ids next to the texts.")
+    scores: bool = Field(True, description="Write scores of positives and negatives.")
+    ranks: bool = Field(True, description="Write raw ranks; null beyond the stored depth.")
     grades: bool = Field(
-        False, description="Relevance grades; null, in labelled rows 0, for negatives that nobody judged."
+        False, description="Write relevance grades; null, or 0 in labeled rows, for unjudged negatives."
     )
     include_positives: bool = Field(
         False,
-        description="An anchor's own positives are candidates too: n-tuple then holds the ranking as it was found, to"
-        " evaluate rerankers. mining.relative_margin is then null unless it is given.",
+        description="Treat an anchor's positives as candidates: n-tuple rows then hold the original ranking, to"
+        " evaluate rerankers. mining.relative_margin is then null unless set.",
     )
-    extra_columns: tuple[str, ...] | None = Field(None, description="Which of data.extra rows have; null: all of them.")
+    extra_columns: tuple[str, ...] | None = Field(None, description="Columns of data.extra to write; null: all.")
     rows_per_file: int | None = Field(
-        None, ge=1, description="Rows a Parquet file, the last of a part may have fewer; null: one file a part."
+        None, ge=1, description="Rows per Parquet file; the last of a part may have fewer. null: one file per part."
     )
-    min_rows: int = Field(
-        1, ge=0, description="Fewer rows end `mine` and `triplets` with exit code 1; they are complete all the same."
-    )
-    report: bool = Field(True, description="Make RUN_DIR/report.html at the end of `mine`; changes no row.")
+    min_rows: int = Field(1, ge=0, description="With fewer rows, `mine` and `triplets` complete, but exit with code 1.")
+    report: bool = Field(True, description="Write RUN_DIR/report.html at the end of `mine`; changes no row.")
 
     @model_validator(mode="after")
     def _ranking(self) -> Output:
         if self.include_positives and self.format != "n-tuple":
-            raise ValueError("include_positives keeps a ranking, which output.format: n-tuple alone can hold")
+            raise ValueError("include_positives requires output.format: n-tuple, the only format for a ranking")
         return self
 
 
 class Config(Section):
-    """A whole negpipe config."""
+    """A complete negpipe config."""
 
-    run_dir: Path = Field(description="Folder that holds everything a run makes, or s3://BUCKET/PREFIX.")
+    run_dir: Path = Field(description="Folder for all output of a run, or s3://BUCKET/PREFIX.")
     store: Path | None = Field(
         None,
-        description="Folder for the parts that stages make, to be shared by several run directories, so that variants"
-        " of one job encode and search once; null: in run_dir.",
+        description="Folder for the parts of all stages, shared by several run directories, so that variants of a job"
+        " encode and search once; null: in run_dir.",
     )
     seed: int = Field(42, ge=0, description="Seed of every random choice.")
     data: Data
@@ -496,24 +491,24 @@ class Config(Section):
 
     @property
     def url(self) -> str | None:
-        """Of a run directory in a bucket: where. `run_dir` is then its working folder on this machine."""
+        """The address of a run directory in a bucket. `run_dir` is then its working folder on this machine."""
         return self._url
 
     @property
     def place(self) -> str:
-        """The run directory as people know it."""
+        """The run directory as shown to users."""
         return self._url or str(self.run_dir)
 
     @model_validator(mode="wrap")
     @classmethod
     def _in_a_bucket(cls, tree: Any, build: ModelWrapValidatorHandler[Config]) -> Config:
         named = str(tree.get("run_dir")) if isinstance(tree, dict) else ""
-        if not ("://" in named or named.startswith("s3:/")):  # a Path takes one of the slashes away
+        if not ("://" in named or named.startswith("s3:/")):  # a Path drops one of the slashes
             return build(tree)
         url = bucket_url(named)
         config = build({**tree, "run_dir": "."})
         if config.store is not None:
-            raise ValueError("store: a run_dir in a bucket keeps its parts there: leave it out")
+            raise ValueError("store: a run_dir in a bucket stores its parts there: remove it")
         config = config.model_copy(update={"run_dir": working_folder(url, config.resources.cache)})
         config._url = url
         return config
@@ -527,7 +522,7 @@ class Config(Section):
 
     @property
     def depth(self) -> int:
-        """Candidates per anchor that search stores, before it is clamped to the corpus; of a resolved config."""
+        """Candidates per anchor that search stores, before clamping to the corpus. Requires a resolved config."""
         range_max, looked_at = self.mining.range_max, self.mining.depth or 0
         assert range_max is not None and isinstance(looked_at, int), "the config is not resolved"
         return self.search.depth or -(-max(range_max + 64, looked_at) // 64) * 64
@@ -535,7 +530,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _whole_ranking(cls, tree: Any) -> Any:
-        # The default margin would drop the very positives that include_positives asks for.
+        # The default margin would drop the positives that include_positives requests.
         match tree:
             case {"mining": {"relative_margin": _} | {"compat": str()}}:
                 return tree
@@ -547,12 +542,12 @@ class Config(Section):
     def _preferred(self) -> Config:
         if self.mining.given_negatives == "keep" and self.output.format == "n-tuple":
             raise ValueError(
-                "mining.given_negatives: keep takes all there are, for which the columns of output.format: n-tuple have"
-                " no room: take another format, or given_negatives: first"
+                "mining.given_negatives: keep takes any number of negatives, but output.format: n-tuple has fixed"
+                " columns: use another format, or given_negatives: first"
             )
         if self.mining.judged == "only" and self.mining.draws:
             raise ValueError(
-                "mining.judged: only leaves no random negatives: set mining.num_random: 0, and not on_shortage: random"
+                "mining.judged: only excludes random negatives: set mining.num_random: 0, and not on_shortage: random"
             )
         return self
 
@@ -570,13 +565,13 @@ class Config(Section):
             if self.encoder.devices:
                 raise ValueError(
                     "encoder.devices are those of one machine; with executor.kind: ray, set encoder.device: cuda, and"
-                    " executor.workers to how many"
+                    " executor.workers to their number"
                 )
             for section in ("encoder", "search"):
                 if (named := getattr(self, section).device) not in (None, "cpu", "cuda"):
                     raise ValueError(
-                        f"{section}.device: '{named}' is one of a machine; with executor.kind: ray write cpu or cuda,"
-                        " which GPU it is Ray decides"
+                        f"{section}.device: '{named}' is a device of one machine; with executor.kind: ray, use cpu or"
+                        " cuda: Ray chooses the GPU"
                     )
         return self
 
@@ -595,15 +590,15 @@ class Config(Section):
             return self
         kind, loss, output = self.train.kind, self.train.loss, self.output
         if (formats := TAKES[kind].get(loss)) is None:
-            raise ValueError(f"train.loss: {loss} trains no {kind}: take {' or '.join(TAKES[kind])}")
+            raise ValueError(f"train.loss: {loss} cannot train a {kind}: use {' or '.join(TAKES[kind])}")
         if output.format not in formats:
             raise ValueError(
-                f"train.loss: {loss} takes output.format {' or '.join(formats)}, not {output.format}:"
+                f"train.loss: {loss} requires output.format {' or '.join(formats)}, not {output.format}:"
                 f" set {'one of them' if len(formats) > 1 else 'it'}"
             )
         if output.include_positives:
             raise ValueError(
-                "train: a ranking with positives among its negatives is no training row:"
+                "train: a ranking with positives among its negatives is not a training row:"
                 " set output.include_positives: false"
             )
         if loss in DISTILLING and not self.train.negatives:
@@ -611,18 +606,18 @@ class Config(Section):
         if loss in DISTILLING and not output.scores:
             raise ValueError(f"train.loss: {loss} learns the rows' scores: set output.scores: true")
         if self.train.guide is not None and loss != "CachedGISTEmbedLoss":
-            raise ValueError(f"train.guide: {loss} has no guide, CachedGISTEmbedLoss has")
+            raise ValueError(f"train.guide: {loss} has no guide: remove it, or use CachedGISTEmbedLoss")
         return self
 
     @model_validator(mode="after")
     def _served(self) -> Config:
-        # With a section train they are those of train.base.
+        # With a section train, they apply to train.base.
         if self.encoder.backend == "http" and self.train is None:
             for name in OF_RUNNING:
                 if getattr(self.encoder, name) != Encoder.model_fields[name].default:
                     raise ValueError(
-                        f"encoder.{name} is for a model that runs here, and with encoder.backend: http the server alone"
-                        " decides on it: leave it out"
+                        f"encoder.{name} is for a model on this machine; with encoder.backend: http, the server decides"
+                        " it: remove it"
                     )
         return self
 
@@ -631,32 +626,32 @@ class Config(Section):
         if self.train is None:
             return self
         if not self.encoder.runs_here:
-            have = "a server has" if self.encoder.backend == "http" else "vectors that you bring have"
+            have = "a server has" if self.encoder.backend == "http" else "precomputed vectors have"
             if self.train.kind == "reranker":
                 raise ValueError(
-                    f"train.kind: a reranker orders what the encoder finds for held-out anchors, and {have} no encoder"
-                    " that runs here: set encoder.backend and encoder.model"
+                    f"train.kind: a reranker orders the documents that the encoder finds for held-out anchors, but"
+                    f" {have} no encoder on this machine: set encoder.backend and encoder.model"
                 )
             if self.train.base is None:
-                raise ValueError(f"train.base: {have} no model to train: name one")
+                raise ValueError(f"train.base: {have} no model to train: set train.base")
         if split := self.train.split:
             if split.by != "positive":
                 self.data.extra.require("corpus", split.by, f"train.split.by: '{split.by}'")
         elif (self.train.eval_split or EVAL_SPLIT) == self.data.split:
             raise ValueError(
-                f"train.eval_split: '{self.data.split}' is data.split too, which the model is trained on: name a split"
-                " that it never sees, or hold a part of this one out with train.split"
+                f"train.eval_split: '{self.data.split}' is also data.split, which the model is trained on: set another"
+                " split, or hold out a share of this one with train.split"
             )
         return self
 
     def resolved(self, max_positives: int) -> Config:
-        """The config with the settings that depend on the data as numbers, once they are known.
+        """The config with numbers for the settings that depend on the data.
 
         Args:
             max_positives: rows of the anchor with the most positives, as ingest counts them.
 
         Raises:
-            ConfigError: `search.depth` does not reach as far as they do.
+            ConfigError: `search.depth` is smaller than they require.
         """
         config = self.model_copy(update={"mining": self.mining.resolved(max_positives)})
         if problem := config._shallow():
@@ -670,12 +665,12 @@ class Config(Section):
         return self
 
     def _shallow(self) -> str | None:
-        """What lies beyond `search.depth`, or None."""
+        """An error if a setting exceeds `search.depth`, or None."""
         for name in ("range_max", "depth"):
             needed = getattr(self.mining, name)
             if self.search.depth and isinstance(needed, int) and needed > self.search.depth:
                 return (
                     f"search.depth ({self.search.depth}) is below mining.{name} ({needed}):"
-                    " raise search.depth or leave it null"
+                    " raise search.depth or set it to null"
                 )
         return None

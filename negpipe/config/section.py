@@ -1,4 +1,4 @@
-"""What every section of a config has in common."""
+"""The base class of all sections of a config."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Keys and values; a key that is not known is an error."""
+    """Keys and values; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,6 +1,6 @@
-"""The section of a model behind a server: where it is, how it is asked, and what it costs.
+"""The section of a model behind a server: its address, request settings, and cost.
 
-The key is never here: the config names the variable of the environment that holds it.
+The API key is never in the config, which only names the environment variable that holds it.
 """
 
 from __future__ import annotations
@@ -18,59 +18,58 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 class Server(Section):
-    """A server that has the model."""
+    """A server that runs the model."""
 
     url: str = Field(
-        description="With a section encoder.http: the server's address, such as https://api.openai.com/v1 or"
-        " http://localhost:8080; what is missing of /v1/embeddings or /embed is added."
+        description="Required in encoder.http. Address of the server, such as https://api.openai.com/v1 or"
+        " http://localhost:8080; /v1/embeddings or /embed is completed if missing."
     )
     api: Literal["openai", "tei"] = Field(
         "openai",
-        description="openai: /v1/embeddings, which most servers have. tei: /embed of text-embeddings-inference, which"
-        " cuts texts at the model's length.",
+        description="openai: /v1/embeddings, supported by most servers. tei: /embed of text-embeddings-inference, which"
+        " truncates texts to the model's length.",
     )
     answers_as: str | None = Field(
         None,
         min_length=1,
-        description="Name of the model in the server's answers, where it is another one than encoder.model; part of the"
-        " identity.",
+        description="Name of the model in the server's responses, if not encoder.model; part of the identity.",
     )
     key_env: str | None = Field(
         None,
-        description="Environment variable that holds the key, such as OPENAI_API_KEY: sent as Authorization: Bearer."
+        description="Environment variable with the API key, such as OPENAI_API_KEY, sent as Authorization: Bearer."
         " null: no key is sent.",
     )
-    concurrency: int = Field(8, ge=1, description="Requests at a time, shared out among executor.workers.")
-    batch_texts: int = Field(32, ge=1, description="Most texts a request.")
+    concurrency: int = Field(8, ge=1, description="Concurrent requests, divided among executor.workers.")
+    batch_texts: int = Field(32, ge=1, description="Maximum texts per request.")
     batch_tokens: int = Field(
         16384,
         ge=1,
-        description="Most tokens a request, estimated: a quarter of the bytes in UTF-8. A longer text goes alone.",
+        description="Maximum tokens per request, estimated as UTF-8 bytes / 4. A longer text is sent alone.",
     )
-    timeout: float = Field(60, gt=0, description="Seconds without sign of the server, after which it is asked again.")
+    timeout: float = Field(60, gt=0, description="Seconds without a response before a request is sent again.")
     retries: int = Field(
         8,
         ge=0,
-        description="How often a request is sent again after 408, 429, 5xx, a broken answer or none: after 0.5 s, 1 s,"
-        " 2 s …, at most a minute, or as long as Retry-After says.",
+        description="Retries of a request after 408, 429, 5xx, or a broken or missing response: after 0.5 s, 1 s,"
+        " 2 s …, at most a minute, or as given by Retry-After.",
     )
-    price: float | None = Field(None, ge=0, description="What a million tokens cost; log and plan tell the cost.")
+    price: float | None = Field(None, ge=0, description="Price of a million tokens; log and plan show the cost.")
 
-    # Checked here, and not field by field, as an error of a field shows its value: it may hold a secret.
+    # Checked here and not per field, as a field's error shows its value, which may contain a secret.
     @model_validator(mode="after")
     def _addressed(self) -> Server:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("url is no address: write http:// or https://, a host and, if need be, a port and a path")
+            raise ValueError("url is not an address: use http:// or https://, a host and, if needed, a port and a path")
         if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
-            raise ValueError("key_env is no name of an environment variable: never write the key itself here")
+            raise ValueError("key_env is not the name of an environment variable: never put the key itself here")
         if self.key_env is not None and "@" in parts.netloc:
-            raise ValueError("url has a user, and key_env names a key: a request carries one of them, leave one out")
+            raise ValueError("url has a user, and key_env names a key: a request carries only one, remove the other")
         return self
 
     @property
     def endpoint(self) -> str:
-        """The address that texts are sent to."""
+        """The URL that texts are sent to."""
         parts, end = urlsplit(self.url), _ENDS[self.api]
         path = parts.path.rstrip("/")
         if path.rpartition("/")[2] != end:
@@ -79,6 +78,6 @@ class Server(Section):
 
     @property
     def info(self) -> str:
-        """The address where text-embeddings-inference tells of its model."""
+        """The URL of the model information of text-embeddings-inference."""
         parts = urlsplit(self.endpoint)
         return urlunsplit(parts._replace(path=parts.path.removesuffix(_ENDS["tei"]) + "info"))

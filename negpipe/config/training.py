@@ -1,4 +1,4 @@
-"""The sections that train: what is trained and judged, and what is compared."""
+"""The sections for training: what is trained, judged and compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Loss = Literal[
     "ListNetLoss",
 ]
 DISTILLING: tuple[Loss, ...] = ("MarginMSELoss", "DistillKLDivLoss")
-"""The losses that learn the scores of rows."""
+"""Losses that learn the scores of rows."""
 TrainKind = Literal["retriever", "reranker"]
 _TEXTS, _PAIRS, _LISTS = ("triplet", "n-tuple"), ("labeled-pair",), ("labeled-list",)
 TAKES: dict[TrainKind, dict[Loss, tuple[str, ...]]] = {
@@ -38,7 +38,7 @@ TAKES: dict[TrainKind, dict[Loss, tuple[str, ...]]] = {
         "MarginMSELoss": _TEXTS,
     },
 }
-"""The losses that a kind of model has, and the output formats that each takes."""
+"""Losses of each kind of model, and the output formats that each accepts."""
 _BY_KIND: dict[TrainKind, dict[str, Any]] = {
     "retriever": {"loss": "MultipleNegativesRankingLoss", "learning_rate": 2e-5},
     "reranker": {"loss": "LambdaLoss", "learning_rate": 1e-4},
@@ -46,7 +46,7 @@ _BY_KIND: dict[TrainKind, dict[str, Any]] = {
 
 
 def _by_kind(value: Any, known: ValidationInfo) -> Any:
-    """A setting that is null, as the kind has it."""
+    """A setting, or the default of the kind if it is null."""
     name, kind = known.field_name, known.data.get("kind")
     return _BY_KIND[kind][name] if value is None and kind and name else value
 
@@ -55,111 +55,106 @@ EVAL_SPLIT = "test"
 
 
 class Split(Section):
-    """Anchors of `data.split` that are held out to judge by, for sets that have no split for it."""
+    """Anchors of `data.split` held out for evaluation, for datasets without a split for it."""
 
     test: float = Field(
         0.1,
         gt=0,
         lt=1,
-        description="With a section train.split: the share of the anchors of data.split that are held out, about, as"
-        " groups stay whole; they are mined from and trained on by nobody.",
+        description="Required in train.split. Approximate share of the anchors of data.split to hold out, as groups are"
+        " not divided; they are neither mined nor trained on.",
     )
     by: str = Field(
         "positive",
         min_length=1,
-        description="positive: anchors that share a text, their own or a positive's, are on one side. A column of"
-        " data.extra.corpus: also those whose positives have the same value there.",
+        description="positive: anchors that share a text, their own or a positive's, are on the same side. A column of"
+        " data.extra.corpus: also anchors whose positives have the same value in it.",
     )
-    seed: int = Field(42, ge=0, description="Seed of the division, apart from seed: it is to stay where that changes.")
+    seed: int = Field(42, ge=0, description="Seed of the division, independent of the config's seed.")
 
 
 class Train(Section):
-    """How a model is fine-tuned on the rows, and on what it is judged."""
+    """Fine-tuning a model on the rows, and judging it."""
 
     kind: TrainKind = Field(
         "retriever",
-        description="retriever: the encoder. reranker: a model that reads anchor and document at once, and orders what"
-        " the encoder finds.",
+        description="retriever: the encoder. reranker: a model that reads anchor and document together and orders the"
+        " documents that the encoder finds.",
     )
     base: str | None = Field(
         None,
-        description="Model to fine-tune, named as encoder.model is; null: the encoder's own model, to which a reranker"
-        " adds a new head.",
+        description="Model to fine-tune, named like encoder.model; null: the encoder's model, with a new head for a"
+        " reranker.",
     )
     loss: Annotated[Loss, BeforeValidator(_by_kind)] = Field(
         None,
         validate_default=True,
-        description="A loss of Sentence Transformers. null: MultipleNegativesRankingLoss, of a reranker LambdaLoss."
-        " BinaryCrossEntropyLoss takes output.format labeled-pair, LambdaLoss and ListNetLoss take labeled-list, all"
-        " others triplet and n-tuple; MarginMSELoss and DistillKLDivLoss learn the rows' scores.",
+        description="A loss of Sentence Transformers. null: MultipleNegativesRankingLoss, or LambdaLoss for a reranker."
+        " BinaryCrossEntropyLoss requires output.format labeled-pair, LambdaLoss and ListNetLoss labeled-list, all"
+        " others triplet or n-tuple; MarginMSELoss and DistillKLDivLoss learn the rows' scores.",
     )
     rerank_depth: int = Field(
-        50, ge=2, le=100, description="Reranker: the encoder's best documents of an anchor that it orders to be judged."
+        50, ge=2, le=100, description="Reranker: top documents of the encoder per anchor that it orders for evaluation."
     )
     negatives: bool = Field(
         True,
-        description="false: the rows' negatives are left out and those of the batch alone are learned from, to compare"
-        " with.",
+        description="false: train without the rows' negatives, on in-batch negatives only, for comparison.",
     )
     guide: str | None = Field(
-        None, description="CachedGISTEmbedLoss: the model that judges negatives; null: the base, as it was."
+        None, description="CachedGISTEmbedLoss: model that judges negatives; null: the base before training."
     )
     epochs: float = Field(1, gt=0, description="Passes over the rows.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: as many as train.epochs takes.")
-    batch_size: int = Field(32, ge=2, description="Rows a batch; of a retriever, no text is twice in one.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from train.epochs.")
+    batch_size: int = Field(32, ge=2, description="Rows per batch; for a retriever, no text occurs twice in a batch.")
     mini_batch_size: int = Field(
-        32, ge=1, description="Cached losses: rows a forward pass. Losses of lists: documents a forward pass."
+        32, ge=1, description="Cached losses: rows per forward pass. List losses: documents per forward pass."
     )
-    gradient_accumulation: int = Field(1, ge=1, description="Batches an optimizer step.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches per optimizer step.")
     learning_rate: Annotated[float, BeforeValidator(_by_kind)] = Field(
         None,
         validate_default=True,
         gt=0,
-        description="Highest learning rate; it falls linearly to 0. null: 2e-5, of a reranker 1e-4.",
+        description="Peak learning rate; decays linearly to 0. null: 2e-5, or 1e-4 for a reranker.",
     )
-    warmup: float = Field(0.1, ge=0, description="Steps until it is reached; below 1, a share of all steps.")
+    warmup: float = Field(0.1, ge=0, description="Warmup steps; below 1, a share of all steps.")
     seed: int | None = Field(None, ge=0, description="Seed of batches and dropout; null: seed.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="What the model computes in; weights are kept in float32. bfloat16: for hardware with it.",
+        description="Precision of the computation; weights stay in float32. bfloat16: for hardware that supports it.",
     )
     matryoshka: tuple[int, ...] = Field(
-        (), description="Widths at which vectors are to be of use too, for example [256, 128, 64]."
+        (), description="Further vector dimensions to train for, for example [256, 128, 64]."
     )
-    checkpoint_steps: int = Field(500, ge=1, description="Steps from one checkpoint to the next.")
+    checkpoint_steps: int = Field(500, ge=1, description="Steps between checkpoints.")
     eval_split: str | None = Field(
         None,
-        description="Qrels, or split of pair rows, on which the model is judged; null: test, or the test side of"
-        " train.split.",
+        description="Split of qrels or pair rows to judge the model on; null: test, or the test side of train.split.",
     )
     split: Split | None = None
     license: str | None = Field(
         None,
-        description="Licence that the model's card states, such as apache-2.0; null: the base's, where its own card"
-        " states one.",
+        description="License in the model card, such as apache-2.0; null: that of the base's card, if any.",
     )
 
     @model_validator(mode="after")
     def _of_kind(self) -> Train:
         if self.matryoshka and self.kind == "reranker":
-            raise ValueError("matryoshka: a reranker has no vectors: leave it empty")
+            raise ValueError("matryoshka: a reranker has no vectors: remove it")
         if not self.negatives and self.kind == "reranker":
-            raise ValueError("negatives: a reranker learns from the rows' negatives alone: leave it true")
+            raise ValueError("negatives: a reranker learns from the rows' negatives only: set it to true")
         if min(self.matryoshka, default=1) < 1:
-            raise ValueError("matryoshka: a width is 1 or more")
+            raise ValueError("matryoshka: dimensions must be 1 or more")
         return self
 
     @model_validator(mode="after")
     def _one_judge(self) -> Train:
         if self.split is not None and self.eval_split is not None:
-            raise ValueError(
-                f"train.split and eval_split ('{self.eval_split}') both say what the model is judged on: remove one"
-            )
+            raise ValueError(f"train.split and eval_split ('{self.eval_split}') are alternatives: remove one")
         return self
 
     @property
     def judge(self) -> tuple[str, str]:
-        """What the model is judged on, for people, and the setting that says so."""
+        """A description of what the model is judged on, and the setting for it."""
         if self.split is not None:
             return "the test side of train.split", "train.split"
         return f"the split '{self.eval_split or EVAL_SPLIT}'", "train.eval_split"
@@ -180,13 +175,13 @@ ArmSet = Literal[
 ]
 
 
-_JUDGED = "which would judge it on other anchors than the rest"
-_OF_THE_CELL = "which every cell has of its own"
+_JUDGED = "which would judge it on different anchors than the rest"
+_OF_THE_CELL = "which is set separately for every cell"
 _NO_ARM = {
     **dict.fromkeys(("data.path", "data.queries", "data.qrels", "data.min_grade"), _JUDGED),
     **dict.fromkeys(("train.eval_split", "train.split"), _JUDGED),
     **dict.fromkeys(("run_dir", "store", "ablate", "output.report"), _OF_THE_CELL),
-    **dict.fromkeys(("seed", "train.seed"), "which ablate.seeds are for"),
+    **dict.fromkeys(("seed", "train.seed"), "which is set by ablate.seeds"),
 }
 
 
@@ -200,28 +195,28 @@ def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 class Ablate(Section):
-    """Which settings are compared by the models they make."""
+    """Settings to compare by the models trained with them."""
 
     sets: tuple[ArmSet, ...] = Field(
         ("in-batch", "random", "peers", "default"),
-        description="Arms that come with negpipe. in-batch: no mined negatives. random: random ones. peers: each"
-        " mining.compat. default: negpipe's own rules. calibrated: what calibrate recommends. configured: the config as"
-        " it is. windows, margins, negatives, batch_sizes, losses: the config with several values of one setting.",
+        description="Built-in arms. in-batch: no mined negatives. random: random negatives. peers: each mining.compat."
+        " default: negpipe's rules. calibrated: the setting recommended by calibrate. configured: the config unchanged."
+        " windows, margins, negatives, batch_sizes, losses: the config with several values of one setting.",
     )
     arms: dict[str, dict[str, Any]] = Field(
         {},
-        description="More arms: a name, and the settings that it changes, such as {rank 10: {mining.range_min: 10}}.",
+        description="Further arms: names and the settings they change, such as {rank 10: {mining.range_min: 10}}.",
     )
     seeds: tuple[int, ...] = Field(
-        (1, 2, 3), min_length=1, description="Every arm is mined and trained with each, as seed and train.seed."
+        (1, 2, 3), min_length=1, description="Seeds to mine and train every arm with, as seed and train.seed."
     )
 
     @model_validator(mode="after")
     def _some(self) -> Ablate:
         if not self.sets and not self.arms:
-            raise ValueError("sets and arms are both empty: name what is to be compared")
+            raise ValueError("sets and arms are both empty: add arms to compare")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one stands there twice")
+            raise ValueError("seeds: remove duplicates")
         for arm, changes in self.arms.items():
             for key in flat(changes):
                 if why := next((why for name, why in _NO_ARM.items() if f"{key}.".startswith(f"{name}.")), None):

@@ -1,4 +1,4 @@
-"""Values that several sections have: amounts of memory, devices."""
+"""Types of values shared by several sections: sizes, devices."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def _device(value: str) -> str:
 Size = Annotated[int, BeforeValidator(size)]
 """Bytes, also written as 2GiB."""
 Device = Annotated[str, AfterValidator(_device)]
-"""As torch calls it."""
+"""A device, named as in torch."""

@@ -1,1 +1,1 @@
-"""The tables that stages hand on: texts, anchors and their namesakes, candidates."""
+"""The tables passed between stages: texts, anchors and their namesakes, candidates."""

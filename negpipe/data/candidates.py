@@ -1,10 +1,10 @@
-"""Candidate parts: Parquet files that describe themselves, a row an anchor, read in slices of anchors.
+"""Candidate parts: self-describing Parquet files with one row per anchor, read in slices of anchors.
 
-A row has `anchor` (its id), `rows` (of the corpus, as found), and for every NAME that scored them `rank_NAME` and
-`score_NAME`, lists beside `rows`; `positives` (rows) and `positive_score_NAME` beside them. What was not found or not
-scored is null. Lists of candidates are of one width in a file, so that numpy sees matrices.
+A row has `anchor` (its id), `rows` (of the corpus, as found), and for every score NAME the lists `rank_NAME` and
+`score_NAME`, parallel to `rows`; also `positives` (rows) and, parallel to it, `positive_score_NAME`. Missing candidates
+and scores are null. Lists of candidates have one width per file, so that numpy sees matrices.
 
-Anchors that need more than `search` stored have deeper candidates in a file of their own, of the same columns without
+Anchors that need more than `search` stored have deeper candidates in a separate file with the same columns except
 positives, in row groups of some anchors of one slice.
 """
 
@@ -27,11 +27,11 @@ from negpipe.errors import DamagedError, InputError
 
 ROW_GROUP = 4096
 CELLS = 2**20  # candidates of a slice that has deeper ones
-BYTES = 10  # of a candidate on disk, compressed: measured 9 of a million documents, 10 of 200 million
+BYTES = 10  # per candidate on disk, compressed: measured 9 with a million documents, 10 with 200 million
 DENSE = "dense"
 """The score of search: the product of the vectors."""
 TEACHER = "teacher"
-"""The score of a function that the caller of the Python API brings."""
+"""The score of a function passed to the Python API."""
 _DEEPER = pa.schema(
     [
         ("anchor", pa.large_string()),
@@ -46,15 +46,15 @@ Scores = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was found for n anchors, by one of the scores.
+    """The candidates of n anchors, by one of the scores.
 
     Attributes:
-        rows: (n, k) int64, best first, -1 where there are fewer than k.
-        scores: (n, k) float32, -inf where there is no row.
-        positives: rows of all anchors' positives, ragged by offsets.
+        rows: (n, k) int64, best first, -1 if there are fewer than k.
+        scores: (n, k) float32, -inf if there is no row.
+        positives: rows of the positives of all anchors, ragged by offsets.
         offsets: (n + 1,) int64, from 0.
-        positive_scores: float32, as positives, NaN where not computed.
-        anchors: (n,) int64, which rows of the part's anchor table they are.
+        positive_scores: float32, parallel to positives, NaN if not computed.
+        anchors: (n,) int64, their rows in the part's anchor table.
     """
 
     rows: Rows
@@ -69,7 +69,7 @@ class Candidates:
         return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth])
 
     def without(self, dropped: npt.NDArray[np.bool_]) -> Candidates:
-        """The same without some candidates, (n, k); those behind them move up."""
+        """The same without some candidates, (n, k); later ones move up."""
         order = np.argsort(dropped, axis=1, kind="stable")
         rows, scores = np.take_along_axis(self.rows, order, axis=1), np.take_along_axis(self.scores, order, axis=1)
         gone = np.take_along_axis(dropped, order, axis=1)
@@ -98,11 +98,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Deeper:
-    """Candidates that take the place of those of some anchors.
+    """Candidates that replace those of some anchors.
 
     Attributes:
-        anchors: (m,) int64, which anchors, ascending, of one slice.
-        rows: (m, k) int64 as in `Candidates`; scores alike.
+        anchors: (m,) int64, the anchors, ascending, of one slice.
+        rows: (m, k) int64 as in `Candidates`, as are the scores.
     """
 
     anchors: Rows
@@ -110,7 +110,7 @@ class Deeper:
     scores: Scores
 
     def among(self, anchors: Rows) -> Deeper:
-        """The same for anchors in an order of their own, numbered by their places there."""
+        """The same for anchors in another order, numbered by their places in it."""
         order = np.argsort(anchors)
         place = order[np.minimum(np.searchsorted(anchors, self.anchors, sorter=order), len(anchors) - 1)]
         here = np.flatnonzero(anchors[place] == self.anchors)
@@ -118,19 +118,19 @@ class Deeper:
         return Deeper(place[here], self.rows[here], self.scores[here])
 
     def between(self, low: int, high: int) -> Deeper:
-        """Those of the anchors from `low` to below `high`, numbered from `low` on."""
+        """The candidates of anchors from `low` to below `high`, numbered from `low`."""
         here = slice(*np.searchsorted(self.anchors, [low, high]))
         return Deeper(self.anchors[here] - low, self.rows[here], self.scores[here])
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What another judge says of the same candidates.
+    """Another score of the same candidates.
 
     Attributes:
-        ranks: (n, k) int32, places in the order of these scores, -1 where there is none.
-        scores: (n, k) float32, NaN where not computed.
-        positive_scores: float32, one a positive.
+        ranks: (n, k) int32, ranks by these scores, -1 if there is none.
+        scores: (n, k) float32, NaN if not computed.
+        positive_scores: float32, one per positive.
     """
 
     ranks: npt.NDArray[np.int32]
@@ -149,11 +149,11 @@ def write(
     """Write one part.
 
     Args:
-        file: where it goes.
-        ids: those of the part's anchors, the rows that `found.anchors` are of.
-        found: what search found, with its scores.
-        further: other scores of the same, by name.
-        approximate: names the index that may have missed some.
+        file: the output.
+        ids: ids of the part's anchors, which `found.anchors` refers to.
+        found: the candidates of search, with their scores.
+        further: other scores of the same candidates, by name.
+        approximate: the name of an index that may have missed some.
     """
     lists = pa.array(found.offsets.astype(np.int32))
     none = found.rows < 0
@@ -174,7 +174,7 @@ def write(
 
 
 def write_deeper(file: BinaryIO, ids: pa.Array | pa.ChunkedArray, found: Iterable[Deeper]) -> int:
-    """Write the deeper candidates of a part, as `deeper.deepen` yields them; the number of their anchors."""
+    """Write the deeper candidates of a part, as yielded by `deeper.deepen`; return the number of their anchors."""
     anchors = 0
     with pq.ParquetWriter(file, _DEEPER, compression="lz4", use_dictionary=False) as writer:
         for piece in found:
@@ -188,7 +188,7 @@ def write_deeper(file: BinaryIO, ids: pa.Array | pa.ChunkedArray, found: Iterabl
 
 
 def joined(pieces: Sequence[Candidates]) -> Candidates:
-    """Anchors one behind the other; at least one piece, all equally deep."""
+    """Concatenate the anchors of at least one piece, all of the same depth."""
     ends = np.cumsum([0, *(len(piece.positives) for piece in pieces)])
     return Candidates(
         np.concatenate([piece.rows for piece in pieces]),
@@ -207,18 +207,18 @@ def read(
     depth: int | None = None,
     score: str = DENSE,
 ) -> Iterator[Candidates]:
-    """Read one part a slice of anchors at a time.
+    """Read one part, one slice of anchors at a time.
 
     Args:
         path: the part.
-        ids: those of the anchors it is about; each slice says which they are.
-        deeper: its deeper candidates in order, or their file, if it has any.
-        depth: how many of each anchor's stored ones are wanted; None: all.
-        score: the name of the scores, in whose order they come.
+        ids: ids of its anchors; each slice refers to them.
+        deeper: its deeper candidates in order, or their file, if any.
+        depth: stored candidates to read per anchor; None: all.
+        score: the name of the scores, which determine the order.
 
     Raises:
-        DamagedError: a file is not whole, or is about other anchors.
-        InputError: there are no scores of this name.
+        DamagedError: a file is incomplete, or has other anchors.
+        InputError: the part has no scores of this name.
     """
     below = iter(_read_deeper(deeper, ids) if isinstance(deeper, Path) else deeper or ())
     following = next(below, None)
@@ -227,9 +227,9 @@ def read(
         if f"score_{score}" not in names:
             have = ", ".join(name.removeprefix("score_") for name in names if name.startswith("score_"))
             raise InputError(
-                f"candidates have no score called {score}, they have {have}",
+                f"candidates have no score '{score}', only {have}",
                 field="mining.score",
-                remedy="Name one of these",
+                remedy="Use one of these",
             )
         columns = ["anchor", "rows", f"score_{score}", "positives", f"positive_score_{score}"]
         start = 0
@@ -263,7 +263,7 @@ def _read_deeper(path: Path, ids: pa.Array | pa.ChunkedArray) -> Iterator[Deeper
 
 
 def _places(path: Path, names: pa.Array, ids: pa.Array | pa.ChunkedArray, likely: int = 0) -> Rows:
-    """Which of the anchors these are."""
+    """The places of these among the anchors."""
     if isinstance(names, pa.ChunkedArray):
         names = names.combine_chunks()
     names = names.cast(ids.type)
@@ -274,14 +274,14 @@ def _places(path: Path, names: pa.Array, ids: pa.Array | pa.ChunkedArray, likely
     if places.null_count:
         other = names[places.is_null().to_pylist().index(True)]
         raise DamagedError(
-            f"{path} has candidates of anchor {other}, which is not among the anchors it was made for: run"
+            f"{path} has candidates of anchor {other}, which is not one of its anchors: run"
             " `negpipe verify`, then search again"
         )
     return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
 
 
 def _ordered(rows: Rows, scores: Scores, ranks: npt.NDArray[np.int32]) -> tuple[Rows, Scores]:
-    """Candidates in the order of their ranks, those without one as if they were not there."""
+    """Candidates in the order of their ranks; those without a rank are dropped."""
     order = np.argsort(ranks.astype(np.uint32), axis=1, kind="stable")  # -1 comes last
     none = np.take_along_axis(ranks, order, axis=1) < 0
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

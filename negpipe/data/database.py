@@ -1,4 +1,4 @@
-"""DuckDB in a folder: it spills there what does not fit into its budget."""
+"""DuckDB in a folder, where it spills data beyond its memory budget."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
     """An empty database, closed at the end.
 
     Args:
-        folder: for its file and what spills.
-        budget: its memory and threads; they change no result.
-        work: what it is opened for, as a subject ("the audit").
+        folder: for its file and spilled data.
+        budget: its memory and threads, which change no result.
+        work: its purpose as a subject ("the audit"), for the error.
 
     Raises:
-        BudgetError: DuckDB needs more memory, whatever it spills.
+        BudgetError: DuckDB needs more memory even when spilling.
     """
     import duckdb
 
@@ -38,8 +38,8 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
         yield database
     except duckdb.OutOfMemoryException as error:
         raise BudgetError(
-            f"{work} may use {budget.memory // 2**20:,} MiB for its database, and needs more"
-            f" ({str(error).splitlines()[0]}): raise resources.memory_budget, for this command alone with"
+            f"{work} needs more than the {budget.memory // 2**20:,} MiB available for its database"
+            f" ({str(error).splitlines()[0]}): raise resources.memory_budget, for this command only with"
             " --set resources.memory_budget=1GiB",
             there=budget.memory,
             remedy="--set resources.memory_budget=1GiB",

@@ -1,4 +1,4 @@
-"""Count, mean, deviation and range of numbers that come in pieces."""
+"""Count, mean, deviation and range of numbers that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Moments = dict[str, Any]
 
 
 def of(values: npt.NDArray[np.float32]) -> Moments:
-    """Moments of some numbers, as JSON."""
+    """The moments of some numbers, as JSON."""
     if not len(values):
         return {"count": 0, "sum": 0.0, "squares": 0.0, "min": None, "max": None}
     wide = values.astype(np.float64)
@@ -25,7 +25,7 @@ def of(values: npt.NDArray[np.float32]) -> Moments:
 
 
 def merge(pieces: list[Moments]) -> Moments:
-    """Moments of all pieces together, added up in their order."""
+    """The moments of all pieces together, summed in order."""
     filled = [piece for piece in pieces if piece["count"]]
     if not filled:
         return of(np.empty(0, np.float32))
@@ -34,7 +34,7 @@ def merge(pieces: list[Moments]) -> Moments:
 
 
 def summary(moments: Moments) -> dict[str, Any]:
-    """Count, mean, standard deviation, least and greatest."""
+    """Count, mean, standard deviation, minimum and maximum."""
     count = moments["count"]
     if not count:
         return {"count": 0}

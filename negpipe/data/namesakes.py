@@ -1,7 +1,7 @@
-"""What all queries of one normalised text are known to have, stored once a text and found by its hash.
+"""Known positives of all queries with the same normalized text, stored once per text and found by its hash.
 
-The parts of ingest's kind `namesakes` are one long table of (normalized, row), ascending; the rows of one text may lie
-in several parts. They are mapped: memory holds the rows of the texts that are asked for.
+The parts of ingest's kind `namesakes` form one table of (normalized, row), ascending; the rows of a text may span
+several parts. They are memory-mapped: memory holds the rows of the requested texts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Hashes = npt.NDArray[np.uint64]
 
 
 class Namesakes:
-    """The parts as one.
+    """The parts as one table.
 
     Args:
         paths: the parts, in order.
 
     Raises:
-        DamagedError: a file is not whole.
+        DamagedError: a file is incomplete.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -34,10 +34,10 @@ class Namesakes:
         self._ends = np.array([hashes[[0, -1]] for hashes, _ in self._parts], np.uint64).reshape(-1, 2)
 
     def of(self, texts: Hashes) -> tuple[Ints, Ints]:
-        """The rows of some texts, none for a text that one query alone asks.
+        """The rows of some texts, none for a text of a single query.
 
         Args:
-            texts: (m,) hashes of normalised texts, ascending, each once.
+            texts: (m,) hashes of normalized texts, ascending, each once.
 
         Returns:
             rows of the corpus, ascending within a text, ragged by offsets (m + 1,).

@@ -5,4 +5,4 @@ from __future__ import annotations
 import tokenize
 
 BROKEN = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
-"""What `numpy.load` raises for a file that is no whole .npy file: its header is parsed as Python."""
+"""Errors of `numpy.load` for a file that is not a complete .npy file: its header is parsed as Python."""

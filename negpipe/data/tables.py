@@ -1,6 +1,6 @@
 """Arrow IPC parts: written as bytes, memory-mapped for reading, gathered by row across parts.
 
-Nothing here holds a whole corpus: a gather touches the rows it is asked for.
+Nothing here holds an entire corpus: a gather touches only the requested rows.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from negpipe.store import mapped
 
 _PAGE = 1024  # rows
 EXTRA = "extra:"
-"""Comes before the source's name of a column that `data.extra` keeps."""
+"""Prefix of the names of columns kept by `data.extra`."""
 
 
 def documents(manifest: Manifest) -> list[Part]:
-    """The parts of ingest or encode that hold documents, in row order."""
+    """The parts of ingest or encode with documents, in row order."""
     return manifest.of_kind("corpus") + manifest.of_kind("added")
 
 
 def texts(manifest: Manifest) -> list[Part]:
-    """The parts of ingest or encode that hold texts or their vectors, in order: documents, then anchors."""
+    """The parts of ingest or encode with texts or their vectors, in order: documents, then anchors."""
     return documents(manifest) + manifest.of_kind("anchors")
 
 
 def searchable(manifest: Manifest, config: Config) -> list[Part]:
-    """The first of them: those whose documents can be candidates."""
+    """The parts whose documents can be candidates."""
     return documents(manifest) if config.data.add_positives else manifest.of_kind("corpus")
 
 
 def to_bytes(table: pa.Table) -> pa.Buffer:
     """A table as one Arrow IPC file with one record batch; equal tables give equal bytes."""
-    # Concatenating copies the values and nothing else; a slice would take more of its parent's buffers along.
+    # Concatenating copies only the values; a slice would include more of its parent's buffers.
     columns = [pa.concat_arrays([*column.chunks, pa.array([], column.type)]) for column in table.columns]
     table = pa.table(columns, schema=table.schema)
     counted = pa.MockOutputStream()
@@ -54,7 +54,7 @@ def to_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def write(table: pa.Table, sink: Any) -> None:
-    """Write a table as an Arrow IPC file, its record batches as they are."""
+    """Write a table as an Arrow IPC file, with unchanged record batches."""
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
@@ -63,7 +63,7 @@ def open_table(path: Path) -> pa.Table:
     """Memory-map an Arrow IPC file.
 
     Raises:
-        DamagedError: the file is not whole.
+        DamagedError: the file is incomplete.
     """
     try:
         table = pa.ipc.open_file(mapped.arrow(path)).read_all()
@@ -71,7 +71,7 @@ def open_table(path: Path) -> pa.Table:
         if not all(_ascending(chunk) for column in table.columns for chunk in column.chunks):
             raise pa.ArrowInvalid("a value ends before it begins")
     except (OSError, pa.ArrowException) as error:
-        raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then the stage again") from None
+        raise DamagedError(f"{path} cannot be read ({error}): run `negpipe verify`, then run the stage again") from None
     return table
 
 
@@ -86,7 +86,7 @@ def count_rows(path: Path) -> int:
 
 
 def _ascending(array: pa.Array) -> bool:
-    """Whether texts and lists lie one behind the other: with a damaged offset, reading one would end the process."""
+    """Whether the offsets of texts and lists ascend: reading a damaged one would crash the process."""
     if pa.types.is_list(array.type):
         lengths, inner = pc.list_value_length(array), _ascending(array.values)
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
@@ -109,7 +109,7 @@ class Rows:
         return int(self.starts[-1])
 
     def find(self, ids: set[str]) -> dict[str, int]:
-        """Rows of ids, any id of a row's; ids that no row has are left out."""
+        """The rows of ids, by any id of a row; unknown ids are left out."""
         names = sorted(ids)
         name_of = dict(zip(hashes(names).tolist(), names, strict=True))
         wanted = np.fromiter(name_of, np.uint64, len(name_of))
@@ -140,11 +140,11 @@ class Rows:
         return out[inverse].reshape(rows.shape)
 
     def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
-        """A text column at `rows` (1-D, any order, repeats welcome; each text is read once)."""
+        """A text column at `rows` (1-D, any order, repeats allowed; each text is read once)."""
         return self.encoded([column], rows)[0].dictionary_decode()
 
     def encoded(self, columns: Sequence[str], rows: npt.NDArray[np.int64]) -> list[pa.DictionaryArray]:
-        """Text columns at `rows` (1-D, any order, repeats welcome), each text read and held once."""
+        """Text columns at `rows` (1-D, any order, repeats allowed), each text read and held once."""
         if not columns:
             return []
         unique, inverse = np.unique(rows, return_inverse=True)
@@ -159,27 +159,27 @@ class Rows:
             pieces = [self._tables[part][column].take(at) for part, at in where]
             chunks = [pc.cast(chunk, pa.large_string()) for piece in pieces for chunk in piece.chunks]
             values = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
-            # A row's id and text are no other row's.
+            # Ids and texts are unique per row.
             found.append(dictionary(values, codes, distinct=column in ("id", "text")))
         return found
 
     def sizes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Bytes of a text column at `rows` (1-D), without reading a text."""
+        """Bytes of a text column at `rows` (1-D), without reading the texts."""
         out = np.empty(rows.shape, np.int64)
         for part, where in self._by_part(rows):
             # A part is one record batch, so a column is one chunk.
             texts = self._tables[part][column].chunk(0)
-            width = np.int64 if pa.types.is_large_string(texts.type) else np.int32  # documents', anchors'
+            width = np.int64 if pa.types.is_large_string(texts.type) else np.int32  # documents, anchors
             offsets = np.frombuffer(texts.buffers()[1], width)[texts.offset :]
             at = rows[where] - self.starts[part]
             out[where] = offsets[at + 1] - offsets[at]
         return out
 
     def _by_part(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
-        """For every part that holds some of `rows`: the positions of those rows."""
+        """For every part with some of `rows`: the positions of those rows."""
         if not rows.size:
             return []
-        # The part in which a row's page begins, or one soon after it. Small integers are sorted by radix.
+        # The part where a row's page begins, or one soon after it. Small integers are radix-sorted.
         parts = self._part_of[rows // _PAGE]
         while (later := rows >= self.starts[parts + 1]).any():
             parts += later
@@ -189,7 +189,7 @@ class Rows:
 
 
 def hashed(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """64-bit digests of values, of each that differs once; 0 for a null or an empty text (CSV knows no null)."""
+    """64-bit digests of values, each distinct one hashed once; 0 for null or an empty text (CSV has no null)."""
     encoded = texts.cast(pa.large_string()).combine_chunks().dictionary_encode()
     digested = np.append(hashes(encoded.dictionary), np.uint64(0))
     digested[:-1][pc.equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)] = 0
@@ -199,7 +199,7 @@ def hashed(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
 
 
 def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: bool) -> pa.DictionaryArray:
-    """`values` taken at `codes`. Equal values share an entry, as Parquet wants it; `distinct`: there are none."""
+    """`values` at `codes`. Equal values share an entry, as Parquet requires; `distinct`: no values are equal."""
     if distinct:
         return pa.DictionaryArray.from_arrays(codes, values)
     encoded = values.dictionary_encode()
@@ -207,14 +207,14 @@ def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: b
 
 
 def within(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Places in ragged lists one after the other: 0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
+    """Positions within consecutive ragged lists: 0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def members(
     offsets: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Some of the lists that are ragged by `offsets`, in any order, repeats welcome.
+    """Some of the lists that are ragged by `offsets`, in any order, repeats allowed.
 
     Returns:
         positions of their values, and the offsets of the lists among those.

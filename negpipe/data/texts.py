@@ -1,4 +1,4 @@
-"""Texts as identities: what "the same text" and "the same normalised text" mean."""
+"""Identity of texts: the meaning of "the same text" and "the same normalized text"."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 
 def normalize(text: str) -> str:
-    """Unicode NFKC, case folded, runs of white space as one space, none at the ends."""
+    """Unicode NFKC, case-folded, runs of whitespace as one space, stripped."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def text_id(text: str) -> str:
-    """The id of a text that came without one: 32 hex digits of its digest."""
+    """The id of a text without one: 32 hex digits of its digest."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -29,7 +29,7 @@ def ids_of(digested: npt.NDArray[np.uint64]) -> list[str]:
 
 
 def digests(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
-    """128-bit digests, (n, 2) uint64: equal exactly where the texts are equal."""
+    """128-bit digests, (n, 2) uint64: equal exactly if the texts are equal."""
     return _joined(_encoded(texts), 16).reshape(-1, 2)
 
 
@@ -39,8 +39,8 @@ def hashes(texts: pa.Array | Iterable[str]) -> npt.NDArray[np.uint64]:
 
 
 def normalized_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
-    """`hashes` of texts as `normalize` makes them; the texts have no white space at their ends."""
-    # NFKC leaves ASCII as it is, where case is but lower or upper; printable white space is blanks.
+    """`hashes` of texts after `normalize`; the texts must be stripped."""
+    # NFKC does not change ASCII, where case is only lower or upper; printable whitespace is spaces.
     normal = _encoded(pc.ascii_lower(texts))
     printable = pc.ascii_is_printable(texts).to_numpy(zero_copy_only=False)
     others = np.flatnonzero(~printable | [b"  " in text for text in normal])
@@ -57,6 +57,6 @@ def _encoded(texts: pa.Array | Iterable[str]) -> list[bytes]:
 
 
 def _joined(texts: list[bytes], size: int) -> npt.NDArray[np.uint64]:
-    """Digests of so many bytes, one behind the other."""
+    """Concatenated digests of `size` bytes."""
     blake2b = hashlib.blake2b
     return np.frombuffer(b"".join([blake2b(text, digest_size=size).digest() for text in texts]), dtype="<u8")

@@ -1,6 +1,6 @@
-"""Models that turn texts into vectors: which model it is (`resolve_model`), and running it (`load`).
+"""Models that encode texts: finding a model (`resolve_model`), and running it (`load`).
 
-Importing this package, and resolving a model, imports neither torch nor a model library.
+Importing this package and resolving a model import neither torch nor a model library.
 """
 
 from negpipe.encoders.batched import OnBatch

@@ -1,8 +1,8 @@
-"""The model libraries, each behind the same two things: a module and a function.
+"""The model libraries behind a common interface: a module and a function.
 
-A backend returns the module whose forward runs one batch, and the function that encodes the texts
-of one call: (n, d) in any float type, in the order of the texts, not normalised. Lengths of queries and passages
-come from the config alone, never from a library's default; what is put before them says `prompts`.
+A backend returns the module whose forward pass runs one batch, and the function that encodes the texts of one
+call: (n, d) in any float type, in the order of the texts, not normalized. The lengths of queries and passages always
+come from the config, never from a library's default; `prompts` determines their prefixes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from negpipe.encoders.prompts import KINDS, TASKS, Kind, instructed, instruction
 from negpipe.errors import ConfigError
 
 Call = Callable[[list[str], Kind, int], Any]
-"""Texts, as what they are encoded, and how many of them a forward pass has."""
+"""Texts, their kind, and the number of texts per forward pass."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """A model as its library has it.
+    """A model loaded by its library.
 
     Attributes:
-        module: its forward runs one batch.
+        module: its forward pass runs one batch.
         call: encodes the texts of one call.
-        tokenizers: that it uses, of transformers or others.
-        width: numbers of its vectors; None where the library does not tell.
+        tokenizers: its tokenizers, of transformers or others.
+        width: dimension of its vectors; None if the library does not report it.
     """
 
     module: Any
@@ -40,10 +40,10 @@ class Library:
 
 
 def flagembedding(encoder: Settings, path: str, device: str) -> Library:
-    """FlagEmbedding's own model classes, chosen by config, by the model's files or by its name.
+    """FlagEmbedding's model classes, chosen by config, by the model's files or by its name.
 
     Raises:
-        ConfigError: model class and pooling do not go together, or are not known.
+        ConfigError: model class and pooling do not match, or are unknown.
     """
     from FlagEmbedding import FlagAutoModel
 
@@ -56,7 +56,7 @@ def flagembedding(encoder: Settings, path: str, device: str) -> Library:
         normalize_embeddings=False,
         use_fp16=encoder.precision == "float16",
         use_bf16=encoder.precision == "bfloat16",
-        # On what it calls "cpu", letter for letter, it makes every model float32.
+        # With exactly "cpu", it converts every model to float32.
         devices="cpu:0" if device == "cpu" and encoder.precision != "float32" else device,
         trust_remote_code=encoder.trust_remote_code,
         query_instruction_for_retrieval=query.text,
@@ -67,7 +67,7 @@ def flagembedding(encoder: Settings, path: str, device: str) -> Library:
         passage_max_length=encoder.passage_max_length,
     )
     _silence(model)
-    # M3's class holds the transformer beside what it makes of its output.
+    # M3's class wraps the transformer.
     _end_in_float32(model.model.model if model_class == "encoder-only-m3" else model.model, "last_hidden_state")
 
     def call(texts: list[str], kind: Kind, batch_size: int) -> Any:
@@ -80,13 +80,13 @@ def flagembedding(encoder: Settings, path: str, device: str) -> Library:
 
 
 def class_and_pooling(encoder: Settings, path: str) -> tuple[str, str]:
-    """What the config says, else what the model's own files say, else what FlagEmbedding knows of its name."""
+    """From the config, else from the model's files, else from FlagEmbedding's table of names."""
     from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING, EMBEDDER_CLASS_MAPPING
 
     classes = {key.value: value for key, value in EMBEDDER_CLASS_MAPPING.items()}
     if encoder.model_class is not None and encoder.model_class not in classes:
         raise ConfigError(f"encoder.model_class: '{encoder.model_class}' is not one of {', '.join(classes)}")
-    # By the configured name: the folder of a hub model is called by its commit.
+    # By the configured name, as the folder of a hub model is named by its commit.
     known = AUTO_EMBEDDER_MAPPING.get(Path(encoder.model or "").name)
     pooling = encoder.pooling or _pooling_file(path) or (known.pooling_method.value if known else None)
     if encoder.model_class:
@@ -98,14 +98,14 @@ def class_and_pooling(encoder: Settings, path: str) -> tuple[str, str]:
     pooling = pooling or str(classes[model_class].DEFAULT_POOLING_METHOD)
     if model_class != "encoder-only-m3" and model_class.startswith("decoder") != (pooling == "last_token"):
         raise ConfigError(
-            f"encoder.pooling: '{pooling}' does not go with model class '{model_class}':"
-            " decoders take last_token, encoders cls or mean; set encoder.pooling and encoder.model_class"
+            f"encoder.pooling: '{pooling}' does not match model class '{model_class}':"
+            " decoders use last_token, encoders cls or mean; set encoder.pooling and encoder.model_class"
         )
     return model_class, pooling
 
 
 def _pooling_file(path: str) -> str | None:
-    """The pooling that a Sentence Transformers folder names, in FlagEmbedding's spelling."""
+    """The pooling of a Sentence Transformers folder, in FlagEmbedding's spelling."""
     file = Path(path) / "1_Pooling" / "config.json"
     if not file.is_file():
         return None
@@ -118,14 +118,14 @@ def _pooling_file(path: str) -> str | None:
     modes = [named] if isinstance(named, str) else named
     if len(modes) != 1 or modes[0] not in ("cls", "mean", "lasttoken"):
         raise ConfigError(
-            f"encoder.pooling: {file} asks for {' and '.join(map(str, modes)) or 'none'}, which FlagEmbedding has not:"
+            f"encoder.pooling: {file} has {' and '.join(map(str, modes)) or 'none'}, which FlagEmbedding lacks:"
             " set encoder.backend to sentence-transformers, or encoder.pooling"
         )
     return "last_token" if modes[0] == "lasttoken" else str(modes[0])
 
 
 def _silence(model: Any) -> None:
-    """Take the progress bars away, which no argument switches off; progress is reported by `on_batch`."""
+    """Disable the progress bars, for which there is no argument; `on_batch` reports progress."""
 
     def plain(items: Iterable[Any], **_: Any) -> Iterable[Any]:
         return items
@@ -136,7 +136,7 @@ def _silence(model: Any) -> None:
 
 
 def sentence_transformers(encoder: Settings, path: str, device: str) -> Library:
-    """Sentence Transformers, with the modules (pooling, dense layers …) that the model's folder names."""
+    """Sentence Transformers, with the modules (pooling, dense layers …) in the model's folder."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Router
@@ -145,12 +145,12 @@ def sentence_transformers(encoder: Settings, path: str, device: str) -> Library:
         path,
         device=device,
         trust_remote_code=encoder.trust_remote_code,
-        # Named even for float32: the default is the type the weights were saved in. Other runtimes begin with it.
+        # Set even for float32, as the default is the type of the saved weights. Other runtimes start from float32.
         model_kwargs={"dtype": getattr(torch, encoder.precision if encoder.runtime == "torch" else "float32")},
     )
 
     if encoder.truncate_dim is not None:
-        model.truncate_dim = None  # what the model's folder asks for gives way
+        model.truncate_dim = None  # overrides the model's folder
     inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
     for module in inputs:
         _end_in_float32(module, "token_embeddings")
@@ -177,8 +177,8 @@ def sentence_transformers(encoder: Settings, path: str, device: str) -> Library:
 
 
 def _end_in_float32(transformer: Any, name: str) -> None:
-    """Hand on its vectors of tokens, the output called `name`, in float32: a mean over hundreds of them, and what comes
-    behind it, costs no time and would lose digits."""
+    """Convert its token vectors, the output called `name`, to float32: the mean over hundreds of them, and later steps,
+    cost no time, and would lose digits."""
 
     def widen(module: Any, args: Any, output: Any) -> Any:
         if name in output:
@@ -189,6 +189,6 @@ def _end_in_float32(transformer: Any, name: str) -> None:
 
 
 def _takes_length(module: Any) -> bool:
-    """Whether it cuts texts at a length; a static embedding reads them whole."""
+    """Whether it truncates texts to a length; a static embedding reads entire texts."""
     own = getattr(type(module), "max_seq_length", None)
     return own.fset is not None if isinstance(own, property) else hasattr(module, "max_seq_length")

@@ -1,4 +1,4 @@
-"""Texts cut into calls of a model library, each watched pass by pass."""
+"""Texts divided into calls of a model library, each monitored pass by pass."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Vectors = NDArray[np.float32]
 
 
 class Batched:
-    """Runs calls, and checks and normalises what comes back.
+    """Runs calls, and checks and normalizes the results.
 
-    It stands in for the module's forward. FlagEmbedding answers any RuntimeError with a smaller batch,
-    which would change bits silently or go on for ever: a failure leaves here as a TaskFailedError,
-    which it lets through. It also runs a call's first batch twice, once on trial: the second run gets
-    the first one's output.
+    It replaces the module's forward. FlagEmbedding reacts to any RuntimeError with a smaller batch,
+    which would silently change bits or never end: failures are therefore raised as a TaskFailedError,
+    which it does not catch. It also runs a call's first batch twice, once on trial: the second run gets
+    the output of the first.
 
     Args:
         encoder: the settings.
         library: the model in its library.
-        ahead: tokenise a call while the one before computes. For a model on a GPU: on a CPU it gains nothing, and the
-            memory of a second thread is lost. FlagEmbedding alone tokenises a whole call before its first pass.
-        batches: which texts share a pass; None: the library puts them together, `encoder.batch_size` at a time.
+        ahead: tokenize a call while the previous one computes. For a model on a GPU: on a CPU it gains nothing, and
+            takes the memory of a second thread. Only FlagEmbedding tokenizes an entire call before its first pass.
+        batches: the texts of each pass; None: the library batches them, `encoder.batch_size` at a time.
     """
 
     def __init__(self, encoder: Settings, library: Library, *, ahead: bool, batches: Batches | None = None) -> None:
         if ahead and batches:
-            raise ValueError("a call of several batches is tokenised one batch at a time")
+            raise ValueError("a call of several batches is tokenized one batch at a time")
         self._encoder, self._call, self._batches = encoder, library.call, batches
         self._forward, library.module.forward = library.module.forward, self._pass
         for tokenizer in library.tokenizers:
@@ -69,7 +69,7 @@ class Batched:
                     if len(turns) > self._ahead:
                         yield self._result(*turns[0])
                         turns.popleft()
-                        machine.give_back()  # batches of all shapes leave holes between what is kept
+                        machine.give_back()  # batches of all shapes fragment the memory
                 while turns:
                     yield self._result(*turns[0])
                     turns.popleft()
@@ -78,9 +78,9 @@ class Batched:
                     turn.drop()
 
     def _run(self, turn: _Turn) -> Vectors:
-        """Tokenise, wait for the turn, compute."""
+        """Tokenize, wait for the turn, compute."""
         self._current.turn = turn
-        # One at a time: a fast tokenizer refuses to be used by two threads.
+        # One at a time: a fast tokenizer cannot be used by two threads.
         if turn.after:
             turn.after.wait()
         try:
@@ -102,7 +102,7 @@ class Batched:
     def _result(self, turn: _Turn, run: Callable[[], Vectors]) -> Vectors:
         turn.begin.set()
         remedy = (
-            "Look at the text; if others fail too, the model's weights are damaged or"
+            "Check the text; if others fail too, the model's weights are damaged or"
             f" encoder.precision ({self._encoder.precision}) is too low for them"
         )
         return finished(run(), self._encoder, turn.start, remedy)
@@ -114,7 +114,7 @@ class Batched:
         mask = _attention_mask(args, kwargs)
         rows, width = (expected, 0) if mask is None else mask.shape
         if rows != expected:
-            raise self._failed(turn, expected, width, "it was retried with fewer")
+            raise self._failed(turn, expected, width, "it was retried with fewer texts")
         if turn.held is not None:
             output, turn.held = turn.held, None
         else:
@@ -138,8 +138,8 @@ class Batched:
         setting = "batch_size" if self._batches is None else "batch_tokens"
         return TaskFailedError(
             f"the model failed on a batch of {rows} texts of {width} tokens: {reason}."
-            f" If memory is short, lower encoder.{setting} ({getattr(self._encoder, setting)});"
-            f" if the model takes fewer tokens, lower encoder.{turn.kind}_max_length"
+            f" If memory is insufficient, lower encoder.{setting} ({getattr(self._encoder, setting)});"
+            f" if the model accepts fewer tokens, lower encoder.{turn.kind}_max_length"
         )
 
 
@@ -157,20 +157,20 @@ class _Turn:
     ) -> None:
         self.start, self.texts, self.kind, self.on_batch, self.on_cut = start, texts, kind, on_batch, on_cut
         self.after = after
-        self.given, self.left, self.batch_size = 0, 0, 0  # texts the library has, those without a vector, of a pass
-        self.held: Any = None  # the output of the trial
-        self.counting = False  # what is tokenised is not what the model gets
+        self.given, self.left, self.batch_size = 0, 0, 0  # texts of the call, those without a vector, texts per pass
+        self.held: Any = None  # the output of the trial run
+        self.counting = False  # tokenizing to count, not for the model
         self.tokenised, self.begin, self.dropped = threading.Event(), threading.Event(), False
 
     def wait(self) -> None:
-        """Until the calls before this one are done."""
+        """Wait until the previous calls are done."""
         self.tokenised.set()
         self.begin.wait()
         if self.dropped:
-            raise TaskFailedError("nobody waits for these texts any more")
+            raise TaskFailedError("these texts are no longer needed")
 
     def drop(self) -> None:
-        """Nobody waits for its vectors: end before the next pass."""
+        """Its vectors are no longer needed: stop before the next pass."""
         self.dropped = True
         self.begin.set()
 

@@ -1,4 +1,4 @@
-"""Which texts share a forward pass where `encoder.batch_tokens` is set: as many of about one length as have room."""
+"""Batches for `encoder.batch_tokens`: as many texts of similar length per forward pass as fit."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from negpipe.encoders.prompts import Kind, has_inputs_of_routes, instructed, ins
 from negpipe.errors import ConfigError
 
 Batches = Callable[[list[str], Kind], list[NDArray[np.intp]]]
-"""Offsets of the texts of each forward pass; every text is in one."""
+"""Offsets of the texts of each forward pass; every text is in exactly one."""
 
-_UNTOLD = "encoder.batch_tokens: this model does not tell how many tokens a text has: leave it out"
+_UNTOLD = "encoder.batch_tokens: this model does not report how many tokens a text has: remove it"
 
 
 def check_tokens(encoder: Settings, folder: str) -> None:
-    """What the files of the model in a folder say before it is loaded.
+    """Check `encoder.batch_tokens` against the files of a model before it is loaded.
 
     Raises:
-        ConfigError: `encoder.batch_tokens` is set, and the model does not tell how many tokens a text has.
+        ConfigError: `encoder.batch_tokens` is set, but the model does not report how many tokens a text has.
     """
     if encoder.batch_tokens is not None and (reads_whole(encoder, folder) or has_inputs_of_routes(encoder, folder)):
         raise ConfigError(_UNTOLD)
 
 
 def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batches:
-    """How the texts of a call are put together, by the tokens that the tokenizer of the model in `path` counts.
+    """The batches of the texts of a call, by the tokens counted by the tokenizer of the model in `path`.
 
     Raises:
-        ConfigError: there is not one tokenizer that tells.
+        ConfigError: the model does not have exactly one usable tokenizer.
     """
     limit = encoder.batch_tokens
     assert limit is not None
@@ -47,7 +47,7 @@ def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batch
         prompt, texts = instructed(instructions(kind), texts)
         most = getattr(encoder, f"{kind}_max_length")
         lengths: list[int] = []
-        for first in range(0, len(texts), BATCH_SIZE):  # a tokenizer also holds what it cuts off, however long that is
+        for first in range(0, len(texts), BATCH_SIZE):  # a tokenizer also holds truncated tokens of any length
             given = [prompt + text for text in texts[first : first + BATCH_SIZE]]
             found = tokenizer(given, truncation=True, max_length=most, padding=False)
             lengths += map(len, found["input_ids"])
@@ -57,11 +57,11 @@ def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batch
 
 
 def by_tokens(lengths: Sequence[int], limit: int) -> list[NDArray[np.intp]]:
-    """The longest first, so that memory that is too short shows at once; texts of one length in order.
+    """Batches with the longest texts first, so that insufficient memory shows at once; equal lengths in order.
 
     Args:
         lengths: tokens of each text.
-        limit: of texts times the longest's tokens; a text that is longer is alone.
+        limit: maximum of texts times tokens of the longest; a longer text is alone.
 
     Returns:
         offsets of the texts of each batch.

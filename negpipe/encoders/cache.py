@@ -1,9 +1,9 @@
-"""Vectors of texts that were encoded before, shared between runs: one SQLite file in a folder, of bounded size.
+"""A cache of vectors of encoded texts, shared between runs: one SQLite file in a folder, of bounded size.
 
-Guarantees: what is handed out was put under that very key, whole. Every entry is sealed with a digest over its key and
-its numbers; what does not fit its seal counts as absent. Whatever is wrong with the folder costs time and is told in
-`troubles`, it ends no run: one that cannot be written is read, a damaged file is deleted and begun again. Any number of
-processes may use a folder at once, and be killed at any moment.
+Guarantees: a returned vector was stored under exactly that key, and is complete. Every entry is sealed with a digest of
+its key and its numbers; an entry that does not match its seal counts as absent. Problems with the folder cost time and
+are reported in `troubles`, but never stop a run: a read-only file is read, a damaged file is deleted and recreated. Any
+number of processes may use a folder concurrently, and be killed at any time.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _BYTES += " pragma_page_count() AS count, pragma_freelist_count() AS free, pragm
 _PAGE = 4096  # bytes, SQLite's default
 _DIGEST = 16  # bytes, of keys and of seals
 _READ, _WRITTEN = 1024, 32  # vectors at a time
-_PATIENCE = 60.0  # seconds that another process may take with the file
+_PATIENCE = 60.0  # seconds to wait for another process that uses the file
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Cache:
     """Vectors by key, for one thread of one process.
 
-    Those that were used longest ago make room for new ones, but none that this process has used: of more texts than
-    fit, some are kept, which would otherwise push each other out before they are asked for again.
+    The least recently used vectors are evicted, except those used by this process: with more texts than fit, some are
+    kept, which would otherwise evict each other before they are requested again.
 
     Args:
-        folder: made where it is not there, for the user alone.
-        size: bytes that the file may take, beside the journal of what is being written.
+        folder: created if missing, accessible to the user only.
+        size: maximum bytes of the file, without the journal of running writes.
 
     Attributes:
-        troubles: what went wrong, in sentences, each once.
+        troubles: problems as sentences, each once.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -62,43 +62,43 @@ class Cache:
             self._number = max((number for number, _ in self._files()), default=0)
             self._open()
         except OSError as error:
-            self._tell(f"the folder cannot be used ({error.strerror}), so it is done without")
+            self._tell(f"the folder cannot be used ({error.strerror}), so the cache is off")
         except sqlite3.Error as error:
             self._failed(error)
 
     @staticmethod
     def key(space: str, text: str) -> bytes:
-        """What a text's vector is kept under.
+        """The key of a text's vector.
 
         Args:
-            space: digest, of at most 64 characters, of all that the vector depends on beside the text.
+            space: digest, of at most 64 characters, of everything that the vector depends on except the text.
             text: the text.
         """
         return blake2b(text.encode(), digest_size=_DIGEST, key=space.encode()).digest()
 
     def known(self, keys: Sequence[bytes]) -> Iterator[tuple[npt.NDArray[np.intp], Floats]]:
-        """Offsets in `keys` of those that are there, and their vectors, (m, d) float32, some at a time."""
+        """Offsets in `keys` of the cached ones, and their vectors, (m, d) float32, some at a time."""
         for start in range(0, len(keys), _READ):
             asked = keys[start : start + _READ]
             found: dict[bytes, object] = self._do(partial(_read, asked), {})
             vectors = {key: vector for key, entry in found.items() if (vector := _unsealed(key, entry)) is not None}
             if len(vectors) < len(found):
-                self._tell("entries that are damaged count as absent")
+                self._tell("damaged entries are ignored")
             if rows := [row for row, key in enumerate(asked) if key in vectors]:
                 self._write(partial(self._touch, [*vectors]))
                 yield start + np.array(rows), np.stack([vectors[asked[row]] for row in rows])
 
     def put(self, keys: Sequence[bytes], vectors: Floats) -> None:
-        """Keep vectors, (m, d) float32, by their keys, as far as there is room; all of them or, if killed, none."""
+        """Store vectors, (m, d) float32, by their keys, as far as there is room; all of them or, if killed, none."""
         self._write(partial(self._put, keys, np.ascontiguousarray(vectors, "<f4")))
 
     def _put(self, keys: Sequence[bytes], vectors: Floats, db: sqlite3.Connection) -> None:
         for start in range(0, len(keys), _WRITTEN):
             few = zip(keys[start : start + _WRITTEN], vectors[start : start + _WRITTEN], strict=True)
             entries = [(key, _sealed(key, vector.tobytes()), self._now) for key, vector in few]
-            # At worst a page is filled by half; what is larger than one leaves less than one over.
+            # At worst, half of a page is used; an entry larger than a page wastes less than a page.
             if not self._make_room(db, sum(len(entry) + min(len(entry), _PAGE) + 256 for _, entry, _ in entries)):
-                self._tell("it is full of vectors that this run uses, so not all are kept: raise encoder.cache_size")
+                self._tell("it is full of vectors used by this run, so not all are kept: raise encoder.cache_size")
                 return
             db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", entries)
 
@@ -114,7 +114,7 @@ class Cache:
         )
 
     def _write(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        """Do what writes, in one transaction; never again once the file refused."""
+        """Write in one transaction; never again once a write failed."""
 
         def transaction(db: sqlite3.Connection) -> None:
             db.execute("BEGIN IMMEDIATE")
@@ -124,7 +124,7 @@ class Cache:
             self._do(transaction, None, writes=True)
 
     def _do(self, work: Callable[[sqlite3.Connection], T], otherwise: T, *, writes: bool = False) -> T:
-        """What some work returns, or something else where the file does not let it."""
+        """The result of some work, or a default if the file fails."""
         if self._db is None:
             return otherwise
         try:
@@ -136,7 +136,7 @@ class Cache:
 
     def _failed(self, error: sqlite3.Error, *, writes: bool = False) -> None:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED and not self._renewed:
-            self._tell(f"the file is damaged ({error}), so it was deleted and is begun again")
+            self._tell(f"the file is damaged ({error}), so it was deleted and recreated")
             self._renewed = True
             self.close()
             self._number += 1
@@ -145,26 +145,26 @@ class Cache:
             except sqlite3.Error as another:
                 self._failed(another)
         elif writes:
-            self._tell(f"it cannot be written ({error}), so vectors that are made are not kept")
+            self._tell(f"it cannot be written ({error}), so new vectors are not kept")
             self._writes = False
         else:
-            self._tell(f"the file cannot be used ({error}), so it is done without")
+            self._tell(f"the file cannot be used ({error}), so the cache is off")
             self.close()
 
     def _open(self) -> None:
-        """Open the file of the present number, and delete those before it.
+        """Open the file of the current number, and delete earlier ones.
 
-        A damaged one makes way for one of another name, since who still has it open must not meet the journal of a new
-        one.
+        A damaged file is replaced by one with another name, since processes that have it open must not see the journal
+        of a new one.
         """
         path = self._folder / f"vectors-{self._number}.sqlite"
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-        self._db.text_factory = bytes  # what is no entry may be no text either
+        self._db.text_factory = bytes  # invalid entries may be invalid text
         if not self._db.execute("PRAGMA page_count").fetchone()[0]:
-            self._db.execute("PRAGMA auto_vacuum = FULL")  # with a smaller size the file becomes smaller
+            self._db.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks with a smaller limit
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.executescript(_TABLE)
-        # By counting, as clocks jump: what this process uses is newer than all that is there.
+        # Counted, as clocks jump: entries used by this process are newer than all others.
         self._now = self._db.execute("SELECT coalesce(max(used), 0) + 1 FROM vectors").fetchone()[0]
         with suppress(OSError):
             for number, older in self._files():
@@ -172,7 +172,7 @@ class Cache:
                     older.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the file; afterwards nothing is known, and nothing kept."""
+        """Close the file; afterwards nothing is found or stored."""
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -200,7 +200,7 @@ def _sealed(key: bytes, numbers: bytes) -> bytes:
 
 
 def _unsealed(key: bytes, entry: object) -> Floats | None:
-    """The vector of an entry; None where it is not as it was put there."""
+    """The vector of an entry; None if the entry was changed."""
     if not isinstance(entry, bytes) or entry != _sealed(key, entry[_DIGEST:]):
         return None
     return np.frombuffer(entry, "<f4", offset=_DIGEST)

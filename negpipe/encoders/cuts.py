@@ -1,5 +1,5 @@
-"""Texts that are cut at the model's length: expected of a sample, before hours are spent on them, and counted while
-they are tokenised, so that nothing is tokenised twice.
+"""Texts truncated to the model's length: estimated from a sample before hours of encoding, and counted while
+tokenizing, so that nothing is tokenized twice.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from negpipe.config.encoder import Encoder as Settings
 from negpipe.encoders.prompts import Kind, instructed, instruction, reads_whole
 
 OnCut = Callable[[int, int], None]
-"""Called with texts that were cut, and the tokens that they lost; also where it was none."""
+"""Called with the number of truncated texts, possibly 0, and of the tokens that they lost."""
 
 
 def watch(tokenizer: Any, on_cut: OnCut) -> None:
-    """Have a tokenizer of transformers tell what it cuts off.
+    """Make a tokenizer of transformers report truncation.
 
-    Only one in Rust keeps that; any other one is left alone, and nothing is known of its cuts.
+    Only tokenizers in Rust record it; others are left unchanged, and their truncation is unknown.
     """
     tokenise = getattr(tokenizer, "_encode_plus", None)
     if tokenise is None or not getattr(tokenizer, "is_fast", False):
@@ -29,7 +29,7 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
     def watched(*args: Any, **kwargs: Any) -> Any:
         batch = tokenise(*args, **kwargs)
         rests = [encoding.overflowing for encoding in batch.encodings or ()]
-        # Each rest has the special tokens again, and padding.
+        # Each rest repeats the special tokens, and has padding.
         lost = [sum(sum(piece.attention_mask) - special for piece in rest) for rest in rests if rest]
         on_cut(len(lost), sum(lost))
         return batch
@@ -39,7 +39,7 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model's length is to texts: their number, those that it cuts, tokens, those that it loses."""
+    """The effect of the model's length: texts, truncated texts, tokens, lost tokens."""
 
     texts: int
     cut: int
@@ -48,10 +48,10 @@ class Expected:
 
 
 def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) -> Expected | None:
-    """What will be cut of texts, by the tokenizer in a model's folder; torch and model libraries are not loaded.
+    """The expected truncation of texts, by the tokenizer in a model's folder, without loading torch or model libraries.
 
     Returns:
-        None where the folder has no tokenizer in Rust, or the model cuts nothing.
+        None if the folder has no tokenizer in Rust, or the model does not truncate.
     """
     file = folder / "tokenizer.json"
     if not file.is_file() or reads_whole(encoder, str(folder)):
@@ -69,5 +69,5 @@ def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) 
 
 
 def percent(share: float) -> str:
-    """A share for people."""
+    """A share as text."""
     return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")

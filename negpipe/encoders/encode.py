@@ -2,7 +2,7 @@
 
 Guarantees: rows keep the order of the texts; the same texts, settings, library versions and device
 give the same bits; memory does not grow with the number of texts; a batch runs
-at the configured size or the call fails, and a vector that is zero, NaN or infinite is an error,
+at the configured size or the call fails; a zero, NaN or infinite vector is an error,
 never a row. torch and the model libraries are imported by `load`, not by this module.
 """
 
@@ -32,14 +32,14 @@ class Encoder(Protocol):
     def encode(
         self, texts: Sequence[str], kind: Kind, on_batch: OnBatch, on_cut: OnCut | None = None
     ) -> Iterator[Vectors]:
-        """Vectors of texts, of length 1 where `encoder.normalize` is set: (m, d) float32 of the first m, of the next …
+        """Vectors of texts, of length 1 with `encoder.normalize`: (m, d) float32 of the first m texts, then the next …
 
         Args:
-            texts: at least one; without instruction, it is put before them here.
-            kind: which instruction and which maximum length apply.
-            on_batch: called after every forward pass with its texts and its tokens (padding not counted).
-            on_cut: called whenever some were tokenised, with how many of them were cut at the maximum length and the
-                tokens that these lost; never where the tokenizer does not tell.
+            texts: at least one, without instruction, which is added here.
+            kind: determines the instruction and the maximum length.
+            on_batch: called after every forward pass with its number of texts and tokens (without padding).
+            on_cut: called after tokenizing some texts, with the number of truncated texts and of the tokens that they
+                lost; never if the tokenizer does not report it.
 
         Raises:
             ConfigError: the vectors are narrower than `encoder.truncate_dim`.
@@ -50,17 +50,17 @@ class Encoder(Protocol):
 
 
 def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) -> Encoder:
-    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads, and on a device (`engine.devices`),
-    which `encoder.runtime` takes no notice of where it is not torch.
+    """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads and on a device (`engine.devices`),
+    which runtimes other than torch ignore.
 
     Raises:
-        ConfigError: precision, model class, pooling, prompt, `encoder.truncate_dim` or `encoder.batch_tokens` do not
-            fit.
+        ConfigError: precision, model class, pooling, prompt, `encoder.truncate_dim` or `encoder.batch_tokens` is not
+            suitable.
         InputError: the folder does not load as a model.
     """
-    # Every new shape of a batch makes new CPU kernels, of which two caches would keep 1024 each. That gains nothing,
-    # and what is kept pins the heap: memory would grow by some 5 kB a text, for as long as new shapes come. In bfloat16
-    # a few serve the layers of one batch, and save a sixth of the time of short texts.
+    # Every new batch shape creates new CPU kernels, of which two caches would keep 1024 each. That gains nothing, and
+    # cached kernels pin the heap: memory would grow by about 5 kB per text while new shapes come. In bfloat16, a few
+    # kernels are shared by the layers of a batch, and save a sixth of the time of short texts.
     kept = "16" if encoder.precision == "bfloat16" else "1"
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", kept)
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
@@ -78,9 +78,9 @@ def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) 
             runtimes.exchange(library.module, encoder, path, threads)
     except NegpipeError:
         raise
-    except Exception as error:  # Loaders raise whatever the files, or code that came with them, make them raise.
+    except Exception as error:  # Loaders raise any error caused by the files or code shipped with them.
         raise InputError(
-            f"the model does not load: {type(error).__name__}: {error}",
+            f"the model cannot be loaded: {type(error).__name__}: {error}",
             file=path,
             remedy="Check encoder.model, encoder.model_class and encoder.trust_remote_code, or fetch the model again",
         ) from error
@@ -99,7 +99,7 @@ def libraries(encoder: Settings) -> tuple[str, ...]:
 
 
 def provenance(encoder: Settings, device: str) -> dict[str, str]:
-    """What vectors depend on beside their key and the versions of libraries: device and its kind, precision."""
+    """What vectors depend on besides their key and the library versions: device, its kind, and precision."""
     import torch
 
     if devices.is_gpu(device):

@@ -1,4 +1,4 @@
-"""Models that a caller brings as objects: what tells one from another."""
+"""The identity of models that a caller passes as objects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _SETTINGS = ("prompts", "default_prompt_name", "max_seq_length", "truncate_dim",
 
 
 def identity(model: Any) -> str | None:
-    """A digest of a model's weights, modules and settings; None where it shows no weights.
+    """A digest of a model's weights, modules and settings; None if it does not expose weights.
 
-    What a tokenizer does is known by its settings, not by its vocabulary: the documented limit.
+    A tokenizer is identified by its settings, not by its vocabulary: a documented limitation.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Vectors that users bring: .npy or Parquet, by source row or by id, read without loading the file."""
+"""Precomputed vectors: .npy or Parquet, by source row or by id, read without loading the file."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from negpipe.errors import InputError
 from negpipe.store import mapped
 
 Floats = npt.NDArray[np.float32]
-_COMPARED = 2**22  # numbers of repeated vectors at a time
+_COMPARED = 2**22  # values of repeated vectors compared at a time
 
 
 class VectorFile:
-    """One vector a source row, or vectors with an id column.
+    """One vector per source row, or vectors with an id column.
 
     Args:
-        path: `.npy` of shape (n, d), or `.parquet` with one list column of numbers and, if rows are to
-            be matched by id, a text or integer column; an id may come twice with the same vector.
-        rows: rows of the source; without ids the file must have just as many.
-        setting: the config key that names the file, for errors.
+        path: `.npy` of shape (n, d), or `.parquet` with one list column of numbers and, to match rows by
+            id, a text or integer column; an id may be repeated with the same vector.
+        rows: rows of the source; without ids, the file must have the same number.
+        setting: the config key of the file, for errors.
         budget: for a row group of a Parquet file.
 
     Raises:
-        ConfigError: reading a row group of a Parquet file, or its ids, takes more.
-        InputError: not such a file, another number of rows, or an id with two vectors.
+        ConfigError: a row group of a Parquet file, or its ids, exceed the budget.
+        InputError: not such a file, a different number of rows, or an id with two vectors.
     """
 
     def __init__(self, path: Path, rows: int, setting: str, budget: Budget) -> None:
@@ -45,10 +45,10 @@ class VectorFile:
             self._check_repeats(self._matrix.label)
         if self._by_id is None and self._matrix.shape[0] != rows:
             raise InputError(
-                f"there are {self._matrix.shape[0]:,} vectors for {rows:,} rows of the source",
+                f"{self._matrix.shape[0]:,} vectors for {rows:,} rows of the source",
                 file=str(path),
                 field=setting,
-                remedy="Bring one vector a source row, in its order, or a Parquet file with an id column",
+                remedy="Provide one vector per source row, in its order, or a Parquet file with an id column",
             )
 
     @property
@@ -58,12 +58,12 @@ class VectorFile:
     def of(
         self, ids: Sequence[str], others: Sequence[Sequence[str]], source_rows: Sequence[Sequence[int]]
     ) -> tuple[Floats, int]:
-        """Vectors of rows, and how many of them have a duplicate text whose vector differs.
+        """Vectors of rows, and the number of rows with a duplicate text whose vector differs.
 
         Args:
             ids: the row's first id; its vector is used.
             others: the row's other ids; they need no vector.
-            source_rows: rows of the source that hold the row's text; the first one's vector is used.
+            source_rows: rows of the source with the row's text; the vector of the first is used.
 
         Returns:
             (n, d) float32, count.
@@ -82,7 +82,7 @@ class VectorFile:
         else:
             where = [(at, row) for at, rows in enumerate(source_rows) for row in rows[1:] if row >= 0]
             at, rows = np.array(where, dtype=np.int64).reshape(-1, 2).T
-        by_place = np.argsort(rows)  # a row group of a Parquet file is read at a time
+        by_place = np.argsort(rows)  # one row group of a Parquet file is read at a time
         at, rows = at[by_place], rows[by_place]
         differing = [
             at[here][(self._matrix.take(rows[here]) != vectors[at[here]]).any(axis=1)] for here in self._some(len(rows))
@@ -90,7 +90,7 @@ class VectorFile:
         return vectors, len(np.unique(np.concatenate([at[:0], *differing])))
 
     def rows(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-        """The rows of the file that hold the vectors of rows; see `of`."""
+        """The rows of the file with the vectors of rows; see `of`."""
         if self._by_id is not None:
             return self._positions(ids)
         first = np.array([rows[0] for rows in source_rows], dtype=np.int64)
@@ -99,7 +99,7 @@ class VectorFile:
                 f"positive {ids[int(np.argmin(first))]!r} is not in the corpus, so it has no vector",
                 file=str(self.path),
                 field=self._setting,
-                remedy="Bring vectors with an id column that covers positives, or add the positives to the corpus",
+                remedy="Provide vectors with an id column that includes positives, or add the positives to the corpus",
             )
         return first
 
@@ -107,18 +107,18 @@ class VectorFile:
         assert self._by_id is not None
         known, order = self._by_id
         again = np.flatnonzero(known[1:] == known[:-1]) + 1
-        again = again[np.argsort(order[again])]  # a row group is read at a time
+        again = again[np.argsort(order[again])]  # one row group is read at a time
         for here in self._some(len(again)):
             some = again[here]
             differs = (self._matrix.take(order[some - 1]) != self._matrix.take(order[some])).any(axis=1)
             if differs.any():
                 at = some[int(np.argmax(differs))]
                 raise InputError(
-                    f"the id of row {order[at - 1]} is here again with another vector",
+                    f"the id of row {order[at - 1]} appears again with a different vector",
                     file=str(self.path),
                     row=int(order[at]),
                     field=label,
-                    remedy="Bring one vector an id",
+                    remedy="Provide one vector per id",
                 )
 
     def _some(self, count: int) -> Iterator[slice]:
@@ -133,7 +133,7 @@ class VectorFile:
         missing = np.flatnonzero((at == len(known)) | (known[np.minimum(at, len(known) - 1)] != wanted))
         if len(missing):
             raise InputError(
-                f"there is no vector for id {ids[int(missing[0])]!r} (and {len(missing) - 1} more in this part)",
+                f"no vector for id {ids[int(missing[0])]!r} (and {len(missing) - 1} more in this part)",
                 file=str(self.path),
                 field=self._setting,
                 remedy="Add the missing vectors",
@@ -142,7 +142,7 @@ class VectorFile:
 
 
 def dimension_of(path: Path, setting: str, budget: Budget) -> int:
-    """Numbers of a vector in a file, whose ids are not read; the arguments and errors are those of `VectorFile`."""
+    """The dimension of the vectors in a file, without reading ids; arguments and errors as in `VectorFile`."""
     return _opened(path, setting, budget).shape[1]
 
 
@@ -151,7 +151,7 @@ def _opened(path: Path, setting: str, budget: Budget) -> _Npy | _Parquet:
         return _Npy(path, setting)
     if path.suffix == ".parquet":
         return _Parquet(path, setting, budget)
-    raise InputError("vectors come as .npy or .parquet", file=str(path), field=setting)
+    raise InputError("vectors must be .npy or .parquet", file=str(path), field=setting)
 
 
 class _Npy:
@@ -170,7 +170,7 @@ class _Npy:
         self.shape: tuple[int, int] = data.shape
 
     def take(self, rows: npt.NDArray[np.int64]) -> Floats:
-        with np.errstate(over="ignore"):  # What does not fit is refused by name.
+        with np.errstate(over="ignore"):  # Overflow is reported by name.
             return np.asarray(self._data[rows], dtype=np.float32)
 
 
@@ -200,7 +200,7 @@ class _Parquet:
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         at, width = schema.names.index(self._column), schema.field(self._column).type.value_type.bit_width // 8
         numbers = [self._file.metadata.row_group(i).column(at).num_values for i in range(len(groups))]
-        # Numbers as they are stored, in pieces and joined, and as float32; ids, with hashes and order of all of them.
+        # Stored values, in pieces and joined, and as float32; ids, with hashes and order of all of them.
         needed = (2 * width + 4) * max(numbers, default=0) + (150 * max(groups, default=0) + 40 * sum(groups)) * len(
             labels
         )
@@ -210,15 +210,15 @@ class _Parquet:
             "lower executor.workers, or write the file with smaller row groups (pyarrow: write_table(…,"
             " row_group_size=10_000))",
         )
-        self._starts = np.cumsum([0, *groups])  # An empty group holds no row, so nothing ever asks for it.
+        self._starts = np.cumsum([0, *groups])  # An empty group has no rows, so it is never requested.
         self._held: tuple[int, Floats] | None = None
         self._dimension: int | None = None
         if not sum(groups):
-            raise InputError("the file holds no vector", file=str(path), field=setting, remedy="Write it again")
+            raise InputError("the file contains no vectors", file=str(path), field=setting, remedy="Write it again")
         self.shape: tuple[int, int] = (int(self._starts[-1]), self._group(int(np.argmax(groups))).shape[1])
 
     def ids(self) -> Iterator[list[str]]:
-        """The ids, one row group after the other."""
+        """The ids, one row group at a time."""
         for group, start in enumerate(self._starts[:-1]):
             column = self._file.read_row_group(group, [self.label])[self.label]
             if column.null_count:
@@ -248,11 +248,11 @@ class _Parquet:
             wrong = np.flatnonzero(lengths != width)
             if len(wrong):
                 raise InputError(
-                    f"a vector of {width} numbers was expected",
+                    f"expected a vector of {width} numbers",
                     file=str(self._path),
                     row=int(self._starts[number] + wrong[0]),
                     field=self._column,
-                    remedy="All vectors need one dimension",
+                    remedy="All vectors must have the same dimension",
                 )
             self._dimension = width
             self._held = number, values.reshape(-1, width).astype(np.float32)

@@ -1,8 +1,8 @@
-"""What is put before texts: the instruction of the config, or a prompt that the model names.
+"""The prefixes of texts: the instruction of the config, or a prompt of the model.
 
-By default Sentence Transformers' own `encode_query` and `encode_document` decide: they take the prompts
-"query" and "document", nothing where the model names none of that name. Neither torch nor a library is imported:
-what is put before texts is part of what tells vectors apart, and is known before the model is loaded.
+By default Sentence Transformers' `encode_query` and `encode_document` decide: they use the prompts "query" and
+"document", or nothing if the model has no such prompt. Neither torch nor a library is imported: the prefix is part
+of the identity of vectors, and is known before the model is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["passage", "query"]
 KINDS: tuple[Kind, ...] = ("query", "passage")
 
 TASKS: Mapping[Kind, str] = {"query": "query", "passage": "document"}
-"""What Sentence Transformers calls the kinds: the names of its default prompts and of a Router's routes."""
+"""The kinds in Sentence Transformers: the names of its default prompts and of a Router's routes."""
 
 _FILE = "config_sentence_transformers.json"
 _ROUTERS = ("Router", "Asym")
@@ -29,12 +29,12 @@ _ROUTERS = ("Router", "Asym")
 
 @dataclass(frozen=True)
 class Instruction:
-    """What is put before texts.
+    """The prefix of texts.
 
     Attributes:
-        text: None where nothing is.
-        form: how it and the text are joined, with two {}.
-        prompt: its name, where it is a prompt of the model.
+        text: the prefix, or None.
+        form: the format that joins it and the text, with two {}.
+        prompt: its name, if it is a prompt of the model.
     """
 
     text: str | None = None
@@ -43,10 +43,10 @@ class Instruction:
 
 
 def instruction(encoder: Settings, folder: str, kind: Kind) -> Instruction:
-    """What the config, or else the model in a folder, puts before texts of a kind.
+    """The prefix of texts of a kind, from the config or else from the model in a folder.
 
     Raises:
-        ConfigError: the config names a prompt that the model does not.
+        ConfigError: the config names a prompt that the model does not have.
         InputError: the model's prompts cannot be read.
     """
     own: str | None = getattr(encoder, f"{kind}_instruction")
@@ -63,34 +63,34 @@ def instruction(encoder: Settings, folder: str, kind: Kind) -> Instruction:
 
 
 def unknown(name: str, named: Mapping[str, str]) -> str:
-    """What to say of a prompt that a model does not name."""
-    return f"the model names no prompt '{name}'; it names {', '.join(named) or 'none'}"
+    """The message for a prompt that a model does not have."""
+    return f"the model has no prompt '{name}'; its prompts: {', '.join(named) or 'none'}"
 
 
 def prompts(folder: str) -> dict[str, str]:
-    """The prompts that a model's folder names, as Sentence Transformers reads them.
+    """The prompts in a model's folder, as read by Sentence Transformers.
 
     Raises:
         InputError: they cannot be read.
     """
     settings = _read(Path(folder) / _FILE, _Settings, _Settings())
-    # A model of another type is loaded without them.
+    # Models of other types are loaded without prompts.
     named = settings.prompts if settings.model_type == "SentenceTransformer" else None
     return {name: text or "" for name, text in (named or {}).items()}
 
 
 def routed(encoder: Settings, folder: str) -> bool:
-    """Whether the model has a Router, which sends queries and documents through modules of their own."""
+    """Whether the model has a Router, which sends queries and documents through separate modules."""
     return _has_module(encoder, folder, _ROUTERS)
 
 
 def reads_whole(encoder: Settings, folder: str) -> bool:
-    """Whether the model cuts no text: a static embedding has no length."""
+    """Whether the model never truncates: a static embedding has no maximum length."""
     return _has_module(encoder, folder, ("StaticEmbedding",))
 
 
 def has_inputs_of_routes(encoder: Settings, folder: str) -> bool:
-    """Whether a Router's routes begin with modules of their own, and so with tokenizers of their own."""
+    """Whether a Router's routes start with separate modules, and so with separate tokenizers."""
     starts = set()
     for module in _modules(encoder, folder):
         if module.kind in _ROUTERS:
@@ -104,7 +104,7 @@ def _has_module(encoder: Settings, folder: str, kinds: tuple[str, ...]) -> bool:
 
 
 def _modules(encoder: Settings, folder: str) -> list[_Module]:
-    """Those of a model that Sentence Transformers runs."""
+    """The modules of a model run by Sentence Transformers."""
     if encoder.backend != "sentence-transformers":
         return []
     modules: list[_Module] = _read(Path(folder) / "modules.json", list[_Module], [])
@@ -112,14 +112,14 @@ def _modules(encoder: Settings, folder: str) -> list[_Module]:
 
 
 def of_the_model(encoder: Settings, folder: str) -> dict[str, str]:
-    """What the model, and not the config, decides about its texts: part of what tells vectors apart."""
+    """What the model, not the config, determines about texts: part of the identity of vectors."""
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
     texts = {f"{kind}_prompt": one.text for kind, one in chosen.items() if one.prompt is not None and one.text}
     return texts | ({"routes": ", ".join(TASKS.values())} if routed(encoder, folder) else {})
 
 
 def unused(encoder: Settings, folder: str) -> Iterator[str]:
-    """Sentences on texts that get no prompt though the model names some which nothing uses."""
+    """Warnings about texts without a prompt if the model has unused prompts."""
     named = prompts(folder)
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
     left = [name for name, text in named.items() if text and name not in {one.prompt for one in chosen.values()}]
@@ -129,8 +129,8 @@ def unused(encoder: Settings, folder: str) -> Iterator[str]:
         if left and one.text is None and not says_none and not asked:
             what = "anchors" if kind == "query" else "documents"
             yield (
-                f"no prompt is put before {what}, though the model names {', '.join(map(repr, left))}: set"
-                f" encoder.{kind}_prompt_name to the one that is for {what}, or encoder.{kind}_instruction: '' for none"
+                f"{what} have no prompt, but the model has the prompts {', '.join(map(repr, left))}: set"
+                f" encoder.{kind}_prompt_name to the one for {what}, or encoder.{kind}_instruction: '' for none"
             )
 
 
@@ -168,10 +168,10 @@ def _read(file: Path, kind: Any, default: Any) -> Any:
 
 
 def instructed(instruction: Instruction, texts: list[str]) -> tuple[str, list[str]]:
-    """The prompt before each text, and the texts; an empty prompt also keeps the library's own choice away."""
+    """The prompt of each text, and the texts; an empty prompt also overrides the library's choice."""
     if instruction.text is None:
         return "", texts
-    form = instruction.form.replace("\\n", "\n")  # As FlagEmbedding reads it.
+    form = instruction.form.replace("\\n", "\n")  # Like FlagEmbedding.
     if form.endswith("{}"):
         return form.format(instruction.text, ""), texts
     return "", [form.format(instruction.text, text) for text in texts]

@@ -1,10 +1,10 @@
-"""Runtimes other than torch: the transformer of a model as a file that ONNX Runtime or OpenVINO runs on a CPU.
+"""Runtimes other than torch: the transformer of a model as a file run by ONNX Runtime or OpenVINO on a CPU.
 
-Sentence Transformers keeps its tokenizer, prompts, pooling and whatever follows; torch's own exporter writes the rest.
-Guarantees: a file is found by the digest of the model's files, its precision and the versions of what makes it, so it
-never is one of other weights; it appears whole or not at all, whoever writes it and whatever is killed; one that was
-changed is made again; before it appears, its vectors were compared with torch's. A model's own folders `onnx` and
-`openvino` are not read: nothing tells which weights they have. Nothing of all this is told to anybody.
+Sentence Transformers keeps its tokenizer, prompts, pooling and later steps; torch's exporter writes the rest.
+Guarantees: a file is found by the digest of the model's files, its precision and the versions of the exporting
+libraries, so it never has other weights; it is written atomically, even if processes compete or are killed; a modified
+file is exported again; before it appears, its vectors are compared with torch's. A model's folders `onnx` and
+`openvino` are not read, as their weights are unknown. No telemetry is sent.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx",
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 _RECORD = "export.json"
 _LEAST = {"float32": 0.999, "int8": 0.9}
-"""Cosine of vectors to those of torch in float32: what is below is no rounding but another function."""
+"""Minimum cosine of vectors to those of torch in float32: less is not rounding, but a different function."""
 _PROBES = ["word", "A sentence of some words, and 3 numbers: 1, 22, 333.", "Ein Satz in einer anderen Sprache. " * 20]
-"""Texts of several lengths; the last is longer than what models with a sliding window see at once."""
+"""Texts of several lengths; the last is longer than the sliding window of models."""
 
 Run = Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.float32]]
-"""Inputs by name, each (texts, tokens), to vectors of tokens: (texts, tokens, dimension)."""
+"""Inputs by name, each (texts, tokens), to token vectors: (texts, tokens, dimension)."""
 _Install = Callable[[Path, str], None]
-"""Have a model run from a folder, in a precision."""
+"""Makes a model run from a folder, in a precision."""
 
 
 def is_installed(runtime: str) -> bool:
-    """Whether the packages are there that a runtime needs."""
+    """Whether the packages of a runtime are installed."""
     return not _missing(runtime)
 
 
 def check_installed(runtime: str) -> None:
-    """Raises ConfigError: they are not; the message names them and the extra."""
+    """Raises ConfigError: they are not; the message has them and the extra."""
     if missing := _missing(runtime):
         raise ConfigError(
-            f"encoder.runtime: '{runtime}' needs {' and '.join(missing)}: run `pip install 'negpipe[{runtime}]'`,"
+            f"encoder.runtime: '{runtime}' requires {' and '.join(missing)}: run `pip install 'negpipe[{runtime}]'`,"
             " or set encoder.runtime to torch"
         )
 
@@ -72,23 +72,23 @@ def _missing(runtime: str) -> list[str]:
 
 
 def libraries(runtime: str) -> tuple[str, ...]:
-    """Distributions beside torch's that may change the bits of a vector."""
+    """Distributions, besides those of torch, that may change the bits of a vector."""
     return (*_PACKAGES[runtime], "onnx-ir") if runtime in _PACKAGES else ()
 
 
 def exchange(model: Any, encoder: Settings, path: str, threads: int) -> None:
-    """Have `encoder.runtime` run the transformers of a model, from files that are made where there are none yet.
+    """Run the transformers of a model with `encoder.runtime`, from files that are exported if missing.
 
     Args:
-        model: of Sentence Transformers, loaded from `path` in float32. It lets go of its transformers' weights.
+        model: of Sentence Transformers, loaded from `path` in float32. It releases the weights of its transformers.
         encoder: the settings.
         path: the model's folder.
-        threads: of the CPU.
+        threads: CPU threads.
 
     Raises:
-        ConfigError: the runtime is not installed, or does not run this kind of model.
-        InputError: the model cannot be exported, or is not itself any more.
-        StorageError: there is no room for the files.
+        ConfigError: the runtime is not installed, or does not support this kind of model.
+        InputError: the model cannot be exported, or gives different vectors.
+        StorageError: there is no space for the files.
     """
     from sentence_transformers.base.modules import Transformer
 
@@ -98,21 +98,21 @@ def exchange(model: Any, encoder: Settings, path: str, threads: int) -> None:
     plain = {"method": "forward", "method_output_name": "last_hidden_state"}
     if not transformers or any(one.modality_config.get("text") != plain for one in transformers):
         raise ConfigError(
-            f"encoder.runtime: '{encoder.runtime}' runs transformers that give vectors of tokens, and {path} has none:"
+            f"encoder.runtime: '{encoder.runtime}' requires transformers with token vectors, and {path} has none:"
             " set encoder.runtime to torch"
         )
     positions = [positions_of(one.model) for one in transformers]
     install = partial(_install, transformers, positions, threads, encoder.runtime)
     folder = _folder(encoder, path)
     if not _is_whole(folder):
-        with held(folder.parent / "lock", patience=-1):  # one exports, the others wait for as long as it takes
+        with held(folder.parent / "lock", patience=-1):  # one exports, the others wait as long as it takes
             if not _is_whole(folder):
                 _export(model, transformers, encoder, path, folder, install)
     install(folder, encoder.precision)
 
 
 def positions_of(model: Any) -> int | None:
-    """How many tokens a model of transformers has learned positions for; None: it counts them in other ways."""
+    """The number of tokens with learned positions in a transformers model; None: its positions are not learned."""
     from torch.nn import Embedding
 
     tables = [
@@ -120,21 +120,21 @@ def positions_of(model: Any) -> int | None:
         for name, module in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, Embedding)
     ]
-    # RoBERTa and those like it begin behind the position of padding.
+    # RoBERTa and similar models start after the position of padding.
     unused = (0 if one.padding_idx is None else one.padding_idx + 1 for one in tables)
     return min((one.num_embeddings - first for one, first in zip(tables, unused, strict=True)), default=None)
 
 
 def _keep_silent() -> None:
-    """ONNX Runtime tells Microsoft of its sessions, OpenVINO tells Intel of its import, and neither asks. Both heed
-    this where they are not imported yet."""
+    """Disable telemetry: ONNX Runtime reports sessions to Microsoft, and OpenVINO its import to Intel, without asking.
+    Works only before they are imported."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    # None makes an import fail, which OpenVINO expects; typeshed knows modules alone.
+    # None makes an import fail, which OpenVINO expects; typeshed only allows modules.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def _folder(encoder: Settings, path: str) -> Path:
-    """Where the files of a model are, or will be: one place for all runs of a user."""
+    """The folder for the files of a model, shared by all runs of a user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
     digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
     made_by = versions.installed(("torch", "transformers", *libraries(encoder.runtime)))
@@ -142,12 +142,12 @@ def _folder(encoder: Settings, path: str) -> Path:
 
 
 def _stored(encoder: Settings) -> str:
-    """The precision of the files: what computes in bfloat16 reads float32."""
+    """The precision of the files: bfloat16 computation reads float32."""
     return "int8" if encoder.precision == "int8" else "float32"
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there, and are those that were written."""
+    """Whether the files exist and are unmodified."""
     try:
         files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
         return all(file_digest(folder / name) == digest for name, digest in files.items())
@@ -156,7 +156,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, final: Path, install: _Install) -> None:
-    """Write the folder of a model, whose transformers are let go."""
+    """Write the folder of a model, and release its transformers."""
     stored, started = _stored(encoder), time.monotonic()
     logger.info("encoder.runtime: exporting %s for %s, %s", path, encoder.runtime, stored)
     remove_temporaries(final.parent, own=False)
@@ -174,7 +174,7 @@ def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, f
                         _keep_int8(onnx, folder)
             except StorageError:
                 raise
-            except Exception as error:  # exporters raise whatever a model's code makes them raise
+            except Exception as error:  # exporters raise any error caused by a model's code
                 raise InputError(
                     f"the model cannot be exported: {type(error).__name__}: {error}",
                     file=path,
@@ -184,15 +184,15 @@ def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, f
         cosine = float((expected * _probed(model)).sum(axis=1).min())
         if not cosine >= _LEAST[stored]:
             raise InputError(
-                f"as {stored} in {encoder.runtime} the model is not itself: a vector has the cosine {cosine:.4f} to"
-                f" that of torch, where {_LEAST[stored]} is the least",
+                f"as {stored} in {encoder.runtime}, the model gives different vectors: one has the cosine {cosine:.4f}"
+                f" to that of torch, below the minimum of {_LEAST[stored]}",
                 file=path,
                 remedy="Set encoder.runtime to torch" + ", or encoder.precision to float32" * (stored == "int8"),
             )
         files = {file.name: file_digest(file) for file in sorted(folder.iterdir())}
         write_json(folder / _RECORD, {"model": path, "least_cosine": cosine, "files": files})
     logger.info(
-        "encoder.runtime: exported in %.0f s, %d bytes, into %s; least cosine of %d vectors to torch's: %.5f",
+        "encoder.runtime: exported in %.0f s, %d bytes, to %s; minimum cosine of %d vectors to torch's: %.5f",
         time.monotonic() - started,
         bytes_in(final),
         final,
@@ -209,7 +209,7 @@ def _probed(model: Any) -> NDArray[np.float32]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters and quantisers tell of every node."""
+    """Silence exporters and quantizers, which log every node."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -259,7 +259,7 @@ def _keep_int8(onnx: Path, folder: Path) -> None:
         folder / onnx.name,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
-        reduce_range=True,  # sums of 8 bits overflow where a processor has no VNNI
+        reduce_range=True,  # 8-bit sums overflow on processors without VNNI
         weight_type=QuantType.QInt8,
         use_external_data_format=True,
     )
@@ -275,7 +275,7 @@ def _keep_openvino(onnx: Path, folder: Path, stored: str) -> None:
 
 
 def _to_int8(model: Any) -> None:
-    """Replace weights of matrix products by int8 and a scale for each output: OpenVINO then multiplies in int8."""
+    """Replace weights of matrix products by int8 and a scale per output, so that OpenVINO multiplies in int8."""
     from openvino import opset13
 
     for product in model.get_ordered_ops():
@@ -292,7 +292,7 @@ def _to_int8(model: Any) -> None:
 def _install(
     transformers: list[Any], positions: list[int | None], threads: int, runtime: str, folder: Path, precision: str
 ) -> None:
-    """Put what runs a file where Sentence Transformers has the transformer of transformers."""
+    """Replace the transformers model in Sentence Transformers by one that runs a file."""
     import torch
 
     opened = _open_onnx if runtime == "onnx" else _open_openvino
@@ -310,14 +310,14 @@ def _forward(run: Run, longest: int | None) -> Callable[..., dict[str, Any]]:
     def forward(**features: Any) -> dict[str, Any]:
         arrays = {name: value.numpy() for name, value in features.items() if isinstance(value, torch.Tensor)}
         shape = arrays["attention_mask"].shape
-        if longest is not None and shape[1] > longest:  # OpenVINO would read beyond the table
-            raise RuntimeError(f"the model has positions for {longest} tokens")
+        if longest is not None and shape[1] > longest:  # OpenVINO would read past the table
+            raise RuntimeError(f"the model has positions for {longest} tokens only")
         try:
             hidden = run(arrays)
-        except Exception as error:  # ONNX Runtime's have no class in common
+        except Exception as error:  # errors of ONNX Runtime have no common base class
             raise RuntimeError(str(error).partition("\n")[0]) from error
         if hidden.shape[:2] != shape:
-            raise RuntimeError(f"the runtime gave vectors of {hidden.shape[0]} texts and {hidden.shape[1]} tokens")
+            raise RuntimeError(f"the runtime returned vectors of {hidden.shape[0]} texts and {hidden.shape[1]} tokens")
         return {"last_hidden_state": torch.from_numpy(hidden)}
 
     return forward
@@ -327,7 +327,7 @@ def _open_onnx(file: Path, precision: str, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
@@ -341,9 +341,9 @@ def _open_openvino(file: Path, precision: str, threads: int) -> Run:
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # workers would be pinned to the same cores
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",  # else it takes what it likes
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # numbers of a token that share a scale in int8
-        "CPU_RUNTIME_CACHE_CAPACITY": 16,  # kernels, enough for layers to share; of 5,000 each shape would keep its own
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",  # else it chooses
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # values of a token that share a scale in int8
+        "CPU_RUNTIME_CACHE_CAPACITY": 16,  # kernels, enough for layers to share; with 5,000, every shape keeps its own
     }
     model = openvino.Core().compile_model(file, "CPU", options)
     names = [one.any_name for one in model.inputs]

@@ -1,12 +1,12 @@
 """A model behind a server: OpenAI's `/v1/embeddings`, or `/embed` of text-embeddings-inference.
 
-Guarantees: rows keep the order of the texts, whatever the order of answers, and neither the number of requests at a
-time nor their failures change a byte; there are never more of them than allowed; an answer that is not one vector for
-every text, by the model that was asked for, is asked for again or is an error, never a row. The key stands in one
-header and nowhere else: neither it nor another secret of the address is in what is raised, logged or written, even
-where the server repeats it.
+Guarantees: rows keep the order of the texts, whatever the order of responses, and neither the number of concurrent
+requests nor their failures change a byte; there are never more of them than allowed; a response that is not one vector
+per text, from the configured model, is requested again or is an error, never a row. The API key is in one header and
+nowhere else: neither it nor other secrets of the address are raised, logged or written, even if the server repeats
+them.
 
-There is no digest of a server's weights: its vectors are taken for those of the model it names.
+There is no digest of a server's weights: its vectors are taken to be those of the model that it names.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ TOLD, ESTIMATED = "told by the server", "estimated"
 """How tokens were counted."""
 
 _LIBRARIES = ("httpx", "tenacity")
-_BYTES_A_TOKEN = 4  # English: 4 to 5 letters; Chinese, Japanese, Korean: 3 bytes a sign, about one token
-_FIRST_WAIT, _MOST_WAIT, _PATIENCE = 0.5, 60.0, 600.0  # seconds; the last is the longest Retry-After that is heeded
-_PASSING = {408, 429}  # beside 5xx
-_OF_CONTENT = {400, 413, 422}  # may be the fault of one text
-_LONG = 8  # characters of a parameter that may be a secret: a version is shorter, and its digits are everywhere
-_SAID = 300  # characters of what a server says
+_BYTES_A_TOKEN = 4  # English: 4 to 5 letters; Chinese, Japanese, Korean: 3 bytes per character, about one token
+_FIRST_WAIT, _MOST_WAIT, _PATIENCE = 0.5, 60.0, 600.0  # seconds; the last is the longest Retry-After that is accepted
+_PASSING = {408, 429}  # in addition to 5xx
+_OF_CONTENT = {400, 413, 422}  # may be caused by a single text
+_LONG = 8  # characters of a parameter that may be a secret: versions are shorter, and their digits are everywhere
+_SAID = 300  # characters shown of a server's message
 _PROBE = "text"
 
-# What a server answers: vectors in order, and tokens, where it tells.
+# A server's response: vectors in order, and tokens, if reported.
 _Answer = tuple[Vectors, int]
 
 
 class _Passing(Exception):
-    """A failure that may pass, and the seconds that the server asks to wait."""
+    """A temporary failure, and the seconds to wait requested by the server."""
 
     def __init__(self, problem: str, wait: float = 0.0) -> None:
         super().__init__(problem)
@@ -66,35 +66,33 @@ class _Passing(Exception):
 
 
 class _Refused(Exception):
-    """The server refuses what it was sent."""
+    """The server rejects a request."""
 
 
 def check(encoder: Settings) -> None:
-    """What a server is asked with is there. Sends nothing.
+    """Check that the libraries and the key are available. Sends nothing.
 
     Raises:
-        ConfigError: the libraries are not installed, or the environment has no key.
+        ConfigError: the libraries are not installed, or the environment lacks the key.
     """
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"encoder.backend: http needs {' and '.join(missing)}, not installed: run `pip install 'negpipe[http]'`"
-        )
+        raise ConfigError(f"encoder.backend: http requires {' and '.join(missing)}: run `pip install 'negpipe[http]'`")
     _key(_server(encoder))
 
 
 def estimated_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(n,) About how many tokens texts of (n,) bytes in UTF-8 have."""
+    """(n,) The estimated tokens of texts of (n,) bytes in UTF-8."""
     return lengths // _BYTES_A_TOKEN + 1
 
 
 def overhead(encoder: Settings, kind: Kind) -> int:
-    """Bytes that are put before a text."""
+    """Bytes of the prefix of a text."""
     return len(_sent(encoder, kind, [""])[0].encode())
 
 
 @contextmanager
 def opened(encoder: Settings, requests: int) -> Iterator[Served]:
-    """The server, asked at most so many requests at a time.
+    """The server, with at most `requests` concurrent requests.
 
     Raises:
         ConfigError: see `check`.
@@ -102,7 +100,7 @@ def opened(encoder: Settings, requests: int) -> Iterator[Served]:
     check(encoder)
     import httpx
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     server = _server(encoder)
     key = _key(server)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -114,16 +112,16 @@ def opened(encoder: Settings, requests: int) -> Iterator[Served]:
     served = Served(encoder, client, requests, key)
     try:
         yield served
-        client.close()  # after an error a request may be under way
+        client.close()  # after an error a request may be in progress
     finally:
         served.end()
 
 
 class Served:
-    """See `negpipe.encoders.Encoder`; texts are cut by the server alone, so `on_cut` is never called.
+    """See `negpipe.encoders.Encoder`; only the server truncates texts, so `on_cut` is never called.
 
     Attributes:
-        provenance: where the vectors are from, and whether the server told how many tokens it read.
+        provenance: the origin of the vectors, and whether the server reported how many tokens it read.
     """
 
     def __init__(self, encoder: Settings, client: Any, requests: int, key: str | None) -> None:
@@ -153,8 +151,8 @@ class Served:
         """See `negpipe.encoders.Encoder.encode`.
 
         Raises:
-            InputError: also where the server refuses a text (`row`), has another model, or changes its dimension.
-            TaskFailedError: it did not answer, as often as it was asked.
+            InputError: also if the server rejects a text (`row`), has another model, or changes its dimension.
+            TaskFailedError: it did not respond after all retries.
         """
         if not texts:
             raise ValueError("encode needs at least one text")
@@ -176,12 +174,12 @@ class Served:
         self._check_model()
 
     def end(self) -> None:
-        """Ask nothing any more."""
+        """Stop all requests."""
         self._ended.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _batches(self, texts: list[str]) -> Iterator[list[str]]:
-        """Texts in order, as many a request as the config allows."""
+        """Texts in order, as many per request as the config allows."""
         tokens = estimated_tokens(np.array([len(text.encode()) for text in texts], dtype=np.int64))
         first, total = 0, 0
         for at, count in enumerate(tokens.tolist()):
@@ -200,14 +198,14 @@ class Served:
             raise InputError(error.problem, row=first + error.row, remedy=error.remedy) from None
         if self._width not in (None, vectors.shape[1]):
             raise InputError(
-                f"{self._place} answers with vectors of {vectors.shape[1]} numbers, before with {self._width}",
-                remedy="See which model it serves; parts that are made stay, the same command goes on from them",
+                f"{self._place} returns vectors of {vectors.shape[1]} dimensions, previously of {self._width}",
+                remedy="Check which model it serves; finished parts are kept, and the same command resumes",
             )
         self._width = vectors.shape[1]
         if not tokens:
             self.provenance["tokens"] = ESTIMATED
             tokens = int(estimated_tokens(np.array([len(text.encode()) for text in batch])).sum())
-        vectors = finished(vectors, self._encoder, first, "Look at the text; if others fail too, at the server")
+        vectors = finished(vectors, self._encoder, first, "Check the text; if others fail too, check the server")
         on_batch(len(batch), tokens)
         return vectors
 
@@ -215,7 +213,7 @@ class Served:
         """Vectors of one request's texts; runs in a thread of the pool.
 
         Raises:
-            InputError: one text is refused; `row` is its offset in the batch.
+            InputError: a text is rejected; `row` is its offset in the batch.
         """
         try:
             return self._asked(batch)
@@ -223,9 +221,9 @@ class Served:
             raise self._blamed(batch, str(refusal)) from None
 
     def _blamed(self, batch: list[str], said: str) -> NegpipeError:
-        """Which text a request was refused for, found by halves."""
+        """The error of the text that caused a rejection, found by bisection."""
         if self._refuses([_PROBE]):
-            return ConfigError(f"{said} So it does with any text: look at encoder.model, encoder.http.url and .api")
+            return ConfigError(f"{said} It rejects any text: check encoder.model, encoder.http.url and .api")
         low, high = 0, len(batch)
         while high - low > 1:
             middle = (low + high) // 2
@@ -235,13 +233,13 @@ class Served:
                 low = middle
             else:
                 return ConfigError(
-                    f"{said} It takes fewer at a time: lower encoder.http.batch_texts ({self._server.batch_texts}) or"
+                    f"{said} It accepts fewer at a time: lower encoder.http.batch_texts ({self._server.batch_texts}) or"
                     f" encoder.http.batch_tokens ({self._server.batch_tokens})"
                 )
         return InputError(
-            f"the server refuses this text: {said}",
+            f"the server rejects this text: {said}",
             row=low,
-            remedy="If it is longer than the model reads, shorten it in the source, or have the server cut it",
+            remedy="If it is longer than the model accepts, shorten it in the source, or let the server truncate it",
         )
 
     def _refuses(self, batch: list[str]) -> bool:
@@ -271,10 +269,10 @@ class Served:
         return _matrix(vectors, count), _count((answer.get("usage") or {}).get("total_tokens"))
 
     def _check_model(self) -> None:
-        """Where answers do not name the model, ask for its name.
+        """If responses do not name the model, request its name.
 
         Raises:
-            InputError: it is another one.
+            InputError: it is another model.
         """
         if self._server.api == "tei":
             name = self._retried("GET", self._server.info, lambda response: response.json()["model_id"])
@@ -283,18 +281,18 @@ class Served:
     def _check_name(self, name: Any) -> None:
         if name != self._name:
             raise InputError(
-                f"{self._place} answers as {name!r}, not as {self._name!r}",
+                f"{self._place} serves the model {name!r}, not {self._name!r}",
                 field="encoder.model",
-                remedy="Have it serve that model; parts that are made stay. If it is the same model under another name,"
+                remedy="Serve that model; finished parts are kept. If it is the same model under another name,"
                 " set encoder.http.answers_as",
             )
 
     def _retried(self, method: str, url: str, read: Callable[[Any], Read], body: Any = None) -> Read:
-        """What is read of the answer to a request, sent again as long as that may help.
+        """The result of a request, retried as long as that may help.
 
         Raises:
-            _Refused: for its content.
-            NegpipeError: for something else, or it was sent as often as it may be.
+            _Refused: the content is rejected.
+            NegpipeError: another error, or all retries failed.
         """
         try:
             found: Read = self._retrying(self._once, method, url, read, body)
@@ -302,8 +300,8 @@ class Served:
         except _Passing as failure:
             times = self._retrying.statistics["attempt_number"]
             raise TaskFailedError(
-                f"{str(failure).rstrip('.')} (asked {times} times). Parts that are made stay: run the same command"
-                " again once the server answers, or raise encoder.http.retries or encoder.http.timeout"
+                f"{str(failure).rstrip('.')} (tried {times} times). Finished parts are kept: run the same command"
+                " again once the server responds, or raise encoder.http.retries or encoder.http.timeout"
             ) from None
 
     def _once(self, method: str, url: str, read: Callable[[Any], Read], body: Any) -> Read:
@@ -312,42 +310,42 @@ class Served:
         try:
             response = self._client.request(method, url, json=body)
         except httpx.ConnectError as error:
-            if not self._reached:  # more likely never there than gone for a moment
+            if not self._reached:  # more likely absent than temporarily unavailable
                 raise ConfigError(
-                    f"nothing answers at {self._place} ({self._safe(error)}): start the server, or fix encoder.http.url"
+                    f"no server at {self._place} ({self._safe(error)}): start the server, or fix encoder.http.url"
                 ) from None
-            raise _Passing(f"{self._place} does not answer: {self._safe(error)}") from None
+            raise _Passing(f"{self._place} does not respond: {self._safe(error)}") from None
         except httpx.InvalidURL as error:
-            raise ConfigError(f"encoder.http.url is no address: {self._safe(error)}") from None
+            raise ConfigError(f"encoder.http.url is not an address: {self._safe(error)}") from None
         except httpx.RequestError as error:
             said = self._safe(error) or type(error).__name__
-            raise _Passing(f"{self._place} does not answer: {said}") from None
+            raise _Passing(f"{self._place} does not respond: {said}") from None
         self._reached = True
         if not response.is_success:
             raise self._failure(response)
         try:
             return read(response)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise _Passing(f"{self._place} gives a broken answer: {self._safe(error)}") from None
+            raise _Passing(f"{self._place} sends a malformed response: {self._safe(error)}") from None
 
     def _failure(self, response: Any) -> Exception:
         status = response.status_code
-        said = f"{self._place} answers {status}: {self._safe(response.text)}."
+        said = f"{self._place} returns {status}: {self._safe(response.text)}."
         if status in _PASSING or status >= 500:
             wait = _seconds(response.headers.get("Retry-After", ""))
             if wait <= _PATIENCE:
                 return _Passing(said, wait)
-            return TaskFailedError(f"{said} It asks to come again in {wait:,.0f} s: run the same command then")
+            return TaskFailedError(f"{said} It asks to retry in {wait:,.0f} s: run the same command then")
         if status in _OF_CONTENT:
             return _Refused(said)
         if status in (401, 403):
             variable = self._server.key_env
-            remedy = f"Look at the key in {variable}" if variable else "Name the variable that has the key"
-            return ConfigError(f"{said} {remedy} (encoder.http.key_env), and at what it gives access to")
-        return ConfigError(f"{said} Look at encoder.http.url, encoder.http.api and encoder.model")
+            remedy = f"Check the key in {variable}" if variable else "Set the variable with the key"
+            return ConfigError(f"{said} {remedy} (encoder.http.key_env), and its permissions")
+        return ConfigError(f"{said} Check encoder.http.url, encoder.http.api and encoder.model")
 
     def _safe(self, said: object) -> str:
-        """What somebody said, in one line and without secrets."""
+        """A message of the server or a library, in one line and without secrets."""
         text = " ".join(str(said).split())
         for secret in self._secrets:
             text = text.replace(secret, HIDDEN)
@@ -355,7 +353,7 @@ class Served:
 
     def _tell(self, state: Any) -> None:
         logger.warning(
-            "encode: %s Again in %.1f s (%d of %d)",
+            "encode: %s Retrying in %.1f s (%d of %d)",
             state.outcome.exception(),
             state.next_action.sleep,
             state.attempt_number,
@@ -369,7 +367,7 @@ def _server(encoder: Settings) -> Server:
 
 
 def _secrets(url: str, key: str | None) -> list[str]:
-    """What nobody is to read, the longest first."""
+    """The secrets of an address and a key, the longest first."""
     parts = urlsplit(url)
     own = [key, parts.username, parts.password, *map(unquote, filter(None, (parts.username, parts.password)))]
     asked = (value for _, value in parse_qsl(parts.query) if len(value) >= _LONG)
@@ -377,22 +375,19 @@ def _secrets(url: str, key: str | None) -> list[str]:
 
 
 def _key(server: Server) -> str | None:
-    """The key, from the environment. No error names the variable: somebody may have written the key in its place."""
+    """The key, from the environment. No error names the variable, as it may be the key itself by mistake."""
     if server.key_env is None:
         return None
     key = os.environ.get(server.key_env, "").strip()
     if not key:
-        raise ConfigError(
-            "encoder.http.key_env names a variable that the environment does not have, or that is empty: export it with"
-            " the key"
-        )
+        raise ConfigError("encoder.http.key_env: the environment variable is not set, or empty: export it with the key")
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError("encoder.http.key_env: the key has signs that fit into no header: export it again")
+        raise ConfigError("encoder.http.key_env: the key has characters not allowed in a header: export it again")
     return key
 
 
 def _sent(encoder: Settings, kind: Kind, texts: Sequence[str]) -> list[str]:
-    """Texts with what the config puts before them."""
+    """Texts with their prefix from the config."""
     prompt, joined = instructed(instruction(encoder, "", kind), list(texts))
     return [prompt + text for text in joined]
 
@@ -405,19 +400,19 @@ def _matrix(vectors: list[Any], count: int) -> Vectors:
     """(n, d) float32.
 
     Raises:
-        ValueError: there are not so many, or not all of one length.
+        ValueError: the number of vectors is wrong, or their lengths differ.
     """
     if len(vectors) != count or any(vector is None for vector in vectors):
         raise ValueError(f"{sum(vector is not None for vector in vectors)} vectors for {count} texts")
     with np.errstate(over="ignore"):
         matrix = np.asarray(vectors, dtype=np.float32)
     if matrix.ndim != 2 or not matrix.shape[1]:
-        raise ValueError("its vectors are no lists of numbers")
+        raise ValueError("its vectors are not lists of numbers")
     return matrix
 
 
 def _count(told: Any) -> int:
-    """Tokens that a server tells; 0 where it does not."""
+    """Tokens reported by a server; 0 if it does not."""
     try:
         return max(0, int(told))
     except (TypeError, ValueError):
@@ -425,7 +420,7 @@ def _count(told: Any) -> int:
 
 
 def _seconds(retry_after: str) -> float:
-    """Of a header Retry-After, which has seconds or a date; 0 where it has neither."""
+    """The seconds of a Retry-After header, which has seconds or a date; 0 if it has neither."""
     try:
         return max(0.0, float(retry_after))
     except ValueError:

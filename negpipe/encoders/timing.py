@@ -1,8 +1,8 @@
-"""How fast a model is here, in one way or several, measured in a process of its own: FAISS is in the caller's.
+"""Measures the speed of a model with one or several settings, in a separate process, as FAISS is in the caller's.
 
-`python -m negpipe.encoders.timing` reads the job as JSON and answers with a line of JSON for each way, as a worker. It
-is no `multiprocessing`, whose processes run the caller's script a second time. One process does them all, as importing
-the libraries takes longer than measuring; where it dies, another one goes on behind the way that it died of.
+`python -m negpipe.encoders.timing` reads the job as JSON and writes one line of JSON for each way, like a worker. It
+does not use `multiprocessing`, whose processes run the caller's script again. One process handles all ways, as
+importing the libraries takes longer than measuring; if it dies, another continues after the way that killed it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from negpipe.engine.budget import Budget
 from negpipe.errors import NegpipeError, TaskFailedError, error_of, message_of
 
 _WARM_UP = 8  # texts
-_SECONDS = 4.0  # that a measurement is to take
-_LEAST = 64  # texts of a measurement, however long they take
-_LIMIT = 600.0  # seconds until a way has answered, exporting the model included
+_SECONDS = 4.0  # target duration of a measurement
+_LEAST = 64  # minimum texts of a measurement, however long they take
+_LIMIT = 600.0  # seconds for a way to answer, including the export of the model
 _TAIL = 300
-# Read once per process: what the first way loads with, all would have.
+# Read once per process, so that it applies to all ways.
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What a model did: (n, d) float32 vectors of the first n texts, the seconds that they took, and (m, d) vectors of
-    the first m anchors, not timed."""
+    """A measurement: (n, d) float32 vectors of the first n texts, the seconds they took, and (m, d) vectors of the
+    first m anchors, not timed."""
 
     vectors: NDArray[np.float32]
     seconds: float
@@ -50,18 +50,18 @@ class Timed:
 def time_models(
     ways: Sequence[Encoder], path: str, texts: Sequence[str], budget: Budget, anchors: Sequence[tuple[str, int]] = ()
 ) -> Generator[Timed | NegpipeError]:
-    """Encode some seconds' worth of the texts in each way, on one device.
+    """Encode texts for some seconds in each way, on one device.
 
     Args:
-        ways: settings.
+        ways: settings of the encoder.
         path: the model's folder.
         texts: documents.
         budget: threads and the device.
-        anchors: texts of anchors, and how many documents have to be encoded for each of them to be.
+        anchors: texts of anchors, each with the number of documents that must be encoded before it.
 
     Yields:
-        for each way, when it is done, what it did or what loading or encoding raised; TaskFailedError where its process
-        died, or did not answer for minutes.
+        for each way, when it is done, its measurement, or the error of loading or encoding; TaskFailedError if its
+        process died, or did not answer for minutes.
     """
     job = {"path": path, "texts": list(texts), "anchors": list(anchors), **asdict(budget)}
     left = [encoder.model_dump(mode="json") for encoder in ways]
@@ -79,7 +79,7 @@ def time_models(
             waited = [0.0]
             try:
                 yield from map(_answer, _lines(process, left, waited))
-                code = process.wait() if left else 0  # it closes its answers a while before it ends
+                code = process.wait() if left else 0  # it closes its output before it exits
             finally:
                 process.kill()
                 process.wait()
@@ -88,15 +88,15 @@ def time_models(
                 last = said.read().decode(errors="replace").strip()[-_TAIL:]
                 del left[0]
                 hung = waited[0] >= _LIMIT
-                why = f"it gave no answer in {_LIMIT:,.0f} s" if hung else f"its process ended with {code}"
+                why = f"no answer in {_LIMIT:,.0f} s" if hung else f"its process exited with {code}"
                 yield TaskFailedError(f"the model could not be timed, {why}: {last}")
 
 
 def _lines(
     process: subprocess.Popen[bytes], left: list[dict[str, Any]], waited: list[float]
 ) -> Iterator[dict[str, Any]]:
-    """What a process answers, as long as it does; what it was asked goes off the list, and the seconds until its last
-    word, or none, are left in `waited`."""
+    """The answers of a process; answered ways are removed from the list, and the seconds waited for the last answer, or
+    for none, are stored in `waited`."""
     assert process.stdout is not None
     while True:
         started, limit = time.monotonic(), threading.Timer(_LIMIT, process.kill)
@@ -108,7 +108,7 @@ def _lines(
             waited[0] = time.monotonic() - started
         try:
             answer: dict[str, Any] = json.loads(line)
-        except ValueError:  # none, or cut off, where it died
+        except ValueError:  # none, or truncated, if it died
             return
         del left[0]
         yield answer
@@ -138,7 +138,7 @@ def _timed(way: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve a job; what a library prints goes to standard error."""
+    """Run a job; output of libraries goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.buffer.read())

@@ -1,4 +1,4 @@
-"""Vectors of a model made as the config asks: cut, as Matryoshka models are trained for, checked, scaled."""
+"""Postprocessing of a model's vectors: truncated (for Matryoshka models), checked, scaled."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ NOT_EXACT = (
     "rows are not reproducible bit for bit: made again, scores differ in their last digits, and rows where scores"
     " nearly tie (encoder.cache)"
 )
-"""What is said where a cache of vectors was on: a text's vector depends on the batch in which it was computed."""
+"""The note for runs with a cache of vectors: a text's vector depends on the batch in which it was computed."""
 
 
 def finished(vectors: Floats, encoder: Settings, first: int, remedy: str) -> Floats:
-    """(n, d) vectors of texts, cut to `encoder.truncate_dim`, of length 1 where `encoder.normalize` is set.
+    """(n, d) vectors of texts, truncated to `encoder.truncate_dim`, of length 1 with `encoder.normalize`.
 
     Args:
         vectors: (n, w) of a model.
         encoder: the settings.
         first: offset of the first text, for the error.
-        remedy: what is to be done about a vector that is no vector.
+        remedy: the remedy for an invalid vector.
 
     Raises:
-        ConfigError: they are narrower than `encoder.truncate_dim`.
-        InputError: one is zero or not finite; `row` is its text's offset.
+        ConfigError: they have fewer dimensions than `encoder.truncate_dim`.
+        InputError: a vector is zero or not finite; `row` is the offset of its text.
     """
     vectors = truncated(vectors, encoder.truncate_dim)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -41,7 +41,7 @@ def finished(vectors: Floats, encoder: Settings, first: int, remedy: str) -> Flo
 
 
 def truncated(vectors: Floats, truncate_dim: int | None) -> Floats:
-    """The first `truncate_dim` numbers of (n, d) vectors, not scaled again; all of them for None.
+    """The first `truncate_dim` dimensions of (n, d) vectors, not rescaled; all for None.
 
     Raises:
         ConfigError: they have fewer.
@@ -51,9 +51,9 @@ def truncated(vectors: Floats, truncate_dim: int | None) -> Floats:
 
 
 def check_width(width: int, truncate_dim: int | None) -> None:
-    """Raises ConfigError: vectors of a width are narrower than they are to be cut to."""
+    """Raises ConfigError: vectors have fewer dimensions than `truncate_dim`."""
     if truncate_dim is not None and truncate_dim > width:
         raise ConfigError(
-            f"encoder.truncate_dim: {truncate_dim} is more than the {width} numbers of a vector: set it to {width} or"
-            " less, or to null"
+            f"encoder.truncate_dim: {truncate_dim} is more than the {width} dimensions of a vector: set it to {width}"
+            " or less, or to null"
         )

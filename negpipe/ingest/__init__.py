@@ -1,1 +1,1 @@
-"""One pass over a source, and what must be joined."""
+"""The pass over a source, and the joins of its records."""

@@ -1,7 +1,7 @@
-"""Digests of texts, by processes beside this one where there are many: Python takes them one by one.
+"""Digests of texts, in separate processes if there are many texts, as Python hashes them one by one.
 
-`python -m negpipe.ingest.hashing` is such a process: texts come in on standard input, their digests go out, both as
-Arrow streams. It ends when its input does.
+`python -m negpipe.ingest.hashing` is such a process: it reads texts from standard input and writes their digests, both
+as Arrow streams. It exits when its input ends.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import pyarrow as pa
 
 from negpipe.data.texts import digests, normalized_hashes
 
-_MANY = 2**25  # bytes of texts, from which on processes are worth their start
+_MANY = 2**25  # bytes of texts, above which starting processes pays off
 _TEXTS = pa.schema([("text", pa.large_string())])
 _HASHES = pa.schema([("d1", pa.uint64()), ("d2", pa.uint64()), ("normalized", pa.uint64())])
 
 
 def hashed(texts: pa.Array) -> pa.RecordBatch:
-    """Of texts without white space at their ends: both halves of their `digests`, and their `normalized_hashes`."""
+    """For stripped texts: both halves of their `digests`, and their `normalized_hashes`."""
     both = digests(texts)
     columns = (np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]), normalized_hashes(texts))
     return pa.record_batch([pa.array(column) for column in columns], schema=_HASHES)
 
 
 class _Process:
-    """One beside this, that is asked for one column at a time."""
+    """A separate process that handles one column at a time."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "negpipe.ingest.hashing"]
@@ -40,21 +40,21 @@ class _Process:
         self._answers: pa.RecordBatchReader | None = None
 
     def hashed(self, texts: pa.Array) -> pa.RecordBatch:
-        """Raises OSError, ArrowException or StopIteration: it is gone."""
+        """Raises OSError, ArrowException or StopIteration: the process has died."""
         assert self.process.stdin is not None
         try:
             self._asked.write_batch(pa.record_batch([texts.cast(pa.large_string())], schema=_TEXTS))
             self.process.stdin.flush()
-            if self._answers is None:  # what it writes begins with its first answer
+            if self._answers is None:  # its output starts with its first answer
                 self._answers = pa.ipc.open_stream(pa.PythonFile(self.process.stdout, "r"))
             return self._answers.read_next_batch()
-        except BaseException:  # nothing it still says is an answer to what comes next
+        except BaseException:  # its further output does not answer the next request
             self.process.kill()
             raise
 
 
 class Hasher:
-    """Digests of many texts, some of which are made ahead."""
+    """Digests of many texts, some of which are computed ahead."""
 
     def __init__(self, threads: int) -> None:
         self._pool, self._beside = ThreadPoolExecutor(threads), threads > 1
@@ -63,7 +63,7 @@ class Hasher:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, texts: pa.Array) -> Future[pa.RecordBatch]:
-        """`hashed`, once it is there."""
+        """`hashed`, as a future."""
         self._seen += texts.nbytes
         return self._pool.submit(self._asked if self._beside and self._seen > _MANY else hashed, texts)
 
@@ -75,8 +75,8 @@ class Hasher:
             process.wait()
 
     def _asked(self, texts: pa.Array) -> pa.RecordBatch:
-        """By this thread's process."""
-        with suppress(OSError, pa.ArrowException, StopIteration):  # one that was killed: it is done here
+        """Ask this thread's process."""
+        with suppress(OSError, pa.ArrowException, StopIteration):  # a killed process: compute it here
             if not hasattr(self._local, "process"):
                 self._local.process = _Process()
                 self.processes.append(self._local.process.process)

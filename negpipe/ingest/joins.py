@@ -1,7 +1,7 @@
-"""What ingest must join: duplicates, ids, judgments. Through DuckDB, which spills; results are streamed.
+"""The joins of ingest: duplicates, ids, judgments. They use DuckDB, which spills to disk; results are streamed.
 
-Nothing here grows with the corpus beyond DuckDB's memory limit: groups of rows become lists as they pass by. No join
-multiplies: one side of each has a key at most once, so time grows with the rows however often an id or a text repeats.
+Memory does not grow with the corpus beyond DuckDB's limit: groups of rows become lists while streaming. No join
+multiplies rows: one side has each key at most once, so time grows with the rows however often an id or a text repeats.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BATCH = 8192
 
 
 def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
-    """Refuse what cannot be put right later: an id with two texts, nothing to mine."""
+    """Reject what cannot be fixed later: an id with two texts, nothing to mine."""
     for table, what in (("documents", "document"), ("queries", "query")):
-        # The first row that differs from an earlier one of its id differs from the id's first row.
+        # The first row that differs from an earlier one with its id also differs from the id's first row.
         clash = database.execute(f"""
             with clashing as (select id, min(rowid) as first from {table} group by id
                 having min(d1) != max(d1) or min(d2) != max(d2))
@@ -39,7 +39,7 @@ def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         """).fetchone()
         if clash:
             raise InputError(
-                f"{what} id {clash[0]!r} appears again with another text (first in {clash[3]}, row {clash[4]})",
+                f"{what} id {clash[0]!r} appears again with a different text (first in {clash[3]}, row {clash[4]})",
                 file=clash[1],
                 row=clash[2],
                 remedy="Give every text its own id, or remove the older row",
@@ -48,9 +48,9 @@ def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         _count(database, f"select count(*) from {table}") for table in ("documents", "queries", "judgments")
     )
     name = _named(config) or "the source"
-    for count, what in ((documents, "document"), (queries, "query"), (judgments, "relevance judgment")):
+    for count, what in ((documents, "documents"), (queries, "queries"), (judgments, "relevance judgments")):
         if not count:
-            raise InputError(f"{name} holds no {what}", remedy="Check data.path, data.format and data.columns")
+            raise InputError(f"{name} contains no {what}", remedy="Check data.path, data.format and data.columns")
 
 
 def _named(config: Config) -> str | None:
@@ -59,7 +59,7 @@ def _named(config: Config) -> str | None:
 
 
 def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
-    """Number the rows and resolve every judgment to (query, row). Queries in `put_aside` are to be no anchors."""
+    """Number the rows and resolve every judgment to (query, row). Queries in `put_aside` must not become anchors."""
     database.execute("""
         create table numbered as
         select *, row_number() over (order by not corpus, first) - 1 as row from (
@@ -83,13 +83,11 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
         assert row is not None
         what, which = ("query", row[0]) if row[4] else ("document", row[1])
-        remedy = f"Add the {what}, or set data.on_unknown_id: skip to leave such judgments out"
+        remedy = f"Add the {what}, or set data.on_unknown_id: skip to ignore such judgments"
         if re.fullmatch(r"\d+\.0", which):
-            remedy = (
-                f"It looks like a float that pandas made of an id: read and write ids as texts (dtype=str). {remedy}"
-            )
+            remedy = f"It looks like an id that pandas made a float: read and write ids as text (dtype=str). {remedy}"
         error = InputError(
-            f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in all)",
+            f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in total)",
             file=row[2],
             row=row[3],
             remedy=remedy,
@@ -121,12 +119,12 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
             f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
             file=_named(config),
             field="data.split",
-            remedy=f"Splits there are: {', '.join(splits)}; data.min_grade sets the least grade",
+            remedy=f"Available splits: {', '.join(splits)}; data.min_grade sets the minimum grade",
         )
 
 
 def number(database: duckdb.DuckDBPyConnection) -> None:
-    """Number the anchors, and find all that they are known to have."""
+    """Number the anchors, and find all their known positives."""
     database.execute("""
         create table anchors as select *, row_number() over (order by source_row) - 1 as number from askers
         where id in (select query from positives) and id not in (select id from put_aside);
@@ -136,26 +134,26 @@ def number(database: duckdb.DuckDBPyConnection) -> None:
 
 
 def _tell_contradictions(database: duckdb.DuckDBPyConnection) -> None:
-    """Say that documents are judged relevant in one place and not in another, of a split or of several."""
+    """Warn about documents judged relevant in one place and not relevant in another, in one split or several."""
     if count := _count(database, "select count(*) from contradicted"):
         example = database.execute("""
             select j.query, j.document, j.file, j.line, j.grade from contradicted join judgments j on j.rowid = n
             order by n limit 1""").fetchone()
         assert example is not None
         query, document, file, line, grade = example
-        said = "brought as a negative" if grade is None else f"judged {grade:g}"
+        said = "given as a negative" if grade is None else f"judged {grade:g}"
         logger.warning(
-            "%d documents are judged relevant in one place and not in another: they count as positives."
+            "%d documents are judged relevant in one place and not relevant in another: they count as positives."
             " Document %r is %s for query %r in %s, row %d",
             *(count, document, said, query, file, line),
         )
 
 
 def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[pa.Table]:
-    """Rows of the corpus or of the positives that it lacks, in order.
+    """Rows of the corpus, or of the positives missing from it, in order.
 
     Yields:
-        tables of first (position in the spool), normalized, cut, ids (every id once, the first one first), source_rows.
+        tables of first (position in the spool), normalized, cut, ids (unique, the first one first), source_rows.
     """
     heads = f"select row as number, first, normalized, d1 as cut, d2 from numbered where corpus = {corpus} order by row"
     of_texts = f"from numbered n join documents d using (d1, d2) where n.corpus = {corpus}"
@@ -178,10 +176,10 @@ def documents(database: duckdb.DuckDBPyConnection, *, corpus: bool) -> Iterator[
 
 
 def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table]:
-    """The anchors in order, each with the rows of its positives and of all it is known to have.
+    """The anchors in order, each with the rows of its positives and of all its known positives.
 
     Yields:
-        tables of up to `rows` anchors: they hold texts, of any length.
+        tables of up to `rows` anchors, as their texts may have any length.
     """
     positives, known, refused = (
         _Followers(_batches(database, _sorted(database, query)))
@@ -211,11 +209,11 @@ def anchors(database: duckdb.DuckDBPyConnection, rows: int) -> Iterator[pa.Table
 
 
 def namesakes(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """What several queries of one normalised text are known to have, once a text however many they are.
+    """The known positives of several queries with the same normalized text, once per text.
 
     Yields:
-        tables of normalized and row, ascending, for every text that an anchor and another query with positives ask;
-        cut.
+        tables of normalized and row, ascending, for every text shared by an anchor and another query with positives;
+        and cut.
     """
     query = """
         with said as (select q.normalized, q.id, g.row from good g join askers q on g.query = q.id
@@ -225,13 +223,13 @@ def namesakes(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
         ) order by normalized, row"""
     for batch in _batches(database, query):
         table = pa.Table.from_batches([batch])
-        # Of both, so that parts end within the rows of one text too.
+        # Of both, so that parts can also end within the rows of a text.
         cut = table["normalized"].to_numpy() ^ table["row"].to_numpy().astype(np.uint64)
         yield table.append_column("cut", pa.array(cut))
 
 
 def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    """What was read, merged and left out."""
+    """Counts of what was read, merged and skipped."""
     queries = {
         "documents_read": "select count(*) from documents",
         "source_documents": "select (select count(*) from documents where corpus)"
@@ -241,7 +239,7 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         "queries_read": "select count(*) from askers",
         "queries_without_positive": "select count(*) from askers anti join positives on query = id",
         "judgments_read": "select count(*) from judgments",
-        # By exact anchor text, repeated rows counted, as sentence-transformers does.
+        # By exact anchor text, counting repeated rows, like sentence-transformers.
         "max_positives": "select coalesce(max(n), 0) from (select count(*) as n from judgments j"
         " join anchors a on j.query = a.id join ids d on j.document = d.id"
         f" where j.grade >= {config.data.min_grade} and j.split = {_quoted(config.data.split)} group by a.d1, a.d2)",
@@ -266,14 +264,14 @@ def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
 
 
 def _sorted(database: duckdb.DuckDBPyConnection, query: str) -> str:
-    """A query of the same rows that sorts nothing while other queries run: what sorts takes memory until it ends."""
+    """A query of the same rows that does not sort while other queries run, as sorting takes memory until it ends."""
     name = f"sorted_{_count(database, 'select count(*) from duckdb_tables()')}"
     database.execute(f"create table {name} as {query}")
     return f"select * from {name}"
 
 
 def _batches(database: duckdb.DuckDBPyConnection, query: str, rows: int = BATCH) -> pa.RecordBatchReader:
-    """The result of a query, streamed; its own cursor, since other queries run in between."""
+    """The result of a query, streamed; with a separate cursor, since other queries run in between."""
     return database.cursor().sql(query).to_arrow_reader(rows)
 
 
@@ -284,13 +282,13 @@ def _with(table: pa.Table, lists: dict[str, pa.ListArray]) -> pa.Table:
 
 
 class _Followers:
-    """Rows of a query that is ordered by `number`, gathered into lists for ascending runs of numbers."""
+    """Rows of a query ordered by `number`, gathered into lists for ascending ranges of numbers."""
 
     def __init__(self, batches: pa.RecordBatchReader) -> None:
         self._batches, self._rest = batches, pa.Table.from_batches([], batches.schema)
 
     def take(self, low: int, high: int, columns: dict[str, str]) -> dict[str, pa.ListArray]:
-        """Lists for the numbers from `low` to below `high`: name of the list → values of the named column."""
+        """Lists for the numbers from `low` to below `high`: name of the list → values of the column."""
         pieces = []
         while True:
             cut = int(np.searchsorted(self._rest["number"].to_numpy(), high))

@@ -1,7 +1,7 @@
-"""Rows of the source that were left out: how many may be, and `rejected.jsonl`, which lists every one with the reason.
+"""Skipped rows of the source: their limit, and `rejected.jsonl`, which lists each with the reason.
 
-A row is bad where it would end the run by itself: it cannot be read, or it names what is not there. Rows that
-`data.on_empty: skip` or `data.on_unknown_id: skip` leave out are listed too, but are not bad.
+A row is bad if it would stop the run: it cannot be read, or has an unknown id. Rows skipped due to
+`data.on_empty: skip` or `data.on_unknown_id: skip` are listed too, but are not bad.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _ROWS = """
 
 
 def too_many(error: InputError, allowed: int) -> InputError:
-    """The error of a bad row for which `data.max_bad_rows` leaves no room."""
+    """The error of a bad row that exceeds `data.max_bad_rows`."""
     if not allowed:
         return error
-    remedy = f"Or allow more of them with --max-bad-rows: {NAME} then lists each"
+    remedy = f"Or allow more with --max-bad-rows: {NAME} then lists them"
     return InputError(
-        f"{error.problem}; there are more bad rows than data.max_bad_rows ({allowed:,}) allows",
+        f"{error.problem}; the source has more bad rows than data.max_bad_rows ({allowed:,}) allows",
         file=error.file,
         row=error.row,
         field=error.field,
@@ -41,9 +41,9 @@ def too_many(error: InputError, allowed: int) -> InputError:
 
 
 def write(database: duckdb.DuckDBPyConnection, path: Path) -> int:
-    """Write what was left out, a JSON object a line in the order of the source; returns how many.
+    """Write the skipped rows, one JSON object per line in the order of the source; return their number.
 
-    Not ASCII, and what would steer a terminal, is escaped. Memory holds one batch.
+    Non-ASCII and control characters are escaped. Memory holds one batch.
     """
     count = 0
     found = database.cursor().execute(_ROWS)

@@ -1,11 +1,11 @@
-"""Anchors held out of mining, where a source has no split to judge a model by: whole groups of them, so that nothing of
-one side is on the other.
+"""Anchors held out of mining, if a source has no split to judge a model on: entire groups, so that the sides share
+nothing.
 
-Texts are grouped, normalised: an anchor's with those of its positives, and where `train.split.by` names a column, a
-positive's with that column's value. What is connected is one group. A number drawn from `train.split.seed` and the
-smallest hash among its positives' texts says its side, so where the source's rows stand, and what it holds beside the
-group, moves none. A group that is larger than all that is to be held out stays on the training side: by chance nearly
-nothing would be left to train on. Memory holds integers, some for each pair of anchor and positive.
+Normalized texts are connected: an anchor's with those of its positives and, if `train.split.by` is a column, a
+positive's with that column's value. A connected component is a group. A number drawn from `train.split.seed` and the
+smallest hash of its positives' texts determines its side, so it does not depend on the order of the source's rows or
+on other groups. A group larger than the entire held-out share stays on the training side: otherwise, by chance, almost
+nothing would be left to train on. Memory holds a few integers per pair of anchor and positive.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ SIDES: tuple[Side, ...] = ("train", "test")
 Hashes = npt.NDArray[np.uint64]
 
 NAME = "split"
-"""What the run directory calls the folder that lists the judgments of both sides."""
+"""The folder in the run directory with the judgments of both sides."""
 _BATCH = 8192
-_FAR = 0.5  # of the smaller side: so far off may the share come out without a warning
-_BYTES = 64  # of a tie or a text, while components are sought: SciPy holds the matrix twice, in float64
+_FAR = 0.5  # of the smaller side: maximum deviation of the share without a warning
+_BYTES = 64  # per tie or text, while finding components: SciPy holds the matrix twice, in float64
 
 
 def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spool: Spool, budget: Budget) -> None:
-    """Put the anchors of the other side aside.
+    """Set the anchors of the other side aside.
 
     Args:
         config: with `train.split`.
-        side: whose anchors stay.
-        database: with what `joins.join` makes; gets a table `sides` (normalized, test, part: the group's number) of
-            the texts that are tied, and rows in `put_aside`.
+        side: the side whose anchors stay.
+        database: with the tables of `joins.join`; gets a table `sides` (normalized, test, part: the group's number) of
+            the connected texts, and rows in `put_aside`.
         spool: with the columns of documents.
         budget: for the integers.
 
@@ -76,7 +76,7 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
             select normalized from numbered semi join positives using (row)) as positive
         from (select text from tied union select other from tied) left join asked on text = normalized""")
     ties, texts = (_count(database, f"select count(*) from {table}") for table in ("tied", "tied_texts"))
-    budget.require(_BYTES * (ties + texts), f"dividing {ties:,} pairs of anchor and positive", "leave train.split out")
+    budget.require(_BYTES * (ties + texts), f"dividing {ties:,} pairs of anchor and positive", "remove train.split")
     database.register("divided", _divided(split, database))
     database.execute(f"""
         create table sides as select * from divided;
@@ -88,7 +88,7 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
 def _values(
     config: Config, name: str, database: duckdb.DuckDBPyConnection, spool: Spool
 ) -> Iterator[tuple[Hashes, Hashes]]:
-    """Hashes of positives' texts, and of what a column holds in every row with this text, where it holds something."""
+    """Hashes of positives' texts, and of a column's non-empty values in every row with this text."""
     for kind in ("corpus", "added"):
         rows = database.execute(f"""
             select position, normalized from documents
@@ -98,12 +98,12 @@ def _values(
         for here, spooled in spool.texts(kind, config.data.extra.corpus).take(rows["position"]):
             values = spooled[EXTRA + name].to_pylist()
             there = np.array([bool(value) for value in values], np.bool_)
-            # With the column's name, so that a value is no text.
+            # With the column's name, so that a value never equals a text.
             yield rows["normalized"][here][there], hashes([f"{name}\0{value}" for value in values if value])
 
 
 def _divided(split: Split, database: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Every tied text with its side and the number of its group."""
+    """Every connected text with its side and the number of its group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -115,7 +115,7 @@ def _divided(split: Split, database: duckdb.DuckDBPyConnection) -> pa.Table:
     ties = coo_array((np.ones(len(ends["a"])), (ends["a"], ends["b"])), shape=(size, size))
     count, groups = connected_components(ties, directed=False)
     positives = np.flatnonzero(nodes["positive"])
-    # Nodes ascend with the hash of their text, so the first of a group is its smallest; each group has a positive.
+    # Nodes are ordered by the hash of their text, so the first of a group is the smallest; each group has a positive.
     first = positives[np.unique(groups[positives], return_index=True)[1]]
     drawn = np.concatenate(
         [_drawn(split.seed, nodes["text"][first[at : at + _BATCH]]) for at in range(0, count, _BATCH)]
@@ -126,12 +126,12 @@ def _divided(split: Split, database: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def largest(share: float, anchors: float) -> float:
-    """Anchors that a group may have to be held out, where such a share of all is to be."""
+    """The maximum anchors of a group that can be held out, for a share of all."""
     return max(1, share * anchors)
 
 
 def _drawn(seed: int, texts: Hashes) -> npt.NDArray[np.float64]:
-    """A number from 0 to 1 for each text, and for nothing else."""
+    """A number from 0 to 1 for each text, depending on nothing else."""
     drawn: npt.NDArray[np.float64] = hashes([f"{seed} {text}" for text in texts.tolist()]) * np.float64(2.0**-64)
     return drawn
 
@@ -143,19 +143,19 @@ def _check(split: Split, database: duckdb.DuckDBPyConnection) -> None:
         return
     if groups == 1:
         tied = "positives" if split.by == "positive" else f"positives or a value of '{split.by}'"
-        problem = f"all {anchors:,} anchors are one group, as they share texts of {tied}: there is nothing to divide"
-        remedy = "Name a split to judge by in train.eval_split instead" + (
-            "" if split.by == "positive" else ", or divide by: positive"
+        problem = f"all {anchors:,} anchors are in one group, as they share texts of {tied}: they cannot be divided"
+        remedy = "Set a split to judge on in train.eval_split instead" + (
+            "" if split.by == "positive" else ", or set by: positive"
         )
     else:
         empty = "train" if found["test_anchors"] else "test"
-        problem = f"no anchor is on the {empty} side: of {groups:,} groups the largest has {most:,} of {anchors:,}"
-        remedy = "Set another share in train.split.test, or another train.split.seed"
+        problem = f"no anchors on the {empty} side: the largest of {groups:,} groups has {most:,} of {anchors:,}"
+        remedy = "Change train.split.test or train.split.seed"
     raise InputError(problem, field="train.split", remedy=remedy)
 
 
 def counts(split: Split, database: duckdb.DuckDBPyConnection) -> dict[str, float]:
-    """Anchors and groups of both sides and of the test side, the anchors of the largest group, the share asked for."""
+    """Anchors and groups in total and on the test side, the anchors of the largest group, and the requested share."""
     row = database.execute("""
         select sum(size)::bigint, coalesce(sum(size) filter (test), 0)::bigint, count(*),
             count(*) filter (test), max(size)
@@ -168,26 +168,26 @@ def counts(split: Split, database: duckdb.DuckDBPyConnection) -> dict[str, float
 
 
 def remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """What the counts say to people, as a stage's remarks."""
+    """The remarks of the stage about the counts."""
     if "test_share" not in stats:
         return
     share, test, anchors = (stats[name] for name in ("test_share", "test_anchors", "divided_anchors"))
     groups, most = stats["groups"], stats["largest_group"]
     yield (
         logging.INFO,
-        f"train.split: {test:,} of {anchors:,} anchors are held out ({test / anchors:.1%}), {stats['test_groups']:,} of"
+        f"train.split: {test:,} of {anchors:,} anchors held out ({test / anchors:.1%}), {stats['test_groups']:,} of"
         f" {groups:,} groups; the judgments of both sides are in {NAME}/",
     )
     if abs(test / anchors - share) > _FAR * min(share, 1 - share):
-        why = f"there are {groups:,} groups, the largest of {most:,}: another train.split.seed draws again"
+        why = f"there are {groups:,} groups, the largest with {most:,}: try another train.split.seed"
         if most > largest(share, anchors):
-            why = f"the largest of {groups:,} groups has {most:,} and stays whole to train on: raise train.split.test"
-        yield logging.WARNING, f"train.split: {share:.1%} of the anchors were to be held out, and {why}"
+            why = f"the largest of {groups:,} groups has {most:,} and stays for training: raise train.split.test"
+        yield logging.WARNING, f"train.split: {share:.1%} of the anchors were to be held out, but {why}"
 
 
 def write(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> dict[Side, Path]:
-    """Write the judgments of `data.split`, as the source has them, of the anchors of either side: Parquet with the
-    columns query-id, corpus-id and score. Memory holds one batch."""
+    """Write the original judgments of `data.split` for the anchors of each side, as Parquet with the columns query-id,
+    corpus-id and score. Memory holds one batch."""
     name = config.data.split.replace("'", "''")
     files: dict[Side, Path] = {}
     for side in SIDES:

@@ -1,7 +1,7 @@
-"""The one pass over a source: what it says, in numbered files of columns, from which a pass that was cut short goes on.
+"""The pass over a source: its records in numbered columnar files, from which an interrupted pass resumes.
 
-A batch is some pieces of the source. Its files are written first, then a note of what was read with it: what is noted
-is not read again. Memory holds the batch that is being written, the next, and some pieces that are read ahead.
+A batch is some pieces of the source. Its files are written first, then a note of what was read for it, which is not
+read again. Memory holds the batch being written, the next one, and some pieces that are read ahead.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 _Item = TypeVar("_Item")
 
-BATCH = 8192  # rows of a batch, once it has so many
-_BYTES = 2**23  # of a batch's texts, likewise
+BATCH = 8192  # rows that fill a batch
+_BYTES = 2**23  # of texts that fill a batch
 _WARNED = 10
-_TOGETHER = 256  # files that are mapped at a time
-_AHEAD = 4  # pieces that are read, and whose texts are hashed, while those before are written
+_TOGETHER = 256  # files mapped at a time
+_AHEAD = 4  # pieces read, and their texts hashed, while earlier ones are written
 _PLACE = [("file", pa.string()), ("line", pa.int64())]
 _TEXT = [("source_row", pa.int64()), ("id", pa.string())]
 _HASHES = [("d1", pa.uint64()), ("d2", pa.uint64()), ("normalized", pa.uint64())]
@@ -63,25 +63,25 @@ _TABLES = {
 }
 """Tables of the database."""
 _FILES = {"documents": ("corpus", "added")} | {name: (name,) for name in ("queries", "judgments", "skipped")}
-"""The kinds of files they are read from; those of documents hold texts and extra columns beside."""
+"""The kinds of files they are read from; those of documents also contain texts and extra columns."""
 
 
 class Spool:
-    """The files of a pass over a source, batch by batch, and the notes of what was read with each.
+    """The files of a pass over a source, batch by batch, and the notes of what was read for each.
 
-    Only files that a note of this pass names are read: what else appears or vanishes is somebody else's doing.
+    Only files in a note of this pass are read; other files belong to other processes.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._notes: list[dict[str, dict[str, int]]] = []
-        with suppress(OSError, ValueError):  # the first that is not there, or not whole
+        with suppress(OSError, ValueError):  # the first that is missing or incomplete
             while True:
                 self._notes.append(json.loads(self._note(len(self._notes)).read_text()))
 
     @property
     def totals(self) -> Counter[str]:
-        """What was read, by name."""
+        """Totals of what was read, by name."""
         return Counter(self._notes[-1]["totals"]) if self._notes else Counter()
 
     def add(self, batch: _Batch) -> None:
@@ -96,7 +96,7 @@ class Spool:
         self._notes.append(note)
 
     def drop(self) -> None:
-        """Forget all."""
+        """Delete everything."""
         remove(self._folder)
         self._notes = []
 
@@ -104,7 +104,7 @@ class Spool:
         """The tables of a kind, mapped.
 
         Raises:
-            VanishedError: one is not as it was written.
+            VanishedError: one is missing or was modified.
         """
         for number, note in enumerate(self._notes):
             if rows := note["rows"].get(kind, 0):
@@ -124,7 +124,7 @@ class Spool:
             if table.num_rows == rows:
                 return table
         self.drop()
-        raise VanishedError(f"{path} vanished, or was changed, while the source was read: run the same command again")
+        raise VanishedError(f"{path} disappeared or changed while the source was read: run the same command again")
 
     def _note(self, number: int) -> Path:
         return self._folder / f"read-{number:06d}.json"
@@ -134,25 +134,25 @@ class Spool:
 
 
 def read(config: Config, spool: Spool, threads: int) -> None:
-    """Read what is not read yet of a source, once.
+    """Read the rest of a source, once.
 
     Args:
-        config: what to read.
-        spool: where to.
-        threads: that compute. Changes no result.
+        config: the source.
+        spool: the output.
+        threads: threads to use. Changes no result.
 
     Raises:
-        ConfigError, InputError: the source cannot be read, or a row is bad and may not be skipped.
-        VanishedError: it is not the source that was begun.
+        ConfigError, InputError: the source cannot be read, or a bad row must not be skipped.
+        VanishedError: it is not the source of the interrupted pass.
     """
     pieces = sources.pieces(config.data, config.mining.given_negatives != "ignore")
     if before := spool.totals["pieces"]:
-        logger.info("goes on behind %d pieces of the source that were read before", before)
+        logger.info("resuming after %d pieces of the source read before", before)
         for _ in range(before):
             piece = next(pieces, None)
             if piece is None:
                 spool.drop()
-                raise VanishedError("the source has less than was read of it before: run the same command again")
+                raise VanishedError("the source is shorter than what was read before: run the same command again")
             piece.skip()
     with ThreadPoolExecutor(1) as writing, closing(Hasher(threads)) as hashes:
         written: Future[None] | None = None
@@ -165,7 +165,7 @@ def read(config: Config, spool: Spool, threads: int) -> None:
 
 
 def load(spool: Spool, database: duckdb.DuckDBPyConnection) -> None:
-    """What was read, but for texts and extra columns of documents, into tables of an empty database."""
+    """Load everything except texts and extra columns of documents into tables of an empty database."""
     for table, schema in _TABLES.items():
         database.register("read", schema.empty_table())
         database.execute(f"create table {table} as select * from read")
@@ -189,12 +189,12 @@ def _batches(config: Config, pieces: Iterator[sources.Piece], totals: Counter[st
 
 @dataclass(frozen=True)
 class _Read:
-    """A piece of the source: its records in columns, with hashes, or one by one; and what ended their reading."""
+    """A piece of the source: its records as columns, with hashes, or one by one; and the error that stopped reading."""
 
     records: sources.RecordColumns | list[sources.Record]
     error: Exception | None = None
     hashes: tuple[Future[pa.RecordBatch] | None, ...] = ()
-    """Of the texts of corpus, added and queries."""
+    """Hashes of the texts of corpus, added and queries."""
 
     @classmethod
     def of(cls, piece: sources.Piece, hashes: Hasher) -> _Read:
@@ -210,7 +210,7 @@ class _Read:
 
 
 def ahead(items: Iterator[_Item], count: int = 1) -> Iterator[_Item]:
-    """The same items, made by a thread of their own, some of them before they are asked for."""
+    """The same items, produced by another thread, some of them ahead of time."""
     with ThreadPoolExecutor(1) as making:
         waiting = deque(making.submit(next, items, None) for _ in range(count))
         while (item := waiting.popleft().result()) is not None:
@@ -222,7 +222,7 @@ class _Batch:
     """Some pieces of the source as tables.
 
     Args:
-        totals: what was read before, by name; this batch's own go on from it.
+        totals: totals before this batch, by name, which it continues.
     """
 
     def __init__(self, config: Config, totals: Counter[str]) -> None:
@@ -233,15 +233,15 @@ class _Batch:
         self._rows = self._bytes = 0
 
     def is_full(self) -> bool:
-        """Whether it is time to write it."""
+        """Whether the batch is due to be written."""
         return self._rows >= BATCH or self._bytes >= _BYTES
 
     def add(self, read: _Read) -> None:
         """Add a piece.
 
         Raises:
-            InputError: there are more bad rows than may be.
-            Exception: what ended the reading of the piece.
+            InputError: there are more bad rows than allowed.
+            Exception: the error that stopped reading the piece.
         """
         if isinstance(read.records, sources.RecordColumns):
             self._add_block(read.records, [one and one.result() for one in read.hashes])
@@ -266,11 +266,11 @@ class _Batch:
         return np.arange(first, first + count)
 
     def _add_block(self, block: sources.RecordColumns, hashes: list[pa.RecordBatch | None]) -> None:
-        # A judgment that names a text shares it with its query or document.
+        # A judgment by text shares the text with its query or document.
         named: dict[int, pa.Array] = {}
         for documents, kind, own in ((block.corpus, "corpus", hashes[0]), (block.added, "added", hashes[1])):
             if documents:
-                # Only the corpus has a row in the source that vectors can be matched to.
+                # Only documents of the corpus have a row in the source that vectors can be matched to.
                 count = len(documents.texts)
                 rows = self._next("document", count) if kind == "corpus" else np.full(count, -1)
                 named[id(documents.texts)] = self._add_documents(kind, documents, rows, own)
@@ -284,7 +284,7 @@ class _Batch:
             self._add_judgments(judged._replace(queries=ids[0], documents=ids[1]))
 
     def _add_records(self, records: list[sources.Record]) -> None:
-        """What has to be looked at one by one: bad rows are among it, and count as rows of the source."""
+        """Add records one by one, including bad rows, which count as rows of the source."""
         documents: dict[str, list[tuple[int, sources.Document]]] = {"corpus": [], "added": []}
         queries: list[tuple[int, sources.Query]] = []
         judgments: list[sources.Judgment] = []
@@ -324,13 +324,13 @@ class _Batch:
             self._add_skipped(skipped)
 
     def _skip(self, row: sources.BadRow) -> None:
-        """Count a row that is left out, and its place in the source: vectors are matched to what was there."""
+        """Count a skipped row and its position in the source, as vectors are matched to the original rows."""
         if self._is_bad(row):
             self.totals["bad"] += 1
             if self.totals["bad"] > self._config.data.max_bad_rows:
                 raise rejected.too_many(row.error, self._config.data.max_bad_rows)
             if self.totals["bad"] <= _WARNED:
-                logger.warning("left out: %s", row.error)
+                logger.warning("skipped: %s", row.error)
         self.totals["query"] += row.of_query
         self.totals["document"] += row.in_corpus
 
@@ -354,7 +354,7 @@ class _Batch:
         self._add("skipped", _TABLES["skipped"], columns)
 
     def _add_documents(self, kind: str, documents: sources.TextColumns, rows: Ints, hashes: Any = None) -> pa.Array:
-        """Add documents of these rows of the source; returns their ids."""
+        """Add documents of these rows of the source; return their ids."""
         names = ["text", *extra_columns(self._config.data.extra.corpus)]
         nothing = [pa.nulls(len(rows))] * (len(names) - 1)
         of_text = _of_texts(documents, hashes)
@@ -368,7 +368,7 @@ class _Batch:
         return of_text["id"]
 
     def _add_queries(self, queries: sources.TextColumns, rows: Ints, hashes: Any = None) -> pa.Array:
-        """Add queries of these rows of the source; returns their ids."""
+        """Add queries of these rows of the source; return their ids."""
         of_text = _of_texts(queries, hashes)
         more = [column.to_pylist() for column in queries.extra]
         extra = [list(one) for one in zip(*more, strict=True)] if more else [[]] * len(rows)
@@ -385,7 +385,7 @@ class _Batch:
 
 
 def _in_columns(numbered: Sequence[tuple[int, Any]], extra: tuple[str, ...]) -> tuple[sources.TextColumns, Ints]:
-    """Documents or queries of one file in columns, and their rows in the source."""
+    """Documents or queries of one file as columns, and their rows in the source."""
     rows, records = zip(*numbered, strict=True)
     ids = _by_id([(one.text if one.id is None else one.id, one.id is None) for one in records])
     nothing = (None,) * len(extra)
@@ -397,7 +397,7 @@ def _in_columns(numbered: Sequence[tuple[int, Any]], extra: tuple[str, ...]) -> 
 
 
 def _by_id(names: list[tuple[str, bool]]) -> pa.Array:
-    """Ids, some of which are those of a text."""
+    """Ids, some of which are derived from texts."""
     return pa.array([text_id(name) if by_text else name for name, by_text in names], pa.string())
 
 
@@ -424,16 +424,16 @@ def _length(texts: sources.TextColumns) -> int:
 
 
 def extra_columns(names: tuple[str, ...]) -> list[str]:
-    """What columns of `data.extra` are called in the parts."""
+    """Names of the columns of `data.extra` in the parts."""
     return [EXTRA + name for name in names]
 
 
 class Texts:
-    """Texts and extra columns of documents at ascending positions, those of one file open.
+    """Texts and extra columns of documents at ascending positions, with one file open at a time.
 
     Args:
-        rows: of each file.
-        opened: opens the file at a place.
+        rows: rows of each file.
+        opened: opens a file by its index.
     """
 
     def __init__(self, rows: list[int], opened: Callable[[int], pa.Table]) -> None:
@@ -441,7 +441,7 @@ class Texts:
         self._held: tuple[int, pa.Table] | None = None
 
     def take(self, positions: Ints) -> Iterator[tuple[slice, pa.Table]]:
-        """The rows at `positions`, which ascend from call to call: of some of them, and of the next."""
+        """The rows at `positions`, which ascend from call to call, some at a time."""
         files = np.searchsorted(self._ends, positions, side="right")
         for file in np.unique(files).tolist():
             if self._held is None or self._held[0] != file:

@@ -1,1 +1,1 @@
-"""Training rows, in the layouts that trainers load."""
+"""Training rows, in the layouts of trainers."""

@@ -1,33 +1,33 @@
-"""Training rows: units → Arrow tables in the layout that `output.format` names.
+"""Training rows: units → Arrow tables in the layout of `output.format`.
 
-Which rows there are, their order and the names that trainers know are those of sentence-transformers'
-`mine_hard_negatives`; what a unit is decides `mining.margin_reference`.
+The rows, their order and the column names are those of sentence-transformers' `mine_hard_negatives`;
+`mining.margin_reference` determines the units.
 
     triplet       anchor, positive, negative
-                  a row for every positive and every negative of a unit, the positive in the outer loop
+                  a row per positive and negative of a unit, with the positive in the outer loop
     n-tuple       anchor, positive, negative_1 … negative_n
-                  a row for every positive of a unit that has all n negatives
+                  a row per positive of a unit with all n negatives
     labeled-pair  anchor, positive, label
-                  a row for every document of a unit, the positives (1), then the negatives (0); both in `positive`
+                  a row per document of a unit, the positives (1), then the negatives (0); both in `positive`
     labeled-list  anchor, positive, labels
-                  a row for every positive of a unit with negatives: lists of that positive and the negatives
+                  a row per positive of a unit with negatives: lists of that positive and the negatives
 
 With `mining.on_shortage: drop`, units that lack negatives have no rows in any format.
 
-Beside these columns stand, each on request: ids and `data.extra` columns of a text under its own name
-(`anchor_id`, `negative_2_title`); a row's numbers as below, lists in the order of the row's documents.
-A rank is null beyond the stored depth and for random negatives. A negative that nobody judged has no grade in triplets,
-and the grade 0 in labelled rows, whose grades a loss reads. Where negatives may be random, given or judged, the source
-says so, or `mined`, and is null for a positive.
+Optional further columns: ids and `data.extra` columns of a text, prefixed with its column (`anchor_id`,
+`negative_2_title`); and the numbers below, with lists in the order of the row's documents.
+A rank is null beyond the stored depth and for random negatives. An unjudged negative has no grade in triplets, and the
+grade 0 in labeled rows, whose grades are read by a loss. If negatives may be random, given or judged, the source says
+so, or `mined`; it is null for a positive.
 
     triplet       positive_score, negative_score, negative_rank, positive_grade, negative_grade, source
     n-tuple       scores, ranks, positive_grade, sources
     labeled-pair  score, rank, grade, source
     labeled-list  scores, ranks, grades, sources
 
-Trainers take every column they find, so `select_columns` names what one loss wants: ["anchor", "positive",
-"negative_1"] for MultipleNegativesRankingLoss, those and "scores" for MarginMSELoss, ["anchor", "positive",
-"label"] for BinaryCrossEntropyLoss, ["anchor", "positive", "labels"] (or "scores", "grades" renamed) for LambdaLoss.
+Trainers use every column, so select those for a loss with `select_columns`: ["anchor", "positive", "negative_1"]
+for MultipleNegativesRankingLoss, these and "scores" for MarginMSELoss, ["anchor", "positive", "label"] for
+BinaryCrossEntropyLoss, ["anchor", "positive", "labels"] (or "scores", "grades" renamed) for LambdaLoss.
 
 Memory holds the texts of one row group at a time, about 32 MiB, each text once; the same units give the same bytes.
 """
@@ -54,7 +54,7 @@ Mask = npt.NDArray[np.bool_]
 
 GROUP_BYTES = 32 * 2**20
 _ALL = -1
-# Column → what it holds, and the place in the row of the document it is of.
+# Column → its content, and the position of its document in the row.
 _NUMBERS: dict[str, dict[str, tuple[str, int]]] = {
     "triplet": {
         "positive_score": ("score", 0),
@@ -76,9 +76,9 @@ _NUMBERS: dict[str, dict[str, tuple[str, int]]] = {
 
 
 def tables(slices: Iterable[Units], corpus: Rows, config: Config) -> Iterator[tuple[int, pa.Table]]:
-    """Rows in row groups, each with the number of its file within the part: 0, or by `output.rows_per_file`.
+    """Rows in row groups, each with the number of its file in the part: 0, or by `output.rows_per_file`.
 
-    Text columns are dictionary-encoded, for `write`; a slice without rows gives a table without rows.
+    Text columns are dictionary-encoded for `write`; a slice without rows yields a table without rows.
     """
     limit = config.output.rows_per_file
     written = 0
@@ -91,16 +91,16 @@ def tables(slices: Iterable[Units], corpus: Rows, config: Config) -> Iterator[tu
 
 
 def has_rows(units: Units, config: Config) -> Mask:
-    """(u,) whether the config's format has rows for a unit: it has all the negatives that a row needs."""
+    """(u,) whether a unit has enough negatives for rows in the config's format."""
     name, wanted = config.output.format, config.mining.wanted
     all_of_them = name == "n-tuple" or config.mining.on_shortage == "drop"
     return units.counts >= (wanted if all_of_them else name != "labeled-pair")
 
 
 def write(file: BinaryIO, groups: Iterable[pa.Table]) -> int:
-    """Write one Parquet file, a row group a table; at least one table. Returns the rows.
+    """Write one Parquet file from at least one table, one row group per table. Return the number of rows.
 
-    Readers see plain strings. A second thread compresses a group while the next is put together.
+    Readers see plain strings. A second thread compresses a group while the next is assembled.
     """
     groups = iter(groups)
     table = next(groups, None)
@@ -144,7 +144,7 @@ def _leaf(field: pa.Field) -> str:
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)
 
 
-# --- which documents stand in which rows --------------------------------------------------------------
+# --- documents of rows --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Rows:
 
     Attributes:
         unit: (r,) unit of each row, ascending.
-        documents: all rows' documents, ragged by `offsets` (r + 1,). A document is a place in the units'
+        documents: documents of all rows, ragged by `offsets` (r + 1,). A document is an index into the units'
             positives followed by their negatives.
     """
 
@@ -193,9 +193,9 @@ def _arranged(units: Units, config: Config) -> _Rows:
 
 
 def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int | None) -> list[int]:
-    """Where row groups begin and end, so that texts stay within bounds, and where a file is full.
+    """The boundaries of row groups, so that texts stay within limits, and of files.
 
-    Between units; a unit with more texts than a group holds is cut between its documents.
+    They are between units; a unit with more texts than a group is split between its documents.
     """
     sizes = np.concatenate([[0], np.cumsum(corpus.sizes("text", np.concatenate([units.positives, units.negatives])))])
     split = len(units.positives)
@@ -211,7 +211,7 @@ def _borders(units: Units, corpus: Rows, rows: _Rows, written: int, limit: int |
     return [0, *sorted(ends), count]
 
 
-# --- what stands in them ------------------------------------------------------------------------------
+# --- columns of rows ----------------------------------------------------------------------------------
 
 
 def _table(units: Units, corpus: Rows, rows: _Rows, config: Config) -> pa.Table:
@@ -242,7 +242,7 @@ def _table(units: Units, corpus: Rows, rows: _Rows, config: Config) -> pa.Table:
 
 
 def _places(config: Config) -> dict[str, int]:
-    """Text column → the place of its document in the row."""
+    """Text column → the position of its document in the row."""
     if config.output.format == "labeled-pair":
         return {"positive": 0}
     if config.output.format == "triplet":

@@ -1,9 +1,9 @@
-"""Readers of every kind of source: `pieces` streams its rows, `files` and `revision` say what it is.
+"""Readers of every kind of source: `pieces` streams its rows, `files` and `revision` identify it.
 
-`recognized` says what layout a source has where the config leaves that open; all others ask it.
+`recognized` determines the layout of a source if the config does not; all others use it.
 
-Reading is one streaming pass whose memory is bounded by one piece. A wrong table raises InputError before the first
-piece; a wrong row comes out as BadRow, and the caller decides whether to stop.
+Reading is one streaming pass with memory bounded by one piece. A bad table raises InputError before the first
+piece; a bad row is returned as BadRow, and the caller decides whether to stop.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The reader of rows that are an anchor with its passages: pairs, triplets, and what trainers and miners write.
+"""The reader of rows of an anchor with its passages: pairs, triplets, and the formats of trainers and miners.
 
-A passage is a text, a chat's messages, an object with a text and perhaps an id and a title, or the id of a document.
+A passage is a text, the messages of a chat, an object with a text and optionally an id and a title, or a document id.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from negpipe.sources.records import (
 from negpipe.sources.tables import chunks
 
 _IDS = ("docid", "doc_id", "document_id", "passage_id", "corpus_id", "_id", "id", "pid")
-"""What the id in an object that is a passage is called."""
+"""Names of the id in a passage that is an object."""
 
 
 class Passages(NamedTuple):
-    """Where a row has passages, one or a list; `ids`: where theirs stand; `part`: which of the list."""
+    """The column of one passage or a list of them; `ids`: the column of their ids; `part`: a slice of the list."""
 
     column: Column
     ids: Column | None = None
@@ -44,13 +44,13 @@ class Fields(NamedTuple):
     """The columns of a row.
 
     Attributes:
-        anchor: the anchor's text; None: queries have a table of their own.
+        anchor: the anchor's text; None: queries have a separate table.
         anchor_id: its id; None: a digest of the text.
         positives, negatives: its passages.
-        label: grades of the positives, a number or as many in a list; None: 1.
-        by_id: passages are ids of documents that have a table of their own.
-        extra: columns that say more of the row's positives.
-        watched: how names of columns begin that count as well, which no later row may bring.
+        label: grades of the positives, one number or a list; None: 1.
+        by_id: passages are ids of documents in a separate table.
+        extra: further columns of the row's positives.
+        watched: prefixes of relevant column names that must not first appear in a later row.
     """
 
     anchor: Column | None
@@ -68,16 +68,16 @@ def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool
 
     Args:
         table: of the rows.
-        data: how texts are made.
-        fields: of a row.
-        in_corpus: passages make the corpus; else there is one, and what it lacks is known as a positive alone.
-        given: the negatives that rows bring are kept as such.
+        data: the settings of the source.
+        fields: the columns of a row.
+        in_corpus: passages make up the corpus; else there is one, and a passage missing from it is only a positive.
+        given: keep the negatives of rows as such.
     """
     wanted = [fields.anchor, fields.anchor_id, fields.label]
     wanted += [column for one in (*fields.positives, *fields.negatives) for column in (one.column, one.ids)]
     asked = list(dict.fromkeys(column for column in wanted if column))
     asked += extra_columns(data.extra.queries, "data.extra.queries")
-    # Beside an extra corpus, the rows need not have the corpus's columns.
+    # With an extra corpus, the rows may lack the corpus's columns.
     asked += extra_columns(fields.extra, "data.extra.corpus", required=in_corpus)
     reading = _Anchored(data, fields, asked, in_corpus, given, Template.compile(data.text))
     return Reader(
@@ -91,7 +91,7 @@ def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool
 
 @dataclass(frozen=True)
 class _Anchored:
-    """How rows are read: see `anchored`."""
+    """Reads rows, see `anchored`."""
 
     data: schema.Data
     fields: Fields
@@ -101,13 +101,13 @@ class _Anchored:
     template: Template
 
     def is_plain(self) -> bool:
-        """Whether rows are pairs: an anchor with one positive and nothing else."""
+        """Whether rows are pairs: an anchor with one positive, and nothing else."""
         fields = self.fields
         one = len(fields.positives) == 1 and fields.positives[0].part == slice(None)
         return bool(fields.anchor and one and not (fields.negatives or fields.label or fields.by_id))
 
     def records(self, place: Place, values: Sequence[Any]) -> list[Record]:
-        """Of one row; raises RowError where it is bad as a whole."""
+        """The records of one row; raises RowError if the entire row is bad."""
         row, fields = dict(zip(self.asked, values, strict=True)), self.fields
         about = len(values) - len(fields.extra)
         identity = None
@@ -136,7 +136,7 @@ class _Anchored:
         self, one: Passages, row: dict[Column, Any], positive: bool, place: Place
     ) -> Iterator[tuple[Any, str | None, Any]]:
         """The passages of a column, with their ids and grades."""
-        if not one.column.required and row[one.column] in (None, ""):  # no such passage: CSV knows no null
+        if not one.column.required and row[one.column] in (None, ""):  # no passage: CSV has no null
             return
         passages = _many(row[one.column])[one.part]
         ids: list[str | None] = [None] * len(passages)
@@ -152,7 +152,7 @@ class _Anchored:
     def _passage(
         self, value: Any, known: str | None, place: Place, about: tuple[str | None, ...]
     ) -> Document | BadRow | str:
-        """A document, what is wrong with it, or the id of one that stands elsewhere."""
+        """A document, its error, or the id of a document in another table."""
         field = place.field or ""
         identity = known
         if isinstance(value, dict) and identity is None:
@@ -185,7 +185,7 @@ class _Anchored:
         return Judgment(asked, named, grade, self.data.split, place, identity is None, by_text)
 
     def columns(self, columns: Columns) -> RecordColumns | None:
-        """Of plain pairs, all of a chunk; None: they have to be looked at one by one."""
+        """The records of a chunk of plain pairs; None: they must be read one by one."""
         fields, values = self.fields, dict(zip(self.asked, columns.values, strict=True))
         about = len(columns.values) - len(fields.extra)
         positive, names = fields.positives[0], self.data.extra.queries
@@ -228,11 +228,11 @@ def _as_many(values: list[Any], count: int, place: Place, column: Column) -> lis
     if len(values) == count:
         return values
     problem = f"{count} positives need a list of as many, this has {len(values)}"
-    raise RowError("type", problem, place, column.name, "Write one for each")
+    raise RowError("type", problem, place, column.name, "Write one per positive")
 
 
 def _said(value: Any) -> Any:
-    """The text of the messages of a chat, without the system's; anything else as it is."""
+    """The text of a chat's messages, without the system's; other values unchanged."""
     messages = value if isinstance(value, list) else [value]
     if messages and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages):
         return "\n".join(one["content"] for one in messages if one.get("role") != "system")

@@ -1,7 +1,7 @@
-"""Consecutive rows of a table, read at once where all of them are plain, else one after the other.
+"""Consecutive rows of a table, read as columns if all of them are plain, else one by one.
 
-A chunk's `columns` are what its `rows` say, in columns, or None: where anything is unusual (a bad row, a type that has
-to be looked at, an escape that Python reads and Arrow does not) rows are looked at one by one, and say what is wrong.
+`columns` of a chunk has the same content as its `rows`, in columns, or is None: if anything is unusual (a bad row, a
+type to be checked, an escape that Python reads and Arrow does not), rows are read one by one and report errors.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from negpipe.errors import InputError
 from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
 _log = logging.getLogger(__name__)
-_RAW_BYTES = 4096  # enough to show how a broken line begins
-_DEEP = 500  # opening brackets of a line: Python refuses what is nested some 1,000 deep
-_LONG = 4300  # digits of a number, of which Python reads no more
-_MOST = 2**31 - 1  # bytes that Arrow's reader takes at a time
+_RAW_BYTES = 4096  # enough to show the start of a malformed line
+_DEEP = 500  # opening brackets in a line: Python rejects nesting of about 1,000 levels
+_LONG = 4300  # digits of a number, the maximum that Python reads
+_MOST = 2**31 - 1  # bytes that Arrow's reader accepts at a time
 _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
 class Column(NamedTuple):
-    """A wanted column: its name in the table, the config key that names it, and other names, where that is absent."""
+    """A wanted column: its name in the table, the config key for it, and alternative names if it is absent."""
 
     name: str
     key: str
@@ -38,12 +38,12 @@ class Column(NamedTuple):
     others: tuple[str, ...] = ()
 
     def among(self, there: Sequence[str]) -> str | None:
-        """Which of the columns there are it is."""
+        """Its name among the existing columns."""
         return next((name for name in (self.name, *self.others) if name in there), None)
 
 
 class Row(NamedTuple):
-    """The values of the wanted columns, in their order; None for null or absent. `raw`: the row as it was read."""
+    """The values of the wanted columns, in their order; None for null or absent. `raw`: the original row."""
 
     place: Place
     values: Sequence[Any]
@@ -54,14 +54,14 @@ Rows: TypeAlias = Iterator[Row | BadRow]
 
 
 class Values(NamedTuple):
-    """One wanted column, in Arrow: strings, integers or floats with nulls among them, or nulls alone."""
+    """One wanted column, in Arrow: strings, integers or floats, possibly with nulls, or only nulls."""
 
     kind: Literal["text", "integer", "number", "null"]
     array: Any
 
 
 class Columns(NamedTuple):
-    """All rows of a chunk: the file, (n,) int64 rows in it, and the wanted columns in their order."""
+    """All rows of a chunk: the file, (n,) int64 row numbers, and the wanted columns in order."""
 
     file: str
     rows: npt.NDArray[np.int64]
@@ -72,20 +72,20 @@ class Chunk(Protocol):
     """Consecutive rows of a table."""
 
     def rows(self) -> Rows:
-        """One after the other."""
+        """The rows one by one."""
 
     def columns(self) -> Columns | None:
-        """At once; None: they must be looked at one after the other."""
+        """All rows as columns; None: they must be read one by one."""
 
     def skip(self) -> None:
-        """Go on as if they had been looked at."""
+        """Skip the rows."""
 
 
 @dataclass
 class Check:
-    """Whether the wanted columns are in a table, and what they are called there; `there`: its columns, once known.
+    """Whether a table has the wanted columns, and their names in it; `there`: its columns, once known.
 
-    `watched`: how columns begin that may not come after the first row, where rows may differ, without being in it.
+    `watched`: prefixes of columns that must be in the first row if they are in any, where rows may differ.
     """
 
     columns: Sequence[Column]
@@ -97,34 +97,34 @@ class Check:
     done: bool = field(default=False, init=False)
 
     def __call__(self, there: Sequence[str], row: int | None = None, hint: str = "") -> Check:
-        """Raises InputError: a column is missing, or there twice."""
+        """Raises InputError: a column is missing or duplicated."""
         self.there, self.done = list(there), True
         for column in self.columns:
             name = column.among(there)
             if column.required and name is None:
-                remedy = f"Columns here: {', '.join(there)}. {hint or f'Name the right one in {column.key}'}"
-                raise InputError("there is no such column", file=self.file, row=row, field=column.name, remedy=remedy)
+                remedy = f"Columns here: {', '.join(there)}. {hint or f'Set the right one in {column.key}'}"
+                raise InputError("column not found", file=self.file, row=row, field=column.name, remedy=remedy)
             if self.there.count(name or "") > 1:
-                raise InputError("two columns have this name", file=self.file, row=row, field=name, remedy="Rename one")
+                raise InputError("duplicate column name", file=self.file, row=row, field=name, remedy="Rename one")
             if name not in (None, column.name):
-                _log.info("%s: takes the column '%s' for %s ('%s')", self.file, name, column.key, column.name)
-            if name != column.name:  # another of its names would be overlooked
+                _log.info("%s: using column '%s' for %s ('%s')", self.file, name, column.key, column.name)
+            if name != column.name:  # another of its names would be missed
                 self._late |= {column.name, *column.others} - {*self.there}
             self.names.append(name or column.name)
         return self
 
     def row(self, there: Iterable[str], place: Place) -> None:
-        """Raises InputError: a row has a column that counts, which the first has not."""
+        """Raises InputError: a row has a relevant column that the first row lacks."""
         for name in there:
             if name not in self.there and (name in self._late - {*self.names} or self._is_watched(name)):
                 problem, remedy = (
-                    "the first row has no such column",
-                    "Write it in every row, with null where it is empty",
+                    "the first row does not have this column",
+                    "Write it in every row, with null if it is empty",
                 )
                 raise InputError(problem, file=self.file, row=place.row, field=name, remedy=remedy)
 
     def may_differ(self, block: bytes) -> bool:
-        """Whether lines of JSON may have such a column."""
+        """Whether JSON lines may have such a column."""
         if any(json.dumps(name).encode() in block for name in self._late - {*self.names}):
             return True
         if not self.watched:
@@ -138,7 +138,7 @@ class Check:
 
 @dataclass(frozen=True)
 class JsonChunk:
-    """Whole lines of JSON objects, and the number of the first."""
+    """Complete lines of JSON objects, and the number of the first."""
 
     file: str
     first: int
@@ -190,7 +190,7 @@ class JsonChunk:
             )
         except (pa.ArrowException, UnicodeDecodeError):
             return None
-        # Every line begins and ends an object: of as many objects as lines each is one line.
+        # Every line starts and ends an object: with as many objects as lines, each line is one object.
         if table.num_rows != lines:
             return None
         rows = np.arange(self.first, self.first + table.num_rows)
@@ -198,7 +198,7 @@ class JsonChunk:
 
     def skip(self) -> None:
         """See `Chunk`."""
-        if not self.check.done:  # the first row says what the columns are called
+        if not self.check.done:  # the first row has the names of the columns
             next((row for row in self.rows() if isinstance(row, Row)), None)
 
     def _first(self, block: bytes) -> dict[str, Any] | None:
@@ -210,7 +210,7 @@ class JsonChunk:
 
 
 def _plain(block: bytes) -> int | None:
-    """How many whole lines of JSON there are; None: Python and Arrow may not say the same of them."""
+    """The number of complete JSON lines; None: Python and Arrow may read them differently."""
     array = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(array == ord("\n"))
     if not block.endswith(b"\n"):
@@ -222,7 +222,7 @@ def _plain(block: bytes) -> int | None:
     last = np.where(last == ord("\r"), array[ends - 2], last)
     if not ((array[starts] == ord("{")) & (last == ord("}"))).all():
         return None
-    # Half a surrogate pair is an escape, what else is no text is no UTF-8; Arrow takes Inf and -NaN for numbers.
+    # Half a surrogate pair is an escape; other invalid text is not UTF-8. Arrow reads Inf and -NaN as numbers.
     if _holds(array, b"\\", b"u", b"dD") or _holds(array, b"I", b"n", b"f", b" \t\r\n,]}"):
         return None
     if _holds(array, b"-", b"N"):
@@ -260,7 +260,7 @@ def _is_text(block: bytes) -> bool:
 
 @dataclass(frozen=True)
 class ElementsChunk:
-    """Elements of a JSON text, and the number of the first; those of an object have its keys."""
+    """Elements of a JSON text, and the number of the first; those of an object come with their keys."""
 
     file: str
     first: int
@@ -293,7 +293,7 @@ class ElementsChunk:
 
 @dataclass(frozen=True)
 class FieldsChunk:
-    """Rows of a text file with a header: where each begins, and its fields."""
+    """Rows of a text file with a header: the first line and the fields of each."""
 
     file: str
     fields: list[tuple[int, list[str]]]
@@ -307,7 +307,7 @@ class FieldsChunk:
             place = Place(self.file, start)
             if len(fields) != len(self.header):
                 problem = f"{len(fields)} fields, but the header names {len(self.header)}"
-                bad = RowError("broken", problem, place, remedy="Check separators and quotes").row
+                bad = RowError("broken", problem, place, remedy="Check delimiters and quotes").row
                 yield bad._replace(raw=raw_of(fields))
             else:
                 yield Row(place, [None if at is None else fields[at] for at in wanted], fields)
@@ -333,7 +333,7 @@ class FieldsChunk:
 
 @dataclass(frozen=True)
 class ArrowChunk:
-    """A batch of Arrow rows, and the number of the first; it has those of the wanted columns that there are."""
+    """A batch of Arrow rows, and the number of the first; it has the existing ones of the wanted columns."""
 
     file: str
     first: int
@@ -400,7 +400,7 @@ def _values(column: Any, file: str, first: int, field: str) -> list[Any]:
 
 
 def decoded(line: bytes, place: Place) -> str:
-    """A line as text. Raises RowError: it is no UTF-8."""
+    """A line as text. Raises RowError: it is not UTF-8."""
     try:
         return line.decode("utf-8-sig" if place.row == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -415,20 +415,20 @@ def _object(line: str, place: Place) -> dict[str, Any]:
         what = str(error)
         if isinstance(error, json.JSONDecodeError):
             what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
-        raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object a line") from None
+        raise RowError("broken", f"broken JSON ({what})", place, remedy="Write one JSON object per line") from None
     if not isinstance(row, dict):
         raise RowError("broken", "the line is not a JSON object", place, remedy='Write {"...": ...} on every line')
-    # Only an escape can bring half a surrogate pair in: such a text could be neither written nor hashed.
+    # Only an escape can contain half a surrogate pair: such a text can be neither written nor hashed.
     if "\\ud" in line or "\\uD" in line:
         for name, value in row.items():
             if not (_whole(name) and _whole(value)):
-                field, remedy = name if _whole(name) else None, "Write the whole character, or leave it out"
+                field, remedy = name if _whole(name) else None, "Write the complete character, or remove it"
                 raise RowError("broken", "half a surrogate pair (\\ud800 to \\udfff)", place, field, remedy)
     return row
 
 
 def _whole(value: Any) -> bool:
-    """Whether every character in it can be written."""
+    """Whether all its characters can be encoded."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

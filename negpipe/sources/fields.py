@@ -1,4 +1,4 @@
-"""Turns the values of a row into ids, texts, grades and extra values, or says what is wrong with them."""
+"""Converts the values of a row to ids, texts, grades and extra values, or reports what is wrong with them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def id_of(value: Any, place: Place, field: str) -> str:
 
 
 def ids_of(column: Values) -> pa.Array | None:
-    """`id_of` of a column. None: somewhere it would raise."""
+    """`id_of` of a column. None: it would raise for some value."""
     if column.array.null_count or column.kind not in ("text", "integer"):
         return None
     ids = column.array.cast(pa.string())
@@ -53,19 +53,19 @@ def ids_of(column: Values) -> pa.Array | None:
 
 
 def texts_of(column: Values) -> pa.Array | None:
-    """`text_of` of a column. None: somewhere it would raise."""
+    """`text_of` of a column. None: it would raise for some value."""
     return None if column.kind != "text" or column.array.null_count else _stripped(column.array)
 
 
 def extras_of(columns: Sequence[Values]) -> list[pa.Array] | None:
-    """`extra_of` of columns. None: they hold other than texts, which have to be looked at."""
+    """`extra_of` of columns. None: they have values other than texts, which must be checked."""
     if any(one.kind not in ("text", "null") for one in columns):
         return None
     return [one.array.cast(pa.string()) for one in columns]
 
 
 def grades_of(column: Values) -> list[float] | None:
-    """`grade_of` of a column. None: somewhere it would raise."""
+    """`grade_of` of a column. None: it would raise for some value."""
     try:
         grades = [1.0 if value is None or value == "" else float(value) for value in column.array.to_pylist()]
     except (ValueError, OverflowError):
@@ -78,14 +78,14 @@ def _has_empty(texts: pa.Array) -> bool:
 
 
 def _stripped(texts: pa.Array) -> pa.Array | None:
-    """Texts without white space at their ends, as `str.strip` leaves them. None: one would be empty."""
+    """Texts stripped like `str.strip`. None: one would be empty."""
     if _has_empty(texts):
         return None
     texts = texts.cast(pa.large_string())
     offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1]
     content = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
     ends = np.stack([content[offsets[:-1]], content[offsets[1:] - 1]])
-    # What Python takes for white space is a control character, a blank, or no ASCII.
+    # Python's whitespace is control characters, spaces, or non-ASCII characters.
     unsure = ((ends <= 0x20) | (ends >= 0x80)).any(axis=0)
     if unsure.any():
         stripped = [text.strip() for text in texts.filter(pa.array(unsure)).to_pylist()]
@@ -96,7 +96,7 @@ def _stripped(texts: pa.Array) -> pa.Array | None:
 
 
 def grade_of(value: Any, place: Place, field: str) -> float:
-    """The finite grade, 1 where there is none. Raises RowError: not a number."""
+    """The finite grade, 1 if there is none. Raises RowError: not a number."""
     if value is None or value == "":
         return 1.0
     try:
@@ -104,14 +104,14 @@ def grade_of(value: Any, place: Place, field: str) -> float:
     except (TypeError, ValueError, OverflowError):
         grade = math.nan
     if not math.isfinite(grade):
-        raise RowError("type", f"the grade {_shown(value)} is not a number", place, field, "Write for example 1 or 0")
+        raise RowError("type", f"the grade {_shown(value)} is not a number", place, field, "Use for example 1 or 0")
     return grade
 
 
 def extra_of(values: Sequence[Any], names: Sequence[str], place: Place) -> tuple[str | None, ...]:
-    """The values of `data.extra` columns as strings: texts as they are, numbers and booleans as JSON writes them.
+    """The values of `data.extra` columns as strings: texts unchanged, numbers and booleans as JSON.
 
-    Raises RowError: a list, an object, or a number that JSON cannot write.
+    Raises RowError: a list, an object, or a number that JSON cannot represent.
     """
     return tuple(_extra_of(value, place, name) for value, name in zip(values, names, strict=True))
 
@@ -121,13 +121,13 @@ def _extra_of(value: Any, place: Place, field: str) -> str | None:
         return value
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    remedy = "Write a text, a number, true, false or null, or leave the column out of data.extra"
+    remedy = "Use a text, a number, true, false or null, or remove the column from data.extra"
     raise RowError("type", f"an extra column cannot hold {_shown(value)}", place, field, remedy)
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """`data.text`, compiled: a document's columns and how they make its text."""
+    """`data.text`, compiled: a document's columns and the template of its text."""
 
     names: tuple[str, ...]
     pattern: str
@@ -135,7 +135,7 @@ class Template:
 
     @classmethod
     def compile(cls, source: str) -> Template:
-        """Raises ConfigError: anything but plain {column} fields, or none of them."""
+        """Raises ConfigError: anything other than plain {column} fields, or none."""
         names: list[str] = []
         pattern = ""
         try:
@@ -147,23 +147,23 @@ class Template:
             if name is None:
                 continue
             if not name or spec or conversion or any(sign in name for sign in ".[]{}"):
-                raise ConfigError(f"data.text: '{source}' must hold plain column names. {_TEMPLATE_REMEDY}")
+                raise ConfigError(f"data.text: '{source}' must contain plain column names only. {_TEMPLATE_REMEDY}")
             if name not in names:
                 names.append(name)
             pattern += f"{{{names.index(name)}}}"
         if not names:
-            raise ConfigError(f"data.text: '{source}' names no column. {_TEMPLATE_REMEDY}")
+            raise ConfigError(f"data.text: '{source}' contains no column. {_TEMPLATE_REMEDY}")
         return cls(tuple(names), pattern, source)
 
     def columns(self) -> list[Column]:
         return [Column(name, "data.text", required=name != OPTIONAL) for name in self.names]
 
     def _spares(self, name: str) -> bool:
-        """Whether a column may be null: a title, or one of several, as the others make a text."""
+        """Whether a column may be null: a title, or one of several, as the others provide a text."""
         return name == OPTIONAL or len(self.names) > 1
 
     def render_all(self, columns: Sequence[Values]) -> pa.Array | None:
-        """`render` of columns. None: somewhere it would raise."""
+        """`render` of columns. None: it would raise for some value."""
         named: dict[str, pa.Array] = {}
         for name, column in zip(self.names, columns, strict=True):
             if column.kind not in ("text", "null") or (column.array.null_count and not self._spares(name)):
@@ -190,8 +190,8 @@ class Template:
         return text
 
 
-_EMPTY_REMEDY = "Fill it in, or set data.on_empty: skip to leave such rows out"
-_TEMPLATE_REMEDY = "Write for example '{title} {text}'; {{ and }} are braces"
+_EMPTY_REMEDY = "Fill it in, or set data.on_empty: skip to ignore such rows"
+_TEMPLATE_REMEDY = "Use for example '{title} {text}'; {{ and }} are literal braces"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a source is, where `data.format` is auto: by the names of files, of a repository's configs, and of columns."""
+"""Detects the layout of a source for `data.format: auto`, from names of files, configs of a repository, and columns."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _ROWS = (
     ("dpr", {"question", "positive_ctxs"}),
     ("ms-swift", {"messages", "positive_messages"}),
 )
-"""Columns that tell a layout of rows."""
+"""Columns that identify a layout of rows."""
 
 
 def recognized(data: schema.Data) -> schema.Data:
-    """The source with what `auto` stands for.
+    """The source with `auto` resolved.
 
     Raises:
-        InputError: nothing is there, or it looks like nothing that is known.
-        ConfigError: what it looks like does not go with the other settings.
+        InputError: the source does not exist, or has no known layout.
+        ConfigError: its layout does not match the other settings.
     """
     if data.format == "columns" and _is_one_object(data):
         return _with(data, {"format": "llama_index", "path": data.corpus and data.corpus.path})
@@ -54,7 +54,7 @@ def _with(data: schema.Data, found: dict[str, Any]) -> schema.Data:
 
 
 def _is_one_object(data: schema.Data) -> bool:
-    """Whether the three tables are one JSON object with all of them."""
+    """Whether the three tables are in one JSON object."""
     named = {one.path for one in (data.corpus, data.queries, data.qrels) if one}
     [path] = named if len(named) == 1 else [None]
     return isinstance(path, str) and Path(path).is_file() and _object(path) == "llama_index"
@@ -96,15 +96,15 @@ def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:
 
 
 def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
-    """A folder of files that hold rows one after the other, or of a dataset that states no configs."""
+    """A folder of files with consecutive rows, or of a dataset without configs."""
     there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
     files = [str(folder / name) for name in there if extension_of(name) in EXTENSIONS and (folder / name).is_file()]
     named = [name for name in there if re.match(r"(train|test|dev|valid)", name)]
     if named and len(files) == len(there):
         splits = sorted({name.partition(".")[0] for name in named})
-        remedy = f"Splits here: {', '.join(splits)}. Name one in data.split"
+        remedy = f"Available splits: {', '.join(splits)}. Set one in data.split"
         raise InputError(
-            f"there are no rows of the split '{data.split}'",
+            f"no rows of the split '{data.split}'",
             file=str(folder),
             field="split",
             remedy=remedy,
@@ -116,11 +116,11 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         if {"README.md", "data", "state.json", "dataset_dict.json"} & {*there}:
             return _rows(data, Table((str(folder),), data.subset, data.split))
     except InputError as error:
-        if error.field != "data.format":  # they are rows, but something is wrong with them
+        if error.field != "data.format":  # the files have rows, but something is wrong with them
             raise
     shown = ", ".join(there[:8]) + (" …" if len(there) > 8 else "")
     raise InputError(
-        f"this folder is of no known layout (it holds {shown or 'nothing'})",
+        f"this folder has no known layout (it contains {shown or 'nothing'})",
         file=str(folder),
         field="data.format",
         remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format",
@@ -131,19 +131,19 @@ def _repository(data: schema.Data, path: str) -> dict[str, Any]:
     try:
         subsets = hub.subsets(path, data.revision)
     except InputError:
-        return {"format": "beir"}  # whose reader says what is missing
+        return {"format": "beir"}  # its reader reports what is missing
     return _configs(data, path, subsets)
 
 
 def _configs(data: schema.Data, path: str, subsets: list[str]) -> dict[str, Any]:
-    """A repository, by its configs."""
+    """The layout of a repository, by its configs."""
     before = f"{data.subset}-" if data.subset else ""
     if {before + "corpus", before + "queries"} <= {*subsets}:
         judged = {before + "qrels", before + "default"} & {*subsets}
         return {"format": "mteb" if judged else "beir"}
     if {"queries", "documents", "train"} <= {*subsets}:
         return {"format": "pylate"}
-    if {"train", "corpus"} <= {*subsets} and data.corpus is None and data.subset is None:  # rows that name documents
+    if {"train", "corpus"} <= {*subsets} and data.corpus is None and data.subset is None:  # rows with ids of documents
         table = Table((path,), "train", data.split, data.revision)
         return {"subset": "train", "corpus": {"path": path, "subset": "corpus"}} | _rows(data, table)
     return _rows(data, Table((path,), data.subset, data.split, data.revision))
@@ -155,7 +155,7 @@ def _stated(path: str, _: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _object(path: str) -> str | None:
-    """The layout of a file that is one JSON object with tables in it."""
+    """The layout of a file with one JSON object that contains tables."""
     if extension_of(path) not in (".json", ".jsonl", ".ndjson") or not Path(path).is_file():
         return None
     about = Path(path).stat()
@@ -166,7 +166,7 @@ def _object(path: str) -> str | None:
 
 
 def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
-    """A table of rows, by its columns."""
+    """The layout of a table of rows, by its columns."""
     names = column_names(table)
     for layout, columns in _ROWS:
         if columns <= {*names}:
@@ -181,15 +181,15 @@ def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
         stated = {key: value for key, value in data.columns.model_dump().items() if value is not None}
         named: dict[str, str] = own | stated
         if label := named.get("label"):
-            _log.info("%s: grades of positives are taken from the column '%s' (data.columns.label)", table.path, label)
+            _log.info("%s: reading grades of positives from the column '%s' (data.columns.label)", table.path, label)
         return {"format": "pairs", "columns": named}
     raise InputError(
-        f"the rows are of no known layout (columns: {', '.join(names) or 'none'})",
+        f"the rows have no known layout (columns: {', '.join(names) or 'none'})",
         file=table.path,
         field="data.format",
         remedy=(
-            "The first line seems to be no header: name the columns in data.table.header"
+            "The first line does not seem to be a header: set the columns in data.table.header"
             if any(name.replace(".", "").isdecimal() for name in names)
-            else "Set data.format: pairs and name the columns in data.columns.anchor and data.columns.positive"
+            else "Set data.format: pairs, and the columns in data.columns.anchor and data.columns.positive"
         ),
     )

@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face hub, and local folders laid out like one: the same code loads both.
+"""Datasets of the Hugging Face hub, and local folders with the same layout: the same code loads both.
 
-A dataset is downloaded once into the library's own cache and memory-mapped from there, so that an interrupted
-download resumes, a second reading needs no network, and memory does not grow with the dataset.
+A dataset is downloaded once into the library's cache and memory-mapped from there, so that an interrupted
+download resumes, reading it again needs no network, and memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def load(path: str, subset: str | None, revision: str | None, *, streaming: bool
     """Every split of a hub dataset or of a local dataset folder, memory-mapped or streaming, by name.
 
     Raises:
-        InputError: not found, no such subset or revision, no network, or the data cannot be read.
+        InputError: the dataset, subset or revision is not found, there is no network, or the data cannot be read.
     """
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     local = Path(path).is_dir()
-    # The library's cache overlooks edits in a local folder, so that is built afresh, without comparing it to what
-    # it was. The absolute path keeps a folder called `csv` or `json` from being taken for a builder of that name.
+    # The library's cache misses edits in a local folder, so it is rebuilt without comparing it to the earlier
+    # state. With the absolute path, a folder called `csv` or `json` is not taken for a builder of that name.
     afresh: dict[str, Any] = {}
     if local:
         afresh = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"}
@@ -45,20 +45,20 @@ def load(path: str, subset: str | None, revision: str | None, *, streaming: bool
     name = str(Path(path).resolve()) if local else path
     try:
         if local and any((Path(path) / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)  # what `save_to_disk` wrote
+            saved = datasets.load_from_disk(name)  # written by `save_to_disk`
             return dict(saved) if isinstance(saved, dict) else {"train": saved}
         found = datasets.load_dataset(name, subset, revision=revision, streaming=streaming, **afresh)
-    except Exception as error:  # the library lets network, parser and builder errors of many kinds through
+    except Exception as error:  # the library raises network, parser and builder errors of many kinds
         what = f"the subset '{subset}' of this dataset" if subset else "this dataset"
         raise _not_loaded(what, path, error) from error
     return dict(found)
 
 
 def subsets(path: str, revision: str | None) -> list[str]:
-    """The names of a dataset's configs; those that README.md states, of a local folder.
+    """The names of a dataset's configs; for a local folder, those in README.md.
 
     Raises:
-        InputError: it is not found, or cannot be asked for.
+        InputError: the dataset is not found, or cannot be queried.
     """
     return _stated(Path(path) / "README.md") if Path(path).is_dir() else _asked(path, revision)
 
@@ -93,7 +93,7 @@ def _not_loaded(what: str, path: str, error: Exception) -> InputError:
 
 
 def _cache_problem() -> InputError | None:
-    """That the library's cache, and not the data, is what fails; None: it can be written."""
+    """An error if the library's cache, and not the data, is the cause; None: the cache is writable."""
     import datasets
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -105,12 +105,12 @@ def _cache_problem() -> InputError | None:
         named = next(
             (name for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME") if name in os.environ), "HF_HOME"
         )
-        problem = f"the cache of datasets cannot be written ({error.strerror or error})"
-        return InputError(problem, file=str(cache), field=named, remedy=f"Set {named} to a folder that can be written")
+        problem = f"the datasets cache cannot be written ({error.strerror or error})"
+        return InputError(problem, file=str(cache), field=named, remedy=f"Set {named} to a writable folder")
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file of a local folder, behind links too, but for what version control and tools keep there."""
+    """Every file of a local folder, following links, except files of version control and tools."""
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -121,18 +121,18 @@ def files(folder: Path) -> list[Path]:
 
 
 def _state(folder: Path) -> str:
-    """A name for a local folder as it is now, for a cache of its own: the library's is shared by all folders of one
-    name, takes over the columns of another or of an earlier state, and is written by all who read them.
+    """A name for the current state of a local folder, for a separate cache: the library's is shared by all folders with
+    the same name, reuses the columns of another or of an earlier state, and is written by all its readers.
     """
     stats = [(str(file.relative_to(folder)), file.stat()) for file in files(folder)]
     return key(str(folder.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def commit(path: str, subset: str | None, revision: str | None) -> str:
-    """The commit of a hub dataset, without reading it; offline, what the local cache holds.
+    """The commit of a hub dataset, without reading it; offline, that of the local cache.
 
     Raises:
-        InputError: there is no such dataset or revision, or it can be found neither online nor in the cache.
+        InputError: the dataset or revision does not exist, or is neither online nor in the cache.
     """
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
@@ -144,8 +144,8 @@ def commit(path: str, subset: str | None, revision: str | None) -> str:
         return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"not found on the hub ({_short(error)})", file=path, remedy=_remedy(path)) from None
-    except Exception as error:  # no network has many faces: offline mode, name resolution, proxies, time-outs
-        _log.warning("%s: the hub cannot be asked (%s); using the cached dataset", path, _short(error))
+    except Exception as error:  # many causes: offline mode, name resolution, proxies, timeouts
+        _log.warning("%s: the hub is not reachable (%s); using the cached dataset", path, _short(error))
     try:
         return str(datasets.load_dataset_builder(path, subset, revision=revision).hash)
     except Exception as error:  # as above
@@ -156,8 +156,8 @@ def commit(path: str, subset: str | None, revision: str | None) -> str:
 def _remedy(path: str) -> str:
     hint = near(path)
     return (
-        "No local file or folder has this name either. Check the name; a private dataset needs `hf auth login`;"
-        f" without internet give a local folder, or a dataset that was loaded here before. {hint}".rstrip(". ")
+        "No local file or folder has this name either. Check the name; private datasets require `hf auth login`;"
+        f" offline, use a local folder, or a dataset loaded here before. {hint}".rstrip(". ")
     )
 
 

@@ -1,6 +1,6 @@
-"""What a source is, without reading it: its local files, and the identity of everything that is elsewhere.
+"""Identifies a source without reading it: its local files, and the identity of everything remote.
 
-The two complete each other: a config may join a local corpus to queries from the hub.
+Both are needed: a config may combine a local corpus with queries from the hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WEAK_KEYS = ("mtime", "created", "size")
 
 
 def files(data: schema.Data) -> list[list[str]]:
-    """The local files of each table of the source, absolute, in reading order; of a dataset folder every file.
+    """The local files of each table of the source, absolute, in reading order; for a dataset folder, every file.
 
     Raises InputError: a local path that does not exist.
     """
@@ -37,10 +37,10 @@ def _local(path: str) -> list[str]:
 
 
 def revision(data: schema.Data) -> str:
-    """The identity of everything that is not local: hub commits and the versions of remote files; "" if all is.
+    """The identity of everything remote: hub commits and versions of remote files; "" if everything is local.
 
     Raises:
-        InputError: not found, or it cannot be asked for.
+        InputError: something is not found, or cannot be queried.
     """
     names = set()
     for table, _ in tables_of(recognized(data)):
@@ -55,10 +55,10 @@ def revision(data: schema.Data) -> str:
 
 
 def version(url: str) -> str:
-    """What tells one content of a remote file from another, without reading it.
+    """The version of a remote file's content, without reading it.
 
     Raises:
-        InputError: it is not there, or cannot be asked for.
+        InputError: the file does not exist, or cannot be queried.
     """
     import fsspec
 
@@ -66,12 +66,12 @@ def version(url: str) -> str:
         filesystem, path = fsspec.core.url_to_fs(url)
         info = filesystem.info(path)
     except FileNotFoundError:
-        raise InputError("there is no such file", file=url, remedy="Check the address") from None
-    except Exception as error:  # every kind of file system has its own errors, and missing drivers
+        raise InputError("file not found", file=url, remedy="Check the address") from None
+    except Exception as error:  # every file system has different errors, and drivers may be missing
         problem = f"this address cannot be read ({error})"
         raise InputError(problem, file=url, remedy="Check it and the network") from None
     known = {key: info[key] for key in (*_VERSION_KEYS, *_WEAK_KEYS) if info.get(key) is not None}
     if known.keys() <= {"size"}:
-        _log.warning("%s: only its size tells versions apart; a change of the same size goes unnoticed", url)
-        known["url"] = url  # what its query asks for may be all there is to go by
+        _log.warning("%s: versions are distinguished by size only; a change of the same size goes unnoticed", url)
+        known["url"] = url  # its query may be the only other distinction
     return ",".join(f"{key}={value}" for key, value in known.items())

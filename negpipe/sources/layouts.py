@@ -1,7 +1,7 @@
-"""The layouts of `data.format`: which tables each has, and what the rows of a table are.
+"""The layouts of `data.format`: the tables of each, and the readers of their rows.
 
-Records come in the order corpus, queries, judgments; rows of anchors with passages give all three at once, after an
-extra corpus. Judgments come for all splits there are, because what is positive anywhere is nobody's negative.
+Records come in the order corpus, queries, judgments; rows of anchors with passages yield all three at once, after an
+extra corpus. Judgments of all splits are read, because a positive in any split must not become a negative.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from negpipe.sources.tables import column_names, inside
 from negpipe.sources.trec import refuse_run
 
 Role: TypeAlias = Callable[[Table], list[Reader]]
-"""What the rows of a table are: its readers."""
+"""The readers of the rows of a table."""
 Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[Table, Role]]]
 """(data, whether given negatives are kept) → the tables in reading order."""
 
 _log = logging.getLogger(__name__)
 
 _SAYS_MORE = ("neg", "hard_neg", "hardneg", "label", "score", "similarity", "relevance", "grade")
-"""How columns of pairs begin that may say which passages are no positives."""
+"""Prefixes of columns of pairs that may mark passages that are not positives."""
 _METADATA, _TABLES = "merlin_metadata.json", set(EXTENSIONS) - {".txt", ".trec", ".qrels"}
-"""Of NeMo's corpora: what is no document, and the files that are."""
+"""In NeMo's corpora: the file that is not documents, and the extensions of those that are."""
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 
 
@@ -42,22 +42,22 @@ def tables_of(data: schema.Data, given: bool = False) -> list[tuple[Table, Role]
 
     Args:
         data: the source.
-        given: negatives that it brings are judgments without a grade.
+        given: its negatives become judgments without a grade.
 
     Raises:
-        ConfigError: no ids where judgments need them.
+        ConfigError: ids that judgments require are missing.
         InputError: a local path that does not exist, or a folder that is not what `data.format` says.
     """
     found = LAYOUTS[data.format](data, given)
     return [(table._replace(streaming=data.streaming), role) for table, role in found]
 
 
-# --- tables of their own for corpus, queries and judgments ---------------------------------------------
+# --- separate tables for corpus, queries and judgments -------------------------------------------------
 
 
 def _documents(data: schema.Data) -> Role:
     if data.columns.corpus_id is None:
-        raise ConfigError("data.columns.corpus_id: null works with pairs only: qrels name documents by their id")
+        raise ConfigError("data.columns.corpus_id: null works with pairs only, as qrels refer to documents by id")
     return lambda table: [readers.documents(table, data)]
 
 
@@ -83,14 +83,14 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
     [path] = _one(data)
     kind, folder = locate(path), Path(path)
     if kind in ("file", "url"):
-        remedy = "Give its folder or a hub dataset, or set data.format: columns and name three files"
+        remedy = "Use its folder or a hub dataset, or set data.format: columns with three files"
         raise InputError("a BEIR source is a folder or a hub dataset", file=path, remedy=remedy)
     if (kind == "folder" and is_beir(folder)) or not (kind == "hub" or (folder / "README.md").is_file()):
         found = {name: either(folder, name) or folder / f"{name}.jsonl" for name in ("corpus", "queries")}
         for file in found.values():
             if not file.is_file():
                 remedy = "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/; a dataset repository has README.md"
-                raise InputError("there is no such file", file=str(file), remedy=remedy)
+                raise InputError("file not found", file=str(file), remedy=remedy)
         splits = qrels(folder)
         if data.split not in splits:
             raise _no_split(str(folder / "qrels" / f"{data.split}.tsv"), data.split, list(splits))
@@ -104,8 +104,8 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         ]
     judged = path.rstrip("/") + "-qrels"
     if kind == "folder" and not Path(judged).is_dir():
-        remedy = f"{near(judged)}. Put the relevance judgments there, or set data.format: columns".lstrip(". ")
-        raise InputError("there is no such folder", file=judged, remedy=remedy)
+        remedy = f"{near(judged)}. Put the qrels there, or set data.format: columns".lstrip(". ")
+        raise InputError("folder not found", file=judged, remedy=remedy)
     return [
         (Table((path,), "corpus", revision=data.revision), _documents(data)),
         (Table((path,), "queries", revision=data.revision), _queries(data)),
@@ -114,7 +114,7 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a local folder has a corpus and judgments in files."""
+    """Whether a local folder has files with a corpus and judgments."""
     return either(folder, "corpus") is not None and bool(qrels(folder))
 
 
@@ -126,7 +126,7 @@ def qrels(folder: Path) -> dict[str, Path]:
         if _bare(file).lower() == "readme":
             continue
         if (first := named.setdefault(_bare(file), file)) != file:
-            _log.warning("%s is not read: %s has judgments of that split", file, first.name)
+            _log.warning("%s is ignored: %s has the judgments of that split", file, first.name)
     single = either(folder, "qrels")
     return named or ({_FIRST_SPLIT: single} if single else {})
 
@@ -139,7 +139,7 @@ def _bare(file: Path) -> str:
 
 
 def either(folder: Path, name: str) -> Path | None:
-    """The file that holds a table in a folder, whatever its kind; None: there is none."""
+    """The file with a table in a folder, of any kind; None: there is none."""
     files = [file for file in folder.glob(f"{name}.*") if extension_of(str(file)) in EXTENSIONS]
     by_kind = sorted(files, key=lambda file: (EXTENSIONS.index(extension_of(str(file))), len(file.name), file.name))
     return next((file for file in by_kind if _bare(file) == name), None)
@@ -150,20 +150,20 @@ def _file(data: schema.Data, file: Path) -> Table:
 
 
 def _without_header(table: Table, own: schema.Dialect | None) -> Table:
-    """Judgments: what the columns of other tables are called says nothing of theirs."""
+    """A table of judgments, without the column names of other tables."""
     return table if own else table._replace(dialect=table.dialect.model_copy(update={"header": None}))
 
 
 def _no_split(file: str, split: str, there: Sequence[str]) -> InputError:
-    remedy = f"Splits here: {', '.join(there) or 'none'}. Name one in data.split"
-    problem = f"there are no judgments for the split '{split}'"
+    remedy = f"Available splits: {', '.join(there) or 'none'}. Set one in data.split"
+    problem = f"no judgments for the split '{split}'"
     return InputError(problem, file=file, field="split", remedy=remedy, there=there)
 
 
 def _one(data: schema.Data) -> tuple[str, ...]:
     paths = paths_of(data.path or "")
     if len(paths) != 1:
-        remedy = "For tables in several files set data.format: columns"
+        remedy = "For tables in several files, set data.format: columns"
         raise InputError(f"data.format: {data.format} reads one folder or file", file=paths[0], remedy=remedy)
     return paths
 
@@ -176,7 +176,7 @@ def _mteb(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
     missing = [name for name in ("corpus", "queries", judged) if before + name not in there]
     if missing:
         remedy = (
-            f"There are {', '.join(there) or 'none'}; data.subset: NAME reads NAME-corpus, NAME-queries, NAME-qrels"
+            f"Its subsets: {', '.join(there) or 'none'}; data.subset: NAME reads NAME-corpus, NAME-queries, NAME-qrels"
         )
         raise InputError(f"the dataset has no subset '{before}{missing[0]}'", file=path, remedy=remedy)
     roles = {"corpus": _documents(data), "queries": _queries(data), judged: _judged_splits(data)}
@@ -185,7 +185,7 @@ def _mteb(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
 
 
 def _columns(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
-    assert data.corpus and data.queries and data.qrels, "the schema asks for them"
+    assert data.corpus and data.queries and data.qrels, "required by the schema"
     judged = _without_header(_table(data, data.qrels), data.qrels.table)
     splits = judged.split is None and judged.kind in ("hub", "folder")
     return [
@@ -196,7 +196,7 @@ def _columns(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
 
 
 def _table(data: schema.Data, table: schema.Table) -> Table:
-    # A revision belongs to one repository: data.path, or the corpus's where there is no data.path.
+    # A revision belongs to one repository: data.path, or the corpus's if there is no data.path.
     home = data.path or (data.corpus.path if data.corpus else None)
     split = None if table.split == _FIRST_SPLIT else table.split
     revision = data.revision if table.path == home else None
@@ -222,7 +222,7 @@ def _pylate(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
     named = data.model_copy(update={"columns": data.columns.model_copy(update=names)})
     key = "data.format (pylate has query_id, document_ids and scores)"
     documents = Column("document_ids", key)
-    # As its trainers read it: the first is the positive.
+    # Like its trainers: the first is the positive.
     first, others = Passages(documents, part=slice(1)), Passages(documents, part=slice(1, None))
     fields = Fields(None, Column("query_id", key), (first,), (others,), by_id=True)
     roles = {
@@ -245,14 +245,14 @@ def _rows(data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) ->
 
 
 def _source(data: schema.Data) -> Table:
-    """The table of `data.path`."""
+    """The table in `data.path`."""
     table = Table(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
     refuse_run(table.path, table.dialect)
     return table if table.kind in ("hub", "folder") else table._replace(split=None)
 
 
 def _pooled(fields: Callable[[schema.Data, Table], Fields]) -> Layout:
-    """A layout of rows with passages, beside an extra corpus where there is one."""
+    """A layout of rows with passages, with an optional extra corpus."""
 
     def layout(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
         source, pool = _source(data), data.corpus
@@ -264,8 +264,8 @@ def _pooled(fields: Callable[[schema.Data, Table], Fields]) -> Layout:
         def role(table: Table) -> list[Reader]:
             of_row = of_rows()
             if of_row.by_id and pool is None:
-                remedy = "Name the table of the documents in data.corpus"
-                raise InputError("its rows name documents by id", file=table.path, field="data.corpus", remedy=remedy)
+                remedy = "Set the table of the documents in data.corpus"
+                raise InputError("its rows have ids of documents", file=table.path, field="data.corpus", remedy=remedy)
             return [anchored(table, data, of_row, in_corpus=pool is None, given=given)]
 
         def of_pool(table: Table) -> list[Reader]:
@@ -290,15 +290,15 @@ def _pair(data: schema.Data, table: Table) -> Fields:
     read = {one.column.name for one in negatives} | {names.label, names.positive, names.anchor}
     unread = [name for name in there if name not in read and name.startswith(_SAYS_MORE) and not name.endswith("_id")]
     if unread:
-        remedy = "data.columns.negative and data.columns.label name such columns"
-        _log.warning("%s: not read: %s. %s", table.path, ", ".join(unread), remedy)
+        remedy = "Set data.columns.negative or data.columns.label to read such columns"
+        _log.warning("%s: ignored columns: %s. %s", table.path, ", ".join(unread), remedy)
     positives = Passages(column(data, "positive"), ids.get("positive_id"))
     anchor, extra = column(data, "anchor"), data.extra.corpus
     return Fields(anchor, ids.get("anchor_id"), (positives,), negatives, label, extra=extra, watched=_SAYS_MORE)
 
 
 def _negatives(names: schema.Columns, there: Sequence[str]) -> Iterator[Passages]:
-    """`negative`, `negative_1`, `negative_2` …, as many as there are, with their ids."""
+    """`negative`, `negative_1`, `negative_2` …, with their ids."""
     numbered = sorted(
         (int(end), name)
         for name in there
@@ -312,7 +312,7 @@ def _negatives(names: schema.Columns, there: Sequence[str]) -> Iterator[Passages
 
 
 def _named(key: str, anchor: str, positives: str, *negatives: str) -> Callable[[schema.Data, Table], Fields]:
-    """Rows with columns of these names, and ids beside them where there are some."""
+    """Rows with columns of these names, and optional columns of ids."""
 
     def passages(name: str, required: bool) -> Passages:
         return Passages(Column(name, key, required), Column(f"{name}_ids", key, required=False))
@@ -355,19 +355,19 @@ def _nemo(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
 
 
 def _nemo_corpus(file: str) -> list[str]:
-    """The files of the corpora that a train.json names."""
+    """The files of the corpora in a train.json."""
     entries = [json.loads(text) for text in inside(file, "corpus")]
     named = [str(entry.get("path") or "") if isinstance(entry, dict) else str(entry) for entry in entries]
     if not all(named) or not named:
-        remedy = 'Write "corpus": [{"path": "./corpus/"}], or name the documents in data.corpus'
-        raise InputError("the corpora are no list of paths", file=file, field="corpus", remedy=remedy)
+        remedy = 'Write "corpus": [{"path": "./corpus/"}], or set the documents in data.corpus'
+        raise InputError("the corpora are not a list of paths", file=file, field="corpus", remedy=remedy)
     found: list[str] = []
     for folder in dict.fromkeys((Path(file).parent / one).resolve() for one in named):
         files = [
             str(path) for path in hub.files(folder) if extension_of(path.name) in _TABLES and path.name != _METADATA
         ]
         if not files:
-            remedy = "Put its documents there (train.parquet of id and text), or name them in data.corpus"
+            remedy = "Put its documents there (train.parquet with id and text), or set them in data.corpus"
             raise InputError("the corpus has no documents", file=str(folder), remedy=remedy)
         found += files
     return found
@@ -390,4 +390,4 @@ LAYOUTS: dict[str, Layout] = {
     "ms-swift": _pooled(_named(_SWIFT, "messages", "positive_messages", "negative_messages")),
     "nemo": _nemo,
 }
-"""By their names in `data.format`."""
+"""Layouts by their name in `data.format`."""

@@ -1,4 +1,4 @@
-"""What a path of the config names: local or remote files, a local folder or a hub dataset."""
+"""Resolves paths of the config: local or remote files, a local folder or a hub dataset."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from negpipe.errors import InputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
-_ENDING = 8  # characters of an ending, with its dot
+_ENDING = 8  # maximum characters of an extension, with its dot
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trec", ".qrels", ".parquet")
 ALL = "all"
-"""All splits of a dataset, one after the other."""
+"""All splits of a dataset, concatenated."""
 
 
 class Table(NamedTuple):
-    """Where a table is, and how its files are written.
+    """The location of a table, and the format of its files.
 
     Attributes:
-        paths: files that hold it one after the other; or one folder or hub dataset.
-        split: None: the only split of a dataset, ALL: all of them; it says nothing about a file.
+        paths: its consecutive files; or one folder or hub dataset.
+        split: None: the only split of a dataset; ALL: all splits; not used for files.
         dialect: of CSV and TSV files.
-        inside: the key of a JSON object that holds the rows, in a list, or in an object as `key` and `value`.
-        streaming: a dataset is read as it comes, without a copy on this disk.
+        inside: the key of a JSON object with the rows, in a list, or in an object as `key` and `value`.
+        streaming: stream a dataset, without a local copy.
     """
 
     paths: tuple[str, ...]
@@ -40,12 +40,12 @@ class Table(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The first of its paths, by which it is named."""
+        """The first of its paths, used as its name."""
         return self.paths[0]
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         of = ", ".join(filter(None, (self.inside, self.subset, self.split)))
         return f"{self.path}{more}" + (f" ({of})" if of else "")
@@ -57,9 +57,9 @@ class Table(NamedTuple):
 
 
 def paths_of(named: str | Sequence[str]) -> tuple[str, ...]:
-    """What a path of the config, a pattern such as `docs-*.jsonl.gz`, or a list of them, names, in order.
+    """Expand a path of the config, a pattern such as `docs-*.jsonl.gz`, or a list of them, in order.
 
-    Raises InputError: a pattern that nothing fits.
+    Raises InputError: a pattern without matches.
     """
     every = [named] if isinstance(named, str) else named
     return tuple(path for one in every for path in _expanded(str(Path(one).expanduser()) if one[:1] == "~" else one))
@@ -67,7 +67,7 @@ def paths_of(named: str | Sequence[str]) -> tuple[str, ...]:
 
 def _expanded(path: str) -> Iterator[str]:
     remote = "://" in path
-    # Of an address a question mark begins the query, and the web lists no files.
+    # In an address a question mark starts the query, and files on the web cannot be listed.
     patterns = "" if path.startswith(("http://", "https://")) else "*[" if remote else "*?["
     if not any(sign in path for sign in patterns) or Path(path).exists():
         yield path
@@ -81,12 +81,12 @@ def _expanded(path: str) -> Iterator[str]:
         names = glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob also finds hidden files)
         found = [name for name in sorted(names) if Path(name).is_file()]
     if not found:
-        raise InputError("no file fits this pattern", file=path, remedy=near(path) or "Check the config's data section")
+        raise InputError("no file matches the pattern", file=path, remedy=near(path) or "Check the data section")
     yield from found
 
 
 def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
-    """What a path of the config names. Raises InputError: plainly a local path, and nothing is there."""
+    """The kind of a path of the config. Raises InputError: clearly a local path, and it does not exist."""
     if "://" in path:
         return "url"
     local = Path(path)
@@ -94,21 +94,19 @@ def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
         return "file"
     if local.is_dir():
         return "folder"
-    # What has an ending and no namespace is no dataset of the hub.
+    # A name with an extension and without a namespace is not a hub dataset.
     typed_wrong = "/" not in path and 1 < len(Path(path).suffix) <= _ENDING and near(path)
     if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1 or typed_wrong:
-        raise InputError(
-            "there is no such file or folder", file=path, remedy=near(path) or "Check the config's data section"
-        )
+        raise InputError("file or folder not found", file=path, remedy=near(path) or "Check the config's data section")
     return "hub"
 
 
 def near(path: str) -> str:
-    """A hint at names like this one beside it, or an empty string."""
+    """A hint at similar names next to it, or an empty string."""
     folder, name = Path(path).parent, Path(path).name
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"Near it: {', '.join(str(folder / other) for other in found)}" if found else ""
+    return f"Similar names: {', '.join(str(folder / other) for other in found)}" if found else ""
 
 
 def bare_name(path: str) -> str:
@@ -117,7 +115,7 @@ def bare_name(path: str) -> str:
 
 
 def extension_of(path: str) -> str:
-    """The extension that tells the kind of a file; that of a compressed one is looked through, except on Parquet."""
+    """The extension with the kind of a file, ignoring that of a compressed one, except for Parquet."""
     name = PurePosixPath(bare_name(path))
     if name.suffix not in PACKED:
         return name.suffix

@@ -1,6 +1,6 @@
 """Readers of tables of documents, queries and judgments.
 
-Each makes records of the rows of one table, in columns where all of a chunk are plain, else one by one.
+Each converts the rows of one table to records, as columns if all rows of a chunk are plain, else one by one.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _NAMES = {
     "anchor": ("query", "question", "anchor_text"),
     "positive": ("pos", "answer", "answers", "document", "passage"),
 }
-"""What columns of the config go by in the wild, where they have the names that nobody set."""
+"""Common alternative names of columns, used if the config has the default name."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How the rows of a table become records.
+    """Converts the rows of a table to records.
 
     Attributes:
         chunks: the rows.
-        build: of one row; raises RowError where it is bad as a whole.
-        build_all: of all rows of a chunk; None where they have to be looked at one by one.
-        of_query, in_corpus: a row that is bad stands where a query or a document of the corpus would have.
+        build: converts one row; raises RowError if the entire row is bad.
+        build_all: converts all rows of a chunk; None if they must be read one by one.
+        of_query, in_corpus: whether a bad row takes the position of a query or a document of the corpus.
     """
 
     chunks: Chunks
@@ -91,28 +91,28 @@ class Piece:
     _chunk: Chunk
 
     def block(self) -> RecordColumns | None:
-        """Their records in columns; None: they have to be looked at one by one."""
+        """Their records as columns; None: they must be read one by one."""
         columns = self._chunk.columns()
         return None if columns is None else self._reader.build_all(columns)
 
     def records(self) -> Iterator[Record]:
-        """Their records one by one, bad rows among them."""
+        """Their records one by one, including bad rows."""
         return self._reader.records_of(self._chunk)
 
     def skip(self) -> None:
-        """Nothing is wanted of them, but of those that follow."""
+        """Skip them, but not the following pieces."""
         self._chunk.skip()
 
 
 def column(data: schema.Data, key: str, *, required: bool = True) -> Column:
-    """A column that `data.columns` names, and what it goes by elsewhere."""
+    """A column of `data.columns`, and its alternative names."""
     name = getattr(data.columns, key)
     default = schema.Columns.model_fields[key].default
     return Column(name, f"data.columns.{key}", required, _NAMES.get(key, ()) if name == default else ())
 
 
 def documents(table: Table, data: schema.Data, *, pool: bool = False) -> Reader:
-    """Documents of the corpus; of a `pool`, beside rows that have texts of their own, they need no ids."""
+    """Documents of the corpus; in a `pool`, an extra corpus for rows that contain texts, they need no ids."""
     template = Template.compile(data.text)
     name = data.columns.corpus_id
     # The default id column may be absent from an extra corpus: FlagEmbedding's pools have only `text`.
@@ -152,7 +152,7 @@ def documents(table: Table, data: schema.Data, *, pool: bool = False) -> Reader:
 
 
 def extra_columns(names: Sequence[str], key: str, *, required: bool = True) -> list[Column]:
-    """The columns of `data.extra` that a table has."""
+    """The columns of `data.extra` in a table."""
     return [Column(name, key, required) for name in names]
 
 
@@ -217,7 +217,7 @@ def _judgments(judged: Chunks, data: schema.Data, split: str) -> Reader:
 def query_of(
     identity: str | None, value: Any, place: Place, field: str, extra: Sequence[Any], names: Sequence[str]
 ) -> Query | BadRow:
-    """A query, or what is wrong with its text."""
+    """A query, or the error in its text."""
     try:
         return Query(identity, text_of(value, place, field), place, extra_of(extra, names, place))
     except RowError as error:

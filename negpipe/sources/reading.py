@@ -1,4 +1,4 @@
-"""A whole source, read once from its first table to its last."""
+"""Reads an entire source once, from its first table to its last."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _log = logging.getLogger(__name__)
 
 
 def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
-    """A source, some rows at a time, in one pass; the same pieces each time.
+    """A source in one pass, some rows at a time; the same pieces each time.
 
-    Every table is opened before the first piece comes, so that a missing file, split or column is known at once.
+    Every table is opened before the first piece, so that a missing file, split or column is reported at once.
 
     Args:
         data: the source.
-        given: negatives that it brings are judgments without a grade.
+        given: its negatives become judgments without a grade.
 
     Raises:
-        ConfigError: a bad `data.text`, or no ids where judgments need them.
-        InputError: a table is missing or unreadable as a whole. Single bad rows are records, see BadRow.
+        ConfigError: a bad `data.text`, or ids that judgments require are missing.
+        InputError: an entire table is missing or unreadable. Single bad rows are records, see BadRow.
     """
     known = recognized(data)
     if known.format != data.format:
@@ -38,17 +38,17 @@ def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
         first: list[Piece] = []
         for piece in found:
             first.append(piece)
-            if next(piece.records(), None):  # a row was looked at: the columns are there
+            if next(piece.records(), None):  # a row was read: the columns exist
                 break
         started.append(chain(first, found))
     return chain.from_iterable(started)
 
 
 def readers(data: schema.Data, given: bool = False) -> Iterator[tuple[Table, Reader]]:
-    """The tables of a source whose layout is known, and what reads each; raises what `pieces` does."""
+    """The tables of a source whose layout is known, with their readers; raises the errors of `pieces`."""
     return ((table, reader) for table, role in tables_of(data, given) for reader in role(table))
 
 
 def read(data: schema.Data, given: bool = False) -> Iterator[Record]:
-    """The records of all pieces, one by one; raises what `pieces` does."""
+    """The records of all pieces, one by one; raises the errors of `pieces`."""
     return chain.from_iterable(piece.records() for piece in pieces(data, given))

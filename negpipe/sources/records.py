@@ -1,6 +1,6 @@
-"""What a source yields: documents, queries, judgments and rows that cannot be used.
+"""Records of a source: documents, queries, judgments and bad rows.
 
-Named tuples, because a corpus has millions of them. Every text is stripped and not empty, every id is a
+They are named tuples, because a corpus has millions of them. Every text is stripped and not empty, every id is a
 non-empty string, every grade is finite.
 """
 
@@ -18,7 +18,7 @@ from negpipe.errors import InputError
 
 
 class Place(NamedTuple):
-    """Where something stands: `row` is the 1-based line of a text file, else the 0-based row or element of a list."""
+    """A location: `row` is the 1-based line of a text file, else the 0-based row or element of a list."""
 
     file: str
     row: int
@@ -26,9 +26,9 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document. `id` None: it is named by its text. `in_corpus` False: known only as somebody's positive.
+    """A document. `id` None: identified by its text. `in_corpus` False: known only as a positive.
 
-    `extra`: values of the columns in `data.extra.corpus`, in their order; () where its source has none of them.
+    `extra`: values of the columns in `data.extra.corpus`, in order; () if its source has none of them.
     """
 
     id: str | None
@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A query. `id` None: it is named by its text. `extra`: values of the columns in `data.extra.queries`."""
+    """A query. `id` None: identified by its text. `extra`: values of the columns in `data.extra.queries`."""
 
     id: str | None
     text: str
@@ -48,9 +48,9 @@ class Query(NamedTuple):
 
 
 class Judgment(NamedTuple):
-    """A graded (query, document) pair of one split; `*_by_text`: that side holds the text instead of the id.
+    """A graded (query, document) pair of one split; `*_by_text`: that side has the text instead of the id.
 
-    `grade` None: the source brings the document as a negative.
+    `grade` None: the document is a negative in the source.
     """
 
     query: str
@@ -63,7 +63,7 @@ class Judgment(NamedTuple):
 
 
 class TextColumns(NamedTuple):
-    """Documents or queries of one file in columns, (n,) each; see `Document`. `places`: their numbers in the file."""
+    """Documents or queries of one file as columns, (n,) each; see `Document`. `places`: their rows in the file."""
 
     ids: pa.Array | None
     texts: pa.Array
@@ -73,7 +73,7 @@ class TextColumns(NamedTuple):
 
 
 class Judgments(NamedTuple):
-    """Judgments in columns, (n,) each; see `Judgment`."""
+    """Judgments as columns, (n,) each; see `Judgment`."""
 
     queries: pa.Array
     documents: pa.Array
@@ -88,8 +88,8 @@ class Judgments(NamedTuple):
 class BadRow(NamedTuple):
     """A row, or one entry of a row, that cannot be used. `kind`: empty_text, broken, type or missing.
 
-    It stands where a document of the corpus (`in_corpus`) or a query (`of_query`) would have come, or both; `id` is
-    the query's, else the document's, where it can be told. `raw` begins like the row that was read.
+    It takes the position of a document of the corpus (`in_corpus`) or a query (`of_query`), or both; `id` is that of
+    the query, else of the document, if known. `raw` is the start of the original row.
     """
 
     error: InputError
@@ -104,7 +104,7 @@ Record: TypeAlias = Document | Query | Judgment | BadRow
 
 
 class RecordColumns(NamedTuple):
-    """Records of consecutive rows in which nothing is wrong, in columns; `added` are not in the corpus."""
+    """Records of consecutive valid rows, as columns; `added` are not in the corpus."""
 
     corpus: TextColumns | None = None
     added: TextColumns | None = None
@@ -118,13 +118,13 @@ _SHOWN.maxstring = _SHOWN.maxother = RAW_CHARACTERS
 
 
 def raw_of(row: str | Sequence[Any]) -> str:
-    """How a line, or the cells of a row, begin."""
+    """The start of a line, or of the cells of a row."""
     shown = row if isinstance(row, str) else ", ".join(map(_SHOWN.repr, row))
     return shown[:RAW_CHARACTERS].rstrip("\r\n")
 
 
 class RowError(Exception):
-    """Something is wrong with one row, which comes out as the `BadRow` in `row` instead of ending the reading."""
+    """An error in one row, which becomes the `BadRow` in `row` instead of stopping the reader."""
 
     def __init__(self, kind: str, problem: str, place: Place, field: str | None = None, remedy: str | None = None):
         error = InputError(problem, file=place.file, row=place.row, field=field or place.field, remedy=remedy)

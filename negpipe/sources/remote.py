@@ -1,4 +1,4 @@
-"""Files elsewhere of which a copy is needed, because they are mapped."""
+"""Local copies of remote files that are memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BLOCK = 2**20
 
 
 def here(address: str, folder: Path) -> Path:
-    """Where this machine reads a file: a local one where it is, of a remote one a copy.
+    """The local path of a file; a remote file is copied.
 
     Args:
-        address: a path, or an address that fsspec knows.
-        folder: of the copies; one that changed is fetched again, and takes the place of the old copy.
+        address: a path, or an address supported by fsspec.
+        folder: for the copies; a changed file is fetched again and replaces the old copy.
 
     Raises:
-        InputError: the remote file is not there, or cannot be read.
+        InputError: the remote file does not exist, or cannot be read.
     """
     if "://" not in address:
         return Path(address)
@@ -37,7 +37,7 @@ def here(address: str, folder: Path) -> Path:
                 publish(folder, copy.name, lambda file: shutil.copyfileobj(source, file, _BLOCK))
         except NegpipeError:
             raise
-        except Exception as error:  # every kind of file system has its own errors
+        except Exception as error:  # every file system has different errors
             problem = f"this address cannot be read ({error})"
             raise InputError(problem, file=address, remedy="Check it and the network") from None
         for old in folder.glob(f"{name}-*"):

@@ -1,7 +1,7 @@
 """Rows of any table: JSON, JSON Lines, CSV, TSV or Parquet files, local or remote, or a split of a dataset.
 
-Memory is bounded by one line, element or batch. What is wrong with a whole table raises InputError when its first
-row is asked for; what is wrong with one row comes out as a BadRow.
+Memory is bounded by one line, element or batch. An error in an entire table raises InputError when its first row is
+requested; an error in one row yields a BadRow.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ __all__ = [
     "opened",
 ]
 
-_ROWS = 8192  # of a chunk at most, where they are not lines of JSON
-_BLOCK_BYTES = 2**22  # of a chunk, about
-_STREAMED = 1024  # of a dataset whose size is not known
-_ELEMENTS = 256  # of a JSON list, that make a chunk
-_FIRST = 64  # rows in which columns are looked for
-_WHOLE_BYTES = 2**20  # of JSON, that tell whether it is one text
-_NAME = 64  # characters, more than a column's name has
+_ROWS = 8192  # maximum per chunk, if they are not JSON lines
+_BLOCK_BYTES = 2**22  # per chunk, approximately
+_STREAMED = 1024  # rows per chunk of a dataset of unknown size
+_ELEMENTS = 256  # elements of a JSON list per chunk
+_FIRST = 64  # rows that are searched for columns
+_WHOLE_BYTES = 2**20  # of JSON, enough to detect whether it is one text
+_NAME = 64  # characters, longer than the name of a column
 CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
-"""Errors of a packed file that ends too soon or is damaged, and of one that is no UTF-16."""
+"""Errors of a compressed file that is truncated or damaged, and of one that is not UTF-16."""
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
 _Reader: TypeAlias = Callable[[Check, Table], Chunks]
-"""Reads the file that the check names."""
+"""Reads the file of the check."""
 
 
 def chunks(table: Table, columns: Sequence[Column], watched: tuple[str, ...] = ()) -> Chunks:
     """Consecutive rows of a table, some at a time; `watched`: see `Check`.
 
     Raises:
-        InputError: no such file, split or column, unknown extension, unreadable content.
+        InputError: a file, split or column is not found, unknown extension, unreadable content.
     """
     for path in table.paths:
         if locate(path) in ("hub", "folder"):
@@ -72,10 +72,10 @@ def chunks(table: Table, columns: Sequence[Column], watched: tuple[str, ...] = (
 
 
 def column_names(table: Table) -> list[str]:
-    """The columns of a table, of all its files; those of the first row where they are JSON.
+    """The columns of a table, from all its files; for JSON, those of the first row.
 
     Raises:
-        InputError: as `chunks` does, and where no row can be read.
+        InputError: as in `chunks`, and if no row can be read.
     """
     found: dict[str, None] = {}
     for path in table.paths:
@@ -95,16 +95,16 @@ def column_names(table: Table) -> list[str]:
 
 
 def inside(path: str, key: str) -> list[str]:
-    """The texts of the elements of a key of a file's one JSON object.
+    """The texts of the elements under a key of a file's only JSON object.
 
-    Raises InputError: it is none, or has no such key.
+    Raises InputError: the file is not one object, or lacks the key.
     """
     with opened(path) as file:
         return [text for _, text in elements(file, path, key)]
 
 
 def keys_of(path: str) -> list[str]:
-    """The keys of a file that is one JSON object; none if it is not."""
+    """The keys of a file with one JSON object; empty for other files."""
     with opened(path) as file:
         try:
             return keys(file, path)
@@ -113,7 +113,7 @@ def keys_of(path: str) -> list[str]:
 
 
 def _split(table: Table) -> tuple[str, Any]:
-    """The split of a dataset that is read, and its rows."""
+    """The split of a dataset to read, and its rows."""
     splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
     if table.split == ALL and ALL not in splits:
         import datasets
@@ -122,29 +122,29 @@ def _split(table: Table) -> tuple[str, Any]:
         return ALL, whole[0] if len(whole) == 1 else datasets.concatenate_datasets(whole)
     if table.split is None and len(splits) > 1 and "train" not in splits:
         raise InputError(
-            f"there are several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Name one"
+            f"the dataset has several splits ({', '.join(splits)})", file=table.path, field="split", remedy="Set one"
         )
     split = table.split or ("train" if "train" in splits else next(iter(splits)))
     if split not in splits:
-        problem, remedy = f"there is no split '{split}'", f"Splits: {', '.join(splits)}"
+        problem, remedy = f"split '{split}' not found", f"Available splits: {', '.join(splits)}"
         raise InputError(problem, file=table.path, field="split", remedy=remedy, there=list(splits))
     return split, splits[split]
 
 
 def _reader(path: str) -> _Reader:
-    """What reads a file, by its extension."""
+    """The reader of a file, by its extension."""
     extension = extension_of(path)
     if extension not in _READERS:
         raise InputError(
-            f"unknown kind of file '{extension}'",
+            f"unknown file extension '{extension}'",
             file=path,
-            remedy=f"Known: {', '.join(EXTENSIONS)}, also with {', '.join(PACKED)}",
+            remedy=f"Supported: {', '.join(EXTENSIONS)}, also with {', '.join(PACKED)}",
         )
     return _READERS[extension]
 
 
 def gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: Check) -> Chunks:
-    """Rows of fields, some at a time; those before an error come before it is raised."""
+    """Rows of fields, some at a time; those before an error are yielded before it is raised."""
     gathered: list[tuple[int, list[str]]] = []
     characters = 0
     while True:
@@ -171,25 +171,25 @@ def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
 
 
 def opened(path: str) -> Any:
-    """A file of bytes, local or remote, unpacked and in UTF-8 where its first bytes say that it is not.
+    """A binary file, local or remote, decompressed, and converted to UTF-8 if its first bytes show UTF-16.
 
     Raises:
-        InputError: it cannot be opened.
+        InputError: the file cannot be opened.
     """
     import fsspec
 
     try:
         return _as_utf8(_unpacked(io.BufferedReader(fsspec.open(path, "rb").open(), 2**20)))
     except FileNotFoundError:
-        raise InputError("there is no such file", file=path, remedy="Check the address") from None
+        raise InputError("file not found", file=path, remedy="Check the address") from None
     except (ImportError, ValueError) as error:
-        raise InputError("this kind of address cannot be opened", file=path, remedy=str(error)) from None
+        raise InputError("this type of address is not supported", file=path, remedy=str(error)) from None
     except OSError as error:
-        raise InputError(f"the file cannot be opened ({error})", file=path, remedy="Check address and rights") from None
+        raise InputError(f"the file cannot be opened ({error})", file=path, remedy="Check permissions") from None
 
 
 def _unpacked(file: Any) -> Any:
-    """What a file holds, by its first bytes: a name may say nothing, or something else. Some files cannot seek."""
+    """The decompressed content of a file, by its first bytes, as its name may be wrong. Some files cannot seek."""
     import bz2
     import gzip
 
@@ -208,10 +208,10 @@ def _unpacked(file: Any) -> Any:
 
 
 def _as_utf8(file: Any) -> Any:
-    """A file of UTF-16, which its first bytes tell, as UTF-8."""
+    """A file as UTF-8, converted from UTF-16 if its first bytes show that."""
     try:
         begin = file.peek(2)[:2]
-    except CUT:  # whoever reads it says so
+    except CUT:  # the reader reports it
         return file
     if begin not in (b"\xff\xfe", b"\xfe\xff"):
         return file
@@ -231,20 +231,20 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _not_read(path: str, row: int, error: Exception) -> InputError:
-    remedy = "Fetch or pack it again"
-    return InputError(f"the file cannot be read on ({error})", file=path, row=row, remedy=remedy)
+    remedy = "Fetch or compress it again"
+    return InputError(f"the rest of the file cannot be read ({error})", file=path, row=row, remedy=remedy)
 
 
 def decoded_lines(path: str) -> Iterator[str]:
     """The lines of a text file.
 
     Raises:
-        InputError: it cannot be read on, or is no UTF-8.
+        InputError: the file cannot be read to its end, or is not UTF-8.
     """
     for number, line in _lines(path):
         try:
             yield decoded(line, Place(path, number))
-        except RowError as error:  # a quoted field may run over several lines, so no single row is to blame
+        except RowError as error:  # a quoted field may span several lines, so the error has no single row
             raise error.row.error from None
 
 
@@ -257,7 +257,7 @@ def _json(check: Check, table: Table) -> Chunks:
 
 
 def is_whole(path: str) -> bool:
-    """Whether a file is a JSON list, or objects that run over several lines, and no lines of JSON."""
+    """Whether a file is a JSON list, or objects that span several lines, rather than JSON Lines."""
     with opened(path) as file:
         try:
             begin = file.read(_WHOLE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -295,7 +295,7 @@ def _elements(check: Check, inside: str | None) -> Chunks:
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, some at a time, with the number of the first; where they are cut depends on the content alone."""
+    """Complete lines, some at a time, with the number of the first; the boundaries depend on the content only."""
     first, waiting = 1, bytearray()
     with opened(path) as file:
         while True:
@@ -308,7 +308,7 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
             while waiting and (len(waiting) >= _BLOCK_BYTES or not read):
                 end = waiting.rfind(b"\n", 0, _BLOCK_BYTES) + 1 or waiting.find(b"\n", _BLOCK_BYTES) + 1
                 if not end and read:
-                    break  # a line that goes on
+                    break  # an incomplete line
                 block = bytes(waiting[: end or len(waiting)])
                 del waiting[: len(block)]
                 yield first, block
@@ -318,7 +318,7 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _last_lines(path: str, first: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that can still be read before an error, which is raised where it is."""
+    """The lines that can be read before an error, which is then raised."""
     lines: list[bytes] = []
     try:
         lines.extend(line for number, line in _lines(path) if number >= first)
@@ -328,7 +328,7 @@ def _last_lines(path: str, first: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _separated(otherwise: str) -> _Reader:
-    """What reads a text file of fields; `otherwise`: their delimiter, where none is set."""
+    """The reader of a text file of fields; `otherwise`: the delimiter if none is set."""
 
     def read(check: Check, table: Table) -> Chunks:
         dialect, path = table.dialect, check.file
@@ -336,27 +336,27 @@ def _separated(otherwise: str) -> _Reader:
         rows = (_fields if dialect.quoting == "none" else _quoted)(path, delimiter)
         begin = next(rows, None)
         if begin is None:
-            raise InputError("the file is empty", file=path, row=1, remedy="Its first line is the header")
+            raise InputError("the file is empty", file=path, row=1, remedy="The first line must be the header")
         start, first = begin
         header = list(dialect.header or first)
         check(header, start, "" if dialect.header else _header_hint(first, delimiter))
-        # A file that has the header all the same begins with it.
+        # The file may have the header nevertheless, in its first line.
         yield from gathered(rows if first == header else chain([begin], rows), header, check)
 
     return read
 
 
 def _fields(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line, in which a quote means nothing."""
+    """The fields of each line, with quotes as ordinary characters."""
     for number, line in enumerate(decoded_lines(path), 1):
         if text := line.rstrip("\r\n"):
             yield number, text.split(delimiter)
 
 
 def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each row, which may be in quotes and run over several lines."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
-    # strict: a quote in the wrong place is an error instead of a text silently joined to the next rows
+    """The fields of each row, which may be quoted and span several lines."""
+    csv.field_size_limit(2**31 - 1)  # the default rejects documents longer than 128 KiB
+    # strict: a misplaced quote is an error instead of silently joining a text to the next rows
     reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
@@ -366,8 +366,8 @@ def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             remedy = (
-                "If quotes are signs like others here, set data.table.quoting: none; else put fields that hold quotes"
-                " or line ends in quotes and double the quotes inside"
+                "If quotes are ordinary characters here, set data.table.quoting: none; else quote fields that contain"
+                " quotes or line breaks, and double the quotes inside"
             )
             raise InputError(f"broken quoting ({error})", file=path, row=start, remedy=remedy) from None
         if fields:
@@ -380,8 +380,8 @@ def _header_hint(header: list[str], delimiter: str) -> str:
         return f"The fields are not separated by {name}: set data.table.delimiter"
     if any(len(cell) > _NAME or cell.replace(".", "").isdecimal() for cell in header):
         return (
-            "The file seems to have no header: name its columns in data.table.header or, of one table alone, in its"
-            f" own, such as data.qrels.table.header, {len(header)} names such as [id, text]"
+            "The file seems to have no header: set its columns in data.table.header or, for a single table, in its"
+            f" section, such as data.qrels.table.header, with {len(header)} names such as [id, text]"
         )
     return ""
 
@@ -412,12 +412,12 @@ def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) 
 
 
 def _columns_of(dataset: Any) -> list[str]:
-    # A stream may not know them before its first row.
+    # The columns of a stream may be unknown before its first row.
     return list(dataset.column_names or next(iter(dataset.take(1)), ()))
 
 
 def _rows_of(size: int, rows: int) -> int:
-    """How many of so many rows make a chunk, if all together have so many bytes."""
+    """Rows per chunk, for a table of `size` bytes and `rows` rows."""
     return max(16, min(_ROWS, _BLOCK_BYTES * rows // max(1, size)))
 
 
@@ -429,7 +429,7 @@ def _arrow(batches: Iterable[Any], check: Check) -> Chunks:
 
 
 def _there(check: Check) -> list[str]:
-    """The wanted columns that there are, each once: one column may be wanted for two things."""
+    """The wanted columns that exist, each once: one column may serve two purposes."""
     return list(dict.fromkeys(name for name in check.names if name in check.there))
 
 

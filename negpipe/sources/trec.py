@@ -1,6 +1,6 @@
-"""What evaluators read and retrievers write: relevance judgments as TREC writes them, and runs.
+"""TREC formats of evaluators and retrievers: relevance judgments, and runs.
 
-A run is a ranking: it names candidates and no positives. So it is no source, and is judged beside one.
+A run is a ranking: it lists candidates but no positives. It is therefore not a source, and is judged with one.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Run: TypeAlias = Literal["trec", "tevatron"]
 
 RUNS: dict[Run, str] = {
     "trec": "a TREC run: query Q0 document rank score tag",
-    "tevatron": "a run as Tevatron writes them: query, document and score between tabs",
+    "tevatron": "a Tevatron run: query, document and score separated by tabs",
 }
-"""What each kind of run is, in words."""
-_LINE_BYTES = 4096  # of a first line, that tell a layout
+"""Descriptions of the kinds of runs."""
+_LINE_BYTES = 4096  # of the first line, to detect a layout
 _JUDGED, _RANKED, _SCORED = 4, 6, 3  # fields
 _log = logging.getLogger(__name__)
 
 
 class Ranked(NamedTuple):
-    """A line of a run; the score is NaN where it is no number."""
+    """A line of a run; the score is NaN if it is not a number."""
 
     anchor: str
     document: str
@@ -37,7 +37,7 @@ class Ranked(NamedTuple):
 
 
 def run_of(path: str | Path) -> tuple[Run, list[str]] | None:
-    """Of what kind a run is, by its first line, and its files: one, or those of a folder that holds nothing else."""
+    """The kind of a run, by its first line, and its files: one, or those of a folder that contains nothing else."""
     source = Path(path)
     files = [source]
     if source.is_dir():
@@ -47,10 +47,10 @@ def run_of(path: str | Path) -> tuple[Run, list[str]] | None:
 
 
 def refuse_run(path: str, dialect: Dialect) -> None:
-    """Raises InputError: it is a run, where a source with positives is wanted."""
+    """Raises InputError: the path is a run, but a source with positives is required."""
     run = run_of(path) if Path(path).exists() and not dialect.header else None
     if run:
-        raise _refused(path, run[0], "Name what has positives; audit --file judges a run beside a config of such data")
+        raise _refused(path, run[0], "Use data with positives; audit --file judges a run with a config of such data")
 
 
 def ranked(path: str, kind: Run) -> Iterator[Ranked]:
@@ -65,20 +65,20 @@ def ranked(path: str, kind: Run) -> Iterator[Ranked]:
         if not line.strip():
             continue
         if len(fields) != count:
-            remedy = f"Every line of such a run has {count}: fix it, or take it out"
-            raise InputError(f"{len(fields)} fields, no line of {RUNS[kind]}", file=path, row=number, remedy=remedy)
+            remedy = f"Every line of such a run has {count} fields: fix it, or remove it"
+            raise InputError(f"{len(fields)} fields, not a line of {RUNS[kind]}", file=path, row=number, remedy=remedy)
         yield Ranked(fields[0], fields[document], _number(fields[-1 if kind == "tevatron" else -2]))
 
 
 def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
-    """The rows of a table of relevance judgments, which may be as TREC writes them: query, 0, document, grade."""
+    """The rows of a table of relevance judgments, possibly in TREC's format: query, 0, document, grade."""
     for path in table.paths:
         first = _first_line(path) if locate(path) in ("file", "url") else b""
         fields, kind = first.split(), _kind_of(first)
         if kind == "trec" or (kind and not table.dialect.header):
-            raise _refused(path, kind, "Name relevance judgments: query, 0, document, grade")
+            raise _refused(path, kind, "Use relevance judgments: query, 0, document, grade")
         if len(fields) == _JUDGED and fields[1] in (b"0", b"Q0"):
-            _log.info("reading %s, relevance judgments as TREC writes them", path)
+            _log.info("reading %s, relevance judgments in TREC format", path)
             yield from _judged(path, columns)
         else:
             yield from chunks(table._replace(paths=(path,)), columns)
@@ -92,7 +92,7 @@ def _judged(path: str, columns: Sequence[Column]) -> Chunks:
 
 
 def _refused(path: str, kind: Run, remedy: str) -> InputError:
-    problem = f"this is {RUNS[kind]}. It is a ranking, which names candidates and no positives"
+    problem = f"this is {RUNS[kind]}. It is a ranking, which lists candidates but no positives"
     return InputError(problem, file=path, row=1, remedy=remedy)
 
 
@@ -104,13 +104,13 @@ def _kind_of(line: bytes) -> Run | None:
     fields = line.split()
     if len(fields) == _RANKED and (fields[1] == b"Q0" or (fields[1] == b"0" and _is_decimal(fields[4]))):
         return "trec"
-    # A blank would tell of texts.
+    # Spaces would indicate texts.
     between_tabs = len(fields) == _SCORED == len(line.split(b"\t"))
     return "tevatron" if between_tabs and _is_decimal(fields[2]) else None
 
 
 def _is_decimal(field: bytes) -> bool:
-    """Whether it is a number as scores are; a grade or a rank is a whole one."""
+    """Whether it is a number like a score; grades and ranks are integers."""
     try:
         float(field)
     except ValueError:

@@ -312,7 +312,7 @@ BAD: list[tuple[list[str], type[Exception], str]] = [
     (["index.kind=PQ8x12"], ConfigError, r"codes of 4,096 words.*the corpus has 3,000: set fewer bits"),
     (["index.kind=OPQ4,IVF2,PQ4x12"], ConfigError, r"codes of 4,096 words.*or index.kind: stream"),
     (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*the file does not exist"),
-    (["index.kind=flat", "index.trained=x.faiss"], ConfigError, r"index.trained needs index.kind"),
+    (["index.kind=flat", "index.trained=x.faiss"], ConfigError, r"index.trained requires index.kind"),
 ]
 
 

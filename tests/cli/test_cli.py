@@ -145,7 +145,7 @@ def test_4_a_run_directory_in_use(folder: Path) -> None:
 def test_5_damage_is_found_named_and_made_good(folder: Path) -> None:
     config, run_dir = folder / "config.yaml", folder / "run"
     whole = small.output(run_dir)
-    assert re.fullmatch(rf"\d+ files in {run_dir} are whole\.\n", small.run("verify", config).out)
+    assert re.fullmatch(rf"\d+ files in {run_dir} are intact\.\n", small.run("verify", config).out)
     part = next((run_dir / "search").iterdir())
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
@@ -189,7 +189,7 @@ def test_1_an_unexpected_error_is_one_short_paragraph(folder: Path, monkeypatch:
         assert (outcome.code, outcome.out) == (1, "")
         assert outcome.err == (
             "negpipe: unexpected RuntimeError: boom \\x1b[31m. This is a bug; finished parts are kept."
-            " Run the same command with --debug for the trace.\n"
+            " Run the same command with --debug for the traceback.\n"
         )
         traced = small.run(command, folder / "config.yaml", "--debug")
         assert traced.code == 1
@@ -202,7 +202,7 @@ def test_an_explained_error_keeps_its_exit_code_with_debug(folder: Path) -> None
     outcome = small.run("mine", folder / "config.yaml", "--set", "data.path=./nowhere", "--debug")
     assert outcome.code == 3
     assert "Traceback" in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("negpipe: ./nowhere: there is no such file or folder")
+    assert outcome.err.splitlines()[-1].startswith("negpipe: ./nowhere: file or folder not found")
 
 
 def test_130_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_130_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "mine", interrupt)
     outcome = small.run("mine", folder / "config.yaml")
     assert outcome.code == 130
-    assert "Interrupted. Finished parts are kept: run the same command to go on." in outcome.err
+    assert "Interrupted. Finished parts are kept: run the same command again to resume." in outcome.err
 
 
 def test_a_run_directory_that_is_a_file(folder: Path) -> None:

@@ -48,7 +48,10 @@ def test_plan_of_a_cluster(finished: Path) -> None:
     nodes = str(Path(__file__).parents[2] / "configs/cluster/nodes.yaml")
     words = ["plan", str(finished / "config.yaml"), "--cluster", nodes, "--nodes", "1,8"]
     rows = [*csv.DictReader(io.StringIO(small.run(*words, "--format", "csv").out))]
-    assert [(row["nodes"], row["stage"]) for row in rows if row["stage"] == "search"] == [("1", "search"), ("8", "search")]
+    assert [(row["nodes"], row["stage"]) for row in rows if row["stage"] == "search"] == [
+        ("1", "search"),
+        ("8", "search"),
+    ]
     assert json.loads(small.run(*words, "--format", "json").out)
 
 

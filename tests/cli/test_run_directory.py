@@ -82,7 +82,7 @@ def test_what_changes_is_shown_and_kept_once_it_is_made(tmp_path: Path, monkeypa
     plain = small.run("status", "runs/small")
     assert "was made with" not in plain.err
     status = small.run("status", "runs/small", "--set", "mining.num_negatives=2")
-    assert "mining.num_negatives: 2, the run was made with 3" in status.err
+    assert "mining.num_negatives: 2; the run was made with 3" in status.err
     assert status.err.count("was made with") == 1
     failed = small.run("mine", "runs/small", "--set", "data.path=nowhere/at/all")
     assert failed.code == 3
@@ -120,7 +120,7 @@ def test_secrets_are_asked_for_or_taken_from_the_environment(tmp_path: Path, mon
     assert "s3cret" not in path.read_text(encoding="utf-8")
     with pytest.raises(ConfigError) as missing:
         load_config("run")
-    assert re.search(r"--set 'data.path=…', or in the environment as NEGPIPE_DATA_PATH", str(missing.value))
+    assert re.search(r"--set 'data.path=…' or the environment variable NEGPIPE_DATA_PATH", str(missing.value))
     assert "NEGPIPE_DATA_CORPUS_PATH" in str(missing.value)
     monkeypatch.setenv("NEGPIPE_DATA_PATH", f"[{json.dumps(SECRET)}, data]")
     config = load_config("run", [f"data.corpus={SECRET}"])
@@ -160,7 +160,7 @@ def test_a_change_is_what_it_is_on_top_of_the_config(
 
 def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
     (tmp_path / ".negpipe").mkdir()
-    assert "config was not kept" in small.run("status", tmp_path).err
+    assert "run directory without a stored config" in small.run("status", tmp_path).err
     assert small.run("status", tmp_path).code == 2
 
 

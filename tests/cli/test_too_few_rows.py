@@ -70,7 +70,7 @@ def test_fewer_rows_than_asked_for_are_a_failure_that_repeats_nothing(tmp_path: 
         assert done.code == code
         assert "triplets: up to date" in done.err  # it is no part of what rows are
     assert (
-        f"{most} rows, output.min_rows asks for {most + 1}"
+        f"{most} rows, but output.min_rows is {most + 1}"
         in small.run("triplets", config, "--set", f"output.min_rows={most + 1}").err
     )
 

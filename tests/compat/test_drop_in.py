@@ -158,14 +158,14 @@ def test_cross_encoder(world: World, run_dir: Path, cutoff: dict[str, float]) ->
         ({"num_negatives": 0}, "num_negatives must be at least 1, got 0"),
         ({"range_min": 3, "range_max": 3}, r"range_min \(3\) must be at least 0 and below range_max \(3\)"),
         ({"range_min": -1}, r"range_min \(-1\) must be at least 0"),
-        ({"range_max": 2}, "3 negatives do not fit into the ranks 0 to 2"),
+        ({"range_max": 2}, "3 negatives do not fit in the ranks 0 to 2"),
         ({"faiss_batch_size": 0}, "faiss_batch_size must be at least 1, got 0"),
         (
             {"output_format": "triplets"},
             "output_format must be one of 'triplet', 'n-tuple', 'labeled-pair', 'labeled-list', got 'triplets'",
         ),
         ({"dataset": {"query": [], "answer": []}}, "the dataset is empty"),
-        ({"dataset": {"query": ["a"]}}, "needs two columns, anchors and positives; it has 'query'"),
+        ({"dataset": {"query": ["a"]}}, "must have two columns, anchors and positives; it has 'query'"),
     ],
 )
 def test_what_it_refuses_we_refuse(world: World, wrong: dict[str, Any], message: str) -> None:

@@ -117,7 +117,7 @@ TEXTS = ["a", "b"]
         ({"dataset": iter(RECORDS)}, "dataset", "a list of dicts"),
         ({"dataset": {"question": "a", "answer": "b"}}, "dataset", "a list in each column"),
         ({"dataset": {"question": TEXTS, "answer": ["x"]}}, "dataset", "differ in length"),
-        ({"dataset": pd.DataFrame([["a", "x", "y"]], columns=["q", "a", "a"])}, "dataset", "a name of its own"),
+        ({"dataset": pd.DataFrame([["a", "x", "y"]], columns=["q", "a", "a"])}, "dataset", "a unique name"),
         ({"dataset": []}, "dataset", "rows of an anchor and a positive"),
         ({"dataset": {}}, "dataset", "rows of an anchor and a positive"),
         ({"dataset": pd.DataFrame()}, "dataset", "rows of an anchor and a positive"),

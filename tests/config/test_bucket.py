@@ -48,8 +48,8 @@ def test_a_folder_stays_a_folder() -> None:
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("gs://bucket/run", "gs:// is no place to write to.*s3:// alone.*Take s3://BUCKET/PREFIX, or a folder"),
-        ("s3://key:secret@bucket/run", "credentials have no place in a config: set AWS_PROFILE"),
+        ("gs://bucket/run", "gs:// is not supported.*s3:// only.*Use s3://BUCKET/PREFIX or a folder"),
+        ("s3://key:secret@bucket/run", "a config must not contain credentials: set AWS_PROFILE"),
         ("s3://Bucket/run", "expected s3://BUCKET/PREFIX"),
         ("s3://bucket/../run", "expected s3://BUCKET/PREFIX"),
         ("s3://", "expected s3://BUCKET/PREFIX"),
@@ -63,7 +63,7 @@ def test_what_is_no_bucket_to_write_to(address: Any, said: str) -> None:
 
 
 def test_what_it_does_not_go_with() -> None:
-    with pytest.raises(ConfigError, match="store: a run_dir in a bucket keeps its parts there: leave it out"):
+    with pytest.raises(ConfigError, match="store: a run_dir in a bucket stores its parts there: remove it"):
         loaded(URL, store="elsewhere")
     trained = loaded(URL, train={})
     with pytest.raises(ConfigError, match="ablate makes several runs, in folders on a disk, not in s3://my-bucket"):

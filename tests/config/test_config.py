@@ -58,16 +58,16 @@ def test_unknown_keys_get_the_nearest_known_name(override: str, message: str) ->
         ("mining.rank_over=both", ["mining.rank_over: ", "'raw' or 'survivors'", "(got 'both')"]),
         ("mining.exclude=[positive_id, nope]", ["mining.exclude.1: ", "'anchor_text'", "(got 'nope')"]),
         ("mining.range_min=192", ["mining: mining.range_max (192) must be above mining.range_min (192)"]),
-        ("mining.range_max=2", ["mining: the window of 2 ranks", "mining.num_negatives (3)", "ask for fewer"]),
-        ("search.depth=100", ["search.depth (100) is below mining.range_max (192)", "leave it null"]),
+        ("mining.range_max=2", ["mining: the window of 2 ranks", "mining.num_negatives (3)", "lower num_negatives"]),
+        ("search.depth=100", ["search.depth (100) is below mining.range_max (192)", "set it to null"]),
         ("encoder.model=null", ["encoder: backend 'flagembedding' needs encoder.model"]),
         ("encoder.backend=precomputed", ["encoder: backend 'precomputed' needs encoder.corpus_vectors and"]),
         ("encoder.query_max_length=1", ["encoder.query_max_length: ", "(got 1)"]),
-        ("data.path=null", ["data: the source is missing: give data.path"]),
-        ("data.format=columns", ["data: format 'columns' needs data.corpus"]),
+        ("data.path=null", ["data: the source is missing: set data.path"]),
+        ("data.format=columns", ["data: format 'columns' requires data.corpus"]),
         ("data.format=bier", ["data.format: ", "'beir'", "(got 'bier')"]),
-        ("data.corpus=5", ["data.corpus: expected settings, some of path, split, subset, table (got 5)"]),
-        ("mining=5", ["mining: expected settings, some of ", "num_negatives", "(got 5)"]),
+        ("data.corpus=5", ["data.corpus: expected a section with keys from path, split, subset, table (got 5)"]),
+        ("mining=5", ["mining: expected a section with keys from ", "num_negatives", "(got 5)"]),
         ("executor.workers=0", ["executor.workers: ", "(got 0)"]),
         ("resources.memory_budget=1MB", ["resources.memory_budget: 1,000,000 bytes are too few: set 64MiB or more"]),
         ("resources.memory_budget=3 parsecs", ["resources.memory_budget: '3 parsecs'", "write for example 2GiB"]),
@@ -166,9 +166,9 @@ def test_a_text_is_taken_as_it_stands(override: str, value: Any) -> None:
     [
         ("seed", "expected key=value"),
         ("=3", "expected key=value"),
-        ("seed.deep=3", "'seed' holds a value"),
+        ("seed.deep=3", "'seed' is a value"),
         ("seed=[1", "not valid YAML"),
-        ("data.path.more=1", "'path' holds a value"),
+        ("data.path.more=1", "'path' is a value"),
     ],
 )
 def test_a_bad_override_is_quoted(override: str, fragment: str) -> None:
@@ -198,7 +198,7 @@ def test_memory_in_units(written: str, count: int) -> None:
 def test_a_share_of_the_machine() -> None:
     assert load_config(LEAST, ["resources.memory_budget=25%"]).resources.memory_budget == machine.memory() // 4
     for wrong in ("0%", "130%", "some%"):
-        with pytest.raises(ConfigError, match="no share of this machine's memory"):
+        with pytest.raises(ConfigError, match="is not a share of this machine's memory"):
             load_config(LEAST, [f"resources.memory_budget={wrong}"])
 
 
@@ -292,7 +292,7 @@ def test_the_commands_about_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["x", "{}", "{} {} {}", "{0}", "{instruction}{text}", "{"])
 def test_instruction_formats_hold_both_places(form: str) -> None:
     settings = {"run_dir": "x", "data": {"path": "d"}, "encoder": {"model": "m", "query_instruction_format": form}}
-    with pytest.raises(ConfigError, match="query_instruction_format must hold two"):
+    with pytest.raises(ConfigError, match="query_instruction_format must contain two"):
         load_config(settings)
 
 

@@ -158,9 +158,9 @@ def test_models_that_do_not_tell_tokens_are_refused(tiny: Path, tmp_path: Path) 
     SentenceTransformer(modules=[Router.for_query_document(*ways)]).save(str(tmp_path / "routed"))
     for name in ("static", "routed"):
         encoder = by(tmp_path / name, "sentence-transformers", 96)
-        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* leave it out"):
+        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* remove it"):
             encoders.check_tokens(encoder, str(tmp_path / name))
-        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* leave it out"):
+        with pytest.raises(ConfigError, match=r"encoder\.batch_tokens: .* remove it"):
             loaded(encoder)
         encoders.check_tokens(settings(tmp_path / name, "sentence-transformers"), str(tmp_path / name))
     encoders.check_tokens(by(tiny, "sentence-transformers", 96), str(tiny))

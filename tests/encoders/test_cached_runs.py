@@ -298,7 +298,7 @@ def test_a_plan_does_not_count_what_the_cache_had(source: Source) -> None:
 
 def test_brought_vectors_have_no_cache(tmp_path: Path) -> None:
     small.build(tmp_path)
-    with pytest.raises(ConfigError, match=r"encoder\.cache keeps what a model makes"):
+    with pytest.raises(ConfigError, match=r"encoder\.cache stores vectors made by a model"):
         load_config(small.settings(tmp_path), [f"encoder.cache={tmp_path}"])
 
 

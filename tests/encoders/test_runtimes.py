@@ -275,7 +275,9 @@ def test_weights_that_int8_does_not_hold_are_refused(tiny: Path, tmp_path: Path,
         if name.endswith("dense.weight"):
             value[:, 0] *= 1e6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"the model is not itself.*encoder\.runtime to torch, or encoder\.precision"):
+    with pytest.raises(
+        InputError, match=r"the model gives different vectors.*encoder\.runtime to torch, or encoder\.precision"
+    ):
         of(folder, "onnx", "int8")
     assert folders(cache) == []
 
@@ -302,7 +304,7 @@ def test_a_model_without_a_transformer_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "text": 1}, unk_token="a"))
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(tmp_path / "static"))
     with pytest.raises(
-        ConfigError, match=r"encoder\.runtime: 'onnx' runs transformers .* set encoder\.runtime to torch"
+        ConfigError, match=r"encoder\.runtime: 'onnx' requires transformers .* set encoder\.runtime to torch"
     ):
         of(tmp_path / "static", "onnx")
 
@@ -310,7 +312,10 @@ def test_a_model_without_a_transformer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"runtime": "onnx", "backend": "flagembedding"}, "'onnx' is not for backend 'flagembedding': set backend to"),
+        (
+            {"runtime": "onnx", "backend": "flagembedding"},
+            "'onnx' does not support backend 'flagembedding': set backend to",
+        ),
         ({"runtime": "openvino", "device": "cuda:1"}, "'openvino' runs on a CPU, not on 'cuda:1'"),
         ({"precision": "int8"}, "'torch' does not compute in int8: set .* or runtime to onnx or openvino"),
         ({"runtime": "onnx", "precision": "bfloat16"}, "'onnx' does not compute in bfloat16.*torch or openvino"),

@@ -105,7 +105,7 @@ CHANGES = {
 def test_a_server_that_changes_in_the_middle_costs_no_part(server: ModelServer, tmp_path: Path, what: str) -> None:
     run = run_of(tmp_path, tree(server, http={"concurrency": 1}))
     server.faults.extend([Fault(), Fault(), Fault(), CHANGES[what]])
-    with pytest.raises(InputError, match=f"before with 32|answers as '{CHANGES[what].name}'"):
+    with pytest.raises(InputError, match=f"previously of 32|serves the model '{CHANGES[what].name}'"):
         run.mine()
     made = run.committed("encode")
     sent = len(server.texts)
@@ -167,7 +167,7 @@ def test_a_missing_key_is_said_before_the_source_is_read(server: ModelServer, tm
 def test_a_document_that_is_refused_is_named(server: ModelServer, tmp_path: Path) -> None:
     run = run_of(tmp_path, tree(server))
     server.refuses = "Title 17 document 17".__eq__
-    with pytest.raises(InputError, match=r"corpus, id 'd17': the server refuses this text.*answers 400"):
+    with pytest.raises(InputError, match=r"corpus, id 'd17': the server rejects this text.*returns 400"):
         run.mine()
 
 
@@ -260,8 +260,8 @@ def test_no_secret_is_shown_or_written(server: ModelServer, tmp_path: Path, monk
         ):
             outcome = small.run(*command)
             shown.append(outcome.out + outcome.err)
-        assert "answers 401" in shown[0] and "Again in" in shown[0] and "rows in" in shown[1]
-        assert "url is no address" in shown[4] and "never write the key itself" in shown[5]
+        assert "returns 401" in shown[0] and "Retrying in" in shown[0] and "rows in" in shown[1]
+        assert "url is not an address" in shown[4] and "never put the key itself" in shown[5]
         config.unlink()
         written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         for secret in secrets:

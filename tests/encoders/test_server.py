@@ -128,7 +128,7 @@ def test_no_answer_in_time_is_asked_again(server: ModelServer) -> None:
 
 def test_two_vectors_with_one_index_are_no_answer(server: ModelServer) -> None:
     server.order = lambda data: [*data[:-1], data[0]]
-    with pytest.raises(TaskFailedError, match=r"broken answer.*two vectors have the index 0"):
+    with pytest.raises(TaskFailedError, match=r"malformed response.*two vectors have the index 0"):
         asked(asking(server))
 
 
@@ -150,7 +150,7 @@ def test_a_wait_of_hours_is_an_error_at_once(server: ModelServer) -> None:
 
 def test_it_gives_up_after_so_many_times(server: ModelServer) -> None:
     server.always = Fault(503, said="the GPU is on holiday")
-    with pytest.raises(TaskFailedError, match=r"503.*the GPU is on holiday.*asked 4 times.*Parts that are made stay"):
+    with pytest.raises(TaskFailedError, match=r"503.*the GPU is on holiday.*tried 4 times.*Finished parts are kept"):
         asked(asking(server), texts=TEXTS[:3])
     assert len(server.tried) == 4
 
@@ -158,11 +158,11 @@ def test_it_gives_up_after_so_many_times(server: ModelServer) -> None:
 @pytest.mark.parametrize(
     ("status", "requests", "message"),
     [
-        (401, 1, r"answers 401: .*no such key.*encoder\.http\.key_env"),
-        (403, 1, r"answers 403: .*no such key.*encoder\.http\.key_env"),
-        (404, 1, r"answers 404: .*no such key.*encoder\.http\.url.*encoder\.model"),
-        (301, 1, r"answers 301"),
-        (400, 2, r"answers 400: .*no such key.*any text.*encoder\.model"),  # the second: with any other text too?
+        (401, 1, r"returns 401: .*no such key.*encoder\.http\.key_env"),
+        (403, 1, r"returns 403: .*no such key.*encoder\.http\.key_env"),
+        (404, 1, r"returns 404: .*no such key.*encoder\.http\.url.*encoder\.model"),
+        (301, 1, r"returns 301"),
+        (400, 2, r"returns 400: .*no such key.*any text.*encoder\.model"),  # the second: with any other text too?
     ],
 )
 def test_what_does_not_pass_is_an_error_at_once(server: ModelServer, status: int, requests: int, message: str) -> None:
@@ -175,7 +175,7 @@ def test_what_does_not_pass_is_an_error_at_once(server: ModelServer, status: int
 @pytest.mark.parametrize("bad", [0, 17, 44])
 def test_a_text_that_is_refused_is_named(server: ModelServer, bad: int) -> None:
     server.refuses = TEXTS[bad].__eq__
-    with pytest.raises(InputError, match=r"answers 400.*this is too much.*longer than the model reads") as caught:
+    with pytest.raises(InputError, match=r"returns 400.*this is too much.*longer than the model accepts") as caught:
         asked(asking(server, http={"batch_texts": 10}))
     assert caught.value.row == bad
 
@@ -197,10 +197,10 @@ def test_a_vector_that_is_none_is_named_by_its_row(server: ModelServer, api: str
 
 def test_another_model_is_an_error(server: ModelServer) -> None:
     server.faults.extend([Fault(), Fault(name="huge")])
-    with pytest.raises(InputError, match=r"answers as 'huge', not as 'tiny'.*encoder\.http\.answers_as"):
+    with pytest.raises(InputError, match=r"serves the model 'huge', not 'tiny'.*encoder\.http\.answers_as"):
         asked(asking(server, http={"batch_texts": 10, "concurrency": 1}))
     server.name = "tiny-v2"
-    with pytest.raises(InputError, match="answers as 'tiny-v2'"):
+    with pytest.raises(InputError, match="serves the model 'tiny-v2'"):
         asked(asking(server, "tei"))
     for api in APIS:
         assert asked(asking(server, api, http={"answers_as": "tiny-v2"})).shape == (len(TEXTS), 32)
@@ -208,14 +208,14 @@ def test_another_model_is_an_error(server: ModelServer) -> None:
 
 def test_a_model_that_changes_behind_tei_is_an_error_before_a_part_is_whole(server: ModelServer) -> None:
     encoder = asking(server, "tei", http={"batch_texts": 10})
-    with served.opened(encoder, 1) as opened, pytest.raises(InputError, match="answers as 'huge'"):
+    with served.opened(encoder, 1) as opened, pytest.raises(InputError, match="serves the model 'huge'"):
         for _ in opened.encode(TEXTS, "passage", ignore):
             server.name = "huge"
 
 
 def test_another_dimension_is_an_error(server: ModelServer) -> None:
     server.faults.extend([Fault(), Fault(change=lambda vectors: [vector[:16] for vector in vectors])])
-    with pytest.raises(InputError, match="vectors of 16 numbers, before with 32"):
+    with pytest.raises(InputError, match="vectors of 16 dimensions, previously of 32"):
         asked(asking(server, http={"batch_texts": 10, "concurrency": 1}))
 
 
@@ -225,7 +225,7 @@ def test_truncate_dim_beyond_the_vectors(server: ModelServer) -> None:
 
 
 def test_nobody_at_the_address_is_said_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"nothing answers at http://127\.0\.0\.1:1/.*encoder\.http\.url"):
+    with pytest.raises(ConfigError, match=r"no server at http://127\.0\.0\.1:1/.*encoder\.http\.url"):
         asked(asking("http://127.0.0.1:1", http={"retries": 100}))
 
 
@@ -237,7 +237,7 @@ def test_a_server_that_goes_away_is_waited_for(model: Model, server: ModelServer
             next(blocks)
             gone.always = Fault(drops=True)  # on the connections that it still has
             gone.stop()
-            with pytest.raises(TaskFailedError, match=r"does not answer.*asked 3 times"):
+            with pytest.raises(TaskFailedError, match=r"does not respond.*tried 3 times"):
                 list(blocks)
 
 

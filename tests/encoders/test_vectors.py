@@ -137,7 +137,7 @@ def test_repeats_are_compared_some_at_a_time(tmp_path: Path, monkeypatch: pytest
     assert opened(parquet(tmp_path, columns), rows=999).of(ids, others, [[-1]] * 3)[1] == 1
     twice[-1] += 1
     columns["vector"] = list(twice)
-    with pytest.raises(InputError, match="is here again with another vector"):
+    with pytest.raises(InputError, match="appears again with a different vector"):
         opened(parquet(tmp_path, columns), rows=999)
 
 
@@ -161,7 +161,7 @@ def broken(found: InputError) -> tuple[int | None, str | None, str]:
 @pytest.mark.parametrize(
     ("columns", "row", "field", "fragment"),
     [
-        ({"id": [*IDS, IDS[2]], "vector": [*MATRIX, MATRIX[3]]}, 23, "id", "the id of row 2 is here again"),
+        ({"id": [*IDS, IDS[2]], "vector": [*MATRIX, MATRIX[3]]}, 23, "id", "the id of row 2 appears again"),
         ({"id": [*IDS[:8], None, *IDS[9:]], "vector": list(MATRIX)}, 8, "id", "there is no id"),
         ({"vector": [*MATRIX[:12], MATRIX[0][:3], *MATRIX[13:]]}, 12, "vector", "a vector of 4 numbers"),
         ({"vector": [*MATRIX[:12], None, *MATRIX[13:]]}, 12, "vector", "a vector of 4 numbers"),
@@ -172,7 +172,7 @@ def broken(found: InputError) -> tuple[int | None, str | None, str]:
         ({"id": IDS}, None, "encoder.corpus_vectors", "one column of float lists"),
         ({"v": [[1, 2]] * ROWS}, None, "encoder.corpus_vectors", "one column of float lists"),
         ({"v": list(MATRIX[:5])}, None, "encoder.corpus_vectors", "5 vectors for 23 rows"),
-        ({"v": pa.array([], pa.list_(pa.float32()))}, None, "encoder.corpus_vectors", "the file holds no vector"),
+        ({"v": pa.array([], pa.list_(pa.float32()))}, None, "encoder.corpus_vectors", "the file contains no vectors"),
     ],
 )
 def test_what_is_wrong_with_a_parquet_file(
@@ -241,7 +241,7 @@ def test_any_flipped_bit_of_a_header_is_explained(bit: int, tmp_path: Path) -> N
 
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"vectors come as \.npy or \.parquet"):
+    with pytest.raises(InputError, match=r"vectors must be \.npy or \.parquet"):
         opened(tmp_path / "v.pt")
 
 

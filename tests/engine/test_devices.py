@@ -110,8 +110,8 @@ def test_vectors_that_are_brought_need_no_device(tmp_path: Path) -> None:
     [
         (["encoder.device=gpu"], r"encoder\.device: 'gpu' is not a device: write cpu, cuda or cuda:1"),
         (["encoder.devices=[cuda:0, cuda0]"], r"encoder\.devices\.1: 'cuda0' is not a device"),
-        (["search.device=mps"], r"search\.device: 'mps' makes no products here"),
-        (["encoder.device=cpu", "encoder.devices=[cuda:0]"], r"device and devices both say .*: remove one"),
+        (["search.device=mps"], r"search\.device: 'mps' is not supported for search"),
+        (["encoder.device=cpu", "encoder.devices=[cuda:0]"], r"device and devices are alternatives: remove one"),
     ],
 )
 def test_devices_that_are_none_are_refused_by_the_config(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def test_no_secret_of_a_url_is_shown_or_written(tmp_path: Path) -> None:
         assert SECRET not in shown[-1], command
     assert "13 rows" not in shown[3]
     assert "memory://store/p.jsonl?***, row 13, field 'anchor'" in shown[0]
-    assert "rows of the source were left out" in shown[3]
+    assert "source rows were skipped" in shown[3]
     assert "memory://store/p.jsonl?***" in (tmp_path / "work/run/.negpipe/ingest/manifest.json").read_text()
     assert "memory://store/p.jsonl?***" in (tmp_path / "work/run/rejected.jsonl").read_text()
     written = everything(tmp_path / "work/run") + everything(tmp_path / "hub")
@@ -699,5 +699,5 @@ def test_archives_are_no_source(tmp_path: Path) -> None:
         "mine", small.build(tmp_path / "in"), "--set", "data.format=pairs", "--set", f"data.path={tmp_path}/p.tar.gz"
     )
     assert outcome.code == 3
-    assert "unknown kind of file '.tar'" in outcome.err
+    assert "unknown file extension '.tar'" in outcome.err
     assert not list(tmp_path.rglob("escape*"))

@@ -143,7 +143,7 @@ def test_every_command_that_looks_at_a_run(local: Path, tmp_path: Path, bucket: 
     shutil.rmtree(tmp_path / "a")
     said = {
         "status": "current",
-        "verify": f"files in {URL} are whole",
+        "verify": f"files in {URL} are intact",
         "audit": "",
         "plan": "",
         "report": "report.html",

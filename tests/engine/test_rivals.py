@@ -206,7 +206,7 @@ def test_signals(
     process = interrupted(run, stage, "executor.workers=2", parts=1, how=SIGNALS[how])
     assert process.returncode == (130 if how == "Ctrl-C" else 143)
     log = run.log.read_text(encoding="utf-8")
-    assert "run the same command to go on" in log
+    assert "run the same command again to resume" in log
     assert "Traceback" not in log
     workers = [part["provenance"]["pid"] for part in run.committed(stage)]
     deadline = time.monotonic() + 10
@@ -262,7 +262,7 @@ def test_a_library_that_does_not_listen_does_not_keep_the_run_from_ending() -> N
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=10)
     assert process.returncode == 143
-    assert b"run the same command to go on" in log
+    assert b"run the same command again to resume" in log
 
 
 def test_a_query_that_is_interrupted_is_no_bug() -> None:

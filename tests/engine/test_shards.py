@@ -168,7 +168,7 @@ def test_the_command_line_refuses(tmp_path: Path) -> None:
         (["work", "encode", config, "--shard", "one"], 2, "--shard one: expected I/N"),
         (["work", "ingest", config], 2, f"run `negpipe ingest {config}`"),
         (["commit", "ingest", config], 2, f"run `negpipe ingest {config}`"),
-        (["work", "train", config], 2, "these are encode, index, search and triplets"),
+        (["work", "train", config], 2, "choose from encode, index, search and triplets"),
         (["work", "encode", config], 3, "encode needs the output of ingest, which is missing"),
         (["commit", "search", config], 3, "search needs the output of ingest, which is missing"),
     ):

@@ -410,14 +410,14 @@ def test_without_the_setting_nothing_is_asked_for(tmp_path: Path) -> None:
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.split and eval_split \('test'\)"):
         config_of(tmp_path, "run", "train.eval_split=test")
-    with pytest.raises(ConfigError, match=r"train\.split\.by: 'url' needs the column.*data\.extra\.corpus"):
+    with pytest.raises(ConfigError, match=r"train\.split\.by: 'url' requires the column.*data\.extra\.corpus"):
         config_of(tmp_path, by="url")
     for share in (0, 1):
         with pytest.raises(ConfigError, match=r"train\.split\.test"):
             config_of(tmp_path, test=share)
     # A split that is divided may be called as the one that is held out by default.
     assert config_of(tmp_path, "run", "data.split=test").train
-    with pytest.raises(ConfigError, match="hold a part of this one out"):
+    with pytest.raises(ConfigError, match="hold out a share of this one"):
         config_of(tmp_path, "run", "data.split=test", "train.split=null")
     # What a process reads that another one wrote is the same config.
     config = config_of(tmp_path)
@@ -431,14 +431,14 @@ def test_one_group(by: str, remedy: str, tmp_path: Path) -> None:
         source.judged += [(f"q{at}", "d0", 1) for at in range(1, 20)]
     else:
         source.documents = {name: (text, "one") for name, (text, _) in source.documents.items()}
-    with pytest.raises(InputError, match="all 20 anchors are one group") as raised:
+    with pytest.raises(InputError, match="all 20 anchors are in one group") as raised:
         graph.mine(config_of(source.write(tmp_path), by=by), only="ingest")
     assert raised.value.field == "train.split" and raised.value.remedy and remedy in raised.value.remedy
 
 
 @pytest.mark.parametrize(("share", "empty"), [(0.001, "test"), (0.999, "train")])
 def test_an_empty_side(share: float, empty: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"no anchor is on the {empty} side: of 20 groups") as raised:
+    with pytest.raises(InputError, match=f"no anchors on the {empty} side: the largest of 20 groups") as raised:
         graph.mine(config_of(alone(20).write(tmp_path), test=share), only="ingest")
     assert raised.value.field == "train.split" and raised.value.remedy and "train.split.test" in raised.value.remedy
 

@@ -82,7 +82,7 @@ def test_a_killed_pass_goes_on_behind_what_it_noted(
     assert 0 < noted["document"] < 60_000
     caplog.set_level("INFO")
     again = mined(config, allowed)
-    assert f"goes on behind {noted['pieces']} pieces" in caplog.text
+    assert f"resuming after {noted['pieces']} pieces" in caplog.text
     assert again.stats == fresh.stats
     assert parts(again.run_dir) == parts(fresh.run_dir)
     assert not begun(tmp_path)
@@ -172,7 +172,7 @@ def test_pieces_are_cut_by_their_content_however_it_comes(tmp_path: Path, monkey
     assert list(tables._blocks(path)) == whole
     monkeypatch.setattr(tables, "opened", lambda path: Reluctant(opened(path), 50_000))
     found: list[Any] = []
-    with pytest.raises(InputError, match=r"row \d+: the file cannot be read on \(the line is dead\)"):
+    with pytest.raises(InputError, match=r"row \d+: the rest of the file cannot be read \(the line is dead\)"):
         found.extend(tables._blocks(path))
     assert found == whole[: len(found)]
 

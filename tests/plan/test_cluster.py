@@ -182,7 +182,7 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
     outcome = small.run("plan", path, "--cluster", file, "--nodes", "1,8,64", "--set", "index.kind=stream")
     assert outcome.code == 0, outcome.err
     assert "100,000,000 documents x 768 numbers, 1,000,000 anchors" in outcome.out
-    for heading in ("1 node ", "8 nodes", "64 nodes", "bound by", "together"):
+    for heading in ("1 node ", "8 nodes", "64 nodes", "bound by", "total"):
         assert heading in outcome.out
 
     file.write_text(yaml.safe_dump({**NODE, **SHARED}))
@@ -201,7 +201,7 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
         ({"cores": None}, "cores: "),
         ({"cores": 0}, "cores: Input should be greater than or equal to 1"),
         ({"disk_bandwidth": "fast"}, "disk_bandwidth: 'fast' is not a bandwidth: write for example 25Gbit/s"),
-        ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: 8 nodes share one run directory"),
+        ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: required, as 8 nodes share one run directory"),
         ({"job": {"anchors": -1}}, "job.anchors: "),
         ({"rates": {"products": 0}}, "rates.products: "),
     ],
@@ -219,9 +219,9 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "nodes.yaml"
     file.write_text(yaml.safe_dump({**NODE, "job": JOB}))
     for options, said in (
-        (("--nodes", "8"), "--nodes needs --cluster FILE"),
-        (("--cluster", file, "--nodes", "8,x"), "--nodes 8,x: expected numbers of nodes"),
-        (("--cluster", file, "--nodes", "8"), "network_bandwidth: 8 nodes share one run directory"),
+        (("--nodes", "8"), "--nodes requires --cluster FILE"),
+        (("--cluster", file, "--nodes", "8,x"), "--nodes 8,x: expected node counts"),
+        (("--cluster", file, "--nodes", "8"), "network_bandwidth: required, as 8 nodes share one run directory"),
         (("--cluster", tmp_path / "none.yaml"), "none.yaml cannot be read"),
     ):
         outcome = small.run("plan", path, *options)

@@ -31,7 +31,7 @@ def test_a_disk_too_small_for_the_plan_is_said(tmp_path: Path, monkeypatch: pyte
     shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
     assert re.search(r"encode missing .* refused, see below", shown)
     assert re.search(r"encode: vectors and search results take about [\d,]+ bytes in .*, 1,000 bytes are free", shown)
-    assert re.search(r"What is to be made takes [\d.]+ kB: make room, or set run_dir", shown)
+    assert re.search(r"The run needs [\d.]+ kB: free up space, or set run_dir", shown)
 
 
 def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     bad = good.model_copy(update={"trust_remote_code": True})
     first, killed, ended, last = time_models([good, bad, bad, good], str(deadly), texts, DEFAULT)
     assert isinstance(first, Timed) and isinstance(last, Timed) and len(last.vectors) == 8
-    assert isinstance(killed, TaskFailedError) and "ended with -9" in str(killed)
+    assert isinstance(killed, TaskFailedError) and "exited with -9" in str(killed)
     assert isinstance(ended, TaskFailedError) and "ended with 1: " in str(ended) and "a reason" in str(ended)
     # Read once a process, so that of float32, which gains nothing by it, would be that of bfloat16, which does.
     assert note.read_text() == "16"
@@ -172,7 +172,7 @@ def test_a_way_that_hangs_is_left_out(tiny: Path, tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(timing, "_LIMIT", 5.0)
             hung = next(answers)
-        assert isinstance(hung, TaskFailedError) and "it gave no answer in 5 s" in str(hung)
+        assert isinstance(hung, TaskFailedError) and "no answer in 5 s" in str(hung)
         assert isinstance(next(answers), Timed)
 
 
@@ -183,7 +183,7 @@ def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
     assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +100\.0% +[01]\.\d{3} +as configured", shown)
-    assert re.search(r"mined for \d+ anchors among 40 documents", " ".join(shown.split()))
+    assert re.search(r"from mining \d+ anchors among 40 documents", " ".join(shown.split()))
     assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +[01]\.\d{3} +other vectors", shown)
     assert max(map(len, shown[shown.index("encoder ") : shown.index("index.kind")].splitlines())) <= 80
     assert "precision" not in small.run("plan", config, "--no-probe").out

@@ -362,10 +362,10 @@ def test_stand_ins_are_labelled_as_what_they_are(searched: Run, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--range-min", "0,x"], "--range-min 0,x: expected numbers"),
-        (["--sampling", "best"], "'best' is none of top"),
-        (["--plot", "leak.pdf"], "ends in .svg or .png"),
-        (["--near-anchors", "0.9", "--second", "x.yaml"], "take one"),
+        (["--range-min", "0,x"], "--range-min 0,x: expected comma-separated numbers"),
+        (["--sampling", "best"], "'best' is not one of top"),
+        (["--plot", "leak.pdf"], "ending in .svg or .png"),
+        (["--near-anchors", "0.9", "--second", "x.yaml"], "use only one"),
         (["--set", "mining.num_negatives=0", "--set", "mining.num_random=2"], "only mined negatives can be calibrated"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_run_is_no_source(name: str, form: str, tmp_path: Path) -> None:
         changes += [f"data.{side}={path}" for side, path in tables.items()]
     done = small.run("ingest", tmp_path / "config.yaml", *(part for one in changes for part in ("--set", one)))
     assert done.code == 3
-    assert "a ranking, which names candidates and no positives" in done.err.replace("\n", " ")
+    assert "a ranking, which lists candidates but no positives" in done.err.replace("\n", " ")
     assert name in done.err
 
 
@@ -170,7 +170,7 @@ def test_a_run_is_no_source(name: str, form: str, tmp_path: Path) -> None:
 def test_inspect_says_what_a_run_is(name: str, tmp_path: Path) -> None:
     run = write(tmp_path / name, RUNS[name])
     done = small.run("inspect", run)
-    assert done.code == 0 and "lines: 3, anchors: 2, documents of an anchor: median 1, fewest 1, most 2" in done.out
+    assert done.code == 0 and "lines: 3, anchors: 2, documents per anchor: median 1, fewest 1, most 2" in done.out
     assert f"negpipe audit CONFIG --file {run}" in done.out
     found: dict[str, Any] = json.loads(small.run("inspect", run, "--rows", "2", "--json").out)["run"]
     assert (found["lines"], found["anchors"], found["whole"]) == (2, 1, False)

@@ -770,15 +770,15 @@ def test_hub_is_pushed_when_asked(mined: Run, tmp_path: Path, monkeypatch: pytes
     ("options", "said"),
     [
         ({"to": "beir"}, "expected one of flagembedding"),
-        ({"to": "hub", "compress": True}, "compressed already"),
-        ({"to": "nemo", "run": True}, "tevatron has"),
+        ({"to": "hub", "compress": True}, "already compressed"),
+        ({"to": "nemo", "run": True}, "use tevatron"),
         ({"to": "jsonl", "push_to_hub": "me/x"}, "--to hub"),
         ({"to": "jsonl", "shard_rows": 0}, "1 or more"),
-        ({"to": "nemo", "out": "train.json"}, "name of a folder"),
-        ({"to": "tevatron", "out": "train.jsonl"}, "name of a folder"),
-        ({"to": "trec-run", "out": "run.txt"}, r"a file, with \.trec"),
-        ({"to": "jsonl", "out": "x.jsonl", "shard_rows": 5}, "names one file"),
-        ({"to": "jsonl", "out": "x.jsonl", "compress": True}, "ends in .gz"),
+        ({"to": "nemo", "out": "train.json"}, "use a folder without a suffix"),
+        ({"to": "tevatron", "out": "train.jsonl"}, "use a folder without a suffix"),
+        ({"to": "trec-run", "out": "run.txt"}, r"a file with \.trec"),
+        ({"to": "jsonl", "out": "x.jsonl", "shard_rows": 5}, "is one file"),
+        ({"to": "jsonl", "out": "x.jsonl", "compress": True}, "must end in .gz"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
@@ -802,7 +802,7 @@ def test_what_is_there_is_replaced_only_by_force(mined: Run, tmp_path: Path) -> 
 def test_force_spares_the_run(mined: Run, tmp_path: Path, place: str) -> None:
     run = mined.copied(tmp_path / "run")
     before = run.content()
-    with pytest.raises(ConfigError, match="no export"):
+    with pytest.raises(ConfigError, match="not an export"):
         export(run, "jsonl", run.folder / place, force=True)
     assert run.content() == before
 

@@ -517,14 +517,14 @@ def test_extra_columns_of_a_pool(tmp_path: Path) -> None:
     found = {row["text"]: row[EXTRA + "url"] for row in run.tables("documents").to_pylist()}
     assert found == {"x": "X", "y": "Y", "z": "Z", "w": None}
     assert run.tables("anchors")[EXTRA + "type"].to_pylist() == ["t"]
-    with pytest.raises(ConfigError, match=r"data\.extra\.corpus needs data\.corpus"):
+    with pytest.raises(ConfigError, match=r"data\.extra\.corpus requires data\.corpus"):
         run_of(tmp_path, (4, 1), format="flagembedding", path=pairs, extra=extra).mine(only="ingest")
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"corpus": ["site"]}, r"corpus\.jsonl, row 1, field 'site': there is no such column\. Columns here: .*url"),
+        ({"corpus": ["site"]}, r"corpus\.jsonl, row 1, field 'site': column not found\. Columns here: .*url"),
         ({"queries": ["site"]}, r"queries\.jsonl, row 1, field 'site'.*data\.extra\.queries"),
         ({"corpus": ["tags"]}, r"corpus\.jsonl, row 2, field 'tags': an extra column cannot hold a list"),
     ],

@@ -175,15 +175,15 @@ def test_the_option_is_the_setting_and_people_are_told(tmp_path: Path) -> None:
     assert "corpus.jsonl, row 2: broken JSON" in refused.err
     refused = small.run("mine", config, "--max-bad-rows", 1)
     assert refused.code == 3
-    assert "corpus.jsonl, row 5, field 'text': expected a text, got 4; there are more bad rows" in refused.err
+    assert "corpus.jsonl, row 5, field 'text': expected a text, got 4; the source has more bad rows" in refused.err
     mined = small.run("mine", config, "--max-bad-rows", 2)
     assert mined.code == 0, mined.err
-    assert f"2 rows of the source were left out: {tmp_path}/run/{NAME}" in mined.out
+    assert f"2 source rows were skipped: {tmp_path}/run/{NAME}" in mined.out
     kept = yaml.safe_load((tmp_path / "run/.negpipe/config.yaml").read_text(encoding="utf-8"))
     assert kept["data"]["max_bad_rows"] == 2  # so that what comes next needs no more than the run directory
     assert "rejected rows 2" in mined.err
     status = small.run("status", config, "--set", "data.max_bad_rows=2")
-    assert f"ingest: 2 rows of the source were left out, see {NAME}" in status.out
+    assert f"ingest: 2 source rows were skipped, see {NAME}" in status.out
     assert [line.split()[1] for line in status.out.splitlines()[1:6]] == ["current"] * 5
     # Vectors are matched to the rows of the source, so those of the rows behind are still their own.
     whole = small.build(tmp_path / "whole")
@@ -268,19 +268,19 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
         ["document id 'd0' appears again", "row 1"],
     ),
     "an integer and a text that print the same": ("jsonl", add("corpus.jsonl", doc(7), doc("7", "y")), 8, ["id '7'"]),
-    "beir: no document": ("beir", put("corpus.jsonl"), None, ["holds no document", "data.path"]),
-    "beir: no query": ("beir", put("queries.jsonl"), None, ["holds no query"]),
+    "beir: no document": ("beir", put("corpus.jsonl"), None, ["contains no documents", "data.path"]),
+    "beir: no query": ("beir", put("queries.jsonl"), None, ["contains no queries"]),
     "beir: qrels without a row": (
         "beir",
         put("qrels/train.tsv", b"query-id\tcorpus-id\tscore"),
         None,
         ["no relevance judgment"],
     ),
-    "jsonl: no document": ("jsonl", put("corpus.jsonl", b"", b"  "), None, ["holds no document"]),
+    "jsonl: no document": ("jsonl", put("corpus.jsonl", b"", b"  "), None, ["contains no documents"]),
     "csv: an empty file": ("csv", put("corpus.csv"), 1, ["the file is empty", "header"]),
-    "parquet: no row": ("parquet", put("qrels.parquet"), None, ["no such column"]),
-    "pairs: nothing": ("pairs", put("p.jsonl"), None, ["holds no document"]),
-    "pool: nothing": ("flagembedding", put("f.jsonl", b'{"query": "q", "pos": []}'), None, ["holds no document"]),
+    "parquet: no row": ("parquet", put("qrels.parquet"), None, ["column not found"]),
+    "pairs: nothing": ("pairs", put("p.jsonl"), None, ["contains no documents"]),
+    "pool: nothing": ("flagembedding", put("f.jsonl", b'{"query": "q", "pos": []}'), None, ["contains no documents"]),
     "beir: all grades are zero": ("beir", column("qrels/train.tsv", "score", [0] * 3), None, ["grade 1 or more"]),
     "beir: all grades are negative": ("beir", column("qrels/train.tsv", "score", [-1] * 3), None, ["data.min_grade"]),
     "parquet: ids of floats": (
@@ -302,7 +302,7 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
         "parquet",
         put("corpus.parquet", {"url": "x", "body": "y"}),
         None,
-        ["no such column", "url, body", "data.columns"],
+        ["column not found", "url, body", "data.columns"],
     ),
     "csv: quotes in the middle": (
         "csv",
@@ -321,9 +321,14 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
     "csv: separated by tabs": ("csv", put("qrels.csv", b"query-id\tcorpus-id\tscore"), 1, ["not separated by commas"]),
     "tsv: separated by commas": ("beir", put("qrels/train.tsv", b"query-id,corpus-id,score"), 1, ["separated by tabs"]),
     "tsv: separated by spaces": ("beir", put("qrels/train.tsv", b"query-id corpus-id score"), 1, ["separated by tabs"]),
-    "tsv: no header": ("beir", put("qrels/train.tsv", b"q0\td0\t1"), 1, ["no such column", "no header"]),
-    "csv: no header": ("csv", put("qrels.csv", b"q0,d0,1"), 1, ["no such column", "no header"]),
-    "csv: a column twice": ("csv", put("qrels.csv", b"query-id,corpus-id,corpus-id"), 1, ["two columns", "Rename"]),
+    "tsv: no header": ("beir", put("qrels/train.tsv", b"q0\td0\t1"), 1, ["column not found", "no header"]),
+    "csv: no header": ("csv", put("qrels.csv", b"q0,d0,1"), 1, ["column not found", "no header"]),
+    "csv: a column twice": (
+        "csv",
+        put("qrels.csv", b"query-id,corpus-id,corpus-id"),
+        1,
+        ["duplicate column name", "Rename"],
+    ),
     "jsonl: other names": ("jsonl", named("_id", "name", "queries.jsonl"), 1, ["field '_id'", "data.columns.query_id"]),
     "parquet: other names": ("parquet", named("text", "body", "corpus.parquet"), None, ["field 'text'", "data.text"]),
     "pairs: other names": ("pairs", named("anchor", "asked", "p.jsonl"), 1, ["field 'anchor'", "data.columns.anchor"]),
@@ -544,7 +549,7 @@ VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "denormal": (changed(6, 1e-45), 6, ["document 'd6'", "too small or too large to scale", "about length 1"]),
     "denormal in a file of float64": (changed(6, 1e-310, np.float64), 6, ["document 'd6'", "zero"]),
     "too large to scale": (changed(6, 3e38), 6, ["document 'd6'", "too small or too large to scale"]),
-    "too few rows": (vectors(GOOD[:-1]), None, ["39 vectors for 40 rows", "one vector a source row"]),
+    "too few rows": (vectors(GOOD[:-1]), None, ["39 vectors for 40 rows", "one vector per source row"]),
     "one dimension": (vectors(GOOD.ravel()), None, ["matrix of floats", "shape (320,)"]),
     "three dimensions": (vectors(GOOD[None]), None, ["matrix of floats"]),
     "vectors of nothing": (vectors(np.empty((40, 0), np.float32)), None, ["matrix of floats"]),
@@ -561,10 +566,10 @@ TABLES_OF_VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "mixed dimensions": (
         table(id=IDS, v=[*GOOD[:20], np.ones(5, np.float32), *GOOD[21:]]),
         20,
-        ["8 numbers", "one dimension"],
+        ["8 numbers", "the same dimension"],
     ),
     "mixed dimensions between parts": (table(id=IDS, v=[*GOOD[:36], *np.ones((4, 3), np.float32)]), 36, ["8 numbers"]),
-    "no vector": (table(id=IDS, v=[*GOOD[:-1], None]), 39, ["8 numbers", "one dimension"]),
+    "no vector": (table(id=IDS, v=[*GOOD[:-1], None]), 39, ["8 numbers", "the same dimension"]),
     "a null in a vector": (table(id=IDS, v=[[1.0, None] * 4, *GOOD[1:].tolist()]), 0, ["not finite"]),
     "NaN": (
         table(id=IDS, v=[*GOOD[:11], np.full(8, np.nan, np.float32), *GOOD[12:]]),
@@ -572,7 +577,7 @@ TABLES_OF_VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
         ["document 'd11'", "not finite"],
     ),
     "no id": (table(id=[*IDS[:-1], None], v=list(GOOD)), 39, ["there is no id", "every vector an id"]),
-    "an id twice": (table(id=[*IDS[:-1], "d3"], v=list(GOOD)), 39, ["the id of row 3", "another vector"]),
+    "an id twice": (table(id=[*IDS[:-1], "d3"], v=list(GOOD)), 39, ["the id of row 3", "a different vector"]),
     "an id missing": (table(id=[*IDS[:-1], "e"], v=list(GOOD)), None, ["no vector for id 'd39'"]),
     "another schema": (table(id=IDS, v=IDS), None, ["one column of float lists", "id, v"]),
     "two columns of vectors": (table(a=list(GOOD), b=list(GOOD)), None, ["one column of float lists"]),

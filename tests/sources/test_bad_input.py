@@ -100,12 +100,12 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "corpus without its text column": (
         rename_key("corpus.jsonl", "text", "body"),
         "",
-        ["corpus.jsonl, row 1, field 'text'", "no such column", "_id, title, body", "data.text"],
+        ["corpus.jsonl, row 1, field 'text'", "column not found", "_id, title, body", "data.text"],
     ),
     "queries without their text column": (
         rename_key("queries.jsonl", "text", "body"),
         "",
-        ["queries.jsonl, row 1, field 'text'", "no such column", "data.columns.query_text"],
+        ["queries.jsonl, row 1, field 'text'", "column not found", "data.columns.query_text"],
     ),
     "judgments without a column": (
         lambda folder: (folder / "data/qrels/train.tsv").write_text("query\tcorpus-id\nq1\td1\n"),
@@ -155,17 +155,17 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "no anchor has a positive": (
         lambda folder: None,
         "data.min_grade=2",
-        ["data, field 'data.split'", "positive of grade 2.0 or more in split 'train'", "Splits there are: train"],
+        ["data, field 'data.split'", "positive of grade 2.0 or more in split 'train'", "Available splits: train"],
     ),
     "no such split": (
         lambda folder: None,
         "data.split=dev",
-        ["qrels/dev.tsv, field 'split'", "Splits here: train", "data.split"],
+        ["qrels/dev.tsv, field 'split'", "Available splits: train", "data.split"],
     ),
     "broken line": (
         lambda folder: (folder / "data/corpus.jsonl").write_text('{"_id": "d0", "text": "x"}\n{"_id": '),
         "",
-        ["corpus.jsonl, row 2", "broken JSON", "one JSON object a line"],
+        ["corpus.jsonl, row 2", "broken JSON", "one JSON object per line"],
     ),
     "NaN in a document's vector": (
         poison("corpus.npy", 5, np.nan),
@@ -200,17 +200,17 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "vectors of two dimensions": (
         as_parquet(None, RAGGED),
         "",
-        ["corpus.parquet, row 20, field 'vector'", "8 numbers", "one dimension"],
+        ["corpus.parquet, row 20, field 'vector'", "8 numbers", "the same dimension"],
     ),
     "too few vectors": (
         save("corpus.npy", small.vectors(39, 1)),
         "",
-        ["corpus.npy, field 'encoder.corpus_vectors'", "39 vectors for 40 rows", "one vector a source row"],
+        ["corpus.npy, field 'encoder.corpus_vectors'", "39 vectors for 40 rows", "one vector per source row"],
     ),
     "too many vectors": (
         save("anchors.npy", small.vectors(13, 1)),
         "",
-        ["anchors.npy, field 'encoder.anchor_vectors'", "13 vectors for 12 rows", "one vector a source row"],
+        ["anchors.npy, field 'encoder.anchor_vectors'", "13 vectors for 12 rows", "one vector per source row"],
     ),
     "an id without a vector": (
         as_parquet(IDS[1:], small.vectors(39, 1)),
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "one id, two vectors": (
         as_parquet([*IDS, "d4"], small.vectors(41, 1)),
         "",
-        ["corpus.parquet, row 40, field 'id'", "the id of row 4", "another vector", "one vector an id"],
+        ["corpus.parquet, row 40, field 'id'", "the id of row 4", "a different vector", "one vector per id"],
     ),
     "whole numbers for vectors": (
         save("corpus.npy", np.ones((40, 8), np.int32)),
@@ -240,7 +240,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "no such folder": (
         lambda folder: None,
         "data.path=./dada",
-        ["./dada", "no such file or folder"],
+        ["./dada", "file or folder not found"],
     ),
 }
 
@@ -264,7 +264,7 @@ def test_window_smaller_than_the_negatives_asked_for(fresh: Path) -> None:
     outcome = small.run("mine", fresh / "config.yaml", "--set", "mining.range_max=2")
     assert outcome.code == 2
     assert "mining.num_negatives (3)" in outcome.err
-    assert "widen the window or ask for fewer" in outcome.err
+    assert "widen the window or lower num_negatives" in outcome.err
     assert not (fresh / "run").exists()
 
 
@@ -309,11 +309,11 @@ def test_a_depth_beyond_the_corpus_is_clamped(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "fragments"),
     [
-        ("./no/such/model", ["no folder './no/such/model'", "pkg://PACKAGE/FOLDER"]),
+        ("./no/such/model", ["folder './no/such/model' not found", "pkg://PACKAGE/FOLDER"]),
         ("pkg://no_such_package/model", ["no_such_package", "not installed", "pip install"]),
         ("pkg://numpy/nowhere", ["package 'numpy' has no folder 'nowhere'"]),
-        ("nobody/no-such-model", ["'nobody/no-such-model'", "the hub does not give it", "Check the name"]),
-        ("FOLDER", ["holds no config.json", "save_pretrained"]),
+        ("nobody/no-such-model", ["'nobody/no-such-model'", "not available on the hub", "Check the name"]),
+        ("FOLDER", ["contains no config.json", "save_pretrained"]),
     ],
 )
 def test_a_model_that_is_not_there_is_known_before_the_source_is_read(

@@ -116,7 +116,7 @@ def test_negatives_and_labels_are_not_left_out_in_silence(tmp_path: Path, caplog
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
     records = read(path=str(tmp_path / "p.jsonl"), format="pairs")
     assert [one.grade for one in records if isinstance(one, Judgment)] == [1.0, None]
-    assert "not read: hard_neg, label" in caplog.text and "data.columns.label" in caplog.text
+    assert "ignored columns: hard_neg, label" in caplog.text and "data.columns.label" in caplog.text
     records = read(path=str(tmp_path / "p.jsonl"))
     assert [one.grade for one in records if isinstance(one, Judgment)] == [0.0, None], "a pair with the label 0"
 

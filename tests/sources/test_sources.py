@@ -202,7 +202,7 @@ def test_columns_from_a_dataset_repository() -> None:
     one = plain(sources.read(data(format="columns", qrels={"path": "repo-qrels", "split": "test"}, **tables)))
     assert one[2502:] == [("train", "8", "3", 2.0, False)]  # the named split makes the anchors
     tables["queries"]["split"] = "dev"
-    with pytest.raises(InputError, match=r"repo, field 'split'.*no split 'dev'.*queries"):
+    with pytest.raises(InputError, match=r"repo, field 'split'.*split 'dev' not found.*queries"):
         sources.read(data(format="columns", qrels="repo-qrels", **tables))
     tables["queries"]["subset"] = "topics"
     with pytest.raises(InputError, match=r"repo: the subset 'topics' of this dataset cannot be loaded .*corpus"):
@@ -266,7 +266,7 @@ def test_remote_files_are_read_and_told_apart_by_version() -> None:
     assert sources.revision(source) == first
     put("three")
     assert sources.revision(source) != first
-    with pytest.raises(InputError, match=r"memory://store/none.jsonl: there is no such file"):
+    with pytest.raises(InputError, match=r"memory://store/none.jsonl: file not found"):
         sources.revision(data(format="pairs", path="memory://store/none.jsonl"))
 
 
@@ -301,7 +301,7 @@ def test_a_pinned_hub_revision_needs_no_network() -> None:
 
 @pytest.mark.parametrize("template", ["{}", "{a.b}", "{a[0]}", "{a:>9}", "{a!r}", "{a", "a}", "plain"])
 def test_bad_templates(template: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.text: .*Write for example '\{title\} \{text\}'"):
+    with pytest.raises(ConfigError, match=r"data\.text: .*Use for example '\{title\} \{text\}'"):
         sources.read(data(path=beir(), text=template))
 
 
@@ -313,7 +313,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"corpus": '{"_id": "d1", "text": "a"}\n{"_id"\n'}, "broken", "broken JSON", "corpus.jsonl", 2, None, "one JSON"),
     ({"corpus": [CORPUS[0], ["d2"]]}, "broken", "not a JSON object", "corpus.jsonl", 2, None, "every line"),
     ({"corpus": b'{"_id": "d1", "text": "\xff"}\n'}, "broken", "UTF-8 at byte 23", "corpus.jsonl", 1, None, "Save"),
-    ({"corpus": doc(text="\ud800")}, "broken", "surrogate", "corpus.jsonl", 2, "text", "whole character"),
+    ({"corpus": doc(text="\ud800")}, "broken", "surrogate", "corpus.jsonl", 2, "text", "complete character"),
     ({"corpus": doc(text="")}, "empty_text", "is empty", "corpus.jsonl", 2, "text", "data.on_empty"),
     ({"corpus": doc(text=None)}, "empty_text", "null", "corpus.jsonl", 2, "text", "data.on_empty"),
     ({"corpus": doc(text=["x"])}, "type", "a list", "corpus.jsonl", 2, "text", "Write a string"),
@@ -326,7 +326,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"qrels": QRELS + "q1\td2\thigh\n"}, "type", "'high' is not a number", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\td2\tnan\n"}, "type", "'nan' is not a number", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\t\t1\n"}, "missing", "no id", "train.tsv", 3, "corpus-id", "an id"),
-    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "separators"),
+    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "delimiters"),
 ]
 
 
@@ -357,13 +357,13 @@ QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (NO_HEADER, r"train.tsv, row 1, field 'query-id': there is no such column.*no header"),
+        (NO_HEADER, r"train.tsv, row 1, field 'query-id': column not found.*no header"),
         (COMMAS, r"train.tsv, row 1, field 'query-id': .*not separated by tabs"),
         (QUOTES, r"train.tsv, row 3: broken quoting"),
         ({"qrels": ""}, r"train.tsv, row 1: the file is empty"),
         ({"qrels": QRELS.encode() + b"q1\td\xff\t1\n"}, r"train.tsv, row 3: invalid UTF-8 at byte 4"),
         ({"qrels": QRELS.replace("corpus-id", "what")}, r"field 'corpus-id': .*query-id, what, score.*qrels_corpus_id"),
-        ({"qrels": QRELS.replace("score", "corpus-id")}, r"field 'corpus-id': two columns have this name"),
+        ({"qrels": QRELS.replace("score", "corpus-id")}, r"field 'corpus-id': duplicate column name"),
         ({"corpus": [{"_id": "1", "words": "x"}]}, r"corpus.jsonl, row 1, field 'text': .*_id, words.*data.text"),
         ({"corpus": [{"name": "1", "text": "x"}]}, r"corpus.jsonl, row 1, field '_id': .*data.columns.corpus_id"),
         ({"queries": [{"_id": "1", "asked": "x"}]}, r"queries.jsonl, row 1, field 'text': .*data.columns.query_text"),
@@ -380,20 +380,20 @@ def test_missing_things_name_what_is_near() -> None:
     Path("data/cut.jsonl.gz").write_bytes(gzip.compress(b'{"anchor": "a", "positive": "b"}\n' * 99)[:-9])
     Path("data/fake.parquet").write_bytes(b"nothing of the kind")
     for path, message in {
-        "./data/scifct": r"\./data/scifct: there is no such file or folder.*Near it: data/scifact",
-        "data/scifact/corpora.jsonl": r"corpora.jsonl: there is no such file.*corpus.jsonl",
-        "data/scifct": r"data/scifct: this dataset cannot be loaded.*without internet.*Near it: data/scifact",
-        "data/notes.md": r"notes.md: unknown kind of file '.md'.*Known: .jsonl",
-        "data/cut.jsonl.gz": r"cut.jsonl.gz, row \d+: the file cannot be read on",
+        "./data/scifct": r"\./data/scifct: file or folder not found.*Similar names: data/scifact",
+        "data/scifact/corpora.jsonl": r"corpora.jsonl: file or folder not found.*corpus.jsonl",
+        "data/scifct": r"data/scifct: this dataset cannot be loaded.*offline.*Similar names: data/scifact",
+        "data/notes.md": r"notes.md: unknown file extension '.md'.*Supported: .jsonl",
+        "data/cut.jsonl.gz": r"cut.jsonl.gz, row \d+: the rest of the file cannot be read",
         "data/fake.parquet": r"fake.parquet: not a readable Parquet file",
-        "nowhere://x/p.jsonl": r"nowhere://x/p.jsonl: this kind of address cannot be opened",
+        "nowhere://x/p.jsonl": r"nowhere://x/p.jsonl: this type of address is not supported",
     }.items():
         with pytest.raises(InputError, match=message):
             list(sources.read(data(format="pairs", path=path)))
     with pytest.raises(InputError, match=r"neither the hub nor the local cache"):
         sources.revision(data(format="pairs", path="data/scifct"))
     Path("data/scifact/queries.jsonl").unlink()
-    with pytest.raises(InputError, match=r"data/scifact/queries.jsonl: there is no such file.*A BEIR folder has"):
+    with pytest.raises(InputError, match=r"data/scifact/queries.jsonl: file not found.*A BEIR folder has"):
         sources.read(data(format="beir", path="data/scifact"))
     with pytest.raises(InputError, match=r"notes.md: a BEIR source is a folder.*data.format: columns"):
         sources.read(data(format="beir", path="data/notes.md"))
@@ -402,7 +402,7 @@ def test_missing_things_name_what_is_near() -> None:
 def test_a_repository_without_judgments_beside_it() -> None:
     repository("alone")
     Path("alone-qrels").rename("elsewhere")
-    with pytest.raises(InputError, match=r"alone-qrels: there is no such folder.*data.format: columns"):
+    with pytest.raises(InputError, match=r"alone-qrels: folder not found.*data.format: columns"):
         sources.read(data(format="beir", path="alone"))
 
 
@@ -510,7 +510,7 @@ def test_a_packed_file_that_was_cut_is_an_error(kind: str) -> None:
     rows = [{"anchor": f"query {i}", "positive": f"{random.Random(i).random()} {i}"} for i in range(3000)]
     content = packed(kind, "".join(json.dumps(row) + "\n" for row in rows).encode())
     Path(f"cut.jsonl.{kind}").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=rf"cut.jsonl.{kind}, row \d+: the file cannot be read on"):
+    with pytest.raises(InputError, match=rf"cut.jsonl.{kind}, row \d+: the rest of the file cannot be read"):
         list(sources.read(data(format="pairs", path=f"cut.jsonl.{kind}")))
 
 

@@ -166,7 +166,7 @@ def test_no_export_replaces_the_store(variants: tuple[Run, Run], tmp_path: Path)
     first.mine()
     before = stored(tmp_path / "store")
     for place in ("store", "store/encode", "."):
-        with pytest.raises(ConfigError, match="no export"):
+        with pytest.raises(ConfigError, match="not an export"):
             export(load_config(first.config), Options(to="jsonl", out=tmp_path / place, force=True))
     assert stored(tmp_path / "store") == before
 

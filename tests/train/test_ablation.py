@@ -154,9 +154,9 @@ def test_an_arm_that_cannot_be_trained_leaves_the_others(mined: Run, tmp_path: P
 def test_what_is_wrong_with_an_arm_is_known_first(mined: Run, tmp_path: Path) -> None:
     run = mined.at(tmp_path / "run")
     for own, sets, words in (
-        ({"a": {"seed": 7}}, ["default"], "'a' sets seed, which ablate.seeds are for"),
+        ({"a": {"seed": 7}}, ["default"], "'a' sets seed, which is set by ablate.seeds"),
         ({"a": {"train": {"split": {"test": 0.5}}}}, ["default"], "train.split.test, which would judge"),
-        ({"a": {"run_dir": "elsewhere"}}, ["default"], "every cell has of its own"),
+        ({"a": {"run_dir": "elsewhere"}}, ["default"], "which is set separately for every cell"),
         ({"a": {"mining.no_such": 1}}, ["default"], "the arm 'a'"),
         ({"default": {}}, ["default"], "another"),
         ({"a b": {}, "a-b": {}}, ["default"], "share the folder"),

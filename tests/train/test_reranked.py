@@ -180,12 +180,12 @@ def test_the_card_tells_of_a_reranker(reranked: Run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["output.format=triplet"], "takes output.format labeled-list, not triplet: set it"),
-        (["output.format=labeled-pair"], "takes output.format labeled-list"),
-        (["train.loss=BinaryCrossEntropyLoss"], "takes output.format labeled-pair"),
-        (["train.loss=MarginMSELoss"], "takes output.format triplet or n-tuple, not labeled-list: set one of them"),
-        (["train.loss=CachedGISTEmbedLoss"], "trains no reranker: take BinaryCrossEntropyLoss or LambdaLoss"),
-        (["train.kind=retriever", "train.loss=LambdaLoss"], "trains no retriever: take Mult"),
+        (["output.format=triplet"], "requires output.format labeled-list, not triplet: set it"),
+        (["output.format=labeled-pair"], "requires output.format labeled-list"),
+        (["train.loss=BinaryCrossEntropyLoss"], "requires output.format labeled-pair"),
+        (["train.loss=MarginMSELoss"], "requires output.format triplet or n-tuple, not labeled-list: set one of them"),
+        (["train.loss=CachedGISTEmbedLoss"], "cannot train a reranker: use BinaryCrossEntropyLoss or LambdaLoss"),
+        (["train.kind=retriever", "train.loss=LambdaLoss"], "cannot train a retriever: use Mult"),
         (["train.matryoshka=[8]"], "no vectors"),
         (["train.negatives=false"], "train: negatives|train.negatives"),
         (["encoder.backend=precomputed", "encoder.corpus_vectors=a", "encoder.anchor_vectors=b"], "train.kind"),

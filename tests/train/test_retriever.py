@@ -169,7 +169,7 @@ def test_bfloat16_is_close(still: Path, tmp_path: Path) -> None:
 def test_bfloat16_without_units_for_it_is_refused(still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", frozenset)
     rows, _ = write_rows(tmp_path, "triplet")
-    with pytest.raises(ConfigError, match=r"train\.precision: 'bfloat16' needs a CPU with units for it"):
+    with pytest.raises(ConfigError, match=r"train\.precision: 'bfloat16' needs a CPU that supports it"):
         train(config_of(still, "triplet", precision="bfloat16"), tmp_path, rows)
 
 

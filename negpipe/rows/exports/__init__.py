@@ -1,8 +1,8 @@
-"""Exports: units → the exact files that a trainer's own loader opens.
+"""Exports: units → the exact files that a trainer's loader opens.
 
-Guarantees, for every layout: ids and scores as `triplets` has them, where the layout has room; units without the
-negatives that a row needs are left out and counted, by reason; no NaN or Infinity in JSON; the output appears whole
-under its name or not at all; memory holds one block of units, whatever the size of the corpus and the output.
+Guarantees, for every layout: ids and scores are those of `triplets`, if the layout supports them; units that lack the
+negatives for a row are left out and counted by reason; no NaN or Infinity in JSON; the output is written atomically;
+memory holds one block of units, whatever the size of the corpus and the output.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".trec", ".run", ".txt",
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to export.
+    """Options of an export.
 
     Attributes:
         to: name of the layout.
-        out: the folder to make; or a file, where its suffix is the layout's and one file holds everything.
-        shard_rows: rows a file, at most.
+        out: the folder to create; or a file, if it has the suffix of the layout and one file is enough.
+        shard_rows: maximum rows per file.
         compress: gzip text.
-        run: tevatron, tevatron-passages: write the stored ranking too.
-        force: replace what is at `out`.
-        push_to_hub: hub: repository to upload to; it is made private if it is new.
+        run: tevatron, tevatron-passages: also write the stored ranking.
+        force: overwrite existing output.
+        push_to_hub: hub: repository to upload to; created as private if new.
 
     Raises:
-        ConfigError: the options do not go together.
+        ConfigError: the options are inconsistent.
     """
 
     to: str
@@ -80,7 +80,7 @@ class Options:
 
     @property
     def single(self) -> bool:
-        """Whether `out` names a file."""
+        """Whether `out` is a file."""
         suffix, name = self.layout.suffix, self.out.name
         return suffix is not None and (name.endswith(suffix) or (self.layout.text and name.endswith(f"{suffix}.gz")))
 
@@ -91,24 +91,24 @@ class Options:
     def _problems(self) -> Iterator[tuple[bool, str]]:
         yield self.to not in LAYOUTS, f"--to {self.to}: expected one of {', '.join(LAYOUTS)}"
         yield self.shard_rows is not None and self.shard_rows < 1, "--shard-rows: expected 1 or more"
-        yield self.compress and not self.layout.text, f"--gzip: {self.to} writes Parquet, which is compressed already"
+        yield self.compress and not self.layout.text, f"--gzip: {self.to} writes Parquet, which is already compressed"
         yield (
             self.run and not self.layout.runs,
-            f"--run: {self.to} has no run file, tevatron has; see --to trec-run",
+            f"--run: {self.to} has no run file; use tevatron, or --to trec-run",
         )
-        yield self.push_to_hub is not None and self.to != "hub", f"--push-to-hub goes with --to hub, not {self.to}"
+        yield self.push_to_hub is not None and self.to != "hub", f"--push-to-hub requires --to hub, not {self.to}"
         several = self.run or self.shard_rows is not None
-        yield self.single and several, f"--out {self.out} names one file, --shard-rows and --run make several"
+        yield self.single and several, f"--out {self.out} is one file, but --shard-rows and --run write several"
         file = self.out.suffix in _FILE_SUFFIXES and not self.single
-        other = f", or of a file, with {self.layout.suffix}" if self.layout.suffix else ""
-        yield file, f"--out {self.out} is no file of {self.to}: give the name of a folder, without a suffix{other}"
+        other = f", or a file with {self.layout.suffix}" if self.layout.suffix else ""
+        yield file, f"--out {self.out} is not a file for {self.to}: use a folder without a suffix{other}"
         plain = self.single and self.compress and self.out.suffix != ".gz"
-        yield plain, f"--gzip: give --out a name that ends in .gz, not {self.out.name}"
+        yield plain, f"--gzip: --out must end in .gz, not {self.out.name}"
 
 
 @dataclass
 class _Tally:
-    """What went by."""
+    """Counts of an export."""
 
     units: int = 0
     without: int = 0
@@ -136,13 +136,13 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         rows: lines or records.
         units: anchors; with `margin_reference: each`, pairs of anchor and positive.
-        without: units that were left out, since they have no negative.
-        short: units that were left out, since they have too few.
+        without: units left out because they have no negatives.
+        short: units left out because they have too few.
     """
 
     out: Path
@@ -169,13 +169,13 @@ def export(
 
     Args:
         corpus: ingest's documents.
-        slices: every anchor's candidates and units, see `Selector.slices`.
+        slices: candidates and units of every anchor, see `Selector.slices`.
         counts, encoder: facts for the dataset card, in words.
 
     Raises:
-        ConfigError: `out` is there, or holds what must not be replaced.
-        InputError: no anchor has a negative; the hub refused.
-        StorageError: the file system refused.
+        ConfigError: `out` exists, or contains something that must not be replaced.
+        InputError: no anchor has negatives; the hub rejected the upload.
+        StorageError: the file system rejected a write.
     """
     for root in {config.run_dir, config.store or config.run_dir}:
         _check_place(options, root)
@@ -193,16 +193,16 @@ def export(
         written = options.layout.write(job)
         if not written:
             raise InputError(
-                f"none of {tally.units:,} anchors has the negatives that a row of '{options.to}' needs",
+                f"none of {tally.units:,} anchors has enough negatives for a row of '{options.to}'",
                 field="mining",
-                remedy="Widen the window, lower the margins, or ask for fewer negatives",
+                remedy="Widen the window, lower the margins, or lower mining.num_negatives",
             )
         if options.to == "hub":
             _write_card(folder, config, options, written, tally, counts, encoder)
     done = Exported(options.out, written, tally.units, tally.without, tally.short)
-    reasons = ((done.without, "without a negative"), (done.short, "with too few negatives"))
+    reasons = ((done.without, "without negatives"), (done.short, "with too few negatives"))
     logger.info(
-        "export: %s rows of %s %s in %s%s",
+        "export: %s rows of %s %s to %s%s",
         f"{written:,}",
         f"{done.units - done.left_out:,}",
         "pairs" if config.mining.margin_reference == "each" else "anchors",
@@ -216,11 +216,11 @@ def export(
 
 
 def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, str]:
-    """Facts for the card: the encoder, and what tells its files or vectors from others.
+    """Facts for the card: the encoder, and the identity of its files or vectors.
 
     Args:
-        digests: of the model (a hub model's is its resolved revision) or of the vectors, and the model's own prompts,
-            by setting.
+        digests: of the model (for a hub model, its resolved revision) or of the vectors, and the model's prompts, by
+            setting.
     """
     named = {
         "backend": config.encoder.backend,
@@ -238,20 +238,20 @@ def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, st
 
 
 def _check_place(options: Options, run_dir: Path) -> None:
-    """--force takes the place of an earlier export, never that of a run or of the folder one stands in."""
+    """--force replaces an earlier export, but never a run or a parent of the working directory."""
     out, run = options.out.resolve(), run_dir.resolve()
     first = out.relative_to(run).parts[:1] if out.is_relative_to(run) else ()
     folders = {"rows", "ledger", "deeper"}
     of_run = any(name[0] == "." or name in folders or (run / ".negpipe" / name).exists() for name in first)
     if of_run or any(place.is_relative_to(out) for place in (run, Path.cwd())):
-        raise ConfigError(f"--out {options.out} would replace a folder that is no export: name another place")
+        raise ConfigError(f"--out {options.out} would replace a folder that is not an export: choose another path")
 
 
 def _warn(options: Options, tally: _Tally) -> None:
     if tally.unscored:
         logger.warning("export: %s of %s negatives have no score (null)", f"{tally.unscored:,}", f"{tally.negatives:,}")
     if options.gzip and not options.layout.reads_gzip:
-        logger.warning("export: the loader of %s opens plain files only: unpack them first", options.to)
+        logger.warning("export: the loader of %s opens plain files only: decompress them first", options.to)
 
 
 def _write_card(
@@ -292,7 +292,7 @@ def _push(folder: Path, repository: str) -> None:
         done: Any = api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise InputError(
-            f"the hub did not take {folder} as {repository}: {error}",
-            remedy="Log in with `hf auth login` or set HF_TOKEN; the folder is whole and can be uploaded by hand",
+            f"the hub rejected {folder} as {repository}: {error}",
+            remedy="Log in with `hf auth login` or set HF_TOKEN; the folder is complete and can be uploaded manually",
         ) from error
     logger.info("export: pushed to %s", done.commit_url)

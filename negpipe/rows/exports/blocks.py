@@ -1,6 +1,6 @@
 """Units in blocks that fit in memory, whatever the number of negatives and the length of a slice.
 
-A block holds whole units, each with at least one positive and one negative: no layout ever meets an
+A block contains complete units, each with at least one positive and one negative: no layout ever gets an
 empty list of negatives.
 """
 
@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Slices = Iterable[tuple[Candidates, Units]]
 
-_DOCUMENTS = 8192  # positives and negatives a block
+_DOCUMENTS = 8192  # positives and negatives per block
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Documents:
     """The positives, or the negatives, of a block's u units.
 
     Attributes:
-        rows: rows of the corpus, ragged by `offsets` (u + 1,); scores alike.
+        rows: rows of the corpus, ragged by `offsets` (u + 1,), as are the scores.
     """
 
     corpus: Rows
@@ -52,7 +52,7 @@ class Documents:
         return self.corpus.strings("text", self.rows)
 
     def lists(self, values: list[Any]) -> list[list[Any]]:
-        """Values of all documents, one list a unit."""
+        """Values of all documents, one list per unit."""
         return [values[low:high] for low, high in pairwise(self.offsets.tolist())]
 
     @property
@@ -65,7 +65,7 @@ class Documents:
 
     @property
     def score_lists(self) -> list[list[float | None]]:
-        """Scores as JSON takes them: what is no number is null."""
+        """Scores for JSON: null if not a number."""
         return self.lists([score if math.isfinite(score) else None for score in self.scores.tolist()])
 
 
@@ -74,7 +74,7 @@ class Block:
     """Some units of one slice.
 
     Attributes:
-        anchors: their rows of ingest's anchor table, one a unit.
+        anchors: their rows of ingest's anchor table, one per unit.
     """
 
     anchors: pa.Table
@@ -83,32 +83,32 @@ class Block:
 
     @property
     def ids(self) -> list[str]:
-        """Anchor ids, one a unit."""
+        """Anchor ids, one per unit."""
         return list(self.anchors["id"].to_pylist())
 
     @property
     def texts(self) -> list[str]:
-        """Anchor texts, one a unit."""
+        """Anchor texts, one per unit."""
         return list(self.anchors["text"].to_pylist())
 
     def pairs(self) -> tuple[Ints, Ints]:
-        """Every (unit, positive): the unit's number, and the positive's position in `positives`."""
+        """Every (unit, positive): the number of the unit, and the position of the positive in `positives`."""
         count = np.diff(self.positives.offsets)
         return np.repeat(np.arange(len(count)), count), np.arange(len(self.positives.rows))
 
 
 def has_negatives(ranked: Units, config: Config) -> Mask:
-    """(u,) whether a unit has a negative; a ranking that includes positives goes without them here."""
+    """(u,) whether a unit has a negative; positives in a ranking are ignored."""
     return ranked.only_negatives().counts > 0
 
 
 def has_all_negatives(ranked: Units, config: Config) -> Mask:
-    """(u,) whether a unit has all the negatives that were asked for."""
+    """(u,) whether a unit has all requested negatives."""
     return ranked.only_negatives().counts >= config.mining.wanted
 
 
 def blocks(slices: Slices, corpus: Rows, fewest: int = 1) -> Iterator[Block]:
-    """All units that have so many negatives, in order; a ranking that includes positives goes without them here."""
+    """All units with at least `fewest` negatives, in order; positives in a ranking are left out."""
     for _, ranked in slices:
         units = ranked.only_negatives()
         kept = np.flatnonzero(units.counts >= fewest)

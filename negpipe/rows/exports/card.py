@@ -1,4 +1,4 @@
-"""The dataset card of a hub export: what the rows are, where they come from, how to load them."""
+"""The dataset card of a hub export: its rows, their origin, and how to load them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def write(
     """Write README.md.
 
     Args:
-        name: what `load_dataset` takes.
-        counts: what was counted, in words.
-        scores: moments.summary of the scores of a side.
+        name: the argument of `load_dataset`.
+        counts: counts by description.
+        scores: moments.summary of the scores of each side.
         encoder: facts about the encoder, in words.
         columns: name and type of each.
     """
@@ -45,7 +45,7 @@ def write(
     }
     settings = yaml.safe_dump(described(config), sort_keys=False, allow_unicode=True)
     text = f"""---
-# license: to be added by whoever may give one for the texts
+# license: add one that covers the texts
 {yaml.safe_dump(front, sort_keys=False)}---
 
 # Hard negatives
@@ -95,5 +95,5 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is neither HTML nor another cell."""
+    """Text escaped for HTML and tables."""
     return html.escape(text, quote=False).replace("|", "\\|")

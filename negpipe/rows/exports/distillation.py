@@ -1,11 +1,11 @@
-"""Distillation data as LightOn publishes it: queries, documents, and lists of scored document ids.
+"""Distillation data in LightOn's layout: queries, documents, and lists of scored document ids.
 
-queries (query_id, text) and documents (document_id, text) are the texts, `train` in scores/ has one row an
-(anchor, positive) pair: query_id, document_ids with the positive first, scores aligned. README.md names the
-three as configs, so that `load_dataset(PATH, "train")` and its like open them.
+queries (query_id, text) and documents (document_id, text) are the texts; `train` in scores/ has one row per
+(anchor, positive) pair: query_id, document_ids with the positive first, and matching scores. README.md lists
+the three as configs, so that calls like `load_dataset(PATH, "train")` open them.
 
-distillation: every pair with a negative. pylate: pairs that have all negatives, since PyLate stacks the scores of a
-batch, and so does sentence-transformers' `resolve_ids` unless it keeps lists.
+distillation: every pair with a negative. pylate: pairs with all negatives, since PyLate stacks the scores of a batch,
+as does sentence-transformers' `resolve_ids` unless it keeps lists.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _write(job: Job, fewest: int = 1) -> int:
     ):
         for block in blocks(job.slices, job.corpus, fewest):
             referenced.add(block)
-            # With `margin_reference: each` an anchor has several units, one after another.
+            # With `margin_reference: each`, an anchor has several consecutive units.
             fresh = [name != before for before, name in pairwise([last, *block.ids])]
             last = block.ids[-1]
             queries.write(block.anchors.filter(pa.array(fresh)).rename_columns(["query_id", "text"]).cast(_QUERIES))

@@ -1,4 +1,4 @@
-"""Writing an export: text and Parquet files, in shards on request, under a final name only when whole."""
+"""Writes an export: text and Parquet files, optionally in shards, under the final name only when complete."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _GROUP_ROWS = 65536
 
 @contextmanager
 def published(out: Path, *, single: bool, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out`; when the block ends well it takes the name, or with `single` its one file does.
+    """A temporary folder next to `out`; on success it, or with `single` its only file, is renamed to `out`.
 
     Raises:
-        ConfigError: `out` is there and `force` is not set.
-        StorageError: the file system refused; what was there is still there.
+        ConfigError: `out` exists and `force` is not set.
+        StorageError: the file system rejected a write; existing output is kept.
     """
     if out.exists() and not force:
-        raise ConfigError(f"--out {out} is there already: name another place, or replace it with --force")
+        raise ConfigError(f"--out {out} already exists: choose another path, or overwrite it with --force")
     with growing(out, single=single) as folder:
         yield folder
 
 
 def shard_name(stem: str, suffix: str, number: int, shard_rows: int | None) -> str:
-    """A file of one table: train.jsonl, or with shards train-00000.jsonl and so on."""
+    """A file of a table: train.jsonl, or with shards train-00000.jsonl and so on."""
     return f"{stem}{suffix}" if shard_rows is None else f"{stem}-{number:05d}{suffix}"
 
 
@@ -55,7 +55,7 @@ class _Shards:
 
     @property
     def _room(self) -> int | None:
-        """Rows that still go into the open shard; None: any number."""
+        """Rows that still fit in the open shard; None: any number."""
         return None if self._shard_rows is None else self._shard_rows - self._in_shard
 
     def _count(self, rows: int) -> None:
@@ -64,16 +64,16 @@ class _Shards:
 
 
 def as_json(objects: Iterable[Any]) -> Iterator[str]:
-    """Each as JSON, on one line. Never NaN or Infinity: such a number raises ValueError."""
+    """Each object as JSON on one line. NaN and Infinity raise ValueError."""
     return (json.dumps(value, ensure_ascii=False, allow_nan=False) for value in objects)
 
 
 class TextFiles(_Shards):
-    """Rows of UTF-8 text, one a line.
+    """Rows of UTF-8 text, one per line.
 
     Args:
-        head: what every file begins with; `joint` stands between rows, `tail` at the end.
-        compress: gzip, the same bytes every time.
+        head: the start of every file; `joint` separates rows, `tail` is the end.
+        compress: gzip, with reproducible bytes.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """FlagEmbedding's fine-tuning JSONL: query, pos, neg, and scores for distillation.
 
-One line a unit. Its dataset class reads any file ending in .json or .jsonl and ignores further columns,
-so ids ride along; `pos` is always a list, `neg` is never empty.
+One line per unit. Its dataset class reads any file ending in .json or .jsonl and ignores further columns,
+so ids are included; `pos` is always a list, `neg` is never empty.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The YAML before a dataset card: which files are which config, for `load_dataset(FOLDER, NAME)`."""
+"""The YAML header of a dataset card: the files of each config, for `load_dataset(FOLDER, NAME)`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def configs(folder: Path, patterns: Mapping[str, str]) -> list[dict[str, Any]]:
         {
             "config_name": name,
             "data_files": [{"split": "train", "path": pattern}],
-            # `datasets` takes a cached copy for the folder whenever this YAML is the same, whatever the files hold.
+            # `datasets` reuses a cached copy of the folder if this YAML is the same, even if the files differ.
             "description": f"content {digest([file_digest(path) for path in sorted(folder.glob(pattern))])[:16]}",
         }
         for name, pattern in patterns.items()
@@ -30,6 +30,6 @@ def configs(folder: Path, patterns: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def write_configs(folder: Path, patterns: Mapping[str, str]) -> None:
-    """Write a README.md that names the configs and says no more."""
+    """Write a README.md with only the configs."""
     front = yaml.safe_dump({"configs": configs(folder, patterns)}, sort_keys=False)
     (folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a layout is given to write, and what every layout says of itself."""
+"""The input of a layout, and the properties of every layout."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Job:
     """One export.
 
     Attributes:
-        slices: all anchors, in order; can be walked once.
+        slices: all anchors, in order; can be iterated once.
         folder: an empty folder.
-        shard_rows: rows a file, at most; None: one file.
+        shard_rows: maximum rows per file; None: one file.
         compress: gzip text.
-        run: write the ranking that search stored too.
+        run: also write the ranking stored by search.
     """
 
     config: Config
@@ -45,10 +45,10 @@ class Layout:
     Attributes:
         write: writes a job, returns the rows written.
         text: its rows are lines of text, so they can be gzipped.
-        suffix: what the one file of an export without shards ends with; None: it is always several.
-        reads_gzip: whether its trainer's own loader opens gzip.
-        runs: whether it has a place for the ranking.
-        has_rows: (u,) which units its rows are of; the others are left out and counted.
+        suffix: suffix of the only file of an export without shards; None: there are always several.
+        reads_gzip: whether its trainer's loader opens gzip.
+        runs: whether it can include the ranking.
+        has_rows: (u,) which units have rows; the others are left out and counted.
     """
 
     write: Callable[[Job], int]
@@ -60,7 +60,7 @@ class Layout:
 
 
 def described(config: Config) -> dict[str, Any]:
-    """The settings that shape the rows, without the places where things lie, and the server that was asked."""
+    """The settings that affect the rows, without paths and the server's address."""
     places = dict.fromkeys(("run_dir", "store", "executor", "resources"), True)
     server = {"http": {"url", "key_env"}}
     settings = config.model_dump(mode="json", exclude={**places, "encoder": server}, exclude_none=True)

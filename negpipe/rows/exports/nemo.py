@@ -1,9 +1,9 @@
-"""NeMo Automodel's retrieval data: train.json, which refers by id to the corpus beside it.
+"""NeMo Automodel's retrieval data: train.json, which refers by id to the corpus next to it.
 
-train.json is {corpus, mining: {args}, data}, one record a unit: question_id, question, corpus_id, pos_doc and
-neg_doc of id and score. Its loader resolves the corpus path against the folder of train.json, reads
-corpus/merlin_metadata.json, and the documents from corpus/train.parquet (id, text). With shards every
-file is whole in itself, and all share the corpus.
+train.json is {corpus, mining: {args}, data}, with one record per unit: question_id, question, corpus_id, pos_doc
+and neg_doc with id and score. Its loader resolves the corpus path relative to the folder of train.json, reads
+corpus/merlin_metadata.json, and the documents from corpus/train.parquet (id, text). With shards, every
+file is complete, and all share the corpus.
 """
 
 from __future__ import annotations

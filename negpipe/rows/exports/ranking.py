@@ -1,6 +1,6 @@
-"""The ranking that search stored, before any exclusion, for programs that read runs.
+"""The ranking stored by search, before any exclusion, for programs that read runs.
 
-trec-run: TREC's `qid Q0 docid rank score tag` of every anchor, the best first, ranks from 1. Evaluators order by score.
+trec-run: TREC's `qid Q0 docid rank score tag` for every anchor, best first, ranks from 1. Evaluators order by score.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def ranking(found: Candidates, units: Units, corpus: Rows, barred: str) -> Itera
     """Anchor id, document id, rank from 0 and score of every candidate of a slice.
 
     Args:
-        barred: characters that no id may have, since they end a field.
+        barred: characters not allowed in ids, since they end a field.
 
     Raises:
-        InputError: an id has one of them.
+        InputError: an id contains one of them.
     """
     names = units.anchors["id"].to_pylist()
     for start in range(0, len(names), _ANCHORS):
@@ -45,7 +45,7 @@ def _field(name: str, barred: str) -> str:
     if any(mark in name for mark in barred):
         raise InputError(
             f"the id {name!r} has a space, a tab or a line break, which ends a field of a run file",
-            remedy="Rename it in the source; or export without the ranking, which other layouts do not need",
+            remedy="Rename it in the source, or export without the ranking, which other layouts do not need",
         )
     return name
 

@@ -1,4 +1,4 @@
-"""The documents an export refers to by id, each once."""
+"""The documents that an export refers to by id, each once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = 8192
 
 
 class Referenced:
-    """Remembers the documents of the blocks it is shown: a byte a row of the corpus."""
+    """Records the documents of the added blocks, in one byte per row of the corpus."""
 
     def __init__(self, corpus: Rows) -> None:
         self._corpus = corpus

@@ -1,7 +1,7 @@
-"""The training rows themselves, as `output.format` lays them out: what `triplets/` holds, for other readers.
+"""The training rows in the layout of `output.format`, the same as in `triplets/`, for other readers.
 
-jsonl: an object a row. hub: Parquet in data/, for a dataset repository. sentence-transformers: Parquet of
-the texts and the label alone, since its trainer takes every other column as an input. All open with
+jsonl: one object per row. hub: Parquet in data/, for a dataset repository. sentence-transformers: Parquet with
+texts and label only, since its trainer uses every other column as an input. All can be opened with
 `datasets.load_dataset`.
 """
 
@@ -37,7 +37,7 @@ def _jsonl(job: Job) -> int:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values. Of texts that share entries, each entry is turned into Python once."""
+    """A column's values. Shared dictionary entries are converted to Python once."""
     if not pa.types.is_dictionary(column.type):
         return list(column.to_pylist())
     values: list[Any] = []
@@ -48,7 +48,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _finite(table: pa.Table) -> pa.Table:
-    """The same with null for every number that JSON cannot write."""
+    """The same with null for every number that JSON cannot represent."""
     for at, field in enumerate(table.schema):
         column = table.column(at).combine_chunks()
         if pa.types.is_floating(field.type):
@@ -83,7 +83,7 @@ def _sentence_transformers(job: Job) -> int:
 
 
 def _inputs(table: pa.Table) -> pa.Table:
-    """The same without what tells random negatives from mined ones."""
+    """The same without the sources of negatives."""
     return table.select([name for name in table.column_names if name not in ("source", "sources")])
 
 

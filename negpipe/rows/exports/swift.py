@@ -1,8 +1,8 @@
 """ms-swift's JSONL: messages, positive_messages and negative_messages.
 
-One line an (anchor, positive) pair, since its embedding task takes exactly one positive and its reranker task draws
-one. Its embedding template encodes every text by itself, as of a user; its reranker template appends the document to
-the query's messages, as of an assistant. The ids and scores beside them are columns that it does not look at.
+One line per (anchor, positive) pair, since its embedding task requires exactly one positive and its reranker task
+draws one. Its embedding template encodes every text separately, with the role user; its reranker template appends the
+document to the query's messages, with the role assistant. It ignores the additional columns of ids and scores.
 """
 
 from __future__ import annotations

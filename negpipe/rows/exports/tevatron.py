@@ -1,13 +1,13 @@
-"""Tevatron's training JSONL, one line a unit.
+"""Tevatron's training JSONL, one line per unit.
 
 tevatron: version 3. train.jsonl has query_id, query_text, positive_document_ids and negative_document_ids, corpus.jsonl
-the documents they name (docid, text). README.md names both as configs, `train` and `corpus`. Scores ride along in
-columns that its loader does not look at.
-tevatron-passages: the older layout, which version 3 still reads. query_id, query, positive_passages and
-negative_passages of docid, title, text. Each passage carries its score, which Tevatron's distillation reads.
+their documents (docid, text). README.md lists both as configs, `train` and `corpus`. Scores are in columns that its
+loader ignores.
+tevatron-passages: the older layout, which version 3 still reads: query_id, query, positive_passages and
+negative_passages with docid, title, text. Each passage has its score, which Tevatron's distillation reads.
 
-Titles are part of the text, as `data.text` says, so `title` is empty. On request `run.tsv` holds the ranking that
-search stored, before any exclusion: query id, document id and score, best first.
+Titles are part of the text, according to `data.text`, so `title` is empty. Optionally, `run.tsv` contains the ranking
+stored by search, before any exclusion: query id, document id and score, best first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _write(job: Job) -> int:
                 "negative_scores": neg.score_lists,
             }
             files.write(as_json(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
-    # As JSON too: `datasets` reads all configs of a folder by one of its readers.
+    # Also as JSON: `datasets` reads all configs of a folder with one reader.
     with TextFiles(job.folder, "corpus", shard_rows=job.shard_rows, compress=job.compress) as corpus:
         for table in referenced.tables("docid"):
             corpus.write(as_json(table.to_pylist()))
@@ -67,7 +67,7 @@ def _passages(documents: Documents) -> list[list[dict[str, Any]]]:
 
 
 def _slices(job: Job) -> Slices:
-    """The slices; where the ranking is asked for, whoever walks them writes the run file on the way."""
+    """The slices; if the ranking is requested, iterating them also writes the run file."""
     if not job.run:
         yield from job.slices
         return

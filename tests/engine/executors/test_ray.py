@@ -161,12 +161,12 @@ def test_how_many_fit() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("executor.ray.address=ray://head:10001", r"address: 'ray://head:10001' is not an address: write auto, local"),
+        ("executor.ray.address=ray://head:10001", r"address: 'ray://head:10001' is not an address: use auto, local"),
         ("executor.ray.address=head", "is not an address"),
         ("executor.ray.address=head:99999", "is not an address"),
         ("executor.ray.wait=0", "wait"),
         ("encoder.devices=[cuda:0]", r"encoder\.devices are those of one machine; .*set encoder\.device: cuda"),
-        ("search.device=cuda:1", r"search\.device: 'cuda:1' is one of a machine; .*write cpu or cuda"),
+        ("search.device=cuda:1", r"search\.device: 'cuda:1' is a device of one machine; .*use cpu or cuda"),
     ],
 )
 def test_what_is_no_setting_of_a_cluster_is_refused(override: str, message: str, tmp_path: Path) -> None:
