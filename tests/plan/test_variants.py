@@ -117,7 +117,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     first, killed, ended, last = time_models([good, bad, bad, good], str(deadly), texts, DEFAULT)
     assert isinstance(first, Timed) and isinstance(last, Timed) and len(last.vectors) == 8
     assert isinstance(killed, TaskFailedError) and "exited with -9" in str(killed)
-    assert isinstance(ended, TaskFailedError) and "ended with 1: " in str(ended) and "a reason" in str(ended)
+    assert isinstance(ended, TaskFailedError) and "exited with 1: " in str(ended) and "a reason" in str(ended)
     # Read once a process, so that of float32, which gains nothing by it, would be that of bfloat16, which does.
     assert note.read_text() == "16"
 
