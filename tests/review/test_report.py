@@ -258,7 +258,7 @@ def test_words_in_common_are_marked() -> None:
 def test_fewer_anchors_are_looked_at_where_there_are_many(folder: Path) -> None:
     out = write(load_config(folder / "config.yaml"), anchors=20)
     text = re.sub(r"\s+", " ", page_of(out).text)
-    found = re.search(r"are of (\d+) of 70 anchors, evenly spaced", text)
+    found = re.search(r"cover (\d+) of 70 anchors, evenly spaced", text)
     assert found and 14 <= int(found[1]) <= 24
     assert f"of {found[1]} anchors." in text
 
