@@ -2,8 +2,8 @@
 
 python examples/train_flagembedding.py quickstart.yaml BAAI/bge-small-en-v1.5 models/quickstart
 
-On several GPUs, replace `sys.executable, "-m"` in `command` below with `"torchrun", "--nproc_per_node", "4", "-m"`, and add
-"negatives_cross_device": True to the settings.
+On several GPUs, replace `sys.executable, "-m"` in `command` below with `"torchrun", "--nproc_per_node", "4", "-m"`, and
+add "negatives_cross_device": True to the settings.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""The English of pages, help, messages and comments: spelling by codespell, and words that a reader stumbles over."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from doc_pages import ROOT
+
+PROSE = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob(".github/**/*.md")}
+)
+CODE = sorted({*ROOT.glob("negpipe/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("examples/*.py")})
+STUMBLES = {
+    r"mend(s|ed|ing)?(?! a puncture)": "fix",
+    r"reckon\w*": "estimate",
+    r"anew": "again",
+    r"(negatives|positives|rows|candidates|texts|parts) an? (anchor|batch|file|part|second|worker)": "per anchor",
+    r"(?<!there )(is|are|was|were) no (?!longer|more|less|fewer|larger|smaller|worse|better|slower|faster)\w+": "is not",
+    r"no(body|ne) of (its|their) own": "none",
+    r"told apart": "distinguished",
+    r"at hand": "available",
+    r"once more": "again",
+    r"somebody|whomever": "the process, the user, another run",
+    r"taken up again|takes up again": "resumed",
+    r"lies? (in|under|beside) (the|a|its) (folder|file|directory|run|store|cache)\w*": "is in",
+    r"befall\w*|lest|thereof|therein|whereof": "standard English",
+}
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a page outside of blocks of code."""
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield number, re.sub(r"`[^`]*`", "``", line)
+
+
+def said(module: Path) -> Iterator[tuple[int, str]]:
+    """Comments and strings of a module, with their lines."""
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    for token in tokenize.generate_tokens(io.StringIO(module.read_text(encoding="utf-8")).readline):
+        if token.type in kinds:
+            for offset, line in enumerate(token.string.splitlines()):
+                yield token.start[0] + offset, line
+
+
+@pytest.mark.parametrize("pattern", STUMBLES)
+def test_words_that_a_reader_stumbles_over(pattern: str) -> None:
+    word = re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
+    lines = [(path, *found) for path in PROSE for found in prose(path)] + [
+        (path, *found) for path in CODE for found in said(path)
+    ]
+    found = [f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for path, number, line in lines if word.search(line)]
+    assert not found, f"better: {STUMBLES[pattern]}\n" + "\n".join(found)
+
+
+def test_spelling() -> None:
+    # "te" and "tread" are words of cranfield's abstracts, "modell" and the like typing errors that tests make.
+    words = [sys.executable, "-m", "codespell_lib", "--ignore-words-list", "te,tread", *map(str, [*PROSE, *CODE])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
