@@ -223,7 +223,7 @@ def test_on_or_off_is_in_the_key_and_where_it_lies_is_not(source: Source, tmp_pa
     off, on = source.run("run"), source.cached("run")
     elsewhere = source.run("run", cache=str(tmp_path / "elsewhere"), cache_size="2GiB")
     encoded(off)
-    assert on.states()["encode"].state == "stale" and "encoder.cache is new" in on.states()["encode"].reason
+    assert on.states()["encode"].state == "stale" and "encoder.cache was added" in on.states()["encode"].reason
     of_off = {part["key"] for part in off.parts("encode")}
     encoded(on)
     assert not of_off & {part["key"] for part in on.parts("encode")}

@@ -185,4 +185,4 @@ def test_pairs_with_scores_are_no_run(tmp_path: Path) -> None:
     done = small.run("ingest", tmp_path / "config.yaml", *(part for one in changes for part in ("--set", one)))
     assert done.code == 0, done.err
     texts = write(tmp_path / "texts.tsv", ["what is it\tthis is it\t0.5"])
-    assert "no header" in small.run("inspect", texts).err.replace("\n", " ")
+    assert "does not seem to be a header" in small.run("inspect", texts).err.replace("\n", " ")
