@@ -5,8 +5,8 @@
     python scripts/test_versions.py newest --python 3.13
     python scripts/test_versions.py newest -- -x tests/encoders     # behind --: arguments of pytest
 
-The lowest are two sets, as training needs newer libraries than mining does; the tests of training do not run with the
-first. An environment takes 6 GB with torch from PyPI, is made in a temporary folder, and deleted.
+`lowest` tests two sets, because training needs newer libraries than mining; the first runs without the tests of
+training. Each environment is made in a temporary folder, takes 6 GB with torch from PyPI, and is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         if not passes(extras, _RESOLUTIONS[given.versions], given.python, arguments):
             failed.append(name)
     if failed:
-        sys.exit(f"{given.versions}: tests failed with the libraries of {' and of '.join(failed)}, see above")
+        sys.exit(f"{given.versions}: tests failed with the libraries of {' and '.join(failed)}, see above")
     logger.info("%s: all tests passed", given.versions)
 
 

@@ -21,7 +21,7 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
 
     Only tokenizers in Rust record it; others are left unchanged, and their truncation is unknown.
     """
-    # Every call ends there: up to transformers 4 in the first, since 5 there is the second alone.
+    # Every call passes through the first in transformers 4; transformers 5 has the second only.
     name = "_batch_encode_plus" if hasattr(tokenizer, "_batch_encode_plus") else "_encode_plus"
     tokenise = getattr(tokenizer, name, None)
     if tokenise is None or not getattr(tokenizer, "is_fast", False):

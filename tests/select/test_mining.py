@@ -490,7 +490,7 @@ def ours(case: SimpleNamespace, on_shortage: Any) -> list[tuple[str, str, list[s
 def test_top_is_sentence_transformers_top(seed: int) -> None:
     from datasets import Dataset
 
-    # Those before fail where there are fewer documents than they look for.
+    # Earlier versions fail if there are fewer documents than they search for.
     mine_hard_negatives = pytest.importorskip("sentence_transformers", minversion="5.7").util.mine_hard_negatives
 
     case = parity_case(seed)
