@@ -21,7 +21,9 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
 
     Only tokenizers in Rust record it; others are left unchanged, and their truncation is unknown.
     """
-    tokenise = getattr(tokenizer, "_encode_plus", None)
+    # Every call passes through the first in transformers 4; transformers 5 has the second only.
+    name = "_batch_encode_plus" if hasattr(tokenizer, "_batch_encode_plus") else "_encode_plus"
+    tokenise = getattr(tokenizer, name, None)
     if tokenise is None or not getattr(tokenizer, "is_fast", False):
         return
     special = tokenizer.num_special_tokens_to_add()
@@ -34,7 +36,7 @@ def watch(tokenizer: Any, on_cut: OnCut) -> None:
         on_cut(len(lost), sum(lost))
         return batch
 
-    tokenizer._encode_plus = watched
+    setattr(tokenizer, name, watched)
 
 
 @dataclass(frozen=True)

@@ -469,8 +469,8 @@ def test_sentence_transformers_resolves_and_distils(mined: Run, tmp_path: Path, 
     """Trained for a step straight from ids: its `resolve_ids` puts the texts in, the scores are the labels."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.util import resolve_ids
 
+    resolve_ids = pytest.importorskip("sentence_transformers", minversion="6").util.resolve_ids
     export(mined, "distillation", tmp_path / "out", "mining.on_shortage=drop")
     train, queries, documents = (opened(str(tmp_path / "out"), name) for name in ("train", "queries", "documents"))
     texts, questions = source_texts(mined)

@@ -489,7 +489,9 @@ def ours(case: SimpleNamespace, on_shortage: Any) -> list[tuple[str, str, list[s
 @pytest.mark.parametrize("seed", range(40))
 def test_top_is_sentence_transformers_top(seed: int) -> None:
     from datasets import Dataset
-    from sentence_transformers.util import mine_hard_negatives
+
+    # Earlier versions fail if there are fewer documents than they search for.
+    mine_hard_negatives = pytest.importorskip("sentence_transformers", minversion="5.7").util.mine_hard_negatives
 
     case = parity_case(seed)
     identity = np.eye(len(case.positives), dtype=np.float32)
