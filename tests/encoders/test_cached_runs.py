@@ -227,7 +227,7 @@ def test_on_or_off_is_in_the_key_and_where_it_lies_is_not(source: Source, tmp_pa
     of_off = {part["key"] for part in off.parts("encode")}
     encoded(on)
     assert not of_off & {part["key"] for part in on.parts("encode")}
-    assert off.states()["encode"].state == "stale" and "encoder.cache is gone" in off.states()["encode"].reason
+    assert off.states()["encode"].state == "stale" and "encoder.cache was removed" in off.states()["encode"].reason
     assert elsewhere.states()["encode"].state == "current"
     assert encoded(elsewhere)[1] == 0 and not (tmp_path / "elsewhere").exists()
 

@@ -126,7 +126,7 @@ def test_the_list_is_a_file_of_the_run_like_the_others(tmp_path: Path) -> None:
 
     # Damage is found, and the same bytes are made again.
     (result.run_dir / NAME).write_bytes(shown.replace(b"owned", b"OWNED"))
-    assert ".jsonl has other content" in " ".join(
+    assert ".jsonl has changed since it was written" in " ".join(
         upkeep.verify(config_of(result.run_dir), graph.inventory(config_of(result.run_dir)))
     )
     config = load_config(small.settings(tmp_path) | {"data": settings}, ["data.max_bad_rows=2"])
@@ -560,7 +560,7 @@ VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "a truncated file": (cut("corpus.npy", 900), None, ["not a readable .npy"]),
     "a truncated header": (cut("corpus.npy", 20), None, ["not a readable .npy"]),
     "an empty file": (cut("corpus.npy", 0), None, ["not a readable .npy"]),
-    "another dimension than the anchors": (vectors(GOOD[:, :5]), None, ["of 8 numbers", "of 5"]),
+    "another dimension than the anchors": (vectors(GOOD[:, :5]), None, ["of dimension 8", "of 5"]),
 }
 TABLES_OF_VECTORS: dict[str, tuple[Change2, int | None, list[str]]] = {
     "mixed dimensions": (
@@ -653,6 +653,6 @@ def test_vectors_whose_products_overflow_are_refused(read: Path, request: pytest
     request.addfinalizer(lambda: np.save(read / "corpus.npy", GOOD))
     changed(6, 1e19)(read)
     settings = [f"encoder.corpus_vectors={read}/corpus.npy", "encoder.normalize=false", "encoder.storage=float32"]
-    with pytest.raises(InputError, match=r"document 'd6' is too long, .*length 1") as caught:
+    with pytest.raises(InputError, match=r"document 'd6' is too long: .*length 1") as caught:
         graph.mine(load_config(str(read / "config.yaml"), settings), only="encode")
     assert caught.value.row == 6

@@ -195,7 +195,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "anchors of another dimension": (
         save("anchors.npy", np.ones((small.QUERIES, 5), np.float32)),
         "",
-        ["anchors.npy has vectors of 5 numbers", "corpus.npy of 8", "encoder.anchor_vectors", "same model"],
+        ["anchors.npy has vectors of dimension 5", "corpus.npy of 8", "encoder.anchor_vectors", "same model"],
     ),
     "vectors of two dimensions": (
         as_parquet(None, RAGGED),

@@ -285,7 +285,7 @@ def test_a_base_of_another_width_is_said(
     assert len(warned) == 1 and warned[0].startswith("round 1") and "48" in warned[0]
     assert scores(run, 2)["nDCG@10_before"].equals(scores(run, 1)["nDCG@10_after"])
     show_rounds(made)
-    assert "model have 48 numbers" in " ".join(capsys.readouterr().out.split())
+    assert "model have 48 dimensions" in " ".join(capsys.readouterr().out.split())
 
 
 # --- the command --------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ def test_an_actor_that_always_dies_is_a_named_error(whole: Run, tmp_path: Path, 
     nodes.fill(2)
     nodes.tell(encode={"kills": "process"})
     run = whole.at(tmp_path / "run")
-    with pytest.raises(TaskFailedError, match=r"encode: the worker for part .* died 3 times, .*encode-\d\.log, ends"):
+    with pytest.raises(TaskFailedError, match=r"encode: the worker for part .* died 3 times; .*encode-\d\.log, ends"):
         nodes.mine(run, "executor.workers=1")
 
 
