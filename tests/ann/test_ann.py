@@ -345,7 +345,7 @@ def test_a_checkpoint_without_room_is_done_without(
     none = np.empty(0, np.int64), np.empty(0, np.int64)
     checkpoint = ann.Checkpoint(tmp_path / "key.npz", seconds=0)
     ann.search_exact(queries, stored, 9, positives=none, budget=Budget(ROOMY, 1), checkpoint=checkpoint)
-    assert "no checkpoint: cannot write: no space left on the device" in caplog.text
+    assert "cannot write a checkpoint: cannot write: no space left on the device" in caplog.text
 
 
 def test_a_search_goes_on_from_its_checkpoint(

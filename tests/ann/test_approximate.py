@@ -308,7 +308,7 @@ BAD: list[tuple[list[str], type[Exception], str]] = [
     (["index.kind=IVF16,Flaat"], ConfigError, r"FAISS rejects it .*IVF1024,Flat"),
     (["index.kind=IVF16,PQ8x4fs,RFlat"], ConfigError, r"leave out refinement and id maps"),
     (["index.kind=PQ7x4"], ConfigError, r"FAISS rejects it for vectors of dimension 16"),
-    (["index.kind=IVF512,Flat"], ConfigError, r"512 lists.*19,968 rows.*has 3,000: set at most 76 lists"),
+    (["index.kind=IVF512,Flat"], ConfigError, r"512 lists.*19,968 training rows.*has 3,000: set at most 76 lists"),
     (["index.kind=PQ8x12"], ConfigError, r"codes of 4,096 words.*the corpus has 3,000: set fewer bits"),
     (["index.kind=OPQ4,IVF2,PQ4x12"], ConfigError, r"codes of 4,096 words.*or index.kind: stream"),
     (["index.kind=IVF16,Flat", "index.trained=/nowhere.faiss"], InputError, r"index.trained.*the file does not exist"),
