@@ -83,7 +83,7 @@ $(VERBS): $(MINING)
 mine-shards: $(MINING)  ## run every stage as SHARDS parallel processes, and commit it
 	@$(BIN)/negpipe ingest '$(CONFIG)' $(OVERRIDES)
 	@set -e; cpus=$$(( ($$(nproc) + $(SHARDS) - 1) / $(SHARDS) )); \
-	for stage in encode index search triplets; do \
+	for stage in encode index slices search triplets; do \
 		for shard in $$(seq 0 $$(( $(SHARDS) - 1 ))); do \
 			$(BIN)/negpipe work $$stage '$(CONFIG)' --shard $$shard/$(SHARDS) --set resources.cpus=$$cpus $(OVERRIDES) & \
 		done; \

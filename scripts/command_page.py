@@ -99,7 +99,7 @@ def _description(text: str) -> list[str]:
     """The paragraphs of a help text, with its examples as code."""
     lines = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        words = " ".join(paragraph.split())
+        words = " ".join(paragraph.split()).replace(r"\[", "[")  # escaped, as help is Rich markup
         if words.startswith("Example: "):
             lines += ["```bash", words.removeprefix("Example: "), "```\n"]
         else:

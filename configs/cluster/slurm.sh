@@ -25,7 +25,7 @@ submit() { # NAME COMMAND, with the options of sbatch in $options; the next job 
 arguments=$(printf ' %q' "$config" "$@" --log-format json)
 options=("${small[@]}")
 submit ingest "$negpipe ingest$arguments"
-for stage in encode index search triplets; do
+for stage in encode index slices search triplets; do # slices: only with search.slice_documents
     count=$shards
     # The shards of an approximate index wait for each other (it is trained, filled, tuned): a few suffice.
     [[ $stage != index ]] || count=${INDEX_SHARDS:-1}

@@ -37,7 +37,7 @@ def ablate(
     The config section ablate lists the settings. Texts are encoded once, and candidates are searched once per depth.
     Finished work is reused, so an interrupted run resumes. All output is in RUN_DIR/ablation.
 
-    Example: negpipe ablate scifact.yaml --set 'ablate.sets=[in-batch, default, margins]' --set 'ablate.seeds=[1, 2]'
+    Example: negpipe ablate scifact.yaml --set 'ablate.sets=\\[default, margins]' --set 'ablate.seeds=\\[1, 2]'
     """
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config

@@ -129,19 +129,24 @@ class _Bars:
 
 
 class _Lines:
+    _first: tuple[float, int] | None
+    """When the first rows were finished, and how many: before, a model was loaded."""
+
     def begin(self, stage: str, total: int, done: int) -> None:
-        self._stage, self._total, self._done, self._before = stage, total, done, done
-        self._started = self._last = time.monotonic()
+        self._stage, self._total, self._done = stage, total, done
+        self._last, self._first = time.monotonic(), None
 
     def advance(self, units: int, note: str) -> None:
         self._done += units
         now = time.monotonic()
+        self._first = self._first or (now, self._done)
         if now - self._last < LOG_SECONDS:
             return
         self._last = now
         left = ""
-        if self._total and self._done > self._before:
-            seconds = (self._total - self._done) * (now - self._started) / (self._done - self._before)
+        started, before = self._first
+        if self._total and self._done > before:
+            seconds = (self._total - self._done) * (now - started) / (self._done - before)
             left = f", about {duration(seconds)} left"
         of = f" of {self._total:,}" if self._total else ""
         logger.info("%s: %s%s rows%s%s", self._stage, f"{self._done:,}", of, left, f" ({note})" if note else "")

@@ -142,7 +142,7 @@ def _numbers(text: str | None) -> list[int]:
     """
     if text is None:
         return []
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text):
         raise ConfigError(f"--nodes {text}: expected node counts, for example 1,8,64")
     return [int(number) for number in text.split(",")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,20 @@ from negpipe.cli.app import (
     checked,
 )
 
-StageArgument = Annotated[str, typer.Argument(help="encode, index, search or triplets.", metavar="STAGE")]
+if TYPE_CHECKING:
+    from negpipe.config.schema import Config
+
+StageArgument = Annotated[str, typer.Argument(help="encode, index, slices, search or triplets.", metavar="STAGE")]
+
+
+def _has_no_part_in(stage: str, config: Config) -> bool:
+    """Whether the config does without a stage, so that scripts can name all of them for every config."""
+    from negpipe.cli import console
+
+    if stage != "slices" or config.search.slice_documents:
+        return False
+    console.logger.info("slices: nothing to do, search.slice_documents is not set")
+    return True
 
 
 @app.command()
@@ -45,6 +58,8 @@ def work(
     console.set_up_logging(checked(log_format), debug=debug)
     chosen = graph.Shard.parse(shard)
     settings = load_config(config, overrides)
+    if _has_no_part_in(stage, settings):
+        return
     worked = graph.work(settings, stage, chosen, reporter=console.reporter(log_format), rehash=rehash)
     fields = {"stage": stage, "shard": shard, "made": worked.made, "found": worked.found, "others": worked.others}
     console.logger.info(
@@ -81,4 +96,6 @@ def commit(
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
+    if _has_no_part_in(stage, settings):
+        return
     tell(graph.commit(settings, stage, shards=shards, rehash=rehash, rebuild=rebuild), settings, log_format, stage)

@@ -16,16 +16,16 @@ def _bandwidth(value: Any) -> Any:
         return value
     text = value.strip()
     if bits := re.fullmatch(r"([\d.]+)\s*([GM])bit/s", text):
-        return int(float(bits[1]) * {"G": 10**9, "M": 10**6}[bits[2]] / 8)
+        text = f"{bits[1]}{bits[2]}B"
     try:
-        return size(text.removesuffix("/s"))
-    except ValueError:
+        return size(text.removesuffix("/s")) // (8 if bits else 1)
+    except (ValueError, OverflowError):
         raise ValueError(f"'{value}' is not a bandwidth: write for example 25Gbit/s or 800MB/s") from None
 
 
-Bandwidth = Annotated[int, BeforeValidator(_bandwidth), Field(gt=0)]
+Bandwidth = Annotated[int, BeforeValidator(_bandwidth), Field(gt=0, le=10**15)]
 """Bytes per second, also written as 25Gbit/s or 800MB/s."""
-_Rate = Annotated[float, Field(gt=0)]
+_Rate = Annotated[float, Field(ge=1e-6, le=1e18)]
 
 
 class Rates(Section):
@@ -60,17 +60,19 @@ class Rates(Section):
 class Sizes(Section):
     """The size of the job. Missing values are known once the source has been ingested."""
 
-    documents: int | None = Field(None, ge=1, description="Rows of the corpus.")
-    anchors: int | None = Field(None, ge=1, description="Queries with a positive.")
-    dimension: int | None = Field(None, ge=1, description="Dimensions of a vector.")
-    text_bytes: float | None = Field(None, gt=0, description="Mean bytes of a document's text.")
-    positives: float | None = Field(None, ge=1, description="Mean positives per anchor.")
+    documents: int | None = Field(None, ge=1, le=10**13, description="Rows of the corpus.")
+    anchors: int | None = Field(None, ge=1, le=10**13, description="Queries with a positive.")
+    dimension: int | None = Field(None, ge=1, le=10**6, description="Dimensions of a vector.")
+    text_bytes: float | None = Field(None, gt=0, le=1e9, description="Mean bytes of a document's text.")
+    positives: float | None = Field(None, ge=1, le=1e9, description="Mean positives per anchor.")
 
 
 class Cluster(Section):
     """Identical nodes that share the run directory."""
 
-    nodes: Annotated[int, Field(ge=1)] = Field(1, description="Number of nodes; --nodes 1,8,64 compares several.")
+    nodes: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        1, description="Number of nodes; --nodes 1,8,64 compares several."
+    )
     cores: int = Field(ge=1, description="Cores per node.")
     memory: Size = Field(gt=0, description="Memory per node.")
     gpus: int = Field(0, ge=0, description="GPUs per node; encode has a worker on each.")

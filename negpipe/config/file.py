@@ -40,7 +40,7 @@ def find_config(name: str) -> Path:
     known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
     hint = f" Configs here: {', '.join(known)}." if known else ""
     if kept.path_in(Path(name)).parent.is_dir():
-        hint = " It is a run directory without a stored config: run `negpipe mine CONFIG` with its config once."
+        hint = " It is a run directory without a stored config: name the file it was made with."
     raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
 
 

@@ -17,7 +17,8 @@ def load(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ValueError: the text is not YAML, requests Python objects, or has too many values; the message says where.
+        ValueError: the text is not YAML, requests Python objects, sets a key twice, or has too many values; the message
+            says where.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,6 +38,18 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1  # met again while being counted, it contains itself
         inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            _check_once(node)
         pairs = [part for pair in inner for part in (pair if isinstance(pair, tuple) else (pair,))]
         known[id(node)] = 1 + sum(_values(part, known) for part in pairs)
     return known[id(node)]
+
+
+def _check_once(node: yaml.MappingNode) -> None:
+    """PyYAML keeps the last of equal keys and drops the others without a word."""
+    lines: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(f"'{key.value}' is set twice, in lines {lines[key.value]} and {line}: merge them")
+        lines[key.value] = line

@@ -23,12 +23,12 @@ from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.stage import Context, Executor, Graph, Progressed, Stage, Task
 from negpipe.engine.state import State, blocked, identity_of
-from negpipe.errors import ConfigError, MissingPartsError, MissingStageError
+from negpipe.errors import ConfigError, DamagedError, MissingPartsError, MissingStageError
 from negpipe.store.claims import PATIENCE, Claims
 from negpipe.store.files import json_bytes
 
 logger = logging.getLogger(__name__)
-_SHARD = re.compile(r"(\d+)/(\d+)")
+_SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 _NAMED = 5  # missing parts listed in an error
 _LOOK = 2.0  # seconds between two checks of other processes' work
 
@@ -263,8 +263,13 @@ class _Job:
         store, name = self.context.store, self.books.agreed(self.context.key)
         if (there := store.read(name)) is None and store.replace(name, json_bytes(now), None):
             return
+        there = there or store.read(name)
+        try:
+            agreed = {str(library): str(version) for library, version in json.loads(there or b"{}").items()}
+        except (ValueError, AttributeError, RecursionError):
+            raise DamagedError(f"{store}/{name} is damaged: delete it while no shard is running") from None
         versions.check_same(
-            json.loads(there or store.read(name) or b"{}"),
+            agreed,
             now,
             f"{self.stage.name}: its shards",
             platform.node(),

@@ -181,8 +181,8 @@ def _runs(config: Config) -> list[Path]:
         except OSError as error:
             raise StorageError(
                 f"{run} uses the store {config.store} and cannot be read ({error.strerror}), so the parts that it"
-                " needs are unknown: make it readable or, if it is gone, run"
-                f" `negpipe clean CONFIG --forget {run}`"
+                " needs are unknown: make it readable. If it was moved, mine it there once, to register it; then, or"
+                f" if it is gone, run `negpipe clean CONFIG --forget {run}`"
             ) from error
     return [config.run_dir, *others]
 

@@ -102,7 +102,13 @@ def test_all_problems_are_listed_at_once_and_the_file_is_named(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
-    [("a: [1", "not valid YAML"), ("", "must be a mapping"), ("- 1\n", "must be a mapping"), ("\udcff", "not valid")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("", "must be a mapping"),
+        ("- 1\n", "must be a mapping"),
+        ("\udcff", "not valid"),
+        ("seed: 1\nmining: {}\nseed: 2\n", "'seed' is set twice, in lines 1 and 3: merge them"),
+    ],
 )
 def test_what_is_no_config_at_all(content: str, fragment: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"

@@ -372,6 +372,19 @@ def test_damaged_records_are_found_and_dropped(
     record_property("count: damages found", len(struck))
 
 
+def test_a_record_or_manifest_that_lost_its_digest_is_damaged(whole: Run, tmp_path: Path) -> None:
+    """Only the first edition wrote none, and it wrote no roles."""
+    run = whole.copied(tmp_path / "run")
+    books = run.folder / ".negpipe/encode"
+    for path in (books / "manifest.json", next(path for path in sorted(books.glob("*.json")) if len(path.stem) == 16)):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        del value["digest"]
+        path.write_text(json.dumps(value), encoding="utf-8")
+        assert str(path) in verified(run)
+    repaired(run)
+    assert run.content() == whole.content()
+
+
 def test_the_command_repairs(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     path = run.files("search")[0]

@@ -181,6 +181,14 @@ def test_damage_is_found_and_made_again(local: Path, tmp_path: Path, bucket: Buc
     assert f"{gone} is missing" in str(graph.status(load_config(machine(local, tmp_path / "a")))[1])
     assert small.run("mine", config, "--repair").code == 0
     check(bucket, local)
+    copy = tmp_path / "a/cache" if (tmp_path / "a/cache").is_dir() else tmp_path / "a"
+    struck = next(path for path in sorted(copy.rglob("encode/*.npy")))
+    struck.write_bytes(struck.read_bytes()[:-1] + b"?")  # on this machine's disk alone
+    outcome = small.run("verify", config)
+    assert outcome.code == 5 and f"{struck.name} has changed since it was written" in outcome.err
+    assert small.run("mine", config, "--repair").code == 0
+    assert small.run("verify", config).code == 0
+    check(bucket, local)
 
 
 @pytest.mark.slow

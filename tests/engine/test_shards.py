@@ -166,6 +166,9 @@ def test_the_command_line_refuses(tmp_path: Path) -> None:
     for arguments, code, said in (
         (["work", "encode", config, "--shard", "3/3"], 2, "--shard 3/3: expected I/N"),
         (["work", "encode", config, "--shard", "one"], 2, "--shard one: expected I/N"),
+        (["work", "encode", config, "--shard", f"0/{'9' * 5_000}"], 2, "expected I/N"),
+        (["work", "slices", config, "--shard", "0/2"], 0, "slices: nothing to do, search.slice_documents is not set"),
+        (["commit", "slices", config], 0, "slices: nothing to do"),
         (["work", "ingest", config], 2, f"run `negpipe ingest {config}`"),
         (["commit", "ingest", config], 2, f"run `negpipe ingest {config}`"),
         (["work", "train", config], 2, "choose from encode, index, search and triplets"),

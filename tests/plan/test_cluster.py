@@ -204,6 +204,10 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
         ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: required, as 8 nodes share one run directory"),
         ({"job": {"anchors": -1}}, "job.anchors: "),
         ({"rates": {"products": 0}}, "rates.products: "),
+        ({"rates": {"products": 1e-308}}, "rates.products: "),
+        ({"job": {"anchors": 10**18}}, "job.anchors: "),
+        ({"disk_bandwidth": "1.2.3Gbit/s"}, "disk_bandwidth: '1.2.3Gbit/s' is not a bandwidth"),
+        ({"disk_bandwidth": "9" * 400 + "Gbit/s"}, "is not a bandwidth"),
     ],
 )
 def test_a_description_that_cannot_be_meant_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -220,6 +224,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({**NODE, "job": JOB}))
     for options, said in (
         (("--nodes", "8"), "--nodes requires --cluster FILE"),
+        (("--cluster", file, "--nodes", "9" * 5_000), "expected node counts"),
         (("--cluster", file, "--nodes", "8,x"), "--nodes 8,x: expected node counts"),
         (("--cluster", file, "--nodes", "8"), "network_bandwidth: required, as 8 nodes share one run directory"),
         (("--cluster", tmp_path / "none.yaml"), "none.yaml cannot be read"),

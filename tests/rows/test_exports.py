@@ -807,6 +807,23 @@ def test_force_spares_the_run(mined: Run, tmp_path: Path, place: str) -> None:
     assert run.content() == before
 
 
+def test_force_spares_what_the_config_reads_and_what_is_no_export(mined: Run, tmp_path: Path) -> None:
+    source = Path(mined.config["data"]["path"])
+    held = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    for place in (source, source / "qrels", source.parent):
+        with pytest.raises(ConfigError, match=r"what the config reads|not an export"):
+            export(mined, "jsonl", place, force=True)
+    assert held == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"contains thesis.txt, which is not an export"):
+        export(mined, "jsonl", tmp_path / "home", force=True)
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"is a folder, which is not an export"):
+        export(mined, "jsonl", tmp_path / "rows.jsonl", force=True)
+    assert (tmp_path / "home/thesis.txt").exists()
+
+
 def test_a_failure_leaves_what_was_there(mined: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     export(mined, "jsonl", out)

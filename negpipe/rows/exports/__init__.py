@@ -42,6 +42,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "hub": rows.HUB,
 }
 _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".trec", ".run", ".txt", ".tsv")
+_WRITTEN = (".jsonl", ".json", ".gz", ".parquet", ".trec", ".tsv", ".md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,8 @@ def export(
     """
     for root in {config.run_dir, config.store or config.run_dir}:
         _check_place(options, root)
+    if options.force:
+        _check_replaced(options, config)
     tally = _Tally()
     with published(options.out, single=options.single, force=options.force) as folder:
         job = Job(
@@ -245,6 +248,37 @@ def _check_place(options: Options, run_dir: Path) -> None:
     of_run = any(name[0] == "." or name in folders or (run / ".negpipe" / name).exists() for name in first)
     if of_run or any(place.is_relative_to(out) for place in (run, Path.cwd())):
         raise ConfigError(f"--out {options.out} would replace a folder that is not an export: choose another path")
+
+
+def _check_replaced(options: Options, config: Config) -> None:
+    """--force replaces nothing that the config reads, and nothing that no export can have written."""
+    out = options.out.resolve()
+    if not out.exists():
+        return
+    settings = config.model_dump(mode="json", exclude={"run_dir", "store"})
+    for read in (Path(text).resolve() for text in _texts(settings) if _is_path(text)):
+        if read.is_relative_to(out) or out.is_relative_to(read):
+            raise ConfigError(f"--out {options.out} would replace what the config reads, {read}: choose another path")
+    written = [inner for inner in out.rglob("*") if not inner.is_dir()] if out.is_dir() else [out]
+    foreign = [file for file in written if file.suffix not in _WRITTEN]
+    if foreign or out.is_file() != options.single:
+        found = f"contains {foreign[0].name}" if foreign else f"is a {'file' if out.is_file() else 'folder'}"
+        raise ConfigError(f"--out {options.out} {found}, which is not an export: delete it, or choose another path")
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for inner in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(inner)
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _warn(options: Options, tally: _Tally) -> None:
