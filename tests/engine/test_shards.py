@@ -385,7 +385,7 @@ def test_the_script_for_slurm_submits_what_makes_the_rows(whole: Run, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert run.content() == whole.content()
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
-        "ingest", *(f"{stage}{step}" for stage in SHARDED for step in ("", "-commit"))
+        "ingest", *(f"{stage}{step}" for stage in (*SHARDED[:2], "slices", *SHARDED[2:]) for step in ("", "-commit"))
     ]  # fmt: skip
 
 
