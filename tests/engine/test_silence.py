@@ -25,9 +25,9 @@ from negpipe.stages import STAGES
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.guarantee(
-        "a worker says what is not a message, or nothing",
-        "the first is a death like the others; silence is warned about after 5 minutes with the worker's "
-        "stack, and ended after `executor.task_timeout`",
+        "a worker sends garbage or goes silent",
+        "garbage counts as a crash; silence causes a warning after 5 minutes with the worker's stack, and ends after "
+        "`executor.task_timeout`",
     ),
 ]
 
