@@ -223,5 +223,5 @@ def test_plan_times_the_model_and_knows_kinds_before_anything_is_encoded(tiny: P
     assert {"stream", "flat"} <= {choice.kind for choice in found.choices}
     assert not (tmp_path / "run/encode").exists()
     # What goes wrong in the model's own process is said as here.
-    with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' is not there"):
+    with pytest.raises(ConfigError, match=r"encoder\.device: 'cuda:99' does not exist"):
         estimate.plan(load_config(settings, ["encoder.device=cuda:99"]))
