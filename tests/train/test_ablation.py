@@ -158,7 +158,7 @@ def test_what_is_wrong_with_an_arm_is_known_first(mined: Run, tmp_path: Path) ->
         ({"a": {"train": {"split": {"test": 0.5}}}}, ["default"], "train.split.test, which would judge"),
         ({"a": {"run_dir": "elsewhere"}}, ["default"], "which is set separately for every cell"),
         ({"a": {"mining.no_such": 1}}, ["default"], "the arm 'a'"),
-        ({"default": {}}, ["default"], "another"),
+        ({"default": {}}, ["default"], "rename it"),
         ({"a b": {}, "a-b": {}}, ["default"], "share the folder"),
     ):
         with pytest.raises(ConfigError, match=words):
