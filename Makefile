@@ -38,7 +38,7 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv with all packages, in the versions of constraints.txt
 
 $(MINING): pyproject.toml constraints.txt
-	@echo "Setting up .venv; the first time takes minutes."
+	@echo "Setting up .venv (about 2 GB); the first time takes minutes, and pip prints nothing meanwhile."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(PIP) -e '.[offline]'
 	@touch $@

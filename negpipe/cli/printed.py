@@ -255,7 +255,7 @@ def show_difference(found: Difference) -> None:
     changes.add_row("anchors with the same negatives", f"{found.same:,}", f"{found.same / found.common:.1%}")
     changes.add_row("anchors with none in common", f"{found.disjoint:,}", f"{found.disjoint / found.common:.1%}")
     out.print(changes)
-    lines = [f"Overlap {found.overlap:.1%}: share of kept among the negatives of both sides, mean over the anchors."]
+    lines = [f"Overlap {found.overlap:.1%}: per anchor, the negatives found on both sides as a share of all; averaged."]
     if found.score_shift is not None:
         most = _number(found.largest_score_shift, ".4f")
         lines.append(f"Kept negatives: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")

@@ -213,7 +213,7 @@ def show_explanation(found: Explanation, limit: int) -> None:
                 f"{len(unit.positives) - limit:,} more positives: --limit {len(unit.positives)} shows all"
             )
         console.out.print(
-            f"margins refer to {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}"
+            f"margins are measured from {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}"
         )
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in unit.counts.items())
         console.out.print(f"candidates {sum(unit.counts.values()):,}: {counts}", markup=False)

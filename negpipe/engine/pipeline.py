@@ -27,7 +27,7 @@ from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
 from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
-from negpipe.errors import DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
+from negpipe.errors import ConfigError, DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
 from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
@@ -85,6 +85,8 @@ def mine(
         DamagedError: by its size or header, an input of a stage has changed since it was written.
     """
     stages = [*graph.values()]
+    if only is not None and only not in graph:
+        raise ConfigError(f"{only!r} is not a stage of this run: choose from {', '.join(graph)}")
     run_dir = config.run_dir
     ran: list[str] = []
     untrusted: set[str] = set()

@@ -230,14 +230,14 @@ def plot_leak(path: Path, calibration: Calibration, advice: Recommendation | Non
 _UNTRIED = {
     "hidden": "none of {total:,} anchors has two different positives: false negatives cannot be estimated by"
     " hiding positives",
-    "near_anchors": "none of {total:,} anchors has another one within a cosine of {near:g} with other positives",
+    "near_anchors": "no two of the {total:,} anchors have a cosine of {near:g} or more and different positives",
     "second_opinion": "the run has no anchors",
 }
 _INSTEAD = {
     "hidden": "Use one of the two weaker stand-ins, each labelled as such: `negpipe calibrate CONFIG --near-anchors"
     " 0.95` counts positives of anchors with nearly the same vector; `negpipe calibrate CONFIG --second OTHER_CONFIG`"
-    " counts what another model's run ranks above the positive too",
-    "near_anchors": "Lower it, or use the other stand-in: --second OTHER_CONFIG",
+    " counts negatives that another model's run ranks above the positive",
+    "near_anchors": "Lower --near-anchors, or use the other stand-in: --second OTHER_CONFIG",
     "second_opinion": "Check `negpipe status CONFIG`",
 }
 

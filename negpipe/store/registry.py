@@ -79,7 +79,7 @@ def check_place(run_dir: Path, store: Path) -> None:
     """
     if os.path.realpath(store) != os.path.realpath(run_dir) and any((store / BOOKS).glob("*/manifest.json")):
         raise ConfigError(
-            f"store: {store} is the run directory of another run, which would not know that its parts are shared: use"
+            f"store: {store} is a run directory and cannot be a store: its own run could delete shared parts. Use"
             " a separate folder, and move the folders of parts and the records in .negpipe there"
         )
 

@@ -219,7 +219,7 @@ def test_positives_of_near_anchors(tmp_path: Path) -> None:
     assert (found.method, found.anchors) == ("near_anchors", 20)
     # The other's positive is among the first two of each anchor, and behind none of them.
     assert [estimate.leak for estimate in found.estimates] == [0.5, 0.0]
-    with pytest.raises(InputError, match=r"within a cosine of 1\.1"):
+    with pytest.raises(InputError, match=r"a cosine of 1\.1 or more"):
         measures.calibrate_settings(config, near=1.1)
 
 
@@ -294,7 +294,7 @@ def test_frontier_and_choice() -> None:
         replace(made, anchors=30, estimates=[estimate(0.0, 0.3, leaking=0)]), coverage=0, max_leak=1
     )
     assert "30 anchors are few" in none.sure[1]
-    assert "less than 10.0% of anchors" in none.sure[2]
+    assert "fewer than 10.0% of anchors" in none.sure[2]
 
 
 def test_what_is_pasted_is_what_was_tried(searched: Run) -> None:

@@ -91,6 +91,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         run.candidates()
     with pytest.raises(ConfigError, match="Did you mean"):
         run.select(num_negativ=2)
+    for name in ("foo", ""):
+        with pytest.raises(ConfigError, match="is not a stage of this run: choose from ingest, encode"):
+            run.mine(only=name)
 
 
 @pytest.mark.slow

@@ -67,10 +67,10 @@ def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
     if not chosen.leaking:
         bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
         lines.append(
-            f"none was taken: with 95 % confidence, it happens for less than {bound} of anchors (rule of three)"
+            f"no false negative was taken; with 95 % confidence, fewer than {bound} of anchors get one (rule of three)"
         )
     if calibration.anchors < calibration.all_anchors / 2:
-        lines.append("most anchors could not be tried; the figures apply to them as far as they resemble the others")
+        lines.append(f"only {tried} could be tried; the figures may not hold for the others")
     if calibration.method == "hidden":
         lines.append("all positives except one were hidden: known ones are excluded in a run, so less leaks")
     return lines
