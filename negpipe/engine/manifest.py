@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,7 +178,7 @@ class Books:
         for key in keys:
             with suppress(ValueError):
                 content = contents.get(self.name(key))
-                part = None if content is None else _part(content)
+                part = None if content is None else _parsed(content, Part)
                 if part and part.key == key:
                     found[key] = part
         return found
@@ -290,12 +290,6 @@ def _sealed(book: BaseModel) -> bytes:
     """On one line: Python's JSON is indented ten times as slowly, and there may be ten thousand parts."""
     value = book.model_dump(mode="json")
     return (json.dumps(value | {"digest": _seal(value)}, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-@lru_cache(1 << 15)
-def _part(content: bytes) -> Part:
-    """What a record says. Those of thousands of parts are read up to three times by one command, and parsed once."""
-    return _parsed(content, Part)
 
 
 def _parsed(content: bytes, kind: type[Book]) -> Book:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from negpipe import ann
 from negpipe.data.npy import BROKEN
-from negpipe.data.tables import count_rows
+from negpipe.data.tables import open_table
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
 from negpipe.store.store import Store
@@ -46,5 +46,5 @@ def _rows(path: Path) -> int:
     if path.suffix == ".faiss":
         return ann.open_flat(path).rows
     if path.suffix == ".arrow":
-        return count_rows(path)
+        return int(open_table(path).num_rows)
     return int(pq.read_metadata(path).num_rows)
