@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,32 @@ def path_in(run_dir: Path) -> Path:
 def text(config: Config) -> str:
     """The config as its run stores it: YAML, with absolute paths and without secrets."""
     tree = config.model_dump(mode="json")
-    for key in (*_PLACES, *_NAMES):
-        *folders, leaf = key.split(".")
-        section: Any = tree
-        for folder in folders:
-            section = section.get(folder) or {}
-        if not section.get(leaf) or (key == "encoder.model" and config.encoder.backend == "http"):
-            continue
+    for key, section, leaf in _located(tree, config):
         value = section[leaf]
         absolute = _absolute if key in _PLACES else _absolute_if_here
         section[leaf] = [*map(absolute, value)] if isinstance(value, list) else absolute(value)
     return yaml.safe_dump(redacted(tree), sort_keys=False, allow_unicode=True)
+
+
+def inputs(config: Config) -> Iterator[Path]:
+    """The local files and folders that the config names, except run directory and store."""
+    for key, section, leaf in _located(config.model_dump(mode="json"), config):
+        if key not in ("run_dir", "store"):
+            names = section[leaf] if isinstance(section[leaf], list) else [section[leaf]]
+            for name in map(os.path.expanduser, names):
+                found = [name] if Path(name).exists() else glob.glob(name, recursive=True)  # noqa: PTH207 (see sources.places)
+                yield from map(Path, found)
+
+
+def _located(tree: Any, config: Config) -> Iterator[tuple[str, Any, str]]:
+    """The settings that name a place and are set: key, section in the tree, name in the section."""
+    for key in (*_PLACES, *_NAMES):
+        *folders, leaf = key.split(".")
+        section = tree
+        for folder in folders:
+            section = section.get(folder) or {}
+        if section.get(leaf) and not (key == "encoder.model" and config.encoder.backend == "http"):
+            yield key, section, leaf
 
 
 def alike(before: str, after: str) -> bool:

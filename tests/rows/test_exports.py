@@ -807,7 +807,9 @@ def test_force_spares_the_run(mined: Run, tmp_path: Path, place: str) -> None:
     assert run.content() == before
 
 
-def test_force_spares_what_the_config_reads_and_what_is_no_export(mined: Run, tmp_path: Path) -> None:
+def test_force_spares_what_the_config_reads_and_what_is_no_export(
+    mined: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Path(mined.config["data"]["path"])
     held = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     for place in (source, source / "qrels", source.parent):
@@ -822,6 +824,9 @@ def test_force_spares_what_the_config_reads_and_what_is_no_export(mined: Run, tm
     with pytest.raises(ConfigError, match=r"is a folder, which is not an export"):
         export(mined, "jsonl", tmp_path / "rows.jsonl", force=True)
     assert (tmp_path / "home/thesis.txt").exists()
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a split of that name is not a file
+        export(mined, "jsonl", Path("train"), force=True)
 
 
 def test_a_failure_leaves_what_was_there(mined: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from negpipe.config import kept
 from negpipe.config.schema import Config
 from negpipe.data import moments
 from negpipe.data.tables import Rows
@@ -255,8 +256,7 @@ def _check_replaced(options: Options, config: Config) -> None:
     out = options.out.resolve()
     if not out.exists():
         return
-    settings = config.model_dump(mode="json", exclude={"run_dir", "store"})
-    for read in (Path(text).resolve() for text in _texts(settings) if _is_path(text)):
+    for read in (path.resolve() for path in kept.inputs(config)):
         if read.is_relative_to(out) or out.is_relative_to(read):
             raise ConfigError(f"--out {options.out} would replace what the config reads, {read}: choose another path")
     written = [inner for inner in out.rglob("*") if not inner.is_dir()] if out.is_dir() else [out]
@@ -264,21 +264,6 @@ def _check_replaced(options: Options, config: Config) -> None:
     if foreign or out.is_file() != options.single:
         found = f"contains {foreign[0].name}" if foreign else f"is a {'file' if out.is_file() else 'folder'}"
         raise ConfigError(f"--out {options.out} {found}, which is not an export: delete it, or choose another path")
-
-
-def _texts(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        for inner in tree.values() if isinstance(tree, dict) else tree:
-            yield from _texts(inner)
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return bool(text) and Path(text).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _warn(options: Options, tally: _Tally) -> None:
