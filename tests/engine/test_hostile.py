@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import small_source as small
-from real_runs import encoding_here
+from real_runs import Run, encoding_here
 from upkeep_of import config_of
 
 import negpipe
@@ -138,12 +138,11 @@ def test_what_a_terminal_gets_is_filtered_too(hostile: Path, monkeypatch: pytest
 
 def test_a_manifest_with_escapes_is_shown_without(hostile: Path, tmp_path: Path) -> None:
     graph.mine(load_config(str(small.build(tmp_path))), only="ingest")
-    path = tmp_path / "run/.negpipe/ingest/manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest.pop("digest")
+    run = Run({"run_dir": str(tmp_path / "run")})
+    manifest = run.manifest("ingest")
     manifest["provenance"]["finished"] = f"[red]now{ESCAPES}"
     manifest["parts"][0]["files"][0]["path"] = "ingest/" + ESCAPES.replace("/", "-")
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    run.change_manifest("ingest", manifest)
     outcome = small.run("status", tmp_path / "config.yaml")
     check_harmless(outcome)
     assert "damaged" in outcome.out

@@ -165,7 +165,7 @@ def test_times_throughput_and_peak_memory_are_those_of_the_parts(mined: Mined, t
                 "seconds": 0.001 if stage == "index" else 1000.0**number / 3 + at,
                 "peak_memory": 7 * 10 ** (5 + number) - at * 10**4,
             }
-        (run.folder / f".negpipe/{stage}/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        run.change_manifest(stage, manifest)
     outcome = small.run("report", mined.config, "--set", f"run_dir={run.folder}")
     assert outcome.code == 0, outcome.err
     shown = table_of(page_of(run))
