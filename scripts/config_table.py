@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from negpipe.config.schema import Config
 
@@ -29,8 +29,12 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, s
         if inner is not None and not field.description:
             yield from rows(inner, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        yield f"{prefix}{name}", _type(field.annotation), default, field.description or ""
+        written = any(isinstance(part, BeforeValidator) for part in field.metadata)
+        size = written and isinstance(field.default, int) and field.default >= 2**20  # others are durations, in seconds
+        kind = "size" if size else _type(field.annotation)
+        default = _size(field.default) if size else _yaml(field.default)
+        cell = "required" if field.is_required() else f"`{default}`"
+        yield f"{prefix}{name}", kind, cell, field.description or ""
 
 
 def tables() -> dict[str, str]:
@@ -73,12 +77,21 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
         return "names, each with keys and values" if get_origin(get_args(annotation)[1]) is dict else "keys and values"
+    if _is_model(annotation):
+        return "keys and values"
     return {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path"}.get(
         annotation, getattr(annotation, "__name__", str(annotation))
     )
 
 
+def _size(value: int) -> str:
+    """As a config has it: 2GiB."""
+    return f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
+
+
 def _yaml(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return _yaml(value.model_dump(exclude_defaults=True))
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from inspect import getdoc
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,7 +17,21 @@ from negpipe.redaction import is_redacted, redact
 if TYPE_CHECKING:
     from negpipe.config.schema import Config
 
-app = typer.Typer(
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Command], Command]:
+        """As Typer's, with each paragraph and list item on one line: Rich would break it where the source does."""
+
+        def add(function: Command) -> Command:
+            text = re.sub(r"(?<!\n)\n(?![\n-])", " ", settings.pop("help", None) or getdoc(function) or "")
+            return super(_App, self).command(name, help=text, **settings)(function)
+
+        return add
+
+
+app = _App(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -42,7 +58,7 @@ def _options(
     pass
 
 
-config_app = typer.Typer(no_args_is_help=True, help="Check a config, or print its values or the schema.")
+config_app = _App(no_args_is_help=True, help="Check a config, or print its values or the schema.")
 app.add_typer(config_app, name="config")
 
 

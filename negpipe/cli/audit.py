@@ -29,6 +29,7 @@ negative_1 …, label, ids, scores; also FlagEmbedding's lists) or set by --colu
 number and a dot for a field of an object (positive=positive_passages.text). Data of Tevatron, DPR, ms-swift, NeMo and
 PyLate is read too, as are runs (TREC's `query Q0 document rank score tag`, Tevatron's three columns): with the CONFIG
 of their data, every line is a negative of its anchor.
+
 Fields: anchor, positive, negative, label, anchor_id, positive_id, negative_id, positive_score, negative_score, score,
 negative_rank, rank.
 

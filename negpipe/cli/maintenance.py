@@ -30,12 +30,18 @@ def status(
     from negpipe import graph
     from negpipe.cli import console, formats, summary
     from negpipe.config.file import load_config
+    from negpipe.review import wording
+    from negpipe.store.lock import in_use
 
     console.set_up_logging(checked(log_format), debug=debug)
-    states = graph.status(load_config(config, overrides))
+    settings = load_config(config, overrides)
+    states = graph.status(settings)
     rows = formats.states(states)
     if not printed_as(form, rows, rows):
         summary.show_status(states)
+        if who := in_use(settings.run_dir):
+            remark = f"In use by {wording.visible(who)}: what is not current may be in progress."
+            console.out.print(remark, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -64,7 +64,10 @@ def _spread(values: Distribution) -> list[str]:
 def show_calibration(made: Calibration, advice: Recommendation, *, coverage: float, max_leak: float) -> None:
     """Every setting, then the recommendation."""
     out.print(f"{METHODS[made.method]}\n", markup=False)
-    title = f"{made.anchors:,} of {made.all_anchors:,} anchors, {made.trials:,} trials, {made.num_negatives} negatives"
+    title = (
+        f"{made.anchors:,} of {made.all_anchors:,} anchors, {made.trials:,} trials,"
+        f" negatives per trial: {made.num_negatives}"
+    )
     rows = table(title, "sampling", "from", "cutoff", "leak", "lo", "hi", "score", "rank", "below", "cover", "")
     rows.padding = (0, 1, 0, 0)
     for column in rows.columns:
@@ -119,13 +122,6 @@ def _cells(one: Estimate) -> list[str]:
     ]
 
 
-_NEMO = """
-NeMo's checklist for mined sets, and the corresponding checks here. Question ids unique, documents exist:
-duplicate_row, missing_id (with a CONFIG, unknown ids are refused). No positive or sibling positive among negatives:
-positive_id, positive_text, positive_normalized, shared_anchor. Negatives unique in a row: repeated_negative. Scores
-finite: non_finite. Enough distinct negatives: shortage. Corpus and lineage known: see the run's audit.json."""
-
-
 def show_audit(found: Audit, failed: set[str]) -> None:
     """Counts of every check, and examples of what was found."""
     compared = "the qrels and each other" if found.qrels else "each other (no qrels: pass a CONFIG to use its qrels)"
@@ -144,7 +140,6 @@ def show_audit(found: Audit, failed: set[str]) -> None:
         else:
             rows.add_row(one.check, "", "", "", "not checked: no column for it", style="dim")
     out.print(rows)
-    out.print(_NEMO, style="dim", markup=False)
     for one in found.findings:
         if one.examples:
             out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)

@@ -161,12 +161,12 @@ class Books:
     def part(self, key: str) -> Part | None:
         """The finished part of a key; None if record or files are missing, unreadable or cut off."""
         part = self.record(key)
-        return None if part is None else self._whole({key: part}).get(key)
+        return None if part is None else self.complete({key: part}).get(key)
 
     def found(self, keys: Collection[str]) -> dict[str, Part]:
         """The finished parts of many keys, as by `part`; where listings are delayed, some may be missing."""
         there = {*self.recorded()}
-        return self._whole(self._records([key for key in dict.fromkeys(keys) if key in there]))
+        return self.complete(self._records([key for key in dict.fromkeys(keys) if key in there]))
 
     def record(self, key: str) -> Part | None:
         """The record of a key; None if it is missing or has changed since it was written."""
@@ -183,7 +183,7 @@ class Books:
                     found[key] = part
         return found
 
-    def _whole(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+    def complete(self, parts: Mapping[str, Part]) -> dict[str, Part]:
         """Those whose files can be distinguished and exist with all their bytes."""
         known = {key: part for key, part in parts.items() if not part.lacks_roles}
         sizes = self.store.sizes(file.path for part in known.values() for file in part.files)
@@ -253,7 +253,7 @@ class Books:
 
     def parts(self) -> Iterator[Part]:
         """Every existing part, current or superseded."""
-        yield from self._whole(self._records(self.recorded())).values()
+        yield from self.complete(self._records(self.recorded())).values()
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None if the stage never completed.

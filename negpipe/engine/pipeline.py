@@ -77,7 +77,7 @@ def mine(
         repair: read every existing file; recompute what has changed since it was written and what derives from it.
         rebuild: recompute parts made with other library versions than are installed.
         executor: runs the tasks instead of the executor that stage and config select; it is then not checked whether
-            this machine could run them.
+            this machine could run them, nor whether their inputs are intact, as their process checks both.
         elsewhere: executors by stage name that run the stages as shards on other machines.
 
     Raises:
@@ -108,7 +108,8 @@ def mine(
                 raise MissingStageError(blocked(state, only))
             else:
                 _examine([] if executor else [stage] if only else stages[number:], context, elsewhere)
-                check_inputs(stage, graph, context)
+                if not executor:
+                    check_inputs(stage, graph, context)
                 logger.info("%s: starting, %s", stage.name, state.reason)
                 manifest = _completed(stage, context, reporter or Silent(), executor or elsewhere.get(stage.name))
                 ran.append(stage.name)
@@ -283,12 +284,14 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
     identity = identity_of(stage, context)
     context = replace(stage.within(context), key=identity.key)
 
-    keys: dict[str, None] = {}
+    keys: dict[str, Part | None] = {}
     with damage_named(stage, context):
         while _run_planned(stage, context, keys, reporter, executor) and stage.rounds:
             pass
 
-    made = books.found(keys)
+    # Records are parsed once, but whether their files still exist is asked again: the tasks may have taken hours.
+    made = books.complete({part_key: part for part_key, part in keys.items() if part})
+    made |= books.found([part_key for part_key, part in keys.items() if not part])
     parts = [made.get(part_key) or part_of(stage, context, part_key) for part_key in keys]
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
     shown.show(stage, context, manifest)
@@ -339,22 +342,25 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
 
 
 def _run_planned(
-    stage: Stage, context: Context, keys: dict[str, None], reporter: Reporter, executor: Executor | None
+    stage: Stage, context: Context, keys: dict[str, Part | None], reporter: Reporter, executor: Executor | None
 ) -> bool:
-    """Make the missing parts of the tasks that can be planned now; returns whether any task was new."""
+    """Make the missing parts of the tasks that can be planned now; returns whether any task was new.
+
+    `keys` receives the key of each task, with its part if that existed.
+    """
     books, before = context.books(stage.name), len(keys)
     plan = stage.plan(context)
-    total, done, present = 0, 0, set[str]()
+    total, done, present = 0, 0, dict[str, Part]()
     if stage.place(context.config) != "caller":
         plan = [task for task in plan if task.key not in keys]
-        present = {*books.found([task.key for task in plan])}
+        present = books.found([task.key for task in plan])
         total, done = sum(task.rows for task in plan), sum(task.rows for task in plan if task.key in present)
         if present:
             logger.info("%s: %d of %d parts already exist", stage.name, len(present), len(plan))
 
     def missing() -> Iterator[Task]:
         for task in plan:
-            keys[task.key] = None
+            keys[task.key] = present.get(task.key)
             if task.key not in present and books.part(task.key) is None:
                 yield task
 

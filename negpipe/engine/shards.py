@@ -115,11 +115,10 @@ def work(
             logger.info("%s: up to date", name)
             return Worked(name, shard, found=sum(shard.has(part.key) for part in current.parts))
         stage.examine(context)
-        pipeline.check_inputs(stage, graph, context)
         key = identity_of(stage, context).key
         own = replace(stage.within(context), key=key, shard=f"{shard.number}-of-{shard.of}")
         claims = Claims(own.store, own.own.folder, patience)
-        job = _Job(stage, own, shard, claims, reporter or Silent(), once)
+        job = _Job(stage, graph, own, shard, claims, reporter or Silent(), once)
         with pipeline.damage_named(stage, own), claims.kept():
             return job.done()
 
@@ -186,6 +185,7 @@ class _Job:
     """A running shard."""
 
     stage: Stage
+    graph: Graph
     context: Context
     shard: Shard
     claims: Claims
@@ -216,7 +216,8 @@ class _Job:
         present = self.books.found([task.key for task in tasks])
         left = [task for task in tasks if task.key not in present]
         self.found += len(present)
-        if left:
+        if left:  # a shard with nothing to do reads no input
+            pipeline.check_inputs(self.stage, self.graph, self.context)
             self._agree(present)
         told = False
         while left:

@@ -116,7 +116,7 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
             f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
         )
     # Settings that came with a changed one disappear with it.
-    gone = [name for name in manifest.settings if name not in fresh] if not lines else []
+    gone = [name for name in old if name not in fresh] if not lines else []
     return "; ".join([*lines, *(f"{name} was removed" for name in gone)]) or "its identity changed"
 
 

@@ -20,7 +20,7 @@ from negpipe.engine.manifest import Books, Manifest
 from negpipe.errors import ConfigError, InputError, MissingStageError
 from negpipe.review.audit import load
 from negpipe.review.audit.columns import Layout, layout_of
-from negpipe.store.files import BOOKS
+from negpipe.store.files import BOOKS, explained
 from negpipe.store.opening import run_of
 from negpipe.store.store import LocalStore, Store
 
@@ -151,6 +151,7 @@ def compare(
         InputError: a file cannot be read, lacks a column, or has no rows; or the two have no anchor in common.
     """
     with (
+        explained(scratch or Path(tempfile.gettempdir())),
         tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder,
         opened(Path(folder), budget, "the comparison") as database,
     ):

@@ -158,5 +158,6 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
 
 
 def _stated(data: schema.Data) -> dict[str, Any]:
-    """The settings of a source that differ from the defaults."""
-    return {"format": data.format, "path": data.path} | data.model_dump(mode="json", exclude_defaults=True)
+    """The settings of a source that differ from the defaults; three tables need no path."""
+    there = {"format": data.format, "path": data.path} | data.model_dump(mode="json", exclude_defaults=True)
+    return {key: value for key, value in there.items() if key != "path" or data.format != "columns"}

@@ -30,6 +30,14 @@ _ROWS = (
 """Columns that identify a layout of rows."""
 
 
+_TABLES = {
+    "corpus": r"corpus|collection|doc(ument)?s|passages",
+    "queries": r"query|queries|questions|topics",
+    "qrels": r"qrels|links|labels|relevan|judg",
+}
+"""How names of files begin that contain one of the three tables."""
+
+
 def recognized(data: schema.Data) -> schema.Data:
     """The source with `auto` resolved.
 
@@ -112,7 +120,9 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         )
     try:
         if files and len(files) == len(there):
-            return {"path": files} | _rows(data, Table(tuple(files), dialect=data.table))
+            found = _rows(data, Table(tuple(files), dialect=data.table))
+            _refuse_other_rows(data, files)
+            return {"path": files} | found
         if {"README.md", "data", "state.json", "dataset_dict.json"} & {*there}:
             return _rows(data, Table((str(folder),), data.subset, data.split))
     except InputError as error:
@@ -123,8 +133,38 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         f"this folder has no known layout (it contains {shown or 'nothing'})",
         file=str(folder),
         field="data.format",
-        remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format",
+        remedy=_three_tables(data, files)
+        or "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format",
     )
+
+
+def _refuse_other_rows(data: schema.Data, files: list[str]) -> None:
+    """Raises InputError: a file beside rows of pairs has other rows, as an extra corpus has."""
+    wanted = [column(data, key) for key in ("anchor", "positive")]
+    rows = {file: all(one.among(column_names(Table((file,), dialect=data.table))) for one in wanted) for file in files}
+    pairs, others = ([file for file in files if rows[file] is kind] for kind in (True, False))
+    if pairs and others:
+        path = pairs[0] if len(pairs) == 1 else f"[{', '.join(pairs)}]"
+        raise InputError(
+            f"this file has no columns for anchor and positive, as {pairs[0]} has",
+            file=others[0],
+            field="data.path",
+            remedy=f"If it is an extra corpus, set data.path: {path} and data.corpus: {others[0]}"
+            f" (negpipe inspect {' '.join(pairs)} --set data.corpus={others[0]}); else name the files to read",
+        )
+
+
+def _three_tables(data: schema.Data, files: list[str]) -> str:
+    """The settings that read a folder whose files are called like the three tables; empty if they are not."""
+    found: dict[str, str] = {}
+    for role, pattern in _TABLES.items():
+        named = [file for file in files if re.match(pattern, Path(file).name, re.IGNORECASE)]
+        named = [file for file in named if data.split in Path(file).name] or named
+        if len(named) != 1:
+            return ""
+        found[role] = named[0]
+    settings = " ".join(f"--set data.{role}={file}" for role, file in found.items())
+    return f"If its files are the three tables, add --set data.format=columns {settings}, or the same to the config"
 
 
 def _repository(data: schema.Data, path: str) -> dict[str, Any]:

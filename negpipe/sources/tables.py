@@ -378,7 +378,7 @@ def _header_hint(header: list[str], delimiter: str) -> str:
     name = {",": "commas", "\t": "tabs"}.get(delimiter, repr(delimiter))
     if len(header) == 1 and any(sign in header[0] for sign in "\t,; "):
         return f"The fields are not separated by {name}: set data.table.delimiter"
-    if any(len(cell) > _NAME or cell.replace(".", "").isdecimal() for cell in header):
+    if any(len(cell) > _NAME or " " in cell or cell.replace(".", "").isdecimal() for cell in header):
         return (
             "The file seems to have no header: set its columns in data.table.header or, for a single table, in its"
             f" section, such as data.qrels.table.header, with {len(header)} names such as [id, text]"

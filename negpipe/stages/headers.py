@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe import ann
 from negpipe.data.npy import BROKEN
-from negpipe.data.tables import open_table
+from negpipe.data.tables import count_rows
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
 from negpipe.store.store import Store
@@ -28,7 +29,7 @@ def misfit(store: Store, part: Part, beside: Mapping[str, str] | None = None) ->
     for file in (file for file in part.files if not file.aside):
         try:
             rows = _rows(store.path(file.path))
-        except (*BROKEN, LookupError, DamagedError):
+        except (*BROKEN, LookupError, DamagedError, pa.ArrowException):
             return f"{file.path} {OTHER_CONTENT} (its header cannot be read)"
         counts[file.role.partition("-")[0]] += rows
     for role, rows in counts.items():
@@ -46,5 +47,5 @@ def _rows(path: Path) -> int:
     if path.suffix == ".faiss":
         return ann.open_flat(path).rows
     if path.suffix == ".arrow":
-        return int(open_table(path).num_rows)
+        return count_rows(path)
     return int(pq.read_metadata(path).num_rows)

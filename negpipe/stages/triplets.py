@@ -412,7 +412,9 @@ def advice(stats: Mapping[str, Any]) -> str:
             left -= count if CODES[reason] >= rules.FILTERED else 0
         most = max((reason for reason in shares if reason in HELPS), key=shares.__getitem__, default=most)
     remedies = [one.remedy.capitalize() for one in _causes(stats)]
-    return ". ".join([*remedies, HELPS.get(most, "Search deeper: set a larger search.depth")])
+    return ". ".join(
+        [*remedies, HELPS.get(most, "Set a larger search.depth; beyond the number of documents it adds nothing")]
+    )
 
 
 def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,7 @@ _REASONS = {
     errno.ENOTDIR: "part of its path is a file",
     errno.EFBIG: "the file is larger than this file system or the process limit allows",
 }
+_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR)  # reading raises them as well
 
 
@@ -71,10 +72,10 @@ def explained(path: Path, needed: Callable[[], int] | None = None, *, least: boo
         refused = _refusal(error, path)
         if refused is None:
             raise
-        try:
-            free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
-        except OSError:
-            free = ""
+        free = ""
+        with suppress(OSError):
+            if refused in _OF_SPACE:
+                free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,} bytes are free there. "
         count = needed() if needed else 0
         need = f"{'More than ' * least}{count:,} bytes are needed. " if count else ""
         raise StorageError(

@@ -105,6 +105,28 @@ def driver_lock(run_dir: Path, *, alone: bool) -> Iterator[bool]:
             yield idle
 
 
+def in_use(run_dir: Path) -> str | None:
+    """Who works on a local run directory, without touching its locks; None if nobody says so, or it is gone."""
+    for name in ("driver.json", "holder.json"):
+        who = _read(run_dir / BOOKS / name)
+        if isinstance(who, dict) and (who.get("host") != platform.node() or _runs(who.get("pid"))):
+            return _describe(run_dir / BOOKS / name)
+    return None
+
+
+def _runs(pid: object) -> bool:
+    """Whether there is such a process on this machine."""
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
 class _SharedLock:
     """flock's shared lock on a file that filelock also locks with flock, exclusively."""
 

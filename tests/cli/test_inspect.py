@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,37 @@ def test_init_without_a_name_writes_a_first_config(tmp_path: Path, monkeypatch: 
     assert load_config("quickstart.yaml").data.path == "data/quickstart"
     assert (tmp_path / "data/quickstart/corpus.jsonl").is_file()
     assert small.run("init").code == 2, "a config is not written over"
+
+
+def _advised(words: list[str]) -> dict[str, Any]:
+    """What `inspect` finds with the arguments that its error for `words` advises."""
+    refused = small.run("inspect", *words)
+    assert refused.code == 3, refused.out
+    if command := re.search(r"\(negpipe inspect (.+?)\)", refused.err):
+        return inspected(*command[1].split())
+    settings = re.findall(r"--set \S+?(?=,? )", refused.err)
+    assert settings, refused.err
+    return inspected(*words, *(word for setting in settings for word in setting.split()))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("collection", "queries.train", "qrels.train"), ("docs", "topics", "qrels"), ("passages", "questions", "links")],
+)
+def test_a_folder_of_three_tables_is_told_how_to_be_read(names: tuple[str, str, str], tmp_path: Path) -> None:
+    lines = ("docid\ttext\nd1\ta text\nd2\tanother\n", "qid\ttext\nq1\ta query\n", "qid\tdocid\nq1\td2\n")
+    for name, text in zip(names, lines, strict=True):
+        (tmp_path / f"{name}.tsv").write_text(text)
+    (tmp_path / "queries.dev.tsv").write_text("qid\ttext\nq2\ta query\nq3\tnone\n")
+    if names[1] != "queries.train":
+        (tmp_path / "queries.dev.tsv").unlink()
+    found = _advised([str(tmp_path)])
+    assert (found["documents"]["count"], found["queries"]["count"], found["judgments"]) == (2, 1, {"train": 1})
+    assert "path" not in found["data"]
+
+
+def test_a_corpus_beside_pairs_is_told_how_to_be_read(tmp_path: Path) -> None:
+    triplets(tmp_path / "pairs.jsonl", 2)
+    (tmp_path / "pool.jsonl").write_text('{"text": "a text"}\n{"text": "another"}\n')
+    found = _advised([str(tmp_path)])
+    assert found["documents"]["count"] == 6 and found["data"]["corpus"]["path"] == str(tmp_path / "pool.jsonl")

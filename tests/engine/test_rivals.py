@@ -59,8 +59,11 @@ def test_one_process_at_a_time(whole: Run, tmp_path: Path) -> None:
         second = small.run("mine", run.folder.with_name("run.yaml"))
         assert second.code == 4
         assert f"process {first.pid} on {platform.node()}, running since 20" in second.err
+        told = small.run("status", run.folder.with_name("run.yaml"))
+        assert f"In use by process {first.pid} on {platform.node()}" in told.out
     finally:
         kill(first)
+    assert "In use" not in small.run("status", run.folder.with_name("run.yaml")).out
     # Nobody let go of the lock: its holder is dead, so it is free.
     assert (run.folder / ".negpipe" / "holder.json").exists()
     run.mine()

@@ -203,6 +203,16 @@ def test_the_whole_run_directory_read_only(fresh: Path) -> None:
         assert small.run("verify", config).code == 0
 
 
+@needs_root
+def test_audit_of_a_run_directory_read_only(fresh: Path) -> None:
+    config, run_dir = fresh / "config.yaml", fresh / "run"
+    with mounted(run_dir, "-t", "tmpfs", "tmpfs") as mount:
+        assert small.run("mine", config).code == 0
+        mount("-o", "remount,ro")
+        check_refusal(small.run("audit", config), run_dir)
+        assert small.run("diff", run_dir, run_dir).code == 0  # it writes to the system's temporary folder
+
+
 UNPRIVILEGED = """
 import json, sys
 from pathlib import Path

@@ -23,6 +23,7 @@ from negpipe.review.audit.columns import Layout, layout_of
 from negpipe.review.audit.policy import Policy, policy
 from negpipe.review.audit.rules import Rules
 from negpipe.review.audit.runs import Texts
+from negpipe.store.files import explained
 
 __all__ = [
     "CHECKS",
@@ -121,6 +122,7 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
         ConfigError: `options.budget` is too small.
     """
     with (
+        explained(scratch or Path(tempfile.gettempdir())),
         tempfile.TemporaryDirectory(dir=scratch, prefix=".audit-") as folder,
         opened(Path(folder), options.budget, "the audit") as database,
     ):
