@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from negpipe import graph
 from negpipe.config.file import load_config
@@ -36,6 +37,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((run_dir / "triplets").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_its_vectors_are_used_and_its_rows_are_made_again(tmp_path: Path) -> None:
     config = unpacked(tmp_path)
     run_dir = Path(config["run_dir"])

@@ -254,6 +254,7 @@ def test_sentence_transformers(worlds: list[World], drawn: int) -> None:
     agree(ours, theirs, case.output["scores"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_sentence_transformers_draws(worlds: list[World], number: int) -> None:
     world, arguments = worlds[2 * number], {"range_max": 12, "relative_margin": 0.1}
@@ -303,6 +304,7 @@ def ranked(world: World) -> list[Ranked]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee(
     "`mining.compat: flagembedding`",
     "the rows of an independent program, which the test holds, written from its `hn_mine`",

@@ -149,6 +149,7 @@ def _rescore(anchors: Floats, vectors: Vectors, best: Keys, block_rows: int, thr
                 best[tile] = keys.reshape(best[tile].shape)
 
             list(pool.map(rescore, _tiles(anchors)))
+            del block, rescore  # the next block takes their place
 
 
 def propose(

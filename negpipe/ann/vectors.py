@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
-from negpipe.data.npy import BROKEN
+from negpipe.data.npy import BROKEN, header
 from negpipe.errors import DamagedError
 from negpipe.store import mapped
 
@@ -81,11 +81,15 @@ class Vectors:
         return out
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
-        """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array."""
+        """(first row, (m, dimension) float32) for at most `rows` rows at a time, each a new array.
+
+        Whoever deletes a block before asking for the next holds only one in memory.
+        """
         for start in range(0, self.rows, rows):
             block = np.empty((min(rows, self.rows - start), self.dimension), np.float32)
             self.read(start, block)
             yield start, block
+            del block
 
     def place(self, row: int) -> str:
         """The file of a row and its row in that file, for messages."""
@@ -124,18 +128,17 @@ def open_parts(paths: Sequence[Path]) -> Vectors:
     first, dimension = 0, 0
     for path in paths:
         try:
-            array = mapped.npy(path)
+            shape, dtype, in_rows, offset = header(path)
         except BROKEN as error:
             raise DamagedError(f"{path}: is not a complete .npy file ({error}). Run `negpipe verify`") from None
-        dimension = dimension or array.shape[-1]
-        shaped = array.ndim == 2 and array.shape[1] == dimension and array.flags.c_contiguous
-        if not shaped or array.dtype not in (np.float16, np.float32):
+        shaped = in_rows and len(shape) == 2 and shape[1] == (dimension := dimension or shape[1])
+        if not shaped or dtype not in (np.float16, np.float32):
             raise DamagedError(
-                f"{path}: holds {array.dtype} of shape {array.shape}, expected float16 or float32 vectors of"
+                f"{path}: holds {dtype} of shape {shape}, expected float16 or float32 vectors of"
                 f" dimension {dimension}. Run `negpipe verify`"
             )
-        files.append(_File(path, first, len(array), array.dtype, array.offset))
-        first += len(array)
+        files.append(_File(path, first, shape[0], dtype, offset))
+        first += shape[0]
     return Vectors(tuple(files), dimension)
 
 

@@ -93,7 +93,7 @@ def set_up_logging(log_format: str, *, debug: bool) -> None:
     root.setLevel(logging.WARNING)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     # This library adds a handler when it is imported: every line would appear twice, and plain ones among JSON.
-    logging.getLogger("huggingface_hub").addHandler = lambda _: None  # type: ignore[method-assign]
+    logging.getLogger("huggingface_hub").addHandler = lambda hdlr: None  # type: ignore[method-assign]
 
 
 def reporter(log_format: str) -> Reporter:

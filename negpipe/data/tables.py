@@ -81,8 +81,9 @@ def count_rows(path: Path) -> int:
     Raises:
         OSError, pyarrow.ArrowException: they cannot be read.
     """
-    reader = pa.ipc.open_file(mapped.arrow(path))
-    return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+    with mapped.arrow(path) as file:
+        reader = pa.ipc.open_file(file)
+        return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
 
 
 def _ascending(array: pa.Array) -> bool:

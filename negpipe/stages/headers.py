@@ -14,6 +14,7 @@ from negpipe.data.npy import BROKEN
 from negpipe.data.tables import count_rows
 from negpipe.engine.manifest import OTHER_CONTENT, Part
 from negpipe.errors import DamagedError
+from negpipe.store import mapped
 from negpipe.store.store import Store
 
 
@@ -48,4 +49,5 @@ def _rows(path: Path) -> int:
         return ann.open_flat(path).rows
     if path.suffix == ".arrow":
         return count_rows(path)
-    return int(pq.read_metadata(path).num_rows)
+    with mapped.arrow(path) as file:
+        return int(pq.read_metadata(file).num_rows)

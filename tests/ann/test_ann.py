@@ -124,6 +124,7 @@ def corpus() -> np.ndarray:
     return vectors[np.argsort(vectors[:, 0], kind="stable")].astype(np.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 @pytest.mark.parametrize("depth", [1, 60, 3_500])
 def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(
@@ -140,6 +141,7 @@ def test_bytes_do_not_depend_on_blocks_memory_threads_or_storage(
         check(found, queries, corpus, depth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_rows", [1, 7, 1_024, 1_025, 5_000])
 def test_any_block_size(corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
     rows = corpus[: min(len(corpus), 600 * block_rows)]

@@ -71,6 +71,7 @@ def exact(run_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return rows, products
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee(
     "an approximate index states its recall",
     "it is that of an exact search, within its interval",
@@ -147,6 +148,7 @@ def test_each_task_is_done_once(source: dict[str, Any]) -> None:
     assert changed == {run_dir / file.path for file in tuned.files}
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 def test_the_same_bytes_with_workers_and_little_memory(source: dict[str, Any]) -> None:
     shutil.copytree(source["run_dir"], f"{source['run_dir']}-2")
@@ -180,6 +182,7 @@ def test_proposals_do_not_depend_on_memory(tmp_path: Path) -> None:
     assert refused.value.there == 2**20 < refused.value.needed <= 2 * 2**20
 
 
+@pytest.mark.slow
 def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
     size = f"index.shard_size={900 * DIMENSION * 4}"
     source = write(tmp_path, 2_600)
@@ -203,6 +206,7 @@ def test_an_append_leaves_full_shards_alone(tmp_path: Path) -> None:
     assert grown.stats["index"]["recall"] == pytest.approx(found, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["IVF16,Flat", "IVF16,SQ8"])
 def test_documents_added_for_positives_stay_out_of_the_candidates_and_of_the_recall(kind: str, tmp_path: Path) -> None:
     pool = [f"pool {i}" for i in range(DOCUMENTS)]
@@ -349,6 +353,7 @@ def test_a_change_of_kind_is_the_reason_and_not_the_settings_it_brings(source: d
     assert states["index"].reason == "index.kind changed from 'stream' to 'IVF16,Flat'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["IVF64,Flat", "IVF16,SQ8", "PQ4x4fs"])
 def test_an_index_that_was_searched_deeper_makes_what_a_fresh_run_makes(
     source: dict[str, Any], tmp_path: Path, kind: str
@@ -393,6 +398,7 @@ KINDS_OF_FAISS += ("IVF64,Flat", "IVF64,SQ4", "IVF32,PQ8", "IVF32,PQ8x4fs", "IVF
 KINDS_OF_FAISS += ("OPQ8,PQ8x4fs", "OPQ8_16,IVF32,PQ8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_FAISS)
 def test_sizes_of_any_kind_are_those_of_a_real_index(kind: str) -> None:
     import faiss
@@ -406,6 +412,7 @@ def test_sizes_of_any_kind_are_those_of_a_real_index(kind: str) -> None:
     assert held <= size
 
 
+@pytest.mark.slow
 def test_a_budget_below_a_shard_is_refused_and_smaller_shards_fit(tmp_path: Path) -> None:
     source = write(tmp_path)
     draw = np.random.default_rng(3)

@@ -82,6 +82,7 @@ def refused(outcome: small.Outcome, place: Path, needed: int | None) -> None:
 AS_JSON = ("--log-format", "json")
 
 
+@pytest.mark.slow
 @needs_root
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_finds_no_room(stage: str, copied: Path) -> None:

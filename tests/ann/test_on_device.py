@@ -319,6 +319,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.slow
 def test_a_search_leaves_torch_its_threads() -> None:
     said = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

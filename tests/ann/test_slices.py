@@ -53,6 +53,7 @@ def test_slices_find_what_a_search_of_all_finds(encoded: Run, tmp_path: Path, ki
     assert run.mine(*settings, SLICED).ran == run.mine(*settings).ran == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["400", "1300", "100000", "1"])
 def test_the_size_of_slices_changes_no_byte(encoded: Run, tmp_path: Path, other: str) -> None:
     whole, run = encoded.copied(tmp_path / "whole"), encoded.copied(tmp_path / "run")
@@ -61,6 +62,7 @@ def test_the_size_of_slices_changes_no_byte(encoded: Run, tmp_path: Path, other:
     assert run.content() == whole.content()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stream", "IVF16,Flat", "IVF16,SQ8"])
 def test_documents_that_are_no_candidates_stay_out(tmp_path: Path, kind: str) -> None:
     """They lie behind the candidates, in slices of their own or in one that candidates share."""
@@ -125,6 +127,7 @@ def test_a_task_reads_its_slice_alone(encoded: Run, tmp_path: Path, kind: str, m
     assert len(tasks) >= 6
 
 
+@pytest.mark.slow
 def test_appended_documents_leave_the_slices_before_them(tmp_path: Path) -> None:
     config = write(tmp_path, documents=2_400)
     run = Run(config)
@@ -151,6 +154,7 @@ def test_what_was_searched_needs_no_slices(encoded: Run, tmp_path: Path) -> None
     assert "search" in run.mine(SLICED).ran and run.content() == wanted
 
 
+@pytest.mark.slow
 def test_search_asks_for_the_slices(encoded: Run, tmp_path: Path) -> None:
     run = encoded.copied(tmp_path / "run")
     run.mine(only="index")

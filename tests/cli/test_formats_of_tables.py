@@ -23,6 +23,7 @@ TABLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES)
 def test_json_and_csv(command: str, finished: Path) -> None:
     config = str(finished / "config.yaml")
@@ -38,6 +39,7 @@ def test_json_and_csv(command: str, finished: Path) -> None:
     assert small.run(*words, "--format", "xml").code == 2
 
 
+@pytest.mark.slow
 def test_doctor() -> None:
     rows = [*csv.DictReader(io.StringIO(small.run("doctor", "--format", "csv").out))]
     assert {"Python", "Libraries"} <= {row[column] for row in rows for column in ("about", "name")}
@@ -60,6 +62,7 @@ def test_diff(finished: Path) -> None:
     assert rows[0]["added"] == "0"
 
 
+@pytest.mark.slow
 def test_a_table_in_a_file_is_as_wide_as_what_it_holds(finished: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     words = [sys.executable, "-m", "negpipe", "explain", str(finished / "config.yaml"), "--anchor", "q0"]

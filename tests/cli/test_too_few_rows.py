@@ -23,6 +23,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_the_rule_that_dropped_most_is_named_with_what_helps(
     rule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

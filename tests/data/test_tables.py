@@ -156,6 +156,7 @@ print(refused)
 """
 
 
+@pytest.mark.slow
 def test_no_changed_byte_ends_the_process(tmp_path: Path) -> None:
     """A damaged offset of a text or list led out of the file, and the worker died without a word."""
     table = pa.table(

@@ -54,6 +54,7 @@ def test_every_text_is_in_one_batch_and_no_batch_is_larger_than_asked() -> None:
             assert all(lengths[row] >= lengths[after] for row in rows for after in following)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("instruction", [None, "find the file: "])
 def test_vectors_are_those_of_batches_by_number_in_passes_within_the_limit(
@@ -104,6 +105,7 @@ def test_errors_name_the_text_and_the_setting(tmp_path: Path) -> None:
         loaded(long).encode(["file " * 3000], "passage", ignore)
 
 
+@pytest.mark.slow
 def test_a_run_by_tokens_has_parts_of_its_own(tiny: Path, tmp_path: Path) -> None:
     """Through a worker, which is sent the settings as JSON; and a run without the setting keeps the key it had."""
     config, key = small.build(tmp_path), dict[int | None, str]()

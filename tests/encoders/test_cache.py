@@ -359,6 +359,7 @@ def test_processes_that_write_at_once(tmp_path: Path) -> None:
     assert numbers(tmp_path, 1500) == {*range(1500)}
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(tmp_path: Path) -> None:
     kept: set[int] = set()
     for seed in range(3):

@@ -30,10 +30,13 @@ from negpipe.errors import ConfigError
 from negpipe.plan import estimate
 from negpipe.review.report import facts
 
-pytestmark = pytest.mark.guarantee(
-    "the corpus grew or was edited, with `encoder.cache`",
-    "only the texts that changed; the rows of a new run within rounding",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "the corpus grew or was edited, with `encoder.cache`",
+        "only the texts that changed; the rows of a new run within rounding",
+    ),
+]
 
 MODULES = (shutil, statistics, textwrap, zipfile)
 

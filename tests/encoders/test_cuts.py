@@ -93,6 +93,7 @@ def test_a_static_embedding_cuts_nothing(tiny: Path, tmp_path: Path) -> None:
     assert expected(settings(tmp_path, passage_max_length=8), tmp_path, "passage", TEXTS) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "more"),
     [
@@ -170,6 +171,7 @@ def alike() -> list[dict[str, Any]]:
     return [{"_id": f"d{i}", "title": "", "text": f"name {i}"} for i in range(2)] + long
 
 
+@pytest.mark.slow
 @pytest.mark.cases
 def test_no_rows_name_the_cut_as_the_cause(
     tiny: Path, tmp_path: Path, alike: list[dict[str, Any]], caplog: pytest.LogCaptureFixture

@@ -297,6 +297,7 @@ def test_bfloat16_is_refused_by_a_processor_without_units_for_it(tiny: Path, mon
         loaded(settings(tiny, precision="bfloat16"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_on_a_processor_is_near_float32(backend: str) -> None:

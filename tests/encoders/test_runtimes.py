@@ -26,6 +26,8 @@ from negpipe.config.file import load_config
 from negpipe.encoders import is_installed, runtimes
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
+pytestmark = pytest.mark.slow
+
 _PATIENCE = 600  # seconds: an export takes two, and a hundred where others take the processor
 LOAD = """
 import logging, sys

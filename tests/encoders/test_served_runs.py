@@ -23,6 +23,8 @@ from negpipe.errors import BudgetError, ConfigError, InputError
 from negpipe.plan import estimate
 from negpipe.stages import STAGES, encode
 
+pytestmark = pytest.mark.slow
+
 TEXTS = small.DOCUMENTS + small.QUERIES
 
 

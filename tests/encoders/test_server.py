@@ -18,6 +18,8 @@ from negpipe import encoders
 from negpipe.encoders import server as served
 from negpipe.errors import ConfigError, InputError, NegpipeError, TaskFailedError
 
+pytestmark = pytest.mark.slow
+
 APIS = ["openai", "tei"]
 
 

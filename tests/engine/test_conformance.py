@@ -21,6 +21,8 @@ from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.graph import Shard
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ("index.kind=IVF2,Flat", "index.shard_size=3000", "index.recall_anchors=20")
 COMPARED = ("encode", "index", "search", "triplets")
 Content = dict[str, bytes]

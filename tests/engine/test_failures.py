@@ -133,6 +133,7 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", FAILURES)
 def test_a_failure_is_short_for_people_and_structured_for_schedulers(code: str, tmp_path: Path) -> None:
     provoke, exit_code, words = FAILURES[code]

@@ -55,6 +55,7 @@ def names(config: Config, stage: str) -> set[str]:
     return {path.name for path in (config.run_dir / stage).iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "local"])
 def test_two_stages_of_one_kind_make_parts_under_their_own_names(executor: str, tmp_path: Path) -> None:
     workers = [f"executor.kind={executor}", "executor.workers=2", "resources.cpus=2"]

@@ -67,6 +67,7 @@ def check_harmless(outcome: small.Outcome) -> None:
 ALLOWED = ("--set", "data.max_bad_rows=1")
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee(
     "texts or ids hold terminal escapes or HTML",
     "shown written out, never raw",
@@ -403,6 +404,7 @@ def everything(folder: Path) -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee(
     "a URL carries a password or token",
     "hidden in logs, errors, manifests, cards",
@@ -550,6 +552,7 @@ def test_clean_and_repair_delete_nothing_elsewhere(tmp_path: Path) -> None:
     assert graph.mine(config).ran == ()
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee(
     "a folder of a stage is a link to another disk",
     "used; only what was recorded is deleted there, and no link in it is followed",

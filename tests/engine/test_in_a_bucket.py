@@ -33,10 +33,14 @@ from negpipe.graph import Shard
 from negpipe.review import diff
 from negpipe.store import lease
 
-pytestmark = pytest.mark.guarantee(
-    "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver comes",
-    "the bytes of a run on a disk",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
+        " comes",
+        "the bytes of a run on a disk",
+    ),
+]
 
 KILLS = 200
 STAGES = ("ingest", "encode", "index", "search", "triplets")

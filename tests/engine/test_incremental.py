@@ -27,6 +27,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     small.write_qrels(folder / "data/qrels/train.tsv", small.judgments())
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_costs_the_parts_around_the_change(tmp_path: Path, tiny: Path) -> None:
     rows = small.documents(DOCUMENTS)
     write(tmp_path, rows)

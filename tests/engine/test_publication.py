@@ -59,6 +59,7 @@ def immutable(path: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", *map(str, held)], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 @needs_root
 def test_rows_that_cannot_be_changed_are_in_nobodys_way(run: Run, tmp_path: Path) -> None:
     fresh = Run({**run.config, "run_dir": str(tmp_path / "fresh")})
@@ -189,6 +190,7 @@ def test_a_folder_that_a_copy_made_of_the_pointer_is_replaced(run: Run, tmp_path
     assert rows(other) == rows(run)
 
 
+@pytest.mark.slow
 def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process ends at each change to the disk in turn; the next start finishes what was begun."""
 
@@ -227,6 +229,7 @@ def test_a_swap_that_is_cut_anywhere_loses_no_file_of_the_users(run: Run, monkey
     assert 10 < deaths < 40
 
 
+@pytest.mark.slow
 def test_the_summary_counts_the_rows_of_the_run_alone(run: Run) -> None:
     counted = [line for line in run.command("mine")[1].splitlines() if "Parquet file" in line]
     shutil.copy(run.files("triplets")[0], run.folder / "triplets/backup.parquet")

@@ -58,6 +58,7 @@ def vectors(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 # --- the rows ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stored_vectors_are_the_models(golden: Run, tiny: Path) -> None:
     import torch
     from transformers import BertModel, BertTokenizerFast
@@ -292,6 +293,7 @@ def test_other_model_runs_from_encode_and_is_named(golden: Run, tmp_path: Path) 
     assert run.inodes() == before
 
 
+@pytest.mark.slow
 def test_other_vectors_and_back(undisturbed: Run, tmp_path: Path) -> None:
     run = undisturbed.copied(tmp_path / "run")
     before, content = run.inodes("ingest", "encode", "index", "search"), run.content("triplets")
@@ -331,6 +333,7 @@ def test_no_more_workers_than_cores(undisturbed: Run, caplog: pytest.LogCaptureF
     assert "run at a time" not in caplog.text
 
 
+@pytest.mark.slow
 def test_workers_share_the_cores(undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     start: Any = subprocess.Popen

@@ -68,6 +68,7 @@ def keys(run: Run, stage: str) -> list[str]:
 # --- the bytes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "overrides"),
     [([0], ()), ([2, 0, 1], ()), ([1, 0], ("index.kind=flat",)), ([2, 1, 0], LISTS)],

@@ -280,6 +280,7 @@ class Machine(RuleBasedStateMachine):
         assert not upkeep.verify(config_of(self.root / "run"), graph.inventory(config_of(self.root / "run")))
 
 
+@pytest.mark.slow
 @pytest.mark.torture
 def test_what_is_complete_is_what_a_fresh_run_makes(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]

@@ -71,6 +71,7 @@ def test_a_run_of_one_version_is_not_warned_about(run: Run, caplog: pytest.LogCa
         assert all(part["provenance"]["libraries"] for part in run.parts(stage))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "library"),
     [

@@ -155,6 +155,7 @@ _COUNTS = ("divided_anchors", "test_anchors", "groups", "test_groups", "largest_
 # --- groups -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("by", ["positive", "thread"])
 def test_groups_stay_whole(by: str, seed: int, tmp_path: Path) -> None:
@@ -205,6 +206,7 @@ def test_what_an_anchor_is_known_to_have_is_what_it_was(tmp_path: Path) -> None:
 # --- shares -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.8])
 def test_the_share_comes_out_over_many_groups(share: float, tmp_path: Path) -> None:
     count = 3000
@@ -214,6 +216,7 @@ def test_the_share_comes_out_over_many_groups(share: float, tmp_path: Path) -> N
     assert [level for level, _ in split.remarks(found.stats)] == [logging.INFO]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 5, 6, 7])  # the last three draw it for the test side
 def test_a_group_larger_than_what_is_held_out_is_trained_on(seed: int, tmp_path: Path) -> None:
     source = alone(100)
@@ -226,6 +229,7 @@ def test_a_group_larger_than_what_is_held_out_is_trained_on(seed: int, tmp_path:
     assert all("raise train.split.test" in text for _, text in warned)
 
 
+@pytest.mark.slow
 def test_the_share_is_far_off_by_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = alone(9).write(tmp_path)
     shares = {}
@@ -247,6 +251,7 @@ def test_the_share_is_far_off_by_chance(tmp_path: Path, caplog: pytest.LogCaptur
 # --- where it stays -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_moves_nobody(tmp_path: Path) -> None:
     source = tangled(7)
     for by in ("positive", "thread"):
@@ -257,6 +262,7 @@ def test_the_order_of_rows_moves_nobody(tmp_path: Path) -> None:
         assert sides[0] == sides[1] == sides[2]
 
 
+@pytest.mark.slow
 def test_more_data_move_nobody(tmp_path: Path) -> None:
     before = tangled(7)
     sides = divided(config_of(before.write(tmp_path / "before"))).sides
@@ -273,6 +279,7 @@ def test_more_data_move_nobody(tmp_path: Path) -> None:
         assert anchors <= after[side]
 
 
+@pytest.mark.slow
 def test_a_seed_of_its_own(tmp_path: Path) -> None:
     source = alone(200).write(tmp_path)
     sides = divided(config_of(source)).sides

@@ -25,6 +25,8 @@ from negpipe.errors import InputError
 from negpipe.ingest import hashing, spool
 from negpipe.sources import tables
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["plain", "Two  blanks", "tab\tinside", "ÄÖÜ", "İstanbul", "ﬁne ﬁsh", "naïve", "\u3000wide", "Zwölf", "½"]
 
 

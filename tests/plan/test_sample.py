@@ -35,6 +35,7 @@ def of_anchors(run: Run, sample: Sample, count: int) -> Any:
     return vectors_of(run, "anchors")[[ids.index(name) for name in sample.anchors["id"].to_pylist()[:count]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 1, 4, 30, 300, 10**6])
 def test_the_first_documents_hold_the_positives_of_the_first_anchors(
     undisturbed: Run, read: Context, most: int

@@ -25,6 +25,8 @@ from negpipe.plan.estimate import Encoding, Plan
 from negpipe.plan.sample import Outcome
 from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, Variant, agreement, measured
 
+pytestmark = pytest.mark.slow
+
 units = pytest.mark.skipif(not has_units("bfloat16", "cpu"), reason="this processor has no units for bfloat16")
 
 

@@ -267,6 +267,7 @@ def found_in(path: Path, **columns: str) -> dict[str, int]:
     return {one.check: one.count for one in found.findings if one.count}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("written", FORMATS)
 def test_counts_are_those_of_a_plain_program(
@@ -323,6 +324,7 @@ def test_the_checks_that_cover_nemos_list_exist() -> None:
     assert {"missing_id", "positive_id", "repeated_negative", "non_finite", "shortage"} <= named <= set(audit.CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
 def test_what_is_mined_is_clean(mined: Run, tmp_path: Path, name: str) -> None:
     run = mined.copied(tmp_path / "run")
@@ -474,6 +476,7 @@ def test_texts_never_steer_the_terminal(tmp_path: Path) -> None:
 MANY = 20_000  # squared, too many for the memory there is
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("100,000 queries share a text, or 100,000 documents, or one has them all")
 @pytest.mark.parametrize("shape", ["one anchor text", "one anchor", "one document", "no ids"])
 def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def negatives(folder: Path) -> Negatives:
     return found
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_a_plain_program(runs: Path) -> None:
     a, b = negatives(runs / "a"), negatives(runs / "b")
     found = compare(source_of(str(runs / "a")), source_of(str(runs / "b")), examples=3)
@@ -145,6 +146,7 @@ def test_another_miners_rows_by_text(runs: Path, tmp_path: Path) -> None:
     assert [change.text for change in example.added] == ["something else"]
 
 
+@pytest.mark.slow
 def test_on_the_command_line(runs: Path, tmp_path: Path) -> None:
     config = tmp_path / "b.yaml"
     shutil.copy(runs / "config.yaml", config)

@@ -63,6 +63,7 @@ def ledger(run: Run) -> list[dict[str, Any]]:
     return [row for file in files if file.parent.name == "ledger" for row in pq.read_table(file).to_pylist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

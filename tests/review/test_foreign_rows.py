@@ -54,6 +54,7 @@ def exported(run: Run, to: str, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["tevatron", "tevatron-passages", "ms-swift", "nemo", "pylate"])
 def test_other_layouts_give_the_same_findings(to: str, mined: Run, tmp_path: Path) -> None:
     plain = findings(exported(mined, "flagembedding", tmp_path / "plain") / "train.jsonl")
@@ -68,6 +69,7 @@ def test_other_layouts_give_the_same_findings(to: str, mined: Run, tmp_path: Pat
 WITH_NEGATIVES = (tuples, labeled, flagembedding, tevatron, tevatron_ids, dpr, ms_swift, nemo, pylate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", WITH_NEGATIVES, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_layout_with_negatives_is_read(layout: Any, seed: int, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def judged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_agrees_with_sentence_transformers(judged: Run, tiny: Path) -> None:
     """The same model, through its evaluator, on the same texts: every figure that both have."""
     from sentence_transformers import SentenceTransformer

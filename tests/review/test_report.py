@@ -97,6 +97,7 @@ def page(mined: Path) -> Page:
 # --- the file -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_asks_nobody_for_anything_and_allows_one_script(page: Page) -> None:
     links = [
         (tag, found[name]) for tag, found in page.elements for name in ("src", "href", "xlink:href") if name in found
@@ -263,6 +264,7 @@ def test_fewer_anchors_are_looked_at_where_there_are_many(folder: Path) -> None:
     assert f"of {found[1]} anchors." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -286,6 +288,7 @@ def test_every_kind_of_run(folder: Path, changes: list[str]) -> None:
         assert report.pairs and (rows["query-id"], rows["corpus-id"]) not in report.pairs
 
 
+@pytest.mark.slow
 def test_audit_and_calibration_of_other_rows_are_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = folder / "config.yaml"
     assert "compared to the qrels" in page_of(folder / "run/report.html").text
@@ -303,6 +306,7 @@ def test_audit_and_calibration_of_other_rows_are_not_shown(folder: Path, monkeyp
     assert "Leak against hardness" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["[" * 200_000, "[]"], ids=["deep", "list"])
 def test_an_audit_that_cannot_be_read_is_made_again(stored: str, folder: Path) -> None:
     (folder / "run/audit.json").write_text(stored, encoding="utf-8")

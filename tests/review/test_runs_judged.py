@@ -17,7 +17,7 @@ from negpipe.errors import InputError
 from negpipe.review import audit, finished, measures
 from negpipe.rows import exports
 
-pytestmark = pytest.mark.cases
+pytestmark = [pytest.mark.slow, pytest.mark.cases]
 
 CHANGES = [
     "mining.exclude=[]",

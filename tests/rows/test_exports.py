@@ -198,6 +198,7 @@ READERS: dict[str, Callable[[Path], Counter[Triplet]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", READERS)
 @pytest.mark.parametrize("reference", ["min", "each"])
 def test_ids_and_scores_are_those_of_the_triplets(mined: Run, tmp_path: Path, to: str, reference: str) -> None:
@@ -556,6 +557,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", COLUMNS)
 @pytest.mark.parametrize("draws", [False, True])
 def test_sentence_transformers_follows_the_format(mined: Run, tmp_path: Path, form: str, draws: bool) -> None:

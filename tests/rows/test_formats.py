@@ -401,6 +401,7 @@ def output(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_files_of_so_many_rows(mined: Run, tmp_path: Path) -> None:
     run = mined.copied(tmp_path / "run")
     whole = output(run)

@@ -39,6 +39,7 @@ def test_its_page_names_all_that_is_public() -> None:
     assert (Path(negpipe.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

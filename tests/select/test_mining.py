@@ -141,6 +141,7 @@ def test_codes_are_the_columns_of_the_counts() -> None:
     assert [CODES[name] for name in NAMES] == list(range(len(CODES)))
 
 
+@pytest.mark.slow
 def test_a_filter_is_added_in_one_file(tmp_path: Path) -> None:
     """Its column in the ledger, its count and its sentence follow from the list."""
     shutil.copytree(Path(filters.__file__).parents[1], tmp_path / "copy/negpipe")

@@ -96,6 +96,7 @@ def expected(
     return {q: rows for q, rows in found.items() if rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["first", "keep", "prefer", "only"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_they_come_before_others(mode: str, seed: int, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_they_come_before_others(mode: str, seed: int, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4])
 def test_parts_depth_and_margins_of_each_pair_change_nothing(seed: int, tmp_path: Path) -> None:
     lists = judged_lists(seed)

@@ -56,6 +56,7 @@ def test_draws_depend_on_seed_anchor_and_corpus_alone(data: st.DataObject, corpu
         assert drawn(seed, [anchor], [count], corpus, [own]) == [found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [19, 24, 40, 61])
 def test_what_explain_shows_is_what_the_rows_hold(tmp_path: Path, documents: int) -> None:
     small_source.build(tmp_path, small_source.documents(documents))

@@ -206,6 +206,7 @@ def chosen(rows: list[Row]) -> Counter[tuple[str, str, str]]:
 # --- what is chosen -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["min", "max", "each"])
 @pytest.mark.parametrize("rules", RULES, ids=json.dumps)
 def test_rows_and_ledger_are_those_of_a_plain_program(source: Source, rules: Row, reference: str) -> None:
@@ -230,6 +231,7 @@ def test_raw_ranks_count_what_is_dropped(source: Source, rules: Row) -> None:
     assert chosen(rows_of(result.triplets)) == expected(source, rules, "min", "raw", 12)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["min", "each"])
 @pytest.mark.parametrize("rules", [RULES[0], RULES[5], RULES[-1]], ids=json.dumps)
 def test_anchors_that_run_short_are_searched_deeper(source: Source, rules: Row, reference: str) -> None:
@@ -251,6 +253,7 @@ def test_parts_and_blocks_change_nothing(source: Source, monkeypatch: pytest.Mon
             assert chosen(rows_of(result.triplets)) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "unscored"),
     [
@@ -313,6 +316,7 @@ def test_the_report_says_how_much_each_rule_dropped(source: Source) -> None:
     assert {name: shown[name.replace("_", " ")] for name in rules} == {name: f"{drops[name]:,}" for name in rules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
 @pytest.mark.parametrize("reference", ["min", "max", "each"])
 def test_audit_counts_the_rows_that_break_a_rule(source: Source, form: str, reference: str, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_draws_follow_their_weights(same_anchors: Run, settings: list[str], weig
 # --- margins ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [{"relative_margin": 0.1}, {"absolute_margin": 0.2, "relative_margin": None}])
 def test_the_highest_positive_sets_the_margin(tmp_path: Path, margin: dict[str, float | None]) -> None:
     worlds = [World.make(seed, tmp_path / str(seed)) for seed in (2, 3, 6)]

@@ -81,6 +81,7 @@ def stats(run: Run) -> dict[str, Any]:
 # --- adaptive depth -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["min", "each"])
 def test_deeper_candidates_are_those_of_a_deep_search(run: Run, tmp_path: Path, reference: str) -> None:
     run.mine(f"mining.margin_reference={reference}", "mining.max_depth=300")
@@ -116,6 +117,7 @@ def test_random_ones_fill_up_only_what_deeper_candidates_leave(run: Run) -> None
     assert {row["negative_rank"] is None for row in rows(run) if row["source"] == "random"} <= {True}
 
 
+@pytest.mark.slow
 def test_why_an_anchor_is_short_does_not_depend_on_its_neighbours(run: Run) -> None:
     """One searched deeper widens the slice for all who stand in it; who cannot gain by that is not out of corpus."""
     settings = ["mining.max_depth=200", "mining.min_score=0.21", "mining.num_negatives=40"]
@@ -169,6 +171,7 @@ def test_no_second_search_where_it_cannot_help(run: Run, overrides: tuple[str, .
     assert not (run.folder / "deeper").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("workers, threads, blocks and memory change no byte")
 def test_bytes_do_not_depend_on_workers(run: Run, tmp_path: Path) -> None:
     settings = ("mining.num_random=2", "mining.near_duplicate=0.7", "mining.max_depth=300")
@@ -181,6 +184,7 @@ def test_bytes_do_not_depend_on_workers(run: Run, tmp_path: Path) -> None:
     assert any(path.startswith("deeper/") for path in run.content("triplets"))
 
 
+@pytest.mark.slow
 def test_groups_of_anchors_searched_together_change_no_byte(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

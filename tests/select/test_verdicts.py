@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "csv with a byte order mark", "tsv"])
 def test_pairs_in_the_file_are_never_negatives(folder: Path, kind: str) -> None:
     before = triples(folder)

@@ -82,6 +82,7 @@ def test_a_bad_row_is_refused_by_file_row_and_field(fault: Fault, tmp_path: Path
     record_property("count: bad inputs tried", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("a row is broken, empty or of a wrong type")
 @pytest.mark.torture
 @pytest.mark.parametrize("name", sources())
@@ -198,6 +199,7 @@ def pairs_of(folder: Path) -> dict[tuple[str, str], float]:
     return {(row["anchor_id"], row["negative_id"]): row["negative_score"] for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["queries.jsonl", "qrels/train.tsv"])
 def test_a_broken_row_of_one_table_moves_no_vector_of_another(side: str, tmp_path: Path) -> None:
     config = small.build(tmp_path)
@@ -440,6 +442,7 @@ def test_control_characters_in_texts_stay_as_they_are(tmp_path: Path) -> None:
     assert documents(ingest(tmp_path, source.write(tmp_path / "source")))[0]["text"] == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["beir", "csv", "parquet"])
 def test_a_text_of_50_mb(name: str, tmp_path: Path) -> None:
     source = sources()[name]

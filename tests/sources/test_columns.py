@@ -237,6 +237,7 @@ def test_mutated_sources_are_read_alike(count: int, tmp_path: Path) -> None:
 # --- pieces -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
 def test_pieces_of_long_texts_stay_small_and_say_where_they_stand(ending: str, tmp_path: Path) -> None:
     rows = [{"anchor": f"query {i}", "positive": f"{i} " + "x" * 180_000} for i in range(120)]

@@ -176,6 +176,7 @@ def rows_file(path: Path, *rows: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "later", "name"),
     [

@@ -498,6 +498,7 @@ class Once(io.RawIOBase):
         return self._content.readinto(buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zst"])
 def test_a_stream_that_cannot_seek_is_unpacked(kind: str) -> None:
     content = b"".join(json.dumps({"anchor": f"q{i}", "positive": f"d{i}"}).encode() + b"\n" for i in range(90_000))

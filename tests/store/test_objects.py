@@ -17,9 +17,13 @@ from negpipe.store.files import write_all
 from negpipe.store.objects import ObjectStore
 from negpipe.store.unfinished import owner
 
-pytestmark = pytest.mark.guarantee(
-    "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver comes",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee(
+        "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
+        " comes",
+    ),
+]
 
 KEY = "0123456789abcdef"
 

@@ -42,6 +42,7 @@ def stored(store: Path) -> dict[str, int]:
     return {str(path.relative_to(store)): path.stat().st_ino for path in paths}
 
 
+@pytest.mark.slow
 def test_variants_encode_and_search_once_and_have_the_rows_of_runs_of_their_own(
     variants: tuple[Run, Run], tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def put(store: Store, content: bytes, folder: str = "encode", key: str = KEY) ->
     return store.put(folder, lambda digest: f"{key}-{digest[:12]}.npy", lambda file: write_all(file, content))
 
 
+@pytest.mark.slow
 def test_a_file_is_there_whole_under_the_name_its_content_gives(store: Store) -> None:
     content = bytes(range(256)) * 5000
     made = put(store, content)
@@ -57,6 +58,7 @@ def test_what_fails_to_be_written_leaves_nothing(store: Store) -> None:
     assert store.names("encode") == [] and not list((store.scratch / "encode").iterdir())
 
 
+@pytest.mark.slow
 def test_many_files_at_once(store: Store) -> None:
     made = [put(store, f"{number}".encode() * number, key=f"{number:016x}") for number in range(40)]
     put(store, b"deeper", "encode/below")
@@ -75,6 +77,7 @@ def test_a_record_may_be_written_again(store: Store) -> None:
     assert store.read("books/none.json") is None
 
 
+@pytest.mark.slow
 def test_what_changes_is_written_only_where_nobody_did(store: Store) -> None:
     name = "books/manifest.json"
     assert not store.replace(name, b"second", b"first")
@@ -85,6 +88,7 @@ def test_what_changes_is_written_only_where_nobody_did(store: Store) -> None:
     assert not store.replace(name, b"third", b"second") and store.replace(name, b"third", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_of_many_at_once_one_wins(store: Store, before: bytes | None) -> None:
     name, start = "books/manifest.json", threading.Barrier(8)
@@ -100,6 +104,7 @@ def test_of_many_at_once_one_wins(store: Store, before: bytes | None) -> None:
     assert won.count(True) == 1 and store.read(name) == f"of {won.index(True)}".encode()
 
 
+@pytest.mark.slow
 def test_a_lock_is_had_by_one(store: Store) -> None:
     with store.lock("books/some.lock"):
         if isinstance(store, LocalStore):
@@ -111,6 +116,7 @@ def test_a_lock_is_had_by_one(store: Store) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_name_shows_files_in_one_step(store: Store) -> None:
     rows = [f"rows/{put(store, f'rows {number}'.encode(), 'rows', f'{number:016x}').name}" for number in range(3)]
     single = f"ingest/{put(store, b'rejected', 'ingest').name}"

@@ -17,6 +17,8 @@ from negpipe.errors import InputError, TaskFailedError
 from negpipe.train import reranker
 from negpipe.train.trainer import Trained
 
+pytestmark = pytest.mark.slow
+
 ROWS, NEGATIVES, LENGTHS = 4, 2, (12, 20)
 FORMS = [(loss, form) for loss, forms in TAKES["reranker"].items() for form in forms]
 

@@ -22,6 +22,8 @@ from negpipe.errors import ConfigError, InputError, TaskFailedError
 from negpipe.train import retriever
 from negpipe.train.trainer import Trained
 
+pytestmark = pytest.mark.slow
+
 ROWS, NEGATIVES = 4, 2
 LOSSES = (
     "MultipleNegativesRankingLoss",

@@ -52,7 +52,8 @@ def draw_leak(axes: Axes, calibration: Calibration, recommendation: Recommendati
     axes.set_xlabel(f"leak: {_what(calibration.method)} among the negatives taken, % (bars: 95 % interval)")
     axes.set_ylabel("hardness: mean score of the negatives taken")
     axes.set_title(
-        f"negatives per trial: {calibration.num_negatives}, {calibration.anchors:,} anchors; numbers: range_min, if not 0"
+        f"negatives per trial: {calibration.num_negatives}, {calibration.anchors:,} anchors;"
+        " numbers: range_min, if not 0"
     )
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(alpha=0.3)
