@@ -48,12 +48,17 @@ class Selection:
     config: Config
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; a path as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
 class Run:
     """A run directory and its config. Creating it only reads the config.
 
     Args:
         config: a path, a name in configs/, a run directory, or a mapping of settings.
-        overrides: `key.path=value` strings.
+        overrides: `key.path=value` strings, or a single one.
 
     Raises:
         negpipe.errors.ConfigError: the config is not valid.
@@ -63,7 +68,7 @@ class Run:
     """
 
     def __init__(self, config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> None:
-        self._source, self._overrides = config, [*overrides]
+        self._source, self._overrides = config, [overrides] if isinstance(overrides, str) else [*overrides]
         self.config: Config = load_config(config, self._overrides)
 
     def __repr__(self) -> str:
@@ -188,7 +193,7 @@ class Run:
         from negpipe.rows import formats
         from negpipe.stages import triplets
 
-        changes = [f"mining.{name}={json.dumps(value)}" for name, value in mining.items()]
+        changes = [f"mining.{name}={json.dumps(value, default=_plain)}" for name, value in mining.items()]
         config = load_config(self._source, [*self._overrides, *changes])
         with digests_of(config) as digests:
             context = finished.searched(config, digests, "select")

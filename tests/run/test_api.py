@@ -67,6 +67,13 @@ def test_a_selection_is_what_mine_would_write(change: dict[str, object], finishe
     assert selection.config.mining == other.config.mining
 
 
+def test_numbers_of_numpy_and_a_single_override_are_taken(finished: Path) -> None:
+    run = negpipe.Run(finished / "config.yaml", "mining.num_negatives=2")
+    assert run.config.mining.num_negatives == 2
+    chosen = run.select(relative_margin=np.float32(0.25), num_negatives=np.int64(1))
+    assert chosen.rows.equals(run.select(relative_margin=0.25, num_negatives=1).rows)
+
+
 def test_tables_are_those_of_the_files(finished: Path) -> None:
     run = negpipe.Run(finished / "run")
     assert run.rows().num_rows == pq.read_table(finished / "run/triplets").num_rows
