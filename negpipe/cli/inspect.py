@@ -32,7 +32,9 @@ def inspect(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Describe a source: layout, tables, columns, counts, odd rows, and the config that mines it. Also describes runs.
+    """Describe a source: layout, tables, columns, counts, odd rows, and the config that mines it.
+
+    A ranking (TREC's run, Tevatron's three columns) is described too.
 
     Example: negpipe inspect my/folder --write my.yaml && negpipe mine my.yaml
     """

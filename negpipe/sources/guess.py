@@ -17,6 +17,7 @@ from negpipe.sources.places import EXTENSIONS, Table, extension_of, locate, path
 from negpipe.sources.readers import column
 from negpipe.sources.tables import column_names, keys_of
 from negpipe.sources.trec import refuse_run
+from negpipe.store.files import BOOKS
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,9 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
     except InputError as error:
         if error.field != "data.format":  # the files have rows, but something is wrong with them
             raise
+    if (folder / BOOKS).is_dir():
+        remedy = f"`negpipe status {folder}` shows its state; its rows are in {folder}/triplets"
+        raise InputError("this is a run directory, not a source", file=str(folder), field="data.path", remedy=remedy)
     shown = ", ".join(there[:8]) + (" …" if len(there) > 8 else "")
     raise InputError(
         f"this folder has no known layout (it contains {shown or 'nothing'})",

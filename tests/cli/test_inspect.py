@@ -120,3 +120,10 @@ def test_a_corpus_beside_pairs_is_told_how_to_be_read(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text('{"text": "a text"}\n{"text": "another"}\n')
     found = _advised([str(tmp_path)])
     assert found["documents"]["count"] == 6 and found["data"]["corpus"]["path"] == str(tmp_path / "pool.jsonl")
+
+
+def test_a_run_directory_is_no_source(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    assert small.run("ingest", config).code == 0
+    refused = small.run("inspect", tmp_path / "run")
+    assert refused.code == 3 and f"negpipe status {tmp_path / 'run'}" in refused.err
