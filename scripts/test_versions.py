@@ -6,7 +6,8 @@
     python scripts/test_versions.py newest -- -x tests/encoders     # behind --: arguments of pytest
 
 `lowest` is without training, ONNX and OpenVINO, and their tests: the lower bounds of those extras are the versions that
-`make test` runs with. An environment is made in a temporary folder, takes 6 GB with torch from PyPI, and is deleted.
+`make test` runs with. It is also without the tests of the documentation, whose pages are made with those versions. An
+environment is made in a temporary folder, takes 6 GB with torch from PyPI, and is deleted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MINING = ("offline", "http", "ray", "slurm", "s3", "dev")
 EXTRAS = {"lowest": MINING, "newest": (*MINING, "train", "onnx", "openvino")}
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
-TESTS: dict[str, list[str]] = {"lowest": ["--ignore=tests/train"], "newest": []}
+TESTS: dict[str, list[str]] = {
+    "lowest": ["--ignore=tests/train", "--ignore=tests/docs"],
+    "newest": [],
+}
 
 
 def main() -> None:

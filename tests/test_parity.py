@@ -244,6 +244,8 @@ def as_theirs(row: dict[str, Any], scores: bool) -> dict[str, Any]:
 )
 @pytest.mark.torture
 def test_sentence_transformers(worlds: list[World], drawn: int) -> None:
+    # Earlier versions fail if there are fewer documents than they search for, and have other rules.
+    pytest.importorskip("sentence_transformers", minversion="5.7")
     case, world = Case(drawn), worlds[drawn % 9]
     ours = world.mine({"compat": "sentence-transformers", **case.settings}, case.output, search={"depth": 192})
     try:

@@ -277,12 +277,15 @@ class OnDevice(_ByTorch):
     @contextmanager
     def limited(self) -> Iterator[None]:
         products = _torch().backends.cuda.matmul
-        before, products.fp32_precision = products.fp32_precision, "ieee"
+        # Older torch has the second name only, and newer torch refuses it once the first was used.
+        name, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(products, name)
+        setattr(products, name, exact)
         try:
             with super().limited():
                 yield
         finally:
-            products.fp32_precision = before
+            setattr(products, name, before)
 
     def rows(self, anchors: int, dimension: int) -> int:
         row = 4 * dimension

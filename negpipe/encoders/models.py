@@ -149,18 +149,28 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _hub(name: str, revision: str | None) -> Model:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     # Many repositories contain the weights twice; the second format is fetched only if it is the only one.
     first = [f"*{suffix}" for suffix in sorted(_SUFFIXES - {".bin"})] + ["[0-9]_*/*.bin", "README.md"]  # its card
-    ignored = [f"{pattern}/*" for pattern in _EXPORTS]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=first, ignore_patterns=ignored))
-        if not any(folder.glob("*.safetensors")):
-            everything = [*first, "*.bin"]
-            folder = Path(
-                snapshot_download(name, revision=folder.name, allow_patterns=everything, ignore_patterns=ignored)
+    # Before version 2, offline mode alone still asks the hub for the files of a commit.
+    cached_only = bool(constants.HF_HUB_OFFLINE)
+
+    def fetched(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=[f"{pattern}/*" for pattern in _EXPORTS],
+                local_files_only=cached_only,
             )
+        )
+
+    try:
+        folder = fetched(revision, first)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetched(folder.name, [*first, "*.bin"])
     except Exception as error:  # Errors of the hub's client and of the network have no common base class.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _problem(

@@ -187,28 +187,32 @@ def test_what_does_not_fit_the_device_is_refused_with_a_remedy(monkeypatch: pyte
 
 
 @pytest.fixture
-def tf32() -> Iterator[Any]:
-    """Somebody in this process has switched TF32 on."""
+def tf32() -> Iterator[Callable[[], bool]]:
+    """Somebody in this process has switched TF32 on; tells whether it is."""
     import torch
 
     switch = torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32"
-    yield switch
-    switch.fp32_precision = before
+    name, on = ("fp32_precision", "tf32") if hasattr(switch, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(switch, name)
+    setattr(switch, name, on)
+    yield lambda: getattr(switch, name) == on
+    setattr(switch, name, before)
 
 
-def test_tf32_is_off_for_products_and_what_it_was_afterwards(tf32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_off_for_products_and_what_it_was_afterwards(
+    tf32: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     class Watched(OnDevice):
         def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> Any:
-            seen.append(tf32.fp32_precision)
+            seen.append(tf32())
             return super().multiply(anchors, rows, scratch)
 
     numbers = Watched("cpu", 1, 2**28)
     numbers.check()
     search(numbers, *equal(), monkeypatch)
-    assert set(seen) == {"ieee"} and tf32.fp32_precision == "tf32"
+    assert set(seen) == {False} and tf32()
 
 
 class Coarse(OnDevice):
