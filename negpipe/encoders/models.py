@@ -153,7 +153,7 @@ def _hub(name: str, revision: str | None) -> Model:
 
     # Many repositories contain the weights twice; the second format is fetched only if it is the only one.
     first = [f"*{suffix}" for suffix in sorted(_SUFFIXES - {".bin"})] + ["[0-9]_*/*.bin", "README.md"]  # its card
-    # Before version 2, offline mode alone still asks the hub for the files of a commit.
+    # In offline mode alone, the library before version 2 still asks the hub for the files of a cached commit.
     cached_only = bool(constants.HF_HUB_OFFLINE)
 
     def fetched(revision: str | None, patterns: list[str]) -> Path:

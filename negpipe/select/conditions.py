@@ -75,6 +75,8 @@ def conditions(config: Config) -> list[Condition]:
     Raises:
         ConfigError: it is not a single expression over the available names.
     """
+    import duckdb
+
     text = config.mining.where
     if text is None:
         return []
@@ -90,7 +92,10 @@ def conditions(config: Config) -> list[Condition]:
         found = []
         for one in joined:
             tree = {"error": False, "statements": [{**statement, "node": {**node, "select_list": [one]}}]}
-            sql = _value(database, "select json_deserialize_sql(?::json)", json.dumps(tree)).removeprefix("SELECT ")
+            try:
+                sql = _value(database, "select json_deserialize_sql(?::json)", json.dumps(tree)).removeprefix("SELECT ")
+            except duckdb.Error as error:  # version 2.0.1 reads back fewer levels than it writes
+                raise _refusal(text, _first_line(error)) from None
             names = {tuple(part["column_names"]) for part in _parts(one) if part["class"] == "COLUMN_REF"}
             for name in sorted(names):
                 _check_name(name, config)
