@@ -390,6 +390,50 @@ def test_the_script_for_slurm_submits_what_makes_the_rows(whole: Run, tmp_path: 
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_pods_of_kubernetes_make_the_rows(whole: Run, tmp_path: Path) -> None:
+    """The container's command of every stage and index, as the page's loop and Kubernetes would fill them in."""
+    run, shards = whole.at(tmp_path / "run"), 2
+    (tmp_path / "nightly.yaml").write_text(json.dumps(run.config | {"output": {"report": False}}), encoding="utf-8")
+    text = (BESIDE / "configs/cluster/kubernetes.yaml").read_text(encoding="utf-8")
+    stages = re.search(r"for STAGE in (.+); do", text)
+    assert stages
+
+    def negpipe(*words: str) -> None:
+        command = [sys.executable, "-m", "negpipe", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    negpipe("ingest", "nightly.yaml")
+    for stage in stages[1].split():
+        job = yaml.safe_load(text.replace("$STAGE", stage).replace("$SHARDS", str(shards)))
+        assert (job["kind"], job["metadata"]["name"]) == ("Job", f"negpipe-{stage}")
+        assert (job["spec"]["completionMode"], job["spec"]["completions"]) == ("Indexed", shards)
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        for index in range(shards):
+            program, *words = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in container["command"]]
+            assert program == "negpipe"
+            negpipe(*words)
+        negpipe("commit", stage, "nightly.yaml", "--shards", str(shards))
+    assert run.content() == whole.content()
+
+
+@pytest.mark.slow
+def test_make_runs_shards_on_one_machine(whole: Run, tmp_path: Path) -> None:
+    run = whole.at(tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(run.config | {"output": {"report": False}}), encoding="utf-8")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "negpipe").write_text(f'#!/bin/sh\nexec {sys.executable} -m negpipe "$@"\n', encoding="utf-8")
+    (tools / "negpipe").chmod(0o755)
+    ready = ["-o", ".venv/.ready-mining"]  # the environment is the one that runs this test
+    command = ["make", *ready, "mine-shards", f"CONFIG={config}", "SHARDS=2", f"BIN={tools}"]
+    done = subprocess.run(command, cwd=BESIDE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run.content() == whole.content()
+
+
 SBATCH = """#!/bin/bash
 job=$(($(cat "$JOBS" 2>/dev/null || echo 0) + 1))
 array=0-0
