@@ -189,12 +189,19 @@ def test_read_only_in_a_stage(stage: str, finished: Path, fresh: Path) -> None:
         assert small.output(run_dir) == small.output(finished / "run")
 
 
-@needs_root
-def test_the_whole_run_directory_read_only(fresh: Path) -> None:
+@contextmanager
+def read_only_after(verb: str, fresh: Path) -> Iterator[tuple[Path, Path]]:
+    """The config and the run directory, which nobody can write to any more after the command."""
     config, run_dir = fresh / "config.yaml", fresh / "run"
     with mounted(run_dir, "-t", "tmpfs", "tmpfs") as mount:
-        assert small.run("ingest", config).code == 0
+        assert small.run(verb, config).code == 0
         mount("-o", "remount,ro")
+        yield config, run_dir
+
+
+@needs_root
+def test_the_whole_run_directory_read_only(fresh: Path) -> None:
+    with read_only_after("ingest", fresh) as (config, _):
         outcome = small.run("mine", config)
         assert outcome.code == 1
         assert "the file system is read-only" in outcome.err
@@ -205,10 +212,7 @@ def test_the_whole_run_directory_read_only(fresh: Path) -> None:
 
 @needs_root
 def test_audit_of_a_run_directory_read_only(fresh: Path) -> None:
-    config, run_dir = fresh / "config.yaml", fresh / "run"
-    with mounted(run_dir, "-t", "tmpfs", "tmpfs") as mount:
-        assert small.run("mine", config).code == 0
-        mount("-o", "remount,ro")
+    with read_only_after("mine", fresh) as (config, run_dir):
         check_refusal(small.run("audit", config), run_dir)
         assert small.run("diff", run_dir, run_dir).code == 0  # it writes to the system's temporary folder
 
