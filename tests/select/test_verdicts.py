@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -82,3 +83,12 @@ def test_a_narrower_window_searches_nothing_and_takes_what_a_fresh_run_takes(fol
     rows = [pq.read_table(result.triplets) for result in (again, fresh)]
     assert rows[0].equals(rows[1]) and rows[0].num_rows
     assert again.stats["triplets"] == fresh.stats["triplets"]
+
+
+def test_a_file_that_is_no_longer_named_is_told(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    verdict = {"anchor_id": "q1", "document_id": "d1", "verdict": "false_negative"}
+    (tmp_path / "verdicts.jsonl").write_text(json.dumps(verdict) + "\n", encoding="utf-8")
+    graph.mine(load_config(str(config), [f"mining.exclude_file={tmp_path / 'verdicts.jsonl'}"]))
+    (triplets,) = [state for state in graph.status(load_config(str(config))) if state.stage == "triplets"]
+    assert (triplets.state, triplets.reason) == ("stale", "mining.exclude_file was removed")
