@@ -49,7 +49,7 @@ $(TRAINING): $(MINING)
 	@touch $@
 
 $(READY): $(MINING)
-	@echo "Installing the packages for tests."
+	@echo "Installing all packages, those for tests and docs included."
 	@$(PIP) 'negpipe[train,http,onnx,openvino,ray,slurm,s3,docs,dev]'
 	@touch $(TRAINING) $@
 
@@ -113,7 +113,7 @@ test-slow: $(READY)  ## slow tests: kills, damage, rivals, memory, the drop-in, 
 	$(BIN)/pytest -m 'slow and not cluster' -n auto --dist worksteal
 	$(BIN)/pytest -m 'slow and cluster'
 
-torture: $(READY)  ## full-size tests of kills, damage, rivals and random histories, 40 to 60 minutes; print counts
+torture: $(READY)  ## full-size tests of kills, damage, rivals and random histories, one to two hours; print counts
 	$(BIN)/pytest --torture -m torture -n auto --dist worksteal
 
 check: $(READY)  ## run ruff, mypy and import-linter

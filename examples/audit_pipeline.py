@@ -2,7 +2,8 @@
 
 python examples/audit_pipeline.py quickstart.yaml mined.jsonl
 
-Exits with code 1 if more negatives are wrong than allowed; the findings are printed as JSON lines for the log.
+Exits with code 1 if more negatives are wrong than allowed, and with negpipe's exit code if it cannot tell; the findings
+are printed as JSON lines for the log.
 `negpipe audit --file mined.jsonl CONFIG --fail-on positive,duplicate=0.01` does the same from a shell.
 """
 
@@ -13,6 +14,7 @@ import json
 import sys
 
 import negpipe
+from negpipe.errors import NegpipeError
 
 ALLOWED = {  # allowed share of the items that each check examines
     "positive_id": 0.0,
@@ -30,10 +32,15 @@ def main() -> None:
     parser.add_argument("rows", help="Parquet, JSONL, JSON, CSV or TSV, or a folder")
     options = parser.parse_args()
 
-    run = negpipe.Run(options.config)
-    run.mine(only="ingest")  # only the qrels are needed: no model runs
+    try:
+        run = negpipe.Run(options.config)
+        run.mine(only="ingest")  # only the qrels are needed: no model runs
+        findings = run.audit(options.rows).findings
+    except NegpipeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     bad = False
-    for finding in run.audit(options.rows).findings:
+    for finding in findings:
         allowed = ALLOWED.get(finding.check)
         if allowed is None or not finding.of:
             continue

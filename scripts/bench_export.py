@@ -46,7 +46,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     pieces = [(nothing_found(units), units) for units in slices(options, len(corpus))]
     out = Path(options.corpus) / "out"
     started, busy = time.perf_counter(), time.process_time()
-    done = exports.export(config, exports.Options(to=name, out=out, force=True), corpus, pieces, counts={}, encoder={})
+    done = exports.export(
+        config, exports.ExportOptions(to=name, out=out, force=True), corpus, pieces, counts={}, encoder={}
+    )
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     return {
         "layout": name,

@@ -82,7 +82,7 @@ def _is_option(parameter: Any) -> bool:
 
 
 def _argument(argument: Any) -> str:
-    name = argument.metavar or argument.name.upper()
+    name = (argument.metavar or argument.name.upper()).strip("[]").removesuffix("...")
     several = f"{name} …" if argument.nargs != 1 else name
     return several if argument.required else f"[{several}]"
 
@@ -99,7 +99,8 @@ def _description(text: str) -> list[str]:
     """The paragraphs of a help text, with its examples as code."""
     lines = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        words = " ".join(paragraph.split()).replace(r"\[", "[")  # escaped, as help is Rich markup
+        items = [" ".join(item.split()).replace(r"\[", "[") for item in re.split(r"^- ", paragraph, flags=re.MULTILINE)]
+        words = "\n- ".join(items).strip()  # brackets are escaped, as help is Rich markup
         if words.startswith("Example: "):
             lines += ["```bash", words.removeprefix("Example: "), "```\n"]
         else:

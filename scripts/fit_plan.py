@@ -30,7 +30,7 @@ from scipy.optimize import least_squares
 
 from negpipe.config.cluster import Cluster, Rates
 from negpipe.config.schema import Config
-from negpipe.plan.cluster import Forecast, Job, forecast
+from negpipe.plan.cluster import Forecast, PlannedJob, forecast
 
 BLOCK = 16384
 SMALL = 2.5e11  # multiplications, up to which a search does without torch
@@ -158,7 +158,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def predicted(rates: Rates, one: dict[str, Any]) -> dict[str, Forecast]:
     """The plan for a measured run: one node, one core, a disk that costs nothing."""
-    job = Job(one["documents"], one["anchors"], one["dimension"], one["characters"])
+    job = PlannedJob(one["documents"], one["anchors"], one["dimension"], one["characters"])
     config = Config.model_validate(
         {
             "run_dir": "unused",

@@ -209,12 +209,12 @@ _IDS: list[tuple[str, Any, str, str, str]] = [
     ("an object", {}, "an object", BAD_ID, "type"),
 ]
 _GRADES: list[tuple[str, Any, str, str, str]] = [
-    ("a word", "high", "is not a number", "for example 1 or 0", "type"),
-    ("nan", "nan", "is not a number", "for example 1 or 0", "type"),
-    ("infinite", "-inf", "is not a number", "for example 1 or 0", "type"),
-    ("too large", "1e999", "is not a number", "for example 1 or 0", "type"),
-    ("a list", [1], "is not a number", "for example 1 or 0", "type"),
-    ("a boolean", True, "is not a number", "for example 1 or 0", "type"),
+    ("a word", "high", "a grade must be a finite number, not ", "for example 1 or 0", "type"),
+    ("nan", "nan", "a grade must be a finite number, not ", "for example 1 or 0", "type"),
+    ("infinite", "-inf", "a grade must be a finite number, not ", "for example 1 or 0", "type"),
+    ("too large", "1e999", "a grade must be a finite number, not ", "for example 1 or 0", "type"),
+    ("a list", [1], "a grade must be a finite number, not ", "for example 1 or 0", "type"),
+    ("a boolean", True, "a grade must be a finite number, not ", "for example 1 or 0", "type"),
 ]
 _LISTS: list[tuple[str, Any, str, str, str]] = [
     ("a number", 7, "expected a text, got 7", "Write a string", "type"),

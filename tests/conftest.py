@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ceph_server
 import learnable
+import object_server
 import pytest
 import small_source as small
 from beir_data import numbered_folder, precomputed_config, tricky_folder
-from object_server import Bucket, served
+from object_server import Bucket
 from real_runs import Run
 from tiny_model import build_tiny_model
 
@@ -161,26 +164,39 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def object_server() -> Iterator[Bucket]:
-    """A server of S3 with one bucket."""
-    with served() as bucket:
+def moto() -> Iterator[Bucket]:
+    """A server of S3 with one bucket, a stand-in."""
+    with object_server.served() as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A server of S3 with one bucket, a real one."""
+    with ceph_server.served(tmp_path_factory.mktemp("ceph")) as bucket:
         yield bucket
 
 
 @pytest.fixture
-def bucket(object_server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """The bucket, empty, and where boto3 finds it; nothing of this machine's own settings is asked for."""
-    for name, value in {
-        **object_server.environment,
-        "AWS_CONFIG_FILE": "none",
-        "AWS_SHARED_CREDENTIALS_FILE": "none",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    s3._client.cache_clear()
-    opening._objects.cache_clear()
-    yield object_server
-    object_server.spoil = lambda _: None
-    object_server.clear()
-    s3._client.cache_clear()
-    opening._objects.cache_clear()
+def reach(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Bucket], Bucket]]:
+    """(server) → its bucket, where boto3 finds it, and not what this machine has settings for; then it is emptied."""
+    with ExitStack() as after:
+
+        def to(server: Bucket) -> Bucket:
+            nobodys = {"AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}
+            for name, value in {**server.environment, **nobodys}.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.delenv("AWS_PROFILE", raising=False)
+            for cached in (s3._client, opening._objects):
+                cached.cache_clear()
+                after.callback(cached.cache_clear)
+            after.callback(server.clear)
+            return server
+
+        yield to
+
+
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest, reach: Callable[[Bucket], Bucket]) -> Bucket:
+    """An empty bucket of moto, or of the server that `on_both` names."""
+    return reach(request.getfixturevalue(getattr(request, "param", "moto")))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from model_vectors import settings, sha256
 
 from negpipe import encoders
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 
 NAME = "tiny"
 
@@ -214,5 +214,5 @@ def tree(server: ModelServer | str, api: str = "openai", **more: Any) -> dict[st
     return {"backend": "http", "model": NAME, "http": own, **more}
 
 
-def asking(server: ModelServer | str, api: str = "openai", **more: Any) -> Settings:
-    return Settings.model_validate(tree(server, api, **more))
+def asking(server: ModelServer | str, api: str = "openai", **more: Any) -> Encoder:
+    return Encoder.model_validate(tree(server, api, **more))

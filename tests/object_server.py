@@ -8,13 +8,15 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import pytest
 
 BUCKET = "bucket"
 CREDENTIALS = {
@@ -22,6 +24,10 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "a-secret-of-a-test",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+CEPH = pytest.param("ceph", marks=[pytest.mark.slow, pytest.mark.cluster])
+on_both = pytest.mark.parametrize("bucket", ["moto", CEPH], indirect=True)
+"""Run a test in a bucket of moto, and in one of a real Ceph."""
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Request:
     method: str
     key: str
     query: dict[str, list[str]]
-    headers: tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -50,16 +56,20 @@ class Bucket:
         spoil: (request) → how to spoil it, or None: "500", "503 SlowDown" or another answer in its place, "reset"
             before it is passed on, "lost" its answer, "timeout" no answer, "cut" half of the answer, "unconditional"
             its conditions.
+        listed_at: () → the moment (`time.monotonic`) as of which objects are listed, where lists are late; None: now.
         seen: every request.
         moved: bytes up and down.
+        changes: every object that was written or deleted: when, its key, and its bytes or None.
     """
 
     direct: str
     url: str = ""
     spoil: Callable[[Request], str | None] = lambda _: None
+    listed_at: Callable[[], float] | None = None
     seen: list[Request] = field(default_factory=list)
     spoilt: Counter[str] = field(default_factory=Counter)
     moved: Counter[str] = field(default_factory=Counter)
+    changes: list[tuple[float, str, int | None]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -74,9 +84,9 @@ class Bucket:
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.direct,
-            aws_access_key_id="a",
-            aws_secret_access_key="b",
-            region_name="us-east-1",
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
             config=Config(max_pool_connections=4),
         )
 
@@ -84,17 +94,27 @@ class Bucket:
         return Counter(request.kind for request in self.seen)
 
     def clear(self) -> None:
-        """Delete every object, and what was seen."""
-        client = self.client
+        """Spoil nothing any more, list what there is; delete every object, and what was seen."""
+        self.spoil, self.listed_at, client = lambda _: None, None, self.client
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             if there := [{"Key": entry["Key"]} for entry in page.get("Contents", ())]:
                 client.delete_objects(Bucket=BUCKET, Delete={"Objects": there})
+        self.changes.clear()
         self.forget()
 
     def forget(self) -> None:
         self.seen.clear()
         self.moved.clear()
         self.spoilt.clear()
+
+    def listing(self, prefix: str, moment: float) -> str:
+        """What a list of the objects directly under a prefix was at that moment."""
+        under = [change for change in self.changes if change[1].rpartition("/")[0] == prefix.rstrip("/")]
+        there = {key: size for when, key, size in under if when <= moment}
+        listed = [(key, size) for key, size in sorted(there.items()) if size is not None]
+        assert len(listed) <= 1000, "a second page"
+        entries = [f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in listed]
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(entries)}</ListBucketResult>"
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
         """Every object under a prefix, by what follows it."""
@@ -108,7 +128,7 @@ class Bucket:
 
 @contextmanager
 def served() -> Iterator[Bucket]:
-    """A new server with an empty bucket, behind a proxy."""
+    """A new server of moto with an empty bucket, behind a proxy."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -116,9 +136,8 @@ def served() -> Iterator[Bucket]:
     server.start()
     try:
         _, port = server.get_host_and_port()
-        bucket = Bucket(f"http://127.0.0.1:{port}")
-        bucket.client.create_bucket(Bucket=BUCKET)
-        with _proxied(bucket, port):
+        # moto looks at a condition, and writes then; S3 does both in one step
+        with proxied(port, threading.Lock()) as bucket:
             yield bucket
     finally:
         server.stop()
@@ -133,8 +152,10 @@ def share(
 
 
 @contextmanager
-def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
-    writing = threading.Lock()  # moto looks at a condition, and writes then; S3 does both in one step
+def proxied(port: int, writing: AbstractContextManager[Any]) -> Iterator[Bucket]:
+    """A proxy before a server at this port, and an empty bucket there; `writing` is held while a request may write."""
+    bucket = Bucket(f"http://127.0.0.1:{port}")
+    bucket.client.create_bucket(Bucket=BUCKET)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -155,7 +176,7 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
         def _pass_on(self) -> None:
             split = urlsplit(self.path)
             key = split.path.partition(f"/{BUCKET}/")[2]
-            request = Request(self.command, key, parse_qs(split.query, True), tuple(self.headers))
+            request = Request(self.command, key, parse_qs(split.query, True), {**self.headers})
             bucket.seen.append(request)
             if self.headers.get("Expect") == "100-continue":
                 self.send_response_only(100)
@@ -190,6 +211,11 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
                     content = answer.read()
             finally:
                 upstream.close()
+            if request.method in ("PUT", "DELETE") and not request.query and answer.status < 300:
+                size = int(self.headers.get("X-Amz-Decoded-Content-Length") or len(body))
+                bucket.changes.append((time.monotonic(), key, None if request.method == "DELETE" else size))
+            if request.kind == "LIST" and bucket.listed_at:
+                content = bucket.listing(request.query["prefix"][0], bucket.listed_at()).encode()
             if how == "lost":
                 self._break()
                 return
@@ -235,7 +261,7 @@ def _proxied(bucket: Bucket, port: int) -> Iterator[None]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield
+        yield bucket
     finally:
         server.shutdown()
         server.server_close()

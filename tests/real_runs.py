@@ -58,14 +58,15 @@ class Run:
         self, verb: str, *overrides: str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
         """`python -m negpipe VERB CONFIG` in a process group of its own; its standard error goes to `log`."""
-        file = self.folder.with_name(f"{self.folder.name}.yaml")
-        # A report takes seconds, which tests of other things need not pay.
-        output = {"report": False, **self.config.get("output", {})}
-        file.write_text(json.dumps({**self.config, "output": output}), encoding="utf-8")
         options = [option for override in overrides for option in ("--set", override)]
+        command = [sys.executable, "-m", "negpipe", *verb.split(), str(self.file()), *options, *flags]
+        return self.started(command, environment)
+
+    def started(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """The same of any command."""
         with self.log.open("w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "negpipe", *verb.split(), str(file), *options, *flags],
+                command,
                 env={**os.environ, **(environment or {})},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -73,6 +74,13 @@ class Run:
                 start_new_session=True,
                 preexec_fn=_heed_ctrl_c,  # noqa: PLW1509 — it takes no lock
             )
+
+    def file(self, path: Path | None = None) -> Path:
+        """The config as a file, without the report: it takes seconds, which tests of other things need not pay."""
+        path = path or self.folder.with_name(f"{self.folder.name}.yaml")
+        output = {"report": False, **self.config.get("output", {})}
+        path.write_text(json.dumps({**self.config, "output": output}), encoding="utf-8")
+        return path
 
     @property
     def log(self) -> Path:
@@ -179,6 +187,15 @@ def encoding_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STAGES_OF_NEGPIPE, "encode", stage)
         yield
+
+
+def programs(folder: Path, **scripts: str) -> Path:
+    """A folder with the program negpipe, as this Python runs it, and others by name."""
+    folder.mkdir(parents=True)
+    for name, text in {"negpipe": f'#!/bin/sh\nexec {sys.executable} -m negpipe "$@"\n', **scripts}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
 
 
 def _heed_ctrl_c() -> None:

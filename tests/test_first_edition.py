@@ -37,6 +37,11 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((run_dir / "triplets").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
+def near(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that equals those with the same scores but for rounding."""
+    return {name: pytest.approx(value, abs=1e-6) if isinstance(value, float) else value for name, value in row.items()}
+
+
 @pytest.mark.slow
 def test_its_vectors_are_used_and_its_rows_are_made_again(tmp_path: Path) -> None:
     config = unpacked(tmp_path)
@@ -49,6 +54,7 @@ def test_its_vectors_are_used_and_its_rows_are_made_again(tmp_path: Path) -> Non
     assert {path: (path.stat().st_ino, file_digest(path)) for path in (run_dir / "encode").iterdir()} == vectors
     after = rows(run_dir)
     assert "triplets" in result.ran and after != before
-    assert [{name: row[name] for name in before[0]} for row in after] == before
+    # Scores may differ in their last digit: the archive was made on another kind of CPU.
+    assert [{name: row[name] for name in before[0]} for row in after] == [near(row) for row in before]
     assert (run_dir / "triplets/NOTES.md").read_text(encoding="utf-8") == "a user's own\n"
     assert {state.state for state in graph.status(load_config(config, ["output.grades=true"]))} == {"current"}

@@ -108,7 +108,7 @@ class World:
             "executor": {"kind": "inline"},
             "resources": {"cpus": 1},
             "mining": mining,
-            "output": output or {},
+            "output": {"min_rows": 0, **(output or {})},
             **settings,
         }
         result = graph.mine(load_config(config))

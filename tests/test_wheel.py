@@ -31,6 +31,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_a_folder_of_this_name_does_not_hide_it(tmp_path: Path) -> None:
+    """As where `git clone` was typed; workers are started with the current folder on Python's path."""
+    (tmp_path / "negpipe" / "negpipe").mkdir(parents=True)
+    program = "import negpipe.worker, negpipe.data.candidates as there; print(there.__file__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and str(tmp_path) not in done.stdout, done.stderr
+
+
 def test_everything_is_in_it(wheel: Path) -> None:
     have = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in (ROOT / "negpipe").rglob("*") if path.is_file() and "__pycache__" not in path.parts]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from negpipe import ann
 from negpipe.ann import coded, factory, groups, lists, recall, slices
 from negpipe.ann.pairs import Keys
-from negpipe.ann.probe import Job
+from negpipe.ann.probe import SearchJob
 from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
@@ -111,7 +111,7 @@ class Approximate:
         )
 
 
-def check_memory(config: Config, job: Job, shard: int, anchors: int, held: int, budget: Budget) -> None:
+def check_memory(config: Config, job: SearchJob, shard: int, anchors: int, held: int, budget: Budget) -> None:
     """Check that the configured kind can be trained, filled, tuned and searched in memory.
 
     Args:
@@ -198,7 +198,7 @@ def sample_of(vectors: ann.Vectors, seed: int) -> Floats:
 
 
 @dataclass(frozen=True)
-class Shard:
+class IndexShard:
     """One file of an index, a sample of its vectors, and its first row."""
 
     index: Path
@@ -206,7 +206,7 @@ class Shard:
     first: int
 
 
-def open_index(kind: str, shards: Sequence[Shard], vectors: ann.Vectors) -> Approximate:
+def open_index(kind: str, shards: Sequence[IndexShard], vectors: ann.Vectors) -> Approximate:
     """Open the shards of an index of this kind.
 
     Raises:

@@ -23,7 +23,7 @@ _ANCHORS = 64
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """Sizes of a search: documents, their dimension, anchors, candidates per anchor."""
 
     rows: int
@@ -32,7 +32,7 @@ class Job:
     depth: int
 
 
-def seconds(kind: str, job: Job, sample: Floats, share: float, rate: float, threads: int) -> tuple[float, float]:
+def seconds(kind: str, job: SearchJob, sample: Floats, share: float, rate: float, threads: int) -> tuple[float, float]:
     """Seconds to build and to search an index.
 
     Args:

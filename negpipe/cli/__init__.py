@@ -33,11 +33,12 @@ from negpipe.cli import refresh  # isort: split
 from negpipe.cli import doctor  # isort: split
 
 from negpipe.cli import config, maintenance
-from negpipe.cli.app import app, as_typed
+from negpipe.cli.app import app, typed
 from negpipe.cli.signals import Terminated, prompt_end
 from negpipe.config import machine
 from negpipe.errors import NegpipeError
 from negpipe.redaction import redact
+from negpipe.review.wording import filled_in
 
 __all__ = [
     "ablate",
@@ -71,16 +72,19 @@ def main() -> None:
         with prompt_end():
             code = app(standalone_mode=False)
     except NegpipeError as error:
-        sys.exit(_fail(as_typed(str(error)), error.code, error.exit_code, log_format, trace=debug))
+        sys.exit(_fail(filled_in(str(error), typed()), error.code, error.exit_code, log_format, trace=debug))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted("Interrupted", 130))
     except Terminated:
         sys.exit(_interrupted("Terminated", 143))
     except TyperException as error:
         # Without a message, Typer has already shown the help.
-        message = error.format_message()
+        message, context = error.format_message(), getattr(error, "ctx", None)
         if "extra argument" in message and "--set" in arguments:
-            message += ". Quote values with spaces or braces: --set 'data.text={title} {text}'"
+            message += f". {_about_set(arguments)}"
+        _, example, words = ((context.command.help if context else None) or "").rpartition("Example: ")
+        if "Missing argument" in message and example:
+            message += f" {example}{words}"
         sys.exit(_fail(message, "usage", error.exit_code, log_format) if message else error.exit_code)
     except Exception as error:
         hint = "" if debug else " Run the same command with --debug for the traceback."
@@ -88,6 +92,14 @@ def main() -> None:
         sys.exit(_fail(message, "unexpected", 1, log_format, trace=debug))
     # Typer does not raise on Ctrl-C or typer.Exit: it returns their exit codes.
     sys.exit(_interrupted("Interrupted", code) if code == 130 else code)
+
+
+def _about_set(arguments: list[str]) -> str:
+    """Why a word after --set may be left over."""
+    for option, key, value in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if option == "--set" and "=" not in key:
+            return f"The value follows an equals sign: --set {key}={value.removeprefix('=')}"
+    return "Quote values with spaces or braces: --set 'data.text={title} {text}'"
 
 
 def _fail(message: str, code: str, exit_code: int, log_format: str, *, trace: bool = False) -> int:

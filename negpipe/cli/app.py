@@ -65,7 +65,8 @@ app.add_typer(config_app, name="config")
 _typed: dict[str, Any] = {}
 
 
-def _keep(parameter: typer.CallbackParam, value: Any) -> Any:
+def keep(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Remember an argument for `typed`."""
     _typed[str(parameter.name)] = value
     return value
 
@@ -96,13 +97,8 @@ def with_option(overrides: list[str] | None, key: str, value: object) -> list[st
     return every
 
 
-def as_typed(message: str) -> str:
-    """The message, with the config and overrides of this command filled into the commands that it suggests."""
-    return re.sub(r"(?<=negpipe )(\w+(?: \w+)?) CONFIG\b", lambda found: f"{found[1]} {typed()}", message)
-
-
 ConfigArgument = Annotated[
-    str, typer.Argument(help="Config file, its name in configs/, or a run directory.", metavar="CONFIG", callback=_keep)
+    str, typer.Argument(help="Config file, its name in configs/, or a run directory.", metavar="CONFIG", callback=keep)
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -110,7 +106,7 @@ SetOption = Annotated[
         "--set",
         help="Override a setting: --set mining.num_negatives=5 (repeatable). Quote values with spaces or braces:"
         " --set 'data.text={title} {text}'.",
-        callback=_keep,
+        callback=keep,
     ),
 ]
 LogOption = Annotated[str, typer.Option("--log-format", help="Log format: plain, or json for schedulers.")]
@@ -124,6 +120,9 @@ BadRowsOption = Annotated[
         metavar="N",
         show_default=False,
     ),
+]
+ColumnsOption = Annotated[
+    str | None, typer.Option(help="Column of each field.", metavar="FIELD=COLUMN,…", show_default=False)
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RehashOption = Annotated[
@@ -145,3 +144,16 @@ def checked(log_format: str) -> str:
     if log_format not in ("plain", "json"):
         raise ConfigError(f"--log-format {log_format}: expected plain or json")
     return log_format
+
+
+def by_field(text: str | None) -> dict[str, str]:
+    """The columns of --columns."""
+    mapping: dict[str, str] = {}
+    for item in text.split(",") if text else []:
+        field, equals, column = (part.strip() for part in item.partition("="))
+        if not equals or not column or not field:
+            raise ConfigError(f"--columns {text}: expected FIELD=COLUMN, for example anchor=query,negative=neg")
+        if field in mapping:
+            raise ConfigError(f"--columns {text}: '{field}' is given twice; negative_# means negative_1, negative_2 …")
+        mapping[field] = column
+    return mapping

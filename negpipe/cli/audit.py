@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.app import ColumnsOption, DebugOption, LogOption, SetOption, app, by_field, checked, keep
 from negpipe.cli.formats import FormatOption, printed_as
 
 # Spelled out, as the checks are imported only when the command runs; a test compares them.
@@ -19,7 +19,8 @@ Checks (for `--fail-on`, comma-separated; NAME=SHARE allows findings up to this 
 - duplicate: near_duplicate (of a positive), repeated_negative, duplicate_row
 - score: non_finite, above_positive
 - text: anchor_text (the negative has the anchor's text), anchor_id (the negative has the anchor's id), empty_text
-- shortage, missing_id, hub (a document is a negative of unusually many anchors)
+- shortage, missing_id, unknown_id (not in the config's data; of anchors without ids, the text), hub (a document is a
+  negative of unusually many anchors)
 - rules: never_same, only_same, where (if set in the config's mining section)
 - any: all checks
 
@@ -46,16 +47,17 @@ def audit(
     config: Annotated[
         str | None,
         typer.Argument(
-            help="Config file, its name in configs/, or a run directory.", metavar="[CONFIG]", show_default=False
+            help="Config file, its name in configs/, or a run directory.",
+            metavar="[CONFIG]",
+            show_default=False,
+            callback=keep,
         ),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(help="Rows of any miner: a .parquet, .jsonl, .jsonl.gz, .json, .csv or .tsv file, or a folder."),
     ] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Column of each field.", metavar="FIELD=COLUMN,…", show_default=False)
-    ] = None,
+    columns: ColumnsOption = None,
     fail_on: Annotated[
         str | None, typer.Option(help="Checks that cause exit code 1.", metavar="CHECKS", show_default=False)
     ] = None,
@@ -77,12 +79,14 @@ def audit(
     from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
     from negpipe.review import measures
-    from negpipe.review.audit import Options, policy
+    from negpipe.review.audit import AuditOptions, policy
     from negpipe.store.files import write_json
 
     console.set_up_logging(checked(log_format), debug=debug)
     chosen = policy(fail_on)
-    options = Options(columns=_columns(columns), near=near, negatives=negatives, hub_share=hub_share, examples=examples)
+    options = AuditOptions(
+        columns=by_field(columns), near=near, negatives=negatives, hub_share=hub_share, examples=examples
+    )
     settings = load_config(config, overrides) if config else None
     found = measures.audit_rows(settings, options, file)
     if json_file is not None:
@@ -97,17 +101,3 @@ def audit(
     if failed:
         listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)
         raise NegpipeError(f"the audit of {found.source} failed: {listed}")
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    from negpipe.errors import ConfigError
-
-    mapping: dict[str, str] = {}
-    for item in text.split(",") if text else []:
-        field, equals, column = (part.strip() for part in item.partition("="))
-        if not equals or not column or not field:
-            raise ConfigError(f"--columns {text}: expected FIELD=COLUMN, for example anchor=query,negative=neg")
-        if field in mapping:
-            raise ConfigError(f"--columns {text}: '{field}' is given twice; negative_# means negative_1, negative_2 …")
-        mapping[field] = column
-    return mapping

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named
 from negpipe.cli.formats import FormatOption, printed_as
 
-_NUMBERS = "Comma-separated, or none."
+_STARTS = "Comma-separated, or none."
+_CUTOFFS = "Comma-separated, or none; windows without a cutoff are always tried."
 
 
 @app.command()
@@ -50,10 +51,10 @@ def calibrate(
     max_leak: Annotated[
         float, typer.Option(min=0, max=1, help="Maximum upper end of the leak's 95 % interval.")
     ] = 0.05,
-    range_min: Annotated[str | None, typer.Option(help=f"Window starts to try. {_NUMBERS}")] = None,
-    relative_margin: Annotated[str | None, typer.Option(help=f"Relative margins to try. {_NUMBERS}")] = None,
-    absolute_margin: Annotated[str | None, typer.Option(help=f"Absolute margins to try. {_NUMBERS}")] = None,
-    max_score: Annotated[str | None, typer.Option(help=f"Highest scores to try. {_NUMBERS}")] = None,
+    range_min: Annotated[str | None, typer.Option(help=f"Window starts to try. {_STARTS}")] = None,
+    relative_margin: Annotated[str | None, typer.Option(help=f"Relative margins to try. {_CUTOFFS}")] = None,
+    absolute_margin: Annotated[str | None, typer.Option(help=f"Absolute margins to try. {_CUTOFFS}")] = None,
+    max_score: Annotated[str | None, typer.Option(help=f"Highest scores to try. {_CUTOFFS}")] = None,
     sampling: Annotated[
         str | None, typer.Option(help="Samplers to try: top, random, simans, weighted; comma-separated.")
     ] = None,
@@ -122,6 +123,9 @@ def calibrate(
         printed.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
         where = [settings.run_dir / measures.CALIBRATION, *([plot] if plot else [])]
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
+        if advice.chosen and (changes := advice.chosen.setting.changes(made.estimates[0].setting)):
+            sets = "".join(f" --set {change}" for change in changes)
+            console.out.print(f"Next: negpipe mine {named(settings)}{sets}", markup=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str | None, kind: type[int] | type[float] = float) -> list[float] | None:
@@ -129,12 +133,10 @@ def _numbers(option: str, text: str | None, kind: type[int] | type[float] = floa
 
     if text is None:
         return None
-    if text == "none":
-        return []
-    try:
-        return [kind(value) for value in text.split(",")]
+    try:  # the grid includes windows without a cutoff, so "none" adds nothing
+        return [kind(value) for value in text.split(",") if value.strip() != "none"]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected comma-separated numbers, such as 0,5,10") from None
+        raise ConfigError(f"{option} {text}: expected comma-separated numbers, such as 0,5,10, or none") from None
 
 
 def _strategies(text: str | None) -> list[str] | None:

@@ -38,8 +38,17 @@ class _Shown:
         self._renderable = renderable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self._renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+        rendered = console.render(self._renderable, options)
+        shown = (one if one.control else Segment(visible(one.text), one.style) for one in rendered)
+        for line, ended in Segment.split_lines_terminator(shown):
+            # Tables fill their last column with blanks.
+            while ended and line and not line[-1].control and not line[-1].text.rstrip():
+                line.pop()
+            if ended and line and not line[-1].control:
+                line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+            yield from line
+            if ended:
+                yield Segment.line()
 
 
 def _out() -> Console:
@@ -141,13 +150,14 @@ class _Lines:
     def advance(self, units: int, note: str) -> None:
         self._done += units
         now = time.monotonic()
-        self._first = self._first or (now, self._done)
+        if units:  # a note alone may come long before
+            self._first = self._first or (now, self._done)
         if now - self._last < LOG_SECONDS:
             return
         self._last = now
         left = ""
-        started, before = self._first
-        if self._total and self._done > before:
+        if self._total and self._first and self._done > self._first[1]:
+            started, before = self._first
             seconds = (self._total - self._done) * (now - started) / (self._done - before)
             left = f", about {duration(seconds)} left"
         of = f" of {self._total:,}" if self._total else ""

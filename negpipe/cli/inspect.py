@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from negpipe.cli.app import DebugOption, LogOption, app, checked
+
+if TYPE_CHECKING:
+    from negpipe.review.inspection import Inspection
 
 _ROWS = 100_000
 
@@ -16,7 +19,14 @@ _ROWS = 100_000
 @app.command()
 def inspect(
     paths: Annotated[list[str], typer.Argument(help="Folder, files or hub dataset.", metavar="PATH...")],
-    split: Annotated[str, typer.Option("--split", help="Split of the judgments that define anchors.")] = "train",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            help="Split of the judgments that define anchors; default: train, else the first there is.",
+            show_default=False,
+        ),
+    ] = None,
     subset: Annotated[str | None, typer.Option("--subset", help="Subset of a hub dataset.", show_default=False)] = None,
     settings: Annotated[
         list[str] | None,
@@ -70,7 +80,7 @@ def init(
     if path is None:
         _quickstart(write or Path("quickstart.yaml"))
         return
-    _inspect([path], "train", None, None, write or Path(f"{_named(path)}.yaml"), _ROWS, as_json=False)
+    _inspect([path], None, None, None, write or Path(f"{_named(path)}.yaml"), _ROWS, as_json=False)
 
 
 def _quickstart(write: Path) -> None:
@@ -93,9 +103,16 @@ def _named(path: str) -> str:
     return re.sub(r"[^\w-]+", "", Path(path.rstrip("/")).name.partition(".")[0]) or "source"
 
 
+def _say(line: str) -> None:
+    from negpipe.cli import console
+    from negpipe.review import wording
+
+    console.out.print(wording.visible(line), markup=False, highlight=False, soft_wrap=True)
+
+
 def _inspect(
     paths: list[str],
-    split: str,
+    split: str | None,
     subset: str | None,
     settings: list[str] | None,
     write: Path | None,
@@ -108,13 +125,9 @@ def _inspect(
     import yaml
 
     from negpipe import sources
-    from negpipe.cli import console
     from negpipe.config.file import load_config
-    from negpipe.errors import ConfigError
-    from negpipe.review import inspection, wording
-
-    def say(line: str) -> None:
-        console.out.print(wording.visible(line), markup=False, highlight=False, soft_wrap=True)
+    from negpipe.errors import ConfigError, InputError
+    from negpipe.review import inspection
 
     ranking = inspection.ranking(paths[0], rows) if len(paths) == 1 and not write else None
     if ranking and as_json:
@@ -123,47 +136,58 @@ def _inspect(
     if ranking:
         first = "" if ranking.whole else f" (of the first {rows:,} lines)"
         many = f"median {ranking.median:,}, fewest {ranking.fewest:,}, most {ranking.most:,}"
-        say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
-        say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents per anchor: {many}{first}")
-        say("A run lists candidates but no positives, so it cannot be mined alone. To check every line as a negative")
-        say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
+        _say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
+        _say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents per anchor: {many}{first}")
+        _say("A run lists candidates but no positives, so it cannot be mined alone. To check every line as a negative")
+        _say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
         return
     if write and write.exists():
         raise ConfigError(f"{write} already exists: choose another file with --write")
-    source = {"path": paths[0] if len(paths) == 1 else paths, "split": split, "subset": subset}
+    source = {"path": paths[0] if len(paths) == 1 else paths, "split": split or "train", "subset": subset}
     run_dir = f"runs/{_named(paths[0])}"
     tree = {"run_dir": run_dir, "data": source, "encoder": {"model": "none"}}
-    found = inspection.inspect(load_config(tree, settings).data, rows)
+    found = inspection.inspect(load_config(tree, settings).data, rows, any_split=split is None)
     config = found.config(run_dir)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    if write:
+    if write and not found.nothing:
         write.write_text(text, encoding="utf-8")
     if as_json:
         found_in = dataclasses.asdict(found) | {"data": config["data"], "config": config}
         typer.echo(json.dumps(found_in, allow_nan=False))
         return
 
-    say(f"{paths[0]} is read as data.format: {found.data.format}")
-    for table, columns in found.tables.items():
-        say(f"  {table}: {', '.join(columns) or 'no rows'}")
-    more = "" if found.whole else f" (of the first {rows:,} records of each table)"
-    for what, lengths in (("documents", found.documents), ("queries", found.queries)):
-        say(f"{what}: {lengths.count:,}, characters: median {lengths.median:,}, most {lengths.most:,}{more}")
-    say("judgments: " + (", ".join(f"{name} {count:,}" for name, count in found.judgments.items()) or "none"))
-    anchors = sum(found.positives.values())
-    total = sum(count * many for count, many in found.positives.items())
-    most = max(found.positives, default=0)
-    say(f"anchors in data.split {found.data.split}: {anchors:,}, positives: {total:,}, most per anchor {most:,}")
-    if found.given:
-        say(f"negatives in the source: {found.given:,} (used with mining.given_negatives: first or keep)")
-    for kind, count in found.odd.items():
-        say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
-    for example in found.examples:
-        say(f"  {example}")
-    if found.odd:
-        say("Such rows stop a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip)")
-    say(
+    _describe(found, paths[0], rows)
+    if found.nothing:
+        raise InputError(f"nothing can be mined: {found.nothing}", file=paths[0], remedy="See the counts above")
+    _say(
         f"\nwritten to {write}: negpipe mine {write}"
         if write
         else f"\nConfig that mines it (--write FILE.yaml saves it):\n\n{text}"
     )
+
+
+def _describe(found: Inspection, path: str, rows: int) -> None:
+    _say(f"{path} is read as data.format: {found.data.format}")
+    for table, columns in found.tables.items():
+        _say(f"  {table}: {', '.join(columns) or 'no rows'}")
+    more = "" if found.whole else f" (of the first {rows:,} records of each table)"
+    for what, lengths in (("documents", found.documents), ("queries", found.queries)):
+        _say(f"{what}: {lengths.count:,}, characters: median {lengths.median:,}, most {lengths.most:,}{more}")
+    _say("judgments: " + (", ".join(f"{name} {count:,}" for name, count in found.judgments.items()) or "none"))
+    anchors = sum(found.positives.values())
+    total = sum(count * many for count, many in found.positives.items())
+    most = max(found.positives, default=0)
+    _say(f"anchors in data.split {found.data.split}: {anchors:,}, positives: {total:,}, most per anchor {most:,}")
+    if found.given:
+        _say(f"negatives in the source: {found.given:,} (used with mining.given_negatives: first or keep)")
+    for kind, count in found.odd.items():
+        _say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
+    for example in found.examples:
+        _say(f"  {example}")
+    if found.odd:
+        _say(
+            "Such rows stop a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip,"
+            " unknown ids: data.on_unknown_id: skip)"
+        )
+    if found.ids:
+        _say("The documents contain no spaces and look like ids: their texts may be in another file")

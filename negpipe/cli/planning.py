@@ -30,13 +30,13 @@ def plan(
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Load the encoder to time it if its speed is unknown.")
+        bool,
+        typer.Option("--probe/--no-probe", help="Run the encoder to time it, if its speed is unknown."),
     ] = True,
     cluster: Annotated[
         Path | None,
         typer.Option(
-            help="Plan a run on the nodes described in this YAML file instead, even before any data exists: see"
-            " docs/how-to/plan-a-cluster.md.",
+            help="Plan a run on the nodes described in this YAML file instead, even before any data exists.",
             metavar="FILE",
             show_default=False,
         ),
@@ -53,7 +53,12 @@ def plan(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Show what a run would do: parts done and to do, time, disk space, and the cost of each index kind. Runs nothing.
+    """Show what a run would do: parts done and to do, time, disk space, and the cost of each index kind. Runs no stage.
+
+    After ingest, it runs the encoder on some texts to time it, and if encoding would take over ten minutes, other ways
+    to encode too, for some seconds each (and minutes the first time, if a model is exported).
+
+    docs/how-to/plan-a-cluster.md explains --cluster.
 
     Example: negpipe plan scifact.yaml --set data.path=my/folder
     """
@@ -72,15 +77,18 @@ def plan(
     found = estimate.plan(settings, probe_encoder=probe)
     if printed_as("json" if as_json else form, dataclasses.asdict(found), map(dataclasses.asdict, found.steps)):
         return
-    for table in (_steps(found), _encoding(found), _kinds(found)):
+    compared = len(found.encoding) > 1
+    for table in (_steps(found), *([_encoding(found)] if compared else []), _kinds(found, settings.index.kind)):
         if table.row_count:
             console.out.print(table)
             console.out.print()
-    if shards := ", ".join(_shards(found)):
-        how = "as Slurm arrays" if settings.executor.kind == "slurm" else "in shards (negpipe work)"
+    slurm = settings.executor.kind == "slurm"
+    if shards := ", ".join(_shards(found, 1 if slurm else 2)):
+        how = "as Slurm arrays" if slurm else "in shards (negpipe work)"
         console.out.print(f"On several machines like this one, {how}: {shards}.\n")
-    if found.encoding:
+    if compared:
         console.out.print(f"{_of_encoding(found.encoding[0].variant)}\n")
+        console.out.print(f"{_advice(found, settings)}\n")
     refusals: dict[str, list[str]] = {}
     for name, refusal in [(s.stage, s.refusal) for s in found.steps] + [(c.kind, c.refusal) for c in found.choices]:
         if refusal:
@@ -191,12 +199,12 @@ def _steps(plan: Plan) -> Table:
     return table
 
 
-def _shards(plan: Plan) -> Iterator[str]:
-    """The number of shards that suits each stage, and the time one takes."""
+def _shards(plan: Plan, least: int) -> Iterator[str]:
+    """The number of shards that suits each stage, if there are as many, and the time one takes."""
     from negpipe.review import wording
 
     for step in plan.steps:
-        if step.shards and step.seconds:
+        if step.seconds and step.shards and step.shards >= least:
             yield f"{step.stage} {step.shards:,} × {wording.duration(step.seconds / step.shards)}"
 
 
@@ -219,6 +227,25 @@ def _encoding(plan: Plan) -> Table:
     return table
 
 
+def _advice(plan: Plan, config: Config) -> str:
+    """What to set, and what it saves and costs; or why nothing."""
+    from negpipe.review import wording
+
+    best, usual = plan.recommended, next(way for way in plan.encoding if way.variant.configured)
+    if best is None:
+        advice = "Keep the encoder's settings: no other way saves a tenth of the time and ranks as well."
+    else:
+        one, way = best.variant, ", ".join(f"{name}: {value}" for name, value in best.variant.settings.items())
+        shares = {"negatives": one.negatives, "nearest": one.agreement}
+        same = " and ".join(f"{share:.0%} of the {what}" for what, share in shares.items() if share is not None)
+        ndcg = "" if one.ndcg is None else f", nDCG@10 {one.ndcg:.3f} instead of {usual.variant.ndcg:.3f}"
+        times = f"{wording.duration(best.seconds)} instead of {wording.duration(usual.seconds)}"
+        advice = f"Recommended: encoder: {{{way}}}: {times}, {same} as in float32{ndcg}."
+    if config.encoder.backend == "flagembedding" and usual.variant.settings["runtime"] == "torch":
+        advice += " Runtimes onnx and openvino are timed with encoder.backend: sentence-transformers only."
+    return advice
+
+
 def _of_encoding(one: Variant) -> str:
     """The legend of the columns of `_encoding`."""
     from negpipe.plan import variants
@@ -232,7 +259,7 @@ def _of_encoding(one: Variant) -> str:
     )
 
 
-def _kinds(plan: Plan) -> Table:
+def _kinds(plan: Plan, configured: str) -> Table:
     from rich.markup import escape
 
     from negpipe.review import wording
@@ -242,6 +269,7 @@ def _kinds(plan: Plan) -> Table:
     for choice in plan.choices:
         times = ("" if took is None else wording.duration(took) for took in (choice.build, choice.search))
         sizes = ("" if count is None else wording.size(count) for count in (choice.disk, choice.memory))
-        note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", choice.note]))
+        own = "as configured" if choice.kind == configured else ""
+        note = "; ".join(filter(None, [_REFUSED if choice.refusal else "", own, choice.note]))
         table.add_row(escape(wording.visible(choice.kind)), *times, *sizes, escape(note))
     return table

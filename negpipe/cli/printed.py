@@ -73,32 +73,42 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
     for column in rows.columns:
         column.no_wrap = True
     rows.columns[2].justify = rows.columns[-1].justify = "left"
-    for number, one in enumerate(made.estimates):
-        note = (
-            "chosen" if one is advice.chosen else "config" if not number else "front" if one in advice.frontier else ""
-        )
+    own = made.estimates[0]
+    for one in made.estimates:
+        notes = {
+            "config": one is own,
+            "chosen": one is advice.chosen,
+            "front": one in advice.frontier and one is not advice.chosen,
+        }
+        note = ", ".join(name for name, holds in notes.items() if holds)
         style = "bold green" if one is advice.chosen else "" if one.coverage >= coverage else "dim"
         rows.add_row(*_cells(one), note, style=style)
     out.print(rows)
     out.print(
-        "\nfrom: range_min. leak, lo, hi: share of false negatives and its 95 % interval. score, rank: of the"
-        " negatives taken. below: distance below the positive. cover: share of anchors that get all their negatives"
-        " from the stored candidates alone, whichever positive is shown. front: every harder setting leaks more.",
+        "\nfrom: range_min; leak, lo, hi: share of false negatives and its 95 % interval\n"
+        "score, rank: of the negatives taken; below: distance below the positive\n"
+        "cover: share of anchors that get all their negatives from the stored candidates alone, whichever positive is"
+        " shown\nconfig: your setting; front: every harder setting leaks more",
         style="dim",
+    )
+    out.print(
+        f"\nYour setting: leak {percent(own.leak)}, with 95 % confidence {percent(own.lo)} to {percent(own.hi)};"
+        f" coverage {percent(own.coverage)}"
     )
     if advice.chosen is None:
         best = max(one.coverage for one in made.estimates)
         out.print(
-            f"\nNo setting gives {coverage:.0%} of the anchors all their negatives; the best gives {best:.1%}:"
+            f"No setting gives {coverage:.0%} of the anchors all their negatives; the best gives {best:.1%}:"
             " ask for fewer negatives, lower --coverage, or store deeper candidates (search.depth)"
         )
         return
     why = (
-        f"the hardest setting with a leak within {max_leak:.1%}"
+        f"the hardest setting whose leak is within {max_leak:.1%} even at the upper end, hi"
         if advice.allowed
-        else f"the setting with the least leak, as none is within {max_leak:.1%}"
+        else f"the setting with the least leak, as none is within {max_leak:.1%} at the upper end, hi"
     )
-    out.print(f"\nRecommended at a coverage of {coverage:.0%}: {why}")
+    same = ", which is yours" if advice.chosen is own else ""
+    out.print(f"Recommended at a coverage of {coverage:.0%}: {why}{same}")
     for line in advice.sure:
         out.print(f"- {line}", markup=False)
     out.print(f"\n{advice.chosen.setting.yaml()}", markup=False)
@@ -138,8 +148,11 @@ def show_audit(found: Audit, failed: set[str]) -> None:
         if one.of:
             rows.add_row(one.check, f"{one.count:,}", f"{one.share:.2%}", f"{one.of:,}", one.unit, style=style)
         else:
-            rows.add_row(one.check, "", "", "", "not checked: no column for it", style="dim")
+            needed = "it needs a CONFIG" if one.check == "unknown_id" else "no column for it"
+            rows.add_row(one.check, "", "", "", f"not checked: {needed}", style="dim")
     out.print(rows)
+    if any("row" in example for one in found.findings for example in one.examples):
+        out.print("\nRows are counted from 0.")
     for one in found.findings:
         if one.examples:
             out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)
@@ -224,13 +237,13 @@ def show_rounds(made: Refreshed) -> None:
 
 
 def _example(example: dict[str, Any]) -> str:
-    row = f"  row {example['row']}" if "row" in example else " "
+    row = f"row {example['row']}" if "row" in example else ""
     named = (
         f"{side} {example.get(f'{side}_id', '')} {clean_text(example.get(side, ''), 70)}".strip()
         for side in ("anchor", "document")
         if side in example or f"{side}_id" in example
     )
-    return ": ".join(filter(None, [row, " | ".join(filter(None, [example.get("detail", ""), *named]))]))
+    return "  " + ": ".join(filter(None, [row, " | ".join(filter(None, [example.get("detail", ""), *named]))]))
 
 
 def show_difference(found: Difference) -> None:
@@ -245,16 +258,20 @@ def show_difference(found: Difference) -> None:
     out.print(sides)
     every = max(1, found.kept + found.added + found.removed)
     changes = table(f"\n{found.common:,} anchors in common", "", "count", "share")
-    for name in ("kept", "added", "removed"):
-        changes.add_row(f"negatives {name}", f"{getattr(found, name):,}", f"{getattr(found, name) / every:.1%}")
+    for name, where in (("kept", "in both"), ("added", "only in B"), ("removed", "only in A")):
+        count = getattr(found, name)
+        changes.add_row(f"negatives {name}, {where}", f"{count:,}", f"{count / every:.1%}")
     changes.add_row("anchors with the same negatives", f"{found.same:,}", f"{found.same / found.common:.1%}")
     changes.add_row("anchors with none in common", f"{found.disjoint:,}", f"{found.disjoint / found.common:.1%}")
     out.print(changes)
-    lines = [f"Overlap {found.overlap:.1%}: per anchor, the negatives found on both sides as a share of all; averaged."]
-    if found.score_shift is not None:
+    lines = [
+        "share: of the negatives that either side has, or of these anchors.",
+        f"Overlap {found.overlap:.1%}: per anchor, the negatives found on both sides as a share of all; averaged.",
+    ]
+    if found.score_shift is not None and f"{found.largest_score_shift:.4f}" != "0.0000":
         most = _number(found.largest_score_shift, ".4f")
-        lines.append(f"Kept negatives: scores shift by {found.score_shift:+.4f} on average, by {most} at most.")
-    if found.rank_shift is not None:
+        lines.append(f"Kept negatives: scores shift by {_shift(found.score_shift)} on average, by {most} at most.")
+    if found.rank_shift:
         lines.append(f"Kept negatives: ranks shift by {found.rank_shift:+.1f} on average.")
     for what, count, names in (
         ("gained", found.gained, found.gained_ids),
@@ -270,6 +287,12 @@ def show_difference(found: Difference) -> None:
         out.print(settings)
     elif found.settings is not None:
         out.print("\nNo settings differ.")
+    _show_examples(found)
+
+
+def _show_examples(found: Difference) -> None:
+    if found.examples:
+        out.print("\nAnchors that changed most: - only in A, + only in B.", markup=False)
     for example in found.examples:
         name = "" if example.anchor_id is None else f"{clean_text(example.anchor_id)} "
         out.print(f"\nanchor {name}{clean_text(example.anchor, 100)}", style="bold", markup=False)
@@ -281,6 +304,11 @@ def show_difference(found: Difference) -> None:
 def _change(one: Change) -> str:
     rank = "" if one.rank is None else f" rank {one.rank}"
     return f"{_number(one.score, '.3f')}{rank} {clean_text(one.id or '')} {clean_text(one.text, 80)}"
+
+
+def _shift(value: float) -> str:
+    """With its sign, but for one that rounds to zero."""
+    return f"{value:+.4f}" if abs(value) >= 0.00005 else "0.0000"
 
 
 def _number(value: float | None, digits: str) -> str:

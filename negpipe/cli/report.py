@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named
+from negpipe.cli.app import (
+    ColumnsOption,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    SetOption,
+    app,
+    by_field,
+    checked,
+    named,
+)
 from negpipe.cli.formats import FormatOption, printed_as
 
 
@@ -39,8 +49,11 @@ def report(
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="A run directory, a config, or a file or folder of any miner's rows.")],
-    b: Annotated[str, typer.Argument(help="The same, to compare with A.")],
+    a: Annotated[
+        str, typer.Argument(help="A run directory, a config, or a file or folder of any miner's rows.", metavar="A")
+    ],
+    b: Annotated[str, typer.Argument(help="The same, to compare with A.", metavar="B")],
+    columns: ColumnsOption = None,
     examples: Annotated[int, typer.Option(min=0, help="Anchors to show, most changed first.")] = 5,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
@@ -49,7 +62,8 @@ def diff(
 ) -> None:
     """Show how the negatives changed from A to B, in numbers and examples.
 
-    Anchors and documents are matched by id, or by text if one side has no ids.
+    Anchors and documents are matched by id, or by text if one side has no ids. --columns is about the side that is not
+    a run, as in `negpipe audit`.
 
     Example: negpipe diff runs/scifact runs/scifact-margin --examples 3
     """
@@ -58,7 +72,7 @@ def diff(
     from negpipe.review.diff import compare, source_of
 
     console.set_up_logging(checked(log_format), debug=debug)
-    found = compare(source_of(a), source_of(b), examples=examples)
+    found = compare(source_of(a), source_of(b), columns=by_field(columns), examples=examples)
     document = found.document()
     numbers = {name: value for name, value in document.items() if not isinstance(value, dict | list)}
     if not printed_as("json" if as_json else form, document, [numbers]):

@@ -48,10 +48,10 @@ def export(
     from negpipe.cli import console
     from negpipe.config.file import load_config
     from negpipe.review import finished
-    from negpipe.rows.exports import Options
+    from negpipe.rows.exports import ExportOptions
 
     console.set_up_logging(checked(log_format), debug=debug)
-    options = Options(
+    options = ExportOptions(
         to=to, out=out, shard_rows=shard_rows, compress=compress, run=run, force=force, push_to_hub=push_to_hub
     )
     finished.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
@@ -61,7 +61,7 @@ def export(
 def explain(
     config: ConfigArgument,
     anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
-    limit: Annotated[int, typer.Option(min=1, help="Maximum candidates and positives to show.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Candidates and positives to show; those taken always are.")] = 50,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
@@ -80,7 +80,7 @@ def explain(
 
     console.set_up_logging(checked(log_format), debug=debug)
     found = finished.explain_anchor(load_config(config, overrides), anchor)
-    units = [dataclasses.replace(unit, candidates=unit.candidates[:limit]) for unit in found.units]
+    units = [unit.shortened(limit) for unit in found.units]
     document = dataclasses.asdict(dataclasses.replace(found, units=units))
     if not printed_as("json" if as_json else form, document, formats.candidates(units)):
         summary.show_explanation(found, limit)

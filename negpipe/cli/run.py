@@ -18,7 +18,6 @@ from negpipe.cli.app import (
     named,
     with_option,
 )
-from negpipe.errors import RowsError
 
 if TYPE_CHECKING:
     from negpipe.config.schema import Config
@@ -57,25 +56,13 @@ def _mine(
 
 
 def tell(result: Result, settings: Config, log_format: str, only: str | None) -> None:
-    """Print the result of a run, of all stages or of one.
-
-    Raises:
-        RowsError: the run has too few rows.
-    """
+    """Print the result of a run, of all stages or of one."""
     from negpipe.cli import console, summary
-    from negpipe.stages.triplets import advice
 
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
         summary.show_result(result, named(settings), settings.mining)
-    if "triplets" in result.stats and only in (None, "triplets"):
-        rows, least = result.stats["triplets"]["rows"], settings.output.min_rows
-        if rows < least:
-            raise RowsError(
-                f"{rows:,} rows, but output.min_rows is {least:,}. {advice(result.stats['triplets'])}, or set"
-                f" output.min_rows={rows}"
-            )
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
-from negpipe.stages.triplets import advice, is_short
+from negpipe.stages.triplets import advice, is_short, negatives_of
 
 _SAMPLE_TEXTS = 5
 _OTHER_MARGIN = 0.1  # suggested as a variant
+_MANY, _NEARLY_ALL = 0.25, 0.95  # shares: of candidates that margins dropped, of the requested negatives
 _STYLE = {
     "current": "green",
     "missing": "dim",
@@ -134,21 +136,27 @@ def _show_drops(stats: dict[str, Any]) -> None:
 
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
-    stats = result.stats["triplets"]
-    program = _program()
-    lines = [
-        ("settings that leak least", f"{program} calibrate {typed}"),
-        ("state of every stage", f"{program} status {typed}"),
-        ("load the rows in Python", _loading(result)),
-    ]
+    stats, program = result.stats["triplets"], _program()
+    several = result.stats["ingest"]["max_positives"] > 1  # calibrate hides one of an anchor's positives
+    check = ("settings that leak least", "calibrate") if several else ("check the rows", "audit")
+    lines = [(check[0], f"{program} {check[1]} {typed}")]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
-    elif mining.relative_margin != _OTHER_MARGIN:
+    elif several and mining.margin_reference == "min" and _by_margins(stats) > _MANY:
+        lines.insert(0, ("harder, from each positive", f"{program} mine {typed} --set mining.margin_reference=each"))
+    elif (mining.relative_margin or 0) < _OTHER_MARGIN and negatives_of(stats) > _NEARLY_ALL * stats["wanted"]:
         change = f"--set mining.relative_margin={_OTHER_MARGIN}"
         lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} {change}"))
+    lines += [("state of every stage", f"{program} status {typed}"), ("load the rows in Python", _loading(result))]
     console.out.print("\nNext")
     for what, command in lines:
         console.out.print(f"  {what + ':':30} {command}", markup=False, soft_wrap=True)
+
+
+def _by_margins(stats: dict[str, Any]) -> float:
+    """Share of the candidates that margins dropped."""
+    dropped: int = sum(stats["drops"].get(name, 0) for name in ("relative_margin", "absolute_margin"))
+    return dropped / max(1, int(stats["candidates"]))
 
 
 def _loading(result: Result) -> str:
@@ -181,13 +189,14 @@ def show_status(states: list[State]) -> None:
                 f"{sum(part.rows for part in manifest.parts):,}",
                 wording.size(sum(file.bytes for part in manifest.parts for file in part.files)),
                 f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
-                Text(str(manifest.provenance.get("finished", ""))),
+                Text(_local(manifest.provenance.get("finished"))),
             ]
         table.add_row(state.stage, Text(state.state, style=_STYLE[state.state]), *cells)
     console.out.print(table)
     for state in states:
         if state.reason:
             console.out.print(f"{state.stage}: {state.reason}", markup=False)
+    for state in states:
         if state.versions:
             console.out.print(f"{state.stage}: {state.versions}", markup=False)
         for _, remark in graph.of_kind(state.stage).remarks(state.manifest.stats) if state.manifest else ():
@@ -196,8 +205,16 @@ def show_status(states: list[State]) -> None:
             console.out.print(f"{state.stage}: {count} source rows were skipped, see {REJECTED}", markup=False)
 
 
+def _local(finished: Any) -> str:
+    """A time as the log shows it, in the zone of this machine, with its date."""
+    try:
+        return datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (TypeError, ValueError):
+        return ""
+
+
 def show_explanation(found: Explanation, limit: int) -> None:
-    """An anchor, its first `limit` positives, and as many candidates with their fates, in one table per unit."""
+    """An anchor, its first `limit` positives, and as many candidates with their fates, besides those taken."""
     console.out.print(
         Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300))
     )
@@ -217,24 +234,25 @@ def show_explanation(found: Explanation, limit: int) -> None:
         )
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in unit.counts.items())
         console.out.print(f"candidates {sum(unit.counts.values()):,}: {counts}", markup=False)
-        console.out.print(_candidates(unit, limit))
-        if len(unit.candidates) > limit:
-            console.out.print(f"{len(unit.candidates) - limit:,} more: --limit {len(unit.candidates)} shows all")
+        shown = unit.shortened(limit)
+        console.out.print(_candidates(shown))
+        if more := len(unit.candidates) - len(shown.candidates):
+            console.out.print(f"{more:,} more: --limit {len(unit.candidates)} shows all")
 
 
-def _candidates(unit: Unit, limit: int) -> Table:
+def _candidates(unit: Unit) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("rank", "score", "document", "fate", "rule", "text"):
         right = column in ("rank", "score")
         table.add_column(column, justify="right" if right else "left", no_wrap=column not in ("rule", "text"))
-    for candidate in unit.candidates[:limit]:
+    for candidate in unit.candidates:
         table.add_row(
             "" if candidate.rank is None else str(candidate.rank),
             _score(candidate.score),
             Text(clean_text(candidate.id)),
             Text(candidate.fate.replace("_", " "), style="green" if candidate.fate == "taken" else ""),
             Text(clean_text(candidate.rule)),
-            Text(clean_text(candidate.text, 200), style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(clean_text(candidate.text, 60), style="dim", no_wrap=True, overflow="ellipsis"),
         )
     return table
 

@@ -128,7 +128,7 @@ def mine_hard_negatives(
             "sampling_strategy": sampling_strategy,
             "score": TEACHER if rescored else DENSE,
         },
-        "output": {"format": output_format, "include_positives": include_positives},
+        "output": {"format": output_format, "include_positives": include_positives, "min_rows": 0},
         "seed": seed,
     }
     pool = use_multi_process if isinstance(use_multi_process, list) else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
+import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from negpipe.config import kept, safe_yaml
 from negpipe.config.cluster import Cluster
 from negpipe.config.schema import Config
 from negpipe.config.training import flat
-from negpipe.errors import ConfigError
+from negpipe.errors import ConfigError, closest
 
 logger = logging.getLogger(__name__)
 CONFIG_FOLDER = Path("configs")
@@ -37,11 +37,16 @@ def find_config(name: str) -> Path:
     for path in tried:
         if path.is_file():
             return path
+    if run and run[0].parent.is_dir():
+        raise ConfigError(f"the run directory '{name}' has no stored config: name the file it was made with")
+    if run:
+        runs = [str(path) for path in sorted(Path(name).iterdir()) if kept.path_in(path).is_file()]
+        more = f". Runs in it: {', '.join(runs)}" if runs else ""
+        raise ConfigError(f"'{name}' is a folder, but neither a config nor a run directory{more}")
     known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
     hint = f" Configs here: {', '.join(known)}." if known else ""
-    if kept.path_in(Path(name)).parent.is_dir():
-        hint = " It is a run directory without a stored config: name the file it was made with."
-    raise ConfigError(f"no config '{name}': looked for {', '.join(map(str, tried))}.{hint}")
+    places = ", ".join(str(path.absolute()) for path in tried)
+    raise ConfigError(f"no config '{name}': looked for {places}.{hint}")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
@@ -87,8 +92,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         problems = error.errors(include_url=False)
         changed = tuple(override.partition("=")[0].strip() + "." for override in overrides or [])
         if any(".".join([*map(str, problem["loc"]), ""]).startswith(changed) for problem in problems):
-            name += " with --set"
-        raise ConfigError(f"{name}: " + "\n".join(map(_explain, problems))) from None
+            name += " with overrides"
+        raise ConfigError("\n".join(f"{name}: {_explain(problem)}" for problem in problems)) from None
     for line in kept.changes(before, config) if before else ():
         logger.info("%s", line)
     return config
@@ -111,8 +116,8 @@ def load_cluster(path: Path) -> Cluster:
     try:
         return Cluster.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem, Cluster) for problem in error.errors(include_url=False)]
-        raise ConfigError(f"{path}: " + "\n".join(problems)) from None
+        problems = error.errors(include_url=False)
+        raise ConfigError("\n".join(f"{path}: {_explain(problem, Cluster)}" for problem in problems)) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -160,7 +165,13 @@ def _explain(problem: Any, root: type[BaseModel] = Config) -> str:
     got = "" if isinstance(shown, dict) else f" (got {_SHOWN.repr(shown)})"
     if problem["type"] == "model_type":
         return f"{before}expected a section with keys from {', '.join(_names(problem['loc'], root))}{got}"
-    return f"{before}{problem['msg'].removeprefix('Value error, ')}{got}"
+    hint = ""
+    share = problem["type"] == "float_parsing" or problem.get("ctx", {}).get("le") == 1
+    if share and (percent := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", str(shown))):
+        hint = f": for {percent[1]} %, write {float(percent[1]) / 100:g}"
+    # Without the words of the library for its own work.
+    said = re.sub(r"^Value error, |, (unable to parse|got a number) .*", "", problem["msg"])
+    return f"{before}{said.replace('Input should be', 'must be')}{got}{hint}"
 
 
 _ELSEWHERE = {
@@ -182,8 +193,8 @@ def _hint(folders: list[Any], leaf: str, root: type[BaseModel]) -> str:
     if elsewhere:
         return f"Did you mean '{' or '.join(elsewhere)}'?"
     known = _names(folders, root)
-    nearest = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
-    return f"Did you mean '{nearest[0]}'?" if nearest else f"Known here: {', '.join(known)}."
+    near = closest(leaf, known, cutoff=0.5)
+    return f"Did you mean '{near}'?" if near else f"Known here: {', '.join(known)}."
 
 
 def _names(folders: Iterable[Any], root: type[BaseModel]) -> list[str]:

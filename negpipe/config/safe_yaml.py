@@ -29,8 +29,21 @@ def load(text: str) -> Any:
         return yaml.SafeLoader("").construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_explained(error)) from None
     except Exception as error:  # a value that does not match its tag raises various errors
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def _explained(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong and in which line; for two mistakes that PyYAML describes in terms of its own work, what to do."""
+    problem, mark = error.problem or "", error.problem_mark
+    if mark and "another document" in problem:
+        return f"line {mark.line + 1}: a second document begins (---): keep one"
+    if mark and "'\\t'" in problem:
+        return f"line {mark.line + 1}: indent with spaces, not a tab"
+    said = ": ".join(filter(None, [error.context, problem]))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}" if mark else said
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:

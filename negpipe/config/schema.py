@@ -341,7 +341,7 @@ class Mining(Section):
     strict: bool = Field(False, description="Also drop scores equal to a cutoff.")
     absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
     relative_margin: float | None = Field(
-        0.05, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
+        0.05, le=1, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
     )
     max_score: float | None = Field(None, description="Drop higher scores.")
     min_score: float | None = Field(None, description="Drop lower scores.")
@@ -457,7 +457,9 @@ class Output(Section):
     rows_per_file: int | None = Field(
         None, ge=1, description="Rows per Parquet file; the last of a part may have fewer. null: one file per part."
     )
-    min_rows: int = Field(1, ge=0, description="With fewer rows, `mine` and `triplets` complete, but exit with code 1.")
+    min_rows: int = Field(
+        1, ge=0, description="With fewer rows, `mine` and `triplets` exit with code 1, and `triplets/` stays as it was."
+    )
     report: bool = Field(True, description="Write RUN_DIR/report.html at the end of `mine`; changes no row.")
 
     @model_validator(mode="after")

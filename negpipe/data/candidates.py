@@ -32,6 +32,7 @@ DENSE = "dense"
 """The score of search: the product of the vectors."""
 TEACHER = "teacher"
 """The score of a function passed to the Python API."""
+_APPROXIMATE = b"negpipe.ann.approximate"
 _DEEPER = pa.schema(
     [
         ("anchor", pa.large_string()),
@@ -163,14 +164,20 @@ def write(
     for name, scored in named.items():
         unranked = scored.ranks < 0
         columns[f"rank_{name}"] = _lists(scored.ranks, unranked)
-        columns[f"score_{name}"] = _lists(scored.scores, unranked)
+        columns[f"score_{name}"] = _lists(scored.scores, unranked | np.isnan(scored.scores))
     columns["positives"] = pa.ListArray.from_arrays(lists, pa.array(found.positives))
     for name, scored in named.items():
-        columns[f"positive_score_{name}"] = pa.ListArray.from_arrays(lists, pa.array(scored.positive_scores))
+        of_positives = _values(scored.positive_scores, np.isnan(scored.positive_scores))
+        columns[f"positive_score_{name}"] = pa.ListArray.from_arrays(lists, of_positives)
     table = pa.table(columns)
     if approximate:
-        table = table.replace_schema_metadata({"negpipe.ann.approximate": approximate})
+        table = table.replace_schema_metadata({_APPROXIMATE: approximate})
     pq.write_table(table, file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False)
+
+
+def approximate(path: Path) -> str | None:
+    """The name of the index that may have missed candidates of a part."""
+    return ((pq.read_schema(path).metadata or {}).get(_APPROXIMATE) or b"").decode() or None
 
 
 def write_deeper(file: BinaryIO, ids: pa.Array | pa.ChunkedArray, found: Iterable[Deeper]) -> int:

@@ -5,17 +5,17 @@ Importing this package and resolving a model import neither torch nor a model li
 
 from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.batches import check_tokens
-from negpipe.encoders.encode import Encoder, libraries, load, provenance
+from negpipe.encoders.encode import TextEncoder, libraries, load, provenance
 from negpipe.encoders.models import Model, folder_here, parameters, resolve_model
 from negpipe.encoders.precision import check_precision, has_units
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.runtimes import check_installed, is_installed
 
 __all__ = [
-    "Encoder",
     "Kind",
     "Model",
     "OnBatch",
+    "TextEncoder",
     "check_installed",
     "check_precision",
     "check_tokens",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.prompts import KINDS, TASKS, Kind, instructed, instruction, routed
 from negpipe.errors import ConfigError
 
@@ -39,7 +39,7 @@ class Library:
     width: int | None
 
 
-def flagembedding(encoder: Settings, path: str, device: str) -> Library:
+def flagembedding(encoder: Encoder, path: str, device: str) -> Library:
     """FlagEmbedding's model classes, chosen by config, by the model's files or by its name.
 
     Raises:
@@ -79,7 +79,7 @@ def flagembedding(encoder: Settings, path: str, device: str) -> Library:
     return Library(model.model, call, [model.tokenizer], width)
 
 
-def class_and_pooling(encoder: Settings, path: str) -> tuple[str, str]:
+def class_and_pooling(encoder: Encoder, path: str) -> tuple[str, str]:
     """From the config, else from the model's files, else from FlagEmbedding's table of names."""
     from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING, EMBEDDER_CLASS_MAPPING
 
@@ -135,7 +135,7 @@ def _silence(model: Any) -> None:
             vars(sys.modules[base.__module__]).update(tqdm=plain, trange=lambda *span, **_: range(*span))
 
 
-def sentence_transformers(encoder: Settings, path: str, device: str) -> Library:
+def sentence_transformers(encoder: Encoder, path: str, device: str) -> Library:
     """Sentence Transformers, with the modules (pooling, dense layers …) in the model's folder."""
     import torch
     from sentence_transformers import SentenceTransformer

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.config import machine
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.backends import Library
 from negpipe.encoders.batches import Batches
 from negpipe.encoders.cuts import OnCut, watch
@@ -41,7 +41,7 @@ class Batched:
         batches: the texts of each pass; None: the library batches them, `encoder.batch_size` at a time.
     """
 
-    def __init__(self, encoder: Settings, library: Library, *, ahead: bool, batches: Batches | None = None) -> None:
+    def __init__(self, encoder: Encoder, library: Library, *, ahead: bool, batches: Batches | None = None) -> None:
         if ahead and batches:
             raise ValueError("a call of several batches is tokenized one batch at a time")
         self._encoder, self._call, self._batches = encoder, library.call, batches
@@ -54,7 +54,7 @@ class Batched:
     def encode(
         self, texts: Sequence[str], kind: Kind, on_batch: OnBatch, on_cut: OnCut | None = None
     ) -> Iterator[Vectors]:
-        """See `negpipe.encoders.Encoder.encode`."""
+        """See `negpipe.encoders.TextEncoder.encode`."""
         if not texts:
             raise ValueError("encode needs at least one text")
         step = self._encoder.call_size

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.config.encoder import BATCH_SIZE
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import BATCH_SIZE, Encoder
 from negpipe.encoders.prompts import Kind, has_inputs_of_routes, instructed, instruction, reads_whole
 from negpipe.errors import ConfigError
 
@@ -20,7 +19,7 @@ Batches = Callable[[list[str], Kind], list[NDArray[np.intp]]]
 _UNTOLD = "encoder.batch_tokens: this model does not report how many tokens a text has: remove it"
 
 
-def check_tokens(encoder: Settings, folder: str) -> None:
+def check_tokens(encoder: Encoder, folder: str) -> None:
     """Check `encoder.batch_tokens` against the files of a model before it is loaded.
 
     Raises:
@@ -30,7 +29,7 @@ def check_tokens(encoder: Settings, folder: str) -> None:
         raise ConfigError(_UNTOLD)
 
 
-def batches_of(encoder: Settings, path: str, tokenizers: Sequence[Any]) -> Batches:
+def batches_of(encoder: Encoder, path: str, tokenizers: Sequence[Any]) -> Batches:
     """The batches of the texts of a call, by the tokens counted by the tokenizer of the model in `path`.
 
     Raises:

@@ -38,7 +38,7 @@ _PATIENCE = 60.0  # seconds to wait for another process that uses the file
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-class Cache:
+class VectorCache:
     """Vectors by key, for one thread of one process.
 
     The least recently used vectors are evicted, except those used by this process: with more texts than fit, some are

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.prompts import Kind, instructed, instruction, reads_whole
 
 OnCut = Callable[[int, int], None]
@@ -49,7 +49,7 @@ class Expected:
     lost: int
 
 
-def expected(encoder: Settings, folder: Path, kind: Kind, texts: Sequence[str]) -> Expected | None:
+def expected(encoder: Encoder, folder: Path, kind: Kind, texts: Sequence[str]) -> Expected | None:
     """The expected truncation of texts, by the tokenizer in a model's folder, without loading torch or model libraries.
 
     Returns:

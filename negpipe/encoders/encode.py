@@ -13,7 +13,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders import runtimes
 from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
@@ -26,7 +26,7 @@ from negpipe.engine import devices
 from negpipe.errors import InputError, NegpipeError
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """A loaded model."""
 
     def encode(
@@ -49,7 +49,7 @@ class Encoder(Protocol):
         """
 
 
-def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) -> Encoder:
+def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -> TextEncoder:
     """Load the model in `path` (a `Model.path`), to run on `threads` CPU threads and on a device (`engine.devices`),
     which runtimes other than torch ignore.
 
@@ -91,14 +91,14 @@ def load(encoder: Settings, path: str, threads: int, device: str = devices.CPU) 
     return Batched(encoder, library, ahead=ahead, batches=batches)
 
 
-def libraries(encoder: Settings) -> tuple[str, ...]:
+def libraries(encoder: Encoder) -> tuple[str, ...]:
     """Distributions that may change the bits of a vector."""
     own = {"flagembedding": ("FlagEmbedding",), "sentence-transformers": ("sentence-transformers",)}
     shared = ("transformers", "tokenizers", "torch", "numpy")
     return (*own.get(encoder.backend, ()), *shared, *runtimes.libraries(encoder.runtime))
 
 
-def provenance(encoder: Settings, device: str) -> dict[str, str]:
+def provenance(encoder: Encoder, device: str) -> dict[str, str]:
     """What vectors depend on besides their key and the library versions: device, its kind, and precision."""
     import torch
 

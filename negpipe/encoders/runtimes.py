@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.models import resolve_model
 from negpipe.encoders.prompts import TASKS
 from negpipe.engine import versions
@@ -76,7 +76,7 @@ def libraries(runtime: str) -> tuple[str, ...]:
     return (*_PACKAGES[runtime], "onnx-ir") if runtime in _PACKAGES else ()
 
 
-def exchange(model: Any, encoder: Settings, path: str, threads: int) -> None:
+def exchange(model: Any, encoder: Encoder, path: str, threads: int) -> None:
     """Run the transformers of a model with `encoder.runtime`, from files that are exported if missing.
 
     Args:
@@ -133,7 +133,7 @@ def _keep_silent() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-def _folder(encoder: Settings, path: str) -> Path:
+def _folder(encoder: Encoder, path: str) -> Path:
     """The folder for the files of a model, shared by all runs of a user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
     digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
@@ -141,21 +141,24 @@ def _folder(encoder: Settings, path: str) -> Path:
     return cache / key("export", VERSION, digest, encoder.runtime, _stored(encoder), made_by)
 
 
-def _stored(encoder: Settings) -> str:
+def _stored(encoder: Encoder) -> str:
     """The precision of the files: bfloat16 computation reads float32."""
     return "int8" if encoder.precision == "int8" else "float32"
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files exist and are unmodified."""
+    """Whether the files exist, are unmodified, and were written for this folder: its name is the key of the weights."""
     try:
-        files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
-        return all(file_digest(folder / name) == digest for name, digest in files.items())
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        files = record["files"]
+        return record["key"] == folder.name and all(
+            file_digest(folder / name) == digest for name, digest in files.items()
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
-def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, final: Path, install: _Install) -> None:
+def _export(model: Any, transformers: list[Any], encoder: Encoder, path: str, final: Path, install: _Install) -> None:
     """Write the folder of a model, and release its transformers."""
     stored, started = _stored(encoder), time.monotonic()
     logger.info("encoder.runtime: exporting %s for %s, %s", path, encoder.runtime, stored)
@@ -190,7 +193,7 @@ def _export(model: Any, transformers: list[Any], encoder: Settings, path: str, f
                 remedy="Set encoder.runtime to torch" + ", or encoder.precision to float32" * (stored == "int8"),
             )
         files = {file.name: file_digest(file) for file in sorted(folder.iterdir())}
-        write_json(folder / _RECORD, {"model": path, "least_cosine": cosine, "files": files})
+        write_json(folder / _RECORD, {"key": final.name, "model": path, "least_cosine": cosine, "files": files})
     logger.info(
         "encoder.runtime: exported in %.0f s, %d bytes, to %s; minimum cosine of %d vectors to torch's: %.5f",
         time.monotonic() - started,

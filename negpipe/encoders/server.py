@@ -6,7 +6,8 @@ per text, from the configured model, is requested again or is an error, never a 
 nowhere else: neither it nor other secrets of the address are raised, logged or written, even if the server repeats
 them.
 
-There is no digest of a server's weights: its vectors are taken to be those of the model that it names.
+There is no digest of a server's weights: its vectors are taken to be those of the model that it names, as long as the
+first text of the process has the same vector after each part.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.config.server import Server
 from negpipe.encoders.batched import OnBatch, Vectors
 from negpipe.encoders.cuts import OnCut
@@ -52,6 +53,7 @@ _OF_CONTENT = {400, 413, 422}  # may be caused by a single text
 _LONG = 8  # characters of a parameter that may be a secret: versions are shorter, and their digits are everywhere
 _SAID = 300  # characters shown of a server's message
 _PROBE = "text"
+_NEAR = 0.05  # relative change allowed in a vector: a server's kernels depend on the rest of a batch
 
 # A server's response: vectors in order, and tokens, if reported.
 _Answer = tuple[Vectors, int]
@@ -69,15 +71,26 @@ class _Refused(Exception):
     """The server rejects a request."""
 
 
-def check(encoder: Settings) -> None:
-    """Check that the libraries and the key are available. Sends nothing.
+def check(encoder: Encoder, workers: int) -> None:
+    """Check that the libraries and the key are available, and that each worker may send requests. Sends nothing.
 
     Raises:
-        ConfigError: the libraries are not installed, or the environment lacks the key.
+        ConfigError: the libraries are not installed, the environment lacks the key, or there are too many workers.
     """
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"encoder.backend: http requires {' and '.join(missing)}: run `pip install 'negpipe[http]'`")
-    _key(_server(encoder))
+    server = _server(encoder)
+    _key(server)
+    if workers > server.concurrency:
+        raise ConfigError(
+            f"encoder.http.concurrency: {server.concurrency} requests at a time are too few for {workers} workers:"
+            f" raise it to {workers}, or lower executor.workers: one worker sends all of them"
+        )
+
+
+def differs(vector: Vectors, before: Vectors) -> bool:
+    """Whether two (d,) vectors of a text are of different models."""
+    return vector.shape != before.shape or not np.linalg.norm(vector - before) <= _NEAR * np.linalg.norm(before)
 
 
 def estimated_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -85,24 +98,24 @@ def estimated_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return lengths // _BYTES_A_TOKEN + 1
 
 
-def overhead(encoder: Settings, kind: Kind) -> int:
+def overhead(encoder: Encoder, kind: Kind) -> int:
     """Bytes of the prefix of a text."""
     return len(_sent(encoder, kind, [""])[0].encode())
 
 
 @contextmanager
-def opened(encoder: Settings, requests: int) -> Iterator[Served]:
-    """The server, with at most `requests` concurrent requests.
+def opened(encoder: Encoder, workers: int) -> Iterator[Served]:
+    """The server, with one worker's share of the concurrent requests.
 
     Raises:
         ConfigError: see `check`.
     """
-    check(encoder)
+    check(encoder, workers)
     import httpx
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     server = _server(encoder)
-    key = _key(server)
+    requests, key = server.concurrency // workers, _key(server)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     client = httpx.Client(
         headers=headers,
@@ -118,13 +131,13 @@ def opened(encoder: Settings, requests: int) -> Iterator[Served]:
 
 
 class Served:
-    """See `negpipe.encoders.Encoder`; only the server truncates texts, so `on_cut` is never called.
+    """See `negpipe.encoders.TextEncoder`; only the server truncates texts, so `on_cut` is never called.
 
     Attributes:
         provenance: the origin of the vectors, and whether the server reported how many tokens it read.
     """
 
-    def __init__(self, encoder: Settings, client: Any, requests: int, key: str | None) -> None:
+    def __init__(self, encoder: Encoder, client: Any, requests: int, key: str | None) -> None:
         import tenacity
 
         self._encoder, self._server, self._client, self._requests = encoder, _server(encoder), client, requests
@@ -132,6 +145,7 @@ class Served:
         self._place = redact(self._server.endpoint)
         self._secrets = _secrets(self._server.url, key)
         self._width: int | None = None
+        self._known: tuple[str, Vectors] | None = None
         self._reached = False
         self._ended = threading.Event()
         self._pool = ThreadPoolExecutor(requests)
@@ -148,7 +162,7 @@ class Served:
     def encode(
         self, texts: Sequence[str], kind: Kind, on_batch: OnBatch, on_cut: OnCut | None = None
     ) -> Iterator[Vectors]:
-        """See `negpipe.encoders.Encoder.encode`.
+        """See `negpipe.encoders.TextEncoder.encode`.
 
         Raises:
             InputError: also if the server rejects a text (`row`), has another model, or changes its dimension.
@@ -158,7 +172,8 @@ class Served:
             raise ValueError("encode needs at least one text")
         self._check_model()
         first, asked = 0, deque[tuple[list[str], Future[_Answer]]]()
-        batches = self._batches(_sent(self._encoder, kind, texts))
+        sent = _sent(self._encoder, kind, texts)
+        batches = self._batches(sent)
         try:
             while True:
                 for batch in islice(batches, 2 * self._requests - len(asked)):
@@ -166,12 +181,33 @@ class Served:
                 if not asked:
                     break
                 batch, future = asked.popleft()
-                yield self._taken(first, batch, future, on_batch)
+                vectors = self._taken(first, batch, future, on_batch)
+                self._known = self._known or (sent[0], vectors[0].copy())
+                yield vectors
                 first += len(batch)
         finally:
             for _, future in asked:
                 future.cancel()
         self._check_model()
+
+    def check_unchanged(self) -> None:
+        """Request the first vector of this process again: many servers repeat whatever name a request has.
+
+        Raises:
+            InputError: it differs.
+        """
+        if self._known is None:
+            return
+        text, before = self._known
+        vectors, _ = self._embed([text])
+        if differs(finished(vectors, self._encoder, 0, "Check the server")[0], before):
+            raise InputError(
+                f"{self._place} returns another vector for the first text than before: it serves another model under"
+                " the same name, or runs it differently",
+                field="encoder.model",
+                remedy="Serve the model that was served before, or give the new one another name. This part is"
+                " discarded, finished ones are kept; an encoder.cache may contain vectors of both: use another folder",
+            )
 
     def end(self) -> None:
         """Stop all requests."""
@@ -361,7 +397,7 @@ class Served:
         )
 
 
-def _server(encoder: Settings) -> Server:
+def _server(encoder: Encoder) -> Server:
     assert encoder.http is not None
     return encoder.http
 
@@ -386,7 +422,7 @@ def _key(server: Server) -> str | None:
     return key
 
 
-def _sent(encoder: Settings, kind: Kind, texts: Sequence[str]) -> list[str]:
+def _sent(encoder: Encoder, kind: Kind, texts: Sequence[str]) -> list[str]:
     """Texts with their prefix from the config."""
     prompt, joined = instructed(instruction(encoder, "", kind), list(texts))
     return [prompt + text for text in joined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.errors import ConfigError, InputError
 
 Floats = npt.NDArray[np.float32]
@@ -17,7 +17,7 @@ NOT_EXACT = (
 """The note for runs with a cache of vectors: a text's vector depends on the batch in which it was computed."""
 
 
-def finished(vectors: Floats, encoder: Settings, first: int, remedy: str) -> Floats:
+def finished(vectors: Floats, encoder: Encoder, first: int, remedy: str) -> Floats:
     """(n, d) vectors of texts, truncated to `encoder.truncate_dim`, of length 1 with `encoder.normalize`.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,19 @@ def _there(names: Sequence[str], setting: str) -> tuple[str, ...]:
             raise ConfigError(
                 f"{setting}: '{name}' does not exist, torch sees {len(gpus())} GPUs: name another, or set it to cpu"
             )
+        if not is_gpu(name) and same(name) != CPU and (problem := _problem(name)):
+            raise ConfigError(f"{setting}: '{name}' cannot be used here ({problem}): name another, or set it to cpu")
     return tuple(names)
+
+
+@functools.cache
+def _problem(name: str) -> str:
+    """Why torch cannot use a device such as mps or xpu; empty if it can."""
+    tried = f"import torch; torch.ones(1, device={name!r}).sum().item()"
+    asked = subprocess.run([sys.executable, "-c", tried], capture_output=True, text=True, check=False)
+    said = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
+    error = next((line for line in said if re.match(r"\w*Error: ", line)), said[-1])
+    return (error.partition(": ")[2] or error).partition(". ")[0][:200] if asked.returncode else ""
 
 
 def _number(name: str) -> int:

@@ -235,9 +235,9 @@ class Books:
 
     def drop_agreed(self, key: str = "") -> None:
         """Let the shards of this key, or of every key, start with other versions."""
-        for name in self.of_shards():
-            if name.endswith(f"{key}{_AGREED}"):
-                self.store.delete(name)
+        names = [self.agreed(key)] if key else [name for name in self.of_shards() if name.endswith(_AGREED)]
+        for name in names:
+            self.store.delete(name)
 
     def arrays(self, key: str) -> str:
         """The run store's name of the file with the arrays that run the shards of this key."""
@@ -247,9 +247,9 @@ class Books:
         """Files of running shards, and leftovers of killed ones, as named in the store."""
         return [name for name in self.store.names(self.folder) if name.endswith((claims.SUFFIX, _AGREED, _ARRAYS))]
 
-    def records(self) -> Iterator[Part]:
-        """Every readable record."""
-        yield from self._records(self.recorded()).values()
+    def records(self, but: Collection[str] = ()) -> Iterator[Part]:
+        """Every readable record, without those of some keys."""
+        yield from self._records([key for key in self.recorded() if key not in but]).values()
 
     def parts(self) -> Iterator[Part]:
         """Every existing part, current or superseded."""

@@ -25,7 +25,7 @@ from negpipe.engine.executors import cluster, inline, local, ray
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
-from negpipe.engine.stage import Context, Executor, Graph, Stage, Task, linkable
+from negpipe.engine.stage import Context, Graph, Stage, Task, TaskExecutor, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
 from negpipe.errors import ConfigError, DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
 from negpipe.redaction import redacted
@@ -63,8 +63,8 @@ def mine(
     rehash: bool = False,
     repair: bool = False,
     rebuild: bool = False,
-    executor: Executor | None = None,
-    elsewhere: Mapping[str, Executor] | None = None,
+    executor: TaskExecutor | None = None,
+    elsewhere: Mapping[str, TaskExecutor] | None = None,
 ) -> Result:
     """Bring all stages, or one of them, up to date.
 
@@ -104,6 +104,7 @@ def mine(
             if state.state == "current":
                 logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
                 context.books(stage.name).drop_begun()
+                stage.accept(context.config, state.manifest.stats if state.manifest else {})
             elif only and stage.name != only:
                 raise MissingStageError(blocked(state, only))
             else:
@@ -128,7 +129,7 @@ def mine(
     return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
 
 
-def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, Executor]) -> None:
+def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, TaskExecutor]) -> None:
     """Raise what can already be known to be wrong with stages that are about to run, see `Stage.examine`. Devices of
     other machines are checked there."""
     for stage in stages:
@@ -257,7 +258,7 @@ def _make_run_dir(run_dir: Path, store: Path | None, graph: Graph) -> None:
             stay_inside(store, linkable(graph))
 
 
-def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None) -> Manifest:
+def _completed(stage: Stage, context: Context, reporter: Reporter, executor: TaskExecutor | None) -> Manifest:
     """`run_stage`, restarted if a second process interfered because locks do not work."""
     for attempt in range(_ATTEMPTS):
         try:
@@ -272,11 +273,11 @@ def _completed(stage: Stage, context: Context, reporter: Reporter, executor: Exe
     raise AssertionError
 
 
-def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Executor | None = None) -> Manifest:
+def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: TaskExecutor | None = None) -> Manifest:
     """Make the missing parts of a stage, then its manifest.
 
     Raises:
-        NegpipeError: a task failed; finished parts stay.
+        NegpipeError: a task failed, or the stage does not accept the result; finished parts stay.
     """
     started = time.monotonic()
     books = context.books(stage.name)
@@ -294,6 +295,7 @@ def run_stage(stage: Stage, context: Context, reporter: Reporter, executor: Exec
     made |= books.found([part_key for part_key, part in keys.items() if not part])
     parts = [made.get(part_key) or part_of(stage, context, part_key) for part_key in keys]
     manifest = _manifest(stage, context, identity, parts, time.monotonic() - started)
+    stage.accept(context.config, manifest.stats)
     shown.show(stage, context, manifest)
     if not books.write_manifest(manifest, before):
         raise VanishedError(f"{stage.name}: another process wrote its manifest in the meantime: run the command again")
@@ -342,7 +344,7 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
 
 
 def _run_planned(
-    stage: Stage, context: Context, keys: dict[str, Part | None], reporter: Reporter, executor: Executor | None
+    stage: Stage, context: Context, keys: dict[str, Part | None], reporter: Reporter, executor: TaskExecutor | None
 ) -> bool:
     """Make the missing parts of the tasks that can be planned now; returns whether any task was new.
 
@@ -376,7 +378,7 @@ def run_tasks(
     total: int,
     done: int = 0,
     *,
-    executor: Executor | None = None,
+    executor: TaskExecutor | None = None,
     ended: Callable[[Task], None] = lambda task: None,
 ) -> None:
     """Run tasks as stage and config specify, and report progress.
@@ -449,7 +451,7 @@ def _check_share(context: Context) -> None:
         )
 
 
-def _executor(stage: Stage, context: Context) -> Executor:
+def _executor(stage: Stage, context: Context) -> TaskExecutor:
     place = stage.place(context.config)
     # A caller of the Python API may have torch loaded, which must not meet FAISS.
     if place == "light" and context.workers == 1 and "torch" not in sys.modules:

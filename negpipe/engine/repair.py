@@ -81,10 +81,11 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     for name in books.checkpoints():
         (store.scratch / name).unlink(missing_ok=True)  # intermediate search results cannot be verified
     suspects, gone = 0, []
-    for key in books.recorded():
+    for key in dict.fromkeys([*(part.key for part in listed), *books.recorded()]):  # a listing may be late
         part = books.record(key)
         if part is None:
-            logger.warning("%s: cannot read %s, dropping it", stage.name, books.name(key))
+            if store.size(books.name(key)) is not None:
+                logger.warning("%s: cannot read %s, dropping it", stage.name, books.name(key))
             books.forget(key)
         elif part.key not in kept:
             found = damaged(store, part.files)
@@ -110,7 +111,9 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     """
     books, now = context.books(stage.name), versions.installed(stage.libraries(context.config))
     books.drop_agreed()
-    outdated = [part for part in books.records() if versions.is_of_others(part, now)]
+    manifest = _readable(books)
+    parts = {part.key: part for part in [*(manifest.parts if manifest else ()), *books.records()]}  # see above
+    outdated = [part for part in parts.values() if versions.is_of_others(part, now)]
     if not outdated:
         return
     stage.examine(context)  # find what would keep it from running before dropping anything

@@ -13,7 +13,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -21,7 +21,7 @@ from negpipe.config.schema import Config
 from negpipe.engine import pipeline, versions
 from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
-from negpipe.engine.stage import Context, Executor, Graph, Progressed, Stage, Task
+from negpipe.engine.stage import Context, Graph, Progressed, Stage, Task, TaskExecutor
 from negpipe.engine.state import State, blocked, identity_of
 from negpipe.errors import ConfigError, DamagedError, MissingPartsError, MissingStageError
 from negpipe.store.claims import PATIENCE, Claims
@@ -142,7 +142,7 @@ def commit(config: Config, graph: Graph, name: str, shards: int | None = None, *
     return pipeline.mine(config, graph, only=name, executor=_refusing(shards), **options)
 
 
-def _refusing(shards: int | None) -> Executor:
+def _refusing(shards: int | None) -> TaskExecutor:
     """An executor that runs nothing and reports its tasks as missing."""
 
     def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
@@ -191,6 +191,8 @@ class _Job:
     claims: Claims
     reporter: Reporter
     once: bool = False
+    there: set[str] = field(default_factory=set)
+    """Keys of parts that were asked for and exist: a list of names may be late."""
     made: int = 0
     found: int = 0
     others: int = 0
@@ -227,22 +229,24 @@ class _Job:
                 pipeline.run_tasks(
                     self.stage, chain([first], claimed), self.context, self.reporter, total, ended=self._ended
                 )
-            elif not told:
-                who = sorted({owner for task in left if (owner := self.claims.owner(task.key))})
-                logger.info("%s: waiting for %d parts of other processes: %s", self.stage.name, len(left), some(who))
-                told = True
-            if not first:
-                time.sleep(min(_LOOK, self.claims.patience / 4))
-            there = self.books.found([task.key for task in left])
-            missing = [task for task in left if task.key not in there]
+            missing = [task for task in left if task.key not in self.there]
             self.others += len(left) - len(missing) - (self.made - before)
             left = missing
+            if left and not first:
+                if not told:
+                    who = some(sorted({owner for task in left if (owner := self.claims.owner(task.key))}))
+                    logger.info("%s: waiting for %d parts of other processes: %s", self.stage.name, len(left), who)
+                    told = True
+                time.sleep(min(_LOOK, self.claims.patience / 4))
 
     def _claimed(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """Unclaimed tasks, each claimed when it is requested. Never blocks: running workers must be listened to."""
         for task in tasks:
-            if self.books.part(task.key) is None and self.claims.take(task.key):
+            if self.books.part(task.key):
+                self.there.add(task.key)
+            elif self.claims.take(task.key):
                 if self.books.part(task.key):  # it was finished and its claim released in the meantime
+                    self.there.add(task.key)
                     self.claims.release(task.key)
                 else:
                     yield task
@@ -250,6 +254,7 @@ class _Job:
     def _ended(self, task: Task) -> None:
         pipeline.part_of(self.stage, self.context, task.key)
         self.claims.release(task.key)
+        self.there.add(task.key)
         self.made += 1
 
     def _agree(self, present: Mapping[str, Part]) -> None:

@@ -207,6 +207,55 @@ class Made:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the remaining work of a stage needs, as far as it can be estimated: seconds, bytes of disk, tokens to send
+    to a server and their cost; a note, and the error that would stop it."""
+
+    seconds: float | None = None
+    disk: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
+    note: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is known of a job before a stage runs, and of the speed of this machine.
+
+    Attributes:
+        documents: their number, 0 before ingest.
+        anchors: likewise.
+        dimension: of the vectors; 0: unknown.
+        text_bytes: mean characters per document.
+        positives: mean per anchor.
+        speed: texts that a worker encodes per second; 0: unknown.
+        source: where that speed is from.
+        building: what the configured kind of index needs; empty while the dimension is unknown.
+        searching: likewise, to search it for all anchors.
+        missing: the tasks of this stage that are left; None: unknown, as its inputs are incomplete.
+        share: their share of the rows of all its tasks.
+    """
+
+    documents: int = 0
+    anchors: int = 0
+    dimension: int = 0
+    text_bytes: float = 0.0
+    positives: float = 0.0
+    speed: float = 0.0
+    source: str = ""
+    building: Needs = Needs()
+    searching: Needs = Needs()
+    missing: Sequence[Task] | None = None
+    share: float = 1.0
+
+    @property
+    def left(self) -> int:
+        """The rows of the missing tasks."""
+        return sum(task.rows for task in self.missing or ())
+
+
 def _as_it_is(config: Config) -> Config:
     return config
 
@@ -226,6 +275,10 @@ def _no_parts(_: Context) -> list[Part]:
 def _no_check(_: Context) -> None: ...
 
 
+def _unknown(_: Context, __: Workload) -> Needs:
+    return Needs()
+
+
 def _as_asked(_: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
@@ -236,6 +289,10 @@ def _no_libraries(_: Config) -> tuple[str, ...]:
 
 def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
     return config, ""
+
+
+def _accepted(_: Config, __: Mapping[str, Any]) -> None:
+    return
 
 
 def _no_remarks(_: Any) -> list[tuple[int, str]]:
@@ -268,12 +325,14 @@ class Stage:
         inputs: the stages whose content it reads, all earlier ones.
         settings: the part of the config that can change its bytes, as plain JSON.
         sources: digests of inputs from outside the run directory, by name.
-        plan: its tasks in order; may be lazy.
+        plan: its tasks in order; may be lazy. Without inputs, it reads a source.
         open: a context manager for what all tasks of a process share (a model, opened files).
         run: (task, shared, context, publish, progress) → what was made.
         stats: statistics of the finished stage, for manifest, log and status.
         check: raises InputError for problems that can be detected before the earlier stages have run; called before
             every stage that is about to run, with the manifests available by then.
+        fetches: that check may download a model or read entire files, so `plan` leaves it until the inputs exist.
+        needs: (context, what is known) → what its remaining work needs; by default, `plan` only counts its tasks.
         serving: (settings of an output, requested settings) → settings under which that output also satisfies the
             request: deeper candidates satisfy a shallower window.
         shared: parts of other stages that `run` may read for any task, in addition to those in its payload.
@@ -287,6 +346,8 @@ class Stage:
         libraries: distributions whose versions may change its bytes; recorded, but not in the key.
         settle: (config, its manifest) → the config with the settings that depend on its output resolved, and a message
             about that.
+        accept: (config, its statistics) → raises an error if its output must not be shown: its parts stay, and so does
+            what was shown before.
         remarks: messages derived from its statistics: logging levels and sentences.
         outlook: (the context with its output) → what that means for the following stages, logged once it is made.
         misfit: (store, one of its parts) → how the headers of the part's files contradict its record.
@@ -307,6 +368,8 @@ class Stage:
     open: Callable[[Context], AbstractContextManager[Any]] = _nothing
     stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
     check: Callable[[Context], None] = _no_check
+    fetches: bool = False
+    needs: Callable[[Context, Workload], Needs] = _unknown
     serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
     shared: Callable[[Context], list[Part]] = _no_parts
     place: Callable[[Config], Place] = _in_a_worker
@@ -317,6 +380,7 @@ class Stage:
     folders: tuple[str, ...] = ()
     libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
     settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
+    accept: Callable[[Config, Mapping[str, Any]], None] = _accepted
     remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
     outlook: Callable[[Context], Iterable[tuple[int, str]]] = _no_remarks
     misfit: Callable[[Store, Part], str | None] = _fits
@@ -360,7 +424,7 @@ Progressed = Callable[[Task, int, str, bool], None]
 """Called with a task, units finished since the last call, a note for display, and whether its part is finished."""
 
 
-class Executor(Protocol):
+class TaskExecutor(Protocol):
     """Runs tasks somewhere, each within `context.budget`. Its reports are advisory: the pipeline checks the store."""
 
     def __call__(self, stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:

@@ -50,7 +50,7 @@ def _look(stage: Stage, context: Context) -> tuple[State, Sequence[Part]]:
     if not parts:
         return State(stage.name, "missing", "no previous output"), ()
     done = len(parts)
-    return State(stage.name, "partial", f"incomplete, {done} parts on disk", done=done), parts
+    return State(stage.name, "partial", f"unfinished, {done} part{'s' * (done != 1)} on disk", done=done), parts
 
 
 def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
@@ -111,13 +111,20 @@ def _difference(manifest: Manifest, now: Identity, config: Config) -> str:
         before, after = old[name], fresh[name]
         if name in now.sources:
             before, after = _setting(manifest.provenance.get("config", {}), name), _setting(config.model_dump(), name)
-        same = before == after
-        lines.append(
-            f"the content of {name} changed" if same else f"{name} changed from {_shown(before)} to {_shown(after)}"
-        )
+        lines += [f"the content of {name} changed"] if before == after else _changes(name, before, after)
     # Settings that came with a changed one disappear with it.
     gone = [name for name in old if name not in fresh] if not lines else []
     return "; ".join([*lines, *(f"{name} was removed" for name in gone)]) or "its identity changed"
+
+
+def _changes(name: str, before: Any, after: Any) -> Iterator[str]:
+    """The keys of a setting that changed; of a section, each on its own."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                yield from _changes(f"{name}.{key}", before.get(key), after.get(key))
+    else:
+        yield f"{name} changed from {_shown(before)} to {_shown(after)}"
 
 
 def _shown(value: Any) -> str:

@@ -13,16 +13,13 @@ from negpipe.engine.manifest import Books, File
 from negpipe.engine.repair import damaged
 from negpipe.engine.stage import Graph, Stage, linkable
 from negpipe.errors import ConfigError, DamagedError, MissingStageError, StorageError
-from negpipe.store import registry, unfinished, view
+from negpipe.store import registry, view
 from negpipe.store.boundary import stay_inside
-from negpipe.store.cache import OF_CONTENT
-from negpipe.store.files import BOOKS, file_digest
+from negpipe.store.files import BOOKS
 from negpipe.store.lock import run_lock
-from negpipe.store.objects import PROBE
 from negpipe.store.opening import run_held, run_of, store_of
-from negpipe.store.store import LocalStore, Store
+from negpipe.store.store import LocalStore
 
-_PUBLISHED = re.compile(r"[0-9a-f]{16}-([0-9a-f]{12})\.[a-z]+")
 _STAGING = re.compile(r"\.[a-z]+-[0-9a-f]{16}")
 
 
@@ -61,7 +58,8 @@ def inventory(config: Config, graph: Graph) -> Inventory:
             manifest = None
         keys = books.recorded()
         parts = {part.key: part for part in books.records()}
-        unreadable += [f"{store}/{books.name(key)} is not a valid part record" for key in keys if key not in parts]
+        broken = store.sizes(books.name(key) for key in keys if key not in parts)  # a listing may show deleted ones
+        unreadable += [f"{store}/{name} is not a valid part record" for name in broken]
         recorded = {file.path: file for part in parts.values() for file in part.files}
         # Missing files were cleaned, or moved since the first edition published them.
         files |= {path: recorded[path] for path in store.sizes(recorded)}
@@ -95,70 +93,34 @@ def superseded(config: Config, graph: Graph) -> list[tuple[Path, int]]:
     Raises:
         StorageError: a run directory that uses the store cannot be read.
     """
-    if config.url:
-        objects = _superseded_objects(graph, store_of(config))
-        return [(config.run_dir / name, size) for name, size in sorted(objects.items())]
-    store, runs = _store(config), _runs(config)
-    for folder in {store.root, *runs}:
-        stay_inside(folder, linkable(graph))
-    found: set[Path] = set()
+    store, runs = store_of(config), _runs(config)
+    for place in {store.scratch, *runs}:
+        stay_inside(place, linkable(graph))
+    found = {*store.strays(BOOKS, ())}
     for name, stage in graph.items():
-        manifests = [Books(run, name, store).manifest() for run in runs]
-        for run in runs:
-            found |= _growing(run, stage)
+        found |= _growing(store.scratch, stage)
+        books = Books(run_of(config), name, store)
+        manifests = [books.manifest(), *(Books(run, name, store).manifest() for run in runs[1:])]
         parts = [part for manifest in manifests if manifest for part in manifest.parts]
         if None in manifests:
             continue
-        books = Books(config.run_dir, name, store)
-        keep = {store.path(file.path) for part in parts for file in part.files}
-        keep |= {store.path(books.name(part.key)) for part in parts}
+        keys = {part.key for part in parts}
+        keep = {*map(books.name, keys), *(file.path for part in parts for file in part.files)}
         own = {name, *stage.folders}  # no record of this stage can name another stage's files
-        ours = {
-            store.path(file.path)
-            for part in books.records()
-            for file in part.files
-            if str(PurePosixPath(file.path).parent) in own
-        }
-        ours |= {
-            store.path(each) for each in [*map(books.name, books.recorded()), *books.checkpoints(), *books.of_shards()]
-        }
-        ours |= {*unfinished.left_over(store.path(books.folder))}
-        for folder in {store.path(each) for each in own}:
-            if stage.views(()).keys() & {folder.name}:
-                continue
-            ours |= {*unfinished.left_over(folder)}
-            if not folder.is_symlink():  # other stores may link to the same folder
-                ours |= {path for path in _files(folder) - keep - ours if _carries_digest(path)}
-        found |= {path for path in ours - keep if path.is_file()}
-    return [(path, path.stat().st_size) for path in sorted(found)]
+        files = (file.path for part in books.records(but=keys) for file in part.files)
+        ours = {path for path in files if str(PurePosixPath(path).parent) in own}
+        ours |= {*map(books.name, books.recorded()), *books.checkpoints(), *books.of_shards()}
+        for folder in {books.folder, *own} - stage.views(()).keys():
+            ours |= {*store.strays(folder, keep | ours)}
+        found |= ours - keep
+    return [(store.scratch / name, size) for name, size in sorted(store.sizes(found).items())]
 
 
-def _superseded_objects(graph: Graph, store: Store) -> dict[str, int]:
-    """The same for a run in a bucket, by name: only negpipe puts files named like parts there."""
-    probes = [name for name in store.names(BOOKS) if name.startswith(PROBE)]  # of runs killed at their start
-    found = store.sizes(probes)
-    for name, stage in graph.items():
-        books = Books(store, name)
-        if (manifest := books.manifest()) is None:
-            continue
-        keep = {file.path for part in manifest.parts for file in part.files}
-        keep |= {books.name(part.key) for part in manifest.parts}
-        ours = {*map(books.name, books.recorded()), *books.of_shards()}
-        for folder in {name, *stage.folders} - stage.views(()).keys():
-            ours |= {path for path in store.names(folder) if OF_CONTENT.fullmatch(path)}
-        found |= store.sizes(ours - keep)
-    return found
-
-
-def _growing(run_dir: Path, stage: Stage) -> set[Path]:
+def _growing(folder: Path, stage: Stage) -> set[str]:
     """Rows that the first edition could not publish. Only runs write parts into folders with this name."""
-    folders = [
-        folder
-        for name in stage.views(())
-        for folder in run_dir.glob(f".{name}-*")
-        if _STAGING.fullmatch(folder.name) and not folder.is_symlink()
-    ]
-    return {path for folder in folders for path in _files(folder) if view.PART.fullmatch(path.name)}
+    paths = (path for name in stage.views(()) for path in folder.glob(f".{name}-*/*") if view.PART.fullmatch(path.name))
+    ours = (path for path in paths if _STAGING.fullmatch(path.parent.name) and not path.parent.is_symlink())
+    return {path.relative_to(folder).as_posix() for path in ours}
 
 
 def _store(config: Config) -> LocalStore:
@@ -187,16 +149,6 @@ def _runs(config: Config) -> list[Path]:
     return [config.run_dir, *others]
 
 
-def _files(folder: Path) -> set[Path]:
-    return {path for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
-
-
-def _carries_digest(path: Path) -> bool:
-    """Whether a file's name ends in the digest of its content, as `Publisher` names files."""
-    named = _PUBLISHED.fullmatch(path.name)
-    return named is not None and file_digest(path).startswith(named[1])
-
-
 def clean(config: Config, graph: Graph) -> int:
     """Delete what `superseded` lists. Returns the bytes freed.
 
@@ -207,15 +159,9 @@ def clean(config: Config, graph: Graph) -> int:
     with ExitStack() as locks:
         if config.store:
             locks.enter_context(registry.kept(_store(config)))
-        if config.url:
-            locks.enter_context(run_held(config))
-            store = store_of(config)
-            objects = _superseded_objects(graph, store)
-            for name in objects:
-                store.delete(name)
-            return sum(objects.values())
         runs = _runs(config)
-        for run in runs:
+        locks.enter_context(run_held(config))
+        for run in runs[1:]:
             locks.enter_context(run_lock(run))
         listed = superseded(config, graph)
         for run in runs:
@@ -223,8 +169,9 @@ def clean(config: Config, graph: Graph) -> int:
                 for path in [*view.stale(run, name)]:
                     path.unlink(missing_ok=True)
                 view.drop_empty(run, name)
+        store = store_of(config)
         for path, _ in listed:
-            path.unlink(missing_ok=True)
+            store.delete(path.relative_to(store.scratch).as_posix())
         for run in runs:
             for folder in run.glob(".*-*"):
                 if _STAGING.fullmatch(folder.name) and folder.is_dir() and not any(folder.iterdir()):

@@ -7,7 +7,6 @@ multiplies rows: one side has each key at most once, so time grows with the rows
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import pyarrow as pa
 from negpipe.config.schema import Config
 from negpipe.errors import InputError
 from negpipe.ingest.rejected import too_many
+from negpipe.sources.fields import about_unknown
 
 if TYPE_CHECKING:
     import duckdb
@@ -70,7 +70,8 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         create table skipped_ids as select distinct id, of_query from skipped where id is not null;
     """)
     unknown = """
-        select j.query, j.document, j.file, j.line, q.id is null as query_unknown, j.rowid as n from judgments j
+        select j.query, j.document, j.file, j.line, q.id is null as query_unknown, d.id is null as document_unknown,
+            j.rowid as n from judgments j
         left join (select distinct id from queries) q on j.query = q.id
         left join ids d on j.document = d.id
         where (q.id is null and j.query not in (select id from skipped_ids where of_query))
@@ -79,20 +80,8 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
     database.execute(f"create table unknown_judgments as {unknown}")
     total = _count(database, "select count(*) from unknown_judgments")
     left = config.data.max_bad_rows - _count(database, "select count(*) from skipped where bad")
-    if total > left and config.data.on_unknown_id == "error":
-        row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
-        assert row is not None
-        what, which = ("query", row[0]) if row[4] else ("document", row[1])
-        remedy = f"Add the {what}, or set data.on_unknown_id: skip to ignore such judgments"
-        if re.fullmatch(r"\d+\.0", which):
-            remedy = f"It looks like an id that pandas made a float: read and write ids as text (dtype=str). {remedy}"
-        error = InputError(
-            f"the relevance judgment names an unknown {what} id {which!r} ({total} such judgments in total)",
-            file=row[2],
-            row=row[3],
-            remedy=remedy,
-        )
-        raise too_many(error, config.data.max_bad_rows)
+    if total:
+        _tell_unknown(config, database, total, allowed=total <= left or config.data.on_unknown_id == "skip")
     database.execute(f"""
         create table good as
         select j.query, d.row, j.split, max(j.grade) as grade, min(j.rowid) as n, bool_or(j.document = f.id) as by_id
@@ -121,6 +110,34 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
             field="data.split",
             remedy=f"Available splits: {', '.join(splits)}; data.min_grade sets the minimum grade",
         )
+
+
+def _tell_unknown(config: Config, database: duckdb.DuckDBPyConnection, total: int, *, allowed: bool) -> None:
+    """Warn about judgments of unknown ids, or raise InputError if they are not allowed."""
+    row = database.execute("select * from unknown_judgments order by n limit 1").fetchone()
+    assert row is not None
+    query, document, file, line, query_unknown, *_ = row
+    what, which = ("query", query) if query_unknown else ("document", document)
+    hint = about_unknown(which)
+    counts = {
+        side: _count(database, f"select count(*) from unknown_judgments where {side}_unknown")
+        for side in ("query", "document")
+    }
+    of_each = ", ".join(f"{count:,} of an unknown {side}" for side, count in counts.items() if count)
+    if not allowed:
+        remedy = f"Add the {what}, or set data.on_unknown_id: skip to ignore such judgments"
+        error = InputError(
+            f"the relevance judgment names an unknown {what} id {which!r} (in total {of_each})",
+            file=file,
+            row=line,
+            remedy=". ".join(filter(None, [hint, remedy])),
+        )
+        raise too_many(error, config.data.max_bad_rows)
+    logger.warning(
+        "%d of %d relevance judgments name an unknown id (%s) and are left out, such as %s id %r in %s, row %d%s",
+        *(total, _count(database, "select count(*) from judgments"), of_each),
+        *(what, which, file, line, hint and f". {hint}"),
+    )
 
 
 def number(database: duckdb.DuckDBPyConnection) -> None:

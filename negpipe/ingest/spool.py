@@ -110,12 +110,12 @@ class Spool:
             if rows := note["rows"].get(kind, 0):
                 yield self._table(kind, number, rows)
 
-    def texts(self, kind: str, names: tuple[str, ...]) -> Texts:
+    def texts(self, kind: str, names: tuple[str, ...]) -> SpooledTexts:
         """Texts and extra columns of documents."""
         numbers = [number for number, note in enumerate(self._notes) if note["rows"].get(kind)]
         rows = [self._notes[number]["rows"][kind] for number in numbers]
         columns = ["text", *extra_columns(names)]
-        return Texts(rows, lambda at: self._table(kind, numbers[at], rows[at]).select(columns))
+        return SpooledTexts(rows, lambda at: self._table(kind, numbers[at], rows[at]).select(columns))
 
     def _table(self, kind: str, number: int, rows: int) -> pa.Table:
         path = self._folder / self._name(kind, number)
@@ -428,7 +428,7 @@ def extra_columns(names: tuple[str, ...]) -> list[str]:
     return [EXTRA + name for name in names]
 
 
-class Texts:
+class SpooledTexts:
     """Texts and extra columns of documents at ascending positions, with one file open at a time.
 
     Args:

@@ -21,9 +21,9 @@ from negpipe.ann import auto, exact
 from negpipe.config.cluster import Cluster, Rates
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
+from negpipe.engine.stage import Workload
 from negpipe.errors import ConfigError
 from negpipe.plan import estimate
-from negpipe.plan.estimate import Known
 
 _PAGE = 4096  # minimum bytes read for a row at a random place in a file
 _TABLE = 28  # bytes of a document's offsets, read by a process that opens all tables
@@ -32,7 +32,7 @@ _KEY = 8  # bytes per candidate of a slice
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """The planned job: documents, anchors, dimension, mean bytes per text, positives per anchor; texts that a worker
     encodes per second (0: unknown), and the source of that speed."""
 
@@ -108,15 +108,15 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClusterPlan:
     """The job, the index chosen for it (empty: as configured), and a run on each number of nodes."""
 
-    job: Job
+    job: PlannedJob
     index: str
     outlooks: tuple[Outlook, ...]
 
 
-def job_of(cluster: Cluster, known: Known | None) -> Job:
+def job_of(cluster: Cluster, known: Workload | None) -> PlannedJob:
     """Sizes from the cluster file, else from ingest's counts.
 
     Raises:
@@ -133,11 +133,11 @@ def job_of(cluster: Cluster, known: Known | None) -> Job:
             " file"
         )
     if cluster.texts_per_second:
-        return Job(**found, speed=cluster.texts_per_second, source="from the cluster file")
-    return Job(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
+        return PlannedJob(**found, speed=cluster.texts_per_second, source="from the cluster file")
+    return PlannedJob(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
 
 
-def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_encoder: bool = True) -> Plan:
+def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_encoder: bool = True) -> ClusterPlan:
     """Estimate a run on each given number of nodes.
 
     Raises:
@@ -152,10 +152,10 @@ def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_en
             raise ConfigError(str(error)) from None
     config = config.resolved(math.ceil(job.positives))
     config, said = auto.decided(config, job.documents, job.dimension, job.anchors)
-    return Plan(job, said, tuple(forecast(config, cluster, job, count) for count in nodes))
+    return ClusterPlan(job, said, tuple(forecast(config, cluster, job, count) for count in nodes))
 
 
-def forecast(config: Config, cluster: Cluster, job: Job, nodes: int) -> Outlook:
+def forecast(config: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> Outlook:
     """Estimate a run on `nodes` nodes.
 
     Args:
@@ -171,7 +171,7 @@ def forecast(config: Config, cluster: Cluster, job: Job, nodes: int) -> Outlook:
 # --- the stages -----------------------------------------------------------------------------------------
 
 
-def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
+def works(config: Config, cluster: Cluster, job: PlannedJob) -> Iterator[Work]:
     """The stages of a job, in order."""
     rates, part = cluster.rates, config.data.part_rows
     rows, anchors = job.documents, job.anchors
@@ -205,7 +205,7 @@ def works(config: Config, cluster: Cluster, job: Job) -> Iterator[Work]:
     )
 
 
-def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) -> Work:
+def _encode(config: Config, rates: Rates, job: PlannedJob, tasks: int, vectors: int) -> Work:
     texts = job.documents + job.anchors
     brought = config.encoder.backend == "precomputed"
     speed = rates.brought_bytes / vectors if brought else job.speed
@@ -225,7 +225,7 @@ def _encode(config: Config, rates: Rates, job: Job, tasks: int, vectors: int) ->
     )
 
 
-def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> Work:
+def _index(config: Config, rates: Rates, job: PlannedJob, parts: int, vectors: int) -> Work:
     ids = job.documents * rates.id_bytes
     work = Work(
         "index",
@@ -247,7 +247,7 @@ def _index(config: Config, rates: Rates, job: Job, parts: int, vectors: int) -> 
     return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled")
 
 
-def _search(config: Config, cluster: Cluster, job: Job, parts: int, vectors: int) -> Iterator[Work]:
+def _search(config: Config, cluster: Cluster, job: PlannedJob, parts: int, vectors: int) -> Iterator[Work]:
     """One task per part of anchors (and slice, if any), then tasks that merge slices."""
     rates, depth = cluster.rates, min(config.depth, job.documents)
     slices = math.ceil(job.documents / (config.search.slice_documents or job.documents))
@@ -293,7 +293,7 @@ def kept(anchors: float, documents: float, depth: float) -> float:
 # --- the nodes ------------------------------------------------------------------------------------------
 
 
-def _on(work: Work, config: Config, cluster: Cluster, job: Job, nodes: int) -> Forecast:
+def _on(work: Work, config: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> Forecast:
     rates, cores = cluster.rates, min(config.resources.cpus or cluster.cores, cluster.cores)
     on_gpus = work.stage == "encode" and config.encoder.runs_here and cluster.gpus
     workers = min(config.executor.workers or (cluster.gpus if on_gpus else 1), cores) if work.tasks else 1
@@ -350,7 +350,9 @@ def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
     return int(binom.ppf(nodes / (nodes + 1), tasks, 1 / nodes))
 
 
-def _refusal(work: Work, config: Config, cluster: Cluster, job: Job, workers: int, threads: int, memory: int) -> str:
+def _refusal(
+    work: Work, config: Config, cluster: Cluster, job: PlannedJob, workers: int, threads: int, memory: int
+) -> str:
     """The error that would keep a stage from running on such nodes."""
     if memory > cluster.memory:
         return f"memory: {memory:,} bytes are needed, a node has {cluster.memory:,}: lower resources.memory_budget"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +10,11 @@ import numpy as np
 from negpipe import ann
 from negpipe.ann import auto, coded, exact, factory, lists, probe
 from negpipe.ann.approximate import check_memory, sampled
-from negpipe.ann.probe import Job
+from negpipe.ann.probe import SearchJob
 from negpipe.ann.vectors import Floats
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
+from negpipe.engine.stage import Needs
 from negpipe.errors import ConfigError
 
 SEARCH_SHARE = 0.75  # share of the comparison speed; the rest is exact scores and merging
@@ -22,8 +23,8 @@ _UNEVEN = 4  # ratio of the longest list to the average
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One kind of index: bytes on disk and in memory, seconds to build and to search; None if refused."""
+class IndexEstimate:
+    """The cost of one kind of index: bytes on disk and in memory, seconds to build and to search; None if refused."""
 
     kind: str
     disk: int | None
@@ -43,7 +44,9 @@ class Machine:
     budget: Budget
 
 
-def choices(config: Config, job: Job, sample: Floats | None, largest: int, machine: Machine) -> list[Choice]:
+def choices(
+    config: Config, job: SearchJob, sample: Floats | None, largest: int, machine: Machine
+) -> list[IndexEstimate]:
     """Every kind suitable for the job, and the configured one.
 
     Args:
@@ -63,32 +66,43 @@ def choices(config: Config, job: Job, sample: Floats | None, largest: int, machi
     return [_chosen(one, reason) if one.kind == automatic else one for one in made]
 
 
-def _chosen(choice: Choice, reason: str) -> Choice:
+def needs_of(config: Config, job: SearchJob, made: Sequence[IndexEstimate], machine: Machine) -> tuple[Needs, Needs]:
+    """What the configured kind needs to be built and to be searched."""
+    own = next(choice for choice in made if choice.kind == config.index.kind)
+    building = Needs(own.build, own.disk, note=own.note)
+    if config.index.approximate:
+        return replace(building, refusal=own.refusal), Needs(own.search, note=own.note)
+    return building, Needs(_seconds(job, machine), note="exact search", refusal=own.refusal)
+
+
+def _chosen(choice: IndexEstimate, reason: str) -> IndexEstimate:
     """Mark the kind that `index.kind: auto` chooses."""
-    return replace(choice, note="; ".join(filter(None, [choice.note, f"chosen by auto: {reason}"])))
+    return replace(choice, note="; ".join(filter(None, [choice.note, f"the choice of auto: {reason}"])))
 
 
-def _seconds(job: Job, machine: Machine) -> float:
+def _seconds(job: SearchJob, machine: Machine) -> float:
     """Seconds of exact search."""
     return float(job.rows) * job.anchors * job.dimension / machine.rate / SEARCH_SHARE
 
 
-def _refused(kind: str, error: ConfigError) -> Choice:
-    return Choice(kind, None, None, None, None, "", str(error))
+def _refused(kind: str, error: ConfigError) -> IndexEstimate:
+    return IndexEstimate(kind, None, None, None, None, "", str(error))
 
 
-def _exact(job: Job, largest: int, machine: Machine) -> Iterator[Choice]:
+def _exact(job: SearchJob, largest: int, machine: Machine) -> Iterator[IndexEstimate]:
     try:
         *_, used = exact.layout(largest, job.rows, job.dimension, job.depth, machine.budget)
     except ConfigError as error:
         yield from (_refused(kind, error) for kind in ("stream", "flat"))
         return
     vectors, seconds = job.rows * job.dimension * 4, _seconds(job, machine)
-    yield Choice("stream", 0, used, 0.0, seconds, "exact, no second copy")
-    yield Choice("flat", vectors, used, vectors / _WRITTEN, seconds, "exact, and a file for faiss.read_index")
+    yield IndexEstimate("stream", 0, used, 0.0, seconds, "exact, no second copy")
+    yield IndexEstimate("flat", vectors, used, vectors / _WRITTEN, seconds, "exact, and a file for faiss.read_index")
 
 
-def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, largest: int, machine: Machine) -> Choice:
+def _approximate(
+    config: Config, kind: str, job: SearchJob, sample: Floats | None, largest: int, machine: Machine
+) -> IndexEstimate:
     wanted = factory.rows_wanted(kind, job.dimension, job.rows)
     with_kind = config.model_copy(update={"index": config.index.model_copy(update={"kind": kind})})
     vectors = job.rows * job.dimension * 4
@@ -116,7 +130,7 @@ def _approximate(config: Config, kind: str, job: Job, sample: Floats | None, lar
         note += ", excluding training of the rotation" if "OPQ" in kind else ""
     searching = held + min(fixed + each * largest, max(fixed + each, machine.budget.memory - held))
     tuned = _seconds(job, machine) * min(1.0, config.index.recall_anchors / job.anchors)
-    return Choice(
+    return IndexEstimate(
         kind,
         disk,
         max(3 * shard, factory.training_bytes(kind, job.dimension, wanted), searching),

@@ -31,6 +31,8 @@ REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}
 """The reference for the others."""
 BATCH_TOKENS = 4096
 """`batch_tokens` of the others on a CPU: measured to be the fastest there."""
+WORTH_TIMING = 600
+"""Seconds of encoding from which another way, which is recommended if it saves a tenth, saves a minute."""
 
 
 _Way = tuple[tuple[str, Any], ...]
@@ -70,9 +72,10 @@ def measured(
     budget: Budget,
     anchors: Sequence[tuple[str, int]] = (),
     outcome: Callable[[Floats, Floats], Outcome] | None = None,
+    count: float = np.inf,
 ) -> list[Variant]:
     """The configured way first, then float32 and those for which this machine has units; on a CPU, if the config does
-    not set `batch_tokens`, with it.
+    not set `batch_tokens`, with it. Only the configured way if it encodes everything in `WORTH_TIMING`.
 
     Args:
         encoder: the settings.
@@ -81,13 +84,14 @@ def measured(
         budget: threads and the device of a process.
         anchors: texts of anchors, and how many documents contain their positives.
         outcome: computes the outcome of (n, d) vectors of the first documents and (m, d) of the first anchors.
+        count: number of texts that a process will encode.
 
     Raises:
         NegpipeError: the model does not load or encode as configured.
     """
     own = {name: getattr(encoder, name) for name in (*REFERENCE, "batch_tokens") if getattr(encoder, name)}
     ways = [own, *_others(encoder, own, budget.device)]
-    logger.info("plan: timing the encoder with %s", ", ".join(map(_shown, ways)))
+    logger.info("plan: timing the encoder, for some seconds, with %s", _shown(own))
     settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
     timed: dict[_Way, Timed] = {}
     models = [encoder.model_copy(update=one) for one in settings]
@@ -95,7 +99,12 @@ def measured(
         for way, answer in zip(ways, answers, strict=True):
             if not isinstance(answer, NegpipeError):
                 timed[tuple(way.items())] = answer
-                logger.info("plan: %s: %.0f texts/s", _shown(way), len(answer.vectors) / answer.seconds)
+                speed = len(answer.vectors) / answer.seconds
+                logger.info("plan: %s: %.0f texts/s", _shown(way), speed)
+                if way is own and count / speed < WORTH_TIMING:
+                    break
+                if way is own and len(ways) > 1:
+                    logger.info("plan: timing other ways too: %s", ", ".join(map(_shown, ways[1:])))
             elif way is own:
                 raise answer
             else:  # a model may refuse what the machine supports
@@ -103,7 +112,7 @@ def measured(
     reference = next((way for way in timed if REFERENCE.items() <= {*way}), None)
     shared = min(len(one.anchors) for one in timed.values()), min(len(one.vectors) for one in timed.values())
     outcomes: dict[_Way, Outcome] = {}
-    if outcome and shared[0]:
+    if outcome and shared[0] and len(timed) > 1:
         outcomes = {way: outcome(one.vectors[: shared[1]], one.anchors[: shared[0]]) for way, one in timed.items()}
     return [
         Variant(

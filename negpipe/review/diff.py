@@ -7,6 +7,7 @@ memory does not grow with the rows. The same rows give the same differences in t
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.engine.manifest import Books, Manifest
 from negpipe.errors import ConfigError, InputError, MissingStageError
 from negpipe.review.audit import load
-from negpipe.review.audit.columns import Layout, layout_of
+from negpipe.review.audit.columns import RowLayout, layout_of
 from negpipe.store.files import BOOKS, explained
 from negpipe.store.opening import run_of
 from negpipe.store.store import LocalStore, Store
@@ -137,25 +138,36 @@ def source_of(name: str) -> Source:
 
 
 def compare(
-    a: Source, b: Source, *, examples: int = 5, budget: Budget = DEFAULT, scratch: Path | None = None
+    a: Source,
+    b: Source,
+    *,
+    columns: dict[str, str] | None = None,
+    examples: int = 5,
+    budget: Budget = DEFAULT,
+    scratch: Path | None = None,
 ) -> Difference:
     """Compare B to A.
 
     Args:
         a, b: both sides.
+        columns: columns by field of the sides that are not runs; others are guessed.
         examples: anchors to show, those that changed most first.
         budget: for DuckDB. Does not affect results.
         scratch: folder for spilled data; None: the system's temporary folder.
 
     Raises:
+        ConfigError: columns are named, and both sides are runs.
         InputError: a file cannot be read, lacks a column, or has no rows; or the two have no anchor in common.
     """
+    if columns and a.manifest and b.manifest:
+        raise ConfigError("--columns: both sides are runs, whose columns are known")
     with (
         explained(scratch or Path(tempfile.gettempdir())),
         tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder,
         opened(Path(folder), budget, "the comparison") as database,
     ):
-        layouts = [_load(database, side, source, Path(folder)) for side, source in (("a", a), ("b", b))]
+        sides = (("a", a), ("b", b))
+        layouts = [_load(database, side, source, columns or {}, Path(folder)) for side, source in sides]
         by_id = all(one.has("anchor_id") for one in layouts)
         documents_by_id = all(one.has("positive_id" if one.labelled else "negative_id") for one in layouts)
         _pair(database, by_id, documents_by_id)
@@ -165,15 +177,17 @@ def compare(
 def _run(name: str, run: Store) -> Source:
     manifest = Books(run, "triplets").manifest()
     if manifest is None:
-        raise MissingStageError(f"no triplets in {run}: run `negpipe mine CONFIG` first")
+        raise MissingStageError(f"no triplets in {run}: run `negpipe mine {shlex.quote(name)}` first")
     return Source(name, run.folder("triplets"), manifest)
 
 
-def _load(database: duckdb.DuckDBPyConnection, side: str, source: Source, folder: Path) -> Layout:
+def _load(
+    database: duckdb.DuckDBPyConnection, side: str, source: Source, columns: dict[str, str], folder: Path
+) -> RowLayout:
     """Load one side into a separate schema."""
     (folder / side).mkdir()
     database.execute(f"create schema {side}; use {side}")
-    layout = layout_of(database, source.rows, {}, folder / side)
+    layout = layout_of(database, source.rows, {} if source.manifest else columns, folder / side)
     load.rows(database, layout, str(source.rows))
     return layout
 
@@ -284,9 +298,17 @@ def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
         for one in (a, b)
     )
     names = [
-        name for name in [*left, *right] if left.get(name) != right.get(name) and not name.startswith(_CIRCUMSTANCE)
+        name
+        for name in [*left, *right]
+        if not _same(left.get(name), right.get(name)) and not name.startswith(_CIRCUMSTANCE)
     ]
     return {name: (left.get(name), right.get(name)) for name in dict.fromkeys(names)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal, or paths to the same file."""
+    paths = isinstance(a, str) and isinstance(b, str) and Path(a).exists() and Path(b).exists()
+    return a == b or (paths and Path(a).samefile(b))
 
 
 def _flat(tree: Any, before: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ from negpipe.engine.versions import installed
 from negpipe.redaction import HIDDEN, redact
 from negpipe.review.wording import size
 
+_WIDTH = 120  # characters of a line, if it has blanks to break at
 _SECONDS = 3  # seconds the hub has to answer
 _LOADING = 120  # seconds a library has to load, from an uncached disk
 _LOADED = ("faiss", "torch")  # partly compiled: they fail if the machine lacks what they need
@@ -75,9 +77,9 @@ def page(facts: list[Fact]) -> str:
     lines = [f"### negpipe {__version__}"]
     for about in dict.fromkeys(fact.about for fact in facts):
         lines += ["", f"**{about}**", ""]
-        lines += [
-            f"- {fact.name}: {fact.value}{' (broken)' * bool(fact.remedy)}" for fact in facts if fact.about == about
-        ]
+        for fact in (fact for fact in facts if fact.about == about):
+            line = f"- {fact.name}: {fact.value}{' (broken)' * bool(fact.remedy)}"
+            lines.append(fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -147,8 +149,8 @@ def _memory() -> Iterator[Fact]:
     yield Fact("Machine", "memory", f"{size(usable)}{limit}; {size(_available())} available")
     for name, kind in (("address space", resource.RLIMIT_AS), ("open files", resource.RLIMIT_NOFILE)):
         most = resource.getrlimit(kind)[0]
-        shown = "unlimited" if most == resource.RLIM_INFINITY else f"{most:,}"
-        yield Fact("Machine", f"limit of {name}", shown)
+        if most != resource.RLIM_INFINITY:
+            yield Fact("Machine", f"limit of {name}", f"{most:,}")
 
 
 def _available() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ _PASSED = (Fate.TAKEN, Fate.BEFORE_WINDOW, Fate.AFTER_WINDOW, Fate.NOT_SAMPLED, 
 
 
 @dataclass(frozen=True)
-class Document:
+class RankedDocument:
     """A positive or a candidate. `rank` is 0-based over all documents, None beyond the stored depth."""
 
     rank: int | None
@@ -41,7 +41,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Candidate(Document):
+class Candidate(RankedDocument):
     """A candidate and its fate: `taken`, or the drop reason; `rule` says why, in numbers."""
 
     fate: str
@@ -53,15 +53,21 @@ class Unit:
     """The anchor, or with `margin_reference: each`, the anchor with one of its positives.
 
     Attributes:
+        positives: the one with the best score first.
         reference: the positive score that margins refer to; None if there is none.
         counts: number of candidates per fate.
         candidates: in order of rank, followed by negatives that were not candidates.
     """
 
-    positives: list[Document]
+    positives: list[RankedDocument]
     reference: float | None
     counts: dict[str, int]
     candidates: list[Candidate]
+
+    def shortened(self, limit: int) -> Unit:
+        """The unit with its first `limit` candidates, and every further one that was taken."""
+        further = [candidate for candidate in self.candidates[limit:] if candidate.fate == "taken"]
+        return replace(self, candidates=[*self.candidates[:limit], *further])
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,8 @@ class Explanation:
     units: list[Unit]
 
 
-def find(parts: Sequence[PartFiles], anchor_id: str) -> tuple[PartFiles, int]:
-    """The part that contains an anchor, and its position there.
+def find(parts: Sequence[PartFiles], anchor_id: str, *, trains: bool = False) -> tuple[PartFiles, int]:
+    """The part that contains an anchor, and its position there. `trains`: the config has a section train.
 
     Raises:
         InputError: no anchor has the id; the message lists similar ids.
@@ -86,7 +92,7 @@ def find(parts: Sequence[PartFiles], anchor_id: str) -> tuple[PartFiles, int]:
         at = pc.index(open_table(part.anchors)["id"], anchor_id).as_py()
         if at >= 0:
             return part, at
-    raise _unknown([part.anchors for part in parts], anchor_id)
+    raise _unknown([part.anchors for part in parts], anchor_id, trains)
 
 
 def explain(selector: Selector, corpus: Rows, part: PartFiles, at: int) -> Explanation:
@@ -124,8 +130,9 @@ def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corp
         units.negative_ranks[chosen][unranked],
     )
     reasons = [_SAYS.get(SOURCES[source], "") for source in units.negative_sources[chosen][unranked].tolist()]
+    positives = _documents(corpus, units.positives[own], units.positive_scores[own], units.positive_ranks[own])
     return Unit(
-        positives=_documents(corpus, units.positives[own], units.positive_scores[own], units.positive_ranks[own]),
+        positives=sorted(positives, key=lambda one: -math.inf if one.score is None else one.score, reverse=True),
         reference=_number(float(units.references[number])),
         counts={name: found for name, code in CODES.items() if (found := int(np.sum(fates == code)))},
         candidates=[
@@ -138,10 +145,10 @@ def _unit(units: Units, number: int, piece: Candidates, selector: Selector, corp
     )
 
 
-def _documents(corpus: Rows, rows: Ints, scores: npt.NDArray[np.float32], ranks: Ints) -> list[Document]:
+def _documents(corpus: Rows, rows: Ints, scores: npt.NDArray[np.float32], ranks: Ints) -> list[RankedDocument]:
     ids, texts = (corpus.strings(name, rows).to_pylist() for name in ("id", "text"))
     return [
-        Document(rank if rank >= 0 else None, _number(score), name, text)
+        RankedDocument(rank if rank >= 0 else None, _number(score), name, text)
         for rank, score, name, text in zip(ranks.tolist(), scores.tolist(), ids, texts, strict=True)
     ]
 
@@ -187,7 +194,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
+def _unknown(anchors: Sequence[Path], anchor_id: str, trains: bool) -> InputError:
     from rapidfuzz import process
 
     near: list[tuple[float, str]] = []
@@ -198,7 +205,8 @@ def _unknown(anchors: Sequence[Path], anchor_id: str) -> InputError:
         near += [(-score, name) for name, score, _ in process.extract(anchor_id, ids, limit=_NEAR, score_cutoff=50)]
         near = sorted(near)[:_NEAR]
     names = ", ".join(repr(name) for _, name in near)
+    split = "; train.split leaves some of them out" if trains else ""
     return InputError(
         f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; similar ids: {names}" if near else ""),
-        remedy="Anchors are the queries with a positive in data.split; train.split leaves some of them out",
+        remedy=f"Anchors are the queries with a positive in data.split{split}",
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from dataclasses import replace
 
+from negpipe import graph
 from negpipe.config.schema import Config
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.manifest import Part
@@ -19,8 +22,10 @@ from negpipe.select.selector import PartFiles
 from negpipe.stages import STAGES
 from negpipe.stages.triplets import DEEPER, Shared, open_selection, part_files, search_deeper
 
+logger = logging.getLogger(__name__)
 
-def export(config: Config, options: exports.Options, *, reporter: Reporter | None = None) -> exports.Exported:
+
+def export(config: Config, options: exports.ExportOptions, *, reporter: Reporter | None = None) -> exports.Exported:
     """Write the training rows in a trainer's layout, from the output of ingest and search. Does not run any stage.
 
     Raises:
@@ -30,6 +35,7 @@ def export(config: Config, options: exports.Options, *, reporter: Reporter | Non
     reporter = reporter or Silent()
     with digests_of(config) as digests:
         context = searched(config, digests, "export")
+        _tell_of_other_rows(context, "export")
         opened = open_selection(context)
 
         def slices() -> Slices:
@@ -62,9 +68,10 @@ def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
     """
     with digests_of(config) as digests:
         context = searched(config, digests, "explain")
+        _tell_of_other_rows(context, "explain")
         opened = open_selection(context)
         parts, complete = _parts(context)
-        part, at = explain.find(parts, anchor_id)
+        part, at = explain.find(parts, anchor_id, trains=config.train is not None)
         files = part if complete else replace(part, deeper=search_deeper(part, opened, context))
         return explain.explain(opened.selector, opened.corpus, files, at)
 
@@ -76,8 +83,18 @@ def searched(config: Config, digests: DigestCache, wanted: str) -> Context:
     return context
 
 
+def _tell_of_other_rows(context: Context, command: str) -> None:
+    """Warn if the rows on disk were selected by other rules than those that the command uses."""
+    state = look(STAGES["triplets"], context)
+    if state.state == "stale":
+        config = context.config
+        run = shlex.quote(config.place)
+        hint = "" if config.url else f"; `negpipe {command} {run}` uses those"  # a bucket keeps no config
+        logger.warning("the rows in %s were made with other settings: %s%s", run, state.reason, hint)
+
+
 def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> Context:
-    """The context with the stages up to `last`, if all of them are current.
+    """The context with the stages up to `last` and those that replace its output, if all of them are current.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
@@ -86,7 +103,9 @@ def current(config: Config, digests: DigestCache, wanted: str, *, last: str) -> 
     # A single process reads, whatever the executor: it may use all memory and threads.
     alone = config.executor.model_copy(update={"kind": "inline"})
     context = Context(config.model_copy(update={"executor": alone}), config.run_dir, digests)
-    for stage in list(STAGES.values())[: list(STAGES).index(last) + 1]:
+    stages = [*graph.mining(config).values()]
+    end = max(at for at, stage in enumerate(stages) if last in (stage.name, stage.provides))
+    for stage in stages[: end + 1]:
         state = look(stage, context)
         if state.state != "current" or state.manifest is None:
             raise MissingStageError(blocked(state, wanted))

@@ -14,7 +14,9 @@ import numpy as np
 from negpipe import sources
 from negpipe.config import schema
 from negpipe.errors import InputError
-from negpipe.sources import BadRow, Document, Query
+from negpipe.sources import BadRow, Document, Judgment, Query
+from negpipe.sources.fields import about_unknown
+from negpipe.sources.records import Place
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ class Inspection:
         judgments: number of judgments per split.
         positives: number of positives → number of anchors of `data.split` that have it.
         given: number of negatives given by the source.
-        odd: number of unusable rows, by kind.
+        odd: number of unusable rows, by kind; of judgments, and of ids with two texts, only if all rows were read.
         examples: the first of these.
+        ids: whether the documents look like ids rather than texts.
     """
 
     data: schema.Data
@@ -67,6 +70,16 @@ class Inspection:
     given: int = 0
     odd: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    ids: bool = False
+
+    @property
+    def nothing(self) -> str:
+        """Why nothing can be mined; empty if something can, or may be in rows that were not read."""
+        if not self.whole:
+            return ""
+        if not self.documents.count:
+            return "it has no usable documents"
+        return "" if self.positives else f"no anchor has a positive in the split '{self.data.split}'"
 
     def config(self, run_dir: str) -> dict[str, Any]:
         """A config that mines it."""
@@ -112,10 +125,13 @@ def ranking(path: str, rows: int) -> Ranking | None:
     return Ranking(kind, files, *found, whole=next(lines, None) is None)
 
 
-def inspect(data: schema.Data, rows: int) -> Inspection:
+def inspect(data: schema.Data, rows: int, *, any_split: bool = True) -> Inspection:
     """Read the first `rows` records of every table and describe them.
 
-    A split without judgments is replaced by the first that has some.
+    Args:
+        data: the source.
+        rows: records to read.
+        any_split: replace a split that does not exist by the first that does.
 
     Raises:
         ConfigError, InputError: the source cannot be read, or has no known layout.
@@ -124,7 +140,7 @@ def inspect(data: schema.Data, rows: int) -> Inspection:
     try:
         return _inspected(data, rows)
     except InputError as error:
-        if error.field != "split" or not error.there:
+        if error.field != "split" or not error.there or not any_split:
             raise
         _log.warning("split '%s' does not exist, reading '%s'", data.split, error.there[0])
         return _inspected(data.model_copy(update={"split": error.there[0]}), rows)
@@ -135,22 +151,47 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
     lengths: dict[type, list[int]] = {Document: [], Query: []}
     judged, odd = Counter[str](), Counter[str]()
     positives: dict[str, set[str]] = defaultdict(set)
+    known: dict[type, dict[str, int]] = {Document: {}, Query: {}}  # hashes of texts, by id
+    named: dict[type, list[tuple[str, Place]]] = {Document: [], Query: []}
+    spaced = False
+
+    def note(kind: str, error: InputError) -> None:
+        odd[kind] += 1
+        found.examples += [str(error)] if len(found.examples) < _SHOWN else []
+
     for table, reader in sources.readers(data, given=True):
         found.tables[table.name] = sources.column_names(table)
         of_table = chain.from_iterable(piece.records() for piece in reader.pieces())
         for record in islice(of_table, rows):
             if isinstance(record, Document | Query):
                 lengths[type(record)].append(len(record.text))
+                spaced |= isinstance(record, Document) and " " in record.text
+                if record.id is not None and known[type(record)].setdefault(record.id, hash(record.text)) != hash(
+                    record.text
+                ):
+                    problem = f"the id {record.id!r} has another text in an earlier row"
+                    note("id_with_two_texts", InputError(problem, file=record.place.file, row=record.place.row))
             elif isinstance(record, BadRow):
-                odd[record.kind] += 1
-                found.examples += [str(record.error)] if len(found.examples) < _SHOWN else []
+                note(record.kind, record.error)
             elif record.grade is None:
                 found.given += 1
             else:
                 judged[record.split] += 1
                 if record.split == data.split and record.grade >= data.min_grade:
                     positives[record.query].add(record.document)
+            if isinstance(record, Judgment):
+                named[Document] += [] if record.document_by_text else [(record.document, record.place)]
+                named[Query] += [] if record.query_by_text else [(record.query, record.place)]
         found.whole &= next(of_table, None) is None
+    for of in (Document, Query) if found.whole else ():
+        for name, place in named[of]:
+            if name not in known[of]:
+                problem = f"the relevance judgment names an unknown {of.__name__.lower()} id {name!r}"
+                note(
+                    "unknown_id",
+                    InputError(problem, file=place.file, row=place.row, remedy=about_unknown(name) or None),
+                )
+    found.ids = bool(lengths[Document]) and not spaced
     found.documents, found.queries = Lengths.of(lengths[Document]), Lengths.of(lengths[Query])
     found.judgments, found.odd = dict(judged), dict(odd)
     found.positives = dict(sorted(Counter(map(len, positives.values())).items()))

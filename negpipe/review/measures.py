@@ -139,7 +139,7 @@ def calibrate_settings(
         return made
 
 
-def audit_rows(config: Config | None, options: audit.Options, file: Path | None = None) -> audit.Audit:
+def audit_rows(config: Config | None, options: audit.AuditOptions, file: Path | None = None) -> audit.Audit:
     """Check training rows: those of a run, writing `audit.json` there, or those of any file.
 
     Args:
@@ -204,8 +204,8 @@ def _qrels(context: Context) -> audit.Qrels:
     asked = None
     if columns.asked_for(context.config.mining):
         named = audit.rules.named(context.config)
-        asked = audit.Rules(context.config, of_documents(named["corpus"]), of_anchors(named["queries"]))
-    texts = audit.Texts(of_anchors([]), of_documents(["id", "other_ids", "text"]))
+        asked = audit.ColumnRules(context.config, of_documents(named["corpus"]), of_anchors(named["queries"]))
+    texts = audit.TextTables(of_anchors([]), of_documents(["id", "other_ids", "text"]))
     return audit.Qrels(str(context.run_dir), positives(), of_documents(["id", "other_ids"]), asked, texts)
 
 

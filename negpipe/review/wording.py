@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def duration(seconds: float) -> str:
     """Seconds as readable text: 45 s, 12 min, 3.5 h."""
@@ -17,6 +19,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def filled_in(message: str, run: str) -> str:
+    """The message, with `run` in place of the CONFIG of the commands that it suggests."""
+    return re.sub(r"(?<=negpipe )(\w+(?: \w+)?) CONFIG\b", lambda found: f"{found[1]} {run}", message)
 
 
 def visible(text: str) -> str:

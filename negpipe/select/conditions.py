@@ -6,7 +6,6 @@ vary. The database that evaluates it is empty and has no access to files. A null
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from negpipe.config.schema import Config
 from negpipe.data.tables import EXTRA
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, closest
 
 if TYPE_CHECKING:
     import duckdb
@@ -217,8 +216,8 @@ def _check_name(name: tuple[str, ...], config: Config) -> None:
         return
     if len(name) != 2 or name[0] not in SIDES:
         known = [*NUMBERS, *(f"{side}.{own}" for side in SIDES for own in (*_OWN, *_kept(side, config)))]
-        near = difflib.get_close_matches(shown, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(known)}; put texts in single quotes"
+        near = closest(shown, known)
+        hint = f"did you mean {near}?" if near else f"names are {', '.join(known)}; put texts in single quotes"
         raise _refusal(text, f"'{shown}' does not exist: {hint}")
     if name[1] not in _OWN:
         try:

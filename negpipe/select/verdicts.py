@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from negpipe.data.tables import Rows
 from negpipe.errors import InputError
-
-Ints = npt.NDArray[np.int64]
-logger = logging.getLogger(__name__)
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -44,16 +40,27 @@ def read(path: Path) -> dict[str, list[str]]:
 
 def resolve(verdicts: dict[str, list[str]], corpus: Rows) -> dict[str, list[int]]:
     """Anchor id → rows of the corpus: a verdict on any id of a text applies to the text."""
-    wanted = {document for documents in verdicts.values() for document in documents}
-    row_of = corpus.find(wanted)
-    if unknown := wanted - row_of.keys():
-        logger.warning(
-            "mining.exclude_file: %d of %d documents are not in the corpus, such as %r",
-            len(unknown),
-            len(wanted),
-            min(unknown),
-        )
+    row_of = corpus.find({document for documents in verdicts.values() for document in documents})
     return {anchor: [row_of[name] for name in names if name in row_of] for anchor, names in verdicts.items()}
+
+
+def unknown(verdicts: dict[str, list[str]], corpus: Rows, anchors: Iterable[pa.ChunkedArray]) -> list[str]:
+    """For each pair without effect, the id that does not exist, with its kind: `anchor 'q7'`, `document 'd9'`.
+
+    Args:
+        verdicts: anchor id → document ids.
+        corpus: ingest's documents.
+        anchors: the ids of all anchors, in pieces.
+    """
+    asked = pa.array(verdicts, pa.string())
+    known = {name for ids in anchors for name in ids.filter(pc.is_in(ids, asked)).to_pylist()}
+    documents = corpus.find({document for documents in verdicts.values() for document in documents})
+    return [
+        f"document {document!r}" if anchor in known else f"anchor {anchor!r}"
+        for anchor, named in verdicts.items()
+        for document in named
+        if anchor not in known or document not in documents
+    ]
 
 
 def _id(value: object) -> str | None:
@@ -72,6 +79,7 @@ def _rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, obje
         if line.strip():
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"not JSON: {error}", file=str(path), row=number) from None
+            except (ValueError, RecursionError):
+                remedy = 'Write one JSON object per line, such as {"anchor_id": "q1", "document_id": "d1"}'
+                raise InputError("not JSON", file=str(path), row=number, remedy=remedy) from None
             yield number, row if isinstance(row, dict) else {}

@@ -12,7 +12,7 @@ from negpipe.sources.guess import recognized
 from negpipe.sources.identity import files, revision
 from negpipe.sources.places import extension_of
 from negpipe.sources.readers import Piece
-from negpipe.sources.reading import pieces, read, readers
+from negpipe.sources.reading import pieces, read, readers, splits
 from negpipe.sources.records import (
     BadRow,
     Document,
@@ -52,4 +52,5 @@ __all__ = [
     "recognized",
     "revision",
     "run_of",
+    "splits",
 ]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from negpipe.config import schema
-from negpipe.sources.chunks import Column, Columns
+from negpipe.sources.chunks import ChunkColumns, Column
 from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, id_of, ids_of, text_of, texts_of
-from negpipe.sources.places import Table
+from negpipe.sources.places import SourceTable
 from negpipe.sources.readers import Reader, extra_columns, query_of
 from negpipe.sources.records import (
     BadRow,
@@ -63,7 +63,7 @@ class Fields(NamedTuple):
     watched: tuple[str, ...] = ()
 
 
-def anchored(table: Table, data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) -> Reader:
+def anchored(table: SourceTable, data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) -> Reader:
     """Anchors with their passages.
 
     Args:
@@ -184,7 +184,7 @@ class _Anchored:
         by_text = isinstance(document, Document) and document.id is None
         return Judgment(asked, named, grade, self.data.split, place, identity is None, by_text)
 
-    def columns(self, columns: Columns) -> RecordColumns | None:
+    def columns(self, columns: ChunkColumns) -> RecordColumns | None:
         """The records of a chunk of plain pairs; None: they must be read one by one."""
         fields, values = self.fields, dict(zip(self.asked, columns.values, strict=True))
         about = len(columns.values) - len(fields.extra)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.errors import InputError
+from negpipe.errors import InputError, closest
 from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Values(NamedTuple):
     array: Any
 
 
-class Columns(NamedTuple):
+class ChunkColumns(NamedTuple):
     """All rows of a chunk: the file, (n,) int64 row numbers, and the wanted columns in order."""
 
     file: str
@@ -74,7 +74,7 @@ class Chunk(Protocol):
     def rows(self) -> Rows:
         """The rows one by one."""
 
-    def columns(self) -> Columns | None:
+    def columns(self) -> ChunkColumns | None:
         """All rows as columns; None: they must be read one by one."""
 
     def skip(self) -> None:
@@ -96,13 +96,17 @@ class Check:
     there: list[str] = field(default_factory=list, init=False)
     done: bool = field(default=False, init=False)
 
-    def __call__(self, there: Sequence[str], row: int | None = None, hint: str = "") -> Check:
-        """Raises InputError: a column is missing or duplicated."""
+    def __call__(self, there: Sequence[str], row: int | None = None, *, cause: str = "", doubt: str = "") -> Check:
+        """Raises InputError: a column is missing or duplicated. `cause`: why one is missing; `doubt`: why it may be, if
+        no column has a similar name."""
         self.there, self.done = list(there), True
         for column in self.columns:
             name = column.among(there)
             if column.required and name is None:
-                remedy = f"Columns here: {', '.join(there)}. {hint or f'Set the right one in {column.key}'}"
+                near = closest(column.name, there)
+                way = f"Did you mean '{near}'? S" if near else f"{doubt}; else s" if doubt else "S"
+                way = cause or f"{way}et the right one in {column.key}"
+                remedy = f"Columns here: {', '.join(there)}. {way}"
                 raise InputError("column not found", file=self.file, row=row, field=column.name, remedy=remedy)
             if self.there.count(name or "") > 1:
                 raise InputError("duplicate column name", file=self.file, row=row, field=name, remedy="Rename one")
@@ -162,7 +166,7 @@ class JsonChunk:
             self.check.row(row, place)
             yield Row(place, [row.get(name) for name in self.check.names], text)
 
-    def columns(self) -> Columns | None:
+    def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
         import pyarrow as pa
         import pyarrow.json
@@ -281,7 +285,7 @@ class ElementsChunk:
             self.check.row(row, place)
             yield Row(place, [row.get(name) for name in self.check.names], text)
 
-    def columns(self) -> Columns | None:
+    def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
         return None
 
@@ -312,7 +316,7 @@ class FieldsChunk:
             else:
                 yield Row(place, [None if at is None else fields[at] for at in wanted], fields)
 
-    def columns(self) -> Columns | None:
+    def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
         if not self.fields or any(len(fields) != len(self.header) for _, fields in self.fields):
             return None
@@ -322,7 +326,7 @@ class FieldsChunk:
         every = list(zip(*rows, strict=True))
         nothing = Values("null", pa.nulls(len(rows)))
         values = [nothing if at is None else Values("text", pa.array(every[at], pa.string())) for at in self._places()]
-        return Columns(self.file, np.array(starts, np.int64), values)
+        return ChunkColumns(self.file, np.array(starts, np.int64), values)
 
     def skip(self) -> None:
         """See `Chunk`."""
@@ -351,7 +355,7 @@ class ArrowChunk:
         for row, cells in enumerate(zip(*values, strict=False), self.first):
             yield Row(Place(self.file, row), cells, cells)
 
-    def columns(self) -> Columns | None:
+    def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
         rows = np.arange(self.first, self.first + self.batch.num_rows)
         there = {name: self.batch.column(name) for name in self.batch.schema.names}
@@ -361,7 +365,9 @@ class ArrowChunk:
         """See `Chunk`."""
 
 
-def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[str]) -> Columns | None:
+def _columns(
+    file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[str]
+) -> ChunkColumns | None:
     import pyarrow as pa
 
     known: dict[str, Values] = {}
@@ -382,7 +388,7 @@ def _columns(file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], want
         else:
             return None
     nothing = Values("null", pa.nulls(len(rows)))
-    return Columns(file, rows, [known.get(name, nothing) for name in wanted])
+    return ChunkColumns(file, rows, [known.get(name, nothing) for name in wanted])
 
 
 def _values(column: Any, file: str, first: int, field: str) -> list[Any]:

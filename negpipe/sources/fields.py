@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def grade_of(value: Any, place: Place, field: str) -> float:
     except (TypeError, ValueError, OverflowError):
         grade = math.nan
     if not math.isfinite(grade):
-        raise RowError("type", f"the grade {_shown(value)} is not a number", place, field, "Use for example 1 or 0")
+        problem = f"a grade must be a finite number, not {_shown(value)}"
+        raise RowError("type", problem, place, field, "Use for example 1 or 0")
     return grade
 
 
@@ -199,3 +201,10 @@ def _shown(value: Any) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= 40 else shown[:37] + "..."
     return f"{kind} ({shown})" if kind else shown
+
+
+def about_unknown(name: str) -> str:
+    """What an unknown id looks like, if it looks like a known mistake; else empty."""
+    if re.fullmatch(r"\d+\.0", name):
+        return "It looks like an id that pandas made a float: read and write ids as text (dtype=str)"
+    return "Several ids in one cell? Write one judgment per line" if re.search(r"[|,;]", name) else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,11 @@ from pydantic import ValidationError
 from negpipe.config import schema
 from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, layouts
-from negpipe.sources.places import EXTENSIONS, Table, extension_of, locate, paths_of
+from negpipe.sources.places import EXTENSIONS, SourceTable, extension_of, locate, paths_of
 from negpipe.sources.readers import column
-from negpipe.sources.tables import column_names, keys_of
+from negpipe.sources.tables import column_names, keys_of, not_separated
 from negpipe.sources.trec import refuse_run
 from negpipe.store.files import BOOKS
-
-_log = logging.getLogger(__name__)
 
 _ROWS = (
     ("flagembedding", {"query", "pos"}),
@@ -37,6 +35,7 @@ _TABLES = {
     "qrels": r"qrels|links|labels|relevan|judg",
 }
 """How names of files begin that contain one of the three tables."""
+_SHOWN = 8  # files of a folder that a message names
 
 
 def recognized(data: schema.Data) -> schema.Data:
@@ -81,7 +80,7 @@ def _looked_at(data: schema.Data) -> dict[str, Any]:
         return _repository(data, paths[0])
     if kind == "file" and (whole := _object(paths[0])):
         return {"format": whole}
-    return _rows(data, Table(paths, data.subset, None, data.revision, data.table))
+    return _rows(data, SourceTable(paths, data.subset, None, data.revision, data.table))
 
 
 def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _folder(data: schema.Data, folder: Path) -> dict[str, Any]:
     if rows and _object(str(rows)) == "nemo":
         return {"format": "nemo", "path": str(rows)}
     if rows:
-        found = {"path": str(rows)} | _rows(data, Table((str(rows),), dialect=data.table))
+        found = {"path": str(rows)} | _rows(data, SourceTable((str(rows),), dialect=data.table))
         pool = {"corpus": {"path": str(tables["corpus"])}} if tables["corpus"] and data.corpus is None else {}
         return found | pool
     if Path(f"{str(folder).rstrip('/')}-qrels").is_dir():
@@ -121,31 +120,59 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         )
     try:
         if files and len(files) == len(there):
-            found = _rows(data, Table(tuple(files), dialect=data.table))
+            found = _rows(data, SourceTable(tuple(files), dialect=data.table))
             _refuse_other_rows(data, files)
             return {"path": files} | found
         if {"README.md", "data", "state.json", "dataset_dict.json"} & {*there}:
-            return _rows(data, Table((str(folder),), data.subset, data.split))
+            return _rows(data, SourceTable((str(folder),), data.subset, data.split))
     except InputError as error:
         if error.field != "data.format":  # the files have rows, but something is wrong with them
             raise
     if (folder / BOOKS).is_dir():
         remedy = f"`negpipe status {folder}` shows its state; its rows are in {folder}/triplets"
         raise InputError("this is a run directory, not a source", file=str(folder), field="data.path", remedy=remedy)
-    shown = ", ".join(there[:8]) + (" …" if len(there) > 8 else "")
+    shown = ", ".join(there[:_SHOWN]) + (" …" if len(there) > _SHOWN else "")
+    columns = {file: names for file in files[:_SHOWN] if (names := _columns_if_readable(file, data))}
     raise InputError(
-        f"this folder has no known layout (it contains {shown or 'nothing'})",
+        f"this folder has no known layout. It contains {shown or 'nothing'}{_listed(columns)}",
         file=str(folder),
         field="data.format",
-        remedy=_three_tables(data, files)
-        or "A BEIR folder has corpus.jsonl, queries.jsonl and qrels/train.tsv; else set data.format",
+        remedy=_three_tables(data, files) or _remedy(columns, data),
+    )
+
+
+def _columns_if_readable(file: str, data: schema.Data) -> list[str]:
+    try:
+        return column_names(SourceTable((file,), dialect=data.table))
+    except InputError:
+        return []
+
+
+def _listed(columns: Mapping[str, Sequence[str]]) -> str:
+    """The columns of each of several files."""
+    return "".join(f"; columns of {Path(file).name}: {', '.join(names)}" for file, names in columns.items())
+
+
+def _remedy(columns: Mapping[str, Sequence[str]], data: schema.Data) -> str:
+    """What to set to read files with these columns."""
+    for file, names in columns.items():
+        if unseparated := not_separated(names, file, SourceTable((file,), dialect=data.table)):
+            return unseparated if len(columns) == 1 else f"{Path(file).name}: {unseparated}"
+    if any(name.replace(".", "").isdecimal() for names in columns.values() for name in names):
+        return "The first line does not seem to be a header: set the columns in data.table.header"
+    return (
+        "For rows of an anchor and its positive, set data.format: pairs, data.columns.anchor and data.columns.positive;"
+        " for tables of documents, queries and judgments, set data.format: columns, data.corpus, data.queries,"
+        " data.qrels and data.columns. docs/how-to/data.md shows other layouts, and how nested fields are converted"
     )
 
 
 def _refuse_other_rows(data: schema.Data, files: list[str]) -> None:
     """Raises InputError: a file beside rows of pairs has other rows, as an extra corpus has."""
     wanted = [column(data, key) for key in ("anchor", "positive")]
-    rows = {file: all(one.among(column_names(Table((file,), dialect=data.table))) for one in wanted) for file in files}
+    rows = {
+        file: all(one.among(column_names(SourceTable((file,), dialect=data.table))) for one in wanted) for file in files
+    }
     pairs, others = ([file for file in files if rows[file] is kind] for kind in (True, False))
     if pairs and others:
         path = pairs[0] if len(pairs) == 1 else f"[{', '.join(pairs)}]"
@@ -188,9 +215,9 @@ def _configs(data: schema.Data, path: str, subsets: list[str]) -> dict[str, Any]
     if {"queries", "documents", "train"} <= {*subsets}:
         return {"format": "pylate"}
     if {"train", "corpus"} <= {*subsets} and data.corpus is None and data.subset is None:  # rows with ids of documents
-        table = Table((path,), "train", data.split, data.revision)
+        table = SourceTable((path,), "train", data.split, data.revision)
         return {"subset": "train", "corpus": {"path": path, "subset": "corpus"}} | _rows(data, table)
-    return _rows(data, Table((path,), data.subset, data.split, data.revision))
+    return _rows(data, SourceTable((path,), data.subset, data.split, data.revision))
 
 
 @lru_cache(64)
@@ -209,7 +236,7 @@ def _object(path: str) -> str | None:
     return "nemo" if {"corpus", "data"} <= keys else None
 
 
-def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
+def _rows(data: schema.Data, table: SourceTable) -> dict[str, Any]:
     """The layout of a table of rows, by its columns."""
     names = column_names(table)
     for layout, columns in _ROWS:
@@ -223,17 +250,13 @@ def _rows(data: schema.Data, table: Table) -> dict[str, Any]:
         if "labels" in names:
             own |= {"label": "labels"}
         stated = {key: value for key, value in data.columns.model_dump().items() if value is not None}
-        named: dict[str, str] = own | stated
-        if label := named.get("label"):
-            _log.info("%s: reading grades of positives from the column '%s' (data.columns.label)", table.path, label)
-        return {"format": "pairs", "columns": named}
+        return {"format": "pairs", "columns": own | stated}
+    by_file = {path: column_names(table._replace(paths=(path,))) for path in table.paths}
+    same = all(there == names for there in by_file.values())
+    shown = f"; columns: {', '.join(names) or 'none'}" if same else _listed(by_file)
     raise InputError(
-        f"the rows have no known layout (columns: {', '.join(names) or 'none'})",
-        file=table.path,
+        f"the rows have no known layout{shown}",
+        file=table.path if same else table.name,
         field="data.format",
-        remedy=(
-            "The first line does not seem to be a header: set the columns in data.table.header"
-            if any(name.replace(".", "").isdecimal() for name in names)
-            else "Set data.format: pairs, and the columns in data.columns.anchor and data.columns.positive"
-        ),
+        remedy=_remedy(by_file, data),
     )

@@ -6,18 +6,22 @@ download resumes, reading it again needs no network, and memory does not grow wi
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from negpipe.config import safe_yaml
 from negpipe.engine.fingerprint import key
-from negpipe.errors import InputError
+from negpipe.errors import InputError, beneath
 from negpipe.sources.places import near
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,8 @@ def load(path: str, subset: str | None, revision: str | None, *, streaming: bool
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     local = Path(path).is_dir()
+    if not local:
+        _look_for_the_hub()
     # The library's cache misses edits in a local folder, so it is rebuilt without comparing it to the earlier
     # state. With the absolute path, a folder called `csv` or `json` is not taken for a builder of that name.
     afresh: dict[str, Any] = {}
@@ -63,10 +69,34 @@ def subsets(path: str, revision: str | None) -> list[str]:
     return _stated(Path(path) / "README.md") if Path(path).is_dir() else _asked(path, revision)
 
 
+@lru_cache(1)
+def _look_for_the_hub() -> None:
+    """Without a network, make the libraries read their cache only: they would repeat every request for half a minute.
+
+    A hub that answers late or with an error is left to them: repeating may help.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10):
+            return
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, socket.gaierror | ConnectionRefusedError):
+            return
+        _log.warning("the hub is not reachable (%s); reading its local cache only", error.reason.strerror)
+    except (OSError, ValueError, http.client.HTTPException):
+        return
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 @lru_cache(64)
 def _asked(path: str, revision: str | None) -> list[str]:
     import datasets
 
+    _look_for_the_hub()
     try:
         return list(datasets.get_dataset_config_names(path, revision=revision))
     except Exception as error:  # as in `load`
@@ -88,8 +118,10 @@ def _stated(readme: Path) -> list[str]:
 def _not_loaded(what: str, path: str, error: Exception) -> InputError:
     if problem := _cache_problem():
         return problem
-    remedy = "Check the folder's README.md (configs) and its data files" if Path(path).is_dir() else _remedy(path)
-    return InputError(f"{what} cannot be loaded ({_short(error)})", file=path, remedy=remedy)
+    said = f"{what} cannot be loaded ({_short(error)})"
+    if not Path(path).is_dir():
+        return _missing(path, said)
+    return InputError(said, file=path, remedy="Check the folder's README.md (configs) and its data files")
 
 
 def _cache_problem() -> InputError | None:
@@ -140,25 +172,27 @@ def commit(path: str, subset: str | None, revision: str | None) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    _look_for_the_hub()
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputError(f"not found on the hub ({_short(error)})", file=path, remedy=_remedy(path)) from None
+        raise _missing(path, f"the hub has no such dataset ({_short(error)})") from None
     except Exception as error:  # many causes: offline mode, name resolution, proxies, timeouts
         _log.warning("%s: the hub is not reachable (%s); using the cached dataset", path, _short(error))
     try:
         return str(datasets.load_dataset_builder(path, subset, revision=revision).hash)
     except Exception as error:  # as above
         problem = f"neither the hub nor the local cache has this dataset ({_short(error)})"
-        raise InputError(problem, file=path, remedy=_remedy(path)) from None
+        raise _missing(path, problem) from None
 
 
-def _remedy(path: str) -> str:
-    hint = near(path)
-    return (
-        "No local file or folder has this name either. Check the name; private datasets require `hf auth login`;"
-        f" offline, use a local folder, or a dataset loaded here before. {hint}".rstrip(". ")
+def _missing(path: str, problem: str) -> InputError:
+    """The error for a name without a local path, and without a dataset that can be read."""
+    remedy = (
+        "Check the name; private datasets require `hf auth login`; offline, use a local folder, or a dataset that was"
+        f" loaded here before. {near(path)}".rstrip(". ")
     )
+    return InputError(f"no local file or folder{beneath(path)}, and {problem}", file=path, remedy=remedy)
 
 
 def _short(error: BaseException) -> str:

@@ -18,14 +18,14 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, readers
 from negpipe.sources.anchored import Fields, Passages, anchored
 from negpipe.sources.chunks import Column
-from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate, near, paths_of
+from negpipe.sources.places import ALL, EXTENSIONS, PACKED, SourceTable, extension_of, locate, near, paths_of
 from negpipe.sources.readers import Reader, column
 from negpipe.sources.tables import column_names, inside
 from negpipe.sources.trec import refuse_run
 
-Role: TypeAlias = Callable[[Table], list[Reader]]
+Role: TypeAlias = Callable[[SourceTable], list[Reader]]
 """The readers of the rows of a table."""
-Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[Table, Role]]]
+Layout: TypeAlias = Callable[[schema.Data, bool], list[tuple[SourceTable, Role]]]
 """(data, whether given negatives are kept) → the tables in reading order."""
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _METADATA, _TABLES = "merlin_metadata.json", set(EXTENSIONS) - {".txt", ".trec",
 _FIRST_SPLIT = schema.Table.model_fields["split"].default
 
 
-def tables_of(data: schema.Data, given: bool = False) -> list[tuple[Table, Role]]:
+def tables_of(data: schema.Data, given: bool = False) -> list[tuple[SourceTable, Role]]:
     """The tables of a source whose layout is known, in reading order; a BEIR folder's qrels carry their split.
 
     Args:
@@ -70,7 +70,7 @@ def _judged(data: schema.Data, split: str) -> Role:
 
 
 def _judged_splits(data: schema.Data) -> Role:
-    def role(table: Table) -> list[Reader]:
+    def role(table: SourceTable) -> list[Reader]:
         found = readers.judged_splits(table, data)
         if data.split not in found:
             raise _no_split(table.path, data.split, list(found))
@@ -79,7 +79,7 @@ def _judged_splits(data: schema.Data) -> Role:
     return role
 
 
-def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
+def _beir(data: schema.Data, _: bool) -> list[tuple[SourceTable, Role]]:
     [path] = _one(data)
     kind, folder = locate(path), Path(path)
     if kind in ("file", "url"):
@@ -107,9 +107,9 @@ def _beir(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         remedy = f"{near(judged)}. Put the qrels there, or set data.format: columns".lstrip(". ")
         raise InputError("folder not found", file=judged, remedy=remedy)
     return [
-        (Table((path,), "corpus", revision=data.revision), _documents(data)),
-        (Table((path,), "queries", revision=data.revision), _queries(data)),
-        (Table((judged,)), _judged_splits(data)),
+        (SourceTable((path,), "corpus", revision=data.revision), _documents(data)),
+        (SourceTable((path,), "queries", revision=data.revision), _queries(data)),
+        (SourceTable((judged,)), _judged_splits(data)),
     ]
 
 
@@ -145,11 +145,11 @@ def either(folder: Path, name: str) -> Path | None:
     return next((file for file in by_kind if _bare(file) == name), None)
 
 
-def _file(data: schema.Data, file: Path) -> Table:
-    return Table((str(file),), dialect=data.table)
+def _file(data: schema.Data, file: Path) -> SourceTable:
+    return SourceTable((str(file),), dialect=data.table)
 
 
-def _without_header(table: Table, own: schema.Dialect | None) -> Table:
+def _without_header(table: SourceTable, own: schema.Dialect | None) -> SourceTable:
     """A table of judgments, without the column names of other tables."""
     return table if own else table._replace(dialect=table.dialect.model_copy(update={"header": None}))
 
@@ -168,7 +168,7 @@ def _one(data: schema.Data) -> tuple[str, ...]:
     return paths
 
 
-def _mteb(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
+def _mteb(data: schema.Data, _: bool) -> list[tuple[SourceTable, Role]]:
     [path] = _one(data)
     before = f"{data.subset}-" if data.subset else ""
     there = hub.subsets(path, data.revision)
@@ -181,42 +181,44 @@ def _mteb(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
         raise InputError(f"the dataset has no subset '{before}{missing[0]}'", file=path, remedy=remedy)
     roles = {"corpus": _documents(data), "queries": _queries(data), judged: _judged_splits(data)}
     split = {judged: None}
-    return [(Table((path,), before + name, split.get(name, ALL), data.revision), role) for name, role in roles.items()]
+    return [
+        (SourceTable((path,), before + name, split.get(name, ALL), data.revision), role) for name, role in roles.items()
+    ]
 
 
-def _columns(data: schema.Data, _: bool) -> list[tuple[Table, Role]]:
+def _columns(data: schema.Data, _: bool) -> list[tuple[SourceTable, Role]]:
     assert data.corpus and data.queries and data.qrels, "required by the schema"
-    judged = _without_header(_table(data, data.qrels), data.qrels.table)
+    judged = _without_header(_table(data, data.qrels, "qrels"), data.qrels.table)
     splits = judged.split is None and judged.kind in ("hub", "folder")
     return [
-        (_table(data, data.corpus), _documents(data)),
-        (_table(data, data.queries), _queries(data)),
+        (_table(data, data.corpus, "corpus"), _documents(data)),
+        (_table(data, data.queries, "queries"), _queries(data)),
         (judged, _judged_splits(data) if splits else _judged(data, data.split)),
     ]
 
 
-def _table(data: schema.Data, table: schema.Table) -> Table:
+def _table(data: schema.Data, table: schema.Table, name: str) -> SourceTable:
     # A revision belongs to one repository: data.path, or the corpus's if there is no data.path.
     home = data.path or (data.corpus.path if data.corpus else None)
     split = None if table.split == _FIRST_SPLIT else table.split
     revision = data.revision if table.path == home else None
-    return Table(paths_of(table.path), table.subset, split, revision, table.table or data.table)
+    return SourceTable(paths_of(table.path), table.subset, split, revision, table.table or data.table, f"data.{name}")
 
 
-def _llama_index(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
+def _llama_index(data: schema.Data, given: bool) -> list[tuple[SourceTable, Role]]:
     paths = _one(data)
     names = {"corpus_id": "key", "query_id": "key", "query_text": "value"}
     keyed = data.model_copy(update={"text": "{value}", "columns": data.columns.model_copy(update=names)})
     key = "data.format (llama_index has queries, corpus and relevant_docs)"
     fields = Fields(None, Column("key", key), (Passages(Column("value", key)),), by_id=True)
     return [
-        (Table(paths, inside="corpus"), _documents(keyed)),
-        (Table(paths, inside="queries"), _queries(keyed)),
-        (Table(paths, inside="relevant_docs"), _rows(data, fields, in_corpus=False, given=given)),
+        (SourceTable(paths, inside="corpus"), _documents(keyed)),
+        (SourceTable(paths, inside="queries"), _queries(keyed)),
+        (SourceTable(paths, inside="relevant_docs"), _rows(data, fields, in_corpus=False, given=given)),
     ]
 
 
-def _pylate(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
+def _pylate(data: schema.Data, given: bool) -> list[tuple[SourceTable, Role]]:
     [path] = _one(data)
     names = {"corpus_id": "document_id", "query_id": "query_id"}
     named = data.model_copy(update={"columns": data.columns.model_copy(update=names)})
@@ -232,7 +234,7 @@ def _pylate(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
     }
     files = {name: either(Path(path), name) for name in roles}
     return [
-        (_file(data, file) if (file := files[name]) else Table((path,), name, revision=data.revision), role)
+        (_file(data, file) if (file := files[name]) else SourceTable((path,), name, revision=data.revision), role)
         for name, role in roles.items()
     ]
 
@@ -244,40 +246,40 @@ def _rows(data: schema.Data, fields: Fields, *, in_corpus: bool, given: bool) ->
     return lambda table: [anchored(table, data, fields, in_corpus=in_corpus, given=given)]
 
 
-def _source(data: schema.Data) -> Table:
+def _source(data: schema.Data) -> SourceTable:
     """The table in `data.path`."""
-    table = Table(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
+    table = SourceTable(paths_of(data.path or ""), data.subset, data.split, data.revision, data.table)
     refuse_run(table.path, table.dialect)
     return table if table.kind in ("hub", "folder") else table._replace(split=None)
 
 
-def _pooled(fields: Callable[[schema.Data, Table], Fields]) -> Layout:
+def _pooled(fields: Callable[[schema.Data, SourceTable], Fields]) -> Layout:
     """A layout of rows with passages, with an optional extra corpus."""
 
-    def layout(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
+    def layout(data: schema.Data, given: bool) -> list[tuple[SourceTable, Role]]:
         source, pool = _source(data), data.corpus
 
         @cache
         def of_rows() -> Fields:
             return fields(data, source)
 
-        def role(table: Table) -> list[Reader]:
+        def role(table: SourceTable) -> list[Reader]:
             of_row = of_rows()
             if of_row.by_id and pool is None:
                 remedy = "Set the table of the documents in data.corpus"
                 raise InputError("its rows have ids of documents", file=table.path, field="data.corpus", remedy=remedy)
             return [anchored(table, data, of_row, in_corpus=pool is None, given=given)]
 
-        def of_pool(table: Table) -> list[Reader]:
+        def of_pool(table: SourceTable) -> list[Reader]:
             return [readers.documents(table, data, pool=not of_rows().by_id)]
 
-        extra = [(_table(data, pool), of_pool)] if pool else []
+        extra = [(_table(data, pool, "corpus"), of_pool)] if pool else []
         return [*extra, (source, role)]
 
     return layout
 
 
-def _pair(data: schema.Data, table: Table) -> Fields:
+def _pair(data: schema.Data, table: SourceTable) -> Fields:
     names = data.columns
     ids = {
         key: Column(name, f"data.columns.{key}")
@@ -311,7 +313,7 @@ def _negatives(names: schema.Columns, there: Sequence[str]) -> Iterator[Passages
         yield Passages(Column(name, "data.columns.negative", required=False), ids)
 
 
-def _named(key: str, anchor: str, positives: str, *negatives: str) -> Callable[[schema.Data, Table], Fields]:
+def _named(key: str, anchor: str, positives: str, *negatives: str) -> Callable[[schema.Data, SourceTable], Fields]:
     """Rows with columns of these names, and optional columns of ids."""
 
     def passages(name: str, required: bool) -> Passages:
@@ -322,7 +324,7 @@ def _named(key: str, anchor: str, positives: str, *negatives: str) -> Callable[[
     return lambda data, table: fields
 
 
-def _tevatron(data: schema.Data, table: Table) -> Fields:
+def _tevatron(data: schema.Data, table: SourceTable) -> Fields:
     key = "data.path (tevatron rows have query_id, and positive_passages or positive_document_ids)"
     by_id = "positive_document_ids" in column_names(table)
     positives, negatives = (
@@ -334,7 +336,7 @@ def _tevatron(data: schema.Data, table: Table) -> Fields:
     return Fields(query, identity, (Passages(Column(positives, key)),), given, by_id=by_id)
 
 
-def _nemo(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
+def _nemo(data: schema.Data, given: bool) -> list[tuple[SourceTable, Role]]:
     paths = _one(data)
     file = paths[0]
     if locate(file) == "folder":
@@ -347,10 +349,13 @@ def _nemo(data: schema.Data, given: bool) -> list[tuple[Table, Role]]:
         (Passages(Column("neg_doc", key, required=False)),),
         by_id=True,
     )
-    corpus = _table(data, data.corpus) if data.corpus else Table(tuple(_nemo_corpus(file)), dialect=data.table)
+    if data.corpus:
+        corpus = _table(data, data.corpus, "corpus")
+    else:
+        corpus = SourceTable(tuple(_nemo_corpus(file)), dialect=data.table)
     return [
         (corpus, _documents(data)),
-        (Table((file,), inside="data"), _rows(data, fields, in_corpus=False, given=given)),
+        (SourceTable((file,), inside="data"), _rows(data, fields, in_corpus=False, given=given)),
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from negpipe.config.schema import Dialect
-from negpipe.errors import InputError
+from negpipe.errors import InputError, beneath
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files."""
@@ -19,13 +19,14 @@ ALL = "all"
 """All splits of a dataset, concatenated."""
 
 
-class Table(NamedTuple):
-    """The location of a table, and the format of its files.
+class SourceTable(NamedTuple):
+    """A table of a source: its location, and the format of its files.
 
     Attributes:
         paths: its consecutive files; or one folder or hub dataset.
         split: None: the only split of a dataset; ALL: all splits; not used for files.
         dialect: of CSV and TSV files.
+        section: of the config, if the table has one, where `table` can set another dialect.
         inside: the key of a JSON object with the rows, in a list, or in an object as `key` and `value`.
         streaming: stream a dataset, without a local copy.
     """
@@ -35,6 +36,7 @@ class Table(NamedTuple):
     split: str | None = None
     revision: str | None = None
     dialect: Dialect = Dialect()
+    section: str = ""
     inside: str | None = None
     streaming: bool = False
 
@@ -81,7 +83,9 @@ def _expanded(path: str) -> Iterator[str]:
         names = glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob also finds hidden files)
         found = [name for name in sorted(names) if Path(name).is_file()]
     if not found:
-        raise InputError("no file matches the pattern", file=path, remedy=near(path) or "Check the data section")
+        raise InputError(
+            f"no file matches the pattern{beneath(path)}", file=path, remedy=near(path) or "Check the data section"
+        )
     yield from found
 
 
@@ -97,7 +101,8 @@ def locate(path: str) -> Literal["file", "folder", "url", "hub"]:
     # A name with an extension and without a namespace is not a hub dataset.
     typed_wrong = "/" not in path and 1 < len(Path(path).suffix) <= _ENDING and near(path)
     if extension_of(path) in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1 or typed_wrong:
-        raise InputError("file or folder not found", file=path, remedy=near(path) or "Check the config's data section")
+        remedy = near(path) or "Check the config's data section"
+        raise InputError(f"file or folder not found{beneath(path)}", file=path, remedy=remedy)
     return "hub"
 
 

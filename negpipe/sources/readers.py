@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from negpipe.config import schema
-from negpipe.sources.chunks import Chunk, Column, Columns
+from negpipe.sources.chunks import Chunk, ChunkColumns, Column
 from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, grades_of, id_of, ids_of, text_of, texts_of
-from negpipe.sources.places import Table
+from negpipe.sources.places import SourceTable
 from negpipe.sources.records import (
     BadRow,
     Document,
@@ -30,7 +30,7 @@ from negpipe.sources.tables import Chunks, all_splits, chunks
 from negpipe.sources.trec import judgments
 
 _Build: TypeAlias = Callable[[Place, Sequence[Any]], Sequence[Record]]
-_BuildAll: TypeAlias = Callable[[Columns], RecordColumns | None]
+_BuildAll: TypeAlias = Callable[[ChunkColumns], RecordColumns | None]
 
 _DOCUMENT_IDS = ("id", "docid", "doc_id", "document_id", "corpus_id", "passage_id", "pid")
 _QUERY_IDS = ("id", "qid", "query_id", "query-id")
@@ -111,7 +111,7 @@ def column(data: schema.Data, key: str, *, required: bool = True) -> Column:
     return Column(name, f"data.columns.{key}", required, _NAMES.get(key, ()) if name == default else ())
 
 
-def documents(table: Table, data: schema.Data, *, pool: bool = False) -> Reader:
+def documents(table: SourceTable, data: schema.Data, *, pool: bool = False) -> Reader:
     """Documents of the corpus; in a `pool`, an extra corpus for rows that contain texts, they need no ids."""
     template = Template.compile(data.text)
     name = data.columns.corpus_id
@@ -133,7 +133,7 @@ def documents(table: Table, data: schema.Data, *, pool: bool = False) -> Reader:
         except RowError as error:
             return (error.row._replace(id=identity, in_corpus=True),)
 
-    def build_all(columns: Columns) -> RecordColumns | None:
+    def build_all(columns: ChunkColumns) -> RecordColumns | None:
         values = columns.values
         named: list[str] | None = None
         if name is not None:
@@ -156,7 +156,7 @@ def extra_columns(names: Sequence[str], key: str, *, required: bool = True) -> l
     return [Column(name, key, required) for name in names]
 
 
-def queries(table: Table, data: schema.Data) -> Reader:
+def queries(table: SourceTable, data: schema.Data) -> Reader:
     """Queries with ids."""
     names, extra = data.columns, data.extra.queries
 
@@ -164,7 +164,7 @@ def queries(table: Table, data: schema.Data) -> Reader:
         identity = id_of(values[0], place, names.query_id)
         return (query_of(identity, values[1], place, names.query_text, values[2:], extra),)
 
-    def build_all(columns: Columns) -> RecordColumns | None:
+    def build_all(columns: ChunkColumns) -> RecordColumns | None:
         ids, texts = ids_of(columns.values[0]), texts_of(columns.values[1])
         more = extras_of(columns.values[2:])
         if ids is None or texts is None or more is None:
@@ -175,12 +175,12 @@ def queries(table: Table, data: schema.Data) -> Reader:
     return Reader(chunks(table, wanted), build, build_all, of_query=True)
 
 
-def judged(table: Table, data: schema.Data, split: str) -> Reader:
+def judged(table: SourceTable, data: schema.Data, split: str) -> Reader:
     """Judgments of one split."""
     return _judgments(judgments(table, _judged_columns(data)), data, split)
 
 
-def judged_splits(table: Table, data: schema.Data) -> dict[str, Reader]:
+def judged_splits(table: SourceTable, data: schema.Data) -> dict[str, Reader]:
     """Judgments of every split of a dataset."""
     splits = all_splits(table, _judged_columns(data))
     return {split: _judgments(rows, data, split) for split, rows in splits.items()}
@@ -202,7 +202,7 @@ def _judgments(judged: Chunks, data: schema.Data, split: str) -> Reader:
         document = id_of(values[1], place, names.qrels_corpus_id)
         return (Judgment(query, document, grade_of(values[2], place, names.grade), split, place, False, False),)
 
-    def build_all(columns: Columns) -> RecordColumns | None:
+    def build_all(columns: ChunkColumns) -> RecordColumns | None:
         queries, documents = (ids_of(one) for one in columns.values[:2])
         grades = grades_of(columns.values[2])
         if queries is None or documents is None or grades is None:

@@ -9,7 +9,7 @@ from itertools import chain
 from negpipe.config import schema
 from negpipe.sources.guess import recognized
 from negpipe.sources.layouts import tables_of
-from negpipe.sources.places import Table
+from negpipe.sources.places import SourceTable
 from negpipe.sources.readers import Piece, Reader
 from negpipe.sources.records import Record
 
@@ -32,6 +32,8 @@ def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
     known = recognized(data)
     if known.format != data.format:
         _log.info("the source is read as data.format: %s", known.format)
+        if known.format == "pairs" and (label := known.columns.label):
+            _log.info("reading grades of positives from the column '%s' (data.columns.label)", label)
     started = []
     for _, reader in readers(known, given):
         found = reader.pieces()
@@ -44,7 +46,19 @@ def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
     return chain.from_iterable(started)
 
 
-def readers(data: schema.Data, given: bool = False) -> Iterator[tuple[Table, Reader]]:
+def splits(data: schema.Data, other: str) -> bool:
+    """Whether another split may have other rows; false for files that are read whole whatever `data.split` is.
+
+    Raises:
+        ConfigError, InputError: as in `pieces`, for tables that are missing.
+    """
+    known, wanted = (recognized(one) for one in (data, data.model_copy(update={"split": other})))
+    tables, others = ([table for table, _ in tables_of(one)] for one in (known, wanted))
+    # Judgments of several splits are read together, each with its name.
+    return tables != others or known.format in ("beir", "mteb") or tables[-1].kind in ("hub", "folder")
+
+
+def readers(data: schema.Data, given: bool = False) -> Iterator[tuple[SourceTable, Reader]]:
     """The tables of a source whose layout is known, with their readers; raises the errors of `pieces`."""
     return ((table, reader) for table, role in tables_of(data, given) for reader in role(table))
 

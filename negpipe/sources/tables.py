@@ -22,7 +22,7 @@ from negpipe.errors import InputError
 from negpipe.sources import hub
 from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, decoded
 from negpipe.sources.elements import elements, keys
-from negpipe.sources.places import ALL, EXTENSIONS, PACKED, Table, extension_of, locate
+from negpipe.sources.places import ALL, EXTENSIONS, PACKED, SourceTable, extension_of, locate
 from negpipe.sources.records import BadRow, Place, RowError
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "inside",
     "is_whole",
     "keys_of",
+    "not_separated",
     "opened",
 ]
 
@@ -46,16 +47,17 @@ _ELEMENTS = 256  # elements of a JSON list per chunk
 _FIRST = 64  # rows that are searched for columns
 _WHOLE_BYTES = 2**20  # of JSON, enough to detect whether it is one text
 _NAME = 64  # characters, longer than the name of a column
+_SIGNS = {"\t": "tab", ";": "semicolon", "|": "pipe", ",": "comma", " ": "' '"}  # as delimiters are set
 CUT = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 """Errors of a compressed file that is truncated or damaged, and of one that is not UTF-16."""
 _log = logging.getLogger(__name__)
 
 Chunks: TypeAlias = Iterator[Chunk]
-_Reader: TypeAlias = Callable[[Check, Table], Chunks]
+_Reader: TypeAlias = Callable[[Check, SourceTable], Chunks]
 """Reads the file of the check."""
 
 
-def chunks(table: Table, columns: Sequence[Column], watched: tuple[str, ...] = ()) -> Chunks:
+def chunks(table: SourceTable, columns: Sequence[Column], watched: tuple[str, ...] = ()) -> Chunks:
     """Consecutive rows of a table, some at a time; `watched`: see `Check`.
 
     Raises:
@@ -71,7 +73,7 @@ def chunks(table: Table, columns: Sequence[Column], watched: tuple[str, ...] = (
             yield from _reader(path)(Check(columns, path, watched), table)
 
 
-def column_names(table: Table) -> list[str]:
+def column_names(table: SourceTable) -> list[str]:
     """The columns of a table, from all its files; for JSON, those of the first row.
 
     Raises:
@@ -112,7 +114,7 @@ def keys_of(path: str) -> list[str]:
             return []
 
 
-def _split(table: Table) -> tuple[str, Any]:
+def _split(table: SourceTable) -> tuple[str, Any]:
     """The split of a dataset to read, and its rows."""
     splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
     if table.split == ALL and ALL not in splits:
@@ -164,7 +166,7 @@ def gathered(rows: Iterator[tuple[int, list[str]]], header: list[str], check: Ch
         characters += sum(map(len, row[1]))
 
 
-def all_splits(table: Table, columns: Sequence[Column]) -> dict[str, Chunks]:
+def all_splits(table: SourceTable, columns: Sequence[Column]) -> dict[str, Chunks]:
     """The rows of every split of a dataset, by split."""
     splits = hub.load(table.path, table.subset, table.revision, streaming=table.streaming)
     return {split: _dataset(table, split, dataset, columns) for split, dataset in splits.items()}
@@ -248,7 +250,7 @@ def decoded_lines(path: str) -> Iterator[str]:
             raise error.row.error from None
 
 
-def _json(check: Check, table: Table) -> Chunks:
+def _json(check: Check, table: SourceTable) -> Chunks:
     if table.inside or is_whole(check.file):
         yield from _elements(check, table.inside)
         return
@@ -327,23 +329,25 @@ def _last_lines(path: str, first: int) -> Iterator[tuple[int, bytes]]:
         raise
 
 
-def _separated(otherwise: str) -> _Reader:
-    """The reader of a text file of fields; `otherwise`: the delimiter if none is set."""
+def _separated(check: Check, table: SourceTable) -> Chunks:
+    """A text file of fields."""
+    dialect, path = table.dialect, check.file
+    delimiter = _delimiter(path, table)
+    rows = (_fields if dialect.quoting == "none" else _quoted)(path, delimiter)
+    begin = next(rows, None)
+    if begin is None:
+        raise InputError("the file is empty", file=path, row=1, remedy="The first line must be the header")
+    start, first = begin
+    if dialect.header:
+        check(dialect.header, start)
+    else:
+        check(first, start, cause=not_separated(first, path, table), doubt=_no_header(first, table))
+    # The file may have the header nevertheless, in its first line.
+    yield from gathered(rows if first == check.there else chain([begin], rows), check.there, check)
 
-    def read(check: Check, table: Table) -> Chunks:
-        dialect, path = table.dialect, check.file
-        delimiter = dialect.sign(otherwise)
-        rows = (_fields if dialect.quoting == "none" else _quoted)(path, delimiter)
-        begin = next(rows, None)
-        if begin is None:
-            raise InputError("the file is empty", file=path, row=1, remedy="The first line must be the header")
-        start, first = begin
-        header = list(dialect.header or first)
-        check(header, start, "" if dialect.header else _header_hint(first, delimiter))
-        # The file may have the header nevertheless, in its first line.
-        yield from gathered(rows if first == header else chain([begin], rows), header, check)
 
-    return read
+def _delimiter(path: str, table: SourceTable) -> str:
+    return table.dialect.sign("," if extension_of(path) == ".csv" else "\t")
 
 
 def _fields(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -374,19 +378,33 @@ def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             yield start, fields
 
 
-def _header_hint(header: list[str], delimiter: str) -> str:
+def not_separated(columns: Sequence[str], path: str, table: SourceTable) -> str:
+    """What to set if the only column of a file is its whole header; empty if it is not."""
+    if _READERS.get(extension_of(path)) is not _separated or len(columns) != 1:
+        return ""
+    there = next((sign for sign in _SIGNS if sign in columns[0]), None)
+    if there is None:
+        return ""
+    delimiter = _delimiter(path, table)
     name = {",": "commas", "\t": "tabs"}.get(delimiter, repr(delimiter))
-    if len(header) == 1 and any(sign in header[0] for sign in "\t,; "):
-        return f"The fields are not separated by {name}: set data.table.delimiter"
-    if any(len(cell) > _NAME or " " in cell or cell.replace(".", "").isdecimal() for cell in header):
-        return (
-            "The file seems to have no header: set its columns in data.table.header or, for a single table, in its"
-            f" section, such as data.qrels.table.header, with {len(header)} names such as [id, text]"
-        )
-    return ""
+    ways = [f"{table.section}: {{path: …, table: {{delimiter: {_SIGNS[there]}}}}}"] if table.section else []
+    # Set already, data.table.delimiter suits another table.
+    if table.dialect.delimiter is None or not ways:
+        ways.insert(0, f"data.table.delimiter: {_SIGNS[there]}")
+    return f"The fields are not separated by {name}: set {', or for this table only '.join(ways)}"
 
 
-def _parquet(check: Check, _: Table) -> Chunks:
+def _no_header(first: Sequence[str], table: SourceTable) -> str:
+    """What to set if the first line of a file seems to be no header; empty if it seems to be one."""
+    if not any(len(cell) > _NAME or " " in cell or cell.replace(".", "").isdecimal() for cell in first):
+        return ""
+    setting = "data.table.header" + (
+        f", or for this table only in {table.section}.table.header" if table.section else ""
+    )
+    return f"If the file has no header, set its {len(first)} columns in {setting}, such as [id, text]"
+
+
+def _parquet(check: Check, _: SourceTable) -> Chunks:
     import pyarrow
     import pyarrow.parquet
 
@@ -402,7 +420,7 @@ def _parquet(check: Check, _: Table) -> Chunks:
             raise InputError(problem, file=check.file, remedy="Fetch or write it again") from None
 
 
-def _dataset(table: Table, split: str, dataset: Any, columns: Sequence[Column]) -> Chunks:
+def _dataset(table: SourceTable, split: str, dataset: Any, columns: Sequence[Column]) -> Chunks:
     place = f"{table.path} ({', '.join(filter(None, (table.subset, split)))})"
     check = Check(columns, place)(_columns_of(dataset))
     _log.info("reading %s", place)
@@ -437,8 +455,6 @@ _READERS: dict[str, _Reader] = {
     ".jsonl": _json,
     ".ndjson": _json,
     ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    **dict.fromkeys((".txt", ".trec", ".qrels"), _separated("\t")),
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".trec", ".qrels"), _separated),
     ".parquet": _parquet,
 }

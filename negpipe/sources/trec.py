@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from negpipe.config.schema import Dialect
 from negpipe.errors import InputError
 from negpipe.sources.chunks import Check, Column
-from negpipe.sources.places import Table, locate
+from negpipe.sources.places import SourceTable, locate
 from negpipe.sources.tables import CUT, Chunks, chunks, decoded_lines, gathered, opened
 
 Run: TypeAlias = Literal["trec", "tevatron"]
@@ -70,7 +70,7 @@ def ranked(path: str, kind: Run) -> Iterator[Ranked]:
         yield Ranked(fields[0], fields[document], _number(fields[-1 if kind == "tevatron" else -2]))
 
 
-def judgments(table: Table, columns: Sequence[Column]) -> Chunks:
+def judgments(table: SourceTable, columns: Sequence[Column]) -> Chunks:
     """The rows of a table of relevance judgments, possibly in TREC's format: query, 0, document, grade."""
     for path in table.paths:
         first = _first_line(path) if locate(path) in ("file", "url") else b""

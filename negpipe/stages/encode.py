@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from negpipe.ann import auto
 from negpipe.config.encoder import Encoder
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.tables import open_table, texts
+from negpipe.data.tables import Rows, documents, open_table, texts
 from negpipe.encoders import prompts, server
 from negpipe.encoders.cuts import percent
 from negpipe.encoders.precomputed import VectorFile, dimension_of
@@ -36,14 +36,14 @@ from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
 from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.errors import BudgetError, InputError
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
+from negpipe.errors import BudgetError, InputError, NegpipeError, beneath
 from negpipe.sources import remote
 from negpipe.stages import headers
 from negpipe.store.files import BOOKS
 
 if TYPE_CHECKING:
-    from negpipe.encoders.cache import Cache
+    from negpipe.encoders.cache import VectorCache
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ _PRECOMPUTED = {"backend", "normalize", "storage", "truncate_dim"}
 _SERVED = _PRECOMPUTED | {"model", "cache", "query_instruction", "query_instruction_format"}
 _SERVED |= {"passage_instruction", "passage_instruction_format"}
 _OF_SERVER = {"api", "answers_as"}  # not the size of requests: servers form batches as they like
-_NEAR = 0.05  # relative change allowed in a vector: a server's kernels depend on the rest of a batch
+_LIBRARIES_BYTES = 350 * 2**20  # of a worker besides the model, not shared with others: torch and the model's library
 _READ = 64  # bytes per number of a server's answer: digits, Python float, queued float32
 _COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors read at a time
 _MANY = 0.1  # share of lost tokens, or of documents with another's vector, that causes a warning
@@ -105,7 +105,9 @@ def _sources(context: Context) -> dict[str, str]:
     for name in ("corpus_vectors", "anchor_vectors"):
         path = _brought(context, name)
         if not path.is_file():
-            raise InputError(f"vector file {path} does not exist", field=f"encoder.{name}", remedy="Fix the path")
+            raise InputError(
+                f"vector file {path} does not exist{beneath(str(path))}", field=f"encoder.{name}", remedy="Fix the path"
+            )
         digests[f"encoder.{name}"] = context.digest_file(path)
     return digests
 
@@ -126,7 +128,7 @@ def _check(context: Context) -> None:
         encoders.check_tokens(encoder, encoders.resolve_model(encoder, context.digest_file).path)
         _check_devices(context)
     if encoder.backend == "http":
-        server.check(encoder)
+        server.check(encoder, context.workers)
     if "ingest" not in context.manifests:
         return
     if encoder.backend == "precomputed":
@@ -152,12 +154,14 @@ def _check_devices(context: Context) -> None:
     model = encoders.parameters(folder) * (2 if halved else 4)
     shared = Counter(devices.same(names[number % len(names)]) for number in range(context.workers))
     for name, workers in shared.items():
-        needed, there = workers * model, devices.memory(name)
+        libraries = _LIBRARIES_BYTES if workers > 1 and not devices.is_gpu(name) else 0
+        each, there = model + libraries, devices.memory(name)
+        needed = workers * each
         if needed > there:
-            fewer = f"{there // model} of them fit: lower executor.workers" if there > model else "use another device"
+            fewer = f"{there // each} of them fit: lower executor.workers" if there > each else "use another device"
             raise BudgetError(
-                f"encoder.model takes {model // 2**20:,} MiB per worker, {workers} workers take {needed // 2**20:,} MiB"
-                f" of {name}, which has {there // 2**20:,} MiB; {fewer}",
+                f"encoder.model takes {each // 2**20:,} MiB per worker{', libraries included' if libraries else ''},"
+                f" {workers} workers take {needed // 2**20:,} MiB of {name}, which has {there // 2**20:,} MiB; {fewer}",
                 needed=needed,
                 there=there,
                 remedy=fewer,
@@ -218,11 +222,13 @@ def _tasks(context: Context) -> Iterator[Task]:
 class _Model:
     """The loaded model of this process."""
 
-    encoder: encoders.Encoder
+    encoder: encoders.TextEncoder
     provenance: dict[str, str]
     check: Callable[[int], None]
     """Checks that vectors of a dimension fit, once there are some."""
-    cache: Cache | None = None
+    cache: VectorCache | None = None
+    unchanged: Callable[[], None] = lambda: None
+    """Checks after each part that the model is still the same, if another process runs it."""
 
     def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
         """Vectors of the part's texts, some at a time; facts about all of them go to `meta`."""
@@ -255,6 +261,8 @@ class _Model:
                     self.cache.put([keys[row] for row in rows], vectors)
                 yield rows, vectors
                 first += len(rows)
+            if given:
+                self.unchanged()
         except InputError as error:
             if error.row is None:
                 raise
@@ -327,10 +335,11 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
             )
         yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     elif config.http and config.backend == "http":
-        with server.opened(config, max(1, config.http.concurrency // context.workers)) as served:
+        with server.opened(config, context.workers) as served:
             _check_same(context, served)
             with _cache(config) as kept:
-                yield _Model(served, served.provenance, cache(partial(check_fits, context)), kept)
+                fits = cache(partial(check_fits, context))
+                yield _Model(served, served.provenance, fits, kept, served.check_unchanged)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         budget = context.budget
@@ -340,15 +349,15 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
             yield _Model(encoder, provenance, cache(partial(check_fits, context)), kept)
 
 
-def _cache(config: Encoder) -> AbstractContextManager[Cache | None]:
+def _cache(config: Encoder) -> AbstractContextManager[VectorCache | None]:
     if config.cache is None:
         return nullcontext()
-    from negpipe.encoders.cache import Cache  # local import, as Python may have been built without SQLite
+    from negpipe.encoders.cache import VectorCache  # local import, as Python may have been built without SQLite
 
-    return closing(Cache(config.cache, config.cache_size))
+    return closing(VectorCache(config.cache, config.cache_size))
 
 
-def _check_same(context: Context, served: encoders.Encoder) -> None:
+def _check_same(context: Context, served: encoders.TextEncoder) -> None:
     """If parts exist, check that the server still has their model: the first text of one gets the same vector.
 
     Raises:
@@ -360,7 +369,7 @@ def _check_same(context: Context, served: encoders.Encoder) -> None:
         table = open_table(context.store.path(task.payload["part"]))
         before = ann.open_parts([context.path(part, "vectors")]).take(np.array([0]))[0]
         (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), _kind(task), lambda rows, tokens: None)
-        if now.shape[1:] != before.shape or not np.linalg.norm(now[0] - before) <= _NEAR * np.linalg.norm(before):
+        if server.differs(now[0], before):
             raise InputError(
                 f"the server's vector of {task.kind} {table['id'][0].as_py()!r} differs from the stored one,"
                 f" {part.file('vectors').path}: it serves another model, or runs it differently",
@@ -430,6 +439,31 @@ def check_fits(context: Context, dimension: int) -> None:
     }
     remedy = "move run_dir or store to a larger disk"
     context.store.check_room(needed, "vectors and search results take about", remedy)
+
+
+def _needs(context: Context, work: Workload) -> Needs:
+    encoder, left, dimension = context.config.encoder, work.left, work.dimension
+    speed = work.speed and work.speed * context.workers
+    note = f"{left:,} texts" + (f" at {speed:,.0f} per second, {work.source}" if speed else "")
+    needs = Needs(left / speed if speed else None, note=note + (", minus cached texts" if encoder.cache else ""))
+    if work.missing and encoder.backend == "http" and encoder.http:
+        needs = _priced(needs, _estimated_tokens(context, work.missing), encoder.http.price)
+    if not dimension:
+        return needs
+    needs = replace(needs, disk=left * dimension * np.dtype(encoder.storage).itemsize)
+    try:
+        check_fits(context, dimension)
+    except NegpipeError as error:
+        return replace(needs, refusal=str(error))
+    return needs
+
+
+def _priced(needs: Needs, tokens: int, price: float | None) -> Needs:
+    """The tokens for a server, and their cost if there is a price."""
+    note = f"{needs.note}; about {tokens:,} tokens (a quarter of the bytes)"
+    if price is None:
+        return replace(needs, tokens=tokens, note=note)
+    return replace(needs, tokens=tokens, cost=tokens * price / 1e6, note=f"{note}, {cost_of(tokens, price)}")
 
 
 def _held(encoder: Encoder) -> tuple[int | None, int]:
@@ -511,7 +545,7 @@ def _told(encoder: Encoder, parts: list[Part], tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "estimated": estimated, "price": price, "cost": price and tokens * price / 1e6}
 
 
-def estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
+def _estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
     """Estimated tokens that tasks would send to a server, from the bytes of their texts."""
     total = 0
     for task in tasks:
@@ -533,18 +567,27 @@ def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
     }
 
 
-def _equal(context: Context, parts: list[Part]) -> dict[str, int]:
-    """How many documents have another's vector; estimated from a sample of vectors if there are very many."""
+def _equal(context: Context, parts: list[Part]) -> dict[str, Any]:
+    """How many documents have another's vector, and two of them; estimated from a sample of vectors if there are very
+    many."""
     vectors = ann.open_parts([context.path(part, "vectors") for part in parts])
     step = np.uint64(1 + vectors.rows // _COUNTED)
     odd = np.random.default_rng(0).integers(2**64, size=vectors.dimension, dtype=np.uint64) | np.uint64(1)
-    sampled = [np.empty(0, np.uint64)]
-    for _, block in vectors.blocks(_BLOCK):
+    sampled, numbers = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for first, block in vectors.blocks(_BLOCK):
         # A sum of odd multiples modulo 2^64: equal bits give equal numbers in every process. The upper half is mixed.
         hashes = block.view(np.uint32).astype(np.uint64) @ odd
-        sampled.append(hashes[(hashes >> np.uint64(32)) % step == 0])
-    counts = np.unique(np.concatenate(sampled), return_counts=True)[1]
-    return {"documents": int(counts[counts > 1].sum()) * int(step), "of": vectors.rows}
+        taken = np.flatnonzero((hashes >> np.uint64(32)) % step == 0)
+        sampled.append(hashes[taken])
+        numbers.append(first + taken)
+    hashes, rows = np.concatenate(sampled), np.concatenate(numbers)
+    shared, counts = np.unique(hashes, return_counts=True)
+    found: dict[str, Any] = {"documents": int(counts[counts > 1].sum()) * int(step), "of": vectors.rows}
+    if found["documents"]:
+        alike = rows[hashes == shared[np.argmax(counts > 1)]][:2]
+        corpus = Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])
+        found["example"] = corpus.strings("id", alike).to_pylist()
+    return found
 
 
 def counted(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -594,10 +637,11 @@ def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
             )
     equal = stats.get("equal")
     if equal and equal["documents"]:
+        such = " and ".join(map(repr, equal.get("example", ())))  # earlier versions name none
         yield Defect(
             equal["documents"] / equal["of"],
-            f"{equal['documents']:,} of {equal['of']:,} documents have exactly the vector of another one, so no search"
-            " can distinguish them",
+            f"{equal['documents']:,} of {equal['of']:,} documents have exactly the vector of another one"
+            f"{such and f', such as {such}'}, so no search can distinguish them",
             "check what their texts have in common, and whether the vectors are complete",
         )
 
@@ -652,6 +696,8 @@ STAGE = Stage(
     libraries=_libraries,
     stats=_stats,
     check=_check,
+    fetches=True,
+    needs=_needs,
     devices=_devices,
     place=lambda config: "apart" if config.encoder.runs_here else "worker",
 )

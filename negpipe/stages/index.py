@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 
 from negpipe import ann
 from negpipe.ann import approximate
-from negpipe.ann.probe import Job
+from negpipe.ann.probe import SearchJob
 from negpipe.config.schema import Config
 from negpipe.data.tables import documents, open_table, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
-from negpipe.errors import InputError
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task
+from negpipe.errors import InputError, beneath
 from negpipe.stages import headers
 from negpipe.store.store import Store
 
@@ -48,7 +48,9 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("the file does not exist", file=name, field="index.trained", remedy="Fix the path")
+        raise InputError(
+            f"the file does not exist{beneath(name)}", file=name, field="index.trained", remedy="Fix the path"
+        )
     return {"index.trained": context.digest_file(Path(name))}
 
 
@@ -78,7 +80,7 @@ def _check(context: Context) -> None:
     context.store.check_room({"index": size - there}, f"index.kind {kind} writes", remedy)
     if context.config.index.approximate:
         anchors = sum(part.rows for part in encode.of_kind("anchors"))
-        job = Job(rows, dimension, anchors, min(context.config.depth, rows))
+        job = SearchJob(rows, dimension, anchors, min(context.config.depth, rows))
         largest = max(sum(part.rows for part in group) for group in filled)
         part = max((part.rows for part in encode.of_kind("anchors")), default=0)
         approximate.check_memory(context.config, job, largest, part, held, context.budget)
@@ -179,9 +181,9 @@ def effort(context: Context) -> approximate.Effort:
     return approximate.read_tuning(context.path(context.manifest("index").of_kind("tuned")[0], "tuning")).effort
 
 
-def _shards(context: Context, opening: Sequence[Mapping[str, Any]]) -> list[approximate.Shard]:
+def _shards(context: Context, opening: Sequence[Mapping[str, Any]]) -> list[approximate.IndexShard]:
     path = context.store.path
-    return [approximate.Shard(path(each["index"]), path(each["sample"]), each["first"]) for each in opening]
+    return [approximate.IndexShard(path(each["index"]), path(each["sample"]), each["first"]) for each in opening]
 
 
 def recall_window(context: Context) -> dict[str, float] | None:
@@ -265,6 +267,7 @@ STAGE = Stage(
     settings=_settings,
     sources=_sources,
     check=_check,
+    needs=lambda _, work: work.building if work.missing != [] else Needs(),
     plan=_plan,
     run=_run,
     remarks=approximate.remarks,

@@ -47,10 +47,10 @@ from negpipe.encoders import cuts
 from negpipe.engine import versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, DamagedError
 from negpipe.ingest import joins, rejected, split
-from negpipe.ingest.spool import Spool, Texts, ahead, extra_columns, load, read
+from negpipe.ingest.spool import Spool, SpooledTexts, ahead, extra_columns, load, read
 from negpipe.sources.places import locate, paths_of
 from negpipe.stages import headers
 from negpipe.store import unfinished
@@ -172,7 +172,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
     )
 
 
-def _documents(rows: pa.Table, texts: Texts) -> Iterator[pa.Table]:
+def _documents(rows: pa.Table, texts: SpooledTexts) -> Iterator[pa.Table]:
     """Rows of the table of a corpus part, with the columns that decide where it is cut."""
     for here, spooled in texts.take(rows["first"].to_numpy()):
         own = rows.slice(here.start, here.stop - here.start)
@@ -374,6 +374,7 @@ STAGE = Stage(
     settings=_settings,
     sources=_sources,
     check=_check,
+    needs=lambda *_: Needs(note="reads the source; the other stages can be planned after it"),
     plan=plan,
     run=_run,
     settle=_settle,

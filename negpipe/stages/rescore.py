@@ -1,8 +1,8 @@
 """rescore: the candidates of search with an additional score, `teacher`, from a function of the caller.
 
-Only for Python callers with a cross-encoder in their process; a run from the command line never
-has this stage. The first `mining.depth` candidates of each anchor are scored and ranked by it, and their positives
-scored; `mining.score: teacher` selects by it.
+Only for Python callers with a cross-encoder in their process; a command uses what such a caller stored. The first
+`mining.depth` candidates of each anchor are scored and ranked by it, and their positives scored; `mining.score:
+teacher` selects by it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Scored
 from negpipe.data.tables import Rows, documents, open_table
 from negpipe.engine.fingerprint import key
+from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.errors import ConfigError
 from negpipe.stages import headers
 
-VERSION = 2
+NAME, VERSION = "rescore", 2
+_MODEL = "rescore.model"
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Score = Callable[[Sequence[tuple[str, str]]], Floats]
@@ -40,7 +43,7 @@ def rescore(score: Score, identity: str) -> Stage:
         anchors, found = context.manifest("ingest").of_kind("anchors"), context.manifest("search").of_kind("candidates")
         depth = context.config.mining.depth
         for texts, part in zip(anchors, found, strict=True):
-            name = key("rescore", VERSION, identity, depth, texts.identity(), part.identity())
+            name = key(NAME, VERSION, identity, depth, texts.identity(), part.identity())
             payload = {"texts": texts.file("table").path, "candidates": part.file("candidates").path, "depth": depth}
             yield Task(name, "candidates", part.rows, payload)
 
@@ -66,15 +69,21 @@ def rescore(score: Score, identity: str) -> Stage:
         publish(
             "candidates",
             ".parquet",
-            lambda file: candidates.write(file, texts["id"], every, {candidates.TEACHER: teacher}),
+            lambda file: candidates.write(
+                file,
+                texts["id"],
+                every,
+                {candidates.TEACHER: teacher},
+                approximate=candidates.approximate(path),
+            ),
         )
         return Made(len(every.rows), {"depth": every.rows.shape[1]})
 
     return Stage(
-        name="rescore",
+        name=NAME,
         version=VERSION,
         inputs=("ingest", "search"),
-        settings=lambda config: {"rescore.model": identity, "mining.depth": config.mining.depth},
+        settings=lambda config: {_MODEL: identity, "mining.depth": config.mining.depth},
         plan=plan,
         open=opened,
         run=run,
@@ -84,17 +93,30 @@ def rescore(score: Score, identity: str) -> Stage:
     )
 
 
+def recorded(manifest: Manifest) -> Stage:
+    """The stage of an earlier program, for readers of what it stored: scoring anything else is an error."""
+    model = manifest.settings[_MODEL]
+
+    def refuse(pairs: Sequence[tuple[str, str]]) -> Floats:
+        raise ConfigError(
+            f"mining.score: {candidates.TEACHER} scores come from a function in Python ({model}), and {len(pairs)}"
+            " pairs have none: run the program that passes it again, or set mining.score: dense"
+        )
+
+    return rescore(refuse, model)
+
+
 def _judged(score: Score, asked: Sequence[str], found: Candidates, corpus: Rows, progress: Progress) -> Scored:
     scores, ranks = np.full(found.scores.shape, np.nan, np.float32), np.full(found.rows.shape, -1, np.int32)
-    for at, query in enumerate(asked):
+    for at, anchor in enumerate(asked):
         real = np.flatnonzero(found.rows[at] >= 0)
-        scores[at, real] = _scores(score, [query] * len(real), found.rows[at, real], corpus)
+        scores[at, real] = _scores(score, [anchor] * len(real), found.rows[at, real], corpus)
         ranks[at, real[np.lexsort((found.rows[at, real], -scores[at, real]))]] = np.arange(len(real))
         progress(1, "")
-    queries = [query for query, count in zip(asked, np.diff(found.offsets), strict=True) for _ in range(count)]
-    return Scored(ranks, scores, _scores(score, queries, found.positives, corpus))
+    repeated = [anchor for anchor, count in zip(asked, np.diff(found.offsets), strict=True) for _ in range(count)]
+    return Scored(ranks, scores, _scores(score, repeated, found.positives, corpus))
 
 
-def _scores(score: Score, queries: Sequence[str], rows: Ints, corpus: Rows) -> Floats:
-    pairs = list(zip(queries, corpus.strings("text", rows).to_pylist(), strict=True))
+def _scores(score: Score, anchors: Sequence[str], rows: Ints, corpus: Rows) -> Floats:
+    pairs = list(zip(anchors, corpus.strings("text", rows).to_pylist(), strict=True))
     return np.asarray(score(pairs), np.float32) if pairs else np.empty(0, np.float32)

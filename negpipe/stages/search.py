@@ -24,7 +24,7 @@ from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import Beginning
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
 from negpipe.stages import headers, slices
 from negpipe.stages.index import open_approximate
 
@@ -64,6 +64,13 @@ def _check(context: Context) -> None:
     largest = max((part.rows for part in encode.of_kind("anchors")), default=0)
     depth = min(context.config.depth, rows)
     ann.exact.layout(largest, rows, encode.stats["dimension"], depth, context.budget)
+
+
+def _needs(context: Context, work: Workload) -> Needs:
+    disk = work.anchors * min(context.config.depth, work.documents) * candidates.BYTES
+    if context.config.search.slice_documents:
+        return Needs(disk=disk, note="merges the results of the slices")
+    return slices.left_of_search(work, int(work.share * disk))
 
 
 def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
@@ -114,26 +121,26 @@ def _shared(context: Context) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """What is searched: the vectors themselves, or an approximate index of them."""
+class _OpenCorpus:
+    """The corpus that is searched: its vectors and, if search is approximate, their index."""
 
     vectors: ann.Vectors
     index: Approximate | None
 
 
 @contextmanager
-def _open(context: Context) -> Iterator[_Opened | None]:
+def _open(context: Context) -> Iterator[_OpenCorpus | None]:
     yield None if _is_sliced(context) else _whole(context)
 
 
-def _whole(context: Context) -> _Opened:
+def _whole(context: Context) -> _OpenCorpus:
     parts = [context.path(part, "vectors") for part in documents(context.manifest("encode"))]
     flat = context.manifest("index").of_kind("flat")
     index = open_approximate(context) if context.config.index.approximate else None
-    return _Opened(ann.open_flat(context.path(flat[0], "index")) if flat else ann.open_parts(parts), index)
+    return _OpenCorpus(ann.open_flat(context.path(flat[0], "index")) if flat else ann.open_parts(parts), index)
 
 
-def _run(task: Task, opened: _Opened | None, context: Context, publish: Publisher, progress: Progress) -> Made:
+def _run(task: Task, opened: _OpenCorpus | None, context: Context, publish: Publisher, progress: Progress) -> Made:
     texts = open_table(context.store.path(task.payload["texts"]))
     positives, offsets = ragged(texts["positives"])
     depth = task.payload["depth"]
@@ -150,7 +157,7 @@ def _run(task: Task, opened: _Opened | None, context: Context, publish: Publishe
 
 def _found(
     task: Task,
-    opened: _Opened,
+    opened: _OpenCorpus,
     positives: Rows,
     offsets: Rows,
     context: Context,
@@ -196,6 +203,7 @@ STAGE = Stage(
     version=VERSION,
     inputs=("ingest", "encode", "index"),
     check=_check,
+    needs=_needs,
     settings=_settings,
     serving=_serving,
     plan=_plan,

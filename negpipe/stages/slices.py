@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,17 @@ from negpipe import ann
 from negpipe.ann.approximate import Approximate
 from negpipe.ann.pairs import Keys
 from negpipe.config.schema import Config
+from negpipe.data import candidates
 from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import Beginning
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
 from negpipe.stages.index import effort, groups, opened_index, places
 from negpipe.store import mapped
 
 VERSION = 1
+_KEY = 8  # bytes per document found
 _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
 
 
@@ -111,6 +113,19 @@ def _check(context: Context) -> None:
         )
 
 
+def _needs(context: Context, work: Workload) -> Needs:
+    cells = (work.anchors if work.missing is None else work.left) * min(context.config.depth, work.documents)
+    return left_of_search(work, cells * (candidates.BYTES if work.missing is None else _KEY))
+
+
+def left_of_search(work: Workload, disk: int) -> Needs:
+    """What the missing tasks of a search need, which write `disk` bytes; empty while the dimension is unknown."""
+    if not work.dimension:
+        return Needs()
+    seconds = work.searching.seconds
+    return replace(work.searching, seconds=seconds and work.share * seconds, disk=disk)
+
+
 def tasks(context: Context, anchors: Sequence[tuple[Part, Part]]) -> Iterator[Task]:
     """One task per slice and part of anchors, slice by slice, so that a worker reads one slice at a time.
 
@@ -153,7 +168,7 @@ def found(context: Context) -> Callable[[Part, Part], list[dict[str, Any]]]:
 
 
 @dataclass
-class _Opened:
+class _OpenSlice:
     """The last slice read."""
 
     names: list[str] = field(default_factory=list)
@@ -162,11 +177,11 @@ class _Opened:
 
 
 @contextmanager
-def _open(_: Context) -> Iterator[_Opened]:
-    yield _Opened()
+def _open(_: Context) -> Iterator[_OpenSlice]:
+    yield _OpenSlice()
 
 
-def _run(task: Task, opened: _Opened, context: Context, publish: Publisher, progress: Progress) -> Made:
+def _run(task: Task, opened: _OpenSlice, context: Context, publish: Publisher, progress: Progress) -> Made:
     payload = task.payload
     if opened.vectors is None or opened.names != payload["parts"]:
         opened.vectors = ann.open_parts([context.store.path(name) for name in payload["parts"]])
@@ -220,6 +235,7 @@ def stage(plan: Callable[[Context], Iterable[Task]]) -> Stage:
         version=VERSION,
         inputs=("ingest", "encode", "index"),
         check=_check,
+        needs=_needs,
         settings=_settings,
         serving=_serving,
         plan=plan,

@@ -32,8 +32,8 @@ from negpipe.data.tables import Rows, documents, open_table, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import InputError
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task, Workload
+from negpipe.errors import InputError, RowsError, beneath
 from negpipe.rows import formats
 from negpipe.select import columns, conditions, deeper, rules, verdicts
 from negpipe.select.filters import CODES, HELPS
@@ -50,6 +50,7 @@ _ADDED = (*columns.NAMES, "given_negatives", "judged")
 """Settings added after the form of this stage's key was fixed."""
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 _COLUMN = 96  # additional bytes if column rules look up values, measured: 30 by never_same, 85 by where
+_ROWS_SECOND = 150_000  # negatives written per second; it rarely takes long
 _FATE = 8  # bytes for the fate of a candidate for one positive of its anchor
 
 
@@ -75,7 +76,9 @@ def _sources(context: Context) -> dict[str, str]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InputError("the file does not exist", file=name, field="mining.exclude_file", remedy="Fix the path")
+        raise InputError(
+            f"the file does not exist{beneath(name)}", file=name, field="mining.exclude_file", remedy="Fix the path"
+        )
     return {"mining.exclude_file": context.digest_file(Path(name))}
 
 
@@ -98,6 +101,13 @@ def _check(context: Context) -> None:
             field="mining.range_min",
             remedy="Set mining.range_min below the number of documents",
         )
+
+
+def _needs(context: Context, work: Workload) -> Needs:
+    negatives = work.anchors * context.config.mining.wanted
+    deepest = deeper.limit(context.config, work.documents)
+    more = f"; anchors short of negatives are searched again, to depth {deepest:,} (not counted)" if deepest else ""
+    return Needs(seconds=negatives / _ROWS_SECOND, note=f"{negatives:,} negatives at most{more}")
 
 
 def _plan(context: Context) -> Iterator[Task]:
@@ -172,6 +182,15 @@ def _check_memory(context: Context) -> None:
         rows = sum(part.rows for part in searchable(encode, context.config))
         dimension, deepest = encode.stats["dimension"], min(deepest, rows)
         deeper.check_memory(largest, rows, dimension, deepest, context.budget)
+
+
+def _accept(config: Config, stats: Mapping[str, Any]) -> None:
+    rows, least = stats["rows"], config.output.min_rows
+    if rows < least:
+        raise RowsError(
+            f"{rows:,} rows, but output.min_rows is {least:,}: triplets/ stays as it was. Candidates dropped:"
+            f" {_dropped(stats)}. {advice(stats)}, or set output.min_rows={rows}"
+        )
 
 
 def _shallower(config: Config, max_positives: int) -> str:
@@ -357,38 +376,65 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
         for name in ("own_positives", "random", "preferred", "searched_deeper", "texts_compared")
     )
     recall = recall_window(context)
-    return ({"recall_window": recall} if recall else {}) | {
-        "rows": sum(part.rows for part in parts),
-        "candidates": candidates_seen,
-        "negatives": taken - own_positives,
-        "wanted": sum(part.meta["units"] for part in parts) * context.config.mining.wanted,
-        "own_positives": own_positives,
-        "random_negatives": random,
-        "preferred_negatives": preferred,
-        "searched_deeper": searched_deeper,
-        "texts_compared": compared,
-        "seconds_comparing": round(sum(part.provenance.get("seconds_comparing", 0.0) for part in parts), 1),
-        "short_anchors": sum(part.meta["short"] for part in parts),
-        "drops": dict(sorted(fates.items(), key=lambda item: -item[1])),
-        "scores": {
-            side: moments.summary(moments.merge([part.meta["scores"][side] for part in parts]))
-            for side in ("positive", "negative")
-        },
-        "vectors": encode.counted(context.manifest("encode").stats),
-    }
+    return (
+        ({"recall_window": recall} if recall else {})
+        | _verdicts(context)
+        | {
+            "rows": sum(part.rows for part in parts),
+            "candidates": candidates_seen,
+            "negatives": taken - own_positives,
+            "wanted": sum(part.meta["units"] for part in parts) * context.config.mining.wanted,
+            "own_positives": own_positives,
+            "random_negatives": random,
+            "preferred_negatives": preferred,
+            "searched_deeper": searched_deeper,
+            "texts_compared": compared,
+            "seconds_comparing": round(sum(part.provenance.get("seconds_comparing", 0.0) for part in parts), 1),
+            "short_anchors": sum(part.meta["short"] for part in parts),
+            "drops": dict(sorted(fates.items(), key=lambda item: -item[1])),
+            "scores": {
+                side: moments.summary(moments.merge([part.meta["scores"][side] for part in parts]))
+                for side in ("positive", "negative")
+            },
+            "vectors": encode.counted(context.manifest("encode").stats),
+        }
+    )
+
+
+def _verdicts(context: Context) -> dict[str, Any]:
+    """Pairs of the exclude file that name what does not exist, if there are any."""
+    name = context.config.mining.exclude_file
+    if name is None:
+        return {}
+    read, pairs = context.manifest("ingest"), verdicts.read(Path(name))
+    anchors = (open_table(context.path(part, "table"))["id"] for part in read.of_kind("anchors"))
+    unknown = verdicts.unknown(pairs, Rows([context.path(part, "table") for part in documents(read)]), anchors)
+    if not unknown:
+        return {}
+    count = sum(map(len, pairs.values()))
+    return {"verdicts": {"file": name, "pairs": count, "unknown": len(unknown), "example": unknown[0]}}
 
 
 def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    if about := stats.get("verdicts"):
+        yield (
+            logging.WARNING,
+            f"{about['unknown']:,} of {about['pairs']:,} pairs of {about['file']} (mining.exclude_file) name an anchor"
+            f" or document that does not exist, such as {about['example']}",
+        )
     made, wanted = negatives_of(stats), stats.get("wanted", 0)
     if is_short(stats):
-        drops = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items())
         what = f"{made:,} of {wanted:,} requested negatives" if stats["rows"] else "no row could be written"
         causes = "".join(f"; {one.problem}" for one in _causes(stats))
         yield (
             logging.WARNING,
-            f"{what}; candidates dropped: {drops or 'none'}{causes}. {advice(stats)}",
+            f"{what}; candidates dropped: {_dropped(stats)}{causes}. {advice(stats)}",
         )
     yield from approximate.remarks(stats)
+
+
+def _dropped(stats: Mapping[str, Any]) -> str:
+    return ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items()) or "none"
 
 
 def is_short(stats: Mapping[str, Any]) -> bool:
@@ -448,10 +494,12 @@ STAGE = Stage(
     settings=_settings,
     sources=_sources,
     check=_check,
+    needs=_needs,
     plan=_plan,
     shared=_shared,
     open=_open,
     run=_run,
+    accept=_accept,
     remarks=_remarks,
     misfit=_misfit,
     libraries=_libraries,

@@ -20,7 +20,7 @@ _IN_USE = 600.0  # seconds after a request in which a file may still be about to
 _SLACK = 16  # the folder is scanned whenever 1/_SLACK of the room has been filled
 
 
-class Cache:
+class FileCache:
     """A folder of such files, laid out like the store. Several processes may share it.
 
     Args:

@@ -20,13 +20,13 @@ from typing import BinaryIO, TypeVar
 
 from negpipe.errors import ConfigError, DamagedError, VanishedError
 from negpipe.store import files, lease, view
-from negpipe.store.cache import OF_CONTENT, Cache
+from negpipe.store.cache import OF_CONTENT, FileCache
 from negpipe.store.s3 import Bucket
 from negpipe.store.store import Shown, Store
 
 A = TypeVar("A")
 B = TypeVar("B")
-PROBE = f"{files.BOOKS}/probe-"
+_PROBE = f"{files.BOOKS}/probe-"
 _FEW = 32  # up to so many files of a folder are requested one by one; for more, the folder is listed
 _RIVALS = 4
 _THREADS = 16  # concurrent requests, which only wait for S3
@@ -44,7 +44,7 @@ class ObjectStore:
 
     bucket: Bucket
     prefix: str
-    cache: Cache
+    cache: FileCache
 
     verifies = True
 
@@ -91,6 +91,10 @@ class ObjectStore:
     def names(self, folder: str) -> list[str]:
         return sorted(name for name, _ in self._listed(folder))
 
+    def strays(self, folder: str, known: Collection[str]) -> list[str]:
+        ours = (name for name in self.names(folder) if OF_CONTENT.fullmatch(name) or name.startswith(_PROBE))
+        return [name for name in ours if name not in known]
+
     def read(self, name: str) -> bytes | None:
         found = self.bucket.get(self._key(name))
         return None if found is None else found[0]
@@ -104,14 +108,10 @@ class ObjectStore:
     def replace(self, name: str, content: bytes, expected: bytes | None) -> bool:
         key = self._key(name)
         if expected is None:
-            condition = {"IfNoneMatch": "*"}
-        else:
-            there = self.bucket.get(key)
-            if there is None or there[0] != expected:
-                return False
-            condition = {"IfMatch": there[1]}
-        # Our own write may be refused too, if its answer was lost and the request was repeated.
-        return self.bucket.put(key, content, **condition) or self.read(name) == content
+            # Our own write may be refused too, if its answer was lost and the request was repeated.
+            return self.bucket.put(key, content, IfNoneMatch="*") or self.read(name) == content
+        there = self.bucket.get(key)
+        return there is not None and there[0] == expected and self._put_over(key, content, there) is not None
 
     def delete(self, name: str) -> None:
         self.bucket.delete(self._key(name))
@@ -160,18 +160,37 @@ class ObjectStore:
         shown: dict[str, str] = json.loads(self.read(_pointing(name)) or b"{}").get("files", {})
         return shown
 
+    def _put_over(self, key: str, content: bytes, there: tuple[bytes, str]) -> str | None:
+        """Write an object that is still what was found there.
+
+        Returns:
+            its tag, in the form that this service compares; None if the object has changed, or no form is accepted.
+        """
+        # HTTP has tags in quotes, and some services insist on them. Ceph answers with them, but compares without.
+        for tag in (there[1], there[1].strip('"')):
+            if self.bucket.put(key, content, IfMatch=tag):
+                return tag
+            now = self.bucket.get(key)
+            if now != there:  # by us, if an answer was lost
+                return tag if now is not None and now[0] == content else None
+        return None
+
     def check_conditions(self) -> None:
-        """Check that conditional writes are conditional here: of several concurrent ones, only one may win.
+        """Check that conditional writes are conditional here.
+
+        Of several concurrent ones only one may win; the right tag must be accepted, an outdated one refused.
 
         Raises:
             ConfigError: they are not; two drivers would not notice each other.
         """
-        name = f"{PROBE}{uuid.uuid4().hex}"
+        name = f"{_PROBE}{uuid.uuid4().hex}"
         won = each(lambda number: self.replace(name, str(number).encode(), None), range(_RIVALS))
         try:
+            there = self.bucket.get(self._key(name))
+            tag = self._put_over(self._key(name), b"", there) if there else None
             if sum(won) != 1:
                 missing = "If-None-Match"
-            elif self.bucket.put(self._key(name), b"", IfMatch=f'"{"0" * 32}"'):
+            elif tag is None or self.bucket.put(self._key(name), b"", IfMatch=tag):  # the second time, it is outdated
                 missing = "If-Match"
             else:
                 return

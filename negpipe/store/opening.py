@@ -10,7 +10,7 @@ from pathlib import Path
 
 from negpipe.config.schema import Config
 from negpipe.store import lease, s3
-from negpipe.store.cache import Cache
+from negpipe.store.cache import FileCache
 from negpipe.store.lock import run_lock, shared_run_lock
 from negpipe.store.objects import ObjectStore
 from negpipe.store.store import LocalStore, Store
@@ -63,4 +63,4 @@ def check_conditions(config: Config) -> None:
 def _objects(url: str, folder: Path, room: int, _process: int) -> ObjectStore:
     s3.check_library()
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    return ObjectStore(s3.Bucket(bucket), prefix, Cache(folder, room))
+    return ObjectStore(s3.Bucket(bucket), prefix, FileCache(folder, room))

@@ -45,6 +45,11 @@ _REFUSALS: dict[tuple[str, ...], tuple[type[NegpipeError], str]] = {
         StorageError,
         f"the bucket is in another region: set AWS_DEFAULT_REGION to that region. {_AGAIN}",
     ),
+    ("MissingContentLength",): (
+        StorageError,
+        "the service does not accept checksums behind the content, which boto3 sends over HTTPS: set"
+        f" AWS_REQUEST_CHECKSUM_CALCULATION=when_required. {_AGAIN}",
+    ),
     ("RequestTimeTooSkewed",): (
         StorageError,
         f"this machine's clock is off by more than S3 accepts: correct it. {_AGAIN}",
@@ -123,14 +128,7 @@ class Bucket:
             try:
                 self.client.put_object(Bucket=self.name, Key=key, Body=content, **condition)
             except _client_error() as error:
-                if _code(error) in (
-                    "PreconditionFailed",
-                    "ConditionalRequestConflict",
-                    "NoSuchKey",
-                    "404",
-                    "412",
-                    "409",
-                ):
+                if _code(error) in _NOT_MET:
                     return False
                 raise
         return True

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from negpipe.store import files, view
+from negpipe.store import files, unfinished, view
+from negpipe.store.cache import OF_CONTENT
 from negpipe.store.lock import held
 
 CHANGES = ".negpipe/changes.lock"
@@ -62,6 +64,9 @@ class Store(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, as accepted by the other methods, sorted."""
+
+    def strays(self, folder: str, known: Collection[str]) -> list[str]:
+        """Files of a folder that nobody but negpipe can have left there, apart from the known ones."""
 
     def read(self, name: str) -> bytes | None:
         """A small file's current content; None if it does not exist."""
@@ -130,9 +135,10 @@ class LocalStore:
 
     def size(self, name: str) -> int | None:
         try:  # not via `path`: for ten thousand parts, creating Paths would take longer than the system calls
-            return os.stat(f"{self.root}/{name}").st_size
+            found = os.stat(f"{self.root}/{name}")
         except OSError:
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         return {name: size for name in names if (size := self.size(name)) is not None}
@@ -149,6 +155,18 @@ class LocalStore:
                 return sorted(f"{folder}/{entry.name}" for entry in entries if entry.is_file())
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def strays(self, folder: str, known: Collection[str]) -> list[str]:
+        place = self.root / folder
+        left = [f"{folder}/{path.name}" for path in unfinished.left_over(place)]
+        if place.is_symlink():  # other stores may link to the same folder
+            return left
+        return left + [name for name in self.names(folder) if name not in known and self._carries_digest(name)]
+
+    def _carries_digest(self, name: str) -> bool:
+        """Whether a file's name ends in the digest of its content."""
+        named = OF_CONTENT.fullmatch(name)
+        return named is not None and (self.digest(name) or "").startswith(named[1])
 
     def read(self, name: str) -> bytes | None:
         for attempt in range(_READS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,14 +27,6 @@ _FIRST = METRICS[0]
 _JUDGED = ("difference", "95 %", "p", "p best", "leak", "distance", "coverage")
 HEAD = ("arm", *METRICS, *_JUDGED, "rows", "steps", "seeds", "time")
 """The columns of the table."""
-
-
-class Figure(NamedTuple):
-    """A figure on the page."""
-
-    title: str
-    svg: str
-    caption: str
 
 
 def rows(found: Ablation) -> Iterator[list[str]]:
@@ -121,9 +113,11 @@ def _page(found: Ablation, settings: dict[str, str]) -> str:
     )
 
 
-def _figures(found: Ablation) -> Iterator[Figure]:
-    def made(title: str, paint: Callable[[Axes], object], caption: str, size: tuple[float, float] = plots.SMALL) -> Any:
-        return Figure(title, plots.figure(title, paint, size), caption)
+def _figures(found: Ablation) -> Iterator[plots.Figure]:
+    def made(
+        title: str, paint: Callable[[Axes], object], caption: str, size: tuple[float, float] = plots.SMALL
+    ) -> plots.Figure:
+        return plots.Figure(title, plots.figure(title, paint, size), caption, wide=size[0] > plots.SMALL[0])
 
     yield made(
         "Effect",

@@ -57,7 +57,7 @@ def rank(
     """
     read = context.manifest("held_out")
     # Loaded only when there is something to encode.
-    model: list[encoders.Encoder] = []
+    model: list[encoders.TextEncoder] = []
 
     def vectors_of(part: Part) -> Path:
         file = folder / f"{part.key}.npy"
@@ -65,7 +65,7 @@ def rank(
             model.extend([] if model else [encoders.load(encoder, path, budget.threads, budget.device)])
             texts = open_table(context.path(part, "table"))["text"].to_pylist()
             kind: encoders.Kind = "query" if part.kind == "anchors" else "passage"
-            blocks = [*model[0].encode(texts, kind, lambda rows, _: progress(rows, part.kind))]
+            blocks = [*model[0].encode(texts, kind, lambda rows, _: progress(rows, f"evaluation, {part.kind}"))]
             publish(folder, file.name, partial(ann.write_part, np.concatenate(blocks)))
         else:
             progress(part.rows, "")
@@ -116,7 +116,7 @@ def rerank(
             own = corpus.strings("text", best[best >= 0]).to_pylist()
             made = reranker.score(model[0], anchors, own, encoder.batch_size)
             publish(folder, file.name, lambda target: np.save(target, made))
-        progress(len(best), "anchors")
+        progress(len(best), "evaluation, pairs")
         return file
 
     ordered = rows.copy()

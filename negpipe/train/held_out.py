@@ -7,12 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from negpipe import sources
 from negpipe.config.schema import Config
 from negpipe.config.training import EVAL_SPLIT
 from negpipe.engine.manifest import Manifest
-from negpipe.engine.stage import Context, Task
+from negpipe.engine.stage import Context, Needs, Task
 from negpipe.errors import InputError
 from negpipe.stages import ingest
+
+
+def check(config: Config) -> None:
+    """Raises InputError: the source has no splits, so that the model would be judged on what it is trained on."""
+    held_out = _config(config)
+    with _split_named(config):
+        if held_out is config or sources.splits(config.data, held_out.data.split):
+            return
+    raise InputError(
+        "the source has no splits, so there is nothing to judge the model on",
+        field="train.eval_split",
+        remedy="Hold some of its anchors out: train: {split: {test: 0.1}} in place of train.eval_split",
+    )
 
 
 def _config(config: Config) -> Config:
@@ -65,6 +79,7 @@ STAGE = replace(
     config=_config,
     sources=_sources,
     plan=_plan,
+    needs=lambda *_: Needs(note="reads the source again, for the held-out split"),
     settle=_settled,
     remarks=lambda _: (),
     outlook=lambda _: (),

@@ -30,12 +30,12 @@ from negpipe.encoders.cuts import percent
 from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Shown, Stage, Task
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, InputError
 from negpipe.stages import encode, triplets
 from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
-from negpipe.train import card, overlap
+from negpipe.train import card, held_out, overlap
 from negpipe.train.comparison import METRICS, compare
 from negpipe.train.trainer import CARD
 
@@ -146,6 +146,7 @@ def _check(context: Context) -> None:
         raise ConfigError(f"train: {' and '.join(missing)} is not installed: run `pip install 'negpipe[train]'`")
     _sources(context)
     _check_room(context)
+    held_out.check(context.config)
     if "held_out" in context.manifests:
         _check_held_out(context)
     if "triplets" in context.manifests:
@@ -198,7 +199,8 @@ def _check_held_out(context: Context) -> None:
         raise InputError(
             f"all {found.anchors:,} anchors of {judge} are also trained on",
             field=field,
-            remedy=f"Use a split with anchors that are not in the split '{context.config.data.split}'",
+            remedy=f"Use a split with anchors that are not in the split '{context.config.data.split}', or, if there is"
+            f" none, hold some of its anchors out: train: {{split: {{test: 0.1}}}} in place of train.eval_split",
         )
 
 
@@ -208,10 +210,10 @@ def _plan(context: Context) -> Iterator[Task]:
     train = context.config.train
     assert train is not None
     settings, sources = _settings(context.config), _sources(context)
-    held_out, rows = context.manifest("held_out"), context.manifest("triplets")
-    judged = sum(part.rows for part in texts(held_out))
+    judged_on, rows = context.manifest("held_out"), context.manifest("triplets")
+    judged = sum(part.rows for part in texts(judged_on))
     run = {name: value for name, value in settings.items() if not name.startswith("train.")}
-    base = key("train", VERSION, "base", run, _encoder(context).digest, _prompts(context), held_out.digest)
+    base = key("train", VERSION, "base", run, _encoder(context).digest, _prompts(context), judged_on.digest)
     yield Task(base, "base", judged, {})
     before = context.own.part(base)
     if before is None:
@@ -234,7 +236,7 @@ def _plan(context: Context) -> Iterator[Task]:
     made: dict[str, Any] = {role: before.file(role).path for role in ("scores", "ranking")}
     made["model"] = {name: file.path for name, file in _model_files(part).items()}
     # The overlap is with everything read for training, and the card names the rows.
-    of = [part.identity(), before.identity(), held_out.digest, context.manifest("ingest").digest, rows.digest]
+    of = [part.identity(), before.identity(), judged_on.digest, context.manifest("ingest").digest, rows.digest]
     evaluation = key("train", VERSION, "evaluation", settings, _sources(context), of)
     yield Task(evaluation, "evaluation", before.rows if _reranks(context.config) else judged, made)
 
@@ -387,6 +389,7 @@ STAGE = Stage(
     settings=_settings,
     sources=_sources,
     check=_check,
+    needs=lambda *_: Needs(note="its first steps show how long it takes"),
     plan=_plan,
     run=_run,
     rounds=True,

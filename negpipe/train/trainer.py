@@ -252,7 +252,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
         """Reports progress, stops failed runs, and marks complete checkpoints."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress(state.global_step * rows, "")
+            progress(state.global_step * rows, f"training, step {state.global_step:,} of {state.max_steps:,}")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             wrong = {name: logs[key] for key, name in _LOGGED.items() if key in logs and not np.isfinite(logs[key])}
@@ -264,7 +264,7 @@ def _watcher(folder: Path, train: Train, progress: Progress) -> Any:
                     " set train.precision: float32"
                 )
             if "loss" in logs:
-                note = f"step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.4f}"
+                note = f"training, step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.4f}"
                 progress(rows, note)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -19,7 +19,7 @@ from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, vectors, writ
 
 from negpipe import ann, graph
 from negpipe.ann import approximate, auto, coded, factory
-from negpipe.ann.probe import Job
+from negpipe.ann.probe import SearchJob
 from negpipe.config.file import load_config
 from negpipe.data import candidates
 from negpipe.data.tables import open_table
@@ -295,7 +295,7 @@ def test_too_much_for_the_memory_is_said_before(source: dict[str, Any]) -> None:
         mined(source, "index.kind=HNSW64", *tight)
     assert refused.value.there == 64 * 2**20 // 110 < refused.value.needed < 3 * 2**20
     # A rotation is learned in eleven times the memory of its sample.
-    job = Job(200_000, 384, 100, 64)
+    job = SearchJob(200_000, 384, 100, 64)
     for kind, memory in (("PQ32x4fs", 512 * 2**20), ("OPQ32,PQ32x4fs", 1100 * 2**20)):
         about = load_config(source, [f"index.kind={kind}"]), job, 1_000, 100, 0
         approximate.check_memory(*about, budget=Budget(memory, 1))
@@ -477,7 +477,7 @@ def test_an_index_with_other_vectors_than_were_encoded_is_refused(tmp_path: Path
         with (tmp_path / name).open("wb") as file:
             factory.write(index, file)
     shards = [
-        approximate.Shard(tmp_path / name, tmp_path / "rows.npy", 1_000 * i)
+        approximate.IndexShard(tmp_path / name, tmp_path / "rows.npy", 1_000 * i)
         for i, name in enumerate(("a.faiss", "b.faiss"))
     ]
     assert approximate.open_index(kind, shards[:1], made).vectors.rows == 1_000

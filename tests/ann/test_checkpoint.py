@@ -95,6 +95,7 @@ def test_a_deeper_search_goes_on_and_searches_nothing_twice(tmp_path: Path, monk
         "mining.range_max=10",
         "search.depth=10",
         "mining.max_score=-9",
+        "output.min_rows=0",
         "mining.max_depth=40",
         "data.part_rows=99",
     ]

@@ -89,6 +89,9 @@ def test_0_done_and_nothing_to_do(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["mine"], "Missing argument 'CONFIG'."),
+        (["diff", "A"], "Missing argument 'B'. Example: negpipe diff "),
+        (["mine", "CONFIG", "--set", "seed", "3"], "--set seed=3"),
+        (["mine", "CONFIG", "--set", "data.text={title}", "{text}"], "'data.text={title} {text}'"),
         (["mine", "CONFIG", "--depht", "3"], "No such option: --depht"),
         (["mien", "CONFIG"], "No such command 'mien'"),
         (["mine", "CONFIG", "--set"], "Option '--set' requires an argument."),
@@ -323,6 +326,14 @@ def test_status_and_explain_are_safe_too(tmp_path: Path) -> None:
     stale = small.run("status", config, "--set", f"data.text={json.dumps('{text}' + HOSTILE)}")
     assert "ingest: data.text changed from" in stale.out
     assert not CONTROL.search(stale.out)
+
+
+def test_of_a_section_that_changed_only_the_changed_keys_are_named(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    assert small.run("ingest", config).code == 0
+    stale = small.run("status", config, "--set", "data.columns.query_text=question")
+    (line,) = (line for line in stale.out.splitlines() if "changed from" in line)
+    assert "data.columns.query_text changed from 'text' to 'question'" in line and "corpus_id" not in line
 
 
 # --- clean --------------------------------------------------------------------------------------------

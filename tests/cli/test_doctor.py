@@ -80,3 +80,11 @@ def test_a_line_that_is_broken_says_what_to_do() -> None:
     ]
     assert doctor.broken(facts) == ["missing: numpy. Run pip install numpy"]
     assert "- missing: numpy (broken)" in doctor.page(facts)
+
+
+def test_long_lists_are_broken_into_lines() -> None:
+    versions = [f"library-{number} 1.{number}.0" for number in range(20)]
+    lines = doctor.page([doctor.Fact("Libraries", "required", ", ".join(versions))]).splitlines()
+    listed = lines[lines.index("**Libraries**") + 2 :]
+    assert len(listed) > 1 and max(map(len, listed)) <= 120
+    assert " ".join(line.strip() for line in listed) == f"- required: {', '.join(versions)}"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +131,89 @@ def test_a_run_directory_is_no_source(tmp_path: Path) -> None:
     assert small.run("ingest", config).code == 0
     refused = small.run("inspect", tmp_path / "run")
     assert refused.code == 3 and f"negpipe status {tmp_path / 'run'}" in refused.err
+
+
+def test_a_hub_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen: connections are refused
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        }
+        command = [sys.executable, "-m", "negpipe", "inspect", "nobody/nothing"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    warnings, error = done.stderr.splitlines()
+    assert "the hub is not reachable (Connection refused); reading its local cache only" in warnings
+    assert error.startswith("negpipe: nobody/nothing: ") and "offline, use a local folder" in error
+
+
+def test_what_would_stop_the_next_command_is_odd(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    ids = [f"d{n}" for n in range(6)]
+    small.write_rows(folder / "corpus.jsonl", [{"_id": name, "text": f"text of {name}"} for name in [*ids, "d2"]])
+    small.write_rows(folder / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(3)])
+    small.write_qrels(folder / "qrels/train.tsv", [("q0", "d0", 1), ("q1", "d1|d2", 1), ("q9", "d3", 1)])
+    assert inspected(str(folder))["odd"] == {"unknown_id": 2}  # the same text twice under an id is no other text
+    small.write_rows(
+        folder / "corpus.jsonl", [{"_id": name, "text": f"text {n}"} for n, name in enumerate([*ids, "d2"])]
+    )
+    found = inspected(str(folder))
+    assert found["odd"] == {"id_with_two_texts": 1, "unknown_id": 2}
+    assert "corpus.jsonl, row 7: the id 'd2' has another text" in found["examples"][0]
+    assert "row 3: the relevance judgment names an unknown document id 'd1|d2'" in found["examples"][1]
+    assert found["examples"][1].endswith("Several ids in one cell? Write one judgment per line")
+    assert "row 4: the relevance judgment names an unknown query id 'q9'" in found["examples"][2]
+    # Rows that were not read may have them.
+    assert "unknown_id" not in inspected(str(folder), "--rows", "3")["odd"]
+
+
+def test_a_source_without_anything_to_mine_is_an_error_after_its_description(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("anchor,positive\n")
+    outcome = small.run("inspect", str(tmp_path / "empty.csv"), "--write", str(tmp_path / "c.yaml"))
+    assert outcome.code == 3 and "documents: 0" in outcome.out
+    assert "empty.csv: nothing can be mined: it has no usable documents" in outcome.err
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_a_split_that_is_asked_for_is_not_replaced(tmp_path: Path) -> None:
+    small.build(tmp_path)
+    outcome = small.run("inspect", str(tmp_path / "data"), "--split", "dev")
+    assert outcome.code == 3 and "no judgments for the split 'dev'. Available splits: train" in outcome.err
+
+
+def test_ids_in_place_of_texts_are_told(tmp_path: Path) -> None:
+    small.write_rows(tmp_path / "rows.jsonl", [{"anchor": f"which {n}", "positive": f"D{n}"} for n in range(5)])
+    assert "look like ids" in small.run("inspect", str(tmp_path / "rows.jsonl")).out
+    triplets(tmp_path / "rows.jsonl", 7)
+    assert "look like ids" not in small.run("inspect", str(tmp_path / "rows.jsonl")).out
+
+
+def test_a_folder_that_cannot_be_read_yet_leads_to_one_that_can(tmp_path: Path) -> None:
+    (tmp_path / "articles_dump.csv").write_text("Art. No;Headline\n1;a\n2;b\n")
+    (tmp_path / "tickets.jsonl").write_text('{"ticket": "q1", "question": "a query", "solved": 1}\n')
+    refused = small.run("inspect", tmp_path)
+    assert refused.code == 3 and "ticket, question, solved" in refused.err
+    setting = re.search(r"data\.table\.delimiter: (\w+)", refused.err)
+    assert setting, refused.err
+    delimiter = f"data.table.delimiter={setting[1]}"
+    both = small.run("inspect", tmp_path / "articles_dump.csv", tmp_path / "tickets.jsonl", "--set", delimiter)
+    for columns in ("articles_dump.csv: Art. No, Headline;", "tickets.jsonl: ticket, question, solved."):
+        assert columns in both.err.replace("\n", " "), "each file with its own"
+    corpus, rest = tmp_path / "articles_dump.csv", tmp_path / "tickets.jsonl"
+    named = [f"data.corpus={corpus}", f"data.queries={rest}", f"data.qrels={rest}", "data.text={Headline}", delimiter]
+    named += ["data.format=columns", "data.columns.corpus_id=Art. No", "data.columns.query_id=ticket"]
+    named += ["data.columns.query_text=question", "data.columns.qrels_query_id=ticket"]
+    named += ["data.columns.qrels_corpus_id=solved"]
+    found = inspected(str(tmp_path), *(word for one in named for word in ("--set", one)))
+    assert (found["documents"]["count"], found["judgments"], found["odd"]) == (2, {"train": 1}, {})
+
+
+def test_a_path_that_leads_nowhere_says_where_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"beneath {tmp_path}" in small.run("inspect", "source/corpus.jsonl").err.replace("\n", " ")
+    assert str(tmp_path / "configs/my.yaml") in small.run("mine", "my.yaml").err.replace("\n", " ")
+    config = small.build(tmp_path)
+    assert small.run("ingest", config).code == 0
+    assert str(tmp_path / "run") in small.run("mine", tmp_path).err.replace("\n", " "), "a folder of runs names them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_every_command_takes_it_from_any_folder(tmp_path: Path, monkeypatch: pyt
 def test_next_names_it_where_it_keeps_this_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     relative(tmp_path, monkeypatch)
     mined = small.run("mine", "config.yaml", "--set", "mining.num_negatives=2", "--set", "seed=7")
-    assert "negpipe calibrate runs/small\n" in mined.out
+    assert "negpipe audit runs/small\n" in mined.out
     assert "negpipe status runs/small\n" in mined.out
     assert "negpipe mine runs/small --set mining.relative_margin=0.1\n" in mined.out
     assert "--set seed=7" not in mined.out
@@ -81,6 +82,9 @@ def test_what_changes_is_shown_and_kept_once_it_is_made(tmp_path: Path, monkeypa
     before = keeps.read_text(encoding="utf-8")
     plain = small.run("status", "runs/small")
     assert "was made with" not in plain.err
+    (row, *_) = json.loads(small.run("status", "runs/small", "--format", "json").out)
+    by_the_clock_of_the_log = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert plain.out.splitlines()[1].endswith(f"  {by_the_clock_of_the_log}")
     status = small.run("status", "runs/small", "--set", "mining.num_negatives=2")
     assert "mining.num_negatives: 2; the run was made with 3" in status.err
     assert status.err.count("was made with") == 1
@@ -160,7 +164,7 @@ def test_a_change_is_what_it_is_on_top_of_the_config(
 
 def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
     (tmp_path / ".negpipe").mkdir()
-    assert "run directory without a stored config" in small.run("status", tmp_path).err
+    assert "has no stored config" in small.run("status", tmp_path).err
     assert small.run("status", tmp_path).code == 2
 
 

@@ -15,7 +15,10 @@ from negpipe.errors import InputError
 pytestmark = pytest.mark.cases
 
 RULES = {
-    "relative_margin": (["mining.relative_margin=99"], "a smaller mining.relative_margin"),
+    "relative_margin": (
+        ["mining.relative_margin=1", "mining.num_negatives=40", "mining.range_max=40"],
+        "a smaller mining.relative_margin",
+    ),
     "absolute_margin": (["mining.absolute_margin=9"], "a smaller mining.absolute_margin"),
     "max_score": (["mining.max_score=-9"], "a higher mining.max_score"),
     "min_score": (["mining.min_score=9"], "a lower mining.min_score"),
@@ -30,7 +33,7 @@ def test_the_rule_that_dropped_most_is_named_with_what_helps(
 ) -> None:
     small.build(tmp_path)
     overrides, helps = RULES[rule]
-    graph.mine(load_config(small.settings(tmp_path), ["mining.max_depth=0", *overrides]))
+    graph.mine(load_config(small.settings(tmp_path), ["mining.max_depth=0", "output.min_rows=0", *overrides]))
     (warning,) = [record.message for record in caplog.records if "candidates dropped" in record.message]
     assert f"dropped: {rule.replace('_', ' ')}" in warning and helps in warning
 
@@ -76,6 +79,24 @@ def test_fewer_rows_than_asked_for_are_a_failure_that_repeats_nothing(tmp_path: 
     )
 
 
+def test_rows_that_are_not_enough_replace_nothing(tmp_path: Path) -> None:
+    """Neither the rows nor the config of the run; what was made is there once fewer rows are enough."""
+    small.build(tmp_path)
+    config, run = small.write_config(tmp_path), tmp_path / "run"
+    graph.mine(load_config(str(config)))
+    before = {path.name: path.read_bytes() for path in sorted((run / "triplets").iterdir())}
+    kept = (run / ".negpipe/config.yaml").read_text(encoding="utf-8")
+    none = ("--set", "mining.max_score=-9")
+    done = small.run("mine", config, *none)
+    assert done.code == 1 and "output.min_rows" in done.err and "Next" not in done.out
+    assert {path.name: path.read_bytes() for path in sorted((run / "triplets").iterdir())} == before
+    assert (run / ".negpipe/config.yaml").read_text(encoding="utf-8") == kept
+    assert small.run("mine", run).code == 0
+    assert small.run("commit", "triplets", config, *none, "--shards", "1").code == 1
+    assert small.run("mine", config, *none, "--set", "output.min_rows=0").code == 0
+    assert pq.read_table(run / "triplets").num_rows == 0
+
+
 def test_of_no_rows_the_rule_that_let_nothing_pass_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Not the one before it, which dropped more."""
     corpus = [{**row, "kind": "a" if at % 3 else "b"} for at, row in enumerate(small.documents())]
@@ -83,6 +104,7 @@ def test_of_no_rows_the_rule_that_let_nothing_pass_is_named(tmp_path: Path, capl
     settings = small.settings(tmp_path)
     settings["data"]["extra"] = {"corpus": ["kind"]}
     rules = ["mining.only_same=kind", "mining.where=candidate.kind = 'c'", "mining.max_depth=0", "mining.range_max=40"]
+    rules += ["output.min_rows=0"]
     graph.mine(load_config(settings, rules))
     (warning,) = [record.message for record in caplog.records if "candidates dropped" in record.message]
     assert "Relax mining.where" in warning

@@ -54,7 +54,10 @@ def test_unknown_keys_get_the_nearest_known_name(override: str, message: str) ->
     ("override", "fragments"),
     [
         ("seed=-1", ["seed: ", "greater than or equal to 0", "(got -1)"]),
-        ("seed=1.5", ["seed: ", "integer", "(got 1.5)"]),
+        ("seed=1.5", ["seed: must be a valid integer (got 1.5)"]),
+        ("seed=many", ["seed: must be a valid integer (got 'many')"]),
+        ("mining.relative_margin=5%", ["mining.relative_margin: ", "(got '5%')", "write 0.05"]),
+        ("mining.relative_margin=5", ["mining.relative_margin: ", "(got 5)", "write 0.05"]),
         ("mining.rank_over=both", ["mining.rank_over: ", "'raw' or 'survivors'", "(got 'both')"]),
         ("mining.exclude=[positive_id, nope]", ["mining.exclude.1: ", "'anchor_text'", "(got 'nope')"]),
         ("mining.range_min=192", ["mining: mining.range_max (192) must be above mining.range_min (192)"]),
@@ -82,7 +85,7 @@ def test_a_bad_value_is_named_by_its_path(override: str, fragments: list[str]) -
 
 
 def test_the_file_is_not_blamed_for_what_the_command_line_says() -> None:
-    assert problem(["mining.rank_over=both"]).startswith("config with --set: mining.rank_over: ")
+    assert problem(["mining.rank_over=both"]).startswith("config with overrides: mining.rank_over: ")
     wrong = {**LEAST, "seed": "none"}
     with pytest.raises(ConfigError, match=r"^config: seed: "):
         load_config(wrong, ["mining.num_negatives=2"])
@@ -97,13 +100,15 @@ def test_all_problems_are_listed_at_once_and_the_file_is_named(tmp_path: Path) -
     assert len(lines) == 4
     assert lines[0].startswith(f"{path}: run_dir: this key is required")
     for place in ("seed: ", "encoder.batch_size: ", "minig: unknown key. Did you mean 'mining'?"):
-        assert any(line.startswith(place) for line in lines)
+        assert any(line.startswith(f"{path}: {place}") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
         ("a: [1", "not valid YAML"),
+        ("seed: 1\nmining: {}\n---\nseed: 2\n", r"line 3: a second document begins \(---\): keep one"),
+        ("mining:\n  range_min: 1\n\trange_max: 5\n", "line 3: indent with spaces, not a tab"),
         ("", "must be a mapping"),
         ("- 1\n", "must be a mapping"),
         ("\udcff", "not valid"),
@@ -292,7 +297,7 @@ def test_the_commands_about_configs(tmp_path: Path) -> None:
     assert json.loads(small.run("config", "schema").out) == schema()
     wrong = small.run("config", "check", path, "--set", "sed=7")
     assert wrong.code == 2
-    assert wrong.err == f"negpipe: {path} with --set: sed: unknown key. Did you mean 'seed'?\n"
+    assert wrong.err == f"negpipe: {path} with overrides: sed: unknown key. Did you mean 'seed'?\n"
 
 
 @pytest.mark.parametrize("form", ["x", "{}", "{} {} {}", "{0}", "{instruction}{text}", "{"])

@@ -109,3 +109,22 @@ def test_a_score_ranks_only_what_it_scored(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dense, teacher") as error:
         list(candidates.read(path, IDS, score="bm25"))
     assert error.value.field == "mining.score"
+
+
+def test_a_score_that_was_not_computed_is_null(tmp_path: Path) -> None:
+    teacher = judged(some())["teacher"]
+    teacher.positive_scores[1] = np.nan
+    teacher.scores[0, 1] = np.nan  # of a candidate that has a rank
+    path = written(tmp_path / "part.parquet", some(), {"teacher": teacher})
+    nulls = (
+        duckdb.connect()
+        .execute(
+            f"SELECT count(*) FILTER (score IS NULL), count(*) FILTER (score <> score) FROM"
+            f" (SELECT unnest(positive_score_teacher) AS score FROM '{path}')"
+        )
+        .fetchall()
+    )
+    assert nulls == [(1, 0)]
+    assert duckdb.connect().execute(f"SELECT score_teacher FROM '{path}' LIMIT 1").fetchall() == [([0, None, 2, None],)]
+    (found,) = candidates.read(path, IDS, score="teacher")
+    assert np.isnan(found.positive_scores).tolist() == [False, True, False, False, False]

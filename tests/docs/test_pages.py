@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import small_source as small
 import yaml
 from doc_pages import DOCS, ROOT, Block, blocks, pages
 
@@ -194,3 +198,19 @@ def test_queries_of_a_run_are_answered(finished: Path) -> None:
         answer = duckdb.sql(text)
         assert answer is not None and answer.fetchall(), block
     assert queries
+
+
+def test_nested_fields_and_several_ids_in_a_cell_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "how-to/data.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(import duckdb\n.*?)```", page, re.DOTALL)
+    with gzip.open(tmp_path / "articles.jsonl.gz", "wt") as file:
+        for n in range(9):
+            row = {"sku": f"D{n}", "meta": {"lang": "en"}, "content": {"headline": f"head {n}", "body": f"body {n}"}}
+            file.write(json.dumps(row) + "\n")
+    asked = "".join(f"T{n},question {n},D{n}|D{n + 1}\n" for n in range(4))
+    (tmp_path / "tickets.csv").write_text(f"ticket,customer_text,solved_by\n{asked}")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", program], check=True)
+    found = json.loads(small.run("inspect", "source", "--json").out)
+    assert found["data"] == {"format": "beir", "path": "source"} and not found["odd"]
+    assert found["positives"] == {"2": 4} and found["documents"]["count"] == 9

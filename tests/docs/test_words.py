@@ -1,12 +1,15 @@
-"""The English of pages, help, messages and comments: spelling by codespell, and words that a reader stumbles over."""
+"""The words of pages, help, messages, comments and classes: spelling by codespell, words that a reader stumbles over,
+and class names with two meanings."""
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import subprocess
 import sys
 import tokenize
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -74,3 +77,13 @@ def test_spelling() -> None:
     words = [sys.executable, "-m", "codespell_lib", "--ignore-words-list", "te,tread", *map(str, [*PROSE, *CODE])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_class_name_means_one_thing() -> None:
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in ROOT.glob("negpipe/**/*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                modules[node.name].append(str(path.relative_to(ROOT)))
+    assert len(modules) > 100
+    assert not {name: places for name, places in modules.items() if len(places) > 1}

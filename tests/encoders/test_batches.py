@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders.batches import batches_of, by_tokens
 from negpipe.errors import ConfigError, InputError, TaskFailedError
 
@@ -29,10 +29,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def by(folder: Path, backend: str, tokens: int, **more: Any) -> Settings:
-    return Settings.model_validate(
-        {"backend": backend, "model": str(folder), "batch_tokens": tokens, **LENGTHS, **more}
-    )
+def by(folder: Path, backend: str, tokens: int, **more: Any) -> Encoder:
+    return Encoder.model_validate({"backend": backend, "model": str(folder), "batch_tokens": tokens, **LENGTHS, **more})
 
 
 def kept_in(calls: list[tuple[int, int]]) -> encoders.OnBatch:

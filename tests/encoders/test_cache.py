@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 from as_root import needs_a_namespace, needs_root, run_in_a_namespace
 
-from negpipe.encoders.cache import Cache
+from negpipe.encoders.cache import VectorCache
 
 pytestmark = pytest.mark.guarantee(
     "the cache is damaged, full, read-only, shared by processes that write at once, or one is killed",
@@ -31,14 +31,14 @@ LARGE = 2**30
 
 
 def keys(count: int, space: str = "model") -> list[bytes]:
-    return [Cache.key(space, f"text {number}") for number in range(count)]
+    return [VectorCache.key(space, f"text {number}") for number in range(count)]
 
 
 def vectors(count: int, dimension: int = 8) -> Floats:
     return np.random.default_rng(dimension).normal(size=(count, dimension)).astype(np.float32)
 
 
-def known(cache: Cache, asked: list[bytes]) -> dict[int, Floats]:
+def known(cache: VectorCache, asked: list[bytes]) -> dict[int, Floats]:
     """Vectors by offset."""
     return {int(row): vector for rows, found in cache.known(asked) for row, vector in zip(rows, found, strict=True)}
 
@@ -54,8 +54,8 @@ def file(folder: Path) -> Path:
 
 
 @contextmanager
-def opened(folder: Path, size: int = LARGE) -> Iterator[Cache]:
-    cache = Cache(folder, size)
+def opened(folder: Path, size: int = LARGE) -> Iterator[VectorCache]:
+    cache = VectorCache(folder, size)
     try:
         yield cache
     finally:
@@ -82,7 +82,7 @@ def test_what_was_put_is_known_to_others_bit_by_bit(tmp_path: Path) -> None:
 
 def test_keys_tell_texts_and_spaces_apart() -> None:
     texts = ["", "a", "a ", "ab", "é", "e\u0301"]
-    assert len({Cache.key(space * 64, text) for space in "ab" for text in texts}) == 2 * len(texts)
+    assert len({VectorCache.key(space * 64, text) for space in "ab" for text in texts}) == 2 * len(texts)
 
 
 def test_memory_does_not_grow_with_the_vectors(tmp_path: Path) -> None:
@@ -311,16 +311,17 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from negpipe.encoders.cache import Cache
+from negpipe.encoders.cache import VectorCache
 
 folder, size, first, last, step = sys.argv[1], *map(int, sys.argv[2:])
-cache = Cache(Path(folder), size)
+cache = VectorCache(Path(folder), size)
 print("ready", flush=True)
 sys.stdin.readline()
 for start in range(first, last, step):
     rows = range(start, start + step)
-    cache.put([Cache.key("model", f"text {row}") for row in rows], np.array([[row] * 64 for row in rows], np.float32))
-    if len(list(cache.known([Cache.key("model", f"text {row}") for row in rows]))) != 1:
+    keys = [VectorCache.key("model", f"text {row}") for row in rows]
+    cache.put(keys, np.array([[row] * 64 for row in rows], np.float32))
+    if len(list(cache.known(keys))) != 1:
         sys.exit("an entry that was just written is missing")
     print(start, flush=True)
 cache.close()

@@ -18,7 +18,7 @@ from model_vectors import BACKENDS, TEXTS, ignore, loaded, settings, sha256
 from tiny_model import build_tiny_model
 
 from negpipe import encoders
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.encoders import backends, has_units
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
@@ -231,7 +231,7 @@ class Library:
         self._at_pass = at_pass
         self._local = threading.local()
         library = backends.Library(self, self._call, [], None)
-        self.encoder = Batched(Settings(model="none", batch_size=4, call_texts=128), library, ahead=True)
+        self.encoder = Batched(Encoder(model="none", batch_size=4, call_texts=128), library, ahead=True)
 
     def forward(self, attention_mask: Any) -> Any:
         self._at_pass(self._local.call, len(self.passes))
@@ -292,7 +292,7 @@ def test_device_and_precision_that_do_not_fit(tiny: Path) -> None:
 def test_bfloat16_is_refused_by_a_processor_without_units_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx512f", "amx_int8"}))
     with pytest.raises(
-        ConfigError, match=r"encoder\.precision: 'bfloat16' needs a CPU that supports it .*no faster than float32"
+        ConfigError, match=r"encoder\.precision: 'bfloat16' needs a CPU that supports it .*four to five times the time"
     ):
         loaded(settings(tiny, precision="bfloat16"))
 
@@ -412,7 +412,7 @@ HUB = """
 import sys
 from pathlib import Path
 from negpipe import encoders
-from negpipe.config.encoder import Encoder as Settings
+from negpipe.config.encoder import Encoder
 from negpipe.errors import InputError
 
 def never(file):
@@ -420,7 +420,7 @@ def never(file):
 
 for name, revision in (("someone/tiny", None), ("someone/tiny", "COMMIT"), ("someone/other", None)):
     try:
-        model = encoders.resolve_model(Settings(model=name, revision=revision), never)
+        model = encoders.resolve_model(Encoder(model=name, revision=revision), never)
         print(model.digest, Path(model.path).name, Path(model.path).parents[1].name)
     except InputError as error:
         print(error)

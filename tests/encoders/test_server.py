@@ -27,7 +27,7 @@ def asked(
     encoder: Any, kind: encoders.Kind = "passage", texts: list[str] = TEXTS, on_batch: encoders.OnBatch = ignore
 ) -> Any:
     """The vectors of texts, by a server opened for them."""
-    with served.opened(encoder, encoder.http.concurrency) as opened:
+    with served.opened(encoder, 1) as opened:
         return np.concatenate(list(opened.encode(texts, kind, on_batch)))
 
 
@@ -271,7 +271,7 @@ def test_a_key_that_is_no_key(monkeypatch: pytest.MonkeyPatch, value: str | None
     if value is not None:
         monkeypatch.setenv("THE_KEY", value)
     with pytest.raises(ConfigError, match=r"encoder\.http\.key_env") as caught:
-        served.check(asking("http://localhost", http={"key_env": "THE_KEY"}))
+        served.check(asking("http://localhost", http={"key_env": "THE_KEY"}), 1)
     assert "clé" not in str(caught.value) and "THE_KEY" not in str(caught.value)
 
 
@@ -279,4 +279,4 @@ def test_a_key_that_is_no_key(monkeypatch: pytest.MonkeyPatch, value: str | None
 def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=rf"{library}.*pip install 'negpipe\[http\]'"):
-        served.check(asking("http://localhost"))
+        served.check(asking("http://localhost"), 1)

@@ -8,25 +8,35 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import real_runs
+from befalls import Control
 from beir_data import numbered_folder, precomputed_config, tricky_folder
-from real_runs import PATIENCE, STAGES, Run, interrupted, kill, wait
+from ray_nodes import ACTOR, Nodes
+from real_runs import PATIENCE, STAGES, Run, interrupted, kill, programs, wait
 from torture import (
     WORKERS,
     Boundary,
+    alive,
     blow,
     boundaries,
     forget,
     killed_after,
     killed_at,
     seconds_of,
+    sidecars,
     survives,
 )
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 KILLS = 200  # at random moments
 MOMENTS = ("ingest", "index", "search", "triplets", "encode", "ingest", "search", "triplets")  # encode loads models
@@ -122,6 +132,82 @@ def test_killed_at_a_random_moment(
         pytest.fail("the run was always over before it was killed")
     survives(run, whole, by_command=draw.random() < 0.3)
     record_property("count: kills survived", 1)
+
+
+# --- the driver of every executor -------------------------------------------------------------------------
+
+FOLDERS = {"encode": "encode", "search": "search", "triplets": "rows"}
+"""Where the stages in which it is killed publish."""
+SHARDED = ("-o", ".venv/.ready-mining", "mine-shards", "SHARDS=2", "SET=executor.kind=inline")
+
+
+def driver(
+    executor: str, run: Run, folder: Path, fixture: Callable[[str], Any]
+) -> tuple[Control, Callable[[], subprocess.Popen[str]]]:
+    """What befalls the tasks of an executor, two at a time, and how its driver is started."""
+    if executor == "ray":
+        nodes: Nodes = fixture("nodes")
+        nodes.fill(2)
+        return nodes.control, partial(run.start, "mine", *ACTOR, nodes.address, "executor.workers=2")
+    (folder / "control").mkdir()
+    control = Control(folder / "control/told")
+    if executor == "shards":
+        tools = programs(folder / "bin")
+        command = ["make", "-C", str(ROOT), *SHARDED, f"CONFIG={run.file()}", f"BIN={tools}"]
+        return control, partial(run.started, command, control.environment)
+    kinds = {
+        "inline": ["executor.kind=inline"],
+        "local": ["executor.workers=2", "resources.cpus=2"],
+        "slurm": ["executor.kind=slurm", "executor.slurm.shards=2"],
+    }
+    environment = {**control.environment, **({"SLURM_CONF": str(fixture("box"))} if executor == "slurm" else {})}
+    return control, partial(run.start, "mine", *kinds[executor], environment=environment)
+
+
+@pytest.mark.guarantee(
+    "the driver of any executor is killed in `encode`, then in `search`, then in `triplets`",
+    "no finished part is made again, at most one task a worker is; the same bytes after resuming",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "executor",
+    ["inline", "local", "shards", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("ray", "slurm"))],
+)
+def test_the_driver_is_killed_in_three_stages(
+    executor: str, whole: Run, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_runs, "PATIENCE", 5 * PATIENCE)  # for clusters on a busy machine
+    run = whole.at(tmp_path / "run")
+    control, start = driver(executor, run, tmp_path, request.getfixturevalue)
+    made: Counter[str] = Counter()
+    finished: dict[str, tuple[int, int]] = {}
+    for stage, folder in FOLDERS.items():
+        control.tell(**{name: {"sleeps": 0.5 * (name == folder)} for name in FOLDERS.values()})
+        process = start()
+        try:
+            assert wait(process, run.begun(stage, 2)), run.log.read_text(encoding="utf-8")
+            if executor != "shards":  # a shard has no driver: all of them are killed
+                process.kill()
+                process.wait(PATIENCE)
+                deadline = time.monotonic() + real_runs.PATIENCE
+                while executor != "slurm" and (left := alive([pid for _, pid in control.notes()])):
+                    assert time.monotonic() < deadline, left
+                    time.sleep(0.1)
+        finally:
+            kill(process)
+        assert not run.complete(stage)
+        finished |= sidecars(run)
+        made.update(name for name, _ in control.notes())
+    control.tell(**{name: {} for name in FOLDERS.values()})
+    process = start()
+    try:
+        assert process.wait(real_runs.PATIENCE) == 0, run.log.read_text(encoding="utf-8")
+    finally:
+        kill(process)
+    assert run.content() == whole.content()
+    assert finished.items() <= sidecars(run).items()
+    made.update(name for name, _ in control.notes())
+    assert sum(made.values()) - len(made) <= (0 if executor == "slurm" else 2 * len(FOLDERS))
 
 
 # --- workers ----------------------------------------------------------------------------------------------

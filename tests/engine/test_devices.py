@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,9 @@ from negpipe.train import trainer
 
 GPUS = Path(__file__).parents[1] / "injected_gpus"
 MEMORY = 2**34
+
+
+no_xpu = pytest.mark.skipif("__import__('torch').xpu.is_available()", reason="torch has an XPU here")
 
 
 @pytest.fixture
@@ -63,7 +68,6 @@ def context_of(config: Config, folder: Path) -> Context:
         (("encoder.device=cuda:1",), ["cuda:1"], "cuda:1"),
         (("encoder.devices=[cuda:2, cuda:0]",), ["cuda:2", "cuda:0"], "cuda:2"),
         (("encoder.devices=[cpu, cpu]",), ["cpu", "cpu"], "cpu"),
-        (("encoder.device=mps",), ["mps"], "cpu"),
         (("encoder.device=cpu", "search.device=cuda:1"), ["cpu"], "cuda:1"),
         (("search.device=cpu",), ["cuda:0", "cuda:1", "cuda:2"], "cpu"),
     ],
@@ -125,6 +129,7 @@ def test_devices_that_are_none_are_refused_by_the_config(overrides: list[str], m
         ("encoder.device=cuda:3", r"encoder\.device: 'cuda:3' does not exist, torch sees 3 GPUs"),
         ("encoder.devices=[cuda:0, cuda:7]", r"encoder\.devices: 'cuda:7' does not exist"),
         ("search.device=cuda:4", r"search\.device: 'cuda:4' does not exist"),
+        pytest.param("encoder.device=xpu", r"encoder\.device: 'xpu' cannot be used here \(.+\): name", marks=no_xpu),
         ("encoder.devices=[cuda:2, cpu]", None),
     ],
 )
@@ -197,6 +202,25 @@ def test_models_on_the_cores_share_the_memory_of_the_machine(
     monkeypatch.setattr("negpipe.config.machine.memory", lambda: 2**16)
     with pytest.raises(BudgetError, match=r"2 workers take .* MiB of cpu"):
         STAGES["encode"].examine(context_of(config, tmp_path))
+
+
+@pytest.mark.slow
+def test_what_a_worker_imports_is_counted_beside_its_model(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured in a process that has loaded the model and encoded a text, as a worker does."""
+    program = (
+        "from sentence_transformers import SentenceTransformer;"
+        f" SentenceTransformer({str(tiny)!r}, device='cpu').encode(['a text']);"
+        " print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    one = 1024 * int(done.stdout.split()[-1])
+    config = with_model(tmp_path, tiny, "executor.workers=4")
+    monkeypatch.setattr("negpipe.config.machine.memory", lambda: 3 * one)
+    with pytest.raises(BudgetError, match=r"MiB per worker, libraries included, 4 workers take .* MiB of cpu") as no:
+        STAGES["encode"].examine(context_of(config, tmp_path))
+    assert no.value.needed == pytest.approx(4 * one, rel=0.3)
 
 
 # --- there ------------------------------------------------------------------------------------------------

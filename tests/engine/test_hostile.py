@@ -147,7 +147,6 @@ def test_a_manifest_with_escapes_is_shown_without(hostile: Path, tmp_path: Path)
     outcome = small.run("status", tmp_path / "config.yaml")
     check_harmless(outcome)
     assert "damaged" in outcome.out
-    assert "[red]now" in outcome.out
 
 
 # --- paths ------------------------------------------------------------------------------------------------
@@ -278,7 +277,7 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
 def test_a_config_makes_no_objects(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"c\.yaml is not valid YAML: could not determine a constructor.*line 1"):
+    with pytest.raises(ConfigError, match=r"c\.yaml is not valid YAML: line 1, .*could not determine a constructor"):
         load_config("c.yaml")
     with pytest.raises(ConfigError, match=r"not valid YAML"):
         load_config(small.settings(tmp_path), [f"seed={text.partition(': ')[2] or text}"])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
 import small_source as small
 import yaml
+from ray_nodes import ACTOR, Nodes
+from real_runs import Run
 from rich.console import Console
 
 from negpipe.ann import exact
@@ -63,3 +67,54 @@ def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.
     assert "no row could be written; candidates dropped: max score" in " ".join(outcome.err.split())
     said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
     assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
+
+
+def test_what_passes_before_the_first_rows_is_not_counted_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model is loaded, or an array waits in a queue and says so."""
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    lines = console.reporter("plain")
+    with caplog.at_level(logging.INFO):
+        lines.begin("encode", 1000, 0)
+        lines.advance(0, "2 of 2 array tasks waiting")
+        time.sleep(1)
+        for _ in range(2):
+            lines.advance(10, "")
+    assert [record.getMessage() for record in caplog.records] == [
+        "encode: 0 of 1,000 rows (2 of 2 array tasks waiting)",
+        "encode: 10 of 1,000 rows",
+        "encode: 20 of 1,000 rows, about 0 s left",
+    ]
+
+
+# --- wherever tasks run -----------------------------------------------------------------------------------
+
+LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) rows(?:, about [^(\n]+ left)?(?: \((.*)\))?$", re.MULTILINE)
+
+
+def counted(run: Run, *overrides: str) -> tuple[dict[tuple[str, str], str], set[str]]:
+    """What the last line of each stage says, rows by stage and of how many; and the notes of all lines."""
+    options = [part for override in overrides for part in ("--set", override)]
+    outcome = small.run("mine", run.file(), *options)
+    assert outcome.code == 0, outcome.err
+    lines = LINE.findall(outcome.err)
+    return {(stage, total): done for stage, done, total, _ in lines}, {note for *_, note in lines}
+
+
+@pytest.mark.cluster
+def test_rows_are_counted_on_a_cluster_as_on_one_machine(
+    whole: Run, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    usual, _ = counted(whole.at(tmp_path / "usual"), "executor.workers=2", "resources.cpus=2")
+    assert [stage for stage, _ in usual] == ["encode", "index", "search", "triplets"]
+    assert all(total == done for (_, total), done in usual.items())
+
+    nodes.fill(2)
+    assert counted(whole.at(tmp_path / "ray"), *ACTOR, nodes.address, "executor.workers=2")[0] == usual
+
+    arrays = ("executor.kind=slurm", "executor.slurm.cluster=local", "executor.slurm.shards=2")
+    rows, notes = counted(whole.at(tmp_path / "slurm"), *arrays)
+    assert rows == usual
+    assert {"", "2 of 2 array tasks running"} <= notes

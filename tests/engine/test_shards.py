@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import small_source as small
 import yaml
-from real_runs import PATIENCE, Run, kill, wait
+from real_runs import PATIENCE, Run, kill, programs, wait
 from torture import blow
 
 from negpipe import graph
@@ -368,26 +368,11 @@ def test_clocks_that_differ_change_nothing(
     assert run.content() == whole.content() and not left(run)
 
 
-def configured(run: Run, path: Path) -> Path:
-    """The run's config as a file, without the report."""
-    path.write_text(json.dumps(run.config | {"output": {"report": False}}), encoding="utf-8")
-    return path
-
-
-def programs(folder: Path, **scripts: str) -> Path:
-    """A folder with the program negpipe, as this Python runs it, and others by name."""
-    folder.mkdir(parents=True)
-    for name, text in {"negpipe": f'#!/bin/sh\nexec {sys.executable} -m negpipe "$@"\n', **scripts}.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        (folder / name).chmod(0o755)
-    return folder
-
-
 @pytest.mark.slow
 def test_the_script_for_slurm_submits_what_makes_the_rows(whole: Run, tmp_path: Path) -> None:
     """A stand-in for sbatch runs each job at once, and refuses one that does not wait for the job before."""
     run = whole.at(tmp_path / "run")
-    config = configured(run, tmp_path / "a config.yaml")
+    config = run.file(tmp_path / "a config.yaml")
     tools = programs(tmp_path / ".venv/bin", sbatch=SBATCH)
     command = [str(BESIDE / "configs/cluster/slurm.sh"), str(config), "2", "--set", "executor.kind=inline"]
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "JOBS": str(tmp_path / "jobs")}
@@ -403,7 +388,7 @@ def test_the_script_for_slurm_submits_what_makes_the_rows(whole: Run, tmp_path: 
 def test_the_pods_of_kubernetes_make_the_rows(whole: Run, tmp_path: Path) -> None:
     """The container's command of every stage and index, as the page's loop and Kubernetes would fill them in."""
     run, shards = whole.at(tmp_path / "run"), 2
-    configured(run, tmp_path / "nightly.yaml")
+    run.file(tmp_path / "nightly.yaml")
     text = (BESIDE / "configs/cluster/kubernetes.yaml").read_text(encoding="utf-8")
     stages = re.search(r"for STAGE in (.+); do", text)
     assert stages
@@ -424,17 +409,6 @@ def test_the_pods_of_kubernetes_make_the_rows(whole: Run, tmp_path: Path) -> Non
             assert program == "negpipe"
             negpipe(*words)
         negpipe("commit", stage, "nightly.yaml", "--shards", str(shards))
-    assert run.content() == whole.content()
-
-
-@pytest.mark.slow
-def test_make_runs_shards_on_one_machine(whole: Run, tmp_path: Path) -> None:
-    run = whole.at(tmp_path / "run")
-    config, tools = configured(run, tmp_path / "config.yaml"), programs(tmp_path / "bin")
-    ready = ["-o", ".venv/.ready-mining"]  # the environment is the one that runs this test
-    command = ["make", *ready, "mine-shards", f"CONFIG={config}", "SHARDS=2", f"BIN={tools}"]
-    done = subprocess.run(command, cwd=BESIDE, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     assert run.content() == whole.content()
 
 

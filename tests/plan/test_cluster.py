@@ -19,7 +19,7 @@ from negpipe.config.file import load_cluster, load_config
 from negpipe.config.schema import Config
 from negpipe.engine.shards import shard_of
 from negpipe.errors import ConfigError
-from negpipe.plan.cluster import Forecast, Job, forecast, fullest_shard
+from negpipe.plan.cluster import Forecast, PlannedJob, forecast, fullest_shard
 
 RATES = {
     "ingest_rows": 100,
@@ -53,13 +53,13 @@ def config(**sections: Any) -> Config:
     return Config.model_validate(about | sections)
 
 
-def stages(settings: Config, cluster: Cluster, job: Job, nodes: int) -> dict[str, Forecast]:
+def stages(settings: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> dict[str, Forecast]:
     return {one.stage: one for one in forecast(settings, cluster, job, nodes).stages}
 
 
 def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
     node = Cluster.model_validate({**NODE, "rates": RATES})
-    job = Job(1000, 100, 10, 100.0, 1.0, 10.0)
+    job = PlannedJob(1000, 100, 10, 100.0, 1.0, 10.0)
     found = stages(config(data={"path": "data", "part_rows": 50}), node, job, 1)
     # start + (rows / 100 + bytes / 10,000)
     assert found["ingest"].seconds == pytest.approx(1 + 11 + 10)
@@ -84,7 +84,7 @@ def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
 
 def test_more_nodes_are_never_slower_and_ingest_stays() -> None:
     node = Cluster.model_validate({**NODE, **SHARED, "cores": 32, "texts_per_second": 2000, "disk_bandwidth": "3GB/s"})
-    job = Job(**JOB, positives=1.0, speed=2000.0)
+    job = PlannedJob(**JOB, positives=1.0, speed=2000.0)
     before = stages(config(), node, job, 2)
     for nodes in (3, 4, 8, 16, 33, 64, 100, 256):
         now = stages(config(), node, job, nodes)
@@ -102,7 +102,7 @@ def test_more_nodes_are_never_slower_and_ingest_stays() -> None:
 
 def test_slices_give_more_tasks_that_read_less() -> None:
     node = Cluster.model_validate({**NODE, **SHARED, "cores": 32, "memory": "128GiB"})
-    job = Job(**JOB, speed=2000.0)
+    job = PlannedJob(**JOB, speed=2000.0)
     in_slices = config(search={"depth": 64, "slice_documents": 10**7})
     whole, sliced = stages(config(), node, job, 64), stages(in_slices, node, job, 64)
     assert (whole["search"].tasks, sliced["slices"].tasks, sliced["search"].tasks) == (62, 620, 62)
@@ -125,7 +125,7 @@ def test_the_fullest_shard_is_what_keys_make_of_it(tasks: int, nodes: int) -> No
 
 
 def test_a_slow_disk_bounds_and_a_small_memory_refuses() -> None:
-    job = Job(**JOB, speed=1e6)
+    job = PlannedJob(**JOB, speed=1e6)
     slow = Cluster.model_validate({**NODE, "cores": 32, "disk_bandwidth": "1MB/s", "memory": "128GiB"})
     assert stages(config(), slow, job, 1)["search"].bound == "disk"
     small_node = slow.model_copy(update={"memory": 2**30})
@@ -136,7 +136,7 @@ def test_a_slow_disk_bounds_and_a_small_memory_refuses() -> None:
 
 def test_what_is_not_known_is_not_guessed() -> None:
     node = Cluster.model_validate({**NODE, "texts_per_second": None})
-    job = Job(10_000, 100, 64, 100.0)
+    job = PlannedJob(10_000, 100, 64, 100.0)
     found = stages(config(index={"kind": "IVF64,Flat"}), node, job, 1)
     assert found["encode"].seconds is None and "texts_per_second" in found["encode"].note
     assert found["search"].seconds is None and "not modelled" in found["search"].note
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
     found = load_config(settings)
     graph.mine(found)
     node = Cluster.model_validate(NODE)
-    job = Job(2000, 500, small.DIMENSION, float(np.mean([len(text) for text in texts])))
+    job = PlannedJob(2000, 500, small.DIMENSION, float(np.mean([len(text) for text in texts])))
     said = stages(found.resolved(1), node, job, 1)
     for name in ("ingest", "encode", "search", "triplets"):
         made = json.loads((tmp_path / f"run/.negpipe/{name}/manifest.json").read_text())
@@ -199,7 +199,7 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
     [
         ({"core": 2}, "core: unknown key. Did you mean 'cores'?"),
         ({"cores": None}, "cores: "),
-        ({"cores": 0}, "cores: Input should be greater than or equal to 1"),
+        ({"cores": 0}, "cores: must be greater than or equal to 1"),
         ({"disk_bandwidth": "fast"}, "disk_bandwidth: 'fast' is not a bandwidth: write for example 25Gbit/s"),
         ({"nodes": 8, "network_bandwidth": None}, "network_bandwidth: required, as 8 nodes share one run directory"),
         ({"job": {"anchors": -1}}, "job.anchors: "),

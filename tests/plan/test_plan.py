@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from clustered import DIMENSION, DOCUMENTS, KINDS, QUERIES, mined, write
 
 from negpipe import graph
 from negpipe.config.file import load_config
+from negpipe.engine.manifest import Books
+from negpipe.engine.stage import Context, Made, Needs, Stage, Task, Workload
 from negpipe.errors import ConfigError, InputError, NegpipeError
 from negpipe.plan import estimate
 from negpipe.plan.index_kinds import SEARCH_SHARE
@@ -42,7 +46,7 @@ def test_auto_is_estimated_as_what_it_means(tmp_path: Path, monkeypatch: pytest.
         found = estimate.plan(load_config(source, ["index.kind=auto"]), probe_encoder=False)
         steps = {step.stage: step for step in found.steps}
         meant = next(choice for choice in found.choices if choice.kind == kind)
-        assert "chosen by auto: told to" in meant.note
+        assert "the choice of auto: told to" in meant.note
         assert steps["index"].seconds == meant.build and steps["index"].note == meant.note
         assert steps["search"].seconds == pytest.approx(meant.search)
 
@@ -94,6 +98,47 @@ def test_shards_take_about_an_hour_and_are_no_more_than_tasks(tmp_path: Path, mo
         assert found["ingest"].shards is None and found["encode"].shards is None  # nothing to do
     shown = " ".join(small.run("plan", tmp_path / "plan.yaml").out.split())
     assert f"in shards (negpipe work): search {tasks} × 5.0 h" in shown
+
+
+def test_a_stage_of_ones_own_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(context: Context) -> Iterator[Task]:
+        for part in context.manifest("ingest").of_kind("anchors"):
+            yield Task(part.key, "counts", part.rows, {})
+
+    def run(task: Task, *_: object) -> Made:
+        return Made(task.rows)
+
+    def needs(context: Context, work: Workload) -> Needs:
+        return Needs(seconds=work.left / 10, disk=context.config.seed, note=f"{work.documents} documents")
+
+    source = write(tmp_path)
+    source["seed"] = 7
+    silent = Stage("silent", 1, ("ingest",), lambda _: {}, plan, run)
+    stages = {**graph.mining(load_config(source)), "silent": silent, "own": replace(silent, name="own", needs=needs)}
+    monkeypatch.setattr(graph, "stages", lambda _: stages)
+    found = {step.stage: step for step in estimate.plan(load_config(source)).steps}
+    assert (found["own"].todo, found["own"].seconds, found["own"].note) == (None, None, "waiting for ingest")
+    mined(source, only="ingest")
+    found = {step.stage: step for step in estimate.plan(load_config(source)).steps}
+    own = found["own"]
+    assert own.todo and (own.seconds, own.disk, own.note) == (QUERIES / 10, 7, f"{DOCUMENTS} documents")
+    assert found["silent"] == estimate.Step("silent", "missing", 0, own.todo)
+
+
+@pytest.mark.parametrize("kind", ["stream", "IVF16,Flat"])
+def test_a_search_takes_the_time_of_the_anchors_that_are_left(kind: str, tmp_path: Path) -> None:
+    source = write(tmp_path)
+    for stage in ("ingest", "encode", "index", "search"):
+        mined(source, f"index.kind={kind}", only=stage)
+    books = Books(Path(source["run_dir"]), "search")
+    lost, *kept = books.parts()
+    assert kept
+    books.forget(lost.key)
+    books.drop_manifest()
+    found = estimate.plan(load_config(source, [f"index.kind={kind}"]))
+    step = next(step for step in found.steps if step.stage == "search")
+    whole = next(choice.search for choice in found.choices if choice.kind == kind)
+    assert whole and step.seconds == pytest.approx(whole * lost.rows / QUERIES)
 
 
 FOUR_OF_16 = ("resources.memory_budget=64MiB", "executor.kind=local", "executor.workers=4", "resources.cpus=4")

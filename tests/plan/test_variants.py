@@ -14,14 +14,16 @@ import psutil
 import pytest
 import small_source as small
 
-from negpipe.cli.planning import _encoding
+from negpipe.cli.planning import _advice, _encoding
 from negpipe.config.encoder import Encoder
+from negpipe.config.file import load_config
 from negpipe.encoders import has_units, is_installed, timing
 from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import processor
 from negpipe.engine.budget import DEFAULT
 from negpipe.errors import ConfigError, TaskFailedError
-from negpipe.plan.estimate import Encoding, Plan
+from negpipe.plan import variants
+from negpipe.plan.estimate import Encoding, Plan, recommended
 from negpipe.plan.sample import Outcome
 from negpipe.plan.variants import BATCH_TOKENS, NEIGHBOURS, Variant, agreement, measured
 
@@ -61,6 +63,13 @@ def test_what_this_processor_can_do_is_timed(tiny: Path, configured: str) -> Non
     for one in found:
         least, most = (1.0, 1.0) if one.settings["precision"] == "float32" else (0.5, 0.999)
         assert least <= (one.agreement or 0) <= most
+
+
+def test_other_ways_are_timed_for_a_run_that_encodes_for_long(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", frozenset)
+    encoder = Encoder(model=str(tiny), pooling="mean")
+    few, many = (measured(encoder, str(tiny), ["one text", "another"], DEFAULT, count=count) for count in (2, 10**9))
+    assert [one.configured for one in few] == [True] and [one.configured for one in many] == [True, False]
 
 
 def test_tokens_of_a_batch_that_the_config_says_are_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +146,38 @@ def test_settings_to_paste_name_the_runtime_where_it_would_be_another(configured
         Encoding(Variant({"runtime": runtime, "precision": "float32"}, runtime == configured, 1.0, 1.0, 64, 8), 1.0)
         for runtime in (configured, "torch", "onnx")
     ]
-    column = [*_encoding(Plan(1.0, (), (), tuple(ways), 0)).columns[0].cells]
+    column = [*_encoding(Plan(1.0, (), (), tuple(ways), None, 0)).columns[0].cells]
     named = [str(cell).startswith("runtime: ") for cell in column]
     assert named == ([False, False, True] if configured == "torch" else [True] * 3)
+
+
+def way(seconds: float, ndcg: float | None, agreement: float = 0.99, configured: bool = False) -> Encoding:
+    settings = {"runtime": "torch", "precision": "float32" if configured else f"of {seconds}"}
+    return Encoding(Variant(settings, configured, 1.0, agreement, 64, 8, (9, 64), 0.88, ndcg), seconds)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([way(40, 0.645), way(50, 0.70)], 40),
+        ([way(40, 0.60), way(50, 0.6445)], 50),  # the fastest ranks worse
+        ([way(95, 0.645)], None),  # less than a tenth is not worth other vectors
+        ([way(40, None, 0.90), way(60, None, 0.97)], 60),  # without anchors, the nearest documents decide
+        ([], None),
+    ],
+)
+def test_the_fastest_way_that_ranks_as_well_is_recommended(others: list[Encoding], expected: float | None) -> None:
+    usual = way(100, None if others and others[0].variant.ndcg is None else 0.646, configured=True)
+    best = recommended([usual, *others])
+    assert (best and best.seconds) == expected
+    encoder = {"backend": "sentence-transformers", "model": "model"}
+    config = load_config({"run_dir": "run", "data": {"path": "data"}, "encoder": encoder})
+    advice = _advice(Plan(1.0, (), (), (usual, *others), best, 0), config)
+    if best is None:
+        assert advice == "Keep the encoder's settings: no other way saves a tenth of the time and ranks as well."
+    else:
+        assert f"encoder: {{runtime: torch, precision: of {expected}}}: {expected} s instead of 2 min" in advice
+        assert "88% of the negatives" in advice
 
 
 def test_negatives_and_ranking_are_compared_on_what_all_ways_encoded(
@@ -178,15 +216,27 @@ def test_a_way_that_hangs_is_left_out(tiny: Path, tmp_path: Path, monkeypatch: p
         assert isinstance(next(answers), Timed)
 
 
-@units
-def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path) -> None:
+def test_plan_compares_and_divides_nothing_that_takes_a_minute(tiny: Path, tmp_path: Path) -> None:
     config = small.build(tmp_path)
     config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}))
     assert small.run("ingest", config).code == 0
     shown = small.run("plan", config).out
+    assert "measured on" in shown and "precision" not in shown and "On several machines" not in shown
+    (own,) = [line for line in shown.splitlines() if "as configured" in line]
+    assert own.startswith("flat")
+
+
+@units
+def test_plan_shows_what_was_timed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small.build(tmp_path)
+    config.write_text(json.dumps(small.settings(tmp_path) | {"encoder": {"model": str(tiny), "pooling": "mean"}}))
+    assert small.run("ingest", config).code == 0
+    monkeypatch.setattr(variants, "WORTH_TIMING", 0)
+    shown = small.run("plan", config).out
     assert re.search(r"precision: float32 +[\d,]+ .* 100\.0% +100\.0% +[01]\.\d{3} +as configured", shown)
     assert re.search(r"from mining \d+ anchors among 40 documents", " ".join(shown.split()))
     assert re.search(r"precision: bfloat16 +[\d,]+ .*\d% +[01]\.\d{3} +other vectors", shown)
+    assert "Recommended: encoder: {" in shown or "Keep the encoder's settings" in shown
     assert max(map(len, shown[shown.index("encoder ") : shown.index("index.kind")].splitlines())) <= 80
     assert "precision" not in small.run("plan", config, "--no-probe").out
     # Once there are parts, they tell the speed, and another precision would throw them away.

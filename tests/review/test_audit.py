@@ -261,7 +261,7 @@ FORMATS = [as_triplet, as_tuple, as_labelled_pair, as_labelled_list, as_flagembe
 
 
 def found_in(path: Path, **columns: str) -> dict[str, int]:
-    found = audit.audit(path, audit.Options(columns=columns, examples=1000))
+    found = audit.audit(path, audit.AuditOptions(columns=columns, examples=1000))
     for one in found.findings:
         assert len(one.examples) == one.count
     return {one.check: one.count for one in found.findings if one.count}
@@ -293,7 +293,7 @@ def test_every_check_is_tried_by_the_plain_program() -> None:
     every = {
         name for seed in range(3) for written in FORMATS for name, n in expected(written(faulty(seed))[0]).items() if n
     }
-    assert every == set(audit.CHECKS)
+    assert every == set(audit.CHECKS) - {"unknown_id"}  # which only a config can tell
 
 
 # --- runs, qrels and the command --------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_without_exclusions_the_qrels_tell(mined: Run, tmp_path: Path) -> None:
     assert f"positive_id ({planted}" in done.err
     assert found["positive_normalized"]["count"] > 0
     assert found["shared_anchor"]["count"] > 0
-    alone = audit.audit(run.folder / "triplets", audit.Options(columns={}))
+    alone = audit.audit(run.folder / "triplets", audit.AuditOptions(columns={}))
     by_name = {one.check: one.count for one in alone.findings}
     assert 0 < by_name["positive_id"] < planted
 
@@ -391,19 +391,53 @@ def test_foreign_file_with_the_qrels_of_a_config(mined: Run, tmp_path: Path) -> 
 
 
 def test_unknown_ids(mined: Run, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
+    """Some are findings; a file with mostly unknown ids is from other data, where no check means anything."""
+    file, config = tmp_path / "rows.jsonl", config_of(mined, tmp_path)
     row = {"anchor": "a", "positive": "b", "negative": "c", "anchor_id": "q0", "positive_id": "d0", "negative_id": "x9"}
-    file.write_text(json.dumps(row) + "\n", "utf-8")
-    done = negpipe("audit", config_of(mined, tmp_path), "--file", file)
+    file.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"anchor_id": "y7", "negative_id": ""})))
+    done = negpipe("audit", config, "--file", file, "--format", "json", "--fail-on", "unknown_id=0.5,missing_id=0.5")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["checks"]["unknown_id"]
+    assert (found["count"], found["of"]) == (2, 5)  # the empty id is missing, not unknown
+    assert [(one["row"], one["detail"]) for one in found["examples"]] == [(0, "document id x9"), (1, "anchor id y7")]
+    assert negpipe("audit", config, "--file", file, "--fail-on", "unknown_id").code == 1
+    file.write_text(json.dumps(row | {"positive_id": "x8"}) + "\n", "utf-8")
+    done = negpipe("audit", config, "--file", file)
     assert done.code == 3
-    assert "1 of 2 document ids are not among the documents" in done.err
-    assert "'x9'" in done.err
+    assert "2 of 2 document ids are not among the documents" in done.err
+    assert "'x8'" in done.err
     assert "`negpipe ingest" in done.err
+
+
+def test_unknown_anchors_without_ids(mined: Run, tmp_path: Path) -> None:
+    """They are known by their texts; those of the qrels that have no row are told apart in the shortage."""
+    file, config = tmp_path / "rows.csv", config_of(mined, tmp_path)
+    queries = (Path(mined.config["data"]["path"]) / "queries.jsonl").read_text("utf-8").splitlines()
+    known = {row["_id"]: row["text"] for row in map(json.loads, queries)}["q0"].upper()
+    file.write_text(f"anchor,positive,negative\n{known},good,bad\nanother one,good,\n", "utf-8")
+    done = negpipe("audit", config, "--file", file, "--format", "json", "--fail-on", "unknown_id=0.5")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["checks"]
+    unknown, empty, short = (found[name] for name in ("unknown_id", "empty_text", "shortage"))
+    assert (unknown["count"], unknown["of"], unknown["unit"]) == (1, 2, "anchor texts")
+    assert [(one["row"], one["detail"]) for one in unknown["examples"]] == [(1, "anchor text another one")]
+    assert [(one["row"], one["detail"]) for one in empty["examples"]] == [(1, "negative")]
+    assert short["unit"] == f"anchors with their positive, {short['of'] - 2} of them without a row"
+    assert "anchor q0 has no row" not in [one["detail"] for one in short["examples"]]
+    file.write_text("anchor,positive,negative\none,good,bad\nanother one,good,bad\n", "utf-8")
+    done = negpipe("audit", config, "--file", file)
+    assert done.code == 3
+    assert "2 of 2 anchor texts are not among the anchors of data.split" in done.err
 
 
 @pytest.mark.parametrize(
     ("text", "mapping", "message"),
     [
+        (
+            '{"q": "a", "good": "b", "bad": "c"}',
+            {"anchor_id": "q", "positive_id": "good", "negative_id": "bad"},
+            "Ids alone cannot be audited",
+        ),
         ('{"q": "a", "docs": "b"}', {}, "hold the anchor or the positive or the negative; columns: q, docs"),
         ('{"query": "a", "pos": ["b"], "n": "c"}', {"negative": "no"}, "column 'no' for the negative does not exist"),
         ('{"query": ["a"], "pos": ["b"], "neg": ["c"]}', {}, "expected a text for the anchor"),
@@ -416,7 +450,7 @@ def test_files_that_cannot_be_audited(text: str, mapping: dict[str, str], messag
     file = tmp_path / "rows.jsonl"
     file.write_text(text + "\n", "utf-8")
     with pytest.raises(InputError, match=message):
-        audit.audit(file, audit.Options(columns=mapping))
+        audit.audit(file, audit.AuditOptions(columns=mapping))
 
 
 def test_too_little_memory_is_said(tmp_path: Path) -> None:
@@ -427,7 +461,7 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     with pytest.raises(BudgetError, match=r"resources\.memory_budget") as refused:
-        audit.audit(file, audit.Options(columns={}, budget=Budget(2 * 2**20)))
+        audit.audit(file, audit.AuditOptions(columns={}, budget=Budget(2 * 2**20)))
     assert refused.value.there == 2 * 2**20
 
 
@@ -513,7 +547,7 @@ def test_rows_of_one_text_take_no_longer_than_others(shape: str, tmp_path: Path)
         listed = {"document": [0], "id": ids[:1], "other_ids": [ids[1:]]}
     if shape == "one anchor":
         listed = {"document": list(range(MANY + 1)), "id": [*ids, "e"], "other_ids": [[]] * (MANY + 1)}
-    options = audit.Options(columns={}, budget=Budget(2**27))
+    options = audit.AuditOptions(columns={}, budget=Budget(2**27))
     started = time.monotonic()
     for qrels in (None, audit.Qrels("qrels", pieces, [pa.table(listed)])):
         found = {one.check: one.count for one in audit.audit(tmp_path / "rows.parquet", options, qrels).findings}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from dataclasses import astuple, replace
 from itertools import combinations
@@ -302,6 +303,7 @@ def test_what_is_pasted_is_what_was_tried(searched: Run) -> None:
     setting = Setting(3, 40, "random", absolute_margin=0.1)
     pasted = load_config({**searched.config, **yaml.safe_load(setting.yaml())})
     assert calibrate.of_config(pasted) == setting
+    assert calibrate.of_config(load_config(searched.config, setting.changes(calibrate.of_config(config)))) == setting
     assert setting.applied(config).mining == pasted.mining.model_copy(update={"on_shortage": "keep"})
 
 
@@ -320,7 +322,7 @@ def test_grid_begins_with_the_configs_own(searched: Run) -> None:
 def test_command(searched: Run, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(searched.config), "utf-8")
-    options = ["--range-min", "0,5", "--relative-margin", "0.05", "--absolute-margin", "none", "--coverage", "0.5"]
+    options = ["--range-min", "0,5", "--relative-margin", "none,0.05", "--absolute-margin", "none", "--coverage", "0.5"]
     plots = [tmp_path / "leak.svg", tmp_path / "leak.png"]
     made_before = {stage: searched.content(stage) for stage in ("ingest", "encode", "index", "search")}
     shown = negpipe("calibrate", config, *options, "--plot", plots[0])
@@ -336,6 +338,14 @@ def test_command(searched: Run, tmp_path: Path) -> None:
     assert plots[0].read_text("utf-8").lstrip().startswith("<?xml")
     assert plots[1].read_bytes().startswith(b"\x89PNG")
     assert all(math.isfinite(row["score"]) for row in stored)
+    own, chosen = stored[0], document["recommendation"]["chosen"]["setting"]
+    assert f"Your setting: leak {own['leak']:.1%}, with 95 % confidence {own['lo']:.1%} to {own['hi']:.1%}" in shown.out
+    wanted = " ".join(
+        f"--set mining.{name}={'null' if value is None else value}"
+        for name, value in chosen.items()
+        if value != own[name]
+    )
+    assert wanted and re.search(rf"^Next: negpipe mine \S+ {re.escape(wanted)}$", shown.out, re.MULTILINE)
     # Nothing was encoded or searched again.
     assert {stage: searched.content(stage) for stage in made_before} == made_before
 

@@ -38,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "labeled-pair": ["output.format=labeled-pair"],
         "labeled-list": ["output.format=labeled-list"],
         "texts": ["output.ids=false"],
+        "spelled": [f"data.queries={folder}/data/../data/queries.jsonl"],
     }
     for name, changes in settings.items():
         every = [*changes, f"run_dir={folder / name}", "output.report=false"]
@@ -91,6 +92,10 @@ def test_counts_are_those_of_a_plain_program(runs: Path) -> None:
         for change in one.removed:
             assert (change.score, change.rank) == a[one.anchor_id][str(change.id)]
             assert change.text
+
+
+def test_another_spelling_of_a_path_is_no_difference(runs: Path) -> None:
+    assert compare(source_of(str(runs / "a")), source_of(str(runs / "spelled"))).settings == {}
 
 
 @pytest.mark.parametrize("other", ["n-tuple", "labeled-pair", "labeled-list", "texts"])
@@ -160,6 +165,23 @@ def test_on_the_command_line(runs: Path, tmp_path: Path) -> None:
     assert f"{document['kept']:,}" in shown.out
 
 
+def test_columns_of_the_file_can_be_named(runs: Path, tmp_path: Path) -> None:
+    names = {"anchor": "question", "positive": "answer", "negative": "wrong"}
+    table = pq.read_table(runs / "a/triplets", columns=[*names]).rename_columns([*names.values()])
+    pq.write_table(table, tmp_path / "mined.parquet")
+    sides = ("diff", runs / "a", tmp_path / "mined.parquet", "--json", "--columns")
+    named = "anchor=question,positive=answer,negative=wrong"
+    unnamed = negpipe(*sides[:-1])
+    assert unnamed.code == 3 and "--columns anchor=COLUMN,positive=COLUMN,negative=COLUMN" in unnamed.err
+    done = negpipe(*sides, named)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["overlap"] == 1
+    wrong = negpipe(*sides, "anchor")
+    assert wrong.code == 2 and "--columns anchor: expected FIELD=COLUMN" in wrong.err
+    both = negpipe("diff", runs / "a", runs / "b", "--columns", named)
+    assert both.code == 2 and "--columns: both sides are runs" in both.err
+
+
 def test_what_cannot_be_compared(runs: Path, tmp_path: Path) -> None:
     done = negpipe("diff", "nowhere", runs / "a")
     assert done.code == 2 and "nowhere: expected a run directory, a config, or a file of rows" in done.err
@@ -168,7 +190,9 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path) -> None:
     for name in (config, tmp_path / "run"):
         done = negpipe("diff", name, runs / "a")
         assert done.code == 3
-        assert f"no triplets in {tmp_path / 'run'}: run `negpipe mine" in done.err
+        assert f"no triplets in {tmp_path / 'run'}: run `negpipe mine {name}` first" in done.err
+    done = negpipe("audit", config)
+    assert done.code == 3 and f"Run `negpipe encode {config}` first" in done.err
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"anchor": "x", "positive": "y", "negative": "z"}) + "\n", "utf-8")
     with pytest.raises(InputError, match="have no anchor in common"):

@@ -20,6 +20,7 @@ from negpipe.config.file import load_config
 from negpipe.errors import InputError, MissingStageError
 from negpipe.review import finished
 from negpipe.review.explain import Explanation, Unit
+from negpipe.rows.exports import ExportOptions
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NOT_FATES = {"anchor_id", "positive_id", "candidates", "deepest_rank", "random", "short", "shortage_reason"}
@@ -118,8 +119,9 @@ def test_positives_reference_and_window(mined: Run) -> None:
     found = explained(mined, "q0")
     (unit,) = found.units
     assert (found.window, found.rank_over) == ((1, 40), "survivors")
-    assert [positive.id for positive in unit.positives] == ["d0", "d100"]
-    assert unit.reference == min(positive.score for positive in unit.positives if positive.score is not None)
+    assert {positive.id for positive in unit.positives} == {"d0", "d100"}
+    best, lowest = (positive.score for positive in unit.positives)
+    assert best is not None and lowest is not None and best > lowest == unit.reference
     by_rank = {candidate.rank: candidate for candidate in unit.candidates}
     for positive in unit.positives:
         if positive.rank is not None:
@@ -135,9 +137,26 @@ def test_a_short_anchor_is_explained_where_the_run_fails(mined: Run) -> None:
     assert found.units[0].counts.keys() >= {"min_score"}
 
 
+def test_rules_other_than_those_of_the_rows_are_told(mined: Run, caplog: pytest.LogCaptureFixture) -> None:
+    told = (
+        f"the rows in {mined.folder} were made with other settings: mining.num_negatives changed from 3 to 2;"
+        f" `negpipe {{}} {mined.folder}` uses those"
+    )
+    explained(mined, "q0")
+    assert not caplog.messages
+    explained(mined, "q0", "mining.num_negatives=2")
+    config = load_config(mined.config, ["mining.num_negatives=2"])
+    finished.export(config, ExportOptions(to="jsonl", out=mined.folder.with_name("two.jsonl")))
+    assert [message for message in caplog.messages if "the rows" in message] == [
+        told.format("explain"),
+        told.format("export"),
+    ]
+
+
 def test_unknown_anchor_names_near_ones(mined: Run) -> None:
-    with pytest.raises(InputError, match=r"no.*'q1o0'.*similar ids: .*'q100'"):
+    with pytest.raises(InputError, match=r"no.*'q1o0'.*similar ids: .*'q100'") as caught:
         explained(mined, "q1o0")
+    assert "train.split" not in str(caught.value)
 
 
 def test_stage_that_is_not_current_is_named(mined: Run) -> None:
@@ -162,10 +181,23 @@ def test_table_is_clean_and_limited(mined: Run) -> None:
     shown = command(mined, "--anchor", "q3", "--limit", "4")
     assert all(character.isprintable() or character == "\n" for character in shown)
     assert "[31m[red]up[/red]" in shown
+    assert not [line for line in shown.splitlines() if line != line.rstrip()]
     assert "124 more: --limit 128 shows all" in shown
     (unit,) = explained(mined, "q3").units
     for candidate in unit.candidates[:4]:
         assert re.search(rf"^ *{candidate.rank} .*{candidate.id} .*{re.escape(candidate.rule)}", shown, re.MULTILINE)
+
+
+def test_what_was_taken_is_shown_beyond_the_limit(mined: Run) -> None:
+    wanted = "--anchor", "q5", "--limit", "1"
+    (unit,) = explained(mined, "q5").units
+    first, taken = unit.candidates[0], [candidate for candidate in unit.candidates if candidate.fate == "taken"]
+    assert taken and first not in taken
+    shown = command(mined, *wanted)
+    assert re.findall(r"^ *\d+ +-?\d+\.\d+ +(\S+) ", shown, re.MULTILINE) == [one.id for one in (first, *taken)]
+    assert f"{len(unit.candidates) - 1 - len(taken)} more: --limit {len(unit.candidates)} shows all" in shown
+    (in_json,) = json.loads(command(mined, *wanted, "--json"))["units"]
+    assert in_json["candidates"] == [vars(candidate) for candidate in (first, *taken)]
 
 
 def test_json_is_one_document(mined: Run) -> None:

@@ -44,13 +44,13 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def findings(path: Path, **columns: str) -> dict[str, int]:
-    found = audit.audit(path, audit.Options(columns=columns))
+    found = audit.audit(path, audit.AuditOptions(columns=columns))
     counted = {one.check: one.count for one in found.findings if one.of}
     return counted | {name: getattr(found, name) for name in ("anchors", "negatives")}
 
 
 def exported(run: Run, to: str, out: Path) -> Path:
-    finished.export(load_config(run.config, MANY), exports.Options(to=to, out=out))
+    finished.export(load_config(run.config, MANY), exports.ExportOptions(to=to, out=out))
     return out
 
 
@@ -79,7 +79,7 @@ def test_every_layout_with_negatives_is_read(layout: Any, seed: int, tmp_path: P
     path = Path(layout(draw, source, tmp_path / "in").settings["path"])
     if layout in (tevatron_ids, pylate) and [*path.parent.rglob("*.tsv")]:
         pytest.skip("of a table with quotes that mean nothing a config has to say so")
-    found = audit.audit(tmp_path / "in" if layout is tevatron_ids else path, audit.Options(columns={}))
+    found = audit.audit(tmp_path / "in" if layout is tevatron_ids else path, audit.AuditOptions(columns={}))
     times = [len(positives) if layout is tuples else 1 for positives, _ in source.judged.values()]
     assert found.anchors == len(source.judged)
     assert found.positives == sum(len(positives) for positives, _ in source.judged.values())

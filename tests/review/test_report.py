@@ -134,7 +134,7 @@ def test_it_says_what_ran(page: Page, mined: Path) -> None:
     for stated in ("90 rows", "160 texts", "70 anchors", f"{books['triplets']['stats']['rows']} rows", "1 (exact)"):
         assert stated in page.text
     assert books["encode"]["inputs"]["encoder.corpus_vectors"][:16] in page.text
-    assert len([found for tag, found in page.elements if tag == "svg"]) == 5
+    assert len([found for tag, found in page.elements if tag == "svg"]) == 6
     for header in page.all("th"):
         assert header.get("scope") in ("row", "col")
 
@@ -223,14 +223,18 @@ def test_verdicts_come_back_as_exclusions(folder: Path, page: Page) -> None:
     report = page_of(folder / "run/report.html")
     assert not set(report.pairs) & set(marked)
     assert {tuple(pair) for pair in json.loads(report.scripts[0])} == set(marked)
+    assert "is an answer" in report.text and "download folder" in report.text
 
 
 def test_the_sample_is_random_and_riskiest_first(mined: Path) -> None:
     html = (mined / "run/report.html").read_text("utf-8")
     why = re.findall(r"(\d+) of 50 · ([a-z ]+)<", html)
-    assert [name for _, name in why] == ["nearest to its positive"] * 15 + ["most words in common"] * 15 + [
-        "random"
-    ] * 20
+    groups = {
+        "a negative scores close to the positive": 15,
+        "a negative shares words with a positive": 15,
+        "drawn at random": 20,
+    }
+    assert [name for _, name in why] == [name for name, count in groups.items() for _ in range(count)]
     shown: dict[str, str] = {}
     order = list(dict.fromkeys(anchor for anchor, _ in page_of(mined / "run/report.html").pairs))
     assert len(order) == 50
@@ -240,7 +244,7 @@ def test_the_sample_is_random_and_riskiest_first(mined: Path) -> None:
     for row in rows_of(mined):
         near = (row["negative_score"] - row["positive_score"]) / abs(row["positive_score"])
         nearest[row["anchor_id"]] = max(near, nearest.get(row["anchor_id"], -9e9))
-    drawn = {anchor for anchor, name in shown.items() if name == "random"}
+    drawn = {anchor for anchor, name in shown.items() if name == "drawn at random"}
     expected = sorted((anchor for anchor in nearest if anchor not in drawn), key=lambda anchor: -nearest[anchor])[:15]
     assert order[:15] == expected
 

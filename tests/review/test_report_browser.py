@@ -102,7 +102,7 @@ def saved(page: Any, how: Any, to: Path) -> list[tuple[str, str]]:
 def test_it_renders(opened: Any, scheme: str, width: int) -> None:
     page = opened(color_scheme=scheme, viewport={"width": width, "height": 800})
     boxes = [figure.bounding_box() for figure in page.locator("figure svg").all()]
-    assert len(boxes) == 6
+    assert len(boxes) == 7
     assert all(box["width"] > 250 and box["height"] > 150 for box in boxes)
     assert page.locator("figure svg path").count() > 50
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -173,7 +173,7 @@ def test_marking_by_keys(opened: Any, tmp_path: Path, folder: Path) -> None:
         0,
         2,
     ]
-    assert page.locator("#marked").text_content().startswith("2 of 150 marked")
+    assert page.locator("#marked").text_content().startswith("2 of 150 negatives marked")
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("x")
@@ -183,7 +183,17 @@ def test_marking_by_keys(opened: Any, tmp_path: Path, folder: Path) -> None:
     assert page.locator("#whole").get_attribute("aria-pressed") == "true"
     pairs = saved(page, lambda: page.keyboard.press("s"), tmp_path / "verdicts.jsonl")
     assert len(pairs) == 2 and set(pairs) <= mined(folder)
-    assert page.locator("#saved").text_content() == "Saved 2 pairs as verdicts.jsonl."
+    assert page.locator("#saved").text_content() == "Saved 2 pairs as verdicts.jsonl, in the download folder."
+
+
+def test_the_bar_stays_in_front_of_cards(opened: Any) -> None:
+    page = opened(viewport={"width": 1280, "height": 900})
+    for number in range(3):
+        page.locator(".card header").nth(number).evaluate(
+            "header => scrollTo(0, header.getBoundingClientRect().top + scrollY - innerHeight + 40)"
+        )
+        page.locator("#keys").click(timeout=5000)
+        page.keyboard.press("Escape")
 
 
 def test_marks_outlive_the_page(opened: Any) -> None:

@@ -17,6 +17,10 @@ import small_source as small
 from beir_data import precomputed_config, tricky_folder, write_vectors
 from real_runs import STAGES, Run
 
+from negpipe.config.file import load_config
+from negpipe.review import report as reports
+from negpipe.review.report import sample
+
 pytestmark = pytest.mark.guarantee(
     "the report shows the stages, a figure, a review row",
     "its numbers, bars and marks are what the run's files hold",
@@ -142,10 +146,12 @@ def expected_row(manifest: dict[str, Any]) -> list[str]:
     unit = {"encode": "texts", "search": "anchors"}.get(manifest["stage"], "rows")
     parts = manifest["parts"]
     seconds = sum(part["provenance"]["seconds"] for part in parts)
+    took = manifest["provenance"]["seconds"]
     return [
         f"{manifest['stats'][unit]:,} {unit}",
         str(len(parts)),
         in_words(sum(file["bytes"] for part in parts for file in part["files"])),
+        f"{took:,.1f} s",
         f"{seconds:,.1f} s",
         f"{manifest['stats'][unit] / seconds:,.0f}" if seconds >= 0.1 else "–",
         in_words(max(part["provenance"]["peak_memory"] for part in parts)),
@@ -165,13 +171,14 @@ def test_times_throughput_and_peak_memory_are_those_of_the_parts(mined: Mined, t
                 "seconds": 0.001 if stage == "index" else 1000.0**number / 3 + at,
                 "peak_memory": 7 * 10 ** (5 + number) - at * 10**4,
             }
+        manifest["provenance"]["seconds"] = 1000.0 * number + 0.25
         run.change_manifest(stage, manifest)
     outcome = small.run("report", mined.config, "--set", f"run_dir={run.folder}")
     assert outcome.code == 0, outcome.err
     shown = table_of(page_of(run))
     assert shown == {stage: expected_row(run.manifest(stage)) for stage in STAGES}
-    assert [cells[4] == "–" for cells in shown.values()] == [False, False, True, False, False]
-    assert [cells[5] for cells in shown.values()] == ["700.0 kB", "7.0 MB", "70.0 MB", "700.0 MB", "7.0 GB"]
+    assert [cells[5] == "–" for cells in shown.values()] == [False, False, True, False, False]
+    assert [cells[6] for cells in shown.values()] == ["700.0 kB", "7.0 MB", "70.0 MB", "700.0 MB", "7.0 GB"]
 
 
 # --- figures ------------------------------------------------------------------------------------------
@@ -275,16 +282,16 @@ def test_the_figure_of_scores(mined: Mined, anchors: dict[str, Anchor]) -> None:
             for score, *_ in anchor.negatives.values()
         ],
     }
-    figure = mined.figure("Similarity")
-    assert texts_of(figure)[-4:] == ["positives", "negatives", "random pairs", "positive minus negative"]
-    means = [f"{np.mean(values):.3f}" for values in sides.values()]
-    assert (
-        "Mean scores: positives {}, negatives {}, random pairs {}, positive minus negative {}.".format(*means) in figure
-    )
+    figure, apart = mined.figure("Similarity"), mined.figure("Positive minus negative")
+    assert texts_of(figure)[-3:] == ["positives", "negatives", "random pairs"]
+    *means, difference = [f"{np.mean(values):.3f}" for values in sides.values()]
+    assert "Mean scores: positives {}, negatives {}, random pairs {}.".format(*means) in figure
+    above = np.mean([value < 0 for value in sides["blue"]])
+    assert f"Mean {difference}. {above:.1%} of the negatives score above their positive." in apart
     lines = {}
     for colour, values in sides.items():
         outline = rf'<path d="([^"]+)" clip-path[^>]*style="fill: none; stroke: var\(--{colour}\)'
-        (path,) = re.findall(outline, figure)
+        (path,) = re.findall(outline, apart if colour == "blue" else figure)
         shape = points(path)
         # Up, along, up or down, along …, and back to where it began.
         steps = [(x, y) for (x, y), (_, after) in zip(shape[1::2], shape[2::2], strict=False) if y == after]
@@ -292,7 +299,9 @@ def test_the_figure_of_scores(mined: Mined, anchors: dict[str, Anchor]) -> None:
         counts, edges = np.histogram(values, bins=np.linspace(min(values), max(values), 21))
         assert len(heights) == 20
         lines[colour] = borders, heights, edges, counts / np.diff(edges) / len(values)
-    # One scale for all: what it is, one of them tells.
+    (_, heights, _, density) = lines.pop("blue")  # on a scale of its own
+    assert heights == pytest.approx(max(heights) / max(density) * density, abs=0.02 * max(heights))
+    # One scale for the others: what it is, one of them tells.
     borders, heights, edges, density = lines["grey"]
     across, up = (borders[-1] - borders[0]) / (edges[-1] - edges[0]), max(heights) / max(density)
     left = borders[0] - across * edges[0]
@@ -368,6 +377,20 @@ def test_scores_and_ranks_of_the_rows_to_review(mined: Mined, anchors: dict[str,
             assert [one.score for one in side] == sorted((one.score for one in side), key=float, reverse=True)
         seen.update(one.rank.split()[0] for one in (*positives, *negatives))
     assert min(seen[kind] for kind in ("rank", "random", "beyond")) > 5
+
+
+def test_the_positive_that_margins_are_measured_from_is_always_shown(
+    mined: Mined, anchors: dict[str, Anchor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "_POSITIVES", 1)
+    page = reports.write(load_config(mined.config), tmp_path / "report.html").read_text("utf-8")
+    several = 0
+    for name, (_, (positive,), _) in cards(page).items():
+        lowest = min(score for score, _ in anchors[name].positives.values())
+        assert positive.score == f"{lowest:.3f}"
+        several += len(anchors[name].positives) > 1
+    assert several and page.count("<span>margins are measured from it</span>") == several
+    assert len(re.findall(r"<h4>Positive, \d+ more not shown</h4>", page)) == several
 
 
 def test_words_in_common_are_marked_on_the_page(mined: Mined, anchors: dict[str, Anchor]) -> None:

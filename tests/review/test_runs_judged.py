@@ -42,7 +42,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def findings(run: Run, file: Path | None, *changes: str, wanted: int = 201) -> dict[str, audit.Finding]:
     config = load_config(run.config, [*CHANGES, *changes])
-    found = measures.audit_rows(config, audit.Options(columns={}, negatives=wanted), file)
+    found = measures.audit_rows(config, audit.AuditOptions(columns={}, negatives=wanted), file)
     return {one.check: one for one in found.findings}
 
 
@@ -78,10 +78,12 @@ def test_an_exported_run_is_read(name: str, mined: Run, tmp_path: Path) -> None:
     """It holds every candidate: the positives among them are those that the qrels name."""
     config, out = load_config(mined.config, CHANGES), tmp_path / name
     if name == "run.tsv":
-        finished.export(config, exports.Options(to="tevatron", out=tmp_path / "out", run=True))
+        finished.export(config, exports.ExportOptions(to="tevatron", out=tmp_path / "out", run=True))
         out = tmp_path / "out" / name
     else:
-        finished.export(config, exports.Options(to="trec-run", out=out, shard_rows=999 if name == "shards" else None))
+        finished.export(
+            config, exports.ExportOptions(to="trec-run", out=out, shard_rows=999 if name == "shards" else None)
+        )
     found = findings(mined, out)
     known = {
         (anchor["id"], row)
@@ -113,7 +115,7 @@ def test_rules_of_the_config_are_asked_as_far_as_ids_tell(tmp_path: Path) -> Non
     run = Run(tree)
     run.mine()
     config = load_config(run.config)
-    finished.export(config, exports.Options(to="trec-run", out=tmp_path / "run.trec"))
+    finished.export(config, exports.ExportOptions(to="trec-run", out=tmp_path / "run.trec"))
     judged = [
         "mining.only_same=[lang]",
         "mining.where=candidate.lang != 'de' and (positive.lang = 'none' or score > positive_score)",
@@ -121,7 +123,7 @@ def test_rules_of_the_config_are_asked_as_far_as_ids_tell(tmp_path: Path) -> Non
     checked = load_config(run.config, judged)
     found = {
         one.check: one
-        for one in measures.audit_rows(checked, audit.Options(columns={}), tmp_path / "run.trec").findings
+        for one in measures.audit_rows(checked, audit.AuditOptions(columns={}), tmp_path / "run.trec").findings
     }
     lang = {row["_id"]: row["lang"] for row in documents}
     lines = [line.split() for line in (tmp_path / "run.trec").read_text("utf-8").splitlines()]
@@ -134,9 +136,10 @@ def test_what_cannot_be_judged_is_named(mined: Run, tmp_path: Path) -> None:
     anchor, document, _ = negatives(mined)[0]
     good = f"{anchor} Q0 {document} 1 0.5 x"
     with pytest.raises(InputError, match="mean nothing by themselves"):
-        audit.audit(write(tmp_path / "run", [good]), audit.Options(columns={}))
-    with pytest.raises(InputError, match="1 of 2 document ids are not among the documents") as caught:
-        findings(mined, write(tmp_path / "unknown", [good, f"{anchor} Q0 nowhere 2 0.4 x"]))
+        audit.audit(write(tmp_path / "run", [good]), audit.AuditOptions(columns={}))
+    with pytest.raises(InputError, match="2 of 3 document ids are not among the documents") as caught:
+        lines = [good, *(f"{anchor} Q0 {name} 2 0.4 x" for name in ("nowhere", "elsewhere"))]
+        findings(mined, write(tmp_path / "unknown", lines))
     assert caught.value.row == 1
     with pytest.raises(InputError, match="5 fields") as caught:
         findings(mined, write(tmp_path / "short", [good, f"{anchor} Q0 {document} 2 0.4"]))

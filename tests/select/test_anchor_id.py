@@ -16,7 +16,7 @@ from negpipe.data.tables import open_table
 from negpipe.engine.manifest import Books
 from negpipe.engine.state import digests_of
 from negpipe.review import explain, finished, measures
-from negpipe.review.audit import Options
+from negpipe.review.audit import AuditOptions
 from negpipe.stages.triplets import open_selection
 
 pytestmark = pytest.mark.cases
@@ -110,7 +110,7 @@ def test_explain_names_it_and_ranks_leave_it_out(tmp_path: Path) -> None:
     with digests_of(config) as digests:
         context = finished.searched(config, digests, "explain")
         opened = open_selection(context)
-        part, at = explain.find(finished._parts(context)[0], "arg-3")
+        part, at = explain.find(finished._parts(context)[0], "arg-3", trains=False)
         unit = explain.explain(opened.selector, opened.corpus, part, at).units[0]
     first = unit.candidates[0]
     assert (first.id, first.fate, first.rule) == ("arg-3", "anchor_id", "the anchor itself, by id")
@@ -144,7 +144,7 @@ def test_audit_finds_it(tmp_path: Path) -> None:
         overrides = ["mining.relative_margin=null", f"mining.anchor_id={setting}", "mining.range_max=20"]
         config = load_config(settings, overrides)
         graph.mine(config)
-        found = {one.check: one.count for one in measures.audit_rows(config, Options(columns={})).findings}
+        found = {one.check: one.count for one in measures.audit_rows(config, AuditOptions(columns={})).findings}
         assert found["anchor_id"] == expected
 
 

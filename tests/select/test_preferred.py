@@ -17,7 +17,7 @@ from real_runs import Run
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError
 from negpipe.review import finished, measures
-from negpipe.review.audit import Options
+from negpipe.review.audit import AuditOptions
 
 pytestmark = pytest.mark.cases
 
@@ -220,6 +220,6 @@ def test_a_condition_holds_for_them_as_far_as_it_names_no_score(tmp_path: Path) 
     kept = {q: {d for d in grades if int(d[1:]) % 2} for q, (*_, grades) in lists.items()}
     assert {q: len(some) for q, some in found.items()} == {q: min(4, len(some)) for q, some in kept.items() if some}
     assert all(found[q] <= kept[q] for q in found)
-    audited = measures.audit_rows(load_config(run.config, overrides), Options(columns={})).findings
+    audited = measures.audit_rows(load_config(run.config, overrides), AuditOptions(columns={})).findings
     (where,) = [one for one in audited if one.check == "where"]
     assert where.of and not where.count

@@ -20,7 +20,7 @@ from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.errors import ConfigError, InputError
 from negpipe.review import finished, measures, report
-from negpipe.review.audit import Options
+from negpipe.review.audit import AuditOptions
 from negpipe.select import columns, conditions
 from negpipe.stages import STAGES
 
@@ -330,8 +330,8 @@ def test_audit_counts_the_rows_that_break_a_rule(source: Source, form: str, refe
         (copy / path.name).write_bytes(path.read_bytes())
     config = config_of(source, rules, **settings)
     graph.mine(config)
-    own = {one.check: one for one in measures.audit_rows(config, Options(columns={})).findings}
-    forged = {one.check: one for one in measures.audit_rows(config, Options(columns={}), copy).findings}
+    own = {one.check: one for one in measures.audit_rows(config, AuditOptions(columns={})).findings}
+    forged = {one.check: one for one in measures.audit_rows(config, AuditOptions(columns={}), copy).findings}
     counts = Counter[str]()
     for at, positive, row in negatives_of(source, rows_of(copy), form, reference):
         for name, asked in rules.items():
@@ -368,14 +368,14 @@ def test_a_score_in_a_rule_is_checked_by_the_rows_own(source: Source) -> None:
     for settings in ({}, {"num_random": 5}):
         config = config_of(source, {"where": text}, search={"depth": 128}, **settings)
         graph.mine(config)
-        found = {one.check: one for one in measures.audit_rows(config, Options(columns={})).findings}
+        found = {one.check: one for one in measures.audit_rows(config, AuditOptions(columns={})).findings}
         assert found["where"].count == 0 < found["where"].of
     rows = pa.Table.from_pylist(rows_of(config.run_dir / "triplets"))
     forged = config.run_dir / "forged.parquet"
     pq.write_table(
         rows.set_column(rows.column_names.index("negative_rank"), "negative_rank", [[1] * len(rows)]), forged
     )
-    found = {one.check: one for one in measures.audit_rows(config, Options(columns={}), forged).findings}
+    found = {one.check: one for one in measures.audit_rows(config, AuditOptions(columns={}), forged).findings}
     assert found["where"].count == len(rows)
 
 

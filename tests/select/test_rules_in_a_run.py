@@ -248,7 +248,7 @@ def test_positives_in_a_ranking_are_not_counted_as_negatives(tmp_path: Path, ref
     assert (found["mean"], found["max"]) == pytest.approx((np.mean(scores), max(scores)), abs=1e-6)
 
     # Layouts of positives and negatives, unlike a ranking, have each on its side.
-    export = exports.Options(to="flagembedding", out=tmp_path / "train.jsonl")
+    export = exports.ExportOptions(to="flagembedding", out=tmp_path / "train.jsonl")
     finished.export(load_config(config, list(settings)), export)
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(len(line["neg"]) for line in lines) == len(scores)

@@ -161,7 +161,7 @@ def test_depth_has_a_limit_and_search_is_left_alone(run: Run) -> None:
         ("mining.depth=64",),
         ("mining.rank_over=raw",),
         ("mining.relative_margin=null",),  # nobody is short
-        ("mining.min_score=0.5",),  # what lies deeper scores less
+        ("mining.min_score=0.5", "output.min_rows=0"),  # what lies deeper scores less
         ("search.depth=300",),
     ],
 )

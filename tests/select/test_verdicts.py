@@ -55,6 +55,22 @@ def test_a_verdict_on_any_id_of_a_text_counts(folder: Path) -> None:
     assert (anchor, first) not in triples(folder, *settings, f"mining.exclude_file={file}")
 
 
+def test_pairs_that_name_nothing_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = folder / "verdicts.jsonl"
+    pairs = [("q1", "copy of 20"), ("q1", "d2000"), ("Q2", "d1"), ("Q2", "d2000"), ("q3", "d4")]
+    small.write_rows(file, [{"anchor_id": anchor, "document_id": document} for anchor, document in pairs])
+    triples(folder, f"mining.exclude_file={file}")
+    told = [message for message in caplog.messages if "pairs of" in message]
+    assert told == [
+        f"triplets: 3 of 5 pairs of {file} (mining.exclude_file) name an anchor or document that does not exist,"
+        " such as document 'd2000'"
+    ]
+    caplog.clear()
+    small.write_rows(file, [{"anchor_id": "q1", "document_id": "d4"}])
+    triples(folder, f"mining.exclude_file={file}")
+    assert not any("pairs of" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

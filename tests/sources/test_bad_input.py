@@ -145,12 +145,21 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "judgment of an unknown document": (
         judge(("q1", "nowhere", 1), ("q2", "nowhere", 1)),
         "",
-        ["train.tsv, row 14", "unknown document id 'nowhere' (2 such", "data.on_unknown_id: skip"],
+        [
+            "train.tsv, row 14",
+            "unknown document id 'nowhere' (in total 2 of an unknown document)",
+            "data.on_unknown_id: skip",
+        ],
+    ),
+    "several ids in one cell": (
+        judge(("q1", "d1, d2", 1)),
+        "",
+        ["train.tsv, row 14", "unknown document id 'd1, d2'", "Several ids in one cell? Write one judgment per line"],
     ),
     "judgment of an unknown query": (
         judge(("nobody", "d1", 1)),
         "",
-        ["train.tsv, row 14", "unknown query id 'nobody' (1 such", "data.on_unknown_id: skip"],
+        ["train.tsv, row 14", "unknown query id 'nobody' (in total 1 of an unknown query)", "data.on_unknown_id: skip"],
     ),
     "no anchor has a positive": (
         lambda folder: None,
@@ -282,11 +291,17 @@ def test_empty_texts_are_left_out_and_counted(fresh: Path) -> None:
     assert {"d0", "d19"}.isdisjoint(row["negative_id"] for row in rows)
 
 
-def test_judgments_of_unknown_ids_are_left_out_and_counted(fresh: Path) -> None:
-    judge(("q1", "nowhere", 1), ("nobody", "d1", 1))(fresh)
+def test_judgments_of_unknown_ids_are_left_out_and_counted(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    judge(("q1", "d1|d2", 1), ("nobody", "d1", 1))(fresh)
     result = mine(fresh / "config.yaml", ["data.on_unknown_id=skip"])
     assert result.stats["ingest"]["unknown_judgments"] == 2
     assert result.stats["ingest"]["positives"] == small.QUERIES
+    (told,) = [message for message in caplog.messages if "unknown id" in message]
+    assert told.startswith(
+        "2 of 14 relevance judgments name an unknown id (1 of an unknown query, 1 of an unknown document) and are left"
+        " out, such as document id 'd1|d2'"
+    )
+    assert told.endswith("train.tsv, row 14. Several ids in one cell? Write one judgment per line")
 
 
 def test_anchor_without_a_positive_is_ignored_and_counted(fresh: Path) -> None:

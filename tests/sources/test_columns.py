@@ -220,10 +220,9 @@ def mutated_source(draw: random.Random, folder: Path) -> Data:
     return Data(**settings)
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(600, id="some"), pytest.param(10_000, id="ten thousand", marks=pytest.mark.slow)]
-)
-def test_mutated_sources_are_read_alike(count: int, tmp_path: Path) -> None:
+@pytest.mark.torture
+def test_mutated_sources_are_read_alike(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    count = 10_000 if request.config.getoption("--torture") else 600
     draw = random.Random(count)
     seen: dict[str, int] = defaultdict(int)
     for _ in range(count):

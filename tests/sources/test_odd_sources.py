@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from written_sources import made, mteb
 
 from negpipe import sources
@@ -109,6 +110,34 @@ def test_delimiters(sign: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read(path=str(tmp_path / "p.csv"), format="pairs")
     assert caught.value.row == 1
+
+
+def test_the_delimiter_that_an_error_advises_reads_the_table(tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_text("_id;text\nd1;a text\n")
+    (tmp_path / "queries.csv").write_text("_id;text\nq1;a query\n")
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\nq1\td1\n")
+    named = {"corpus": "docs.csv", "queries": "queries.csv", "qrels": "qrels.tsv"}
+    source: dict[str, Any] = {name: str(tmp_path / file) for name, file in named.items()} | {"text": "{text}"}
+    with pytest.raises(InputError) as caught:
+        read(**source)
+    assert "set data.table.delimiter: semicolon" in str(caught.value.remedy)
+    source["table"] = {"delimiter": "semicolon"}
+    with pytest.raises(InputError) as caught:
+        read(**source)
+    advised = str(caught.value.remedy).partition("set data.qrels: ")[2]
+    source["qrels"] = yaml.safe_load(advised.replace("…", source["qrels"]))
+    assert len(read(**source)) == 3
+
+
+def test_a_mistyped_column_is_not_taken_for_a_missing_header(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("Art. No,Question,Head line\n1,a query,a text\n")
+    source = {"format": "pairs", "path": str(tmp_path / "rows.csv")}
+    with pytest.raises(InputError) as caught:
+        read(**source, columns={"anchor": "Question", "positive": "headline"})
+    assert "'Head line'" in str(caught.value.remedy) and "header" not in str(caught.value.remedy)
+    with pytest.raises(InputError) as caught:
+        read(**source, columns={"anchor": "Question", "positive": "url"})
+    assert "data.columns.positive" in str(caught.value.remedy) and "data.table.header" in str(caught.value.remedy)
 
 
 def test_negatives_and_labels_are_not_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

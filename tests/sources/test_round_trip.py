@@ -76,7 +76,7 @@ def read_back(path: Path, *, ids: bool, **settings: Any) -> Sides:
 @pytest.mark.parametrize("to", [name for name in exports.LAYOUTS if name not in NO_POSITIVES])
 def test_exports_are_read_back(to: str, mined: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    finished.export(load_config(mined.config), exports.Options(to=to, out=out))
+    finished.export(load_config(mined.config), exports.ExportOptions(to=to, out=out))
     files = [file for file in out.iterdir() if file.name.startswith("train") and file.suffix in (".jsonl", ".parquet")]
     for path in [out, *(files if len(files) == 1 and not (out / "README.md").exists() else [])]:
         assert read_back(path, ids=False) == of_triplets(mined, ids=False)
@@ -88,5 +88,5 @@ def test_exports_are_read_back(to: str, mined: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["sentence-transformers", "hub"])
 def test_every_format_of_rows_is_read_back(to: str, form: str, mined: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    finished.export(load_config(mined.config, [f"output.format={form}"]), exports.Options(to=to, out=out))
+    finished.export(load_config(mined.config, [f"output.format={form}"]), exports.ExportOptions(to=to, out=out))
     assert read_back(out, ids=False) == of_triplets(mined, ids=False)

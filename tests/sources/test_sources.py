@@ -323,8 +323,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"corpus": doc(_id=None)}, "missing", "no id", "corpus.jsonl", 2, "_id", "an id"),
     ({"queries": [{"_id": "q", "text": 3}]}, "type", "got 3", "queries.jsonl", 1, "text", "Write a string"),
     ({"queries": [{"_id": "q", "text": " "}]}, "empty_text", "empty", "queries.jsonl", 1, "text", "data.on_empty"),
-    ({"qrels": QRELS + "q1\td2\thigh\n"}, "type", "'high' is not a number", "train.tsv", 3, "score", "1 or 0"),
-    ({"qrels": QRELS + "q1\td2\tnan\n"}, "type", "'nan' is not a number", "train.tsv", 3, "score", "1 or 0"),
+    ({"qrels": QRELS + "q1\td2\thigh\n"}, "type", "a finite number, not 'high'", "train.tsv", 3, "score", "1 or 0"),
+    ({"qrels": QRELS + "q1\td2\tnan\n"}, "type", "a finite number, not 'nan'", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\t\t1\n"}, "missing", "no id", "train.tsv", 3, "corpus-id", "an id"),
     ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "delimiters"),
 ]
@@ -382,7 +382,7 @@ def test_missing_things_name_what_is_near() -> None:
     for path, message in {
         "./data/scifct": r"\./data/scifct: file or folder not found.*Similar names: data/scifact",
         "data/scifact/corpora.jsonl": r"corpora.jsonl: file or folder not found.*corpus.jsonl",
-        "data/scifct": r"data/scifct: this dataset cannot be loaded.*offline.*Similar names: data/scifact",
+        "data/scifct": r"data/scifct: no local .*beneath .*this dataset cannot be loaded.*Similar names: data/scifact",
         "data/notes.md": r"notes.md: unknown file extension '.md'.*Supported: .jsonl",
         "data/cut.jsonl.gz": r"cut.jsonl.gz, row \d+: the rest of the file cannot be read",
         "data/fake.parquet": r"fake.parquet: not a readable Parquet file",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_server import BUCKET, CREDENTIALS, Bucket, Request, share
+from object_server import BUCKET, CREDENTIALS, Bucket, Request, on_both, share
 
 from negpipe.errors import ConfigError, DamagedError, LockedError, StorageError
 from negpipe.store import lease, objects, s3
-from negpipe.store.cache import Cache
+from negpipe.store.cache import FileCache
 from negpipe.store.files import write_all
 from negpipe.store.objects import ObjectStore
 from negpipe.store.unfinished import owner
@@ -36,7 +36,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on(folder: Path, room: int = 2**30) -> ObjectStore:
     """A machine's view of the store: each has a disk of its own."""
-    return ObjectStore(s3.Bucket(BUCKET), "run", Cache(folder, room))
+    return ObjectStore(s3.Bucket(BUCKET), "run", FileCache(folder, room))
 
 
 def put(store: ObjectStore, content: bytes, key: str = KEY) -> str:
@@ -65,6 +65,7 @@ def test_what_a_machine_wrote_itself_is_not_fetched(bucket: Bucket, tmp_path: Pa
     assert store.path(name).read_bytes() == b"content" and not bucket.seen
 
 
+@on_both
 @pytest.mark.parametrize("how", ["500", "503 SlowDown", "reset", "lost", "timeout"])
 def test_what_fails_for_a_moment_is_tried_again(
     bucket: Bucket, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +81,7 @@ def test_what_fails_for_a_moment_is_tried_again(
     assert bucket.spoilt == {how: 3}
 
 
+@on_both
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_a_conditional_write_whose_answer_is_lost_is_known_as_our_own(
     bucket: Bucket, tmp_path: Path, before: bytes | None
@@ -92,6 +94,7 @@ def test_a_conditional_write_whose_answer_is_lost_is_known_as_our_own(
     assert bucket.spoilt == {"lost": 1} and store.read("manifest.json") == b"ours"
 
 
+@on_both
 def test_a_conditional_write_that_came_late_is_known_as_such_whatever_is_lost(bucket: Bucket, tmp_path: Path) -> None:
     store = on(tmp_path)
     spoil_once(bucket, "lost", "PUT")
@@ -100,6 +103,7 @@ def test_a_conditional_write_that_came_late_is_known_as_such_whatever_is_lost(bu
     assert not store.replace("manifest.json", b"ours", None) and store.read("manifest.json") == b"theirs"
 
 
+@on_both
 def test_an_answer_that_breaks_off_is_gone_on_from_there(bucket: Bucket, tmp_path: Path) -> None:
     content = random.Random(1).randbytes(3 * 2**20)
     name = put(on(tmp_path / "a"), content)
@@ -109,6 +113,7 @@ def test_an_answer_that_breaks_off_is_gone_on_from_there(bucket: Bucket, tmp_pat
     assert bucket.counts()["GET"] == 2 and bucket.moved["down"] < 1.7 * len(content)
 
 
+@on_both
 def test_what_is_not_what_its_name_says_is_damage_and_leaves_no_copy(bucket: Bucket, tmp_path: Path) -> None:
     name = put(on(tmp_path / "a"), b"content")
     bucket.client.put_object(Bucket=BUCKET, Key=f"run/{name}", Body=b"another")
@@ -118,6 +123,7 @@ def test_what_is_not_what_its_name_says_is_damage_and_leaves_no_copy(bucket: Buc
     assert not list((tmp_path / "b/encode").iterdir()) and store.digest(name) != name[-16:-4]
 
 
+@on_both
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [None, "500", "reset", "lost"])
 def test_a_large_file_appears_when_its_last_part_is_there(
@@ -155,7 +161,7 @@ def test_a_listing_that_is_late_hides_nothing(bucket: Bucket, tmp_path: Path, mo
 
 
 def test_copies_asked_for_longest_ago_make_room(bucket: Bucket, tmp_path: Path) -> None:
-    store = ObjectStore(s3.Bucket(BUCKET), "run", Cache(tmp_path, 5000, in_use=0.0))
+    store = ObjectStore(s3.Bucket(BUCKET), "run", FileCache(tmp_path, 5000, in_use=0.0))
     names = []
     for number in range(5):
         names.append(put(store, bytes([number]) * 1000, f"{number:016x}"))
@@ -183,6 +189,7 @@ REFUSED = {
     "403 SignatureDoesNotMatch": (StorageError, "are not valid: check AWS_PROFILE"),
     "301 PermanentRedirect": (StorageError, "another region: set AWS_DEFAULT_REGION"),
     "400 AuthorizationHeaderMalformed": (StorageError, "another region: set AWS_DEFAULT_REGION"),
+    "411 MissingContentLength": (StorageError, "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
     "403 RequestTimeTooSkewed": (StorageError, "clock is off"),
     "503 SlowDown": (StorageError, "S3 answers SlowDown"),
     "reset": (StorageError, "cannot be reached.*check the network and AWS_ENDPOINT_URL"),
@@ -233,12 +240,42 @@ def test_a_bucket_without_conditional_writes_is_refused(bucket: Bucket, tmp_path
     told = r"does not support conditional writes \(If-None-Match\), so two drivers could both"
     with pytest.raises(ConfigError, match=told):
         on(tmp_path).check_conditions()
-    bucket.spoil = lambda request: "unconditional" if "If-Match" in request.headers else None
-    with pytest.raises(ConfigError, match=r"does not support conditional writes \(If-Match\)"):
-        on(tmp_path).check_conditions()
+    for how in ("unconditional", "412 PreconditionFailed"):  # it writes always, or never
+        bucket.spoil = lambda request, how=how: how if "If-Match" in request.headers else None  # type: ignore[misc]
+        with pytest.raises(ConfigError, match=r"does not support conditional writes \(If-Match\)"):
+            on(tmp_path).check_conditions()
     assert not bucket.objects()
 
 
+@pytest.mark.guarantee(
+    "a service compares the tags of conditional writes without their quotes, as Ceph does, or only with them",
+    "conditional writes work",
+)
+@pytest.mark.parametrize("refused", ["quoted", "bare"])
+def test_a_tag_is_sent_as_the_service_compares_it(bucket: Bucket, tmp_path: Path, refused: str) -> None:
+    how = "412 PreconditionFailed" if refused == "quoted" else "400 InvalidArgument"
+
+    def spoil(request: Request) -> str | None:
+        tag = request.headers.get("If-Match", "") if request.method == "PUT" else ""
+        return how if tag and tag.startswith('"') == (refused == "quoted") else None
+
+    store, bucket.spoil = on(tmp_path), spoil
+    store.check_conditions()
+    assert store.replace("manifest.json", b"first", None) and store.replace("manifest.json", b"second", b"first")
+    assert not store.replace("manifest.json", b"late", b"first") and store.read("manifest.json") == b"second"
+    changed = [False]
+
+    def change(request: Request) -> str | None:
+        if request.method == "PUT" and not changed[0]:
+            changed[0] = True
+            bucket.client.put_object(Bucket=BUCKET, Key="run/manifest.json", Body=b"theirs")
+        return spoil(request)
+
+    bucket.spoil = change
+    assert not store.replace("manifest.json", b"ours", b"second") and store.read("manifest.json") == b"theirs"
+
+
+@on_both
 def test_of_random_failures_nothing_is_lost(bucket: Bucket, tmp_path: Path) -> None:
     bucket.spoil = share(5, 0.2)
     store = on(tmp_path / "a")
@@ -264,6 +301,7 @@ def elsewhere() -> str:
     return owner().partition("@")[0] + "@another.0123abcd"
 
 
+@on_both
 def test_who_lives_keeps_it_and_others_are_refused_by_name(bucket: Bucket, tmp_path: Path) -> None:
     refused = pytest.raises(LockedError, match=r"s3://bucket/run is in use by .*: wait for it or stop it")
     with lease.held(on(tmp_path), "run", patience=2.0):
@@ -274,6 +312,7 @@ def test_who_lives_keeps_it_and_others_are_refused_by_name(bucket: Bucket, tmp_p
     assert not bucket.objects()
 
 
+@on_both
 def test_who_is_dead_elsewhere_keeps_it_for_a_while_whatever_any_clock_says(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +331,7 @@ def test_the_dead_of_this_machine_hold_nothing(bucket: Bucket, tmp_path: Path) -
         assert time.monotonic() - began < 30
 
 
+@on_both
 def test_shards_share_it_and_who_wants_it_alone_is_refused(bucket: Bucket, tmp_path: Path) -> None:
     with (
         lease.held(on(tmp_path), "run", shared=True, patience=2.0),
@@ -306,11 +346,14 @@ def test_shards_share_it_and_who_wants_it_alone_is_refused(bucket: Bucket, tmp_p
     assert not bucket.objects()
 
 
+@on_both
 def test_a_holder_that_was_taken_for_dead_does_not_take_it_back(
     bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with lease.held(on(tmp_path), "run", patience=0.6):
         left_by(bucket, elsewhere())
-        time.sleep(0.5)
+        deadline = time.monotonic() + 30
+        while "another process has taken this claim" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
     assert "another process has taken this claim" in caplog.text
     assert elsewhere().encode() in next(iter(bucket.objects().values()))

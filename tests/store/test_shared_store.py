@@ -15,8 +15,11 @@ from real_runs import Run
 from negpipe import graph
 from negpipe.config.file import load_config
 from negpipe.engine import upkeep
+from negpipe.engine.manifest import Books
 from negpipe.errors import ConfigError, LockedError, StorageError
+from negpipe.store.files import write_all
 from negpipe.store.lock import run_lock
+from negpipe.store.store import LocalStore
 
 pytestmark = pytest.mark.guarantee(
     "two run directories share a store",
@@ -75,6 +78,26 @@ def test_clean_keeps_what_any_run_needs(variants: tuple[Run, Run], tmp_path: Pat
         assert not upkeep.verify(config, graph.inventory(config))
         assert {state.state for state in run.states(*settings).values()} == {"current"}
     assert graph.clean(load_config(first.config)) == 0
+
+
+def test_clean_keeps_both_of_two_parts_with_one_key(variants: tuple[Run, Run], tmp_path: Path) -> None:
+    """A part that was rebuilt with other bytes, as by other library versions, while another run names the old one."""
+    for run in variants:
+        run.mine()
+    store = LocalStore(tmp_path / "store")
+    books = Books(variants[1].folder, "encode", store)
+    manifest, sealed = books.manifest(), books.content()
+    assert manifest
+    part, *others = manifest.parts
+    old = part.file("vectors")
+    content = store.path(old.path).read_bytes() + b"other"
+    made = store.put("encode", lambda digest: f"{part.key}-{digest[:12]}.npy", lambda file: write_all(file, content))
+    new = old.model_copy(update={"path": f"encode/{made.name}", "bytes": made.bytes, "digest": made.digest})
+    rebuilt = part.model_copy(update={"files": (new,)})
+    assert books.write_manifest(manifest.model_copy(update={"parts": (rebuilt, *others)}), sealed)
+    for run in variants:
+        assert graph.clean(load_config(run.config)) == 0
+    assert store.path(old.path).is_file() and store.path(new.path).read_bytes() == content
 
 
 def test_clean_refuses_while_a_run_cannot_be_read_until_it_is_forgotten(
@@ -161,14 +184,14 @@ def test_parts_of_a_run_are_moved_into_a_store_and_not_made_again(variants: tupl
 
 def test_no_export_replaces_the_store(variants: tuple[Run, Run], tmp_path: Path) -> None:
     from negpipe.review.finished import export
-    from negpipe.rows.exports import Options
+    from negpipe.rows.exports import ExportOptions
 
     first, _ = variants
     first.mine()
     before = stored(tmp_path / "store")
     for place in ("store", "store/encode", "."):
         with pytest.raises(ConfigError, match="not an export"):
-            export(load_config(first.config), Options(to="jsonl", out=tmp_path / place, force=True))
+            export(load_config(first.config), ExportOptions(to="jsonl", out=tmp_path / place, force=True))
     assert stored(tmp_path / "store") == before
 
 

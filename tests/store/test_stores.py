@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from object_server import BUCKET
+from object_server import BUCKET, CEPH, Bucket
 
 from negpipe.errors import LockedError
-from negpipe.store.cache import Cache
+from negpipe.store.cache import FileCache
 from negpipe.store.files import Published, write_all
 from negpipe.store.objects import ObjectStore
 from negpipe.store.s3 import Bucket as S3
@@ -21,13 +21,13 @@ from negpipe.store.store import LocalStore, Store
 KEY = "0123456789abcdef"
 
 
-@pytest.fixture(params=["disk", "bucket", "whole bucket"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["disk", "moto", "whole bucket", CEPH])
+def store(request: pytest.FixtureRequest, tmp_path: Path, reach: Callable[[Bucket], Bucket]) -> Store:
     if request.param == "disk":
         return LocalStore(tmp_path / "store")
-    request.getfixturevalue("bucket")
+    reach(request.getfixturevalue("ceph" if request.param == "ceph" else "moto"))
     prefix = "" if request.param == "whole bucket" else f"runs/{tmp_path.name}"
-    return ObjectStore(S3(BUCKET), prefix, Cache(tmp_path / "store", 2**30))
+    return ObjectStore(S3(BUCKET), prefix, FileCache(tmp_path / "store", 2**30))
 
 
 def put(store: Store, content: bytes, folder: str = "encode", key: str = KEY) -> Published:
@@ -91,17 +91,19 @@ def test_what_changes_is_written_only_where_nobody_did(store: Store) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_of_many_at_once_one_wins(store: Store, before: bytes | None) -> None:
-    name, start = "books/manifest.json", threading.Barrier(8)
-    if before:
-        store.replace(name, before, None)
+    rivals = 16
+    start = threading.Barrier(rivals)
 
-    def attempt(number: int) -> bool:
+    def attempt(name: str, number: int) -> bool:
         start.wait()
         return store.replace(name, f"of {number}".encode(), before)
 
-    with ThreadPoolExecutor(8) as pool:
-        won = [*pool.map(attempt, range(8))]
-    assert won.count(True) == 1 and store.read(name) == f"of {won.index(True)}".encode()
+    with ThreadPoolExecutor(rivals) as pool:
+        for name in (f"books/manifest-{number}.json" for number in range(5)):
+            if before:
+                store.replace(name, before, None)
+            won = [*pool.map(attempt, [name] * rivals, range(rivals))]
+            assert won.count(True) == 1 and store.read(name) == f"of {won.index(True)}".encode()
 
 
 @pytest.mark.slow

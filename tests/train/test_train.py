@@ -377,7 +377,19 @@ def test_a_split_that_is_all_trained_on(mined: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         graph.train(config_of(run, "train.eval_split=same"))
     assert raised.value.field == "train.eval_split"
+    assert "train: {split: {test: 0.1}} in place of train.eval_split" in str(raised.value)
     assert not (tmp_path / "run/encode").exists()
+
+
+def test_a_source_without_splits_is_known_before_it_is_read(mined: Run, tmp_path: Path) -> None:
+    beir = Path(mined.config["data"]["path"])
+    names = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/train.tsv"}
+    data = {name: str(beir / file) for name, file in names.items()}
+    run = Run({**mined.config, "run_dir": str(tmp_path / "run"), "data": data})
+    with pytest.raises(InputError) as raised:
+        graph.train(config_of(run))
+    assert raised.value.field == "train.eval_split" and "train: {split: {test: 0.1}}" in str(raised.value.remedy)
+    assert not (tmp_path / "run/ingest").exists()
 
 
 def test_rows_that_fill_no_batch(copy: Run) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from negpipe.config.executor import Ray
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = 2**30  # bytes that a worker holds in addition to its budget: Python, torch or FAISS
 _OBJECTS = 100 * 2**20  # bytes of Ray's object store, which carries only paths here; the minimum is 75 MiB
 _LOOK = 1.0  # seconds between two checks of the nodes
+_TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")  # whether Ray's requests carry a token, and which
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Demand:
 @contextmanager
 def session() -> Iterator[None]:
     """On exit, close connections opened within it and stop a cluster started within it."""
-    before = _connected()
+    before, environment = _connected(), {name: os.environ.get(name) for name in _TOKEN}
     try:
         yield
     finally:
@@ -59,6 +62,7 @@ def session() -> Iterator[None]:
             import ray
 
             ray.shutdown()
+            _authenticate(environment)
 
 
 def connect(config: Config) -> None:
@@ -92,6 +96,16 @@ def connect(config: Config) -> None:
         len(nodes),
         *(sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")),
     )
+
+
+def hint(death: str) -> str:
+    """What to do about a death of an actor that Ray does not explain."""
+    if "actor never ran" in death and os.environ.get("RAY_AUTH_MODE") == "token":
+        return (
+            " Was the cluster started without token authentication? This process uses it, as RAY_AUTH_MODE is token or"
+            " ~/.ray/auth_token exists: set RAY_AUTH_MODE=disabled here, or start the cluster again."
+        )
+    return ""
 
 
 def alive() -> list[dict[str, float]]:
@@ -159,9 +173,15 @@ def _fitting(needed: Demand) -> int:
 
 
 def _start(options: dict[str, Any]) -> None:
-    """Start a cluster on this machine. Not in a thread: its processes would end with the thread."""
+    """Start a cluster on this machine. Not in a thread: its processes would end with the thread.
+
+    Its token is for this session only. Ray would write one to the home folder, and `auto` would use it from then on,
+    even on a cluster that was started without one: Ray then cancels every actor.
+    """
     import ray
 
+    if "RAY_AUTH_MODE" not in os.environ:
+        _authenticate(dict(zip(_TOKEN, ("token", secrets.token_hex(32)), strict=True)))
     try:
         ray.init(
             address="local",
@@ -183,6 +203,18 @@ def _connected() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def _authenticate(environment: Mapping[str, str | None]) -> None:
+    """Set or remove the variables about tokens, and let Ray read them again: it reads them once in a process."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    raylet: Any = import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
 def _within(settings: Ray, connect: Callable[[], Any]) -> None:
     """Connect in a thread: without an answer, Ray returns only after minutes and handles no signals until then."""
     failed: list[Exception] = []
@@ -198,10 +230,12 @@ def _within(settings: Ray, connect: Callable[[], Any]) -> None:
     thread.join(settings.wait)
     if not thread.is_alive() and not failed:
         return
+    named = os.environ.get("RAY_ADDRESS") if settings.address == "auto" else None
     why = str(failed[0]).partition("\n")[0] if failed else f"no answer within {settings.wait:g} s (executor.ray.wait)"
     raise ConfigError(
-        f"executor.ray.address: no Ray cluster answers at {settings.address}: {why}. Start one (ray start --head)"
-        " with this machine as one of its nodes, correct the address, or set it to local"
+        f"executor.ray.address: no Ray cluster answers at {f'{named} (RAY_ADDRESS)' if named else settings.address}:"
+        f" {why}. Start one (ray start --head) with this machine as one of its nodes, correct the address, or set it to"
+        " local; if it uses token authentication, set RAY_AUTH_MODE=token"
     )
 
 

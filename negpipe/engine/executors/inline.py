@@ -8,7 +8,7 @@ from negpipe.engine.stage import Context, Progressed, Stage, Task, opened
 
 
 def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
-    """See `negpipe.engine.stage.Executor`."""
+    """See `negpipe.engine.stage.TaskExecutor`."""
     first = next(tasks, None)
     if first is None:
         return

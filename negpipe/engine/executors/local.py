@@ -101,12 +101,12 @@ _Lines = queue.Queue[tuple[_Worker, bytes]]
 
 
 def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
-    """See `negpipe.engine.stage.Executor`.
+    """See `negpipe.engine.stage.TaskExecutor`.
 
     Raises:
         NegpipeError: the error of a task, or TaskFailedError if a worker died too often.
     """
-    crew = _Crew(stage, tasks, context, progress)
+    crew = _LocalCrew(stage, tasks, context, progress)
     workers, names = context.workers, context.devices()
     if workers < len(names):
         logger.warning(
@@ -125,7 +125,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
 
 
 @dataclass
-class _Crew(Crew[_Worker]):
+class _LocalCrew(Crew[_Worker]):
     lines: _Lines = field(default_factory=queue.Queue)
 
     def start(self, task: Task, device: str) -> None:

@@ -54,7 +54,7 @@ def examine(stages: list[Stage], context: Context) -> None:
 
 
 def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
-    """See `negpipe.engine.stage.Executor`.
+    """See `negpipe.engine.stage.TaskExecutor`.
 
     Raises:
         NegpipeError: the error of a task, or TaskFailedError if an actor died too often.
@@ -73,7 +73,7 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
         update={"executor": context.config.executor.model_copy(update={"workers": actors})}
     )
     context = replace(context, config=config, granted=budget)
-    crew = _Crew(stage, tasks, context, progress, demand=demand, taken=deque([first]))
+    crew = _RayCrew(stage, tasks, context, progress, demand=demand, taken=deque([first]))
     try:
         while len(crew.workers) < actors:
             crew.start()
@@ -124,7 +124,7 @@ class _Actor(Worker):
 
 
 @dataclass
-class _Crew(Crew[_Actor]):
+class _RayCrew(Crew[_Actor]):
     """Actors get a task once they have started, so that no task waits for an actor without room."""
 
     demand: Demand = field(kw_only=True)
@@ -217,8 +217,8 @@ class _Crew(Crew[_Actor]):
         self.starts[worker.number] += 1
         if self.starts[worker.number] > RETRIES:
             raise TaskFailedError(
-                f"{self.stage.name}: a worker failed to start {RETRIES + 1} times; last cause: {detail}. Its log,"
-                f" {worker.log}, ends with: {last_line(worker.log)}"
+                f"{self.stage.name}: a worker failed to start {RETRIES + 1} times; last cause: {detail}."
+                f"{cluster.hint(detail)} Its log, {worker.log}, ends with: {last_line(worker.log)}"
             )
         logger.warning("%s: a worker failed to start, starting it again: %s", self.stage.name, detail)
         self.start(worker.number)

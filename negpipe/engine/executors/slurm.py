@@ -34,7 +34,7 @@ from negpipe.config.file import load_config
 from negpipe.config.schema import Config
 from negpipe.engine.executors import local
 from negpipe.engine.shards import Shard, shard_of, some
-from negpipe.engine.stage import Context, Executor, Progressed, Stage, Task
+from negpipe.engine.stage import Context, Progressed, Stage, Task, TaskExecutor
 from negpipe.errors import ConfigError, LockedError, NegpipeError, StorageError, TaskFailedError, VanishedError
 from negpipe.redaction import Redacting
 from negpipe.store import unfinished
@@ -58,7 +58,7 @@ _STRAGGLING = 60.0  # seconds that array tasks with nothing left to do have to e
 _LARGEST = 1001  # Slurm's default of MaxArraySize
 
 
-def arrays(config: Config, work: Work) -> Executor:
+def arrays(config: Config, work: Work) -> TaskExecutor:
     """Return an executor that runs stages as arrays; a light stage with one missing part runs in a local worker.
 
     Raises:

@@ -19,30 +19,30 @@ from negpipe.data.database import opened
 from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.review.audit import checks, load, near, rules
 from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
-from negpipe.review.audit.columns import Layout, layout_of
+from negpipe.review.audit.columns import RowLayout, layout_of
 from negpipe.review.audit.policy import Policy, policy
-from negpipe.review.audit.rules import Rules
-from negpipe.review.audit.runs import Texts
+from negpipe.review.audit.rules import ColumnRules
+from negpipe.review.audit.runs import TextTables
 from negpipe.store.files import explained
 
 __all__ = [
     "CHECKS",
     "GROUPS",
     "Audit",
+    "AuditOptions",
+    "ColumnRules",
     "Finding",
-    "Layout",
-    "Options",
     "Policy",
     "Qrels",
-    "Rules",
-    "Texts",
+    "RowLayout",
+    "TextTables",
     "audit",
     "policy",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class AuditOptions:
     """How rows are judged.
 
     Attributes:
@@ -77,8 +77,8 @@ class Qrels:
     name: str
     positives: Iterable[pa.Table]
     documents: Iterable[pa.Table]
-    rules: Rules | None = None
-    texts: Texts | None = None
+    rules: ColumnRules | None = None
+    texts: TextTables | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Audit:
         return {"source": self.source, **counts, "qrels": self.qrels, "checks": checks_found}
 
 
-def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch: Path | None = None) -> Audit:
+def audit(source: Path, options: AuditOptions, qrels: Qrels | None = None, *, scratch: Path | None = None) -> Audit:
     """Check all rows of a file, or of the Parquet files of a folder.
 
     Args:
@@ -118,7 +118,8 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
         scratch: folder for spilled data; None: the system's temporary folder.
 
     Raises:
-        InputError: the file cannot be read, lacks a column, has no rows, or contains ids unknown to the qrels.
+        InputError: the file cannot be read, lacks a column, has no rows, or has mostly ids, or without ids mostly
+            anchors, unknown to the qrels.
         ConfigError: `options.budget` is too small.
     """
     with (
@@ -134,6 +135,8 @@ def audit(source: Path, options: Options, qrels: Qrels | None = None, *, scratch
         if asked is not None:
             rules.load(database, asked, found)
         load.texts(database, with_qrels=qrels is not None)
+        if qrels is not None:
+            load.check_known(database, load.anchor_texts(found), str(source), qrels.name)
         near.compare(database, options.near, options.budget.threads)
         checks.prepare(database, found)
         limits = checks.Limits(options.negatives, options.hub_share, options.examples)

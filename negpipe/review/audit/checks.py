@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from negpipe.errors import InputError
-from negpipe.review.audit import rules
-from negpipe.review.audit.columns import Layout
-from negpipe.review.audit.rules import RULES, Rules
+from negpipe.review.audit import load, rules
+from negpipe.review.audit.columns import RowLayout
+from negpipe.review.audit.rules import RULES, ColumnRules
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,6 +35,7 @@ CHECKS: Mapping[str, str] = {
     "shortage": "fewer negatives than wanted",
     "empty_text": "the text is missing or blank",
     "missing_id": "the id is missing or empty",
+    "unknown_id": "the id, or the text of an anchor without an id, is not in the data of the config",
     "hub": "the document is the negative of unusually many anchors",
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -48,6 +49,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 _FALSE = (*GROUPS["positive"], "anchor_text", "anchor_id", "near_duplicate")
 _HUB = 10  # minimum anchors of a hub
 _SHOWN = 300  # characters of a text in an example
+_SIDE = "if(positive, 'positive', 'negative')"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Finding:
         return {**{name: value for name, value in vars(self).items() if name != "check"}, "share": self.share}
 
 
-def prepare(database: duckdb.DuckDBPyConnection, layout: Layout) -> None:
+def prepare(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> None:
     """Classify every negative and every row once for all checks."""
     by_id = _named("x.a", "positives", "a") if _ids(layout) else "false"
     shared_id = _named("x.text", "shared", "text") if _ids(layout) else "false"
@@ -132,12 +134,14 @@ def _named(owner: str, positives: str, column: str) -> str:
     )
 
 
-def run(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> Finding:
+def run(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, limits: Limits) -> Finding:
     """Count the findings of a check, and fetch examples."""
     return _finding(database, check, CHECKS[check], limits, *_query(database, check, layout, limits))
 
 
-def run_rules(database: duckdb.DuckDBPyConnection, asked: Rules, layout: Layout, limits: Limits) -> Iterator[Finding]:
+def run_rules(
+    database: duckdb.DuckDBPyConnection, asked: ColumnRules, layout: RowLayout, limits: Limits
+) -> Iterator[Finding]:
     """The same for the rules that a config sets.
 
     Raises:
@@ -163,7 +167,7 @@ def _finding(
     return Finding(check, about, unit, total, of, examples)
 
 
-def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limits: Limits) -> tuple[str, int, str]:
+def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, limits: Limits) -> tuple[str, int, str]:
     """What is checked, its number, and the query of (row, doc, detail) that finds problems."""
     negatives = _number(database, "select count(*) from negatives")
     if check in _FALSE:
@@ -215,7 +219,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
             ),
         )
     if check == "shortage":
-        return _shortage(database, limits)
+        return _shortage(database, layout, limits)
     if check == "empty_text":
         blank = "(select h from normal where normalized = '')"
         return (
@@ -223,11 +227,13 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
             rows + documents,
             (
                 f"select row, null as doc, 'anchor' as detail from entries where h is null or h in {blank} union all"
-                f" select row, doc, 'document' from documents where h is null or h in {blank}"
+                f" select row, doc, {_SIDE} from documents where h is null or h in {blank}"
             ),
         )
     if check == "missing_id":
         return _missing_id(database, layout)
+    if check == "unknown_id":
+        return _unknown_id(database, layout)
     anchors = _number(database, "select count(distinct a) from entries")
     least = max(_HUB, limits.hub_share * anchors)
     return (
@@ -240,18 +246,25 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: Layout, limi
     )
 
 
-def _shortage(database: duckdb.DuckDBPyConnection, limits: Limits) -> tuple[str, int, str]:
+def _shortage(database: duckdb.DuckDBPyConnection, layout: RowLayout, limits: Limits) -> tuple[str, int, str]:
     wanted = limits.negatives
     if wanted is None:  # the most frequent number
         wanted = _number(database, "select size from sizes group by size order by count(*) desc, size desc limit 1")
+    # Without ids, an anchor is there if its normalised text is, as in `unknown_id`.
+    has_row = (
+        "a in (select a from entries)"
+        if layout.has("anchor_id")
+        else "anchor in (select h from normal where n in (select n from entries join normal using (h)))"
+    )
     absent = (
-        "(select a, any_value(anchor_id) as id from known where a not in (select a from entries) group by a)"
+        f"(select a, any_value(anchor_id) as id from known where not ({has_row}) group by a)"
         if _has(database, "known")
         else "(select 0 as a, '' as id where false)"
     )
-    of = _number(database, f"select (select count(*) from sizes) + (select count(*) from {absent})")
+    without = _number(database, f"select count(*) from {absent}")
+    of = _number(database, "select count(*) from sizes") + without
     return (
-        "anchors with their positive",
+        f"anchors with their positive, {without:,} of them without a row" if without else "anchors with their positive",
         of,
         (
             f"select row, null as doc, size || ' of {wanted}' as detail from sizes where size < {wanted} union all"
@@ -260,14 +273,14 @@ def _shortage(database: duckdb.DuckDBPyConnection, limits: Limits) -> tuple[str,
     )
 
 
-def _missing_id(database: duckdb.DuckDBPyConnection, layout: Layout) -> tuple[str, int, str]:
+def _missing_id(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> tuple[str, int, str]:
     sides = [
         side
         for side, field in (("true", "positive_id"), ("false", "positive_id" if layout.labelled else "negative_id"))
         if layout.has(field)
     ]
-    documents = f"(select row, doc, id from documents where positive in ({', '.join(sides)}))"
-    parts = [f"select row, doc, id, 'document' as detail from {documents}"] if sides else []
+    documents = f"(select row, doc, id, positive from documents where positive in ({', '.join(sides)}))"
+    parts = [f"select row, doc, id, {_SIDE} as detail from {documents}"] if sides else []
     if layout.has("anchor_id"):
         parts.append("select row, null as doc, anchor_id as id, 'anchor' as detail from entries")
     if not parts:
@@ -275,6 +288,19 @@ def _missing_id(database: duckdb.DuckDBPyConnection, layout: Layout) -> tuple[st
     every = " union all ".join(parts)
     missing = f"select row, doc, detail from ({every}) where id is null or id = ''"
     return "ids", _number(database, f"select count(*) from ({every})"), missing
+
+
+def _unknown_id(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> tuple[str, int, str]:
+    if not _has(database, "known"):
+        return "ids", 0, ""
+    asked = {**load.ids(layout), **load.anchor_texts(layout)}
+    every = " union all ".join(
+        f"select row, doc, '{what} ' || id[:{_SHOWN}] as detail, id not in ({there}) as unknown from ({ids})"
+        for what, (ids, there) in asked.items()
+    )
+    of = _number(database, f"select count(*) from ({every})")
+    unit = "ids" if layout.has("anchor_id") else "ids and anchor texts" if _ids(layout) else "anchor texts"
+    return unit, of, f"select row, doc, detail from ({every}) where unknown"
 
 
 def _examples(database: duckdb.DuckDBPyConnection, found: str) -> list[dict[str, Any]]:
@@ -289,7 +315,7 @@ def _examples(database: duckdb.DuckDBPyConnection, found: str) -> list[dict[str,
     return [{name: value for name, value in row.items() if value not in (None, "")} for row in rows]
 
 
-def _ids(layout: Layout) -> bool:
+def _ids(layout: RowLayout) -> bool:
     """Whether documents have ids."""
     return layout.has("positive_id") or layout.has("negative_id")
 

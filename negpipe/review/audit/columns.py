@@ -38,7 +38,7 @@ _LISTED = 12  # columns listed in a message
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """A file and the columns of each field: none, one (of texts or of lists), or one per document.
 
     Attributes:
@@ -93,8 +93,8 @@ def layout_of(
     source: Path,
     mapping: Mapping[str, str],
     scratch: Path,
-    texts: runs.Texts | None = None,
-) -> Layout:
+    texts: runs.TextTables | None = None,
+) -> RowLayout:
     """Find the columns of a file.
 
     Args:
@@ -117,7 +117,7 @@ def layout_of(
     plain = scratch / "rows.parquet"
     if not mapping and source.exists() and (run := sources.run_of(source)):
         runs.flatten(database, run, texts, plain)
-        return Layout([plain], {name: [(name, False)] for name in runs.COLUMNS})
+        return RowLayout([plain], {name: [(name, False)] for name in runs.COLUMNS})
     foreign_rows = None if mapping else foreign.recognized(source)
     files = [plain] if foreign_rows else _files(source)
     try:
@@ -149,20 +149,31 @@ def layout_of(
         ]
         for field in FIELDS
     }
+    _check_texts(columns, list(types), source)
+    if columns["label"] and columns["negative"]:
+        columns["label"] = []
+    return RowLayout(files, columns)
+
+
+def _check_texts(columns: Mapping[str, Sequence[tuple[str, bool]]], there: list[str], source: Path) -> None:
     missing = [field for field in ("anchor", "positive") if not columns[field]]
     if not columns["negative"] and not columns["label"]:
         missing.append("negative")
-    if missing:
-        listed = ", ".join(list(types)[:_LISTED]) + (", …" if len(types) > _LISTED else "")
-        example = ",".join(f"{field}=COLUMN" for field in missing)
-        raise InputError(
-            f"no column is known to hold the {' or the '.join(missing)}; columns: {listed}",
-            file=str(source),
-            remedy=f"Name them: --columns {example} (for a file of labelled documents: positive=COLUMN,label=COLUMN)",
+    if not missing:
+        return
+    listed = ", ".join(there[:_LISTED]) + (", …" if len(there) > _LISTED else "")
+    example = ",".join(f"{field}=COLUMN" for field in missing)
+    remedy = f"Name them: --columns {example} (for a file of labelled documents: positive=COLUMN,label=COLUMN)"
+    if any(columns[f"{field}_id"] for field in missing):
+        remedy = (
+            "Ids alone cannot be audited, as texts are compared: add columns with the texts, or write the negatives"
+            " as a TREC run (query Q0 document rank score tag), which gets its texts from CONFIG"
         )
-    if columns["label"] and columns["negative"]:
-        columns["label"] = []
-    return Layout(files, columns)
+    raise InputError(
+        f"no column is known to hold the {' or the '.join(missing)}; columns: {listed}",
+        file=str(source),
+        remedy=remedy,
+    )
 
 
 def quoted(name: str) -> str:

@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 
 from negpipe.data.texts import hashes, normalize
 from negpipe.errors import InputError
-from negpipe.review.audit.columns import Layout, quoted_path
+from negpipe.review.audit.columns import RowLayout, quoted_path
 
 if TYPE_CHECKING:
     import duckdb
 
 _BATCH = 16384
+_SHOWN = 100  # characters of a name in a message
 # A missing text has no hash: it equals nothing.
 _HASH = "case when {0} is null then null else hash({0}) end"
 
 
-def rows(database: duckdb.DuckDBPyConnection, layout: Layout, source: str) -> None:
+def rows(database: duckdb.DuckDBPyConnection, layout: RowLayout, source: str) -> None:
     """Read the file once.
 
     Raises:
@@ -95,12 +96,12 @@ def qrels(
     documents: Iterable[pa.Table],
     source: str,
     name: str,
-    layout: Layout,
+    layout: RowLayout,
 ) -> None:
     """Add the qrels.
 
     Raises:
-        InputError: an id of the rows is unknown to them.
+        InputError: most ids of the rows are unknown to them: they are from other data.
     """
     database.execute("create table judged (anchor_id varchar, anchor varchar, document bigint, text varchar)")
     database.execute("create table known_ids (document bigint, id varchar)")
@@ -112,16 +113,32 @@ def qrels(
         database.execute(
             "insert into known_ids select document, unnest(list_prepend(id, coalesce(other_ids, []))) from piece"
         )
-    if layout.has("anchor_id"):
-        asked, there = "select anchor_id as id, row from entries", "select anchor_id as id from judged"
-        _check_known(database, asked, there, source, name, "anchor")
-    if layout.has("positive_id") or layout.has("negative_id"):
-        _check_known(database, "select id, row from documents", "select id from known_ids", source, name, "document")
+    check_known(database, ids(layout), source, name)
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     database.execute(
         f"create table known as select hash({anchor}) as a, anchor_id, hash(anchor) as anchor, document,"
         " hash(text) as h from judged"
     )
+
+
+def ids(layout: RowLayout) -> dict[str, tuple[str, str]]:
+    """Of anchors and documents: queries of (id, row, doc) of the rows' ids, and of (id) of the known ones. A missing id
+    is not an unknown one."""
+    queries = {}
+    if layout.has("anchor_id"):
+        asked = "select anchor_id as id, row, null as doc from entries where anchor_id != ''"
+        queries["anchor id"] = asked, "select anchor_id as id from judged"
+    if layout.has("positive_id") or layout.has("negative_id"):
+        queries["document id"] = "select id, row, doc from documents where id != ''", "select id from known_ids"
+    return queries
+
+
+def anchor_texts(layout: RowLayout) -> dict[str, tuple[str, str]]:
+    """The same of anchors without ids: their normalised texts stand for them."""
+    if layout.has("anchor_id"):
+        return {}
+    asked = "select normalized as id, row, null as doc from entries join normal using (h) where normalized != ''"
+    return {"anchor text": (asked, "select normalized as id from known join normal on known.anchor = normal.h")}
 
 
 def texts(database: duckdb.DuckDBPyConnection, *, with_qrels: bool) -> None:
@@ -178,24 +195,35 @@ def _either(first: str, second: str) -> str:
     return f"coalesce({first}, {second})"
 
 
-def _check_known(
-    database: duckdb.DuckDBPyConnection, asked: str, there: str, source: str, name: str, what: str
+def check_known(
+    database: duckdb.DuckDBPyConnection, queries: dict[str, tuple[str, str]], source: str, name: str
 ) -> None:
-    # A missing id is not an unknown one: a separate check counts it.
-    unknown = f"select id, min(row) as row from ({asked}) where id != '' group by id having id not in ({there})"
-    first = database.execute(f"select id, row from ({unknown}) order by row, id limit 1").fetchone()
-    if first is None:
-        return
-    total = _number(database, f"select count(*) from ({unknown})")
-    asked_for = _number(database, f"select count(distinct id) from ({asked})")
-    where = "anchors of data.split" if what == "anchor" else "documents"
-    raise InputError(
-        f"{total:,} of {asked_for:,} {what} ids are not among the {where} of {name}, such as {first[0]!r}",
-        file=source,
-        row=first[1],
-        remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows came"
-        " from, map the id columns with --columns, or audit without a config",
-    )
+    """Refuse rows that mostly are not about the data: no comparison to its qrels would mean anything.
+
+    Args:
+        database: with the rows and the qrels.
+        queries: those of `ids` or `anchor_texts`.
+        source: the rows, for the message.
+        name: the data.
+
+    Raises:
+        InputError: most are unknown; a check counts fewer.
+    """
+    for what, (asked, there) in queries.items():
+        unknown = f"select id, min(row) as row from ({asked}) group by id having id not in ({there})"
+        first = database.execute(f"select id, row from ({unknown}) order by row, id limit 1").fetchone()
+        total = _number(database, f"select count(*) from ({unknown})")
+        asked_for = _number(database, f"select count(distinct id) from ({asked})")
+        if first is None or 2 * total <= asked_for:
+            continue
+        where = "documents" if what == "document id" else "anchors of data.split"
+        raise InputError(
+            f"{total:,} of {asked_for:,} {what}s are not among the {where} of {name}, such as {first[0][:_SHOWN]!r}",
+            file=source,
+            row=first[1],
+            remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows"
+            " came from, map the id columns with --columns, or audit without a config",
+        )
 
 
 def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:

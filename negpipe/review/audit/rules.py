@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from negpipe.config.schema import ANCHOR, Config
 from negpipe.data.tables import EXTRA
-from negpipe.review.audit.columns import Layout, quoted
+from negpipe.review.audit.columns import RowLayout, quoted
 from negpipe.select.conditions import Condition, columns_of, conditions
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ RULES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Rules:
-    """A config's rules, and the values that they use.
+class ColumnRules:
+    """A config's column rules, and the values that they use.
 
     Attributes:
         config: the config.
@@ -53,7 +53,7 @@ def named(config: Config) -> dict[str, list[str]]:
     return {"corpus": list(dict.fromkeys(corpus)), "queries": list(dict.fromkeys(queries))}
 
 
-def load(database: duckdb.DuckDBPyConnection, rules: Rules, layout: Layout) -> None:
+def load(database: duckdb.DuckDBPyConnection, rules: ColumnRules, layout: RowLayout) -> None:
     """Load the values."""
     anchor = "anchor_id" if layout.has("anchor_id") else "anchor"
     wanted = named(rules.config)
@@ -68,7 +68,7 @@ def load(database: duckdb.DuckDBPyConnection, rules: Rules, layout: Layout) -> N
             database.execute(f"insert into {table} select {', '.join([key, *map(quoted, names)])} from piece")
 
 
-def queries(rules: Rules, layout: Layout) -> Iterator[tuple[str, str | None]]:
+def queries(rules: ColumnRules, layout: RowLayout) -> Iterator[tuple[str, str | None]]:
     """Every configured check with its query of (row, doc, detail); None if the columns do not allow it."""
     mining = rules.config.mining
     if mining.never_same:
@@ -114,7 +114,7 @@ def _same(name: str, config: Config, *, or_anchor: bool) -> str:
     return f"(coalesce({value}, '') != '' and {same})"
 
 
-def _where(config: Config, layout: Layout) -> str | None:
+def _where(config: Config, layout: RowLayout) -> str | None:
     """Random, given and judged negatives are only checked by conditions without scores; random ones have no rank."""
     each = config.mining.margin_reference == "each"
     # Runs have no positives; a row with one labelled document does not name the positive its negative belongs to.

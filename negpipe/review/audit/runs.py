@@ -23,8 +23,8 @@ COLUMNS = ("anchor", "anchor_id", "negative", "negative_id", "negative_score")
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The texts of ids.
+class TextTables:
+    """Tables with the texts of ids.
 
     Attributes:
         anchors: tables of anchor_id, anchor; one row per anchor.
@@ -36,7 +36,7 @@ class Texts:
 
 
 def flatten(
-    database: duckdb.DuckDBPyConnection, run: tuple[sources.Run, list[str]], texts: Texts | None, path: Path
+    database: duckdb.DuckDBPyConnection, run: tuple[sources.Run, list[str]], texts: TextTables | None, path: Path
 ) -> None:
     """Write the lines of a run as Parquet, in their order; an unknown id has no text.
 

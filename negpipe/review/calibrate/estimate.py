@@ -22,7 +22,7 @@ from negpipe.config.schema import Config
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows
 from negpipe.review.calibrate.grid import Setting
-from negpipe.review.calibrate.trials import Piece, Trials
+from negpipe.review.calibrate.trials import TrialBlock, Trials
 from negpipe.select import rules
 from negpipe.select.filters import own_documents
 from negpipe.select.rules import Fate
@@ -116,16 +116,16 @@ def calibrate(
             # For each setting and anchor: suspects taken, negatives taken, trials short of negatives.
             table = np.zeros((len(settings), 3, len(anchors)))
             first = 0
-            for piece in trials.pieces():
-                owners = owner[first : first + len(piece.lists)]
-                judged = _judge(piece, corpus, selectors[0][0])
-                tried = pool.map(partial(_tried, piece, judged, wanted=wanted), selectors, settings)
+            for block in trials.blocks():
+                owners = owner[first : first + len(block.lists)]
+                judged = _judge(block, corpus, selectors[0][0])
+                tried = pool.map(partial(_tried, block, judged, wanted=wanted), selectors, settings)
                 for number, (totals, *of_trials) in enumerate(tried):
                     sums[number] += totals
                     for row, values in enumerate(of_trials):
                         table[number, row] += np.bincount(owners, values, minlength=len(anchors))
-                first += len(piece.lists)
-                progress(len(piece.lists))
+                first += len(block.lists)
+                progress(len(block.lists))
             pieces.append(table.astype(np.float32))
             done += first
     by_anchor = np.concatenate([np.zeros((len(settings), 3, 0), np.float32), *pieces], axis=2)
@@ -220,7 +220,7 @@ class _Judged:
     ranks: npt.NDArray[np.int32]
 
 
-def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
+def _judge(trials: TrialBlock, corpus: Rows, selector: Selector) -> _Judged:
     rows, every = trials.found.rows, np.arange(len(trials.found.rows))
     texts = corpus.numbers("normalized", np.maximum(rows, 0))
     suspects = rules.contains(texts, trials.suspects, trials.offsets, trials.lists) & (rows >= 0)
@@ -232,7 +232,7 @@ def _judge(trials: Piece, corpus: Rows, selector: Selector) -> _Judged:
 
 
 def _tried(
-    trials: Piece, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
+    trials: TrialBlock, judged: _Judged, selectors: Sequence[Selector], setting: Setting, wanted: int
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
     """The sums over all negatives and, per trial: suspects taken, negatives taken, whether some are missing."""
     suspects, taken, short = (np.zeros(len(trials.lists)) for _ in range(3))

@@ -44,6 +44,15 @@ class Setting:
         lines = [f"  {name}: {'null' if value is None else value}" for name, value in asdict(self).items()]
         return "\n".join(["mining:", *lines])
 
+    def changes(self, other: Setting) -> list[str]:
+        """What turns another setting into this one, as values of `--set`."""
+        before = asdict(other)
+        return [
+            f"mining.{name}={'null' if value is None else value}"
+            for name, value in asdict(self).items()
+            if value != before[name]
+        ]
+
 
 def of_config(config: Config) -> Setting:
     """The settings of a resolved config."""

@@ -36,8 +36,8 @@ _UNITS = 4096  # trials at a time
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some trials.
+class TrialBlock:
+    """Some trials, in memory.
 
     Attributes:
         anchors: (t rows) ingest's anchors as selection should see them.
@@ -66,10 +66,10 @@ class Trials:
     """
 
     anchor: Ints
-    take: Callable[[Ints], Piece]
+    take: Callable[[Ints], TrialBlock]
 
-    def pieces(self) -> Iterator[Piece]:
-        """All trials, piece by piece."""
+    def blocks(self) -> Iterator[TrialBlock]:
+        """All trials, block by block."""
         for low in range(0, len(self.anchor), _UNITS):
             yield self.take(np.arange(low, min(low + _UNITS, len(self.anchor))))
 
@@ -91,7 +91,7 @@ def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
     kept = np.flatnonzero(np.diff(ends)[owner] > 1)
     owner = owner[kept]
 
-    def take(some: Ints) -> Piece:
+    def take(some: Ints) -> TrialBlock:
         at, positives = owner[some], found.positives[kept[some]]
         shown = corpus.numbers("normalized", positives)
         same, lists = members(copies, np.searchsorted(groups, at * len(texts) + np.searchsorted(texts, shown)))
@@ -103,7 +103,7 @@ def hidden(anchors: pa.Table, found: Candidates, corpus: Rows) -> Trials:
         alone = Candidates(
             found.rows[at], found.scores[at], positives, np.arange(len(some) + 1), scores, found.anchors[at]
         )
-        return Piece(table, alone, suspects, ends, at, shown)
+        return TrialBlock(table, alone, suspects, ends, at, shown)
 
     return Trials(owner, take)
 
@@ -138,9 +138,9 @@ def _suspecting(
     suspects, ends = suspects[new], np.concatenate([[0], np.cumsum(new)])[offsets]
     tried = np.flatnonzero(np.diff(ends)) if wanted is None else wanted
 
-    def take(some: Ints) -> Piece:
+    def take(some: Ints) -> TrialBlock:
         at = tried[some]
-        return Piece(anchors.take(pa.array(at)), found.take(at), suspects, ends, at)
+        return TrialBlock(anchors.take(pa.array(at)), found.take(at), suspects, ends, at)
 
     return Trials(tried, take)
 

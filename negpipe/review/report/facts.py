@@ -20,8 +20,9 @@ class StageFacts:
     Attributes:
         count: number of `unit` in the current output.
         bytes: total size of its files.
-        seconds: total time of its parts, over all workers and runs.
-        rate: number of `unit` per second; None if too fast to tell.
+        seconds: how long the run that completed it took, as in its log; None if not recorded.
+        seconds_of_parts: total time of its parts, over all workers and runs.
+        rate: number of `unit` per second of these; None if too fast to tell.
         peak: bytes of the largest process; None if parts do not record it.
         finished: time in UTC.
     """
@@ -31,7 +32,8 @@ class StageFacts:
     unit: str
     parts: int
     bytes: int
-    seconds: float
+    seconds: float | None
+    seconds_of_parts: float
     rate: float | None
     peak: int | None
     finished: str
@@ -53,7 +55,8 @@ def _stage(name: str, manifest: Manifest) -> StageFacts:
         unit=unit,
         parts=len(manifest.parts),
         bytes=sum(file.bytes for part in manifest.parts for file in part.files),
-        seconds=seconds,
+        seconds=manifest.provenance.get("seconds"),
+        seconds_of_parts=seconds,
         rate=count / seconds if seconds >= 0.1 else None,
         peak=max((int(one["peak_memory"]) for one in of_parts if "peak_memory" in one), default=None),
         finished=str(manifest.provenance.get("finished", "")).replace("T", " ").replace("+00:00", " UTC"),

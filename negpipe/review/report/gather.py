@@ -40,16 +40,6 @@ _HUBS = 8
 
 
 @dataclass(frozen=True)
-class Figure:
-    """An SVG element with its title and caption. `wide`: it spans the page."""
-
-    title: str
-    svg: str
-    caption: str
-    wide: bool
-
-
-@dataclass(frozen=True)
 class Report:
     """Content of the page; texts are as in the source.
 
@@ -75,7 +65,7 @@ class Report:
     encoder: dict[str, str]
     index: dict[str, str]
     metrics: dict[str, str]
-    figures: list[Figure]
+    figures: list[plots.Figure]
     no_calibration: str
     hubs: list[tuple[int, str, str]]
     audit: dict[str, Any] | None
@@ -103,7 +93,7 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
     measured = measures.quality_of(context, opened, slices())
     made = context.manifest("triplets")
     negatives = _per_unit(context, made)
-    calibration = _calibration(context)
+    calibration = _calibration(context, typed)
     hubs, counts = pool.hubs()
     svgs = plots.draw(measured, negatives, made.stats["drops"], counts, calibration)
     captions = _captions(measured, negatives, made, counts, context.config)
@@ -123,7 +113,7 @@ def gather(context: Context, typed: str, anchors: int) -> Report:
         encoder=redacted(facts.encoder(context.config, context.manifest("encode"))),
         index=facts.index(context.manifest("index").stats, made.stats),
         metrics={name: f"{value:.4f}" for name, value in measured.metrics.items()},
-        figures=[Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
+        figures=[plots.Figure(title, svg, captions[title], title == plots.LEAK) for title, svg in svgs.items()],
         no_calibration=""
         if calibration
         else f"`negpipe calibrate {typed}` estimates how many of the negatives are false, and which margin is better;"
@@ -166,6 +156,10 @@ def _captions(
     apart = "" if measured.separation is None else (
         f" A positive scores above a random document in {measured.separation:.1%} of cases."
     )  # fmt: skip
+    difference = measured.scores[plots.DIFFERENCE].mean
+    margin = "No negative has a positive to compare it to." if difference is None or measured.outscored is None else (
+        f"Mean {difference:.3f}. {measured.outscored:.1%} of the negatives score above their positive."
+    )  # fmt: skip
     first = measured.ranks.get("0", 0) / max(1, measured.positives)
     beyond = measured.ranks["beyond"] / max(1, measured.positives)
     wanted = config.mining.wanted
@@ -176,6 +170,7 @@ def _captions(
     )  # fmt: skip
     return {
         plots.SCORES: f"Mean scores: {means}.{apart}",
+        plots.APART: margin,
         plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} are beyond rank"
         f" {measured.depth}.",
         plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} requested.",
@@ -206,7 +201,7 @@ def _named(opened: Shared, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.i
     ]
 
 
-def _calibration(context: Context) -> Calibration | None:
+def _calibration(context: Context, typed: str) -> Calibration | None:
     """The last calibration, if it is based on these candidates."""
     try:
         content = context.run.read(measures.CALIBRATION)
@@ -232,7 +227,7 @@ def _calibration(context: Context) -> Calibration | None:
         )
     except (OSError, ValueError, LookupError) as error:
         path = f"{context.run}/{measures.CALIBRATION}"
-        logger.warning("report: %s cannot be read (%s): run `negpipe calibrate CONFIG` again", path, error)
+        logger.warning("report: %s cannot be read (%s): run `negpipe calibrate %s` again", path, error, typed)
         return None
 
 
@@ -250,7 +245,7 @@ def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any]
             f"These {made.stats['rows']:,} rows were not audited: run `negpipe audit {typed}`, then report again.",
         )
     try:
-        found = measures.audit_rows(context.config, audit.Options(columns={}))
+        found = measures.audit_rows(context.config, audit.AuditOptions(columns={}))
     except NegpipeError as error:
         return None, f"Not audited: {error}"
     return found.document(), ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ import numpy.typing as npt
 
 from negpipe.review import calibrate
 from negpipe.review.calibrate import Calibration
-from negpipe.review.quality import Quality
+from negpipe.review.quality import Distribution, Quality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCORES, RANKS, PER_ANCHOR = "Similarity", "Rank of the positives", "Negatives per anchor"
+SCORES, APART, RANKS = "Similarity", "Positive minus negative", "Rank of the positives"
+PER_ANCHOR = "Negatives per anchor"
 DROPS, HUBS, LEAK = "Candidates dropped, by reason", "Hubs", "Leak against hardness"
 WIDE, SMALL = (8.0, 5.0), (4.6, 2.9)
 _JOINED = 3  # bins of a distribution per bin of the figure
@@ -36,8 +38,8 @@ SIDES = {
     "positive": ("positives", GREEN),
     "negative": ("negatives", ORANGE),
     "random": ("random pairs", GREY),
-    "positive - negative": ("positive minus negative", BLUE),
 }
+DIFFERENCE = "positive - negative"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9,
@@ -48,6 +50,16 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#000000"),
 }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG element with its title and caption. `wide`: it spans the page."""
+
+    title: str
+    svg: str
+    caption: str
+    wide: bool
 
 
 def draw(
@@ -71,6 +83,7 @@ def draw(
     """
     paints: dict[str, Callable[[Axes], object]] = {
         SCORES: lambda axes: _scores(axes, measured),
+        APART: lambda axes: _apart(axes, measured),
         RANKS: lambda axes: _ranks(axes, measured),
         PER_ANCHOR: lambda axes: _per_anchor(axes, negatives),
         DROPS: lambda axes: _drops(axes, drops),
@@ -83,12 +96,11 @@ def draw(
 
 def figure(title: str, paint: Callable[[Axes], object], size: tuple[float, float]) -> str:
     """An SVG element for a page with `page.css`; `size` in inches, `title` identifies it within the page."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
     # Salted with the title: equal figures are equal files, and no two figures of a page share an id.
-    with rc_context({**_STYLE, "svg.hashsalt": title}):
-        drawn = Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        drawn = matplotlib.figure.Figure(figsize=size, layout="constrained")
         paint(drawn.subplots())
         target = io.StringIO()
         drawn.savefig(target, format="svg", transparent=True, metadata={"Date": None})
@@ -109,16 +121,25 @@ def _inline(svg: str) -> str:
 
 def _scores(axes: Axes, measured: Quality) -> None:
     for side, (name, colour) in SIDES.items():
-        found = measured.scores[side]
-        if found.count:
-            edges, counts = (
-                np.array(found.edges)[::_JOINED],
-                np.add.reduceat(found.counts, range(0, len(found.counts), _JOINED)),
-            )
-            axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, fill=True, alpha=0.25)
-            axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, label=name)
+        _density(axes, measured.scores[side], colour, name)
     axes.set(xlabel="score", ylabel="density", yticks=[])
     axes.legend(loc="upper right")
+
+
+def _apart(axes: Axes, measured: Quality) -> None:
+    """In a figure of its own: differences are closer together than scores, and their peak would flatten those."""
+    _density(axes, measured.scores[DIFFERENCE], BLUE)
+    axes.set(xlabel="difference of their scores", ylabel="density", yticks=[])
+
+
+def _density(axes: Axes, found: Distribution, colour: str, name: str | None = None) -> None:
+    if found.count:
+        edges, counts = (
+            np.array(found.edges)[::_JOINED],
+            np.add.reduceat(found.counts, range(0, len(found.counts), _JOINED)),
+        )
+        axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, fill=True, alpha=0.25)
+        axes.stairs(counts / counts.sum() / np.diff(edges), edges, color=colour, label=name)
 
 
 def _ranks(axes: Axes, measured: Quality) -> None:

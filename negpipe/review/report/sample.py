@@ -23,18 +23,21 @@ _RANDOM = 20
 _COMPARED = 5000  # maximum negatives whose words are compared
 _WORDS = 100  # maximum positives, and negatives, per unit for that
 _POSITIVES, _NEGATIVES, _LETTERS = 4, 10, 3000  # maximum shown per anchor, and letters per text
+_NEAR = "a negative scores close to the positive"
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Document:
-    """A positive or a negative; `rank` is 0-based, None beyond the depth or for a random negative."""
+class CardDocument:
+    """A positive or a negative on a card; `rank` is 0-based, None beyond the depth or for a random negative.
+    `reference`: the one of several positives that margins are measured from."""
 
     id: str
     pieces: words.Pieces
     score: float
     rank: int | None
     random: bool
+    reference: bool
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class Card:
     why: str
     anchor_id: str
     anchor: words.Pieces
-    positives: list[Document]
-    negatives: list[Document]
-    left_out: int
+    positives: list[CardDocument]
+    negatives: list[CardDocument]
+    positives_left_out: int
+    negatives_left_out: int
 
 
 @dataclass
@@ -82,7 +86,11 @@ def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
     rest = np.sort(order[len(drawn) :])
     alike, usual = _likeness(places, corpus)
     chosen: dict[int, str] = {}
-    for why, risk in (("nearest to its positive", _nearness(places)), ("most words in common", alike)):
+    by_risk = {
+        _NEAR: _nearness(places),
+        "a negative shares words with a positive": alike,
+    }
+    for why, risk in by_risk.items():
         riskiest = [at for at in rest[np.argsort(-risk[rest], kind="stable")].tolist() if at not in chosen]
         # Half of the anchors that are not random, then the other half.
         chosen |= dict.fromkeys(riskiest[: -(-(size - len(drawn)) // 2)][: size - len(drawn) - len(chosen)], why)
@@ -122,19 +130,30 @@ def _card(units: Units, number: int, corpus: Rows, usual: set[str], why: str) ->
     own = words.words(anchor) - usual
     theirs = {word for text, _ in positives for word in words.words(text)} - usual
     shared = {word for text, _ in negatives for word in words.words(text)}
+    several = len(_rows(units, number, "positive"))
+    if why == _NEAR and several > 1:
+        why = f"{_NEAR} that margins are measured from"
     return Card(
         why=why,
         anchor_id=units.anchors["id"][at].as_py(),
         anchor=words.marked(anchor, own & (shared | theirs), set()),
         positives=[replace(one, pieces=words.marked(text, own, theirs & shared)) for text, one in positives],
         negatives=[replace(one, pieces=words.marked(text, own, theirs)) for text, one in negatives],
-        left_out=int(units.counts[number]) - len(negatives),
+        positives_left_out=several - len(positives),
+        negatives_left_out=int(units.counts[number]) - len(negatives),
     )
 
 
-def _documents(units: Units, number: int, corpus: Rows, side: str, most: int) -> list[tuple[str, Document]]:
-    """Those with the best scores: texts, shortened if long, and the facts shown with them."""
-    best = np.argsort(-_of(units, side, number), kind="stable")[:most]
+def _documents(units: Units, number: int, corpus: Rows, side: str, most: int) -> list[tuple[str, CardDocument]]:
+    """Those with the best scores, and the reference positive: texts, shortened if long, and the facts shown with
+    them."""
+    every = _of(units, side, number)
+    best = np.argsort(-every, kind="stable")[:most]
+    references = np.flatnonzero(every == units.references[number])[-1:]
+    if side == "negative" or len(every) == 1:  # a single positive is the reference without saying so
+        references = references[:0]
+    if not np.isin(references, best).all():
+        best[-1:] = references
     ids, texts = (corpus.strings(name, _rows(units, number, side)[best]).to_pylist() for name in ("id", "text"))
     scores, ranks = (_of(units, side, number, column)[best].tolist() for column in ("scores", "ranks"))
     random = [False] * len(best)
@@ -143,9 +162,9 @@ def _documents(units: Units, number: int, corpus: Rows, side: str, most: int) ->
     return [
         (
             text if len(text) <= _LETTERS else text[:_LETTERS] + " …",
-            Document(name, [], score, rank if rank >= 0 else None, drawn),
+            CardDocument(name, [], score, rank if rank >= 0 else None, drawn, at in references),
         )
-        for name, text, score, rank, drawn in zip(ids, texts, scores, ranks, random, strict=True)
+        for at, name, text, score, rank, drawn in zip(best, ids, texts, scores, ranks, random, strict=True)
     ]
 
 

@@ -24,11 +24,11 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.rows.exports import card, distillation, flagembedding, nemo, ranking, rows, swift, tevatron
 from negpipe.rows.exports.blocks import Slices
 from negpipe.rows.exports.files import published
-from negpipe.rows.exports.job import Job, Layout, described
+from negpipe.rows.exports.job import ExportJob, ExportLayout, described
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, ExportLayout] = {
     "flagembedding": flagembedding.LAYOUT,
     "nemo": nemo.LAYOUT,
     "tevatron": tevatron.LAYOUT,
@@ -47,7 +47,7 @@ _WRITTEN = (".jsonl", ".json", ".gz", ".parquet", ".trec", ".tsv", ".md")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ExportOptions:
     """Options of an export.
 
     Attributes:
@@ -77,7 +77,7 @@ class Options:
                 raise ConfigError(message)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ExportLayout:
         return LAYOUTS[self.to]
 
     @property
@@ -119,7 +119,7 @@ class _Tally:
     unscored: int = 0
     scores: dict[str, list[moments.Moments]] = field(default_factory=lambda: {"positives": [], "negatives": []})
 
-    def watch(self, slices: Slices, layout: Layout, config: Config) -> Slices:
+    def watch(self, slices: Slices, layout: ExportLayout, config: Config) -> Slices:
         for found, ranked in slices:
             units = ranked.only_negatives()
             left_out = ~layout.has_rows(ranked, config)
@@ -160,7 +160,7 @@ class Exported:
 
 def export(
     config: Config,
-    options: Options,
+    options: ExportOptions,
     corpus: Rows,
     slices: Slices,
     *,
@@ -185,7 +185,7 @@ def export(
         _check_replaced(options, config)
     tally = _Tally()
     with published(options.out, single=options.single, force=options.force) as folder:
-        job = Job(
+        job = ExportJob(
             config,
             corpus,
             tally.watch(slices, options.layout, config),
@@ -241,7 +241,7 @@ def describe_encoder(config: Config, digests: Mapping[str, str]) -> dict[str, st
     return named | known | ({"cache": NOT_EXACT} if config.encoder.cache else {})
 
 
-def _check_place(options: Options, run_dir: Path) -> None:
+def _check_place(options: ExportOptions, run_dir: Path) -> None:
     """--force replaces an earlier export, but never a run or a parent of the working directory."""
     out, run = options.out.resolve(), run_dir.resolve()
     first = out.relative_to(run).parts[:1] if out.is_relative_to(run) else ()
@@ -251,7 +251,7 @@ def _check_place(options: Options, run_dir: Path) -> None:
         raise ConfigError(f"--out {options.out} would replace a folder that is not an export: choose another path")
 
 
-def _check_replaced(options: Options, config: Config) -> None:
+def _check_replaced(options: ExportOptions, config: Config) -> None:
     """--force replaces nothing that the config reads, and nothing that no export can have written."""
     out = options.out.resolve()
     if not out.exists():
@@ -266,7 +266,7 @@ def _check_replaced(options: Options, config: Config) -> None:
         raise ConfigError(f"--out {options.out} {found}, which is not an export: delete it, or choose another path")
 
 
-def _warn(options: Options, tally: _Tally) -> None:
+def _warn(options: ExportOptions, tally: _Tally) -> None:
     if tally.unscored:
         logger.warning("export: %s of %s negatives have no score (null)", f"{tally.unscored:,}", f"{tally.negatives:,}")
     if options.gzip and not options.layout.reads_gzip:
@@ -276,7 +276,7 @@ def _warn(options: Options, tally: _Tally) -> None:
 def _write_card(
     folder: Path,
     config: Config,
-    options: Options,
+    options: ExportOptions,
     written: int,
     tally: _Tally,
     counts: Mapping[str, int],

@@ -18,7 +18,7 @@ import pyarrow as pa
 from negpipe.rows.exports.blocks import Block, blocks, has_all_negatives
 from negpipe.rows.exports.files import ParquetFiles
 from negpipe.rows.exports.front import write_configs
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 from negpipe.rows.exports.referenced import Referenced
 
 _QUERIES = pa.schema({"query_id": pa.string(), "text": pa.string()})
@@ -26,7 +26,7 @@ _SCORES = pa.schema({"query_id": pa.string(), "document_ids": pa.list_(pa.string
 _CONFIGS = {"train": "scores/*.parquet", "queries": "queries/*.parquet", "documents": "documents/*.parquet"}
 
 
-def _write(job: Job, fewest: int = 1) -> int:
+def _write(job: ExportJob, fewest: int = 1) -> int:
     referenced = Referenced(job.corpus)
     last = None
     with (
@@ -60,5 +60,5 @@ def _scores(block: Block) -> pa.Table:
     )
 
 
-LAYOUT = Layout(_write)
-PYLATE = Layout(lambda job: _write(job, job.config.mining.wanted), has_rows=has_all_negatives)
+LAYOUT = ExportLayout(_write)
+PYLATE = ExportLayout(lambda job: _write(job, job.config.mining.wanted), has_rows=has_all_negatives)

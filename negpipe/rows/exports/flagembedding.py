@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from negpipe.rows.exports.blocks import blocks
 from negpipe.rows.exports.files import TextFiles, as_json
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
-def _write(job: Job) -> int:
+def _write(job: ExportJob) -> int:
     with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for block in blocks(job.slices, job.corpus):
             pos, neg = block.positives, block.negatives
@@ -29,4 +29,4 @@ def _write(job: Job) -> int:
         return files.rows
 
 
-LAYOUT = Layout(_write, text=True, suffix=".jsonl", reads_gzip=False)
+LAYOUT = ExportLayout(_write, text=True, suffix=".jsonl", reads_gzip=False)

@@ -18,7 +18,7 @@ from negpipe.select.selector import Units
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One export.
 
     Attributes:
@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """One trainer's layout.
 
     Attributes:
@@ -51,7 +51,7 @@ class Layout:
         has_rows: (u,) which units have rows; the others are left out and counted.
     """
 
-    write: Callable[[Job], int]
+    write: Callable[[ExportJob], int]
     text: bool = False
     suffix: str | None = None
     reads_gzip: bool = True

@@ -13,13 +13,13 @@ from typing import Any
 
 from negpipe.rows.exports.blocks import Documents, blocks
 from negpipe.rows.exports.files import TextFiles, as_json
-from negpipe.rows.exports.job import Job, Layout, described
+from negpipe.rows.exports.job import ExportJob, ExportLayout, described
 from negpipe.rows.exports.referenced import Referenced
 
 CORPUS_ID = "corpus"
 
 
-def _write(job: Job) -> int:
+def _write(job: ExportJob) -> int:
     top = {"corpus": [{"path": "./corpus/"}], "mining": {"args": described(job.config)}}
     head = json.dumps(top, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "data": [\n'
     referenced = Referenced(job.corpus)
@@ -53,4 +53,4 @@ def _documents(documents: Documents) -> list[list[dict[str, Any]]]:
     return [[{"id": name, "score": score} for name, score in zip(*own, strict=True)] for own in lists]
 
 
-LAYOUT = Layout(_write, text=True, reads_gzip=False)
+LAYOUT = ExportLayout(_write, text=True, reads_gzip=False)

@@ -14,7 +14,7 @@ from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows
 from negpipe.errors import InputError
 from negpipe.rows.exports.files import TextFiles
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 from negpipe.select.selector import Units
 
 _ANCHORS = 64  # at a time
@@ -50,7 +50,7 @@ def _field(name: str, barred: str) -> str:
     return name
 
 
-def _write(job: Job) -> int:
+def _write(job: ExportJob) -> int:
     with TextFiles(
         job.folder, "run", suffix=LAYOUT.suffix or "", shard_rows=job.shard_rows, compress=job.compress
     ) as files:
@@ -62,7 +62,7 @@ def _write(job: Job) -> int:
         return files.rows
 
 
-LAYOUT = Layout(
+LAYOUT = ExportLayout(
     _write,
     text=True,
     suffix=".trec",

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from negpipe.config.schema import Config
 from negpipe.rows import formats
 from negpipe.rows.exports.files import TextFiles, as_json, shard_name
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
-def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
+def _tables(job: ExportJob, config: Config) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a config's format, each table with the number of its file."""
     sharded = config.output.model_copy(update={"rows_per_file": job.shard_rows})
     units = (units for _, units in job.slices)
@@ -28,7 +28,7 @@ def _tables(job: Job, config: Config) -> Iterator[tuple[int, pa.Table]]:
     return ((number, table) for number, table in tables if table.num_rows)
 
 
-def _jsonl(job: Job) -> int:
+def _jsonl(job: ExportJob) -> int:
     with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for _, table in _tables(job, job.config):
             names, columns = table.column_names, [_values(column) for column in _finite(table).columns]
@@ -63,7 +63,7 @@ def _or_null(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
 
 
-def _parquet(job: Job, tables: Iterator[tuple[int, pa.Table]], folder: str) -> int:
+def _parquet(job: ExportJob, tables: Iterator[tuple[int, pa.Table]], folder: str) -> int:
     rows = 0
     (job.folder / folder).mkdir(exist_ok=True)
     for number, group in groupby(tables, key=lambda pair: pair[0]):
@@ -72,11 +72,11 @@ def _parquet(job: Job, tables: Iterator[tuple[int, pa.Table]], folder: str) -> i
     return rows
 
 
-def _hub(job: Job) -> int:
+def _hub(job: ExportJob) -> int:
     return _parquet(job, _tables(job, job.config), "data")
 
 
-def _sentence_transformers(job: Job) -> int:
+def _sentence_transformers(job: ExportJob) -> int:
     plain = {"ids": False, "scores": False, "ranks": False, "grades": False, "extra_columns": ()}
     config = job.config.model_copy(update={"output": job.config.output.model_copy(update=plain)})
     return _parquet(job, ((number, _inputs(table)) for number, table in _tables(job, config)), ".")
@@ -87,6 +87,6 @@ def _inputs(table: pa.Table) -> pa.Table:
     return table.select([name for name in table.column_names if name not in ("source", "sources")])
 
 
-JSONL = Layout(_jsonl, text=True, suffix=".jsonl", has_rows=formats.has_rows)
-HUB = Layout(_hub, has_rows=formats.has_rows)
-SENTENCE_TRANSFORMERS = Layout(_sentence_transformers, suffix=".parquet", has_rows=formats.has_rows)
+JSONL = ExportLayout(_jsonl, text=True, suffix=".jsonl", has_rows=formats.has_rows)
+HUB = ExportLayout(_hub, has_rows=formats.has_rows)
+SENTENCE_TRANSFORMERS = ExportLayout(_sentence_transformers, suffix=".parquet", has_rows=formats.has_rows)

@@ -11,10 +11,10 @@ from functools import partial
 
 from negpipe.rows.exports.blocks import blocks
 from negpipe.rows.exports.files import TextFiles, as_json
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
-def _write(job: Job, role: str) -> int:
+def _write(job: ExportJob, role: str) -> int:
     with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for block in blocks(job.slices, job.corpus):
             pos, neg = block.positives, block.negatives
@@ -49,5 +49,5 @@ def _message(text: str, role: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-EMBEDDING = Layout(partial(_write, role="user"), text=True, suffix=".jsonl")
-RERANKER = Layout(partial(_write, role="assistant"), text=True, suffix=".jsonl")
+EMBEDDING = ExportLayout(partial(_write, role="user"), text=True, suffix=".jsonl")
+RERANKER = ExportLayout(partial(_write, role="assistant"), text=True, suffix=".jsonl")

@@ -17,12 +17,12 @@ from typing import Any
 from negpipe.rows.exports.blocks import Documents, Slices, blocks
 from negpipe.rows.exports.files import TextFiles, as_json
 from negpipe.rows.exports.front import write_configs
-from negpipe.rows.exports.job import Job, Layout
+from negpipe.rows.exports.job import ExportJob, ExportLayout
 from negpipe.rows.exports.ranking import ranking
 from negpipe.rows.exports.referenced import Referenced
 
 
-def _write(job: Job) -> int:
+def _write(job: ExportJob) -> int:
     referenced = Referenced(job.corpus)
     with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for block in blocks(_slices(job), job.corpus):
@@ -45,7 +45,7 @@ def _write(job: Job) -> int:
     return files.rows
 
 
-def _write_passages(job: Job) -> int:
+def _write_passages(job: ExportJob) -> int:
     with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
         for block in blocks(_slices(job), job.corpus):
             rows = zip(block.ids, block.texts, _passages(block.positives), _passages(block.negatives), strict=True)
@@ -66,7 +66,7 @@ def _passages(documents: Documents) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _slices(job: Job) -> Slices:
+def _slices(job: ExportJob) -> Slices:
     """The slices; if the ranking is requested, iterating them also writes the run file."""
     if not job.run:
         yield from job.slices
@@ -80,5 +80,5 @@ def _slices(job: Job) -> Slices:
             yield found, units
 
 
-LAYOUT = Layout(_write, text=True, runs=True)
-PASSAGES = Layout(_write_passages, text=True, suffix=".jsonl", runs=True)
+LAYOUT = ExportLayout(_write, text=True, runs=True)
+PASSAGES = ExportLayout(_write_passages, text=True, suffix=".jsonl", runs=True)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import real_runs
 import small_source as small
-from real_runs import PATIENCE, Run, kill, wait
+from ray_nodes import ACTOR, Nodes
+from real_runs import PATIENCE, Run
 
 from negpipe import graph
+from negpipe.cli import console
 from negpipe.config.file import load_config
 from negpipe.engine import devices
 from negpipe.engine.executors import cluster
@@ -29,9 +27,6 @@ from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.stage import Context
 from negpipe.errors import ConfigError, TaskFailedError, VersionsError
 from negpipe.stages import STAGES
-
-INJECTED = Path(__file__).parents[2] / "injected_nodes"
-ACTOR = ("executor.kind=ray", "executor.workers=null", "resources.cpus=1", "resources.memory_budget=64MiB")
 
 pytestmark = pytest.mark.cluster
 
@@ -42,78 +37,8 @@ def more_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_runs, "PATIENCE", 5 * PATIENCE)
 
 
-@dataclass
-class Nodes:
-    """A cluster of a head without cores and nodes of one core each, and the file that says what befalls them."""
-
-    cluster: Any
-    control: Path
-
-    def fill(self, count: int = 3) -> None:
-        """Have so many nodes."""
-        for node in [*self.cluster.worker_nodes]:
-            if any(kind == "raylet" for kind, _ in node.dead_processes()):
-                self.cluster.remove_node(node, allow_graceful=False)
-        while len(self.cluster.worker_nodes) < count:
-            patiently(lambda: self.cluster.add_node(num_cpus=1, memory=2 * 2**30, object_store_memory=80 * 2**20))
-
-    def tell(self, **what: Any) -> None:
-        for path in self.control.parent.iterdir():
-            path.unlink()
-        self.control.write_text(json.dumps(what), encoding="utf-8")
-
-    def notes(self, stage: str) -> list[tuple[str, int]]:
-        """Files that workers published, and their processes."""
-        path = Path(f"{self.control}.notes")
-        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [(name, int(pid)) for at, name, pid in lines if at == stage]
-
-    @property
-    def address(self) -> str:
-        return f"executor.ray.address={self.cluster.address}"
-
-    def mine(self, run: Run, *overrides: str, **options: Any) -> graph.Result:
-        return graph.mine(load_config(run.config, [*ACTOR, self.address, *overrides]), **options)
-
-
-def patiently(start: Callable[[], Any]) -> Any:
-    """Ray gives a node 30 seconds to start, which a busy machine may not do."""
-    for _ in range(3):
-        try:
-            return start()
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-    return start()
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    control = tmp_path_factory.mktemp("control") / "told"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(INJECTED), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("NODE_CONTROL", str(control))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # A dead node is to be missed soon, and one of a busy machine not to be taken for dead.
-        system = {"health_check_period_ms": 1000, "health_check_initial_delay_ms": 5000}
-        system |= {"prestart_worker_first_driver": False}
-        head = {"num_cpus": 0, "object_store_memory": 80 * 2**20, "_system_config": system}
-        head |= {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        made = patiently(lambda: cluster_utils.Cluster(initialize_head=True, head_node_args=head))
-        try:
-            yield Nodes(made, control)
-        finally:
-            made.shutdown()
-
-
 def tried_again(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "retrying its task" in record.message]
-
-
-def done_again(nodes: Nodes, stage: str) -> int:
-    """Files of parts that were published a second time."""
-    return sum(count - 1 for count in Counter(name for name, _ in nodes.notes(stage)).values())
 
 
 # --- without a cluster ------------------------------------------------------------------------------------
@@ -198,6 +123,37 @@ def test_where_no_ray_answers_is_named_in_time(address: str, tmp_path: Path) -> 
     assert not (run.folder / "ingest").exists()
 
 
+def clusters() -> int:
+    """How many run on this machine."""
+    return sum(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("left", "named", "said"),
+    [("", "", "auto: "), ("127.0.0.1:9", "", "auto: "), ("", "127.0.0.1:9", "127.0.0.1:9 (RAY_ADDRESS): ")],
+    ids=["none", "one that is gone", "one that is named"],
+)
+def test_auto_without_a_cluster_says_what_to_start(left: str, named: str, said: str, tmp_path: Path) -> None:
+    """Also where one that is gone has left its address."""
+    if clusters() and not named:
+        pytest.skip("a Ray cluster runs on this machine, and auto is that one")
+    small.build(tmp_path)
+    run = Run(small.settings(tmp_path))
+    (tmp_path / "ray").mkdir()
+    if left:
+        (tmp_path / "ray/ray_current_cluster").write_text(left, encoding="utf-8")
+    environment = {"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": named}
+    overrides = ("executor.ray.address=auto", "executor.ray.wait=3s")
+    code, _, log = run.command("mine", *ACTOR, *overrides, environment=environment)
+    assert code == 2, log
+    log = " ".join(log.split())
+    assert f"executor.ray.address: no Ray cluster answers at {said}" in log
+    assert "Start one (ray start --head) with this machine as one of its nodes, correct the address, or set" in log
+    assert not [*(tmp_path / "ray").glob("session_*")], "a cluster of its own"
+    assert not (run.folder / "ingest").exists()
+
+
 # --- on one -----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +172,53 @@ def test_a_cluster_of_this_machine_alone_makes_what_a_run_makes(whole: Run, tmp_
     assert code == 0 and "ray:" not in log  # nothing to run, nothing started
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False], ids=["the environment names", "runs on this machine"])
+def test_auto_is_the_cluster_that(named: bool, whole: Run, tmp_path: Path, nodes: Nodes) -> None:
+    """Only its own workers note what they publish."""
+    if not named and clusters() > 1:
+        pytest.skip("other clusters run on this machine")
+    nodes.fill(2)
+    nodes.control.tell(encode={}, search={})
+    run, address = whole.at(tmp_path / "run"), nodes.cluster.address
+    environment = {"RAY_ADDRESS": address if named else "", "HOME": str(tmp_path)}
+    code, _, log = run.command("mine", *ACTOR, "executor.ray.address=auto", environment=environment)
+    assert code == 0 and f"ray: connected to {address} in " in log, log
+    assert run.content() == whole.content()
+    for stage in ("encode", "search"):
+        assert {Path(path).name for path in run.content(stage)} == {name for name, _ in nodes.control.notes(stage)}
+
+
+@pytest.mark.slow
+def test_a_cluster_started_without_the_token_of_this_process(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
+    """Ray cancels every actor then, and does not say why."""
+    nodes.fill(2)
+    run = whole.at(tmp_path / "run")
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "a"}
+    code, _, log = run.command("mine", *ACTOR, nodes.address, environment=environment)
+    assert code == 1, log
+    assert "Was the cluster started without token authentication? This process uses it" in " ".join(log.split())
+    code, _, log = run.command("mine", *ACTOR, nodes.address, environment={"RAY_AUTH_MODE": "disabled"})
+    assert code == 0 and run.content() == whole.content(), log
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_leaves_no_token(
+    whole: Run, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the home folder nor in this process, whose next run connects to a cluster without one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = dict(os.environ)
+    own = whole.at(tmp_path / "own")
+    graph.mine(load_config(own.config, [*ACTOR, "executor.ray.address=local", "executor.workers=1"]))
+    assert not (tmp_path / ".ray").exists()
+    assert {name for name in os.environ.keys() - before.keys() if "AUTH" in name} == set()
+    nodes.fill(2)
+    run = whole.at(tmp_path / "run")
+    nodes.mine(run)
+    assert own.content() == run.content() == whole.content()
+
+
 @pytest.mark.guarantee(
     "Ray loses a node, an actor or the driver, or an actor is slow",
     "at most one task per lost worker is done again; the bytes of an ordinary run",
@@ -226,7 +229,7 @@ def test_a_node_that_is_lost_in_encode_and_one_in_search(
 ) -> None:
     nodes.fill(3)
     lost = {"first": True, "kills": "node", "sleeps": 60}
-    nodes.tell(encode=lost, search=lost)
+    nodes.control.tell(encode=lost, search=lost)
     run = whole.at(tmp_path / "run")
     with caplog.at_level(logging.INFO):
         nodes.mine(run)
@@ -234,56 +237,48 @@ def test_a_node_that_is_lost_in_encode_and_one_in_search(
     told = tried_again(caplog)
     assert len(told) == 2 and [message.partition(":")[0] for message in told] == ["encode", "search"]
     assert all("died: its " in message and " was lost: " in message for message in told)
-    assert max(done_again(nodes, stage) for stage in ("encode", "search")) <= 1
+    assert max(nodes.control.done_again(stage) for stage in ("encode", "search")) <= 1
     assert "3 nodes with 3 cores" in caplog.text or "4 nodes with 3 cores" in caplog.text
 
 
 @pytest.mark.guarantee("Ray loses a node, an actor or the driver, or an actor is slow")
 @pytest.mark.slow
-def test_an_actor_that_is_killed_and_one_that_is_slow(
-    whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_actor_that_is_killed(whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture) -> None:
     nodes.fill(2)
-    nodes.tell(encode={"first": True, "kills": "process"}, search={"first": True, "waits": 4})
+    nodes.control.tell(encode={"first": True, "kills": "process"})
     run = whole.at(tmp_path / "run")
     with caplog.at_level(logging.WARNING):
         nodes.mine(run)
     assert run.content() == whole.content()
-    assert len(tried_again(caplog)) == 1 and done_again(nodes, "encode") <= 1
-    counts = Counter(pid for _, pid in nodes.notes("search"))
-    assert len(counts) == 2 and min(counts.values()) < max(counts.values())
-    assert done_again(nodes, "search") == 0
+    assert len(tried_again(caplog)) == 1 and nodes.control.done_again("encode") <= 1
 
 
 @pytest.mark.guarantee("Ray loses a node, an actor or the driver, or an actor is slow")
 @pytest.mark.slow
-def test_a_driver_that_is_killed_and_a_run_that_goes_on(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
+def test_a_node_that_takes_ten_times_as_long(
+    whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of three, for each task: the others do the most, and nobody does one again."""
     nodes.fill(2)
-    nodes.tell(search={"sleeps": 3})
+    slow, pauses = nodes.add(WORKER_PACE="10"), {"encode": 0.8, "search": 0.3}
+    nodes.control.tell(**{stage: {"sleeps": pause} for stage, pause in pauses.items()})
     run = whole.at(tmp_path / "run")
-    process = run.start("mine", *ACTOR, nodes.address)
     try:
-        assert wait(process, run.begun("search", 1)), run.log.read_text(encoding="utf-8")
+        with caplog.at_level(logging.WARNING):
+            nodes.mine(run)
     finally:
-        kill(process)
-    orphans = {int(re.findall(r"process (\d+) on", log.read_text())[0]) for log in run.folder.glob(".negpipe/logs/s*")}
-    deadline = time.monotonic() + real_runs.PATIENCE
-    while left := [pid for pid in orphans if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-    assert orphans and not run.complete("search")
-    made = {part["key"] for part in run.committed("search")}
-    nodes.tell(search={})
-    nodes.mine(run)
+        nodes.cluster.remove_node(slow, allow_graceful=False)
     assert run.content() == whole.content()
-    again = {name.partition("-")[0] for name, _ in nodes.notes("search")}
-    assert made and not made & again
+    assert not tried_again(caplog) and not nodes.control.done_again()
+    seconds = {stage: [part["provenance"]["seconds"] for part in run.parts(stage)] for stage in pauses}
+    slowly = {stage: sum(each >= 10 * pauses[stage] for each in seconds[stage]) for stage in pauses}
+    assert slowly["encode"] and all(5 * slowly[stage] <= len(seconds[stage]) for stage in pauses)
 
 
 @pytest.mark.slow
 def test_nodes_with_other_versions_are_refused(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
     nodes.fill(2)
-    nodes.tell(older="numpy", encode={"sleeps": 1})
+    nodes.control.tell(older="numpy", encode={"sleeps": 1})
     run = whole.at(tmp_path / "run")
     with pytest.raises(VersionsError) as refused:
         nodes.mine(run)
@@ -306,7 +301,7 @@ def test_a_gpu_that_is_not_there_is_named_before_anything_runs(whole: Run, tmp_p
 @pytest.mark.slow
 def test_an_actor_that_always_dies_is_a_named_error(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
     nodes.fill(2)
-    nodes.tell(encode={"kills": "process"})
+    nodes.control.tell(encode={"kills": "process"})
     run = whole.at(tmp_path / "run")
     with pytest.raises(TaskFailedError, match=r"encode: the worker for part .* died 3 times; .*encode-\d\.log, ends"):
         nodes.mine(run, "executor.workers=1")
@@ -317,7 +312,7 @@ def test_an_actor_that_is_silent_is_ended_by_the_timeout(
     whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes.fill(2)
-    nodes.tell(search={"first": True, "sleeps": 300})
+    nodes.control.tell(search={"first": True, "sleeps": 300})
     run = whole.copied(tmp_path / "run")
     run.forget("search")
     with caplog.at_level(logging.WARNING):
@@ -327,12 +322,15 @@ def test_an_actor_that_is_silent_is_ended_by_the_timeout(
 
 
 @pytest.mark.slow
-def test_a_model_is_loaded_once_for_many_parts_and_no_faiss_beside_it(
-    golden: Run, tmp_path: Path, nodes: Nodes
+def test_a_model_is_loaded_once_for_many_parts_and_its_speed_is_shown(
+    golden: Run, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
     nodes.fill(2)
-    nodes.tell(encode={})
+    nodes.control.tell(encode={})
     run = golden.at(tmp_path / "run")
-    nodes.mine(run, "executor.workers=1", "resources.cpus=1")
+    with caplog.at_level(logging.INFO):
+        nodes.mine(run, "executor.workers=1", "resources.cpus=1", reporter=console.reporter("plain"))
     assert run.content() == golden.content()
     assert len({part["provenance"]["pid"] for part in run.parts("encode")}) == 1 < len(run.parts("encode"))
+    assert re.search(r"encode: [\d,]+ of \d+ rows, about \d+ s left \([\d,]+ texts/s, [\d,]+ tokens/s\)", caplog.text)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import shutil
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +28,19 @@ from negpipe.errors import ConfigError, InputError, LockedError, NegpipeError, T
 from negpipe.plan import estimate
 from negpipe.stages import STAGES
 
-pytestmark = pytest.mark.guarantee(
-    "an array of Slurm is killed in part, always fails, or outlives who submitted it",
-    "submitted again up to a limit; then what is missing and why; the same command waits for it",
-)
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.guarantee(
+        "an array of Slurm is killed in part, always fails, or outlives who submitted it",
+        "submitted again up to a limit; then what is missing and why; the same command waits for it",
+    ),
+]
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2]
 LISTS = ("index.kind=IVF2,Flat", "index.shard_size=2000", "index.recall_anchors=10")
 LARGEST = 4
 """MaxArraySize of slurm.conf."""
-
-pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
@@ -52,52 +50,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(precomputed_config(folder / "run", numbered_folder(folder / "beir", 96, 32)))
     run.mine()
     return run
-
-
-@pytest.fixture(scope="session")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The configuration of a real Slurm of one node, which runs until the tests are over."""
-    if not (shutil.which("slurmctld") and shutil.which("slurmd")) or os.geteuid():
-        pytest.skip("no slurmctld and slurmd, or no rights to run them (.ci/slurm installs them)")
-    folder = tmp_path_factory.mktemp("slurm")
-    file = folder / "slurm.conf"
-    control, node = _free_port(), _free_port()
-    host = platform.node().partition(".")[0]
-    text = (HERE / "slurm.conf").read_text(encoding="utf-8").replace("filled in {…}", "")
-    for name, value in {"host": host, "folder": folder, "control": control, "node": node}.items():
-        text = text.replace(f"{{{name}}}", str(value))
-    file.write_text(text, encoding="utf-8")
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    environment = os.environ | {"SLURM_CONF": str(file)}
-    daemons = []
-    try:
-        for name in ("slurmctld", "slurmd"):
-            with (folder / f"{name}.out").open("wb") as out:
-                daemons.append(subprocess.Popen([name, "-D"], env=environment, stdout=out, stderr=out))
-        deadline = time.monotonic() + PATIENCE
-        while "idle" not in _asked(["sinfo", "--noheader", "--format=%T"], environment):
-            assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text(encoding="utf-8")
-            time.sleep(0.5)
-        yield file
-    finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, check=False)
-        deadline = time.monotonic() + 20  # a daemon that ends leaves the processes of jobs that have not
-        while _asked(["squeue", "--noheader"], environment) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait(PATIENCE)
-
-
-def _asked(command: list[str], environment: dict[str, str]) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(params=["local", "slurm"])
@@ -207,7 +159,7 @@ def started(run: Run, overrides: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cluster", "how"),
-    [("local", signal.SIGKILL), ("slurm", signal.SIGKILL), ("slurm", signal.SIGINT)],
+    [("local", signal.SIGKILL), ("slurm", signal.SIGINT)],
     indirect=["cluster"],
 )
 def test_a_run_that_ended_finds_its_array_at_work(

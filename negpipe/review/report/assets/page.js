@@ -19,7 +19,7 @@
 
   function show() {
     const drawn = boxes.filter((box) => box.hasAttribute("data-random"));
-    byId("marked").textContent = `${share(boxes)} marked as false; among the random anchors ${share(drawn)}`;
+    byId("marked").textContent = `${share(boxes)} negatives marked, ${share(drawn)} of anchors drawn at random.`;
   }
 
   // Some browsers keep nothing for a local file: marks then live as long as the page.
@@ -44,7 +44,7 @@
     link.download = "verdicts.jsonl";
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-    byId("saved").textContent = `Saved ${lines.length} pairs as verdicts.jsonl.`;
+    byId("saved").textContent = `Saved ${lines.length} pair${lines.length === 1 ? "" : "s"} as verdicts.jsonl, in the download folder.`;
   }
 
   const current = () => document.activeElement?.closest(".negative")?.querySelector("input");

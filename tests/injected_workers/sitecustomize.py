@@ -1,8 +1,8 @@
-"""What befalls actors and nodes of a Ray cluster; the file that `NODE_CONTROL` names says what, for each stage.
+"""What befalls the processes that run tasks; the file that `WORKER_CONTROL` names says what, for each folder of parts.
 
-Python imports this module when it starts with this folder on PYTHONPATH. A worker notes each file of a part that it
-publishes, and then sleeps, waits until others have published so many, or kills its node or itself in the middle of its
-task. `first`: only the first worker of the stage does.
+Python imports this module when it starts with this folder on PYTHONPATH. A process notes each file of a part that it
+publishes, and then sleeps, or kills its Ray node or itself, in the middle of its task. `first`: only the first process
+of the stage does. `WORKER_PACE`: how many times as long it sleeps as others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_CONTROL = Path(os.environ.get("NODE_CONTROL", "/nowhere"))
+_CONTROL = Path(os.environ.get("WORKER_CONTROL", "/nowhere"))
 _replace, _version = os.replace, importlib.metadata.version
 _first: dict[str, bool] = {}
 
@@ -52,14 +52,7 @@ def _watched_replace(source: Any, target: Any, **rest: Any) -> None:
         return
     if told[stage].get("kills"):
         os.kill(os.getppid() if told[stage]["kills"] == "node" else os.getpid(), signal.SIGKILL)
-    time.sleep(told[stage].get("sleeps", 0))
-    while _by_others(stage) < told[stage].get("waits", 0):
-        time.sleep(0.1)
-
-
-def _by_others(stage: str) -> int:
-    lines = [line.split() for line in Path(f"{_CONTROL}.notes").read_text().splitlines()]
-    return sum(at == stage and pid != str(os.getpid()) for at, _, pid in lines)
+    time.sleep(told[stage].get("sleeps", 0) * int(os.environ.get("WORKER_PACE", "1")))
 
 
 def _watched_version(name: str) -> str:
