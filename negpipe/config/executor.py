@@ -51,6 +51,11 @@ class Slurm(Section):
     )
     memory: Size | None = Field(None, ge=1, description="Memory per array task, such as 32GiB; null: the default.")
     gpus: int = Field(0, ge=0, description="GPUs per array task that runs the model (encode).")
+    folder: Path | None = Field(
+        None,
+        description="Folder shared by the nodes, for what is submitted and its logs; null: `.negpipe/logs` of the run"
+        " directory. A run in a bucket needs it.",
+    )
     parameters: dict[str, Any] = Field(
         {},
         description="Further parameters of submitit's Slurm executor, such as {qos: low, array_parallelism: 8, setup:"

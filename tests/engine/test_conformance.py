@@ -85,8 +85,6 @@ def made(folder: Path, name: str, bucket: Bucket) -> Content:
 def test_the_same_bytes_wherever_tasks_run_and_parts_lie(
     inline: tuple[Run, Content], tmp_path: Path, bucket: Bucket, executor: str, storage: str
 ) -> None:
-    if (executor, storage) == ("slurm", "bucket"):
-        pytest.skip("refused: its notes of arrays are written on a shared disk")
     if executor == "ray":
         pytest.importorskip("ray")
     run, wanted = inline
@@ -99,7 +97,7 @@ def test_the_same_bytes_wherever_tasks_run_and_parts_lie(
             "executor": settings,
             "resources": {"cpus": 2, "memory_budget": "256MiB", "cache": str(tmp_path / "cache")},
         },
-        [*SETTINGS, "search.slice_documents=64"],
+        [*SETTINGS, "search.slice_documents=64", f"executor.slurm.folder={tmp_path / 'logs'}"],
     )
     act(config)
     assert made(folder, "conformance", bucket) == wanted

@@ -557,6 +557,7 @@ def test_a_run_that_is_killed_at_any_request_goes_on(
         ("inline", "triplets"),
         ("shards", "encode"),
         pytest.param("ray", "search", marks=pytest.mark.cluster),
+        pytest.param("slurm", "encode", marks=pytest.mark.cluster),
     ],
 )
 def test_the_driver_of_any_executor_is_killed(
@@ -566,19 +567,23 @@ def test_the_driver_of_any_executor_is_killed(
     if executor == "ray":
         pytest.importorskip("ray")
     folder = "rows" if stage == "triplets" else stage
-    settings = {"kind": "ray", "workers": 2, "ray": {"address": "local", "wait": "5min"}}
+    inline: dict[str, Any] = {"kind": "inline"}
+    settings: dict[str, dict[str, Any]] = {
+        "ray": {"kind": "ray", "workers": 2, "ray": {"address": "local", "wait": "5min"}},
+        "slurm": {"kind": "slurm", "slurm": {"cluster": "local", "shards": 2, "folder": str(tmp_path / "logs")}},
+    }
     tools = f"make -C {ROOT} mine-shards SHARDS=2 CONFIG={{file}} BIN={Path(sys.executable).parent}"
     assert killed_when(
         lambda: any(request.kind == "PUT" and f"/one/{folder}/" in request.key for request in bucket.seen),
         local,
         tmp_path,
         bucket,
-        executor=settings if executor == "ray" else {"kind": "inline"},
+        executor=settings.get(executor, inline),
         command=tools if executor == "shards" else MINE,
     )
     before = parts(bucket.objects("runs/one"))
     assert any(name.startswith(f"{folder}/") for name in before) and "triplets.json" not in before
-    mine(machine(local, tmp_path / "a"))
+    mine(machine(local, tmp_path / "a", executor=settings["slurm"] if executor == "slurm" else inline))
     graph.clean(load_config(machine(local, tmp_path / "a")))
     check(bucket, local)
     assert before.items() <= parts(bucket.objects("runs/one")).items()

@@ -62,13 +62,14 @@ def arrays(config: Config, work: Work) -> TaskExecutor:
     """Return an executor that runs stages as arrays; a light stage with one missing part runs in a local worker.
 
     Raises:
-        ConfigError: submitit or Slurm's commands are missing, a parameter is invalid, or the run is in a bucket.
+        ConfigError: submitit or Slurm's commands are missing, a parameter is invalid, or a run in a bucket names no
+            folder that nodes share.
     """
     settings = config.executor.slurm
-    if config.url is not None:
+    if config.url is not None and settings.folder is None:
         raise ConfigError(
-            "executor.kind: slurm needs a run_dir on a file system shared by the nodes, for notes and logs: for"
-            " a run in a bucket, submit `negpipe work STAGE CONFIG --shard I/N` (configs/cluster/slurm.sh)"
+            "executor.slurm.folder: a run in a bucket needs a folder shared by the nodes, for what is submitted and its"
+            " logs: --set executor.slurm.folder=$HOME/negpipe-slurm; or submit shards (configs/cluster/slurm.sh)"
         )
     if find_spec("submitit") is None:
         raise ConfigError("executor.kind: slurm needs submitit, which is missing: run `pip install 'negpipe[slurm]'`")
@@ -78,8 +79,14 @@ def arrays(config: Config, work: Work) -> TaskExecutor:
             f"executor.kind: slurm needs {', '.join(lacking)}, not found here: run it on a machine of the cluster that"
             " may submit jobs, or try it without Slurm: --set executor.slurm.cluster=local"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        _submitter(config, Path(folder), "", gpus=0)
+    try:
+        shared = settings.folder and settings.folder.expanduser()
+        if shared:
+            shared.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=shared) as folder:
+            _submitter(config, Path(folder), "", gpus=0)
+    except OSError as error:
+        raise ConfigError(f"executor.slurm.folder: no files can be written in {shared}: {error}") from None
 
     def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
         driver = _Driver(config, work, stage, context, progress, {task.key: task for task in tasks})
@@ -203,7 +210,7 @@ class _Driver:
         """
         settings = self.config.executor.slurm
         numbers = sorted({shard_of(key, settings.shards) for key in self.missing})
-        logs = self.context.run_dir.absolute() / BOOKS / "logs"
+        logs = (settings.folder or self.context.run_dir / BOOKS / "logs").expanduser().absolute()
         array = _Array(settings.cluster, str(logs / f"{self.stage.name}-{uuid.uuid4().hex[:8]}"))
         gpus = settings.gpus if self.stage.place(self.context.config) == "apart" else 0
         executor = _submitter(self.config, Path(array.folder), self.stage.name, gpus)

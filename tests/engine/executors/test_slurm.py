@@ -299,6 +299,7 @@ def test_an_error_that_will_not_pass_is_not_tried_again(whole: Run, tmp_path: Pa
         ("executor.slurm.parameters={qos: low}", None),
         ("executor.slurm.time=60", "executor.slurm.time"),
         ("executor.slurm.shards=0", "executor.slurm.shards"),
+        ("executor.slurm.folder=/proc/none", "executor.slurm.folder"),
     ],
 )
 def test_a_parameter_that_is_none_is_refused_before_anything_runs(
@@ -318,9 +319,9 @@ def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pyte
     assert outcome.code == 2 and "needs sbatch, squeue, srun, not found here" in outcome.err.replace("\n", " ")
 
 
-def test_a_run_in_a_bucket_is_refused(tmp_path: Path) -> None:
+def test_a_run_in_a_bucket_needs_a_folder_that_nodes_share(tmp_path: Path) -> None:
     config = load_config(small.settings(tmp_path) | {"run_dir": "s3://bucket/run"}, of("local", 2))
-    with pytest.raises(ConfigError, match="needs a run_dir on a file system shared by the nodes"):
+    with pytest.raises(ConfigError, match=r"executor\.slurm\.folder: a run in a bucket"):
         graph.mine(config)
 
 
