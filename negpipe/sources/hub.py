@@ -97,10 +97,26 @@ def _asked(path: str, revision: str | None) -> list[str]:
     import datasets
 
     _look_for_the_hub()
+    if stated := _stated(readme) if (readme := _cached_readme(path, revision)) else []:
+        return stated  # offline, the library knows the subset `default` only
     try:
         return list(datasets.get_dataset_config_names(path, revision=revision))
     except Exception as error:  # as in `load`
         raise _not_loaded("this dataset", path, error) from error
+
+
+def _cached_readme(path: str, revision: str | None) -> Path | None:
+    """README.md of a dataset loaded before, in the folder of its commit; None: none, or the hub is reachable."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        found = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _stated(readme: Path) -> list[str]:
@@ -173,6 +189,8 @@ def commit(path: str, subset: str | None, revision: str | None) -> str:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     _look_for_the_hub()
+    if readme := _cached_readme(path, revision):
+        return readme.parent.name
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -189,8 +207,8 @@ def commit(path: str, subset: str | None, revision: str | None) -> str:
 def _missing(path: str, problem: str) -> InputError:
     """The error for a name without a local path, and without a dataset that can be read."""
     remedy = (
-        "Check the name; private datasets require `hf auth login`; offline, use a local folder, or a dataset that was"
-        f" loaded here before. {near(path)}".rstrip(". ")
+        "Check the name and data.revision; private datasets require `hf auth login`; offline, use a local folder, or a"
+        f" dataset that was loaded here before. {near(path)}".rstrip(". ")
     )
     return InputError(f"no local file or folder{beneath(path)}, and {problem}", file=path, remedy=remedy)
 
