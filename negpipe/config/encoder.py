@@ -23,8 +23,8 @@ BATCH_SIZE = 32
 _CALL_TEXTS = 2048  # whose tokens are in memory: about 7 kB per text
 OF_RUNNING = (
     *("revision", "model_class", "pooling", "query_prompt_name", "passage_prompt_name", "query_max_length"),
-    *("passage_max_length", "batch_size", "batch_tokens", "call_texts", "precision", "runtime", "device", "devices"),
-    "trust_remote_code",
+    *("passage_max_length", "batch_size", "batch_tokens", "call_texts", "precision", "attention", "runtime"),
+    *("device", "devices", "trust_remote_code"),
 )
 """Settings of a model that runs on this machine."""
 
@@ -100,6 +100,12 @@ class Encoder(Section):
         description="Runtime of the transformer. onnx, openvino: CPU only, with backend sentence-transformers, from a"
         " file exported once; install the negpipe extras of these names.",
     )
+    attention: Literal["flash_attention_2", "flash_attention_3"] | None = Field(
+        None,
+        description="Packed attention: the texts of a forward pass are joined without padding. On GPUs, with backend"
+        " sentence-transformers, precision float16 or bfloat16, and the package flash-attn or kernels. null: the"
+        " model's default, with padding.",
+    )
     device: Device | None = Field(
         None, description="cpu, cuda, cuda:1 …; null: all GPUs, else cpu. Changes no key, but may change bits."
     )
@@ -166,6 +172,12 @@ class Encoder(Section):
             raise ValueError(
                 f"runtime '{self.runtime}' does not compute in {self.precision}: set precision to"
                 f" {' or '.join(PRECISIONS[self.runtime])}, or runtime to {' or '.join(others)}"
+            )
+        if self.attention and (self.backend, self.runtime) != ("sentence-transformers", "torch"):
+            raise ValueError(f"attention '{self.attention}' needs backend sentence-transformers and runtime torch")
+        if self.attention and self.precision == "float32":
+            raise ValueError(
+                f"attention '{self.attention}' does not compute in float32: set precision to bfloat16 or float16"
             )
         if self.runtime != "torch":
             if self.backend != "sentence-transformers":

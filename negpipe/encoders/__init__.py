@@ -7,7 +7,7 @@ from negpipe.encoders.batched import OnBatch
 from negpipe.encoders.batches import check_tokens
 from negpipe.encoders.encode import TextEncoder, libraries, load, provenance
 from negpipe.encoders.models import Model, folder_here, parameters, resolve_model
-from negpipe.encoders.precision import check_precision, has_units
+from negpipe.encoders.precision import check_attention, check_precision, has_units, packs
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.runtimes import check_installed, is_installed
 
@@ -16,6 +16,7 @@ __all__ = [
     "Model",
     "OnBatch",
     "TextEncoder",
+    "check_attention",
     "check_installed",
     "check_precision",
     "check_tokens",
@@ -24,6 +25,7 @@ __all__ = [
     "is_installed",
     "libraries",
     "load",
+    "packs",
     "parameters",
     "provenance",
     "resolve_model",

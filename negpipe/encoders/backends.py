@@ -146,12 +146,16 @@ def sentence_transformers(encoder: Encoder, path: str, device: str) -> Library:
         device=device,
         trust_remote_code=encoder.trust_remote_code,
         # Set even for float32, as the default is the type of the saved weights. Other runtimes start from float32.
-        model_kwargs={"dtype": getattr(torch, encoder.precision if encoder.runtime == "torch" else "float32")},
+        model_kwargs={
+            "dtype": getattr(torch, encoder.precision if encoder.runtime == "torch" else "float32"),
+            **({"attn_implementation": encoder.attention} if encoder.attention else {}),
+        },
     )
-
     if encoder.truncate_dim is not None:
         model.truncate_dim = None  # overrides the model's folder
     inputs = [way[0] for way in model[0].sub_modules.values()] if isinstance(model[0], Router) else [model[0]]
+    if encoder.attention and not all(getattr(module, "can_flatten_inputs", False) for module in inputs):
+        raise ConfigError(f"encoder.attention: '{encoder.attention}' does not support this model: remove it")
     for module in inputs:
         _end_in_float32(module, "token_embeddings")
     instructions = {kind: instruction(encoder, path, kind) for kind in KINDS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -111,8 +111,7 @@ class Batched:
         turn: _Turn = self._current.turn
         turn.wait()
         expected = min(turn.batch_size, turn.left)
-        mask = _attention_mask(args, kwargs)
-        rows, width = (expected, 0) if mask is None else mask.shape
+        rows, width, tokens = _shape(kwargs if "attention_mask" in kwargs else args[0]) or (expected, 0, 0)
         if rows != expected:
             raise self._failed(turn, expected, width, "it was retried with fewer texts")
         if turn.held is not None:
@@ -126,7 +125,7 @@ class Batched:
                 turn.held = output
                 return output
         turn.left -= rows
-        turn.on_batch(rows, 0 if mask is None else int(mask.sum()))
+        turn.on_batch(rows, tokens)
         return output
 
     def _cut(self, texts: int, tokens: int) -> None:
@@ -175,7 +174,10 @@ class _Turn:
         self.begin.set()
 
 
-def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """(texts, tokens), 1 for a token and 0 for padding; None for models without one, such as static embeddings."""
-    batch = kwargs if "attention_mask" in kwargs else args[0]
-    return batch.get("attention_mask")
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Texts of a batch, tokens of the longest, and of all without padding; None for models that do not report them,
+    such as static embeddings."""
+    if "cu_seq_lens_q" in batch:  # packed: where each text begins, and the end
+        return len(batch["cu_seq_lens_q"]) - 1, int(batch["max_length_q"]), int(batch["cu_seq_lens_q"][-1])
+    mask = batch.get("attention_mask")
+    return None if mask is None else (*mask.shape, int(mask.sum()))

@@ -19,7 +19,7 @@ from negpipe.encoders.backends import flagembedding, sentence_transformers
 from negpipe.encoders.batched import Batched, OnBatch, Vectors
 from negpipe.encoders.batches import batches_of
 from negpipe.encoders.cuts import OnCut
-from negpipe.encoders.precision import check_precision
+from negpipe.encoders.precision import check_attention, check_precision
 from negpipe.encoders.prompts import Kind
 from negpipe.encoders.vectors import check_width
 from negpipe.engine import devices
@@ -54,8 +54,8 @@ def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -
     which runtimes other than torch ignore.
 
     Raises:
-        ConfigError: precision, model class, pooling, prompt, `encoder.truncate_dim` or `encoder.batch_tokens` is not
-            suitable.
+        ConfigError: precision, attention, model class, pooling, prompt, `encoder.truncate_dim` or
+            `encoder.batch_tokens` is not suitable.
         InputError: the folder does not load as a model.
     """
     # Every new batch shape creates new CPU kernels, of which two caches would keep 1024 each. That gains nothing, and
@@ -71,6 +71,7 @@ def load(encoder: Encoder, path: str, threads: int, device: str = devices.CPU) -
     logging.disable_progress_bar()
     device = devices.own(device if encoder.runtime == "torch" else devices.CPU)
     check_precision(encoder.precision, device, "encoder.precision")
+    check_attention(encoder, device)
     backend = flagembedding if encoder.backend == "flagembedding" else sentence_transformers
     try:
         library = backend(encoder, path, device)

@@ -1,7 +1,10 @@
-"""The precisions that a device supports."""
+"""The precisions and kinds of attention that a device supports."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from negpipe.config.encoder import Encoder
 from negpipe.engine import processor
 from negpipe.errors import ConfigError
 
@@ -40,3 +43,31 @@ def check_precision(precision: str, device: str, key: str) -> None:
         f"{key}: 'bfloat16' needs a CPU that supports it (AMX-BF16, AVX512-BF16, ARM's BF16), and this one does not:"
         f" emulated, it takes {_EMULATED} the time of float32 and is less exact; set {key} to float32"
     )
+
+
+def packs(attention: str) -> bool:
+    """Whether a package for this kind of packed attention is installed."""
+    own = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attention]
+    return any(find_spec(name) for name in (own, "kernels"))
+
+
+def check_attention(encoder: Encoder, device: str) -> None:
+    """Reject `encoder.attention` where the device does not support it, or its package is missing.
+
+    Args:
+        encoder: the settings.
+        device: its name in torch; one that Ray decides later is checked there.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    if encoder.attention and device.startswith("cpu"):
+        raise ConfigError(
+            f"encoder.attention: '{encoder.attention}' needs a GPU: remove it on a CPU, where encoder.batch_tokens"
+            " saves most of the padding"
+        )
+    if encoder.attention and device.startswith("cuda") and not packs(encoder.attention):
+        raise ConfigError(
+            f"encoder.attention: '{encoder.attention}' needs a package that is missing: run `pip install flash-attn`"
+            " (or kernels), or remove it"
+        )

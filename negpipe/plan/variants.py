@@ -89,10 +89,12 @@ def measured(
     Raises:
         NegpipeError: the model does not load or encode as configured.
     """
-    own = {name: getattr(encoder, name) for name in (*REFERENCE, "batch_tokens") if getattr(encoder, name)}
+    own = {name: value for name in (*REFERENCE, "batch_tokens", "attention") if (value := getattr(encoder, name))}
     ways = [own, *_others(encoder, own, budget.device)]
     logger.info("plan: timing the encoder, for some seconds, with %s", _shown(own))
-    settings = [way | ({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {}) for way in ways]
+    settings = [
+        {"attention": None, **way, **({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {})} for way in ways
+    ]
     timed: dict[_Way, Timed] = {}
     models = [encoder.model_copy(update=one) for one in settings]
     with closing(time_models(models, path, texts, budget, anchors)) as answers:
@@ -169,8 +171,10 @@ def _others(encoder: Encoder, own: Mapping[str, Any], device: str) -> Iterator[d
     for runtime in filter(encoders.is_installed, PRECISIONS if exported else ("torch",)):
         for precision in PRECISIONS[runtime]:
             settings = {"runtime": runtime, "precision": precision} | ({"batch_tokens": tokens} if tokens else {})
-            if settings != own and encoders.has_units(precision, device):
-                yield settings
+            packed = settings | {"attention": "flash_attention_2"}
+            may_pack = not on_cpu and encoder.backend == "sentence-transformers" and precision != "float32"
+            ways = [settings, *([packed] if may_pack and encoders.packs("flash_attention_2") else [])]
+            yield from (way for way in ways if way != own and encoders.has_units(precision, device))
 
 
 def _shown(way: Mapping[str, Any]) -> str:

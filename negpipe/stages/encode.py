@@ -80,8 +80,9 @@ def _settings(config: Config) -> dict[str, Any]:
         del values["truncate_dim"]
     if encoder.runtime == "torch":
         values.pop("runtime", None)
-    if encoder.batch_tokens is None:
-        values.pop("batch_tokens", None)
+    for name in ("batch_tokens", "attention"):
+        if getattr(encoder, name) is None:
+            values.pop(name, None)
     if values.pop("cache", None) is not None:
         values["cache"] = True
     return {f"encoder.{name}": value for name, value in values.items()}
@@ -147,6 +148,7 @@ def _check_devices(context: Context) -> None:
     encoder, names = context.config.encoder, context.devices()
     for name in names:
         encoders.check_precision(encoder.precision, name, "encoder.precision")
+        encoders.check_attention(encoder, name)
     if context.config.executor.kind == "ray":  # the devices of its nodes are unknown here
         return
     folder = Path(encoders.resolve_model(encoder, context.digest_file).path)
