@@ -35,10 +35,17 @@ class Control:
 
     def notes(self, *folders: str) -> list[tuple[str, int]]:
         """Files that were published, and the processes that did."""
-        path = Path(f"{self.file}.notes")
-        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [(name, int(pid)) for at, name, pid in lines if at in (folders or (at,))]
+        return [(name, pid) for name, pid, _ in self._noted(*folders)]
+
+    def parents(self, *folders: str) -> Counter[int]:
+        """How many files were published, by the parents of the processes that did: on Ray, by node."""
+        return Counter(parent for *_, parent in self._noted(*folders))
 
     def done_again(self, *folders: str) -> int:
         """Files that were published a second time."""
         return sum(count - 1 for count in Counter(name for name, _ in self.notes(*folders)).values())
+
+    def _noted(self, *folders: str) -> list[tuple[str, int, int]]:
+        path = Path(f"{self.file}.notes")
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [(name, int(pid), int(parent)) for at, name, pid, parent in lines if at in (folders or (at,))]

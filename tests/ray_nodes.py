@@ -32,11 +32,22 @@ class Nodes:
         while len(self.cluster.worker_nodes) < count:
             self.add()
 
-    def add(self, **environment: str) -> Any:
-        """Have one more node, whose workers have this environment too."""
-        shown = {**self.control.environment, **environment}
-        settings = {"num_cpus": 1, "memory": 2 * 2**30, "object_store_memory": 80 * 2**20, "env_vars": shown}
+    def add(self, gpus: int = 0, **environment: str) -> Any:
+        """Have one more node, of one core or as many as GPUs, whose workers have this environment too."""
+        workers, shown = max(1, gpus), {**self.control.environment, **environment}
+        settings: dict[str, Any] = {"num_cpus": workers, "num_gpus": gpus, "memory": workers * 2 * 2**30}
+        settings |= {"object_store_memory": 80 * 2**20, "env_vars": shown}
         return patiently(lambda: self.cluster.add_node(**settings))
+
+    @contextmanager
+    def one_more(self, **settings: Any) -> Iterator[Any]:
+        """The same for a while: once it is over, Ray counts that node no more."""
+        node = self.add(**settings)
+        try:
+            yield node
+        finally:
+            self.cluster.remove_node(node)
+            self.cluster.wait_for_nodes()
 
     @property
     def address(self) -> str:

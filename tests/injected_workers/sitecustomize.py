@@ -2,7 +2,8 @@
 
 Python imports this module when it starts with this folder on PYTHONPATH. A process notes each file of a part that it
 publishes, and then sleeps, or kills its Ray node or itself, in the middle of its task. `first`: only the first process
-of the stage does. `WORKER_PACE`: how many times as long it sleeps as others.
+of the stage does. `together`: before that, each waits until so many have published in the stage. `WORKER_PACE`: how
+many times as long it sleeps as others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def _is_first(what: str) -> bool:
     return _first[what]
 
 
+def _wait_for(processes: int, stage: str) -> None:
+    """Wait until so many processes have noted a file of the stage."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        noted = [line.split() for line in Path(f"{_CONTROL}.notes").read_text().splitlines()]
+        if len({pid for at, _, pid, _ in noted if at == stage}) >= processes:
+            return
+        time.sleep(0.05)
+
+
 def _watched_replace(source: Any, target: Any, **rest: Any) -> None:
     _replace(source, target, **rest)
     path = Path(target)
@@ -47,9 +58,11 @@ def _watched_replace(source: Any, target: Any, **rest: Any) -> None:
     if ".negpipe" in path.parts or stage not in told:
         return
     with Path(f"{_CONTROL}.notes").open("a") as notes:
-        notes.write(f"{stage} {path.name} {os.getpid()}\n")
+        notes.write(f"{stage} {path.name} {os.getpid()} {os.getppid()}\n")
     if told[stage].get("first") and not _is_first(stage):
         return
+    if told[stage].get("together"):
+        _wait_for(told[stage]["together"], stage)
     if told[stage].get("kills"):
         os.kill(os.getppid() if told[stage]["kills"] == "node" else os.getpid(), signal.SIGKILL)
     time.sleep(told[stage].get("sleeps", 0) * int(os.environ.get("WORKER_PACE", "1")))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from negpipe.errors import ConfigError, TaskFailedError, VersionsError
 from negpipe.stages import STAGES
 
 pytestmark = pytest.mark.cluster
+GPUS = Path(__file__).parents[2] / "injected_gpus"
 
 
 @pytest.fixture(autouse=True)
@@ -258,21 +261,20 @@ def test_an_actor_that_is_killed(whole: Run, tmp_path: Path, nodes: Nodes, caplo
 def test_a_node_that_takes_ten_times_as_long(
     whole: Run, tmp_path: Path, nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of three, for each task: the others do the most, and nobody does one again."""
+    """One of three, for each task, in each stage: the others take over what remains, and nobody does one again."""
     nodes.fill(2)
-    slow, pauses = nodes.add(WORKER_PACE="10"), {"encode": 0.8, "search": 0.3}
-    nodes.control.tell(**{stage: {"sleeps": pause} for stage, pause in pauses.items()})
     run = whole.at(tmp_path / "run")
-    try:
-        with caplog.at_level(logging.WARNING):
-            nodes.mine(run)
-    finally:
-        nodes.cluster.remove_node(slow, allow_graceful=False)
+    with nodes.one_more(WORKER_PACE="10") as node, caplog.at_level(logging.WARNING):
+        slow, all_of_them = node.all_processes["raylet"][0].process.pid, len(nodes.cluster.worker_nodes)
+        slowed = {"sleeps": 0.4, "together": all_of_them}  # each makes a part, however late it starts
+        nodes.control.tell(encode=slowed, search=slowed)
+        nodes.mine(run)
     assert run.content() == whole.content()
     assert not tried_again(caplog) and not nodes.control.done_again()
-    seconds = {stage: [part["provenance"]["seconds"] for part in run.parts(stage)] for stage in pauses}
-    slowly = {stage: sum(each >= 10 * pauses[stage] for each in seconds[stage]) for stage in pauses}
-    assert slowly["encode"] and all(5 * slowly[stage] <= len(seconds[stage]) for stage in pauses)
+    for stage in ("encode", "search"):
+        made = nodes.control.parents(stage)
+        assert len(made) == all_of_them and made.total() == len(run.parts(stage))
+        assert 0 < made[slow] == min(made.values()) and 5 * made[slow] <= made.total(), made
 
 
 @pytest.mark.slow
@@ -287,11 +289,40 @@ def test_nodes_with_other_versions_are_refused(whole: Run, tmp_path: Path, nodes
     assert not run.complete("encode")
 
 
+@pytest.mark.guarantee(
+    "`encode` runs on the GPUs of a Ray cluster",
+    "an actor for each GPU, which sees no other; one that is not there is named before anything runs (on stand-ins)",
+)
 @pytest.mark.slow
-def test_a_gpu_that_is_not_there_is_named_before_anything_runs(whole: Run, tmp_path: Path, nodes: Nodes) -> None:
+def test_each_gpu_has_an_actor_that_sees_no_other(golden: Run, tmp_path: Path, nodes: Nodes) -> None:
+    """A node of two: the actor on the first is busy with its first part until the other has made the rest."""
+    nodes.fill(1)
+    run, notes = golden.at(tmp_path / "run"), tmp_path / "notes"
+    others = len(golden.parts("encode")) - 1
+    told = {"notes": str(notes), "dies": "", "waits": "0", "for": [str(run.folder / ".negpipe/encode"), others]}
+    path = os.pathsep.join([str(GPUS), os.environ.get("PYTHONPATH", "")])
+    with nodes.one_more(gpus=2, PYTHONPATH=path, GPUS=json.dumps(told)):
+        nodes.mine(run, only="ingest")
+        nodes.mine(run, "encoder.device=cuda", only="encode")
+    assert sorted(notes.read_text().splitlines()) == ["0 cuda:0 float32", "1 cuda:0 float32"]
+    made = Counter(part["provenance"]["pid"] for part in run.parts("encode"))
+    assert sorted(made.values()) == [1, others]
+    assert run.content("encode") == golden.content("encode")
+
+
+@pytest.mark.guarantee("`encode` runs on the GPUs of a Ray cluster")
+@pytest.mark.slow
+def test_a_gpu_that_is_not_there_is_named_before_anything_runs(
+    whole: Run, golden: Run, tmp_path: Path, nodes: Nodes
+) -> None:
     nodes.fill(2)
     run = whole.at(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"index: a worker needs 1 cores, 1 GPUs and .* no node of the cluster has"):
+    no_gpu = (
+        r": a worker needs 1 cores, 1 GPUs and .* no node of the cluster has .* set encoder\.device and search\.dev"
+    )
+    with pytest.raises(ConfigError, match=f"encode{no_gpu}"):
+        nodes.mine(golden.at(run.folder), "encoder.device=cuda", "executor.ray.wait=1s")
+    with pytest.raises(ConfigError, match=f"index{no_gpu}"):
         nodes.mine(run, "search.device=cuda", "executor.ray.wait=1s")
     with pytest.raises(ConfigError, match=r"encode: a worker needs 7 cores, .*lower resources"):
         nodes.mine(run, "resources.cpus=7", "executor.ray.wait=1s")
