@@ -30,14 +30,14 @@ def main() -> None:
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(temporary)
-        path, found = folder / f"audit-{rows}.parquet", folder / "audit.json"
+        path = folder / f"audit-{rows}.parquet"
         if not path.exists():
             generate(path, rows)
         started = time.monotonic()
-        command = [sys.executable, "-m", "negpipe", "audit", "--file", str(path), "--json", str(found)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "negpipe", "audit", "--file", str(path), "--format", "json"]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         seconds = time.monotonic() - started
-        counts = {name: check["count"] for name, check in json.loads(found.read_text("utf-8"))["checks"].items()}
+        counts = {name: check["count"] for name, check in found["checks"].items()}
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
         print(f"\n{rows:,} rows, {path.stat().st_size / 2**20:.0f} MiB: {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
         print(f"peak memory {peak:.0f} MiB; load before the end {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

@@ -70,7 +70,7 @@ def audit(
     ] = 0.01,
     examples: Annotated[int, typer.Option(min=0, help="Examples to show per check.")] = 3,
     form: FormatOption = "table",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     overrides: SetOption = None,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
@@ -80,7 +80,6 @@ def audit(
     from negpipe.errors import NegpipeError
     from negpipe.review import measures
     from negpipe.review.audit import AuditOptions, policy
-    from negpipe.store.files import write_json
 
     console.set_up_logging(checked(log_format), debug=debug)
     chosen = policy(fail_on)
@@ -89,14 +88,12 @@ def audit(
     )
     settings = load_config(config, overrides) if config else None
     found = measures.audit_rows(settings, options, file)
-    if json_file is not None:
-        write_json(json_file, found.document())
     failed = chosen.failed(found.findings)
     findings = [
         {"check": one.check, "count": one.count, "share": one.share, "of": one.of, "unit": one.unit}
         for one in found.findings
     ]
-    if not printed_as(form, found.document(), findings):
+    if not printed_as("json" if as_json else form, found.document(), findings):
         printed.show_audit(found, {one.check for one in failed})
     if failed:
         listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)

@@ -194,12 +194,3 @@ def test_a_report_that_finds_no_room(copied: Path, tmp_path: Path, monkeypatch: 
         outcome = small.run("report", copied / "config.yaml", "--out", out, *AS_JSON)
         refused(outcome, out.parent, sizes[0])
         assert [path.name for path in out.parent.iterdir()] == ["ballast"]
-
-
-@needs_root
-def test_findings_that_find_no_room(copied: Path, tmp_path: Path) -> None:
-    config, out = copied / "config.yaml", tmp_path / "full/audit.json"
-    assert small.run("audit", config, "--json", tmp_path / "audit.json").code == 0
-    with full(out.parent):
-        outcome = small.run("audit", config, "--json", out, *AS_JSON)
-        refused(outcome, out.parent, (tmp_path / "audit.json").stat().st_size)

@@ -380,11 +380,10 @@ def test_foreign_file_with_the_qrels_of_a_config(mined: Run, tmp_path: Path) -> 
     columns = "anchor=question,positive=good,negative=bad"
     alone = negpipe("audit", "--file", file, "--columns", columns, "--fail-on", "positive")
     assert alone.code == 0, alone.err
-    beside = tmp_path / "found.json"
     config = config_of(mined, tmp_path)
-    done = negpipe("audit", config, "--file", file, "--columns", columns, "--fail-on", "positive", "--json", beside)
+    done = negpipe("audit", config, "--file", file, "--columns", columns, "--fail-on", "positive", "--json")
     assert done.code == 1
-    found = json.loads(beside.read_text("utf-8"))["checks"]
+    found = json.loads(done.out)["checks"]
     assert (found["positive_text"]["count"], found["positive_text"]["examples"][0]["row"]) == (1, 0)
     assert found["positive_id"]["of"] == 0
     assert not (mined.folder / "audit.json").exists()
