@@ -9,13 +9,22 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 
 from negpipe.engine.progress import Reporter
@@ -23,6 +32,7 @@ from negpipe.redaction import Redacting, redact
 from negpipe.review.wording import duration, visible
 
 LOG_SECONDS = 30
+QUIET_SECONDS = 5.0  # between two looks at whether a job has said nothing for that long
 _WIDE = 10_000  # characters: wider than any table
 
 
@@ -115,8 +125,9 @@ class _Bars:
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
-    def begin(self, stage: str, total: int, done: int) -> None:
+    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
         self._progress = Progress(
+            SpinnerColumn(),  # moves while nothing is finished
             TextColumn("{task.description:8}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -140,12 +151,16 @@ class _Bars:
 
 
 class _Lines:
-    _first: tuple[float, int] | None
-    """When the first rows were finished, and how many: before, a model was loaded."""
+    """A line at most every half minute; also while nothing is finished, as when a source is read or a model loaded."""
 
-    def begin(self, stage: str, total: int, done: int) -> None:
-        self._stage, self._total, self._done = stage, total, done
-        self._last, self._first = time.monotonic(), None
+    _first: tuple[float, int] | None
+    """When the first units were finished, and how many: before, a model was loaded."""
+
+    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
+        self._stage, self._total, self._done, self._unit = stage, total, done, unit
+        self._begun = self._last = time.monotonic()
+        self._first, self._ended = None, threading.Event()
+        threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
 
     def advance(self, units: int, note: str) -> None:
         self._done += units
@@ -154,13 +169,22 @@ class _Lines:
             self._first = self._first or (now, self._done)
         if now - self._last < LOG_SECONDS:
             return
-        self._last = now
         left = ""
         if self._total and self._first and self._done > self._first[1]:
             started, before = self._first
             seconds = (self._total - self._done) * (now - started) / (self._done - before)
             left = f", about {duration(seconds)} left"
-        of = f" of {self._total:,}" if self._total else ""
-        logger.info("%s: %s%s rows%s%s", self._stage, f"{self._done:,}", of, left, f" ({note})" if note else "")
+        self._say(left + (f" ({note})" if note else ""))
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        self._ended.set()
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(QUIET_SECONDS):
+            if time.monotonic() - self._last >= LOG_SECONDS:
+                self._say(f" after {duration(time.monotonic() - self._begun)}")
+
+    def _say(self, about: str) -> None:
+        self._last = time.monotonic()
+        of = f" of {self._total:,}" if self._total else ""
+        logger.info("%s: %s%s %s%s", self._stage, f"{self._done:,}", of, self._unit, about)

@@ -38,7 +38,7 @@ def status(
     states = graph.status(settings)
     rows = formats.states(states)
     if not printed_as(form, rows, rows):
-        summary.show_status(states)
+        summary.show_status(states, graph.stages(settings))
         if who := in_use(settings.run_dir):
             remark = f"In use by {wording.visible(who)}: what is not current may be in progress."
             console.out.print(remark, markup=False, highlight=False, soft_wrap=True)
@@ -62,11 +62,13 @@ def verify(
     from negpipe.config.file import load_config
     from negpipe.engine import upkeep
     from negpipe.errors import DamagedError
+    from negpipe.review import wording
 
     console.set_up_logging(checked(log_format), debug=debug)
     settings = load_config(config, overrides)
     place = settings.place
     found = graph.inventory(settings)
+    console.logger.info("verify: reading %d files, %s", len(found.files), wording.size(found.bytes))
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
         task = bar.add_task("", total=found.bytes)

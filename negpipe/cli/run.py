@@ -55,14 +55,18 @@ def _mine(
     tell(result, settings, log_format, only)
 
 
-def tell(result: Result, settings: Config, log_format: str, only: str | None) -> None:
-    """Print the result of a run, of all stages or of one."""
+def tell(result: Result, settings: Config, log_format: str, only: str | None, command: str = "") -> None:
+    """Print the result of a run, of all stages or of one, and the next command; `command`: its first word, if there is
+    one before the stage's name."""
+    from negpipe import graph
     from negpipe.cli import console, summary
 
     if log_format == "json":
         console.logger.info("done", extra={"fields": {"ran": result.ran, "stats": result.stats}})
     elif "triplets" in result.stats and only in (None, "triplets"):
         summary.show_result(result, named(settings), settings.mining)
+    elif only:
+        summary.show_following(only, graph.mining(settings), command, named(settings))
 
 
 @app.command()
@@ -94,7 +98,7 @@ def ingest(
     rebuild: RebuildOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Read the source into corpus, anchor and positive tables.
+    """Read the source into corpus, anchor and positive tables. Next: encode.
 
     Example: negpipe ingest quickstart.yaml --max-bad-rows 10
     """
@@ -122,8 +126,13 @@ def _stage_command(name: str, help_text: str) -> None:
         _mine(config, overrides, log_format, debug, rehash, name, rebuild=rebuild)
 
 
-_stage_command("encode", "Encode texts into vectors.")
-_stage_command("index", "Build the index and the id map.")
-_stage_command("slices", "Find the nearest documents in each slice of the corpus (search.slice_documents).")
-_stage_command("search", "Find the candidates of every anchor.")
-_stage_command("triplets", "Choose negatives and write the training rows.")
+_stage_command("encode", "Encode texts into vectors. Requires ingest; next: index.")
+_stage_command(
+    "index", "Build the index and the id map. Requires encode; next: search (slices, if search.slice_documents is set)."
+)
+_stage_command(
+    "slices",
+    "Find the nearest documents in each slice of the corpus (search.slice_documents). Requires index; next: search.",
+)
+_stage_command("search", "Find the candidates of every anchor. Requires index (or slices); next: triplets.")
+_stage_command("triplets", "Choose negatives and write the training rows. Requires search; next: audit, or train.")

@@ -15,6 +15,7 @@ from negpipe.cli.app import (
     SetOption,
     app,
     checked,
+    named,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ def work(
     worked = graph.work(settings, stage, chosen, reporter=console.reporter(log_format), rehash=rehash)
     fields = {"stage": stage, "shard": shard, "made": worked.made, "found": worked.found, "others": worked.others}
     console.logger.info(
-        "%s: shard %s done: %d parts made, %d already existed, %d made by others meanwhile",
+        "%s: shard %s done: %d parts made, %d already existed, %d made by others meanwhile; after the last shard:"
+        " negpipe commit %s %s",
         *fields.values(),
+        stage,
+        named(settings),
         extra={"fields": fields},
     )
 
@@ -98,4 +102,5 @@ def commit(
     settings = load_config(config, overrides)
     if _has_no_part_in(stage, settings):
         return
-    tell(graph.commit(settings, stage, shards=shards, rehash=rehash, rebuild=rebuild), settings, log_format, stage)
+    done = graph.commit(settings, stage, shards=shards, rehash=rehash, rebuild=rebuild)
+    tell(done, settings, log_format, stage, "work ")

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from negpipe import graph
 from negpipe.cli import console
 from negpipe.config.schema import Mining
 from negpipe.engine.pipeline import Result
+from negpipe.engine.stage import Graph
 from negpipe.engine.state import State
 from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
@@ -153,6 +153,13 @@ def _show_next(result: Result, typed: str, mining: Mining) -> None:
         console.out.print(f"  {what + ':':30} {command}", markup=False, soft_wrap=True)
 
 
+def show_following(only: str, stages: Graph, command: str, typed: str) -> None:
+    """The command of the stage after the only one that ran; `command`: it, but for the stage's name."""
+    names = [name for name, stage in stages.items() if not stage.provides]  # no command runs those that replace another
+    following = names[names.index(only) + 1]
+    console.out.print(f"\nNext: {_program()} {command}{following} {typed}", markup=False, soft_wrap=True)
+
+
 def _by_margins(stats: dict[str, Any]) -> float:
     """Share of the candidates that margins dropped."""
     dropped: int = sum(stats["drops"].get(name, 0) for name in ("relative_margin", "absolute_margin"))
@@ -174,19 +181,20 @@ def _program() -> str:
     return str(called) if called.name == "negpipe" else "python -m negpipe"
 
 
-def show_status(states: list[State]) -> None:
+def show_status(states: list[State], stages: Graph) -> None:
     """One line per stage."""
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", "parts", "rows", "size", "seconds", "finished"):
-        table.add_column(column, justify="right" if column in ("parts", "rows", "size", "seconds") else "left")
+    for column in ("stage", "state", "parts", "output", "size", "seconds", "finished"):
+        table.add_column(column, justify="right" if column in ("parts", "output", "size", "seconds") else "left")
     for state in states:
         manifest = state.manifest
         cells: list[str | Text] = [str(state.done) if state.done else "", "", "", "", ""]
         if manifest:
             seconds = manifest.provenance.get("seconds")
+            unit, made = next(iter(stages[state.stage].counts(manifest.stats).items()), ("", 0))
             cells = [
                 str(len(manifest.parts)),
-                f"{sum(part.rows for part in manifest.parts):,}",
+                f"{made:,} {unit}" if unit else "",
                 wording.size(sum(file.bytes for part in manifest.parts for file in part.files)),
                 f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
                 Text(_local(manifest.provenance.get("finished"))),
@@ -199,7 +207,7 @@ def show_status(states: list[State]) -> None:
     for state in states:
         if state.versions:
             console.out.print(f"{state.stage}: {state.versions}", markup=False)
-        for _, remark in graph.of_kind(state.stage).remarks(state.manifest.stats) if state.manifest else ():
+        for _, remark in stages[state.stage].remarks(state.manifest.stats) if state.manifest else ():
             console.out.print(f"{state.stage}: {remark}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
             console.out.print(f"{state.stage}: {count} source rows were skipped, see {REJECTED}", markup=False)

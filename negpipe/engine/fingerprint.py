@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from negpipe.errors import NegpipeError
 from negpipe.store.files import file_digest, publish, write_all
 
 KEY_LENGTH = 16
+logger = logging.getLogger(__name__)
 
 
 def canonical(value: Any) -> Any:
@@ -81,6 +83,7 @@ class DigestCache:
     """
 
     SECONDS = 30.0  # of work that a kill may lose
+    LARGE = 2 * 2**30  # bytes that take long to read
 
     def __init__(self, path: Path, *, rehash: bool = False) -> None:
         self._path = path
@@ -100,6 +103,8 @@ class DigestCache:
         entry = self._known.get(name)
         if isinstance(entry, list) and entry[:-1] == signature:
             return str(entry[-1])
+        if stat.st_size >= self.LARGE:
+            logger.info("reading %s for its digest, %.1f GiB", path, stat.st_size / 2**30)
         value = file_digest(Path(name))
         self._known[name] = [*signature, value]
         self._dirty = True

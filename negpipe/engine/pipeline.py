@@ -102,7 +102,7 @@ def mine(
             state = looked(stage, context)
             manifest = state.manifest
             if state.state == "current":
-                logger.info("%s: up to date (%s)", stage.name, _counts(manifest))
+                logger.info("%s: up to date (%s)", stage.name, _counts(stage, manifest))
                 context.books(stage.name).drop_begun()
                 stage.accept(context.config, state.manifest.stats if state.manifest else {})
             elif only and stage.name != only:
@@ -232,7 +232,7 @@ def looked(stage: Stage, context: Context) -> State:
 
 def _tell(stage: Stage, manifest: Manifest) -> None:
     """Log the outcome of a stage that ran."""
-    logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(manifest))
+    logger.info("%s: done in %.1f s (%s)", stage.name, manifest.provenance["seconds"], _counts(stage, manifest))
     for level, remark in stage.remarks(manifest.stats):
         logger.log(level, "%s: %s", stage.name, remark)
 
@@ -388,8 +388,8 @@ def run_tasks(
         tasks: consumed lazily, when a worker is free.
         context: that of the stage.
         reporter: receives progress.
-        total: rows of the job, 0 if unknown.
-        done: rows that already exist.
+        total: units of the job, 0 if unknown.
+        done: units that already exist.
         executor: replaces the one that stage and config select.
         ended: called for every task whose part is finished.
     """
@@ -403,7 +403,7 @@ def run_tasks(
         if finished:
             ended(task)
 
-    reporter.begin(stage.name, total, done)
+    reporter.begin(stage.name, total, done, stage.unit)
     try:
         (executor or _executor(stage, context))(stage, tasks, context, progress)
     finally:
@@ -461,8 +461,6 @@ def _executor(stage: Stage, context: Context) -> TaskExecutor:
     return ray.run if context.config.executor.kind == "ray" else local.run
 
 
-def _counts(manifest: Manifest | None) -> str:
-    if manifest is None:
-        return ""
-    shown = {name: value for name, value in manifest.stats.items() if isinstance(value, int) and value}
-    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in shown.items())
+def _counts(stage: Stage, manifest: Manifest | None) -> str:
+    counts = stage.counts(manifest.stats) if manifest else {}
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -71,6 +71,8 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     listed = manifest.parts if manifest else ()
     # In a stage with rounds, parts may derive from one another.
     read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
+    if read:
+        logger.info("%s: reading all %d files of its output", stage.name, len(read))
     wrong = damaged(store, read.values())
     sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
     kept = {part.key for part in listed}

@@ -315,6 +315,12 @@ def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
     return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
 
 
+def counted(stats: Mapping[str, Any], rows: str = "rows") -> dict[str, int]:
+    """The numbers among a stage's statistics, in words, without zeroes; `rows` says what its rows are."""
+    shown = {name: n for name, n in stats.items() if isinstance(n, int) and (n or name == "rows")}
+    return {rows if name == "rows" else name.replace("_", " "): n for name, n in shown.items()}
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as a value.
@@ -353,6 +359,8 @@ class Stage:
         misfit: (store, one of its parts) → how the headers of the part's files contradict its record.
         provides: the name under which later stages find its output, if it replaces another stage.
         kind: the name of the stage whose functions it uses, if it is a second one of a kind; for workers.
+        unit: what the rows of its tasks are, in words, for progress.
+        counts: (its statistics) → the counts that a person needs, in words; the first is of its output.
         reads: the names by which its functions know its inputs, if different: a second search knows the output of a
             second encode as encode's.
         config: the config as its functions see it, if different: a second ingest reads another split.
@@ -386,6 +394,8 @@ class Stage:
     misfit: Callable[[Store, Part], str | None] = _fits
     provides: str = ""
     kind: str = ""
+    unit: str = "rows"
+    counts: Callable[[Mapping[str, Any]], Mapping[str, int]] = counted
     reads: Mapping[str, str] = field(default_factory=dict)
     config: Callable[[Config], Config] = _as_it_is
 

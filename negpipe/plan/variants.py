@@ -91,14 +91,18 @@ def measured(
     """
     own = {name: value for name in (*REFERENCE, "batch_tokens", "attention") if (value := getattr(encoder, name))}
     ways = [own, *_others(encoder, own, budget.device)]
-    logger.info("plan: timing the encoder, for some seconds, with %s", _shown(own))
     settings = [
         {"attention": None, **way, **({"batch_size": BATCH_SIZE} if "batch_tokens" in way else {})} for way in ways
     ]
     timed: dict[_Way, Timed] = {}
     models = [encoder.model_copy(update=one) for one in settings]
     with closing(time_models(models, path, texts, budget, anchors)) as answers:
-        for way, answer in zip(ways, answers, strict=True):
+        for way in ways:
+            loaded = (
+                "exporting the model first, if it never was" if "runtime" in way and way["runtime"] != "torch" else ""
+            )
+            logger.info("plan: timing the encoder with %s, for some seconds%s", _shown(way), loaded and f" ({loaded})")
+            answer = next(answers)
             if not isinstance(answer, NegpipeError):
                 timed[tuple(way.items())] = answer
                 speed = len(answer.vectors) / answer.seconds

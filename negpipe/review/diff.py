@@ -7,6 +7,7 @@ memory does not grow with the rows. The same rows give the same differences in t
 
 from __future__ import annotations
 
+import logging
 import shlex
 import tempfile
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from negpipe.store.store import LocalStore, Store
 if TYPE_CHECKING:
     import duckdb
 
+logger = logging.getLogger(__name__)
 _CIRCUMSTANCE = ("run_dir", "store", "executor.", "resources.", "output.report")  # settings that do not affect rows
 _TEXT = 200  # characters of a text in an example
 _DOCUMENTS = 5  # documents of an example per side
@@ -166,6 +168,7 @@ def compare(
         tempfile.TemporaryDirectory(dir=scratch, prefix=".diff-") as folder,
         opened(Path(folder), budget, "the comparison") as database,
     ):
+        logger.info("diff: reading the rows of %s and %s", a.rows, b.rows)
         sides = (("a", a), ("b", b))
         layouts = [_load(database, side, source, columns or {}, Path(folder)) for side, source in sides]
         by_id = all(one.has("anchor_id") for one in layouts)

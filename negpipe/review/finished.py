@@ -45,7 +45,8 @@ def export(config: Config, options: exports.ExportOptions, *, reporter: Reporter
 
         read, encode = context.manifest("ingest").stats, context.manifest("encode")
         vectors = {name: encode.inputs[name] for name in sorted(encode.inputs) if name.startswith("encoder.")}
-        reporter.begin("export", read["anchors"], 0)
+        logger.info("export: writing %s", options.out)
+        reporter.begin("export", read["anchors"], 0, "anchors")
         try:
             return exports.export(
                 context.config,

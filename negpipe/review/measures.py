@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -30,6 +31,7 @@ from negpipe.stages import STAGES, encode
 from negpipe.stages.triplets import Shared, open_selection, part_files
 from negpipe.store.files import json_bytes, publish, write_all
 
+logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
@@ -50,6 +52,9 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
     reporter = reporter or Silent()
     with digests_of(config) as digests:
         context = searched(config, digests, "quality")
+        logger.info(
+            "quality: measuring on the candidates of %s anchors", f"{context.manifest('search').stats['anchors']:,}"
+        )
         opened = open_selection(context)
 
         def slices() -> Iterator[tuple[candidates.Candidates, Units]]:
@@ -57,7 +62,7 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
                 yield piece
                 reporter.advance(len(piece[0].rows), "")
 
-        reporter.begin("quality", context.manifest("ingest").stats["anchors"], 0)
+        reporter.begin("quality", context.manifest("ingest").stats["anchors"], 0, "anchors")
         try:
             return quality_of(context, opened, slices())
         finally:
@@ -105,6 +110,8 @@ def calibrate_settings(
         context = searched(config, digests, "calibrate")
         if not context.config.mining.num_negatives:
             raise ConfigError("mining.num_negatives is 0: only mined negatives can be calibrated")
+        tried, total = settings(context.config), context.manifest("ingest").stats["anchors"]
+        logger.info("calibrate: trying %d settings on the candidates of %s anchors", len(tried), f"{total:,}")
         opened = open_selection(context)
         if second is not None:
             with digests_of(second) as others:
@@ -115,15 +122,14 @@ def calibrate_settings(
             trials = (
                 calibrate.hidden(anchors, found, opened.corpus) for anchors, found in _slices(context, context.config)
             )
-        total = context.manifest("ingest").stats["anchors"]
-        reporter.begin("calibrate", 0, 0)
+        reporter.begin("calibrate", 0, 0, "trials")
         try:
             made = calibrate.calibrate(
                 context.config,
                 opened.corpus,
                 opened.namesakes,
                 trials,
-                settings(context.config),
+                tried,
                 method=method,
                 all_anchors=total,
                 threads=context.budget.threads,

@@ -175,6 +175,8 @@ def _plan(context: Context) -> Iterator[Task]:
         logger.warning("encoder.trust_remote_code is on: code shipped with the model runs with your permissions")
     if context.config.encoder.runs_here:
         _tell_prompts(context)
+        if (runtime := context.config.encoder.runtime) != "torch":
+            logger.info("encode: the model is first exported for %s, for a minute or more, if it never was", runtime)
     yield from _tasks(context)
 
 
@@ -702,4 +704,5 @@ STAGE = Stage(
     needs=_needs,
     devices=_devices,
     place=lambda config: "apart" if config.encoder.runs_here else "worker",
+    unit="texts",
 )

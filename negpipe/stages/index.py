@@ -24,7 +24,7 @@ from negpipe.data.tables import documents, open_table, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, counted
 from negpipe.errors import InputError, beneath
 from negpipe.stages import headers
 from negpipe.store.store import Store
@@ -277,4 +277,6 @@ STAGE = Stage(
     devices=devices.of_search,
     place=lambda config: "light" if config.index.kind == "stream" else "worker",
     rounds=True,
+    unit="entries",
+    counts=partial(counted, rows="documents"),
 )

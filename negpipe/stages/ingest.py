@@ -25,7 +25,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -313,6 +313,17 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     } | counts
 
 
+def _counts(stats: Mapping[str, Any]) -> dict[str, int]:
+    """What there is, and what was left out of it."""
+    shown = {"documents": stats["rows"], "anchors": stats["anchors"], "positives": stats["positives"]}
+    left_out = {
+        "duplicate documents merged": stats["duplicate_texts"],
+        "queries dropped without a positive in data.split": stats["queries_without_positive"],
+        "source rows rejected": stats["rejected_rows"],
+    }
+    return shown | {name: count for name, count in left_out.items() if count}
+
+
 def _settle(config: Config, manifest: Manifest) -> tuple[Config, str]:
     most = manifest.stats.get("max_positives")
     if not isinstance(most, int):
@@ -386,4 +397,6 @@ STAGE = Stage(
     stats=_stats,
     resources=lambda context: context.whole,
     place=lambda _: "caller",
+    unit="texts",
+    counts=_counts,
 )

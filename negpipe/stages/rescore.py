@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from negpipe.data.candidates import Candidates, Scored
 from negpipe.data.tables import Rows, documents, open_table
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Manifest
-from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task
+from negpipe.engine.stage import Context, Made, Progress, Publisher, Stage, Task, counted
 from negpipe.errors import ConfigError
 from negpipe.stages import headers
 
@@ -90,6 +91,8 @@ def rescore(score: Score, identity: str) -> Stage:
         provides="search",
         misfit=headers.misfit,
         place=lambda _: "caller",
+        unit="anchors",
+        counts=partial(counted, rows="anchors"),
     )
 
 

@@ -215,6 +215,7 @@ STAGE = Stage(
     libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
     stats=_stats,
     devices=devices.of_search,
+    unit="anchors",
 )
 
 SLICES = slices.stage(_plan_slices)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from negpipe.data.tables import documents, open_table, ragged, searchable
 from negpipe.engine import devices
 from negpipe.engine.fingerprint import Beginning
 from negpipe.engine.manifest import Part
-from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
+from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload, counted
 from negpipe.stages.index import effort, groups, opened_index, places
 from negpipe.store import mapped
 
@@ -243,4 +244,6 @@ def stage(plan: Callable[[Context], Iterable[Task]]) -> Stage:
         run=_run,
         libraries=lambda _: ("faiss-cpu", "numpy", "pyarrow"),
         devices=devices.of_search,
+        unit="anchors",
+        counts=partial(counted, rows="anchors"),
     )

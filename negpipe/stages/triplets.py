@@ -508,4 +508,5 @@ STAGE = Stage(
     place=lambda _: "light",
     views=_views,
     folders=(_ROWS, LEDGER, DEEPER),
+    unit="anchors",
 )

@@ -267,8 +267,8 @@ class _Named:
     name: str
     reporter: Reporter
 
-    def begin(self, stage: str, total: int, done: int) -> None:
-        self.reporter.begin(self.name + stage, total, done)
+    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
+        self.reporter.begin(self.name + stage, total, done, unit)
 
     def advance(self, units: int, note: str) -> None:
         self.reporter.advance(units, note)

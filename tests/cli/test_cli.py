@@ -125,7 +125,10 @@ def test_3_a_stage_without_its_input_says_which_command_makes_it(tmp_path: Path)
         assert outcome.code == 3
         assert f"{stage} needs the output of {before}, which is missing" in outcome.err
         assert f"Run `negpipe {before} {config}` first, or `negpipe mine {config}`" in outcome.err
-        assert small.run(before, config).code == 0
+        made = small.run(before, config)
+        assert made.code == 0
+        assert re.fullmatch(rf"\s*Next: .*negpipe {stage} {tmp_path}/run\n", made.out)
+        assert f"next: {stage}" in " ".join(small.run(before, "--help").out.split()).lower()
     other = tmp_path / "a run"
     overrides = ("--set", f"run_dir={other}", "--set", "seed=7")
     outcome = small.run("encode", *overrides, config)
@@ -133,6 +136,48 @@ def test_3_a_stage_without_its_input_says_which_command_makes_it(tmp_path: Path)
     last = small.run("triplets", config)
     assert last.code == 0
     assert "36 rows in 2 Parquet files" in last.out
+
+
+def test_the_next_command_of_shards_and_slices(tmp_path: Path) -> None:
+    config, sliced = small.build(tmp_path), ("--set", "search.slice_documents=20")
+    for stage in ("ingest", "encode", "index"):
+        done = small.run(stage, config, *sliced)
+    assert done.out.split("negpipe ")[1].split()[0] == "slices"
+    assert f"negpipe commit slices {tmp_path}/run" in small.run("work", "slices", config, *sliced).err
+    assert re.search(
+        rf"Next: .*negpipe work search {tmp_path}/run\n", small.run("commit", "slices", config, *sliced).out
+    )
+
+
+def test_ingest_tells_each_count_once(tmp_path: Path) -> None:
+    corpus = [*small.documents(), {"_id": "copy", "title": "Title 0", "text": "document 0"}]
+    config = small.build(tmp_path, corpus, small.queries(14))
+    outcome = small.run("ingest", config, "--log-format", "json")
+    (done,) = (line["message"] for line in entries(outcome.err) if ": done" in line["message"])
+    assert done.partition(" (")[2] == (
+        "documents 40, anchors 12, positives 12, duplicate documents merged 1,"
+        " queries dropped without a positive in data.split 2)"
+    )
+    assert re.search(r"^ingest +current +\d+ +40 documents ", small.run("status", config).out, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", ["quality", "audit", "report", "verify", "export", "calibrate", "diff", "mine --repair"]
+)
+def test_long_commands_say_at_once_what_they_do(command: str, finished: Path, tmp_path: Path) -> None:
+    config = finished / "config.yaml"
+    options = {
+        "export": ("--to", "jsonl", "--out", tmp_path / "rows.jsonl"),
+        "calibrate": ("--second", config),
+        "diff": (finished / "run",),
+        "report": ("--out", tmp_path / "report.html"),
+    }
+    name, *rest = command.split()
+    outcome = small.run(name, config, *rest, *options.get(name, ()))
+    assert outcome.code == 0, outcome.err
+    said = f"{name if name != 'mine' else 'ingest'}: (measuring|reading|writing|trying)"
+    assert re.search(said, outcome.err.splitlines()[0])
 
 
 def test_4_a_run_directory_in_use(folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_lines_state_texts_and_tokens_a_second_and_the_time_left(
     outcome = encoded(tmp_path, tiny)
     assert outcome.code == 0, outcome.err
     line = re.compile(
-        r"encode: ([\d,]+) of ([\d,]+) rows, about \d+ s left \(([\d,]+) texts/s, ([\d,]+) tokens/s\)$", re.MULTILINE
+        r"encode: ([\d,]+) of ([\d,]+) texts, about \d+ s left \(([\d,]+) texts/s, ([\d,]+) tokens/s\)$", re.MULTILINE
     )
     found = [tuple(int(number.replace(",", "")) for number in match) for match in line.findall(outcome.err)]
     assert [done for done, *_ in found] == sorted({done for done, *_ in found})
@@ -66,7 +66,7 @@ def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.
     outcome = small.run("mine", small.build(tmp_path), *overrides)
     assert outcome.code == 0, outcome.err
     assert "no row could be written; candidates dropped: max score" in " ".join(outcome.err.split())
-    said = re.findall(r"triplets: 0 of 12 rows \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
+    said = re.findall(r"triplets: 0 of 12 anchors \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
     assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
 
 
@@ -77,21 +77,40 @@ def test_what_passes_before_the_first_rows_is_not_counted_on(
     monkeypatch.setattr(console, "LOG_SECONDS", 0)
     lines = console.reporter("plain")
     with caplog.at_level(logging.INFO):
-        lines.begin("encode", 1000, 0)
+        lines.begin("encode", 1000, 0, "texts")
         lines.advance(0, "2 of 2 array tasks waiting")
         time.sleep(1)
         for _ in range(2):
             lines.advance(10, "")
+        lines.end()
     assert [record.getMessage() for record in caplog.records] == [
-        "encode: 0 of 1,000 rows (2 of 2 array tasks waiting)",
-        "encode: 10 of 1,000 rows",
-        "encode: 20 of 1,000 rows, about 0 s left",
+        "encode: 0 of 1,000 texts (2 of 2 array tasks waiting)",
+        "encode: 10 of 1,000 texts",
+        "encode: 20 of 1,000 texts, about 0 s left",
+    ]
+
+
+def test_a_job_that_finishes_nothing_says_that_it_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A large source is read, or an index is trained: nothing is finished for a long time."""
+    monkeypatch.setattr(console, "LOG_SECONDS", 1)
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.1)
+    lines = console.reporter("plain")
+    with caplog.at_level(logging.INFO):
+        lines.begin("ingest", 0, 0, "texts")
+        time.sleep(2.8)
+        lines.end()
+        time.sleep(1.5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "ingest: 0 texts after 1 s",
+        "ingest: 0 texts after 2 s",
     ]
 
 
 # --- wherever tasks run -----------------------------------------------------------------------------------
 
-LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) rows")
+LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) (?:texts|entries|anchors)")
 
 
 def counted(run: Run, *overrides: str) -> str:

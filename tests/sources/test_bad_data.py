@@ -182,7 +182,7 @@ def test_the_option_is_the_setting_and_people_are_told(tmp_path: Path) -> None:
     assert f"2 source rows were skipped: {tmp_path}/run/{NAME}" in mined.out
     kept = yaml.safe_load((tmp_path / "run/.negpipe/config.yaml").read_text(encoding="utf-8"))
     assert kept["data"]["max_bad_rows"] == 2  # so that what comes next needs no more than the run directory
-    assert "rejected rows 2" in mined.err
+    assert "source rows rejected 2" in mined.err
     status = small.run("status", config, "--set", "data.max_bad_rows=2")
     assert f"ingest: 2 source rows were skipped, see {NAME}" in status.out
     assert [line.split()[1] for line in status.out.splitlines()[1:6]] == ["current"] * 5

@@ -7,6 +7,7 @@ The same rows give the same findings in the same order.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ __all__ = [
     "audit",
     "policy",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ def audit(source: Path, options: AuditOptions, qrels: Qrels | None = None, *, sc
         opened(Path(folder), options.budget, "the audit") as database,
     ):
         found = layout_of(database, source, options.columns, Path(folder), qrels.texts if qrels else None)
+        logger.info("audit: reading the rows of %s", source)
         load.rows(database, found, str(source))
         if qrels is not None:
             load.qrels(database, qrels.positives, qrels.documents, str(source), qrels.name, found)
@@ -137,6 +142,7 @@ def audit(source: Path, options: AuditOptions, qrels: Qrels | None = None, *, sc
         load.texts(database, with_qrels=qrels is not None)
         if qrels is not None:
             load.check_known(database, load.anchor_texts(found), str(source), qrels.name)
+        logger.info("audit: comparing texts for near duplicates, then running the checks")
         near.compare(database, options.near, options.budget.threads)
         checks.prepare(database, found)
         limits = checks.Limits(options.negatives, options.hub_share, options.examples)

@@ -44,7 +44,9 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
         StorageError: the file cannot be written.
     """
     with _at_rest(config), digests_of(config) as digests:
-        data = page.render(gather.gather(current(config, digests, "report", last="triplets"), typed, anchors)).encode()
+        context = current(config, digests, "report", last="triplets")
+        logger.info("report: reading up to %s anchors with their candidates, and drawing", f"{anchors:,}")
+        data = page.render(gather.gather(context, typed, anchors)).encode()
         if out is None and config.url:
             run_of(config).put("", lambda _: NAME, lambda file: write_all(file, data), len(data))
         out = out or config.run_dir / NAME

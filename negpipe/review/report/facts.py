@@ -10,7 +10,7 @@ from negpipe.config.schema import Config
 from negpipe.engine.manifest import Manifest
 from negpipe.stages.encode import from_cache
 
-_UNITS = {"ingest": "rows", "encode": "texts", "index": "rows", "search": "anchors", "triplets": "rows"}
+_UNITS = {"ingest": "documents", "encode": "texts", "index": "documents", "search": "anchors", "triplets": "rows"}
 
 
 @dataclass(frozen=True)

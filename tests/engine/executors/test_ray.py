@@ -364,4 +364,4 @@ def test_a_model_is_loaded_once_for_many_parts_and_its_speed_is_shown(
         nodes.mine(run, "executor.workers=1", "resources.cpus=1", reporter=console.reporter("plain"))
     assert run.content() == golden.content()
     assert len({part["provenance"]["pid"] for part in run.parts("encode")}) == 1 < len(run.parts("encode"))
-    assert re.search(r"encode: [\d,]+ of \d+ rows, about \d+ s left \([\d,]+ texts/s, [\d,]+ tokens/s\)", caplog.text)
+    assert re.search(r"encode: [\d,]+ of \d+ texts, about \d+ s left \([\d,]+ texts/s, [\d,]+ tokens/s\)", caplog.text)
