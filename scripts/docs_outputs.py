@@ -29,7 +29,7 @@ PAGES = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("first-run", "y
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<info>[^\n`]+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-PROGRESS = re.compile(r"\w+: [\d,]+ of [\d,]+ rows|it/s\]$")
+PROGRESS = re.compile(r"\w+: [\d,]+ (of [\d,]+ )?\w+( after|, about| \(|$)|it/s\]$")
 """Lines that are left out, because their number depends on timing."""
 PATIENCE = 1800
 
