@@ -109,8 +109,6 @@ def measured(
                 logger.info("plan: %s: %.0f texts/s", _shown(way), speed)
                 if way is own and count / speed < WORTH_TIMING:
                     break
-                if way is own and len(ways) > 1:
-                    logger.info("plan: timing other ways too: %s", ", ".join(map(_shown, ways[1:])))
             elif way is own:
                 raise answer
             else:  # a model may refuse what the machine supports
