@@ -98,10 +98,8 @@ def measured(
     models = [encoder.model_copy(update=one) for one in settings]
     with closing(time_models(models, path, texts, budget, anchors)) as answers:
         for way in ways:
-            loaded = (
-                "exporting the model first, if it never was" if "runtime" in way and way["runtime"] != "torch" else ""
-            )
-            logger.info("plan: timing the encoder with %s, for some seconds%s", _shown(way), loaded and f" ({loaded})")
+            first = "" if way["runtime"] == "torch" else ", after exporting the model if it never was"
+            logger.info("plan: timing the encoder with %s, for some seconds%s", _shown(way), first)
             answer = next(answers)
             if not isinstance(answer, NegpipeError):
                 timed[tuple(way.items())] = answer

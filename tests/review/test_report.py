@@ -131,7 +131,13 @@ def test_it_says_what_ran(page: Page, mined: Path) -> None:
         for stage in ("ingest", "encode", "index", "search", "triplets")
     }
     assert all(part["provenance"]["peak_memory"] > 10_000_000 for one in books.values() for part in one["parts"])
-    for stated in ("90 documents", "160 texts", "70 anchors", f"{books['triplets']['stats']['rows']} rows", "1 (exact)"):
+    for stated in (
+        "90 documents",
+        "160 texts",
+        "70 anchors",
+        f"{books['triplets']['stats']['rows']} rows",
+        "1 (exact)",
+    ):
         assert stated in page.text
     assert books["encode"]["inputs"]["encoder.corpus_vectors"][:16] in page.text
     assert len([found for tag, found in page.elements if tag == "svg"]) == 6
