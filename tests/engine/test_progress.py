@@ -110,7 +110,7 @@ def test_a_job_that_finishes_nothing_says_that_it_runs(
 
 # --- wherever tasks run -----------------------------------------------------------------------------------
 
-LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) (?:texts|entries|anchors)")
+LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) (?:texts|entries|anchors)(?: about| after| \(|$)", re.MULTILINE)
 
 
 def counted(run: Run, *overrides: str) -> str:
@@ -146,4 +146,4 @@ def test_rows_are_counted_on_a_cluster_as_on_one_machine(
     assert log.count("retrying its task") == 1
 
     arrays = ("executor.kind=slurm", "executor.slurm.cluster=local", "executor.slurm.shards=2")
-    assert "rows (2 of 2 array tasks running)" in counted(whole.at(tmp_path / "slurm"), *arrays)
+    assert "texts (2 of 2 array tasks running)" in counted(whole.at(tmp_path / "slurm"), *arrays)
