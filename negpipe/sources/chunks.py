@@ -38,8 +38,14 @@ class Column(NamedTuple):
     others: tuple[str, ...] = ()
 
     def among(self, there: Sequence[str]) -> str | None:
-        """Its name among the existing columns."""
-        return next((name for name in (self.name, *self.others) if name in there), None)
+        """Its name among the existing columns; where names are only guessed, upper and lower case are alike."""
+        names = (self.name, *self.others)
+        exact = next((name for name in names if name in there), None)
+        # An optional column that was not read before would change texts.
+        if exact is not None or not (self.required and self.others):
+            return exact
+        folded = {name.casefold(): name for name in there}
+        return next((folded[name] for name in names if name in folded), None)
 
 
 class Row(NamedTuple):

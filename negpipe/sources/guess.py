@@ -15,7 +15,7 @@ from negpipe.errors import ConfigError, InputError
 from negpipe.sources import hub, layouts
 from negpipe.sources.places import EXTENSIONS, SourceTable, extension_of, locate, paths_of
 from negpipe.sources.readers import column
-from negpipe.sources.tables import column_names, keys_of, not_separated
+from negpipe.sources.tables import column_names, keys_of, no_name, not_separated
 from negpipe.sources.trec import refuse_run
 from negpipe.store.files import BOOKS
 
@@ -35,6 +35,7 @@ _TABLES = {
     "qrels": r"qrels|links|labels|relevan|judg",
 }
 """How names of files begin that contain one of the three tables."""
+_NO_FILES = f"Name the folder that contains files of rows ({', '.join(EXTENSIONS)}), or those files"
 _SHOWN = 8  # files of a folder that a message names
 
 
@@ -126,7 +127,8 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         if {"README.md", "data", "state.json", "dataset_dict.json"} & {*there}:
             return _rows(data, SourceTable((str(folder),), data.subset, data.split))
     except InputError as error:
-        if error.field != "data.format":  # the files have rows, but something is wrong with them
+        # The files have rows, but something is wrong with them; or the error alone knows the columns of their dataset.
+        if error.field != "data.format" or not files:
             raise
     if (folder / BOOKS).is_dir():
         remedy = f"`negpipe status {folder}` shows its state; its rows are in {folder}/triplets"
@@ -137,7 +139,7 @@ def _rows_of_folder(data: schema.Data, folder: Path) -> dict[str, Any]:
         f"this folder has no known layout. It contains {shown or 'nothing'}{_listed(columns)}",
         file=str(folder),
         field="data.format",
-        remedy=_three_tables(data, files) or _remedy(columns, data),
+        remedy=_three_tables(data, files) or (_remedy(columns, data) if files else _NO_FILES),
     )
 
 
@@ -158,7 +160,7 @@ def _remedy(columns: Mapping[str, Sequence[str]], data: schema.Data) -> str:
     for file, names in columns.items():
         if unseparated := not_separated(names, file, SourceTable((file,), dialect=data.table)):
             return unseparated if len(columns) == 1 else f"{Path(file).name}: {unseparated}"
-    if any(name.replace(".", "").isdecimal() for names in columns.values() for name in names):
+    if any(no_name(name) for names in columns.values() for name in names):
         return "The first line does not seem to be a header: set the columns in data.table.header"
     return (
         "For rows of an anchor and its positive, set data.format: pairs, data.columns.anchor and data.columns.positive;"

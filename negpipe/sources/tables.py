@@ -36,6 +36,7 @@ __all__ = [
     "inside",
     "is_whole",
     "keys_of",
+    "no_name",
     "not_separated",
     "opened",
 ]
@@ -215,11 +216,14 @@ def _as_utf8(file: Any) -> Any:
         begin = file.peek(2)[:2]
     except CUT:  # the reader reports it
         return file
-    if begin not in (b"\xff\xfe", b"\xfe\xff"):
+    # Without a byte order mark, a zero beside the first character shows the order.
+    marked = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    encoding = marked.get(begin) or {0: "utf-16-be", 1: "utf-16-le"}.get(begin.find(0))
+    if encoding is None:
         return file
     import pyarrow as pa
 
-    return io.BufferedReader(pa.transcoding_input_stream(pa.PythonFile(file, "r"), "utf-16", "utf-8"), 2**20)
+    return io.BufferedReader(pa.transcoding_input_stream(pa.PythonFile(file, "r"), encoding, "utf-8"), 2**20)
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -334,7 +338,13 @@ def _separated(check: Check, table: SourceTable) -> Chunks:
     dialect, path = table.dialect, check.file
     delimiter = _delimiter(path, table)
     rows = (_fields if dialect.quoting == "none" else _quoted)(path, delimiter)
-    begin = next(rows, None)
+    try:
+        begin = next(rows, None)
+    except InputError as error:
+        first_line = next(decoded_lines(path))  # quoted fields with another delimiter are not broken
+        if delimiter in first_line or not (remedy := not_separated([first_line], path, table)):
+            raise
+        raise InputError(error.problem, file=path, row=1, remedy=remedy) from None
     if begin is None:
         raise InputError("the file is empty", file=path, row=1, remedy="The first line must be the header")
     start, first = begin
@@ -396,12 +406,18 @@ def not_separated(columns: Sequence[str], path: str, table: SourceTable) -> str:
 
 def _no_header(first: Sequence[str], table: SourceTable) -> str:
     """What to set if the first line of a file seems to be no header; empty if it seems to be one."""
-    if not any(len(cell) > _NAME or " " in cell or cell.replace(".", "").isdecimal() for cell in first):
+    if not any(no_name(cell) or " " in cell for cell in first):
         return ""
-    setting = "data.table.header" + (
-        f", or for this table only in {table.section}.table.header" if table.section else ""
-    )
+    own = f"{table.section}.table.header"
+    setting = f"data.table.header, or for this table only in {own}" if table.section else "data.table.header"
+    if table.section == "data.qrels":  # the names of other tables' columns are not theirs
+        setting = own
     return f"If the file has no header, set its {len(first)} columns in {setting}, such as [id, text]"
+
+
+def no_name(cell: str) -> bool:
+    """Whether it is too long for the name of a column, or a number."""
+    return len(cell) > _NAME or cell.replace(".", "").isdecimal()
 
 
 def _parquet(check: Check, _: SourceTable) -> Chunks:

@@ -6,6 +6,7 @@ A run is a ranking: it lists candidates but no positives. It is therefore not a 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -25,6 +26,7 @@ RUNS: dict[Run, str] = {
 """Descriptions of the kinds of runs."""
 _LINE_BYTES = 4096  # of the first line, to detect a layout
 _JUDGED, _RANKED, _SCORED = 4, 6, 3  # fields
+_GRADE = re.compile(rb"-?\d+")
 _log = logging.getLogger(__name__)
 
 
@@ -71,22 +73,27 @@ def ranked(path: str, kind: Run) -> Iterator[Ranked]:
 
 
 def judgments(table: SourceTable, columns: Sequence[Column]) -> Chunks:
-    """The rows of a table of relevance judgments, possibly in TREC's format: query, 0, document, grade."""
+    """The rows of a table of relevance judgments.
+
+    Also in TREC's format: query, 0, document, grade, and without the second field; neither has a header.
+    """
     for path in table.paths:
         first = _first_line(path) if locate(path) in ("file", "url") else b""
         fields, kind = first.split(), _kind_of(first)
         if kind == "trec" or (kind and not table.dialect.header):
             raise _refused(path, kind, "Use relevance judgments: query, 0, document, grade")
-        if len(fields) == _JUDGED and fields[1] in (b"0", b"Q0"):
+        iteration = len(fields) == _JUDGED and fields[1] in (b"0", b"Q0")
+        # The last name of a header is no number.
+        if iteration or (len(fields) == _JUDGED - 1 and _GRADE.fullmatch(fields[2]) and not table.dialect.header):
             _log.info("reading %s, relevance judgments in TREC format", path)
-            yield from _judged(path, columns)
+            yield from _judged(path, columns, iteration)
         else:
             yield from chunks(table._replace(paths=(path,)), columns)
 
 
-def _judged(path: str, columns: Sequence[Column]) -> Chunks:
+def _judged(path: str, columns: Sequence[Column], iteration: bool) -> Chunks:
     query, document, grade = (column.name for column in columns)
-    header = [query, "", document, grade]
+    header = [query, *([""] if iteration else []), document, grade]
     lines = ((number, line.split()) for number, line in enumerate(decoded_lines(path), 1))
     return gathered((row for row in lines if row[1]), header, Check(columns, path)(header))
 

@@ -189,7 +189,7 @@ def _accept(config: Config, stats: Mapping[str, Any]) -> None:
     if rows < least:
         raise RowsError(
             f"{rows:,} rows, but output.min_rows is {least:,}: triplets/ stays as it was. Candidates dropped:"
-            f" {_dropped(stats)}. {advice(stats)}, or set output.min_rows={rows}"
+            f" {_dropped(stats)}{_problems(stats)}. {advice(stats)}, or set output.min_rows={rows}"
         )
 
 
@@ -425,11 +425,7 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     made, wanted = negatives_of(stats), stats.get("wanted", 0)
     if is_short(stats):
         what = f"{made:,} of {wanted:,} requested negatives" if stats["rows"] else "no row could be written"
-        causes = "".join(f"; {one.problem}" for one in _causes(stats))
-        yield (
-            logging.WARNING,
-            f"{what}; candidates dropped: {_dropped(stats)}{causes}. {advice(stats)}",
-        )
+        yield logging.WARNING, f"{what}; candidates dropped: {_dropped(stats)}{_problems(stats)}. {advice(stats)}"
     yield from approximate.remarks(stats)
 
 
@@ -466,6 +462,10 @@ def advice(stats: Mapping[str, Any]) -> str:
 def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:
     """Why every rule drops more than it should: vectors that represent less than their texts."""
     return [one for one in encode.defects(stats.get("vectors", {})) if one.many]
+
+
+def _problems(stats: Mapping[str, Any]) -> str:
+    return "".join(f"; {one.problem}" for one in _causes(stats))
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

@@ -126,6 +126,21 @@ def test_a_corpus_beside_pairs_is_told_how_to_be_read(tmp_path: Path) -> None:
     assert found["documents"]["count"] == 6 and found["data"]["corpus"]["path"] == str(tmp_path / "pool.jsonl")
 
 
+def test_what_lies_deeper_in_a_folder_is_told(tmp_path: Path) -> None:
+    small.write_rows(tmp_path / "data" / "train.jsonl", [{"frage": "wer", "antwort": "ich"}])
+    assert "columns: frage, antwort" in small.run("inspect", tmp_path).err.replace("\n", " ")
+    (tmp_path / "data").rename(tmp_path / "other")
+    assert "Name the folder that contains files" in small.run("inspect", tmp_path).err.replace("\n", " ")
+
+
+def test_passages_in_place_of_names_of_columns_are_told(tmp_path: Path) -> None:
+    """The triples of MS MARCO: no header."""
+    (tmp_path / "triples.train.tsv").write_text("".join(f"query {n}\t{'long ' * 20}{n}\tno\n" for n in range(3)))
+    assert "data.table.header" in small.run("inspect", tmp_path).err
+    table = "data.table={header: [anchor, positive, negative], quoting: none}"
+    assert inspected(str(tmp_path), "--set", table)["given"] == 3
+
+
 def test_a_run_directory_is_no_source(tmp_path: Path) -> None:
     config = small.build(tmp_path)
     assert small.run("ingest", config).code == 0

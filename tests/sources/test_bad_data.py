@@ -323,7 +323,7 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
     "csv: separated by tabs": ("csv", put("qrels.csv", b"query-id\tcorpus-id\tscore"), 1, ["not separated by commas"]),
     "tsv: separated by commas": ("beir", put("qrels/train.tsv", b"query-id,corpus-id,score"), 1, ["separated by tabs"]),
     "tsv: separated by spaces": ("beir", put("qrels/train.tsv", b"query-id corpus-id score"), 1, ["separated by tabs"]),
-    "tsv: no header": ("beir", put("qrels/train.tsv", b"q0\td0\t1"), 1, ["column not found", "no header"]),
+    "tsv: no header": ("beir", put("qrels/train.tsv", b"0\t1"), 1, ["column not found", "no header"]),
     "csv: no header": ("csv", put("qrels.csv", b"q0,d0,1"), 1, ["column not found", "no header"]),
     "csv: a column twice": (
         "csv",

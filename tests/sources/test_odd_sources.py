@@ -18,7 +18,7 @@ from written_sources import made, mteb
 from negpipe import sources
 from negpipe.config import schema
 from negpipe.errors import InputError
-from negpipe.sources import BadRow, Document, Judgment
+from negpipe.sources import BadRow, Document, Judgment, Query
 
 pytestmark = pytest.mark.cases
 
@@ -79,6 +79,14 @@ def test_a_file_cut_off_within_utf16_is_an_error(tmp_path: Path) -> None:
     assert caught.value.file == str(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.jsonl"])
+def test_utf16_needs_no_byte_order_mark(name: str, encoding: str, tmp_path: Path) -> None:
+    text = "anchor\tpositive\r\nq\tÖl 日本\r\n" if name.endswith("tsv") else '{"anchor": "q", "positive": "Öl 日本"}\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert text_of(read(path=str(tmp_path / name))) == ["Öl 日本"]
+
+
 def test_quotes_mean_nothing_where_they_are_to_mean_nothing(tmp_path: Path) -> None:
     lines = ['1\t"so it begins', '2\tand "so" on', '3\t"whole"', "4\tit's \"", "5\ta\ttab too many"]
     (tmp_path / "c.tsv").write_text("\r\n".join(lines))
@@ -112,8 +120,9 @@ def test_delimiters(sign: str, name: str, tmp_path: Path) -> None:
     assert caught.value.row == 1
 
 
-def test_the_delimiter_that_an_error_advises_reads_the_table(tmp_path: Path) -> None:
-    (tmp_path / "docs.csv").write_text("_id;text\nd1;a text\n")
+@pytest.mark.parametrize("header", ["_id;text", '"_id";"text"'])
+def test_the_delimiter_that_an_error_advises_reads_the_table(header: str, tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_text(header + "\nd1;a text\n")
     (tmp_path / "queries.csv").write_text("_id;text\nq1;a query\n")
     (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\nq1\td1\n")
     named = {"corpus": "docs.csv", "queries": "queries.csv", "qrels": "qrels.tsv"}
@@ -127,6 +136,14 @@ def test_the_delimiter_that_an_error_advises_reads_the_table(tmp_path: Path) -> 
     advised = str(caught.value.remedy).partition("set data.qrels: ")[2]
     source["qrels"] = yaml.safe_load(advised.replace("…", source["qrels"]))
     assert len(read(**source)) == 3
+
+
+def test_guessed_names_are_alike_in_upper_and_lower_case(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("ID,Question,Answer\n1,a query,a text\n")
+    assert text_of(read(path=str(tmp_path / "rows.csv"))) == ["a text"]
+    rows_file(tmp_path / "both.jsonl", {"Query": "not this", "query": "q", "Answer": "a", "answer": "this"})
+    records = read(path=str(tmp_path / "both.jsonl"))
+    assert [one.text for one in records if isinstance(one, Document | Query)] == ["q", "this"]
 
 
 def test_a_mistyped_column_is_not_taken_for_a_missing_header(tmp_path: Path) -> None:
@@ -307,6 +324,19 @@ def test_every_split_of_a_corpus_is_corpus(tmp_path: Path) -> None:
     assert len(text_of(read(**written.settings))) == len(source.documents) + 1
 
 
+@pytest.mark.parametrize("sign", [" ", "\t"])
+def test_judgments_without_header_and_iteration(sign: str, tmp_path: Path) -> None:
+    """BEIR's columns without their names; names that belong to other tables are not theirs."""
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.tsv").write_text(f"{name}1\ta text\n{name}2\tanother\n")
+    judged = tmp_path / "qrels" / "train.tsv"
+    judged.parent.mkdir()
+    judged.write_text("".join(sign.join(("queries1", f"corpus{n}", str(n - 1))) + "\n" for n in (1, 2)))
+    records = read(path=str(tmp_path), text="{text}", table={"header": ["_id", "text"]})
+    judged_here = [(one.document, one.grade) for one in records if isinstance(one, Judgment)]
+    assert judged_here == [("corpus1", 0), ("corpus2", 1)]
+
+
 def test_judgments_with_names_of_their_own(tmp_path: Path) -> None:
     corpus = rows_file(tmp_path / "c.jsonl", {"_id": "d1", "text": "x"})
     queries = rows_file(tmp_path / "q.jsonl", {"_id": "q1", "text": "why"})
@@ -314,9 +344,10 @@ def test_judgments_with_names_of_their_own(tmp_path: Path) -> None:
     qrels = {"path": str(tmp_path / "j.tsv"), "table": {"header": ["query-id", "corpus-id", "score"]}}
     records = read(corpus=corpus, queries=queries, qrels=qrels)
     assert [record.grade for record in records if isinstance(record, Judgment)] == [2.0]
+    (tmp_path / "j.tsv").write_text("7\t9\n")
     with pytest.raises(InputError) as caught:
         read(corpus=corpus, queries=queries, qrels=qrels["path"])
-    assert "data.qrels.table.header" in str(caught.value)
+    assert "columns in data.qrels.table.header" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def test_an_empty_text_keeps_its_id_and_its_side() -> None:
     assert [(row.id, row.of_query) for row in bad] == [("d2", False), ("q1", True)]
 
 
-NO_HEADER = {"qrels": "q1\td1\t1\n"}
+NO_HEADER = {"qrels": "1\t1\n"}
 COMMAS = {"qrels": QRELS.replace("\t", ",")}
 QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
 
