@@ -24,6 +24,7 @@ import numpy as np
 from negpipe import ann
 from negpipe.ann.factory import NO_PAIRS
 from negpipe.ann.vectors import Held
+from negpipe.engine.budget import Budget
 
 PART_ROWS = 65536
 HELD_ROWS = 1_000_000
@@ -56,7 +57,7 @@ def side(options: argparse.Namespace) -> None:
     anchors = draw.standard_normal((options.anchors, options.dimension), np.float32)
     anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
     # Keeps imports and the compilation for matrix units out of both times.
-    about = {"memory": options.memory, "threads": len(os.sched_getaffinity(0))}
+    about = {"budget": Budget(options.memory, len(os.sched_getaffinity(0)))}
     first = np.empty((min(PART_ROWS, vectors.rows), vectors.dimension), np.float32)
     vectors.read(0, first)
     for _ in range(2):
