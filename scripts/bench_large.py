@@ -57,14 +57,14 @@ def side(options: argparse.Namespace) -> None:
     anchors = draw.standard_normal((options.anchors, options.dimension), np.float32)
     anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
     # Keeps imports and the compilation for matrix units out of both times.
-    about = {"budget": Budget(options.memory, len(os.sched_getaffinity(0)))}
+    budget = Budget(options.memory, len(os.sched_getaffinity(0)))
     first = np.empty((min(PART_ROWS, vectors.rows), vectors.dimension), np.float32)
     vectors.read(0, first)
     for _ in range(2):
-        ann.search_exact(np.repeat(anchors, 5, axis=0), Held(first), options.depth, positives=NO_PAIRS, **about)
+        ann.search_exact(np.repeat(anchors, 5, axis=0), Held(first), options.depth, positives=NO_PAIRS, budget=budget)
     del first
     started = time.perf_counter()
-    ann.search_exact(anchors, source, options.depth, positives=NO_PAIRS, **about)
+    ann.search_exact(anchors, source, options.depth, positives=NO_PAIRS, budget=budget)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rate = 2 * source.rows * options.anchors * options.dimension / seconds / 1e9

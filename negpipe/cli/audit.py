@@ -94,7 +94,7 @@ def audit(
         for one in found.findings
     ]
     if not printed_as("json" if as_json else form, found.document(), findings):
-        printed.show_audit(found, {one.check for one in failed})
+        printed.show_audit(found, {one.check for one in failed}, foreign=file is not None)
     if failed:
         listed = ", ".join(f"{one.check} ({one.count:,} of {one.of:,} {one.unit})" for one in failed)
         raise NegpipeError(f"the audit of {found.source} failed: {listed}")

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from negpipe.cli.console import out
-from negpipe.review.audit import Audit
+from negpipe.review.audit import NEMO, Audit
 from negpipe.review.calibrate import METHODS, Calibration, Estimate, Recommendation
 from negpipe.review.calibrate.recommend import percent
 from negpipe.review.diff import Change, Difference
@@ -132,8 +132,8 @@ def _cells(one: Estimate) -> list[str]:
     ]
 
 
-def show_audit(found: Audit, failed: set[str]) -> None:
-    """Counts of every check, and examples of what was found."""
+def show_audit(found: Audit, failed: set[str], *, foreign: bool) -> None:
+    """Counts of every check, and examples of what was found; for a `foreign` file, the points of NeMo's checklist."""
     compared = "the qrels and each other" if found.qrels else "each other (no qrels: pass a CONFIG to use its qrels)"
     out.print(
         f"{found.source}: {found.rows:,} rows, {found.anchors:,} anchors, {found.positives:,} positives and"
@@ -158,6 +158,12 @@ def show_audit(found: Audit, failed: set[str]) -> None:
             out.print(f"\n{one.check}: {one.about}", style="bold", markup=False)
             for example in one.examples:
                 out.print(clean_text(_example(example), 200), markup=False)
+    if foreign:
+        points = table("\nNeMo's checklist", "point", "checks")
+        points.columns[1].justify = "left"
+        for point, checks in NEMO.items():
+            points.add_row(point, ", ".join(checks))
+        out.print(points)
 
 
 def show_training(stats: dict[str, Any], model: Path) -> None:

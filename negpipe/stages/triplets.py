@@ -51,6 +51,7 @@ _ADDED = (*columns.NAMES, "given_negatives", "judged")
 _CELL = 160  # bytes for each candidate of a slice, measured by scripts/bench_memory.py
 _COLUMN = 96  # additional bytes if column rules look up values, measured: 30 by never_same, 85 by where
 _ROWS_SECOND = 150_000  # negatives written per second; it rarely takes long
+_SAMPLED = 64  # anchors of a slice whose scores show whether margins suit the model
 _FATE = 8  # bytes for the fate of a candidate for one positive of its anchor
 
 
@@ -263,6 +264,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
     books: list[pa.Table] = []
     fates = np.zeros(len(CODES), np.int64)
     scores: dict[str, list[moments.Moments]] = {"positive": [], "negative": []}
+    sampled: dict[str, list[moments.Moments]] = {"candidates": [], "positives": []}
     own_positives = 0
 
     def accounted() -> Iterator[Units]:
@@ -276,6 +278,9 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             alone = units.only_negatives()
             own_positives += len(units.negatives) - len(alone.negatives)
             scores["negative"].append(moments.of(alone.negative_scores))
+            sample = found.take(np.arange(min(_SAMPLED, len(found.rows))))
+            for side, values in (("candidates", sample.scores.ravel()), ("positives", sample.positive_scores)):
+                sampled[side].append(moments.of(values[np.isfinite(values)]))
             yield units
             progress(len(found.rows), "")
 
@@ -300,6 +305,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
             "searched_deeper": searched_deeper,
             "texts_compared": int(pairs),
             "scores": {side: moments.merge(pieces) for side, pieces in scores.items()},
+            "sampled": {side: moments.merge(pieces) for side, pieces in sampled.items()},
         },
         {} if context.config.mining.near_duplicate is None else {"seconds_comparing": round(seconds, 3)},
     )
@@ -398,7 +404,23 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
             },
             "vectors": encode.counted(context.manifest("encode").stats),
         }
+        | _spread(context.config.mining, parts, fates)
     )
+
+
+def _spread(mining: Mining, parts: list[Part], fates: Mapping[str, int]) -> dict[str, Any]:
+    """Scores of a sample of candidates and positives, if margins dropped most: one may be wider than scores differ."""
+    if not fates or max(fates, key=lambda name: fates[name]) not in ("relative_margin", "absolute_margin"):
+        return {}
+    known = [part.meta["sampled"] for part in parts if "sampled" in part.meta]  # parts of older versions lack it
+    spread = {
+        side: moments.summary(moments.merge([one[side] for one in known])) for side in ("candidates", "positives")
+    }
+    if not all(one["count"] for one in spread.values()):
+        return {}
+    positive = spread["positives"]["mean"]
+    limits = positive - abs(positive) * (mining.relative_margin or 0), positive - (mining.absolute_margin or 0)
+    return {"spread": spread | {"limit": min(limits)}}
 
 
 def _verdicts(context: Context) -> dict[str, Any]:
@@ -465,7 +487,14 @@ def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:
 
 
 def _problems(stats: Mapping[str, Any]) -> str:
-    return "".join(f"; {one.problem}" for one in _causes(stats))
+    said = [one.problem for one in _causes(stats)]
+    if spread := stats.get("spread"):
+        low, high = (spread["candidates"][end] for end in ("min", "max"))
+        said.append(
+            f"candidates score from {low:.3f} to {high:.3f}, positives {spread['positives']['mean']:.3f} on average, of"
+            f" which the margin leaves candidates up to {spread['limit']:.3f}"
+        )
+    return "".join(f"; {one}" for one in said)
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

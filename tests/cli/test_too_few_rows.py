@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import small_source as small
@@ -36,6 +38,22 @@ def test_the_rule_that_dropped_most_is_named_with_what_helps(
     graph.mine(load_config(small.settings(tmp_path), ["mining.max_depth=0", "output.min_rows=0", *overrides]))
     (warning,) = [record.message for record in caplog.records if "candidates dropped" in record.message]
     assert f"dropped: {rule.replace('_', ' ')}" in warning and helps in warning
+
+
+def test_a_margin_wider_than_scores_differ_is_told_with_the_scores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.build(tmp_path)
+    overrides = [*RULES["relative_margin"][0], "search.depth=40", "mining.max_depth=0", "output.min_rows=0"]
+    graph.mine(load_config(small.settings(tmp_path), overrides))
+    asked, corpus = (np.load(tmp_path / f"{side}.npy").astype(np.float64) for side in ("anchors", "corpus"))
+    asked, corpus = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (asked, corpus))
+    scores, positive = asked @ corpus.T, np.mean([asked[n] @ corpus[3 * n] for n in range(len(asked))])
+    (warning,) = [record.message for record in caplog.records if "candidates dropped" in record.message]
+    said = re.search(r"candidates score from (.+) to (.+), positives (.+) on average, .* up to (.+?)\. Set", warning)
+    assert said and [float(number) for number in said.groups()] == pytest.approx(
+        [scores.min(), scores.max(), positive, positive - abs(positive)], abs=0.002
+    )
 
 
 def test_positives_that_were_asked_for_are_not_cut_off(tmp_path: Path) -> None:

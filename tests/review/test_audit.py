@@ -317,11 +317,11 @@ def config_of(run: Run, folder: Path) -> Path:
     return path
 
 
-def test_the_checks_that_cover_nemos_list_exist() -> None:
+def test_the_checks_that_cover_nemos_list_exist_and_are_printed_for_a_file() -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/trust.md").read_text("utf-8")
     answers = page.partition("NeMo's checklist")[2].partition("recorded in")[0]
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+|shortage)`", answers))
-    assert {"missing_id", "positive_id", "repeated_negative", "non_finite", "shortage"} <= named <= set(audit.CHECKS)
+    assert named == {check for checks in audit.NEMO.values() for check in checks} <= set(audit.CHECKS)
 
 
 @pytest.mark.slow
@@ -379,6 +379,8 @@ def test_foreign_file_with_the_qrels_of_a_config(mined: Run, tmp_path: Path) -> 
     file.write_text("question,good,bad\n" + "".join(",".join(line) + "\n" for line in lines), "utf-8")
     columns = "anchor=question,positive=good,negative=bad"
     alone = negpipe("audit", "--file", file, "--columns", columns, "--fail-on", "positive")
+    points = alone.out.partition("NeMo's checklist")[2]
+    assert all(point in points and check in points for point, checks in audit.NEMO.items() for check in checks)
     assert alone.code == 0, alone.err
     config = config_of(mined, tmp_path)
     done = negpipe("audit", config, "--file", file, "--columns", columns, "--fail-on", "positive", "--json")

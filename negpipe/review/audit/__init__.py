@@ -19,7 +19,7 @@ import pyarrow as pa
 from negpipe.data.database import opened
 from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.review.audit import checks, load, near, rules
-from negpipe.review.audit.checks import CHECKS, GROUPS, Finding
+from negpipe.review.audit.checks import CHECKS, GROUPS, NEMO, Finding
 from negpipe.review.audit.columns import RowLayout, layout_of
 from negpipe.review.audit.policy import Policy, policy
 from negpipe.review.audit.rules import ColumnRules
@@ -29,6 +29,7 @@ from negpipe.store.files import explained
 __all__ = [
     "CHECKS",
     "GROUPS",
+    "NEMO",
     "Audit",
     "AuditOptions",
     "ColumnRules",

@@ -38,6 +38,15 @@ CHECKS: Mapping[str, str] = {
     "unknown_id": "the id, or the text of an anchor without an id, is not in the data of the config",
     "hub": "the document is the negative of unusually many anchors",
 }
+NEMO: Mapping[str, tuple[str, ...]] = {
+    "question ids are unique": ("duplicate_row",),
+    "documents exist": ("missing_id", "unknown_id"),
+    "no positive among the negatives": ("positive_id", "positive_text", "positive_normalized", "shared_anchor"),
+    "negatives are unique in a row": ("repeated_negative",),
+    "scores are finite": ("non_finite",),
+    "enough distinct negatives": ("shortage",),
+}
+"""The points of NeMo's checklist for mined sets, and the checks that answer each."""
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "positive": ("positive_id", "positive_text", "positive_normalized", "shared_anchor"),
     "duplicate": ("near_duplicate", "repeated_negative", "duplicate_row"),
