@@ -143,7 +143,7 @@ def table_of(page: str) -> dict[str, list[str]]:
 
 
 def expected_row(manifest: dict[str, Any]) -> list[str]:
-    unit = {"encode": "texts", "search": "anchors"}.get(manifest["stage"], "rows")
+    unit = {"encode": "texts", "search": "anchors", "triplets": "rows"}.get(manifest["stage"], "documents")
     parts = manifest["parts"]
     seconds = sum(part["provenance"]["seconds"] for part in parts)
     took = manifest["provenance"]["seconds"]
