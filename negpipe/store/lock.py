@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from negpipe.errors import LockedError
+from negpipe.errors import ConfigError, LockedError
 from negpipe.store.files import BOOKS, explained, write_json
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
     """Hold a lock file; the operating system releases it when the process ends, however it ends.
 
     If the file system has no locks, a warning says so and the work continues: two processes then do work twice but, as
-    files are named by their content and appear complete, cannot corrupt each other's.
+    files are named by their content and appear complete, cannot corrupt each other's. If the lock is to be shared, this
+    is an error instead: shards claim their tasks by writes that depend on it.
 
     Args:
         path: the lock file.
@@ -38,6 +39,7 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
 
     Raises:
         LockedError: another process holds it; the message names host, process and start time, if known.
+        ConfigError: it is to be shared, and the file system has no locks.
     """
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,12 @@ def held(path: Path, patience: float = 0.0, holder: Path | None = None, *, share
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
+        if shared:
+            lock.release()
+            raise ConfigError(
+                f"cannot lock {path.parent.parent} ({error.strerror}): shards need a file system with locks, or they"
+                " may do the same work. Mount it with locks, or run one `negpipe mine` on one machine"
+            ) from None
         logger.warning("cannot lock %s (%s): do not start a second run on it", path.parent.parent, error.strerror)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     note = {"host": platform.node(), "pid": os.getpid(), "since": since}

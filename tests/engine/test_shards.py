@@ -200,6 +200,31 @@ def test_a_shard_excludes_runs_and_clean_and_is_excluded_by_them(whole: Run, tmp
     assert run.content() == whole.content()
 
 
+@pytest.mark.guarantee(
+    "shards, on a file system without locks",
+    "refused before anything is made (exit code 2)",
+)
+@pytest.mark.parametrize(
+    ("verb", "overrides", "flags"),
+    [
+        ("work encode", (), ("--shard", "0/2")),
+        ("mine", ("executor.kind=slurm", "executor.slurm.cluster=local"), ()),
+    ],
+    ids=["work", "slurm"],
+)
+def test_a_file_system_without_locks_is_refused(
+    whole: Run, tmp_path: Path, verb: str, overrides: tuple[str, ...], flags: tuple[str, ...]
+) -> None:
+    """An ordinary run is only warned there: nobody shares its work."""
+    run = whole.copied(tmp_path / "run")
+    run.forget("encode")
+    code, _, log = run.command(verb, *overrides, flags=flags, environment=blow(locks="not there"))
+    assert code == ConfigError.exit_code, log
+    said = f"cannot lock {run.folder} (No locks available): shards need a file system with locks"
+    assert said in " ".join(log.split())
+    assert not run.committed("encode") and not left(run)
+
+
 def older(name: str) -> str:
     return "0.0.1" if name == "numpy" else version(name)
 
@@ -370,7 +395,8 @@ def test_clocks_that_differ_change_nothing(
 
 @pytest.mark.slow
 def test_the_script_for_slurm_submits_what_makes_the_rows(whole: Run, tmp_path: Path) -> None:
-    """A stand-in for sbatch runs each job at once, and refuses one that does not wait for the job before."""
+    """A stand-in for sbatch runs each job at once, and refuses one that does not wait for the job before, or that would
+    not be queued again after its node failed."""
     run = whole.at(tmp_path / "run")
     config = run.file(tmp_path / "a config.yaml")
     tools = programs(tmp_path / ".venv/bin", sbatch=SBATCH)
@@ -419,11 +445,13 @@ while [ $# -gt 0 ]; do
     case $1 in
         --dependency=*) waits=${1#*=} ;;
         --array=*) array=${1#*=} ;;
+        --requeue) again=yes ;;
         --wrap) wrapped=$2; shift ;;
     esac
     shift
 done
 [ "$job" = 1 ] || [ "$waits" = "afterok:$((job - 1))" ] || exit 1
+[ "$again" = yes ] || exit 1
 for number in $(seq "${array%-*}" "${array#*-}"); do
     SLURM_ARRAY_TASK_ID=$number sh -c "$wrapped" >&2 || exit 1
 done
