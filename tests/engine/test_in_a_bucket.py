@@ -177,6 +177,24 @@ def test_it_is_the_run_of_a_disk_and_the_next_has_nothing_to_do(local: Path, tmp
     check(bucket, local)
 
 
+def test_parts_come_before_what_names_them(local: Path, tmp_path: Path, bucket: Bucket) -> None:
+    """So that no reader, at any moment, finds a record, a manifest or a pointer that names what is not there."""
+    mine(machine(local, tmp_path / "a"))
+    puts = [request for request in bucket.seen if request.method == "PUT" and request.key.startswith("runs/one/")]
+    order = {request.key.removeprefix("runs/one/"): place for place, request in enumerate(puts)}
+    headers = {request.key.removeprefix("runs/one/"): request.headers for request in puts}
+    objects = bucket.objects("runs/one")
+    for stage in STAGES:
+        name = f".negpipe/{stage}/manifest.json"
+        parts = json.loads(objects[name])["parts"]
+        assert parts and "If-None-Match" in headers[name]
+        for part in parts:
+            record = f".negpipe/{stage}/{part['key']}.json"
+            assert max(order[file["path"]] for file in part["files"]) < order[record] < order[name]
+    rows = json.loads(objects["triplets.json"])["files"].values()
+    assert max(order[path] for path in rows) < order["triplets.json"] and "If-None-Match" in headers["triplets.json"]
+
+
 @pytest.mark.slow
 def test_another_setting_on_another_machine_fetches_what_it_reads(local: Path, tmp_path: Path, bucket: Bucket) -> None:
     mine(machine(local, tmp_path / "a"))

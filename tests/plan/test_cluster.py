@@ -21,6 +21,7 @@ from negpipe.engine.shards import shard_of
 from negpipe.errors import ConfigError
 from negpipe.plan.cluster import Forecast, PlannedJob, forecast, fullest_shard
 
+ROOT = Path(__file__).parents[2]
 RATES = {
     "ingest_rows": 100,
     "ingest_bytes": 1e4,
@@ -192,6 +193,40 @@ def test_the_command_plans_before_and_after_ingest(tmp_path: Path) -> None:
     texts = [f"Title {row} document {row}" for row in range(small.DOCUMENTS)]
     assert counted["text_bytes"] == pytest.approx(np.mean([len(text) for text in texts]))
     assert counted["positives"] == 1.0
+
+
+def test_the_page_shows_what_is_planned(tmp_path: Path) -> None:
+    """100 million documents on 1, 8 and 64 nodes, by the rates that come with negpipe."""
+    path = tmp_path / "config.yaml"
+    about = {
+        "run_dir": "run",
+        "data": {"path": "data"},
+        "encoder": {"model": "some/model"},
+        "index": {"kind": "stream"},
+    }
+    path.write_text(yaml.safe_dump(about))
+    outcome = small.run("plan", path, "--cluster", ROOT / "configs/cluster/nodes.yaml", "--nodes", "1,8,64")
+    assert outcome.code == 0, outcome.err
+    blocks = (ROOT / "docs/how-to/plan-a-cluster.md").read_text(encoding="utf-8").split("```\n")
+    (shown,) = [block for block in blocks if block.startswith("100,000,000 documents")]
+    assert " ".join(outcome.out.split()) == " ".join(shown.split())
+
+
+@pytest.mark.slow
+def test_texts_a_second_are_measured_here_where_the_file_does_not_say(tmp_path: Path, tiny: Path) -> None:
+    path = small.build(tmp_path)
+    settings = yaml.safe_load(path.read_text()) | {"index": {"kind": "stream"}}
+    path.write_text(yaml.safe_dump(settings | {"encoder": {"model": str(tiny), "pooling": "mean"}}))
+    file = tmp_path / "nodes.yaml"
+    file.write_text(yaml.safe_dump({**NODE, "texts_per_second": None}))
+    assert small.run("ingest", path).code == 0
+    outcome = small.run("plan", path, "--cluster", file, "--json")
+    assert outcome.code == 0, outcome.err
+    planned = json.loads(outcome.out)
+    assert planned["job"]["speed"] > 0 and planned["job"]["dimension"] == 32
+    assert planned["job"]["source"].startswith("measured")
+    encode = next(one for one in planned["outlooks"][0]["stages"] if one["stage"] == "encode")
+    assert encode["seconds"] > (small.DOCUMENTS + small.QUERIES) / planned["job"]["speed"]
 
 
 @pytest.mark.parametrize(
