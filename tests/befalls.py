@@ -35,17 +35,25 @@ class Control:
 
     def notes(self, *folders: str) -> list[tuple[str, int]]:
         """Files that were published, and the processes that did."""
-        return [(name, pid) for name, pid, _ in self._noted(*folders)]
+        return [(name, pid) for name, pid, *_ in self._noted(*folders)]
 
     def parents(self, *folders: str) -> Counter[int]:
         """How many files were published, by the parents of the processes that did: on Ray, by node."""
-        return Counter(parent for *_, parent in self._noted(*folders))
+        return Counter(parent for _, _, parent, _ in self._noted(*folders))
+
+    def threads(self, *folders: str) -> set[str]:
+        """How many threads the libraries of those processes are told to use."""
+        return {threads for *_, threads in self._noted(*folders)}
 
     def done_again(self, *folders: str) -> int:
         """Files that were published a second time."""
         return sum(count - 1 for count in Counter(name for name, _ in self.notes(*folders)).values())
 
-    def _noted(self, *folders: str) -> list[tuple[str, int, int]]:
+    def _noted(self, *folders: str) -> list[tuple[str, int, int, str]]:
         path = Path(f"{self.file}.notes")
         lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [(name, int(pid), int(parent)) for at, name, pid, parent in lines if at in (folders or (at,))]
+        return [
+            (name, int(pid), int(parent), threads)
+            for at, name, pid, parent, threads in lines
+            if at in (folders or (at,))
+        ]

@@ -19,11 +19,13 @@ from tiny_model import build_tiny_model
 
 from negpipe import encoders
 from negpipe.config.encoder import Encoder
+from negpipe.config.file import load_config
 from negpipe.encoders import backends, has_units
 from negpipe.encoders.backends import class_and_pooling
 from negpipe.encoders.batched import Batched
 from negpipe.engine import processor
 from negpipe.errors import ConfigError, InputError, TaskFailedError
+from negpipe.stages import encode
 
 
 def recorder(texts_seen: list[int], tokens_seen: list[int]) -> encoders.OnBatch:
@@ -295,6 +297,15 @@ def test_bfloat16_is_refused_by_a_processor_without_units_for_it(tiny: Path, mon
         ConfigError, match=r"encoder\.precision: 'bfloat16' needs a CPU that supports it .*four to five times the time"
     ):
         loaded(settings(tiny, precision="bfloat16"))
+
+
+def test_precision_is_part_of_the_key_and_float32_the_default() -> None:
+    def of_key(**more: str) -> dict[str, Any]:
+        encoder = {"model": "some/model", **more}
+        return encode.STAGE.settings(load_config({"run_dir": "run", "data": {"path": "data"}, "encoder": encoder}))
+
+    usual, *others = (of_key(precision=precision) for precision in ("float32", "float16", "bfloat16"))
+    assert of_key() == usual and usual not in others and others[0] != others[1]
 
 
 @pytest.mark.slow

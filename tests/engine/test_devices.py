@@ -144,6 +144,10 @@ def test_what_is_not_there_is_named_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         graph.mine(config)
     assert not (tmp_path / "run/ingest").exists()
+    if override.startswith("encoder."):  # a shard of another machine than ingest's
+        graph.mine(with_model(tmp_path, tiny), only="ingest")
+        with pytest.raises(ConfigError, match=message):
+            graph.work(config, "encode", graph.Shard(0, 1))
 
 
 @pytest.mark.usefixtures("three")

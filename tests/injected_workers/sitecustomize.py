@@ -58,7 +58,8 @@ def _watched_replace(source: Any, target: Any, **rest: Any) -> None:
     if ".negpipe" in path.parts or stage not in told:
         return
     with Path(f"{_CONTROL}.notes").open("a") as notes:
-        notes.write(f"{stage} {path.name} {os.getpid()} {os.getppid()}\n")
+        threads = os.environ.get("RAYON_NUM_THREADS", "any")
+        notes.write(f"{stage} {path.name} {os.getpid()} {os.getppid()} {threads}\n")
     if told[stage].get("first") and not _is_first(stage):
         return
     if told[stage].get("together"):

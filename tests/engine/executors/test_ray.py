@@ -254,6 +254,7 @@ def test_an_actor_that_is_killed(whole: Run, tmp_path: Path, nodes: Nodes, caplo
         nodes.mine(run)
     assert run.content() == whole.content()
     assert len(tried_again(caplog)) == 1 and nodes.control.done_again("encode") <= 1
+    assert nodes.control.threads() == {"1"}  # by `resources.cpus`, also of the actor in its place
 
 
 @pytest.mark.guarantee("Ray loses a node, an actor or the driver, or an actor is slow")
