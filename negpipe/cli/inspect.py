@@ -187,7 +187,7 @@ def _describe(found: Inspection, path: str, rows: int) -> None:
     if found.odd:
         _say(
             "Such rows stop a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip,"
-            " unknown ids: data.on_unknown_id: skip)"
+            " unknown ids: data.on_unknown_id: skip; an id with two texts must be fixed)"
         )
     if found.ids:
         _say("The documents contain no spaces and look like ids: their texts may be in another file")

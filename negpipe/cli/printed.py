@@ -49,7 +49,9 @@ def show_quality(found: Quality) -> None:
     median = f"beyond rank {found.depth}" if found.median_rank is None else f"at rank {found.median_rank}"
     lines = [f"The median positive is {median}."]
     if found.outscored is not None:
-        lines.append(f"{found.outscored:.1%} of the negatives score above their positive.")
+        lines.append(
+            f"{found.outscored:.1%} of the selected negatives, each once per anchor, score above its positive."
+        )
     if found.separation is not None:
         lines.append(f"A positive scores above a random document in {found.separation:.1%} of cases.")
     lines += [f"{one.problem}: {one.remedy}." for one in encode.defects(found.vectors)]
@@ -111,6 +113,8 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
     out.print(f"Recommended at a coverage of {coverage:.0%}: {why}{same}")
     for line in advice.sure:
         out.print(f"- {line}", markup=False)
+    if advice.chosen.setting.relative_margin is None and advice.chosen.setting.absolute_margin is None:
+        out.print("- without a margin, negatives may score above their positive: audit counts them as above_positive")
     out.print(f"\n{advice.chosen.setting.yaml()}", markup=False)
 
 

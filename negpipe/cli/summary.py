@@ -50,7 +50,9 @@ def show_result(result: Result, typed: str, mining: Mining) -> None:
     )
     if count := result.stats["ingest"]["rejected_rows"]:
         console.out.print(
-            f"{count:,} source rows were skipped: {result.store.place(REJECTED)}", markup=False, soft_wrap=True
+            f"{count:,} source rows were skipped: {result.store.place(REJECTED)}",
+            markup=False,
+            soft_wrap=True,
         )
     if result.ran:
         _show_samples(result)
@@ -138,7 +140,7 @@ def _show_drops(stats: dict[str, Any]) -> None:
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
     stats, program = result.stats["triplets"], _program()
     several = result.stats["ingest"]["max_positives"] > 1  # calibrate hides one of an anchor's positives
-    check = ("settings that leak least", "calibrate") if several else ("check the rows", "audit")
+    check = ("settings for a given leak", "calibrate") if several else ("check the rows", "audit")
     lines = [(check[0], f"{program} {check[1]} {typed}")]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
@@ -210,7 +212,10 @@ def show_status(states: list[State], stages: Graph) -> None:
         for _, remark in stages[state.stage].remarks(state.manifest.stats) if state.manifest else ():
             console.out.print(f"{state.stage}: {remark}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
-            console.out.print(f"{state.stage}: {count} source rows were skipped, see {REJECTED}", markup=False)
+            console.out.print(
+                f"{state.stage}: {count} source rows were skipped, see {REJECTED}",
+                markup=False,
+            )
 
 
 def _local(finished: Any) -> str:

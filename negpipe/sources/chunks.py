@@ -30,12 +30,14 @@ _DIGITS = re.compile(rb"[0-9]{%d}" % _LONG)
 
 
 class Column(NamedTuple):
-    """A wanted column: its name in the table, the config key for it, and alternative names if it is absent."""
+    """A wanted column: its name in the table, the config key for it, and alternative names if it is absent. `assumed`:
+    what is assumed without it, which is said if the table has columns that nobody reads."""
 
     name: str
     key: str
     required: bool = True
     others: tuple[str, ...] = ()
+    assumed: str = ""
 
     def among(self, there: Sequence[str]) -> str | None:
         """Its name among the existing columns; where names are only guessed, upper and lower case are alike."""
@@ -121,6 +123,11 @@ class Check:
             if name != column.name:  # another of its names would be missed
                 self._late |= {column.name, *column.others} - {*self.there}
             self.names.append(name or column.name)
+        unread = [name for name in there if name not in self.names]
+        for column in self.columns:
+            if column.assumed and unread and column.among(there) is None:
+                said = "%s: no column '%s' (%s): %s. Columns not read: %s"
+                _log.warning(said, self.file, column.name, column.key, column.assumed, ", ".join(unread))
         return self
 
     def row(self, there: Iterable[str], place: Place) -> None:

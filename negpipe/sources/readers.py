@@ -190,7 +190,7 @@ def _judged_columns(data: schema.Data) -> list[Column]:
     return [
         column(data, "qrels_query_id"),
         column(data, "qrels_corpus_id"),
-        column(data, "grade", required=False),
+        column(data, "grade", required=False)._replace(assumed="every judgment counts as relevant, with grade 1"),
     ]
 
 

@@ -288,7 +288,7 @@ def test_the_figure_of_scores(mined: Mined, anchors: dict[str, Anchor]) -> None:
     *means, difference = [f"{np.mean(values):.3f}" for values in sides.values()]
     assert "Mean scores: positives {}, negatives {}, random pairs {}.".format(*means) in figure
     above = np.mean([value < 0 for value in sides["blue"]])
-    assert f"Mean {difference}. {above:.1%} of the negatives score above their positive." in apart
+    assert f"Mean {difference}. {above:.1%} of the selected negatives score above their positive." in apart
     lines = {}
     for colour, values in sides.items():
         outline = rf'<path d="([^"]+)" clip-path[^>]*style="fill: none; stroke: var\(--{colour}\)'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections import defaultdict
@@ -104,6 +105,27 @@ def test_every_layout_gives_the_same_source(
     caplog.set_level(logging.INFO, logger="negpipe")
     assert found(schema.Data.model_validate(guessed), written.carries) == expected(source, written.carries)
     assert f"the source is read as data.format: {named.format}" in caplog.text
+
+
+def test_judgments_without_a_grade_beside_columns_that_nobody_reads_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables: dict[str, list[dict[str, Any]]] = {
+        "corpus": [{"_id": "d1", "text": "one"}, {"_id": "d2", "text": "two"}],
+        "queries": [{"_id": "q1", "text": "which?"}],
+        "qrels/train": [{"query-id": "q1", "corpus-id": "d2", "how_good": 0}],
+    }
+    for name, rows in tables.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = schema.Data(path=str(tmp_path))
+    assert [record.grade for record in sources.read(data) if isinstance(record, Judgment)] == [1]
+    assert "no column 'score' (data.columns.grade): every judgment counts as relevant" in caplog.text
+    assert caplog.text.count("Columns not read: how_good") == 1
+    named = data.model_copy(update={"columns": schema.Columns(grade="how_good")})
+    caplog.clear()
+    assert [record.grade for record in sources.read(named) if isinstance(record, Judgment)] == [0]
+    assert "Columns not read" not in caplog.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

@@ -28,7 +28,7 @@ CHECKS: Mapping[str, str] = {
     "anchor_text": "the negative is the anchor's own text",
     "anchor_id": "the negative has the anchor's id, and its text within or around the anchor's",
     "near_duplicate": "the negative is nearly the text of a positive of its anchor",
-    "repeated_negative": "the negative stands there already for the same anchor and positive",
+    "repeated_negative": "the negative is listed twice for the same anchor and positive",
     "duplicate_row": "the row repeats an earlier one",
     "non_finite": "the score is missing or not a finite number",
     "above_positive": "the negative scores above its positive",

@@ -158,7 +158,7 @@ def _captions(
     )  # fmt: skip
     difference = measured.scores[plots.DIFFERENCE].mean
     margin = "No negative has a positive to compare it to." if difference is None or measured.outscored is None else (
-        f"Mean {difference:.3f}. {measured.outscored:.1%} of the negatives score above their positive."
+        f"Mean {difference:.3f}. {measured.outscored:.1%} of the selected negatives score above their positive."
     )  # fmt: skip
     first = measured.ranks.get("0", 0) / max(1, measured.positives)
     beyond = measured.ranks["beyond"] / max(1, measured.positives)

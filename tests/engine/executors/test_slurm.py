@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -317,6 +318,15 @@ def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
     outcome = small.run("ingest", config, "--set", "executor.kind=slurm")
     assert outcome.code == 2 and "needs sbatch, squeue, srun, not found here" in outcome.err.replace("\n", " ")
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small.build(tmp_path)
+    for name in ("submitit", "boto3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for setting, extra in (("executor.kind=slurm", "slurm"), ("run_dir=s3://bucket/run", "s3")):
+        outcome = small.run("ingest", config, "--set", "executor.slurm.cluster=local", "--set", setting)
+        assert outcome.code == 2 and f"pip install 'negpipe[{extra}]'" in outcome.err.replace("\n", " ")
 
 
 def test_a_run_in_a_bucket_needs_a_folder_that_nodes_share(tmp_path: Path) -> None:
