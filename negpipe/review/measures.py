@@ -53,7 +53,7 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
     with digests_of(config) as digests:
         context = searched(config, digests, "quality")
         logger.info(
-            "quality: measuring on the candidates of %s anchors", f"{context.manifest('search').stats['anchors']:,}"
+            "quality: measuring on the candidates of %s anchors", f"{context.manifest('ingest').stats['anchors']:,}"
         )
         opened = open_selection(context)
 
