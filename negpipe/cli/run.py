@@ -52,7 +52,7 @@ def _mine(
         from negpipe.review import report
 
         report.after_mining(settings, named(settings))
-    elif result.ran and settings.url is None and (page := settings.run_dir / "report.html").is_file():
+    elif "triplets" in result.ran and settings.url is None and (page := settings.run_dir / "report.html").is_file():
         console.logger.warning("%s shows earlier rows: negpipe report %s makes it again", page, named(settings))
     tell(result, settings, log_format, only)
 

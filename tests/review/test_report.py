@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import reviewed_run
+import small_source as small
 from small_source import run as negpipe
 
 from negpipe.config.file import load_config
@@ -330,3 +331,12 @@ def test_secrets_of_a_config_are_not_shown(folder: Path) -> None:
     assert negpipe("report", config, "--set", "data.path=https://user:hunter2@host/x", "--out", out).code == 0
     assert "https://***@host/x" in page_of(out).text
     assert "hunter2" not in out.read_text("utf-8")
+
+
+def test_a_report_of_earlier_rows_is_told(tmp_path: Path) -> None:
+    config = small.build(tmp_path)
+    assert small.run("mine", config).code == 0
+    (tmp_path / "run/report.html").touch()
+    assert "shows earlier rows" not in small.run("mine", config).err  # nothing to do: its rows are these
+    changed = small.run("mine", config, "--set", "mining.range_max=9")
+    assert "report.html shows earlier rows: negpipe report" in changed.err.replace("\n", " ")
