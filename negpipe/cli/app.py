@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from inspect import getdoc
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -75,6 +78,14 @@ def typed() -> str:
     """The config and the overrides of this command, quoted for a shell."""
     overrides = (word for override in _typed.get("overrides") or () for word in ("--set", redact(override)))
     return shlex.join([_typed.get("config") or "CONFIG", *overrides])
+
+
+def program() -> str:
+    """The command that runs this program."""
+    if shutil.which("negpipe"):
+        return "negpipe"
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "negpipe" else "python -m negpipe"
 
 
 def named(config: Config) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named, program
 from negpipe.cli.formats import FormatOption, printed_as
 
 _STARTS = "Comma-separated, or none."
@@ -125,7 +125,7 @@ def calibrate(
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
         if advice.chosen and (changes := advice.chosen.setting.changes(made.estimates[0].setting)):
             sets = "".join(f" --set {change}" for change in changes)
-            console.out.print(f"Next: negpipe mine {named(settings)}{sets}", markup=False, soft_wrap=True)
+            console.out.print(f"Next: {program()} mine {named(settings)}{sets}", markup=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str | None, kind: type[int] | type[float] = float) -> list[float] | None:

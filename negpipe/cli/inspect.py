@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from negpipe.cli.app import DebugOption, LogOption, app, checked
+from negpipe.cli.app import DebugOption, LogOption, app, checked, program
 
 if TYPE_CHECKING:
     from negpipe.review.inspection import Inspection
@@ -96,7 +96,7 @@ def _quickstart(write: Path) -> None:
         if not quickstart.DATA.exists():
             quickstart.write(quickstart.DATA)
         write.write_text(quickstart.CONFIG.read_text(encoding="utf-8"), encoding="utf-8")
-    console.out.print(f"written to {write}: negpipe mine {write}", markup=False, soft_wrap=True)
+    console.out.print(f"written to {write}: {program()} mine {write}", markup=False, soft_wrap=True)
 
 
 def _named(path: str) -> str:
@@ -139,7 +139,7 @@ def _inspect(
         _say(f"{paths[0]} is {sources.RUNS[ranking.kind]}")
         _say(f"lines: {ranking.lines:,}, anchors: {ranking.anchors:,}, documents per anchor: {many}{first}")
         _say("A run lists candidates but no positives, so it cannot be mined alone. To check every line as a negative")
-        _say(f"of its anchor, use the config of its data: negpipe audit CONFIG --file {paths[0]}")
+        _say(f"of its anchor, use the config of its data: {program()} audit CONFIG --file {paths[0]}")
         return
     if write and write.exists():
         raise ConfigError(f"{write} already exists: choose another file with --write")
@@ -160,7 +160,7 @@ def _inspect(
     if found.nothing:
         raise InputError(f"nothing can be mined: {found.nothing}", file=paths[0], remedy="See the counts above")
     _say(
-        f"\nwritten to {write}: negpipe mine {write}"
+        f"\nwritten to {write}: {program()} mine {write}"
         if write
         else f"\nConfig that mines it (--write FILE.yaml saves it):\n\n{text}"
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
+from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named, program
 from negpipe.cli.formats import FormatOption, printed_as
 
 _SHOWN = 20
@@ -79,7 +79,7 @@ def verify(
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DamagedError(
             f"{len(problems)} of {count} files in {place} are damaged:\n{listed}{more}\n"
-            "Rebuild them with `negpipe mine CONFIG --repair`."
+            f"Rebuild them with `{program()} mine {named(settings)} --repair`."
         )
     console.out.print(f"{count} files in {place} are intact.", markup=False)
 

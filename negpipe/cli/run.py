@@ -16,6 +16,7 @@ from negpipe.cli.app import (
     app,
     checked,
     named,
+    program,
     with_option,
 )
 
@@ -53,7 +54,7 @@ def _mine(
 
         report.after_mining(settings, named(settings))
     elif "triplets" in result.ran and settings.url is None and (page := settings.run_dir / "report.html").is_file():
-        console.logger.warning("%s shows earlier rows: negpipe report %s makes it again", page, named(settings))
+        console.logger.warning("%s shows earlier rows: %s report %s makes it again", page, program(), named(settings))
     tell(result, settings, log_format, only)
 
 

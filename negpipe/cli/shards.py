@@ -16,6 +16,7 @@ from negpipe.cli.app import (
     app,
     checked,
     named,
+    program,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def work(
     fields = {"stage": stage, "shard": shard, "made": worked.made, "found": worked.found, "others": worked.others}
     console.logger.info(
         "%s: shard %s done: %d parts made, %d already existed, %d made by others meanwhile; after the last shard:"
-        " negpipe commit %s %s",
+        " %s commit %s %s",
         *fields.values(),
+        program(),
         stage,
         named(settings),
         extra={"fields": fields},

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from negpipe.cli import console
+from negpipe.cli.app import program
 from negpipe.config.schema import Mining
 from negpipe.engine.pipeline import Result
 from negpipe.engine.stage import Graph
@@ -138,28 +136,28 @@ def _show_drops(stats: dict[str, Any]) -> None:
 
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
-    stats, program = result.stats["triplets"], _program()
+    stats, command = result.stats["triplets"], program()
     several = result.stats["ingest"]["max_positives"] > 1  # calibrate hides one of an anchor's positives
     check = ("settings for a given leak", "calibrate") if several else ("check the rows", "audit")
-    lines = [(check[0], f"{program} {check[1]} {typed}")]
+    lines = [(check[0], f"{command} {check[1]} {typed}")]
     if is_short(stats):
         lines.insert(0, ("more rows", advice(stats)))
     elif several and mining.margin_reference == "min" and _by_margins(stats) > _MANY:
-        lines.insert(0, ("harder, from each positive", f"{program} mine {typed} --set mining.margin_reference=each"))
+        lines.insert(0, ("harder, from each positive", f"{command} mine {typed} --set mining.margin_reference=each"))
     elif (mining.relative_margin or 0) < _OTHER_MARGIN and negatives_of(stats) > _NEARLY_ALL * stats["wanted"]:
         change = f"--set mining.relative_margin={_OTHER_MARGIN}"
-        lines.insert(0, ("other negatives, in seconds", f"{program} mine {typed} {change}"))
-    lines += [("state of every stage", f"{program} status {typed}"), ("load the rows in Python", _loading(result))]
+        lines.insert(0, ("other negatives, in seconds", f"{command} mine {typed} {change}"))
+    lines += [("state of every stage", f"{command} status {typed}"), ("load the rows in Python", _loading(result))]
     console.out.print("\nNext")
-    for what, command in lines:
-        console.out.print(f"  {what + ':':30} {command}", markup=False, soft_wrap=True)
+    for what, suggested in lines:
+        console.out.print(f"  {what + ':':30} {suggested}", markup=False, soft_wrap=True)
 
 
 def show_following(only: str, stages: Graph, command: str, typed: str) -> None:
     """The command of the stage after the only one that ran; `command`: it, but for the stage's name."""
     names = [name for name, stage in stages.items() if not stage.provides]  # no command runs those that replace another
     following = names[names.index(only) + 1]
-    console.out.print(f"\nNext: {_program()} {command}{following} {typed}", markup=False, soft_wrap=True)
+    console.out.print(f"\nNext: {program()} {command}{following} {typed}", markup=False, soft_wrap=True)
 
 
 def _by_margins(stats: dict[str, Any]) -> float:
@@ -173,14 +171,6 @@ def _loading(result: Result) -> str:
     if "://" in place:
         return f'load_dataset("parquet", data_files=[…]) with the files listed in {place}'
     return f'load_dataset("parquet", data_dir="{place}")'
-
-
-def _program() -> str:
-    """The command that runs this program."""
-    if shutil.which("negpipe"):
-        return "negpipe"
-    called = Path(sys.argv[0])
-    return str(called) if called.name == "negpipe" else "python -m negpipe"
 
 
 def show_status(states: list[State], stages: Graph) -> None:

@@ -82,6 +82,18 @@ def test_what_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
     assert outcome.code == 3 and path in outcome.err
 
 
+def test_the_next_command_runs_as_printed_without_a_path(tmp_path: Path) -> None:
+    script = tmp_path / "bin/negpipe"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nfrom negpipe.cli import main\nmain()\n")
+    script.chmod(0o755)
+    (tmp_path / "rows.csv").write_text("anchor,positive\na,b\n")
+    environment = os.environ | {"PATH": "/usr/bin:/bin"}
+    words = [str(script), "inspect", "rows.csv", "--write", "rows.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"written to rows.yaml: {script} mine rows.yaml"
+
+
 def test_init_without_a_name_writes_a_first_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("negpipe.quickstart.stdlib_functions", lambda stdlib: iter(()))  # takes 10 s

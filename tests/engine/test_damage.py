@@ -389,7 +389,7 @@ def test_the_command_repairs(whole: Run, tmp_path: Path) -> None:
     run = whole.copied(tmp_path / "run")
     path = run.files("search")[0]
     flip(path)
-    assert re.search(r"Rebuild them with `negpipe mine .* --repair`\.", verified(run))
+    assert re.search(r"Rebuild them with `negpipe mine \S+verified\.yaml --repair`\.", verified(run))
     code, _, log = run.command("mine", flags=["--repair"])
     assert code == 0
     assert f"{path.relative_to(run.folder)} has changed since it was written: recomputing it" in log
