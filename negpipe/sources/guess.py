@@ -165,7 +165,9 @@ def _remedy(columns: Mapping[str, Sequence[str]], data: schema.Data) -> str:
     return (
         "For rows of an anchor and its positive, set data.format: pairs, data.columns.anchor and data.columns.positive;"
         " for tables of documents, queries and judgments, set data.format: columns, data.corpus, data.queries,"
-        " data.qrels and data.columns. docs/how-to/data.md shows other layouts, and how nested fields are converted"
+        " data.qrels and, in data.columns, those of corpus_id, query_id, query_text, qrels_query_id, qrels_corpus_id"
+        " and grade that differ (docs/reference/config/data.md). docs/how-to/data.md shows other layouts, and how"
+        " nested fields are converted"
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from negpipe.config import safe_yaml
 from negpipe.engine.fingerprint import key
 from negpipe.errors import InputError, beneath
-from negpipe.sources.places import near
+from negpipe.sources.places import extension_of, near
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +137,23 @@ def _not_loaded(what: str, path: str, error: Exception) -> InputError:
     said = f"{what} cannot be loaded ({_short(error)})"
     if not Path(path).is_dir():
         return _missing(path, said)
-    return InputError(said, file=path, remedy="Check the folder's README.md (configs) and its data files")
+    remedy = _pattern(Path(path)) or "Check the folder's README.md (configs) and its data files"
+    return InputError(said, file=path, remedy=remedy)
+
+
+def _pattern(folder: Path) -> str:
+    """How to name the files of a folder without README.md that are read line by line; empty if there are none."""
+    if (folder / "README.md").is_file():
+        return ""
+    for file in files(folder):
+        if (ending := extension_of(file.name)) in (".jsonl", ".ndjson", ".csv", ".tsv"):
+            below = folder if file.parent == folder else folder / "**"
+            pattern = below / f"*{file.name[file.name.rindex(ending) :]}"
+            return (
+                f"Name the files of the split by a pattern, such as data.path={pattern}: then errors name the row, and"
+                " data.max_bad_rows applies"
+            )
+    return ""
 
 
 def _cache_problem() -> InputError | None:

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,24 @@ QUOTES = {"qrels": QRELS + 'q1\t"d"2\t1\n'}
 def test_a_bad_table_ends_the_reading(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(sources.read(data(path=beir(**parts))))
+
+
+@pytest.mark.parametrize(("file", "pattern"), [("a.jsonl.gz", "*.jsonl.gz"), ("train/a.jsonl", "**/*.jsonl")])
+def test_a_folder_of_files_with_a_broken_line_is_named_by_a_pattern(file: str, pattern: str) -> None:
+    write(f"shop/{file}", '{"anchor": "a", "positive": "b"}\n{"anchor": \n')
+    with pytest.raises(InputError, match=rf"shop: .*cannot be loaded.*data\.path={re.escape(f'shop/{pattern}')}: "):
+        list(sources.read(data(format="pairs", path="shop")))
+    assert ("broken", 2) in [one[:2] for one in plain(sources.read(data(format="pairs", path=f"shop/{pattern}")))]
+    write("shop/README.md", "---\n---\n")
+    with pytest.raises(InputError, match=r"Check the folder's README\.md"):
+        list(sources.read(data(format="pairs", path="shop")))
+
+
+def test_rows_without_a_known_layout_name_the_columns_of_tables() -> None:
+    with pytest.raises(
+        InputError, match=r"no known layout; columns: x, y.*data\.columns.* corpus_id, query_id, query_text"
+    ):
+        sources.read(data(path=write("rows.csv", "x,y\na,b\n")))
 
 
 def test_missing_things_name_what_is_near() -> None:
