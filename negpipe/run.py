@@ -262,10 +262,10 @@ class Run:
 
     @_named
     def explain(self, anchor_id: str) -> Explanation:
-        """The fate of every candidate of an anchor, and the rule behind it.
+        """The fate of every candidate of an anchor, named by id or exact text, and the rule behind it.
 
         Raises:
-            negpipe.errors.InputError: no anchor has the id.
+            negpipe.errors.InputError: no anchor has the id or the text.
         """
         from negpipe.review import finished
 

@@ -60,7 +60,7 @@ def export(
 @app.command()
 def explain(
     config: ConfigArgument,
-    anchor: Annotated[str, typer.Option(help="Id of the anchor.", metavar="ID")],
+    anchor: Annotated[str, typer.Option(help="Id of the anchor, or its exact text.", metavar="ID")],
     limit: Annotated[int, typer.Option(min=1, help="Candidates and positives to show; those taken always are.")] = 50,
     form: FormatOption = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,

@@ -81,18 +81,21 @@ class Explanation:
     units: list[Unit]
 
 
-def find(parts: Sequence[PartFiles], anchor_id: str, *, trains: bool = False) -> tuple[PartFiles, int]:
-    """The part that contains an anchor, and its position there. `trains`: the config has a section train.
+def find(parts: Sequence[PartFiles], anchor: str, *, trains: bool = False) -> tuple[PartFiles, int]:
+    """The part with the anchor of an id, else with the first of an exact text, and its position there.
+
+    `trains`: the config has a section train.
 
     Raises:
-        InputError: no anchor has the id; the message lists similar ids.
+        InputError: no anchor has the id or the text; the message lists similar ids.
         DamagedError: a file is incomplete.
     """
-    for part in parts:
-        at = pc.index(open_table(part.anchors)["id"], anchor_id).as_py()
-        if at >= 0:
-            return part, at
-    raise _unknown([part.anchors for part in parts], anchor_id, trains)
+    for column in ("id", "text"):
+        for part in parts:
+            at = pc.index(open_table(part.anchors)[column], anchor).as_py()
+            if at >= 0:
+                return part, at
+    raise _unknown([part.anchors for part in parts], anchor, trains)
 
 
 def explain(selector: Selector, corpus: Rows, part: PartFiles, at: int) -> Explanation:
@@ -194,7 +197,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _unknown(anchors: Sequence[Path], anchor_id: str, trains: bool) -> InputError:
+def _unknown(anchors: Sequence[Path], anchor: str, trains: bool) -> InputError:
     from rapidfuzz import process
 
     near: list[tuple[float, str]] = []
@@ -202,11 +205,11 @@ def _unknown(anchors: Sequence[Path], anchor_id: str, trains: bool) -> InputErro
     for path in anchors:
         ids = open_table(path)["id"].to_pylist()
         count += len(ids)
-        near += [(-score, name) for name, score, _ in process.extract(anchor_id, ids, limit=_NEAR, score_cutoff=50)]
+        near += [(-score, name) for name, score, _ in process.extract(anchor, ids, limit=_NEAR, score_cutoff=50)]
         near = sorted(near)[:_NEAR]
     names = ", ".join(repr(name) for _, name in near)
     split = "; train.split leaves some of them out" if trains else ""
     return InputError(
-        f"none of {count:,} anchors has the id {anchor_id!r}" + (f"; similar ids: {names}" if near else ""),
+        f"none of {count:,} anchors has the id {anchor!r}, or this text" + (f"; similar ids: {names}" if near else ""),
         remedy=f"Anchors are the queries with a positive in data.split{split}",
     )

@@ -60,19 +60,21 @@ def export(config: Config, options: exports.ExportOptions, *, reporter: Reporter
             reporter.end()
 
 
-def explain_anchor(config: Config, anchor_id: str) -> explain.Explanation:
-    """The fate of every candidate of an anchor, and the rule behind it. Does not run any stage.
+def explain_anchor(config: Config, anchor: str) -> explain.Explanation:
+    """The fate of every candidate of an anchor, named by id or exact text, and the rule behind it.
+
+    Does not run any stage.
 
     Raises:
         MissingStageError: a stage is not current; the message says which command to run.
-        InputError: no anchor has the id.
+        InputError: no anchor has the id or the text.
     """
     with digests_of(config) as digests:
         context = searched(config, digests, "explain")
         _tell_of_other_rows(context, "explain")
         opened = open_selection(context)
         parts, complete = _parts(context)
-        part, at = explain.find(parts, anchor_id, trains=config.train is not None)
+        part, at = explain.find(parts, anchor, trains=config.train is not None)
         files = part if complete else replace(part, deeper=search_deeper(part, opened, context))
         return explain.explain(opened.selector, opened.corpus, files, at)
 

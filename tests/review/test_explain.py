@@ -159,6 +159,13 @@ def test_unknown_anchor_names_near_ones(mined: Run) -> None:
     assert "train.split" not in str(caught.value)
 
 
+def test_an_anchor_is_found_by_its_exact_text(mined: Run) -> None:
+    by_id = explained(mined, "q5")
+    assert explained(mined, by_id.anchor) == by_id
+    with pytest.raises(InputError, match="or this text"):
+        explained(mined, by_id.anchor + "!")
+
+
 def test_stage_that_is_not_current_is_named(mined: Run) -> None:
     with pytest.raises(MissingStageError, match=r"negpipe search CONFIG"):
         explained(mined, "q0", "mining.range_max=250")
