@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from typing import Any
@@ -217,12 +218,16 @@ def _local(finished: Any) -> str:
 
 
 def show_explanation(found: Explanation, limit: int) -> None:
-    """An anchor, its first `limit` positives, and as many candidates with their fates, besides those taken."""
+    """An anchor, its first `limit` positives, and as many candidates with their fates, besides those taken.
+
+    With `margin_reference: each`, so for the `limit` units with the best positives.
+    """
     console.out.print(
         Text.assemble(("anchor ", "bold"), clean_text(found.anchor_id), "  ", clean_text(found.anchor, 300))
     )
     over = "ranks among survivors only" if found.rank_over == "survivors" else "raw ranks"
-    for unit in found.units:
+    best = sorted(found.units, key=lambda one: -math.inf if one.reference is None else one.reference, reverse=True)
+    for unit in best[:limit]:
         console.out.print()
         for positive in unit.positives[:limit]:
             rank = "beyond the depth" if positive.rank is None else f"rank {positive.rank}"
@@ -241,6 +246,10 @@ def show_explanation(found: Explanation, limit: int) -> None:
         console.out.print(_candidates(shown))
         if more := len(unit.candidates) - len(shown.candidates):
             console.out.print(f"{more:,} more: --limit {len(unit.candidates)} shows all")
+    if len(best) > limit:
+        console.out.print(
+            f"\n{len(best) - limit:,} more positives, each with candidates: --limit {len(best)} shows all"
+        )
 
 
 def _candidates(unit: Unit) -> Table:

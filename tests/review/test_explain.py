@@ -195,6 +195,18 @@ def test_table_is_clean_and_limited(mined: Run) -> None:
         assert re.search(rf"^ *{candidate.rank} .*{candidate.id} .*{re.escape(candidate.rule)}", shown, re.MULTILINE)
 
 
+def test_the_blocks_of_the_best_positives_are_shown_up_to_the_limit(mined: Run) -> None:
+    wanted = "--anchor", "q0", "--set", "mining.margin_reference=each", "--limit"
+    positives = r"^positive +-?\d+\.\d+ (?:rank \d+|beyond the depth) (\S+)"
+    units = explained(mined, "q0", "mining.margin_reference=each").units
+    scores = {one.id: one.score for unit in units for one in unit.positives if one.score is not None}
+    best, other = sorted(scores, key=lambda name: -scores[name])
+    assert units[0].positives[0].id == other
+    shown, every = command(mined, *wanted, "1"), command(mined, *wanted, "2")
+    assert re.findall(positives, shown, re.MULTILINE) == [best] and "1 more positives" in shown
+    assert re.findall(positives, every, re.MULTILINE) == [best, other] and "more positives" not in every
+
+
 def test_what_was_taken_is_shown_beyond_the_limit(mined: Run) -> None:
     wanted = "--anchor", "q5", "--limit", "1"
     (unit,) = explained(mined, "q5").units
