@@ -68,7 +68,9 @@ def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         inner = get_args(annotation)[0]
-        return "text, or path, subset and split" if _is_model(inner) else "text" if inner is str else "text or integer"
+        if inner in (str, Path):
+            return _type(inner)
+        return "text, or path, subset and split" if _is_model(inner) else "text or integer"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):

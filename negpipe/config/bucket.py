@@ -39,4 +39,4 @@ def working_folder(url: str, cache: Path | None) -> Path:
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "negpipe"
     name = url.rpartition("/")[2]
-    return cache.expanduser() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from negpipe.config.section import Section
 from negpipe.config.server import Server
-from negpipe.config.values import Device, Size
+from negpipe.config.values import Device, Folder, Size
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "torch": ("float32", "bfloat16", "float16"),
@@ -116,7 +115,7 @@ class Encoder(Section):
     corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector per corpus row.")
     anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector per anchor.")
     http: Server | None = None
-    cache: Path | None = Field(
+    cache: Folder | None = Field(
         None,
         description="Folder that caches vectors by text, shared by all runs that use it: a text already encoded by the"
         " same model with the same settings is not encoded again. Rows are then not reproducible bit for bit; whether"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from negpipe.config import machine
 from negpipe.config.section import Section
-from negpipe.config.values import Size, size
+from negpipe.config.values import Folder, Size, size
 
 DEFAULT_BUDGET = 2 * 2**30
 """Default of resources.memory_budget in bytes."""
@@ -51,7 +50,7 @@ class Slurm(Section):
     )
     memory: Size | None = Field(None, ge=1, description="Memory per array task, such as 32GiB; null: the default.")
     gpus: int = Field(0, ge=0, description="GPUs per array task that runs the model (encode).")
-    folder: Path | None = Field(
+    folder: Folder | None = Field(
         None,
         description="Folder shared by the nodes, for what is submitted and its logs; null: `.negpipe/logs` of the run"
         " directory. A run in a bucket needs it.",
@@ -146,7 +145,7 @@ class Resources(Section):
         description="Working memory beyond the libraries, for example 2GiB, or 25% of this machine. With executor.kind:"
         " ray, per actor.",
     )
-    cache: Path | None = Field(
+    cache: Folder | None = Field(
         None,
         description="Local folder for copies of files that a run in a bucket reads, and for its unfinished output;"
         " null: negpipe in $XDG_CACHE_HOME or ~/.cache.",

@@ -26,7 +26,7 @@ NAME = ".negpipe/config.yaml"
 """Its path in a run directory."""
 _PLACES = (
     *("run_dir", "store", "encoder.cache", "encoder.corpus_vectors", "encoder.anchor_vectors", "index.trained"),
-    "mining.exclude_file",
+    *("mining.exclude_file", "executor.slurm.folder", "resources.cache"),
 )
 _NAMES = (  # on the hub, unless a local file has that name
     *("data.path", "data.corpus.path", "data.queries.path", "data.qrels.path", "encoder.model", "train.base"),

@@ -6,7 +6,6 @@ re-runs the stage) is decided by the stages, not here.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,7 +25,7 @@ from negpipe.config.encoder import OF_RUNNING, Encoder
 from negpipe.config.executor import Executor, Resources
 from negpipe.config.section import Section
 from negpipe.config.training import DISTILLING, EVAL_SPLIT, TAKES, Ablate, Train
-from negpipe.config.values import Device, Size
+from negpipe.config.values import Device, Folder, Size
 from negpipe.errors import ConfigError
 
 _OWN_NAMES = ("id", "score", "rank", "grade")
@@ -472,8 +471,8 @@ class Output(Section):
 class Config(Section):
     """A complete negpipe config."""
 
-    run_dir: Path = Field(description="Folder for all output of a run, or s3://BUCKET/PREFIX.")
-    store: Path | None = Field(
+    run_dir: Folder = Field(description="Folder for all output of a run, or s3://BUCKET/PREFIX.")
+    store: Folder | None = Field(
         None,
         description="Folder for the parts of all stages, shared by several run directories, so that variants of a job"
         " encode and search once; null: in run_dir.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -36,6 +38,12 @@ def _device(value: str) -> str:
     return value
 
 
+def _expanded(value: Path) -> Path:
+    return Path(os.path.expanduser(value))  # noqa: PTH111 (leaves ~ of an unknown user, where Path raises RuntimeError)
+
+
+Folder = Annotated[Path, AfterValidator(_expanded)]
+"""A folder; ~ is the home folder, as a shell does not expand it in --set KEY=~/FOLDER."""
 Size = Annotated[int, BeforeValidator(size)]
 """Bytes, also written as 2GiB."""
 Device = Annotated[str, AfterValidator(_device)]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import small_source as small
 import yaml
+from pydantic import BaseModel
 
 from negpipe.config import kept
 from negpipe.config.file import load_config
+from negpipe.config.schema import Config
+from negpipe.config.training import flat
 from negpipe.errors import ConfigError
 
 SECRET = "https://ann:s3cret@example.org/rows.jsonl?token=s3cret"
@@ -130,6 +135,30 @@ def test_secrets_are_asked_for_or_taken_from_the_environment(tmp_path: Path, mon
     config = load_config("run", [f"data.corpus={SECRET}"])
     assert config.data.path == (SECRET, "data")
     assert config.data.corpus is not None and config.data.corpus.path == SECRET
+
+
+def paths_of(section: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The settings that are paths."""
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        for kind in kinds:
+            if issubclass(kind, BaseModel):
+                yield from paths_of(kind, f"{before}{name}.")
+        if "Path" in str(field.annotation):
+            yield before + name
+
+
+def test_every_setting_that_is_a_path_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    relative(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = [*paths_of(Config)]
+    assert {"run_dir", "store", "encoder.cache", "executor.slurm.folder"} <= {*paths}
+    tree = {**small.settings(Path()), "encoder": {"model": "m"}}
+    stored = flat(yaml.safe_load(kept.text(load_config(tree, [f"{name}=a/folder" for name in paths]))))
+    assert {stored[name] for name in paths} == {str(tmp_path / "a/folder")}
+    home = load_config(tree, [f"{name}=~/logs" for name in paths])
+    stored = flat(yaml.safe_load(kept.text(home)))
+    assert {stored[name] for name in paths} == {"/home/someone/logs"}
 
 
 def test_names_of_the_hub_and_of_servers_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

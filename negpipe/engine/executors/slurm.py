@@ -80,13 +80,13 @@ def arrays(config: Config, work: Work) -> TaskExecutor:
             " may submit jobs, or try it without Slurm: --set executor.slurm.cluster=local"
         )
     try:
-        shared = settings.folder and settings.folder.expanduser()
-        if shared:
-            shared.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=shared) as folder:
+        if settings.folder:
+            settings.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
             _submitter(config, Path(folder), "", gpus=0)
     except OSError as error:
-        raise ConfigError(f"executor.slurm.folder: no files can be written in {shared}: {error}") from None
+        where = settings.folder or tempfile.gettempdir()
+        raise ConfigError(f"executor.slurm.folder: no files can be written in {where}: {error}") from None
 
     def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progressed) -> None:
         driver = _Driver(config, work, stage, context, progress, {task.key: task for task in tasks})
@@ -210,7 +210,7 @@ class _Driver:
         """
         settings = self.config.executor.slurm
         numbers = sorted({shard_of(key, settings.shards) for key in self.missing})
-        logs = (settings.folder or self.context.run_dir / BOOKS / "logs").expanduser().absolute()
+        logs = (settings.folder or self.context.run_dir / BOOKS / "logs").absolute()
         array = _Array(settings.cluster, str(logs / f"{self.stage.name}-{uuid.uuid4().hex[:8]}"))
         gpus = settings.gpus if self.stage.place(self.context.config) == "apart" else 0
         executor = _submitter(self.config, Path(array.folder), self.stage.name, gpus)
