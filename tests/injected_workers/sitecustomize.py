@@ -46,7 +46,7 @@ def _wait_for(processes: int, stage: str) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         noted = [line.split() for line in Path(f"{_CONTROL}.notes").read_text().splitlines()]
-        if len({pid for at, _, pid, _ in noted if at == stage}) >= processes:
+        if len({pid for at, _, pid, *_ in noted if at == stage}) >= processes:
             return
         time.sleep(0.05)
 
