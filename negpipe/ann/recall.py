@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.vectors import Ints
+from negpipe.store import mapped
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Recall:
     @classmethod
     def read(cls, path: Path) -> Recall:
         """Read a file written by `write`."""
-        return cls(np.load(path, allow_pickle=False))
+        return cls(np.array(mapped.npy(path)))
 
     def over(self, first: int, last: int) -> tuple[float, float, float]:
         """Mean recall over the true ranks first … last - 1, and its 95 % interval (normal, over anchors)."""

@@ -27,6 +27,7 @@ from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.encoders import prompts
 from negpipe.encoders.given import identity
 from negpipe.stages.rescore import rescore
+from negpipe.store import mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -191,7 +192,7 @@ def _check_window(range_min: int, range_max: int, num_negatives: int) -> None:
 def _vectors(encode: Any, texts: list[str], cached: Path | None, **options: Any) -> Floats:
     """Vectors of texts, (n, d) float32, from the cache if available."""
     if cached is not None and cached.is_file():
-        return np.asarray(np.load(cached, allow_pickle=False), np.float32)
+        return np.asarray(mapped.npy(cached), np.float32)
     vectors = np.asarray(encode(texts, convert_to_numpy=True, **options), np.float32)
     if cached is not None:
         write_vectors(cached, vectors)

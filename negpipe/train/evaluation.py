@@ -25,6 +25,7 @@ from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context
 from negpipe.review import quality
 from negpipe.select.filters import Lookup, own_documents
+from negpipe.store import mapped
 from negpipe.store.files import publish
 from negpipe.train.comparison import METRICS
 
@@ -123,7 +124,7 @@ def rerank(
     for low in range(0, len(rows), _RERANKED):
         best = rows[low : low + _RERANKED, :depth]
         scores = np.full(best.shape, -np.inf, np.float32)
-        scores[best >= 0] = np.load(scored(low, best))
+        scores[best >= 0] = mapped.npy(scored(low, best))
         order = np.argsort(-scores, axis=1, kind="stable")
         ordered[low : low + _RERANKED, :depth] = np.take_along_axis(best, order, axis=1)
     return ordered
