@@ -246,7 +246,7 @@ class Run:
         from negpipe.stages import triplets
 
         changes = [f"mining.{name}={json.dumps(value, default=_plain)}" for name, value in mining.items()]
-        config = load_config(self._source, [*self._overrides, *changes])
+        config = load_config(self._source, [*self._overrides, *changes], tell=False)
         with digests_of(config) as digests:
             context = finished.searched(config, digests, "select")
             opened = triplets.open_selection(context)

@@ -34,7 +34,7 @@ def status(
     from negpipe.store.lock import in_use
 
     console.set_up_logging(checked(log_format), debug=debug)
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides, tell=False)
     states = graph.status(settings)
     rows = formats.states(states)
     if not printed_as(form, rows, rows):

@@ -54,7 +54,7 @@ def export(
     options = ExportOptions(
         to=to, out=out, shard_rows=shard_rows, compress=compress, run=run, force=force, push_to_hub=push_to_hub
     )
-    finished.export(load_config(config, overrides), options, reporter=console.reporter(log_format))
+    finished.export(load_config(config, overrides, tell=False), options, reporter=console.reporter(log_format))
 
 
 @app.command()
@@ -79,7 +79,7 @@ def explain(
     from negpipe.review import finished
 
     console.set_up_logging(checked(log_format), debug=debug)
-    found = finished.explain_anchor(load_config(config, overrides), anchor)
+    found = finished.explain_anchor(load_config(config, overrides, tell=False), anchor)
     units = [unit.shortened(limit) for unit in found.units]
     document = dataclasses.asdict(dataclasses.replace(found, units=units))
     if not printed_as("json" if as_json else form, document, formats.candidates(units)):

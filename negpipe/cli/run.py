@@ -40,7 +40,7 @@ def _mine(
     from negpipe.config.file import load_config
 
     console.set_up_logging(checked(log_format), debug=debug)
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides, tell=False)
     result = graph.mine(
         settings,
         only=only,

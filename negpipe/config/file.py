@@ -29,8 +29,13 @@ def find_config(name: str) -> Path:
     """The file of a config given by path, run directory, or name in configs/.
 
     Raises:
-        ConfigError: the file does not exist; the message lists the places searched.
+        ConfigError: the file does not exist; the message lists the places searched and similar names.
     """
+    if name.startswith("s3://"):
+        raise ConfigError(
+            f"a run directory in a bucket stores no config: instead of {name}, name the config that it was made with, as"
+            f" in `negpipe status my.yaml --set run_dir={name}` (without --set if the config names this run_dir)"
+        )
     named = (CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml"))
     run = [kept.path_in(Path(name))] if Path(name).is_dir() else []
     tried = list(dict.fromkeys([Path(name), *run, *named]))
@@ -43,19 +48,34 @@ def find_config(name: str) -> Path:
         runs = [str(path) for path in sorted(Path(name).iterdir()) if kept.path_in(path).is_file()]
         more = f". Runs in it: {', '.join(runs)}" if runs else ""
         raise ConfigError(f"'{name}' is a folder, but neither a config nor a run directory{more}")
-    known = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
-    hint = f" Configs here: {', '.join(known)}." if known else ""
     places = ", ".join(str(path.absolute()) for path in tried)
-    raise ConfigError(f"no config '{name}': looked for {places}.{hint}")
+    raise ConfigError(f"no config '{name}': looked for {places}. {_similar(Path(name))}")
 
 
-def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a config. Differences from the config stored in a run directory are logged.
+def _similar(path: Path) -> str:
+    """The config or run directory that a missing one probably means; else those there are, or how to write one."""
+    folders = dict.fromkeys([path.parent, CONFIG_FOLDER])
+    there = [found for folder in folders for found in folder.glob("[!.]*.y*ml")]
+    runs = [found for found in path.parent.glob("*") if kept.path_in(found).is_file()]
+    named = {found.stem if found.is_file() else found.name: found for found in reversed([*there, *runs])}
+    if near := closest(path.stem if path.suffix in (".yaml", ".yml") else path.name, named):
+        return f"Did you mean {named[near]}?"
+    if there:
+        return f"Configs here: {', '.join(sorted(map(str, there)))}."
+    return "`negpipe init` writes a first config, `negpipe init FOLDER` one for your data."
+
+
+def load_config(
+    source: str | Path | dict[str, Any], overrides: list[str] | None = None, *, tell: bool = True
+) -> Config:
+    """Read, override and validate a config.
 
     Args:
         source: path, name in configs/, run directory (its stored config), or a mapping.
         overrides: `key.path=value` strings; the value is parsed as YAML, but taken verbatim if the setting is a text
             and the YAML value is not.
+        tell: log differences from the config stored in a run directory. Not for callers that say which stages are stale
+            and why.
 
     Raises:
         ConfigError: one line per problem, each with its location in the file.
@@ -94,7 +114,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         if any(".".join([*map(str, problem["loc"]), ""]).startswith(changed) for problem in problems):
             name += " with overrides"
         raise ConfigError("\n".join(f"{name}: {_explain(problem)}" for problem in problems)) from None
-    for line in kept.changes(before, config) if before else ():
+    for line in kept.changes(before, config) if before and tell else ():
         logger.info("%s", line)
     return config
 

@@ -90,13 +90,23 @@ def test_what_changes_is_shown_and_kept_once_it_is_made(tmp_path: Path, monkeypa
     (row, *_) = json.loads(small.run("status", "runs/small", "--format", "json").out)
     by_the_clock_of_the_log = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     assert plain.out.splitlines()[1].endswith(f"  {by_the_clock_of_the_log}")
-    status = small.run("status", "runs/small", "--set", "mining.num_negatives=2")
-    assert "mining.num_negatives: 2; the run was made with 3" in status.err
-    assert status.err.count("was made with") == 1
+    changed = ("--set", "mining.num_negatives=2")
+    quality = small.run("quality", "runs/small", *changed)
+    assert quality.err.count("mining.num_negatives: 2; the run was made with 3") == 1
+    # Commands that say why a stage is stale say it once.
+    for command in (["status", "runs/small"], ["explain", "runs/small", "--anchor", "q0"]):
+        outcome = small.run(*command, *changed)
+        said = outcome.out + outcome.err
+        assert (said.count("mining.num_negatives"), said.count("changed from 3 to 2")) == (1, 1), said
     failed = small.run("mine", "runs/small", "--set", "data.path=nowhere/at/all")
     assert failed.code == 3
     assert keeps.read_text(encoding="utf-8") == before
-    assert small.run("mine", "runs/small", "--set", "mining.num_negatives=2").code == 0
+    again = small.run("mine", "runs/small", *changed)
+    assert again.code == 0
+    assert re.findall(".*mining.num_negatives.*", again.err)[0].endswith(
+        " triplets: starting, mining.num_negatives changed from 3 to 2"
+    )
+    assert again.err.count("mining.num_negatives") == 1
     assert load_config("runs/small").mining.num_negatives == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import small_source as small
 import yaml
 
-from negpipe.config import machine
+from negpipe.config import kept, machine
 from negpipe.config.file import find_config, load_config, schema
 from negpipe.errors import ConfigError
 
@@ -234,8 +234,30 @@ def test_configs_are_found_by_path_or_by_name(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     quick = Path("configs/quickstart.yaml")
     assert find_config("quickstart") == find_config("quickstart.yaml") == find_config(str(quick)) == quick
-    with pytest.raises(ConfigError, match=r"no config 'quikstart'.*Configs here: .*quickstart\.yaml"):
+    with pytest.raises(ConfigError, match=r"no config 'quikstart'.*Did you mean configs/quickstart\.yaml\?"):
         find_config("quikstart")
+    with pytest.raises(ConfigError, match=r"Configs here: configs/ablate\.yaml, .*quickstart\.yaml"):
+        find_config("nowhere")
+
+
+def test_a_missing_config_names_a_similar_one_or_how_to_write_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no config 'shopp.yaml'.*`negpipe init` writes a first config"):
+        find_config("shopp.yaml")
+    (tmp_path / "shop.yaml").touch()
+    kept.path_in(tmp_path / "runs/shop").parent.mkdir(parents=True)
+    kept.path_in(tmp_path / "runs/shop").touch()
+    for typed, meant in (("shopp.yaml", "shop.yaml"), ("Shop.yml", "shop.yaml"), ("runs/shp", "runs/shop")):
+        with pytest.raises(ConfigError, match=rf"Did you mean {meant}\?"):
+            find_config(typed)
+
+
+def test_a_run_in_a_bucket_needs_its_config() -> None:
+    run = "s3://my-bucket/runs/first"
+    with pytest.raises(ConfigError, match=rf"stores no config: .* `negpipe status my.yaml --set run_dir={run}`"):
+        load_config(run)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
