@@ -19,6 +19,11 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return names[near[0]] if near else None
 
 
+def count_of(count: int, one: str, many: str = "") -> str:
+    """A number with its noun, in the plural but for 1; `many`: a plural that is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def beneath(path: str) -> str:
     """Where a relative local path starts, for a message that it leads nowhere; empty for others."""
     return "" if "://" in path or Path(path).is_absolute() else f" beneath {Path.cwd()}"

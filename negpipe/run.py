@@ -23,7 +23,7 @@ from negpipe import graph
 from negpipe.config import kept
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
-from negpipe.errors import NegpipeError
+from negpipe.errors import NegpipeError, count_of
 from negpipe.redaction import redact
 from negpipe.review.wording import filled_in
 
@@ -55,7 +55,7 @@ class Selection:
 
     def __repr__(self) -> str:
         anchors = len(self.ledger["anchor_id"].unique())
-        return f"Selection({self.rows.num_rows:,} rows of {anchors:,} anchors)"
+        return f"Selection({count_of(self.rows.num_rows, 'row')} of {count_of(anchors, 'anchor')})"
 
 
 class Calibrated(NamedTuple):

@@ -313,6 +313,6 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
                 file,
                 b";".join([b"x"] * len(rows[0])),
                 None,
-                (f"1 fields, but the header names {len(rows[0])}", "Check delimiters and quotes"),
+                (f"1 field, but the header names {len(rows[0])}", "Check delimiters and quotes"),
                 "broken",
             )

@@ -18,6 +18,7 @@ from negpipe.cli.app import (
     checked,
 )
 from negpipe.cli.formats import FormatOption, printed_as
+from negpipe.errors import count_of
 
 
 @app.command()
@@ -56,4 +57,6 @@ def ablate(
     if not printed_as("json" if as_json else form, made.document(), rows):
         printed.show_ablation(made)
     if made.failed:
-        raise NegpipeError(f"{len(made.failed)} cells have no result (see the log): {', '.join(made.failed)}")
+        raise NegpipeError(
+            f"{count_of(len(made.failed), 'cell has', 'cells have')} no result (see the log): {', '.join(made.failed)}"
+        )

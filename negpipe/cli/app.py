@@ -126,8 +126,8 @@ BadRowsOption = Annotated[
     typer.Option(
         "--max-bad-rows",
         min=0,
-        help="Number of bad source rows to skip; they are listed in RUN_DIR/rejected.jsonl. Short for --set"
-        " data.max_bad_rows=N.",
+        help="Maximum number of bad source rows: they are rejected and listed in RUN_DIR/rejected.jsonl. Short for"
+        " --set data.max_bad_rows=N.",
         metavar="N",
         show_default=False,
     ),

@@ -42,7 +42,7 @@ def inspect(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Describe a source: layout, tables, columns, counts, odd rows, and the config that mines it.
+    """Describe a source: layout, tables, columns, counts, bad rows, and the config that mines it.
 
     A ranking (TREC's run, Tevatron's three columns) is described too.
 
@@ -171,8 +171,11 @@ def _describe(found: Inspection, path: str, rows: int) -> None:
     for table, columns in found.tables.items():
         _say(f"  {table}: {', '.join(columns) or 'no rows'}")
     more = "" if found.whole else f" (of the first {rows:,} records of each table)"
-    for what, lengths in (("documents", found.documents), ("queries", found.queries)):
-        _say(f"{what}: {lengths.count:,}, characters: median {lengths.median:,}, most {lengths.most:,}{more}")
+    for what, lengths, same in (("documents", found.documents, "text"), ("queries", found.queries, "id")):
+        several = (
+            "" if lengths.rows == lengths.count else f" in {lengths.rows:,} rows (of rows with the same {same}, one)"
+        )
+        _say(f"{what}: {lengths.count:,}{several}, characters: median {lengths.median:,}, most {lengths.most:,}{more}")
     _say("judgments: " + (", ".join(f"{name} {count:,}" for name, count in found.judgments.items()) or "none"))
     anchors = sum(found.positives.values())
     total = sum(count * many for count, many in found.positives.items())
@@ -181,13 +184,13 @@ def _describe(found: Inspection, path: str, rows: int) -> None:
     if found.given:
         _say(f"negatives in the source: {found.given:,} (used with mining.given_negatives: first or keep)")
     for kind, count in found.odd.items():
-        _say(f"odd rows: {count:,} ({kind.replace('_', ' ')})")
+        _say(f"bad rows: {count:,} ({kind.replace('_', ' ')})")
     for example in found.examples:
         _say(f"  {example}")
     if found.odd:
         _say(
-            "Such rows stop a run: fix them, or allow some with data.max_bad_rows (empty texts: data.on_empty: skip,"
-            " unknown ids: data.on_unknown_id: skip; an id with two texts must be fixed)"
+            "Bad rows stop a run: fix them, or let some be rejected with data.max_bad_rows (empty texts:"
+            " data.on_empty: skip, unknown ids: data.on_unknown_id: skip; an id with two texts must be fixed)"
         )
     if found.ids:
         _say("The documents contain no spaces and look like ids: their texts may be in another file")

@@ -11,6 +11,7 @@ import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked, named, program
 from negpipe.cli.formats import FormatOption, printed_as
+from negpipe.errors import count_of
 
 _SHOWN = 20
 
@@ -68,7 +69,7 @@ def verify(
     settings = load_config(config, overrides)
     place = settings.place
     found = graph.inventory(settings)
-    console.logger.info("verify: reading %d files, %s", len(found.files), wording.size(found.bytes))
+    console.logger.info("verify: reading %s, %s", count_of(len(found.files), "file"), wording.size(found.bytes))
     columns = ("verify", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bar:
         task = bar.add_task("", total=found.bytes)

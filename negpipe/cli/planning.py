@@ -11,7 +11,7 @@ import typer
 
 from negpipe.cli.app import ConfigArgument, DebugOption, LogOption, SetOption, app, checked
 from negpipe.cli.formats import Format, FormatOption, printed_as
-from negpipe.errors import ConfigError
+from negpipe.errors import ConfigError, count_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,8 +121,8 @@ def _on_cluster(config: Config, file: Path | None, nodes: str | None, form: Form
         return
     job = found.job
     console.out.print(
-        f"{job.documents:,} documents x {job.dimension:,} numbers, {job.anchors:,} anchors, texts of"
-        f" {job.text_bytes:,.0f} bytes. {wording.visible(found.index)}".strip(),
+        f"{count_of(job.documents, 'document')} x {job.dimension:,} numbers, {count_of(job.anchors, 'anchor')}, texts"
+        f" of {job.text_bytes:,.0f} bytes. {wording.visible(found.index)}".strip(),
         markup=False,
         soft_wrap=True,
     )
@@ -159,7 +159,7 @@ def _on_nodes(outlook: Outlook) -> Table:
     from negpipe.review import wording
 
     numbers = ("tasks", "time", "disk", "memory per node", "moved")
-    first = f"{outlook.nodes:,} node{'s' if outlook.nodes > 1 else ''}"
+    first = count_of(outlook.nodes, "node")
     table = _table(first, *numbers, "bound by", numbers=numbers)
     for one in outlook.stages:
         seconds = "" if one.seconds is None else wording.duration(one.seconds)
@@ -251,7 +251,7 @@ def _of_encoding(one: Variant) -> str:
     from negpipe.plan import variants
 
     anchors, documents = one.compared
-    mined = f" negatives, nDCG@10: from mining {anchors:,} anchors among {documents:,} documents."
+    mined = f" negatives, nDCG@10: from mining {count_of(anchors, 'anchor')} among {count_of(documents, 'document')}."
     return (
         f"nearest: share of the {variants.NEIGHBOURS} nearest among {one.texts:,} documents that float32 finds too."
         f"{mined if anchors else ''} Paste the lines of the first column under encoder: in the config;"

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from negpipe.cli.console import out
+from negpipe.errors import count_of
 from negpipe.review.audit import NEMO, Audit
 from negpipe.review.calibrate import METHODS, Calibration, Estimate, Recommendation
 from negpipe.review.calibrate.recommend import percent
@@ -34,7 +35,8 @@ def table(title: str, *columns: str) -> Table:
 
 def show_quality(found: Quality) -> None:
     """Metrics, ranks of the positives, and scores."""
-    metrics = table(f"{found.anchors:,} anchors, {found.positives:,} positives, depth {found.depth}", "metric", "mean")
+    what = f"{count_of(found.anchors, 'anchor')}, {count_of(found.positives, 'positive')}, depth {found.depth}"
+    metrics = table(what, "metric", "mean")
     for name, value in found.metrics.items():
         metrics.add_row(name, f"{value:.4f}")
     out.print(metrics)
@@ -67,7 +69,7 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
     """Every setting, then the recommendation."""
     out.print(f"{METHODS[made.method]}\n", markup=False)
     title = (
-        f"{made.anchors:,} of {made.all_anchors:,} anchors, {made.trials:,} trials,"
+        f"{made.anchors:,} of {count_of(made.all_anchors, 'anchor')}, {count_of(made.trials, 'trial')},"
         f" negatives per trial: {made.num_negatives}"
     )
     rows = table(title, "sampling", "from", "cutoff", "leak", "lo", "hi", "score", "rank", "below", "cover", "")
@@ -140,8 +142,9 @@ def show_audit(found: Audit, failed: set[str], *, foreign: bool) -> None:
     """Counts of every check, and examples of what was found; for a `foreign` file, the points of NeMo's checklist."""
     compared = "the qrels and each other" if found.qrels else "each other (no qrels: pass a CONFIG to use its qrels)"
     out.print(
-        f"{found.source}: {found.rows:,} rows, {found.anchors:,} anchors, {found.positives:,} positives and"
-        f" {found.negatives:,} negatives, compared to {compared}\n",
+        f"{found.source}: {count_of(found.rows, 'row')}, {count_of(found.anchors, 'anchor')},"
+        f" {count_of(found.positives, 'positive')} and {count_of(found.negatives, 'negative')}, compared to"
+        f" {compared}\n",
         markup=False,
     )
     rows = table("", "check", "found", "share", "of", "")
@@ -173,10 +176,12 @@ def show_audit(found: Audit, failed: set[str], *, foreign: bool) -> None:
 def show_training(stats: dict[str, Any], model: Path) -> None:
     """The training, the metrics before and after, and the result as the last line."""
     loss = " to ".join(f"{value:.4f}" for value in stats["loss"])
-    steps = f"{stats['steps']:,} step{'s' * (stats['steps'] != 1)}"
-    out.print(f"{steps} on {stats['rows']:,} rows, loss {loss}. Model: {model}/\n", markup=False)
+    steps = count_of(stats["steps"], "step")
+    out.print(f"{steps} on {count_of(stats['rows'], 'row')}, loss {loss}. Model: {model}/\n", markup=False)
     compared = [of_document(document) for document in stats["compared"]]
-    rows = table(f"{stats['held_out_anchors']:,} held-out anchors", "", "before", "after", "difference", "95 %", "")
+    rows = table(
+        count_of(stats["held_out_anchors"], "held-out anchor"), "", "before", "after", "difference", "95 %", ""
+    )
     for one in compared:
         difference, interval = f"{one.after - one.before:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
         rows.add_row(one.metric, f"{one.before:.4f}", f"{one.after:.4f}", difference, interval, one.verdict)
@@ -193,7 +198,11 @@ def show_training(stats: dict[str, Any], model: Path) -> None:
 def show_ablation(made: Ablation) -> None:
     """Every arm, best first, and the verdict as the last line."""
     head, rows = ablation_page.HEAD, [*ablation_page.rows(made)]
-    for title, first, last in ((f"{made.anchors:,} held-out anchors", 1, 5), ("\nCompared", 5, 9), ("\nRows", 9, None)):
+    for title, first, last in (
+        (count_of(made.anchors, "held-out anchor"), 1, 5),
+        ("\nCompared", 5, 9),
+        ("\nRows", 9, None),
+    ):
         shown = table(title, *head[:1], *head[first:last])
         for row in rows:
             if any(row[first:last]):
@@ -209,7 +218,7 @@ def show_ablation(made: Ablation) -> None:
 def show_rounds(made: Refreshed) -> None:
     """Every round compared to the model before it, and the best one to the base in the last line."""
     metric, base = METRICS[0], made.rounds[0].compared[0].before
-    title = f"{made.compared[0].anchors:,} held-out anchors"
+    title = count_of(made.compared[0].anchors, "held-out anchor")
     rows = table(title, "round", metric, "difference", "95 %", "", "rows", "new", "leak", "")
     above = made.best.score > base
     rows.add_row("base", f"{base:.4f}", *[""] * 6, "" if above else "best")
@@ -227,7 +236,7 @@ def show_rounds(made: Refreshed) -> None:
             "best" if above and one is made.best else "",
         )
     out.print(rows)
-    anchors = f"{made.best.leak_anchors:,} anchor{'s' * (made.best.leak_anchors != 1)}"
+    anchors = count_of(made.best.leak_anchors, "anchor")
     notes = [
         "difference: to the previous model, with its 95 % interval. new: share of the negatives that the previous round"
         " did not have. leak: estimated share of false negatives, from"
@@ -267,7 +276,7 @@ def show_difference(found: Difference) -> None:
     sides.add_row("mean rank", *(_number(side.rank, ".1f") for side in (found.a, found.b)))
     out.print(sides)
     every = max(1, found.kept + found.added + found.removed)
-    changes = table(f"\n{found.common:,} anchors in common", "", "count", "share")
+    changes = table(f"\n{count_of(found.common, 'anchor')} in common", "", "count", "share")
     for name, where in (("kept", "in both"), ("added", "only in B"), ("removed", "only in A")):
         count = getattr(found, name)
         changes.add_row(f"negatives {name}, {where}", f"{count:,}", f"{count / every:.1%}")

@@ -18,6 +18,7 @@ from negpipe.cli.app import (
     named,
     program,
 )
+from negpipe.errors import count_of
 
 if TYPE_CHECKING:
     from negpipe.config.schema import Config
@@ -65,9 +66,13 @@ def work(
     worked = graph.work(settings, stage, chosen, reporter=console.reporter(log_format), rehash=rehash)
     fields = {"stage": stage, "shard": shard, "made": worked.made, "found": worked.found, "others": worked.others}
     console.logger.info(
-        "%s: shard %s done: %d parts made, %d already existed, %d made by others meanwhile; after the last shard:"
+        "%s: shard %s done: %s made, %d already existed, %d made by others meanwhile; after the last shard:"
         " %s commit %s %s",
-        *fields.values(),
+        stage,
+        shard,
+        count_of(worked.made, "part"),
+        worked.found,
+        worked.others,
         program(),
         stage,
         named(settings),

@@ -16,6 +16,7 @@ from negpipe.config.schema import Mining
 from negpipe.engine.pipeline import Result
 from negpipe.engine.stage import Graph
 from negpipe.engine.state import State
+from negpipe.errors import count_of
 from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
@@ -43,15 +44,13 @@ def show_result(result: Result, typed: str, mining: Mining) -> None:
     files = len(result.store.entries("triplets"))
     place = result.store.place("triplets")
     console.out.print(
-        f"\n{stats['rows']:,} rows in {files} Parquet file{'s' * (files != 1)}: {place}{'/' * ('://' not in place)}",
+        f"\n{count_of(stats['rows'], 'row')} in {count_of(files, 'Parquet file')}: {place}{'/' * ('://' not in place)}",
         markup=False,
         soft_wrap=True,
     )
     if count := result.stats["ingest"]["rejected_rows"]:
         console.out.print(
-            f"{count:,} source rows were skipped: {result.store.place(REJECTED)}",
-            markup=False,
-            soft_wrap=True,
+            f"{count_of(count, 'source row')} rejected: {result.store.place(REJECTED)}", markup=False, soft_wrap=True
         )
     if result.ran:
         _show_samples(result)
@@ -131,9 +130,11 @@ def _show_drops(stats: dict[str, Any]) -> None:
     console.out.print(table)
     if stats["texts_compared"]:
         seconds = f"{stats['seconds_comparing']:,.1f} s"
-        console.out.print(f"{stats['texts_compared']:,} pairs of texts compared for near duplicates, in {seconds}.")
+        pairs = count_of(stats["texts_compared"], "pair")
+        console.out.print(f"{pairs} of texts compared for near duplicates, in {seconds}.")
     if stats["short_anchors"]:
-        console.out.print(f"{stats['short_anchors']:,} anchors have fewer negatives than requested (reasons: ledger/).")
+        short = count_of(stats["short_anchors"], "anchor has", "anchors have")
+        console.out.print(f"{short} fewer negatives than requested (reasons: ledger/).")
 
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
@@ -203,10 +204,7 @@ def show_status(states: list[State], stages: Graph) -> None:
         for _, remark in stages[state.stage].remarks(state.manifest.stats) if state.manifest else ():
             console.out.print(f"{state.stage}: {remark}", markup=False)
         if state.manifest and (count := state.manifest.stats.get("rejected_rows")):
-            console.out.print(
-                f"{state.stage}: {count} source rows were skipped, see {REJECTED}",
-                markup=False,
-            )
+            console.out.print(f"{state.stage}: {count_of(count, 'source row')} rejected, see {REJECTED}", markup=False)
 
 
 def _local(finished: Any) -> str:
@@ -235,7 +233,7 @@ def show_explanation(found: Explanation, limit: int) -> None:
             console.out.print(Text.assemble(("positive ", "green"), (about, "dim"), clean_text(positive.text, 120)))
         if len(unit.positives) > limit:
             console.out.print(
-                f"{len(unit.positives) - limit:,} more positives: --limit {len(unit.positives)} shows all"
+                f"{count_of(len(unit.positives) - limit, 'more positive')}: --limit {len(unit.positives)} shows all"
             )
         console.out.print(
             f"margins are measured from {_score(unit.reference)}; window {found.window[0]} to {found.window[1]}, {over}"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe.compat.columns import columns_of, pair_of, pairs, texts_of
-from negpipe.errors import InputError
+from negpipe.errors import InputError, count_of
 from negpipe.store import view
 from negpipe.store.files import publish
 
@@ -148,7 +148,8 @@ def _check_finite(texts: Sequence[str], vectors: Floats) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise InputError(
-            f"the model's vector of the text {texts[int(bad[0])][:80]!r} is not finite ({len(bad):,} such vectors)",
+            f"the model's vector of the text {texts[int(bad[0])][:80]!r} is not finite"
+            f" ({count_of(len(bad), 'such vector')})",
             remedy="Check the text; if others fail too, the model's weights are damaged or its precision is too low",
         )
 

@@ -33,8 +33,8 @@ def find_config(name: str) -> Path:
     """
     if name.startswith("s3://"):
         raise ConfigError(
-            f"a run directory in a bucket stores no config: instead of {name}, name the config that it was made with, as"
-            f" in `negpipe status my.yaml --set run_dir={name}` (without --set if the config names this run_dir)"
+            f"a run directory in a bucket stores no config: instead of {name}, name the config that it was made with,"
+            f" as in `negpipe status my.yaml --set run_dir={name}` (without --set if the config names this run_dir)"
         )
     named = (CONFIG_FOLDER / name, (CONFIG_FOLDER / name).with_suffix(".yaml"))
     run = [kept.path_in(Path(name))] if Path(name).is_dir() else []

@@ -174,12 +174,14 @@ class Data(Section):
     part_rows: int = Field(16384, ge=1, description="Approximate rows per part (half to twice as many).")
     min_grade: float = Field(1, description="Minimum grade of a positive.")
     add_positives: bool = Field(True, description="Add positives missing from the corpus as candidates.")
-    on_empty: Literal["error", "skip"] = Field("error", description="Handling of empty or null texts.")
-    on_unknown_id: Literal["error", "skip"] = Field("error", description="Handling of qrels with unknown ids.")
+    on_empty: Literal["error", "skip"] = Field(
+        "error", description="Rows with an empty or null text. skip: reject them."
+    )
+    on_unknown_id: Literal["error", "skip"] = Field("error", description="Judgments of unknown ids. skip: reject them.")
     max_bad_rows: int = Field(
         0,
         ge=0,
-        description="Maximum number of bad rows (malformed, wrong type, empty, unknown ids): they are skipped and"
+        description="Maximum number of bad rows (malformed, wrong type, empty, unknown ids): they are rejected and"
         " listed in rejected.jsonl; more are an error.",
     )
 

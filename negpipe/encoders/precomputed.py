@@ -12,7 +12,7 @@ import numpy.typing as npt
 from negpipe.data.npy import BROKEN
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget
-from negpipe.errors import InputError
+from negpipe.errors import InputError, count_of
 from negpipe.store import mapped
 
 Floats = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class VectorFile:
             self._check_repeats(self._matrix.label)
         if self._by_id is None and self._matrix.shape[0] != rows:
             raise InputError(
-                f"{self._matrix.shape[0]:,} vectors for {rows:,} rows of the source",
+                f"{count_of(self._matrix.shape[0], 'vector')} for {count_of(rows, 'row')} of the source",
                 file=str(path),
                 field=setting,
                 remedy="Provide one vector per source row, in its order, or a Parquet file with an id column",

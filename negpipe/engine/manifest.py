@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from negpipe.engine.fingerprint import digest
-from negpipe.errors import DamagedError
+from negpipe.errors import DamagedError, count_of
 from negpipe.store import claims
 from negpipe.store.files import BOOKS, remove, write_all
 from negpipe.store.store import LocalStore, Store
@@ -100,7 +100,7 @@ class Part(BaseModel):
         found = self.all(role) or (list(self.files) if len(self.files) == 1 else [])
         if len(found) != 1:
             raise DamagedError(
-                f"the record of part {self.key} names {len(found)} files as its {role}:"
+                f"the record of part {self.key} names {count_of(len(found), 'file')} as its {role}:"
                 " run `negpipe mine CONFIG --repair`"
             )
         return found[0]

@@ -27,7 +27,15 @@ from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.repair import check_headers, damaged, drop_damaged, drop_of_other_versions
 from negpipe.engine.stage import Context, Graph, Stage, Task, TaskExecutor, linkable
 from negpipe.engine.state import Identity, State, blocked, digests_of, identity_of, look
-from negpipe.errors import ConfigError, DamagedError, MissingStageError, NegpipeError, TaskFailedError, VanishedError
+from negpipe.errors import (
+    ConfigError,
+    DamagedError,
+    MissingStageError,
+    NegpipeError,
+    TaskFailedError,
+    VanishedError,
+    count_of,
+)
 from negpipe.redaction import redacted
 from negpipe.store import claims, registry
 from negpipe.store.boundary import stay_inside
@@ -337,8 +345,8 @@ def damage_named(stage: Stage, context: Context) -> Iterator[None]:
         files, full = (file for part in read for file in part.files), not context.store.verifies
         if wrong := damaged(context.store, files, full=full):
             raise DamagedError(
-                f"{stage.name}: {wrong[0][1]} ({len(wrong)} such files). Run `negpipe mine CONFIG --repair` to"
-                " recompute damaged parts and everything that may derive from them"
+                f"{stage.name}: {wrong[0][1]} ({count_of(len(wrong), 'such file')}). Run `negpipe mine CONFIG --repair`"
+                " to recompute damaged parts and everything that may derive from them"
             ) from error
         raise
 

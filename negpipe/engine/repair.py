@@ -16,7 +16,7 @@ from negpipe.engine import versions
 from negpipe.engine.manifest import OTHER_CONTENT, Books, File, Manifest
 from negpipe.engine.stage import Context, Stage
 from negpipe.engine.state import identity_of
-from negpipe.errors import DamagedError
+from negpipe.errors import DamagedError, count_of
 from negpipe.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     # In a stage with rounds, parts may derive from one another.
     read = {file.path: file for part in (*listed, *(books.parts() if stage.rounds else ())) for file in part.files}
     if read:
-        logger.info("%s: reading all %d files of its output", stage.name, len(read))
+        logger.info("%s: reading %s, all of its output", stage.name, count_of(len(read), "file"))
     wrong = damaged(store, read.values())
     sound = _sound(stage, context, untrusted | (_changed(wrong) if stage.rounds else set()))
     kept = {part.key for part in listed}
@@ -102,7 +102,8 @@ def drop_damaged(stage: Stage, context: Context, untrusted: set[str]) -> set[str
     for _, problem in wrong:
         logger.warning("%s: %s: recomputing it", stage.name, problem)
     if suspects:
-        logger.warning("%s: %d parts may derive from damaged files: recomputing where needed", stage.name, suspects)
+        parts = count_of(suspects, "part")
+        logger.warning("%s: %s may derive from damaged files: recomputing where needed", stage.name, parts)
     return _changed(wrong)
 
 
@@ -119,7 +120,8 @@ def drop_of_other_versions(stage: Stage, context: Context) -> None:
     if not outdated:
         return
     stage.examine(context)  # find what would keep it from running before dropping anything
-    logger.info("%s: recomputing %d parts made with other library versions", stage.name, len(outdated))
+    what = count_of(len(outdated), "part")
+    logger.info("%s: recomputing %s made with other library versions", stage.name, what)
     books.drop_manifest()
     for part in outdated:
         books.forget(part.key)

@@ -23,7 +23,7 @@ from negpipe.engine.manifest import Books, Manifest, Part
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.stage import Context, Graph, Progressed, Stage, Task, TaskExecutor
 from negpipe.engine.state import State, blocked, identity_of
-from negpipe.errors import ConfigError, DamagedError, MissingPartsError, MissingStageError
+from negpipe.errors import ConfigError, DamagedError, MissingPartsError, MissingStageError, count_of
 from negpipe.store.claims import PATIENCE, Claims
 from negpipe.store.files import json_bytes
 
@@ -149,14 +149,14 @@ def _refusing(shards: int | None) -> TaskExecutor:
         missing = [*tasks]
         if not missing:
             return
-        named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in missing])
+        named = some([f"{task.key} ({task.kind}, {count_of(task.rows, 'row')})" for task in missing])
         which = "I/N` for the shards that failed"
         if shards:
             lacking = sorted({shard_of(task.key, shards) for task in missing})
             which = f"I/{shards}` for I = {','.join(map(str, lacking))}"
         raise MissingPartsError(
-            f"{stage.name}: {len(missing):,} parts are missing: {named}. Run `negpipe work {stage.name} CONFIG"
-            f" --shard {which}, which makes only the missing parts, then commit again"
+            f"{stage.name}: {count_of(len(missing), 'part is', 'parts are')} missing: {named}. Run `negpipe work"
+            f" {stage.name} CONFIG --shard {which}, which makes only the missing parts, then commit again"
         )
 
     return run
@@ -235,7 +235,8 @@ class _Job:
             if left and not first:
                 if not told:
                     who = some(sorted({owner for task in left if (owner := self.claims.owner(task.key))}))
-                    logger.info("%s: waiting for %d parts of other processes: %s", self.stage.name, len(left), who)
+                    parts = count_of(len(left), "part")
+                    logger.info("%s: waiting for %s of other processes: %s", self.stage.name, parts, who)
                     told = True
                 time.sleep(min(_LOOK, self.claims.patience / 4))
 

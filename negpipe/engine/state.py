@@ -13,7 +13,7 @@ from negpipe.engine import shown, versions
 from negpipe.engine.fingerprint import DigestCache, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Stage, cache_path
-from negpipe.errors import DamagedError
+from negpipe.errors import DamagedError, count_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _look(stage: Stage, context: Context) -> tuple[State, Sequence[Part]]:
     if not parts:
         return State(stage.name, "missing", "no previous output"), ()
     done = len(parts)
-    return State(stage.name, "partial", f"unfinished, {done} part{'s' * (done != 1)} on disk", done=done), parts
+    return State(stage.name, "partial", f"unfinished, {count_of(done, 'part')} on disk", done=done), parts
 
 
 def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
@@ -65,7 +65,7 @@ def _against(manifest: Manifest, stage: Stage, context: Context) -> State:
     sizes = context.store.sizes(file.path for file in files)
     problems = [problem for file in files if (problem := file.misfit(sizes.get(file.path)))]
     if problems:
-        return State(stage.name, "damaged", f"{problems[0]} ({len(problems)} files in all)", manifest)
+        return State(stage.name, "damaged", f"{problems[0]} ({count_of(len(problems), 'file')} in all)", manifest)
     if hidden := shown.missing(stage, context, manifest):
         return State(stage.name, "damaged", f"{hidden} is missing or shows other files", manifest)
     return State(stage.name, "current", "", manifest)

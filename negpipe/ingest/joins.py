@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from negpipe.config.schema import Config
-from negpipe.errors import InputError
+from negpipe.errors import InputError, count_of
 from negpipe.ingest.rejected import too_many
 from negpipe.sources.fields import about_unknown
 
@@ -125,7 +125,7 @@ def _tell_unknown(config: Config, database: duckdb.DuckDBPyConnection, total: in
     }
     of_each = ", ".join(f"{count:,} of an unknown {side}" for side, count in counts.items() if count)
     if not allowed:
-        remedy = f"Add the {what}, or set data.on_unknown_id: skip to ignore such judgments"
+        remedy = f"Add the {what}, or set data.on_unknown_id: skip to reject such judgments"
         error = InputError(
             f"the relevance judgment names an unknown {what} id {which!r} (in total {of_each})",
             file=file,
@@ -134,7 +134,7 @@ def _tell_unknown(config: Config, database: duckdb.DuckDBPyConnection, total: in
         )
         raise too_many(error, config.data.max_bad_rows)
     logger.warning(
-        "%d of %d relevance judgments name an unknown id (%s) and are left out, such as %s id %r in %s, row %d%s",
+        "%d of %d relevance judgments name an unknown id (%s) and are rejected, such as %s id %r in %s, row %d%s",
         *(total, _count(database, "select count(*) from judgments"), of_each),
         *(what, which, file, line, hint and f". {hint}"),
     )
@@ -160,9 +160,9 @@ def _tell_contradictions(database: duckdb.DuckDBPyConnection) -> None:
         query, document, file, line, grade = example
         said = "given as a negative" if grade is None else f"judged {grade:g}"
         logger.warning(
-            "%d documents are judged relevant in one place and not relevant in another: they count as positives."
+            "%s judged relevant in one place and not relevant in another: counted as positives."
             " Document %r is %s for query %r in %s, row %d",
-            *(count, document, said, query, file, line),
+            *(count_of(count, "document"), document, said, query, file, line),
         )
 
 
@@ -246,7 +246,7 @@ def namesakes(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 
 
 def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    """Counts of what was read, merged and skipped."""
+    """Counts of what was read, merged and rejected."""
     queries = {
         "documents_read": "select count(*) from documents",
         "source_documents": "select (select count(*) from documents where corpus)"

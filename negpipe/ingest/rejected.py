@@ -1,6 +1,6 @@
-"""Skipped rows of the source: their limit, and `rejected.jsonl`, which lists each with the reason.
+"""Rejected rows of the source: their limit, and `rejected.jsonl`, which lists each with the reason.
 
-A row is bad if it would stop the run: it cannot be read, or has an unknown id. Rows skipped due to
+A row is bad if it would stop the run: it cannot be read, or has an unknown id. Rows rejected due to
 `data.on_empty: skip` or `data.on_unknown_id: skip` are listed too, but are not bad.
 """
 
@@ -41,7 +41,7 @@ def too_many(error: InputError, allowed: int) -> InputError:
 
 
 def write(database: duckdb.DuckDBPyConnection, path: Path) -> int:
-    """Write the skipped rows, one JSON object per line in the order of the source; return their number.
+    """Write the rejected rows, one JSON object per line in the order of the source; return their number.
 
     Non-ASCII and control characters are escaped. Memory holds one batch.
     """

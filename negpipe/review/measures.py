@@ -21,7 +21,7 @@ from negpipe.data.tables import Rows, documents, members, open_table, ragged
 from negpipe.engine.progress import Reporter, Silent
 from negpipe.engine.stage import Context
 from negpipe.engine.state import digests_of
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, count_of
 from negpipe.review import audit, calibrate, quality
 from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trials
 from negpipe.review.finished import current, searched, selected
@@ -52,9 +52,8 @@ def measure_quality(config: Config, *, reporter: Reporter | None = None) -> qual
     reporter = reporter or Silent()
     with digests_of(config) as digests:
         context = searched(config, digests, "quality")
-        logger.info(
-            "quality: measuring on the candidates of %s anchors", f"{context.manifest('ingest').stats['anchors']:,}"
-        )
+        anchors = count_of(context.manifest("ingest").stats["anchors"], "anchor")
+        logger.info("quality: measuring on the candidates of %s", anchors)
         opened = open_selection(context)
 
         def slices() -> Iterator[tuple[candidates.Candidates, Units]]:
@@ -111,7 +110,8 @@ def calibrate_settings(
         if not context.config.mining.num_negatives:
             raise ConfigError("mining.num_negatives is 0: only mined negatives can be calibrated")
         tried, total = settings(context.config), context.manifest("ingest").stats["anchors"]
-        logger.info("calibrate: trying %d settings on the candidates of %s anchors", len(tried), f"{total:,}")
+        what = count_of(len(tried), "setting"), count_of(total, "anchor")
+        logger.info("calibrate: trying %s on the candidates of %s", *what)
         opened = open_selection(context)
         if second is not None:
             with digests_of(second) as others:

@@ -21,6 +21,7 @@ from negpipe.data import candidates
 from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
 from negpipe.engine.budget import Budget
+from negpipe.errors import count_of
 from negpipe.select.selector import PartFiles, Selector, rows_of
 
 _CELL = 64  # bytes per candidate of the anchors that are searched together
@@ -103,7 +104,8 @@ def deepen(
         def tell(rows: int) -> None:
             nonlocal seen
             seen += rows
-            progress(f"{len(anchors):,} anchors again, to depth {depth:,}: {seen / documents.rows:.0%}")
+            lacking = count_of(len(anchors), "anchor lacks", "anchors lack")
+            progress(f"{lacking} negatives, searching to depth {depth:,}: {seen / documents.rows:.0%}")
 
         def search_some(
             some: ann.vectors.Ints, budget: Budget, progress: Callable[[int], None]

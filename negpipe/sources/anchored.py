@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from negpipe.config import schema
+from negpipe.errors import count_of
 from negpipe.sources.chunks import ChunkColumns, Column
 from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, id_of, ids_of, text_of, texts_of
 from negpipe.sources.places import SourceTable
@@ -227,7 +228,7 @@ def _many(value: Any) -> list[Any]:
 def _as_many(values: list[Any], count: int, place: Place, column: Column) -> list[Any]:
     if len(values) == count:
         return values
-    problem = f"{count} positives need a list of as many, this has {len(values)}"
+    problem = f"{count_of(count, 'positive needs', 'positives need')} a list of as many, this has {len(values)}"
     raise RowError("type", problem, place, column.name, "Write one per positive")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from negpipe.errors import InputError, closest
+from negpipe.errors import InputError, closest, count_of
 from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
 _log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ class FieldsChunk:
         for start, fields in self.fields:
             place = Place(self.file, start)
             if len(fields) != len(self.header):
-                problem = f"{len(fields)} fields, but the header names {len(self.header)}"
+                problem = f"{count_of(len(fields), 'field')}, but the header names {len(self.header)}"
                 bad = RowError("broken", problem, place, remedy="Check delimiters and quotes").row
                 yield bad._replace(raw=raw_of(fields))
             else:

@@ -192,7 +192,7 @@ class Template:
         return text
 
 
-_EMPTY_REMEDY = "Fill it in, or set data.on_empty: skip to ignore such rows"
+_EMPTY_REMEDY = "Fill it in, or set data.on_empty: skip to reject such rows"
 _TEMPLATE_REMEDY = "Use for example '{title} {text}'; {{ and }} are literal braces"
 
 

@@ -126,7 +126,7 @@ def qrels(folder: Path) -> dict[str, Path]:
         if _bare(file).lower() == "readme":
             continue
         if (first := named.setdefault(_bare(file), file)) != file:
-            _log.warning("%s is ignored: %s has the judgments of that split", file, first.name)
+            _log.warning("%s is not read: %s has the judgments of that split", file, first.name)
     single = either(folder, "qrels")
     return named or ({_FIRST_SPLIT: single} if single else {})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from negpipe.config.schema import Dialect
-from negpipe.errors import InputError
+from negpipe.errors import InputError, count_of
 from negpipe.sources.chunks import Check, Column
 from negpipe.sources.places import SourceTable, locate
 from negpipe.sources.tables import CUT, Chunks, chunks, decoded_lines, gathered, opened
@@ -68,7 +68,9 @@ def ranked(path: str, kind: Run) -> Iterator[Ranked]:
             continue
         if len(fields) != count:
             remedy = f"Every line of such a run has {count} fields: fix it, or remove it"
-            raise InputError(f"{len(fields)} fields, not a line of {RUNS[kind]}", file=path, row=number, remedy=remedy)
+            raise InputError(
+                f"{count_of(len(fields), 'field')}, not a line of {RUNS[kind]}", file=path, row=number, remedy=remedy
+            )
         yield Ranked(fields[0], fields[document], _number(fields[-1 if kind == "tevatron" else -2]))
 
 

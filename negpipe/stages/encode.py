@@ -37,7 +37,7 @@ from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
-from negpipe.errors import BudgetError, InputError, NegpipeError, beneath
+from negpipe.errors import BudgetError, InputError, NegpipeError, beneath, count_of
 from negpipe.sources import remote
 from negpipe.stages import headers
 from negpipe.store.files import BOOKS
@@ -448,7 +448,7 @@ def check_fits(context: Context, dimension: int) -> None:
 def _needs(context: Context, work: Workload) -> Needs:
     encoder, left, dimension = context.config.encoder, work.left, work.dimension
     speed = work.speed and work.speed * context.workers
-    note = f"{left:,} texts" + (f" at {speed:,.0f} per second, {work.source}" if speed else "")
+    note = count_of(left, "text") + (f" at {speed:,.0f} per second, {work.source}" if speed else "")
     needs = Needs(left / speed if speed else None, note=note + (", minus cached texts" if encoder.cache else ""))
     if work.missing and encoder.backend == "http" and encoder.http:
         needs = _priced(needs, _estimated_tokens(context, work.missing), encoder.http.price)

@@ -13,7 +13,7 @@ none), its row in the source. `namesakes`: hash of a normalised text that severa
 known positives, one pair per row, ascending; an anchor finds its own by its hash, so its part does not depend on
 other queries with the same text. Columns kept by `data.extra` are in the first three as `extra:NAME`, with the values
 of the first row that has the text or id.
-Rows that were left out are listed in `rejected.jsonl`. With `train.split` the anchors are those of its training side,
+Rejected rows are listed in `rejected.jsonl`. With `train.split` the anchors are those of its training side,
 and `split/` lists the judgments of both.
 """
 
@@ -48,7 +48,7 @@ from negpipe.engine import versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import ConfigError, DamagedError
+from negpipe.errors import ConfigError, DamagedError, count_of
 from negpipe.ingest import joins, rejected, split
 from negpipe.ingest.spool import Spool, SpooledTexts, ahead, extra_columns, load, read
 from negpipe.sources.places import locate, paths_of
@@ -164,7 +164,7 @@ def _facts(context: Context, side: split.Side, connection: duckdb.DuckDBPyConnec
     task = _task("counts", pa.table({name: [n] for name, n in counts.items()}))
     if count := rejected.write(connection, folder / rejected.NAME):
         listed["rejected"] = folder / rejected.NAME
-        logger.warning("%d source rows left out: %s", count, context.run.place(rejected.NAME))
+        logger.warning("%s rejected: %s", count_of(count, "source row"), context.run.place(rejected.NAME))
     if not listed:
         return task
     return replace(
@@ -318,7 +318,7 @@ def _counts(stats: Mapping[str, Any]) -> dict[str, int]:
     shown = {"documents": stats["rows"], "anchors": stats["anchors"], "positives": stats["positives"]}
     left_out = {
         "duplicate documents merged": stats["duplicate_texts"],
-        "queries dropped without a positive in data.split": stats["queries_without_positive"],
+        "queries without a positive in data.split": stats["queries_without_positive"],
         "source rows rejected": stats["rejected_rows"],
     }
     return shown | {name: count for name, count in left_out.items() if count}

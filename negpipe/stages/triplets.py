@@ -33,7 +33,7 @@ from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task, Workload
-from negpipe.errors import InputError, RowsError, beneath
+from negpipe.errors import InputError, RowsError, beneath, count_of
 from negpipe.rows import formats
 from negpipe.select import columns, conditions, deeper, rules, verdicts
 from negpipe.select.filters import CODES, HELPS
@@ -98,7 +98,7 @@ def _check(context: Context) -> None:
     rows = read["rows"] - (0 if context.config.data.add_positives else read["added_positives"])
     if first >= rows:
         raise InputError(
-            f"the window starts at rank {first}, but the corpus has {rows} documents",
+            f"the window starts at rank {first}, but the corpus has {count_of(rows, 'document')}",
             field="mining.range_min",
             remedy="Set mining.range_min below the number of documents",
         )
@@ -189,7 +189,7 @@ def _accept(config: Config, stats: Mapping[str, Any]) -> None:
     rows, least = stats["rows"], config.output.min_rows
     if rows < least:
         raise RowsError(
-            f"{rows:,} rows, but output.min_rows is {least:,}: triplets/ stays as it was. Candidates dropped:"
+            f"{count_of(rows, 'row')}, but output.min_rows is {least:,}: triplets/ stays as it was. Candidates dropped:"
             f" {_dropped(stats)}{_problems(stats)}. {advice(stats)}, or set output.min_rows={rows}"
         )
 

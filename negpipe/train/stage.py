@@ -31,7 +31,7 @@ from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, count_of
 from negpipe.stages import encode, triplets
 from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
@@ -153,7 +153,7 @@ def _check(context: Context) -> None:
         rows = context.manifest("triplets").stats["rows"]
         if rows < train.batch_size:
             raise InputError(
-                f"{rows:,} rows are too few for a batch of {train.batch_size:,}",
+                f"{count_of(rows, 'row is', 'rows are')} too few for a batch of {train.batch_size:,}",
                 field="train.batch_size",
                 remedy="Mine more rows, or set a smaller batch",
             )

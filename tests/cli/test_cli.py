@@ -156,7 +156,7 @@ def test_ingest_tells_each_count_once(tmp_path: Path) -> None:
     (done,) = (line["message"] for line in entries(outcome.err) if ": done" in line["message"])
     assert done.partition(" (")[2] == (
         "documents 40, anchors 12, positives 12, duplicate documents merged 1,"
-        " queries dropped without a positive in data.split 2)"
+        " queries without a positive in data.split 2)"
     )
     assert re.search(r"^ingest +current +\d+ +40 documents ", small.run("status", config).out, re.MULTILINE)
 
@@ -205,7 +205,7 @@ def test_5_damage_is_found_named_and_made_good(folder: Path) -> None:
     part.unlink()
     status = small.run("status", config)
     assert status.code == 0
-    assert f"search: search/{part.name} is missing (1 files in all)" in status.out
+    assert f"search: search/{part.name} is missing (1 file in all)" in status.out
     assert small.run("mine", config).code == 0
     assert small.output(run_dir) == whole
     assert small.run("verify", config).code == 0
@@ -407,3 +407,12 @@ def test_clean_lists_asks_and_frees(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert small.run("clean", config).out.startswith("Nothing to clean")
     assert small.run("verify", config).code == 0
     assert "Nothing to do" in small.run("mine", config, "--set", "mining.range_max=80").out
+
+
+@pytest.mark.parametrize(("bad", "said"), [(1, "1 source row rejected"), (2, "2 source rows rejected")])
+def test_a_noun_after_a_number_is_in_the_plural_but_for_one(bad: int, said: str, tmp_path: Path) -> None:
+    config = small.build(tmp_path, [*small.documents(), *[{"_id": f"empty{n}", "text": ""} for n in range(bad)]])
+    outcome = small.run("mine", config, "--max-bad-rows", bad)
+    assert f" {said}: {tmp_path}/run/rejected.jsonl" in outcome.err
+    assert f"\n{said}: {tmp_path}/run/rejected.jsonl" in outcome.out
+    assert f"ingest: {said}, see rejected.jsonl" in small.run("status", tmp_path / "run").out

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,38 @@ def test_what_is_in_a_source(tmp_path: Path) -> None:
     assert "row 8" in found["examples"][0]
     few = inspected(str(tmp_path / "rows.jsonl"), "--rows", "4")
     assert not few["whole"] and few["documents"]["count"] < 14
+
+
+def _pairs(folder: Path) -> list[Path]:
+    lines = [{"anchor": f"q{n % 3}", "positive": f"p{n // 2}", "negative": f"p{n}"} for n in range(8)]
+    small.write_rows(folder / "pairs.jsonl", lines)
+    return [folder / "pairs.jsonl"]
+
+
+def _beir_with_copies(folder: Path) -> list[Path]:
+    copies = [{"_id": f"copy{n}", "title": f"Title {n}", "text": f"document {n}"} for n in range(4)]
+    small.build(folder, [*small.documents(), *copies], small.queries(14))
+    with (folder / "data/qrels/train.tsv").open("a") as file:
+        file.write("q0\tcopy0\t1\nq1\tcopy1\t1\n")  # q0's positive again, and another one of q1
+    return [folder / "data"]
+
+
+@pytest.mark.parametrize("source", [_pairs, _beir_with_copies])
+def test_it_counts_as_ingest_does(source: Callable[[Path], list[Path]], tmp_path: Path) -> None:
+    written = str(tmp_path / "my.yaml")
+    (path,) = source(tmp_path)
+    found, shown = inspected(str(path)), small.run("inspect", str(path), "--write", written).out
+    outcome = small.run("ingest", written, "--set", f"run_dir={tmp_path / 'run'}")
+    said = re.findall(r"ingest: done .* \((.*)\)", outcome.err)[0].split(", ")
+    counts = {name: int(count) for name, _, count in (one.rpartition(" ") for one in said)}
+    documents, queries = found["documents"], found["queries"]
+    assert documents["count"] == counts["documents"]
+    assert documents["rows"] - documents["count"] == counts["duplicate documents merged"]
+    assert queries["count"] == counts["anchors"] + counts.get("queries without a positive in data.split", 0)
+    assert sum(found["positives"].values()) == counts["anchors"]
+    assert sum(int(many) * anchors for many, anchors in found["positives"].items()) == counts["positives"]
+    assert f"documents: {documents['count']} in {documents['rows']} rows (of rows with the same text, one)" in shown
+    assert f"anchors in data.split train: {counts['anchors']}, positives: {counts['positives']}," in shown
 
 
 def test_a_split_that_is_not_there_gives_way(tmp_path: Path) -> None:

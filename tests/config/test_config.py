@@ -244,7 +244,7 @@ def test_a_missing_config_names_a_similar_one_or_how_to_write_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no config 'shopp.yaml'.*`negpipe init` writes a first config"):
+    with pytest.raises(ConfigError, match=r"no config 'shopp\.yaml'.*`negpipe init` writes a first config"):
         find_config("shopp.yaml")
     (tmp_path / "shop.yaml").touch()
     kept.path_in(tmp_path / "runs/shop").parent.mkdir(parents=True)

@@ -441,7 +441,7 @@ def test_no_secret_of_a_url_is_shown_or_written(tmp_path: Path) -> None:
         assert SECRET not in shown[-1], command
     assert "13 rows" not in shown[3]
     assert "memory://store/p.jsonl?***, row 13, field 'anchor'" in shown[0]
-    assert "source rows were skipped" in shown[3]
+    assert "source rows rejected" in shown[3]
     assert "memory://store/p.jsonl?***" in (tmp_path / "work/run/.negpipe/ingest/manifest.json").read_text()
     assert "memory://store/p.jsonl?***" in (tmp_path / "work/run/rejected.jsonl").read_text()
     written = everything(tmp_path / "work/run") + everything(tmp_path / "hub")

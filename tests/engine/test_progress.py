@@ -66,7 +66,8 @@ def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.
     outcome = small.run("mine", small.build(tmp_path), *overrides)
     assert outcome.code == 0, outcome.err
     assert "no row could be written; candidates dropped: max score" in " ".join(outcome.err.split())
-    said = re.findall(r"triplets: 0 of 12 anchors \(12 anchors again, to depth (\d+): (\d+)%\)", outcome.err)
+    about = r"12 anchors lack negatives, searching to depth (\d+): (\d+)%"
+    said = re.findall(rf"triplets: 0 of 12 anchors \({about}\)", outcome.err)
     assert said == [(depth, share) for depth in ("20", "40") for share in ("25", "50", "75", "100")]
 
 

@@ -313,7 +313,7 @@ def test_audit_and_calibration_of_other_rows_are_not_shown(folder: Path, monkeyp
     assert "compared to the qrels" in page_of(folder / "run/report.html").text
     assert negpipe("mine", config, "--set", "mining.num_negatives=2", "--set", "encoder.storage=float32").code == 0
     text = page_of(folder / "run/report.html").text
-    assert "140 rows were not audited: run `negpipe audit" in text
+    assert "140 rows not audited: run `negpipe audit" in text
     assert "Leak against hardness" not in text
 
 

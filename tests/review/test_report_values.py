@@ -240,7 +240,7 @@ def test_the_figure_of_drops(mined: Mined) -> None:
     figure = mined.figure("Candidates dropped, by reason")
     check_bars(figure, "blue", wanted, lying=True)
     seen, taken = (sum(row[name] for row in ledger) for name in ("candidates", "taken"))
-    assert f"{seen:,} candidates were seen, {taken:,} taken." in figure
+    assert f"{seen:,} candidates seen, {taken:,} taken." in figure
     name, count = next(iter(wanted.items()))
     assert f"Most frequent drop reason: {name}, {count / seen:.1%}." in figure
 

@@ -1,4 +1,4 @@
-"""Bad data in every format: a named error with file and row, or a row that is left out, counted and listed."""
+"""Bad data in every format: a named error with file and row, or a row that is rejected, counted and listed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_there_are_enough_cases() -> None:
 @pytest.mark.guarantee(
     "a row is broken, empty or of a wrong type",
     "named by file, row and field (a broken line of a hub repository by file alone); or, up to `--max-"
-    "bad-rows N`, left out and listed in `rejected.jsonl`",
+    "bad-rows N`, rejected and listed in `rejected.jsonl`",
     section="input",
 )
 @pytest.mark.torture
@@ -179,12 +179,12 @@ def test_the_option_is_the_setting_and_people_are_told(tmp_path: Path) -> None:
     assert "corpus.jsonl, row 5, field 'text': expected a text, got 4; the source has more bad rows" in refused.err
     mined = small.run("mine", config, "--max-bad-rows", 2)
     assert mined.code == 0, mined.err
-    assert f"2 source rows were skipped: {tmp_path}/run/{NAME}" in mined.out
+    assert f"2 source rows rejected: {tmp_path}/run/{NAME}" in mined.out
     kept = yaml.safe_load((tmp_path / "run/.negpipe/config.yaml").read_text(encoding="utf-8"))
     assert kept["data"]["max_bad_rows"] == 2  # so that what comes next needs no more than the run directory
     assert "source rows rejected 2" in mined.err
     status = small.run("status", config, "--set", "data.max_bad_rows=2")
-    assert f"ingest: 2 source rows were skipped, see {NAME}" in status.out
+    assert f"ingest: 2 source rows rejected, see {NAME}" in status.out
     assert [line.split()[1] for line in status.out.splitlines()[1:6]] == ["current"] * 5
     # Vectors are matched to the rows of the source, so those of the rows behind are still their own.
     whole = small.build(tmp_path / "whole")

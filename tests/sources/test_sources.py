@@ -327,7 +327,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str, int, str | None, str]] = [
     ({"qrels": QRELS + "q1\td2\thigh\n"}, "type", "a finite number, not 'high'", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\td2\tnan\n"}, "type", "a finite number, not 'nan'", "train.tsv", 3, "score", "1 or 0"),
     ({"qrels": QRELS + "q1\t\t1\n"}, "missing", "no id", "train.tsv", 3, "corpus-id", "an id"),
-    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 fields, but the header names 3", "train.tsv", 3, None, "delimiters"),
+    ({"qrels": QRELS + "q1 d2 1\n"}, "broken", "1 field, but the header names 3", "train.tsv", 3, None, "delimiters"),
 ]
 
 

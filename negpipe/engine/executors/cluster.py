@@ -24,7 +24,7 @@ from negpipe.config.schema import Config
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Context
-from negpipe.errors import ConfigError
+from negpipe.errors import ConfigError, count_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Demand:
         return int(min(ways + ([node.get("GPU", 0) / self.gpus] if self.gpus else [])))
 
     def __str__(self) -> str:
-        return f"{self.cpus} cores, {self.gpus} GPUs and {self.memory / 2**30:.1f} GiB"
+        return f"{count_of(self.cpus, 'core')}, {count_of(self.gpus, 'GPU')} and {self.memory / 2**30:.1f} GiB"
 
 
 @contextmanager
@@ -90,11 +90,14 @@ def connect(config: Config) -> None:
             _within(settings, lambda: ray.init(address=settings.address, **options))
     nodes, seconds = alive(), time.monotonic() - started
     logger.info(
-        "ray: %s in %.1f s: %d nodes with %d cores and %d GPUs",
+        "ray: %s in %.1f s: %s with %s and %s",
         "started" if settings.address == "local" else f"connected to {ray.get_runtime_context().gcs_address}",
         seconds,
-        len(nodes),
-        *(sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")),
+        count_of(len(nodes), "node"),
+        *(
+            count_of(int(sum(node.get(kind, 0) for node in nodes)), name)
+            for kind, name in (("CPU", "core"), ("GPU", "GPU"))
+        ),
     )
 
 
@@ -158,7 +161,7 @@ def room(config: Config, needed: Demand, stage: str) -> int:
     finally:
         remove_placement_group(wanted)
     there = sorted(
-        f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs, {node.get('memory', 0) / 2**30:.1f} GiB"
+        f"{count_of(int(node.get('CPU', 0)), 'core')}, {count_of(int(node.get('GPU', 0)), 'GPU')}, {node.get('memory', 0) / 2**30:.1f} GiB"
         for node in alive()
     )
     remedy = "set encoder.device and search.device to cpu, or" if needed.gpus else "lower resources, or"

@@ -35,7 +35,15 @@ from negpipe.config.schema import Config
 from negpipe.engine.executors import local
 from negpipe.engine.shards import Shard, shard_of, some
 from negpipe.engine.stage import Context, Progressed, Stage, Task, TaskExecutor
-from negpipe.errors import ConfigError, LockedError, NegpipeError, StorageError, TaskFailedError, VanishedError
+from negpipe.errors import (
+    ConfigError,
+    LockedError,
+    NegpipeError,
+    StorageError,
+    TaskFailedError,
+    VanishedError,
+    count_of,
+)
 from negpipe.redaction import Redacting
 from negpipe.store import unfinished
 from negpipe.store.files import BOOKS, json_bytes, remove
@@ -235,12 +243,12 @@ class _Driver:
             self._store.replace(self._name, content, self.note)
             self.note = content
         logger.info(
-            "%s: submitted %s for %d parts in %d of %d shards",
+            "%s: submitted %s for %s in %d of %s",
             self.stage.name,
             _named(array),
-            len(self.missing),
+            count_of(len(self.missing), "part"),
             len(numbers),
-            settings.shards,
+            count_of(settings.shards, "shard"),
         )
         return array
 
@@ -311,11 +319,12 @@ class _Driver:
         job = next(lasting, None) or (next(iter(self.failures), None) if final else None)
         if job is None and not final:
             return
-        named = some([f"{task.key} ({task.kind}, {task.rows:,} rows)" for task in self.missing.values()])
+        named = some([f"{task.key} ({task.kind}, {count_of(task.rows, 'row')})" for task in self.missing.values()])
         failure = self.failures[job] if job else TaskFailedError(f"no array task reported why, see {array.folder}")
         whose = f"array task {job.partition('.')[0]} (shard {array.jobs[job]}): " if job else ""
         log = f". Its log: {array.files(job).stderr}" if job else ""
-        text = f"{self.stage.name}: {len(self.missing):,} parts are missing: {named}. {whose}{failure}{log}"
+        parts = count_of(len(self.missing), "part is", "parts are")
+        text = f"{self.stage.name}: {parts} missing: {named}. {whose}{failure}{log}"
         raise errors.error_of({"error": failure.code, "text": text})
 
 
@@ -392,8 +401,8 @@ def _largest_array() -> int:
 
 def _named(array: _Array) -> str:
     if array.cluster == "local":
-        return f"an array of {len(array.jobs)} processes"
-    return f"array{'s' * (len(array.ids) > 1)} {', '.join(array.ids)} ({len(array.jobs)} tasks)"
+        return f"an array of {count_of(len(array.jobs), 'process', 'processes')}"
+    return f"array{'s' * (len(array.ids) > 1)} {', '.join(array.ids)} ({count_of(len(array.jobs), 'task')})"
 
 
 def _error_of(trace: str) -> NegpipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from negpipe.errors import count_of
 from negpipe.review.calibrate.estimate import Calibration, Estimate
 from negpipe.review.calibrate.recommend import Recommendation
 
@@ -52,7 +53,7 @@ def draw_leak(axes: Axes, calibration: Calibration, recommendation: Recommendati
     axes.set_xlabel(f"leak: {_what(calibration.method)} among the negatives taken, % (bars: 95 % interval)")
     axes.set_ylabel("hardness: mean score of the negatives taken")
     axes.set_title(
-        f"negatives per trial: {calibration.num_negatives}, {calibration.anchors:,} anchors;"
+        f"negatives per trial: {calibration.num_negatives}, {count_of(calibration.anchors, 'anchor')};"
         " numbers: range_min, if not 0"
     )
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from negpipe.errors import count_of
 from negpipe.review.calibrate.estimate import Calibration, Estimate
 
 _FEW = 100  # number of anchors below which an interval is a guess
@@ -60,10 +61,10 @@ def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
     tried = f"{calibration.anchors:,} of {calibration.all_anchors:,} anchors"
     lines = [
         f"leak {percent(chosen.leak)}, with 95 % confidence {percent(chosen.lo)} to {percent(chosen.hi)},"
-        f" from {tried}, {calibration.trials:,} trials and {chosen.negatives:,.0f} negatives"
+        f" from {tried}, {count_of(calibration.trials, 'trial')} and {count_of(round(chosen.negatives), 'negative')}"
     ]
     if calibration.anchors < _FEW:
-        lines.append(f"{calibration.anchors} anchors are few: treat the interval as a guess")
+        lines.append(f"{count_of(calibration.anchors, 'anchor is', 'anchors are')} few: treat the interval as a guess")
     if not chosen.leaking:
         bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
         lines.append(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from negpipe.config.schema import Config
 from negpipe.engine.state import digests_of
-from negpipe.errors import LockedError
+from negpipe.errors import LockedError, count_of
 from negpipe.review.finished import current
 from negpipe.review.report import gather, page
 from negpipe.store.files import BOOKS, publish, write_all
@@ -45,7 +45,8 @@ def write(config: Config, out: Path | None = None, *, typed: str = "CONFIG", anc
     """
     with _at_rest(config), digests_of(config) as digests:
         context = current(config, digests, "report", last="triplets")
-        logger.info("report: reading up to %s anchors with their candidates, and drawing", f"{anchors:,}")
+        what = count_of(anchors, "anchor with its", "anchors with their")
+        logger.info("report: reading up to %s candidates, and drawing", what)
         data = page.render(gather.gather(context, typed, anchors)).encode()
         if out is None and config.url:
             run_of(config).put("", lambda _: NAME, lambda file: write_all(file, data), len(data))

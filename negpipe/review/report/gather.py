@@ -19,7 +19,7 @@ from negpipe.config.schema import Config
 from negpipe.data.candidates import Candidates
 from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context
-from negpipe.errors import NegpipeError
+from negpipe.errors import NegpipeError, count_of
 from negpipe.redaction import redacted
 from negpipe.review import audit, measures
 from negpipe.review.calibrate import Calibration, Estimate, Setting
@@ -174,9 +174,10 @@ def _captions(
         plots.RANKS: f"{first:.1%} of the positives are the nearest document, {beyond:.1%} are beyond rank"
         f" {measured.depth}.",
         plots.PER_ANCHOR: f"{full:.1%} of the anchors have all {wanted} requested.",
-        plots.DROPS: f"{made.stats['candidates']:,} candidates were seen, {made.stats['negatives']:,} taken.{dropped}",
-        plots.HUBS: f"{len(hubs):,} documents are negatives; the most frequent one for {int(hubs.max(initial=0)):,}"
-        f" of {measured.anchors:,} anchors.",
+        plots.DROPS: f"{count_of(made.stats['candidates'], 'candidate')} seen, {made.stats['negatives']:,} taken."
+        f"{dropped}",
+        plots.HUBS: f"{count_of(len(hubs), 'document is a negative', 'documents are negatives')}; the most frequent one"
+        f" for {int(hubs.max(initial=0)):,} of {count_of(measured.anchors, 'anchor')}.",
         plots.LEAK: "Each mark is a setting: further left it takes fewer false negatives, further up harder ones.",
     }
 
@@ -242,7 +243,7 @@ def _audit(context: Context, made: Manifest, typed: str) -> tuple[dict[str, Any]
     if made.stats["rows"] > _AUDITED:
         return (
             None,
-            f"These {made.stats['rows']:,} rows were not audited: run `negpipe audit {typed}`, then report again.",
+            f"{count_of(made.stats['rows'], 'row')} not audited: run `negpipe audit {typed}`, then report again.",
         )
     try:
         found = measures.audit_rows(context.config, audit.AuditOptions(columns={}))

@@ -76,7 +76,7 @@ class Pool:
 
 
 def cards(pool: Pool, corpus: Rows, seed: int) -> list[Card]:
-    """Choose anchors and gather their texts; anchors without negatives are skipped."""
+    """Choose anchors and gather their texts; anchors without negatives are left out."""
     places = [(units, number) for units in pool.slices for number in np.flatnonzero(units.counts).tolist()]
     if not places:
         return []

@@ -20,7 +20,7 @@ from negpipe.config.schema import Config
 from negpipe.data import moments
 from negpipe.data.tables import Rows
 from negpipe.encoders.vectors import NOT_EXACT
-from negpipe.errors import ConfigError, InputError
+from negpipe.errors import ConfigError, InputError, count_of
 from negpipe.rows.exports import card, distillation, flagembedding, nemo, ranking, rows, swift, tevatron
 from negpipe.rows.exports.blocks import Slices
 from negpipe.rows.exports.files import published
@@ -206,10 +206,9 @@ def export(
     done = Exported(options.out, written, tally.units, tally.without, tally.short)
     reasons = ((done.without, "without negatives"), (done.short, "with too few negatives"))
     logger.info(
-        "export: %s rows of %s %s to %s%s",
-        f"{written:,}",
-        f"{done.units - done.left_out:,}",
-        "pairs" if config.mining.margin_reference == "each" else "anchors",
+        "export: %s of %s to %s%s",
+        count_of(written, "row"),
+        count_of(done.units - done.left_out, "pair" if config.mining.margin_reference == "each" else "anchor"),
         options.out,
         "".join(f"; {count:,} {reason} left out" for count, reason in reasons if count),
     )

@@ -318,9 +318,7 @@ def test_a_gpu_that_is_not_there_is_named_before_anything_runs(
 ) -> None:
     nodes.fill(2)
     run = whole.at(tmp_path / "run")
-    no_gpu = (
-        r": a worker needs 1 cores, 1 GPUs and .* no node of the cluster has .* set encoder\.device and search\.dev"
-    )
+    no_gpu = r": a worker needs 1 core, 1 GPU and .* no node of the cluster has .* set encoder\.device and search\.dev"
     with pytest.raises(ConfigError, match=f"encode{no_gpu}"):
         nodes.mine(golden.at(run.folder), "encoder.device=cuda", "executor.ray.wait=1s")
     with pytest.raises(ConfigError, match=f"index{no_gpu}"):
