@@ -82,7 +82,8 @@ def calibrate(
 
     For anchors with several positives, one is shown and the others are hidden: leak is the share of hidden positives
     among the negatives taken. Tries every window start with every sampler and each cutoff separately; other settings
-    are the config's. Writes RUN_DIR/calibration.parquet.
+    are the config's. Shows the settings that no other surpasses; --format csv prints all. Writes
+    RUN_DIR/calibration.parquet.
 
     Example: negpipe calibrate scifact.yaml --coverage 0.95 --relative-margin 0.02,0.05,0.1 --plot leak.svg
     """

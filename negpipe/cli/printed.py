@@ -24,6 +24,9 @@ from negpipe.train.comparison import METRICS, of_document
 if TYPE_CHECKING:
     from negpipe.train.refresh import Refreshed
 
+_SETTINGS = 10
+"""Settings that a table of `calibrate` shows, besides the config's and the recommended one."""
+
 
 def table(title: str, *columns: str) -> Table:
     """A table without borders; columns after the first are aligned to the right."""
@@ -66,7 +69,7 @@ def _spread(values: Distribution) -> list[str]:
 
 
 def show_calibration(made: Calibration, advice: Recommendation, *, coverage: float, max_leak: float) -> None:
-    """Every setting, then the recommendation."""
+    """The settings worth choosing, then the recommendation."""
     out.print(f"{METHODS[made.method]}\n", markup=False)
     title = (
         f"{made.anchors:,} of {count_of(made.all_anchors, 'anchor')}, {count_of(made.trials, 'trial')},"
@@ -78,21 +81,19 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
         column.no_wrap = True
     rows.columns[2].justify = rows.columns[-1].justify = "left"
     own = made.estimates[0]
-    for one in made.estimates:
-        notes = {
-            "config": one is own,
-            "chosen": one is advice.chosen,
-            "front": one in advice.frontier and one is not advice.chosen,
-        }
+    shown, which = _worth_choosing(made, advice)
+    for one in shown:
+        notes = {"config": one is own, "chosen": one is advice.chosen}
         note = ", ".join(name for name, holds in notes.items() if holds)
         style = "bold green" if one is advice.chosen else "" if one.coverage >= coverage else "dim"
         rows.add_row(*_cells(one), note, style=style)
     out.print(rows)
     out.print(
-        "\nfrom: range_min; leak, lo, hi: share of false negatives and its 95 % interval\n"
+        f"\nShown: {which}\n"
+        "from: range_min; leak, lo, hi: share of false negatives and its 95 % interval\n"
         "score, rank: of the negatives taken; below: distance below the positive\n"
         "cover: share of anchors that get all their negatives from the stored candidates alone, whichever positive is"
-        " shown\nconfig: your setting; front: every harder setting leaks more",
+        " shown\nconfig: your setting; chosen: the one recommended below",
         style="dim",
     )
     out.print(
@@ -118,6 +119,23 @@ def show_calibration(made: Calibration, advice: Recommendation, *, coverage: flo
     if advice.chosen.setting.relative_margin is None and advice.chosen.setting.absolute_margin is None:
         out.print("- without a margin, negatives may score above their positive: audit counts them as above_positive")
     out.print(f"\n{advice.chosen.setting.yaml()}", markup=False)
+
+
+def _worth_choosing(made: Calibration, advice: Recommendation) -> tuple[list[Estimate], str]:
+    """At most `_SETTINGS` settings besides the config's and the recommended one, and which they are, in words."""
+    own, *others = made.estimates
+    if len(others) <= _SETTINGS:
+        return made.estimates, "all settings tried"
+    if advice.frontier:
+        best, which = advice.frontier, "those that no other surpasses: whichever has harder negatives leaks more"
+    else:
+        best, which = sorted(others, key=lambda one: -one.coverage)[:_SETTINGS], "those that cover most anchors"
+    at = {*range(len(best))}
+    if len(best) > _SETTINGS:  # evenly, from the least leak to the hardest negatives
+        at = {round(number * (len(best) - 1) / (_SETTINGS - 1)) for number in range(_SETTINGS)}
+    shown = [one for number, one in enumerate(best) if one is not own and (number in at or one is advice.chosen)]
+    tried = count_of(len(made.estimates), "setting")
+    return [own, *shown], f"yours, and {len(shown)} of {tried}: {which}. --format csv or json prints all"
 
 
 def _cells(one: Estimate) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -348,6 +349,31 @@ def test_command(searched: Run, tmp_path: Path) -> None:
     assert wanted and re.search(rf"^Next: negpipe mine \S+ {re.escape(wanted)}$", shown.out, re.MULTILINE)
     # Nothing was encoded or searched again.
     assert {stage: searched.content(stage) for stage in made_before} == made_before
+
+
+def test_the_table_is_short_and_csv_has_all(searched: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(searched.config), "utf-8")
+    shown = negpipe("calibrate", config, "--coverage", "0.3")
+    every = [*csv.DictReader(negpipe("calibrate", config, "--coverage", "0.3", "--format", "csv").out.splitlines())]
+    lines = re.findall(r"^(?:top|random) +\d+ .*%.*$", shown.out, re.MULTILINE)
+    assert 2 <= len(lines) <= 12 and len(every) > 40
+    assert re.search(rf"^Shown: yours, and {len(lines) - 1} of {len(every)} settings: .* --format csv", shown.out, re.M)
+    assert lines[0].endswith("config") and sum("chosen" in line for line in lines) == 1
+
+    def cell(row: dict[str, str]) -> str:
+        return f"{float(row['leak']):.1%} {float(row['lo']):.1%} {float(row['hi']):.1%} {float(row['score']):.3f}"
+
+    # Shown are settings that no other surpasses.
+    rated = [row for row in every if row["leak"] and float(row["coverage"]) >= 0.3]
+    surpassed = {
+        cell(one)
+        for one in rated
+        for other in rated
+        if float(other["leak"]) <= float(one["leak"]) and float(other["score"]) > float(one["score"])
+    }
+    best = {cell(row) for row in rated} - surpassed
+    assert {" ".join(re.findall(r"\S+%|0\.\d{3}", line)[:4]) for line in lines[1:]} <= best
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,7 @@ def room(config: Config, needed: Demand, stage: str) -> int:
                 return count
     finally:
         remove_placement_group(wanted)
-    there = sorted(
-        f"{count_of(int(node.get('CPU', 0)), 'core')}, {count_of(int(node.get('GPU', 0)), 'GPU')}, {node.get('memory', 0) / 2**30:.1f} GiB"
-        for node in alive()
-    )
+    there = sorted(str(Demand(*(int(node.get(kind, 0)) for kind in ("CPU", "GPU", "memory")))) for node in alive())
     remedy = "set encoder.device and search.device to cpu, or" if needed.gpus else "lower resources, or"
     raise ConfigError(
         f"{stage}: a worker needs {needed}, but no node of the cluster has that (nodes: {'; '.join(there)}): {remedy}"
