@@ -71,7 +71,7 @@ def shape(printed: str) -> list[str]:
         words = re.sub(r"[-+]?\.?\d[\d,.:]*", "#", line)
         words = re.sub(r"\b(WIN|LOSS|TIE)\b", "VERDICT", words)
         words = " ".join(re.sub(r"-{2,}|[─━╭╮╰╯│]+", " ", words).split())
-        sample = re.match(r"(anchor|positive|negative|candidate)s? (#|[A-Z])", words)
+        sample = re.match(r"anchor \S|(anchor|positive|negative|candidate)s? (#|[A-Z])", words)
         if words and not sample:
             lines.append(words)
     return lines

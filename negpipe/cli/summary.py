@@ -75,6 +75,8 @@ def _show_samples(result: Result) -> None:
             for name, text, score, rank in _documents(row, own)[:_SAMPLE_TEXTS]:
                 line = Text(f"  {name:8}", style={"positive": "green", "negative": "red"}.get(name, "bold"))
                 about = "" if score is None else f" {score:.3f}"
+                if name == "anchor" and "anchor_id" in row:  # for `negpipe explain`
+                    about = f" {clean_text(row['anchor_id'])} "
                 line.append(f"{about}{'' if rank is None else f' rank {rank}'} ", style="dim")
                 line.append(clean_text(text, 120), style="default")
                 console.out.print(line)

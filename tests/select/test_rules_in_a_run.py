@@ -258,7 +258,8 @@ def test_positives_in_a_ranking_are_not_counted_as_negatives(tmp_path: Path, ref
     assert re.search(rf"negatives +{len(scores)} +{np.mean(scores):.3f}", outcome.out)
     assert re.search(rf"ranked: own positives +{own} ", outcome.out)
     # Samples: the first row is of q0, whose positives are named for what they are.
-    sample = outcome.out.split("Samples")[1].split("\n\n")[0].splitlines()[2:]
+    _, anchor, *sample = outcome.out.split("Samples")[1].split("\n\n")[0].splitlines()
+    assert re.fullmatch(r" +anchor +q0  query 0", anchor)  # with its id, as `negpipe explain` takes it
     shown = [rows[0]["positive"], *(rows[0][f"negative_{n}"] for n in range(1, 31))]
     known = {rows[at]["positive"] for at in range(3)}
     assert [line.split()[0] for line in sample] == ["positive" if t in known else "negative" for t in shown][:4]
