@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -96,14 +95,15 @@ def clean(
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
-    """Delete parts made with settings that are no longer current, after confirmation.
+    """Delete files that the current output of no stage needs, after confirmation: parts made with earlier settings, and
+    what killed runs left.
 
     In a store that several run directories share, parts that any of them needs are kept.
 
     Example: negpipe clean quickstart.yaml
     """
     from negpipe import graph
-    from negpipe.cli import console
+    from negpipe.cli import console, summary
     from negpipe.config.file import load_config
     from negpipe.engine import upkeep
     from negpipe.errors import ConfigError
@@ -119,15 +119,9 @@ def clean(
     if not listed:
         console.out.print(f"Nothing to clean in {place}.", markup=False)
         return
-    folders: dict[str, tuple[int, int]] = {}
-    for path, size in listed:
-        folder = os.path.relpath(path.parent, run_dir)
-        files, total = folders.get(folder, (0, 0))
-        folders[folder] = files + 1, total + size
-    for folder, (files, total) in sorted(folders.items()):
-        console.out.print(f"{folder:30} {files:6} files {wording.size(total):>10}", markup=False)
+    summary.show_superseded(listed, run_dir, graph.stages(settings), local=settings.url is None)
     try:
-        agreed = yes or typer.confirm(f"Delete {len(listed)} files from {wording.visible(place)}?")
+        agreed = yes or typer.confirm(f"Delete {count_of(len(listed), 'file')} from {wording.visible(place)}?")
     except typer.Abort:
         if sys.stdin.isatty():
             raise

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -395,7 +396,11 @@ def test_clean_lists_asks_and_frees(folder: Path, monkeypatch: pytest.MonkeyPatc
     asked = small.run("clean", config)
     assert asked.code == 0
     assert "Nothing was deleted." in asked.out
-    assert re.search(r"search +2 files", asked.out)
+    today = datetime.now().strftime("%Y-%m-%d")
+    assert re.search(rf"^search +search +2 +[\d.]+ kB +{today} ", asked.out, re.MULTILINE)
+    assert re.search(rf"^search +\.negpipe/search +2 +[\d.]+ kB +{today} ", asked.out, re.MULTILINE)
+    assert re.search(rf"^triplets +rows +2 +[\d.]+ kB +{today} ", asked.out, re.MULTILINE)
+    assert "made with earlier settings or input, or left by killed runs" in asked.out
     assert small.made(folder / "run") == before
 
     freed = small.run("clean", config, "--yes")
