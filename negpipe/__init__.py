@@ -24,12 +24,13 @@ __all__ = ["Run", "Selection", "mine", "mine_hard_negatives"]
 __version__ = "0.1.0"
 
 
-def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Result:
+def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, progress: bool | None = None) -> Result:
     """Run every stage that is not up to date.
 
     Args:
         config: a path, a name in configs/, a run directory, or a mapping of settings.
         overrides: `key.path=value` strings.
+        progress: where to show progress, see `negpipe.Run`.
 
     Returns:
         the run directory, the folder of the triplets, and the counts of each stage.
@@ -39,8 +40,9 @@ def mine(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     """
     from negpipe import graph
     from negpipe.config.file import load_config
+    from negpipe.review.progress import reporter
 
-    return graph.mine(load_config(config, list(overrides)))
+    return graph.mine(load_config(config, list(overrides)), reporter=reporter(progress))
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ from negpipe.review.wording import filled_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from negpipe.engine.progress import Reporter
     from negpipe.engine.stage import Context
     from negpipe.plan.estimate import Plan
     from negpipe.review.audit import Audit
@@ -94,6 +95,8 @@ class Run:
     Args:
         config: a path, a name in configs/, a run directory, or a mapping of settings.
         overrides: `key.path=value` strings, or a single one.
+        progress: where long methods show their progress. True: a bar on a terminal or in a notebook, else lines on
+            standard error. False: nowhere. None: a bar on a terminal, else lines in the log (logger `negpipe`, INFO).
 
     Raises:
         negpipe.errors.ConfigError: the config is not valid.
@@ -102,9 +105,16 @@ class Run:
     date; the message names the command to run.
     """
 
-    def __init__(self, config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: str | Path | dict[str, Any],
+        overrides: Sequence[str] = (),
+        *,
+        progress: bool | None = None,
+    ) -> None:
         self._source, self._overrides = config, [overrides] if isinstance(overrides, str) else [*overrides]
         self.config: Config = load_config(config, self._overrides)
+        self._progress = progress
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -129,7 +139,7 @@ class Run:
         Returns:
             the run directory, the folder of the rows, the counts of each stage, and the stages that ran.
         """
-        return graph.mine(self.config, only=only)
+        return graph.mine(self.config, only=only, reporter=self._reporter())
 
     def status(self) -> dict[str, str]:
         """The state of every stage: current, stale, partial, missing, blocked or damaged."""
@@ -283,7 +293,8 @@ class Run:
         from negpipe.review import finished
         from negpipe.rows.exports import ExportOptions
 
-        return finished.export(self.config, ExportOptions(to=to, out=Path(out), **options))
+        made = ExportOptions(to=to, out=Path(out), **options)
+        return finished.export(self.config, made, reporter=self._reporter())
 
     @_named
     def audit(self, file: str | Path | None = None, *, columns: dict[str, str] | None = None, **options: Any) -> Audit:
@@ -306,7 +317,7 @@ class Run:
         """How well the encoder finds the positives: recall, MRR, nDCG, MAP, ranks and scores."""
         from negpipe.review import measures
 
-        return measures.measure_quality(self.config)
+        return measures.measure_quality(self.config, reporter=self._reporter())
 
     @_named
     def calibrate(
@@ -333,9 +344,18 @@ class Run:
         from negpipe.review import calibrate, measures
 
         made = measures.calibrate_settings(
-            self.config, settings or calibrate.grid, near=near_anchors, second=second.config if second else None
+            self.config,
+            settings or calibrate.grid,
+            near=near_anchors,
+            second=second.config if second else None,
+            reporter=self._reporter(),
         )
         return Calibrated(made, calibrate.recommend(made, coverage=coverage, max_leak=max_leak))
+
+    def _reporter(self) -> Reporter:
+        from negpipe.review import progress
+
+        return progress.reporter(self._progress)
 
     def _typed(self) -> str:
         """How a command line refers to this run."""

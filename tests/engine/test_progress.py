@@ -19,6 +19,7 @@ from rich.console import Console
 from negpipe.ann import exact
 from negpipe.cli import console
 from negpipe.engine.manifest import Books
+from negpipe.review import progress
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def encoded(folder: Path, tiny: Path) -> small.Outcome:
 def test_lines_state_texts_and_tokens_a_second_and_the_time_left(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     outcome = encoded(tmp_path, tiny)
     assert outcome.code == 0, outcome.err
     line = re.compile(
@@ -59,7 +60,7 @@ def test_a_terminal_shows_a_bar_with_the_same(tiny: Path, tmp_path: Path, monkey
 
 
 def test_a_deeper_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 10)
     scarce = ("search.depth=10", "mining.max_score=-9", "mining.max_depth=40", "data.part_rows=99", "output.min_rows=0")
     overrides = [part for setting in scarce for part in ("--set", setting)]
@@ -75,7 +76,7 @@ def test_what_passes_before_the_first_rows_is_not_counted_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model is loaded, or an array waits in a queue and says so."""
-    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     lines = console.reporter("plain")
     with caplog.at_level(logging.INFO):
         lines.begin("encode", 1000, 0, "texts")
@@ -95,8 +96,8 @@ def test_a_job_that_finishes_nothing_says_that_it_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A large source is read, or an index is trained: nothing is finished for a long time."""
-    monkeypatch.setattr(console, "LOG_SECONDS", 1)
-    monkeypatch.setattr(console, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 1)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
     lines = console.reporter("plain")
     with caplog.at_level(logging.INFO):
         lines.begin("ingest", 0, 0, "texts")
@@ -138,7 +139,7 @@ def counted(run: Run, *overrides: str) -> str:
 def test_rows_are_counted_on_a_cluster_as_on_one_machine(
     whole: Run, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     counted(whole.at(tmp_path / "usual"), "executor.workers=2", "resources.cpus=2")
 
     nodes.fill(2)

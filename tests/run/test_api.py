@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import small_source as small
 
 import negpipe
 from negpipe.errors import ConfigError, MissingStageError
+from negpipe.review import progress
 
 PAGE = Path(__file__).parents[2] / "docs/reference/api.md"
 
@@ -28,6 +31,39 @@ def test_the_examples_of_its_page(tmp_path: Path) -> None:
     said: list[str] = []
     results = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
     assert (results.failed, results.attempted > 15) == (0, True), "".join(said)
+
+
+@pytest.mark.parametrize("call", ["Run", "mine"])
+@pytest.mark.parametrize("shown", [None, True, False])
+def test_progress_is_shown_where_it_is_asked_for(
+    shown: bool | None,
+    call: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    config = small.build(tmp_path)
+    with caplog.at_level(logging.INFO, "negpipe"):
+        if call == "Run":
+            negpipe.Run(config, progress=shown).mine()
+        else:
+            negpipe.mine(config, progress=shown)
+    line = "encode: 52 of 52 texts"
+    assert any(line in message for message in caplog.messages) is (shown is None)
+    assert (line in capsys.readouterr().err) is (shown is True)
+
+
+def test_on_a_terminal_a_bar_is_shown_unless_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    config = small.build(tmp_path)
+    for number, (shown, expected) in enumerate([(None, True), (False, False)]):
+        screen = io.StringIO()
+        screen.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stderr", screen)
+        negpipe.Run(config, [f"run_dir={tmp_path}/{number}"], progress=shown).mine()
+        assert ("52/52" in screen.getvalue()) is expected
 
 
 def test_its_page_names_all_that_is_public() -> None:

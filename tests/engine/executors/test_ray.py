@@ -28,6 +28,7 @@ from negpipe.engine.executors.cluster import Demand
 from negpipe.engine.fingerprint import DigestCache
 from negpipe.engine.stage import Context
 from negpipe.errors import ConfigError, TaskFailedError, VersionsError
+from negpipe.review import progress
 from negpipe.stages import STAGES
 
 pytestmark = pytest.mark.cluster
@@ -355,7 +356,7 @@ def test_an_actor_that_is_silent_is_ended_by_the_timeout(
 def test_a_model_is_loaded_once_for_many_parts_and_its_speed_is_shown(
     golden: Run, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     nodes.fill(2)
     nodes.control.tell(encode={})
     run = golden.at(tmp_path / "run")
