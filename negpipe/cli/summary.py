@@ -274,7 +274,7 @@ def show_explanation(found: Explanation, limit: int) -> None:
             console.out.print(f"{more:,} more: --limit {len(unit.candidates)} shows all")
     if len(best) > limit:
         console.out.print(
-            f"\n{len(best) - limit:,} more positives, each with candidates: --limit {len(best)} shows all"
+            f"\n{count_of(len(best) - limit, 'more positive')}, each with candidates: --limit {len(best)} shows all"
         )
 
 

@@ -203,7 +203,7 @@ def test_the_blocks_of_the_best_positives_are_shown_up_to_the_limit(mined: Run) 
     best, other = sorted(scores, key=lambda name: -scores[name])
     assert units[0].positives[0].id == other
     shown, every = command(mined, *wanted, "1"), command(mined, *wanted, "2")
-    assert re.findall(positives, shown, re.MULTILINE) == [best] and "1 more positives" in shown
+    assert re.findall(positives, shown, re.MULTILINE) == [best] and "1 more positive," in shown
     assert re.findall(positives, every, re.MULTILINE) == [best, other] and "more positives" not in every
 
 
