@@ -305,7 +305,10 @@ def _of_lines(name: str, source: Source) -> Iterator[Fault]:
         elif file.endswith((".csv", ".tsv")):
             sign = b"," if file.endswith(".csv") else b"\t"
             for about, cells in (("too few fields", 1), ("too many fields", len(rows[0]) + 1)):
-                words2 = (f"{cells} fields, but the header names {len(rows[0])}", "Check delimiters and quotes")
+                words2 = (
+                    f"{cells} field{'s' * (cells > 1)}, but the header names {len(rows[0])}",
+                    "Check delimiters and quotes",
+                )
                 yield Fault(name, f"{file} {about}", file, sign.join([b"x"] * cells), None, words2, "broken")
             yield Fault(
                 name,

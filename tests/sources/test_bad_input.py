@@ -291,15 +291,15 @@ def test_empty_texts_are_left_out_and_counted(fresh: Path) -> None:
     assert {"d0", "d19"}.isdisjoint(row["negative_id"] for row in rows)
 
 
-def test_judgments_of_unknown_ids_are_left_out_and_counted(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_judgments_of_unknown_ids_are_rejected_and_counted(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
     judge(("q1", "d1|d2", 1), ("nobody", "d1", 1))(fresh)
     result = mine(fresh / "config.yaml", ["data.on_unknown_id=skip"])
     assert result.stats["ingest"]["unknown_judgments"] == 2
     assert result.stats["ingest"]["positives"] == small.QUERIES
     (told,) = [message for message in caplog.messages if "unknown id" in message]
     assert told.startswith(
-        "2 of 14 relevance judgments name an unknown id (1 of an unknown query, 1 of an unknown document) and are left"
-        " out, such as document id 'd1|d2'"
+        "2 of 14 relevance judgments name an unknown id (1 of an unknown query, 1 of an unknown document) and are"
+        " rejected, such as document id 'd1|d2'"
     )
     assert told.endswith("train.tsv, row 14. Several ids in one cell? Write one judgment per line")
 
