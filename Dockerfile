@@ -1,4 +1,5 @@
-# negpipe in a container. CPU (the default), and GPU, whose torch brings CUDA's libraries:
+# negpipe in a container. Checked by a linter (hadolint), never built: there was no builder.
+# CPU (the default), and GPU, whose torch brings CUDA's libraries:
 #   docker build -t negpipe .
 #   docker build -t negpipe:gpu --build-arg VARIANT=gpu .
 # The working directory is /work, run directories are in the volume /work/runs, hub and models are cached in /cache:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_the_container_is_not_roots() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert copied == {line[1:] for line in ignored if line.startswith("!")}
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_container_passes_the_linter(tmp_path: Path) -> None:
+    """And its commands pass shellcheck, which the linter contains. No machine of ours builds the image."""
+    bad = tmp_path / "Dockerfile"
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    bad.write_text(text.replace("USER 1000", "USER root").replace('"$VARIANT" in', "'$VARIANT' in"), "utf-8")
+    linter = [str(Path(sysconfig.get_path("scripts"), "hadolint")), "--no-color"]
+    checked, refused = (
+        subprocess.run([*linter, str(path)], capture_output=True, text=True, check=False)
+        for path in (ROOT / "Dockerfile", bad)
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert refused.returncode == 1
+    assert {"DL3002", "SC2016"} <= set(re.findall(r"\w+\d{4}", refused.stdout)), refused.stdout
 
 
 @pytest.mark.parametrize("form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name)

@@ -160,6 +160,17 @@ def test_every_result_of_a_benchmark_is_shown() -> None:
     assert written == benchmarks_page.page(), "run: python scripts/benchmarks_page.py"
 
 
+@pytest.mark.parametrize("left", [{"date": "not noted"}, {"machine": ""}, {"versions": {}}, {"command": ""}], ids=str)
+def test_a_result_says_when_where_and_how_it_was_measured(
+    left: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = benchmarks_page.results()[0]
+    (tmp_path / "result.json").write_text(json.dumps(good | left), encoding="utf-8")
+    monkeypatch.setattr(benchmarks_page, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(left))}: not noted"):
+        benchmarks_page.results()
+
+
 def test_code_that_is_quoted_stands_in_its_file() -> None:
     for block in blocks("python"):
         if title := re.search(r'title="(negpipe/[^"]+)"', block.info):
