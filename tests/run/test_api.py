@@ -22,11 +22,12 @@ from negpipe.review import progress
 PAGE = Path(__file__).parents[2] / "docs/reference/api.md"
 
 
-def test_the_examples_of_its_page(tmp_path: Path) -> None:
-    config = str(small.build(tmp_path))
+def test_the_examples_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
     test = doctest.DocTestParser().get_doctest(
-        PAGE.read_text(encoding="utf-8").replace("```", ""), {"config": config}, PAGE.name, str(PAGE), 0
+        PAGE.read_text(encoding="utf-8").replace("```", ""), {}, PAGE.name, str(PAGE), 0
     )
     said: list[str] = []
     results = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
