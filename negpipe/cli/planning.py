@@ -60,7 +60,7 @@ def plan(
 
     docs/how-to/plan-a-cluster.md explains --cluster.
 
-    Example: negpipe plan scifact.yaml --set data.path=my/folder
+    Example: negpipe plan scifact.yaml
     """
     import dataclasses
 

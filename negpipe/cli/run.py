@@ -85,7 +85,7 @@ def mine(
 ) -> None:
     """Run every stage that is not up to date.
 
-    Example: negpipe mine scifact.yaml --set data.path=my/folder --max-bad-rows 10
+    Example: negpipe mine scifact.yaml
     """
     overrides = with_option(overrides, "data.max_bad_rows", max_bad_rows)
     _mine(config, overrides, log_format, debug, rehash, repair=repair, rebuild=rebuild)
@@ -103,7 +103,7 @@ def ingest(
 ) -> None:
     """Read the source into corpus, anchor and positive tables. Next: encode.
 
-    Example: negpipe ingest quickstart.yaml --max-bad-rows 10
+    Example: negpipe ingest quickstart.yaml
     """
     _mine(
         config,
@@ -116,8 +116,8 @@ def ingest(
     )
 
 
-def _stage_command(name: str, help_text: str) -> None:
-    @app.command(name, help=f"{help_text}\n\nExample: negpipe {name} quickstart.yaml")
+def _stage_command(name: str, help_text: str, options: str = "") -> None:
+    @app.command(name, help=f"{help_text}\n\nExample: negpipe {name} quickstart.yaml{options}")
     def command(
         config: ConfigArgument,
         overrides: SetOption = None,
@@ -136,6 +136,7 @@ _stage_command(
 _stage_command(
     "slices",
     "Find the nearest documents in each slice of the corpus (search.slice_documents). Requires index; next: search.",
+    " --set search.slice_documents=1000",
 )
 _stage_command("search", "Find the candidates of every anchor. Requires index (or slices); next: triplets.")
 _stage_command("triplets", "Choose negatives and write the training rows. Requires search; next: audit, or train.")

@@ -45,6 +45,15 @@ def test_every_command_is_explained() -> None:
     assert written == command_page.page(), "run: python scripts/command_page.py"
 
 
+def test_examples_of_the_stages_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build(tmp_path).rename(tmp_path / "quickstart.yaml")
+    monkeypatch.chdir(tmp_path)
+    for stage in ("ingest", "encode", "index", "slices", "search", "triplets"):
+        example = (COMMANDS[stage].help or "").rpartition("Example: negpipe ")[2]
+        outcome = small.run(*shlex.split(example))
+        assert outcome.code == 0, outcome.err
+
+
 def configs() -> Iterator[Block]:
     for block in blocks("yaml"):
         tree = yaml.safe_load(block.text)
