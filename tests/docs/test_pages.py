@@ -147,7 +147,9 @@ def test_keys_in_sentences_exist() -> None:
         if page == DOCS / "decisions.md":  # what was, is not changed
             continue
         for key in re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)[`:= ]", page.read_text(encoding="utf-8")):
-            assert key in known or key.rsplit(".", 1)[1] in ("py", "md", "yaml", "parquet", "json", "jsonl"), f"{page}: {key}"
+            assert key in known or key.rsplit(".", 1)[1] in ("py", "md", "yaml", "parquet", "json", "jsonl"), (
+                f"{page}: {key}"
+            )
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
