@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 
 from negpipe.config.schema import Config
+from negpipe.config.section import Section
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference" / "config"
 TOP = ""
@@ -22,11 +23,12 @@ FILES = {TOP: "index.md", "index": "index-section.md"}
 BEGIN, END = "<!-- config: made by scripts/config_table.py -->\n", "<!-- /config -->"
 
 
-def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def rows(model: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Key, type, default and description of every setting."""
+    described = model.described()
     for name, field in model.model_fields.items():
         inner = next((part for part in (field.annotation, *get_args(field.annotation)) if _is_model(part)), None)
-        if inner is not None and not field.description:
+        if inner is not None and name not in described:
             yield from rows(inner, f"{prefix}{name}.")
             continue
         written = any(isinstance(part, BeforeValidator) for part in field.metadata)
@@ -34,7 +36,7 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, s
         kind = "size" if size else _type(field.annotation)
         default = _size(field.default) if size else _yaml(field.default)
         cell = "required" if field.is_required() else f"`{default}`"
-        yield f"{prefix}{name}", kind, cell, field.description or ""
+        yield f"{prefix}{name}", kind, cell, described.get(name, "")
 
 
 def tables() -> dict[str, str]:

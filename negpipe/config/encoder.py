@@ -39,93 +39,75 @@ def _joins_two(form: str) -> bool:
 class Encoder(Section):
     """The model that encodes texts, or precomputed vectors."""
 
-    backend: Literal["flagembedding", "sentence-transformers", "http", "precomputed"] = Field(
-        "flagembedding",
-        description="Library that runs the model. http: a server runs it. precomputed: you provide the vectors.",
-    )
-    model: str | None = Field(
-        None, description="Hub name, local folder, or pkg://PACKAGE/FOLDER; http: its name on the server."
-    )
-    revision: str | None = Field(None, description="Hub revision of the model; null: the latest.")
-    model_class: str | None = Field(
-        None,
-        description="FlagEmbedding class (encoder-only-base, encoder-only-m3, decoder-only-base, decoder-only-icl);"
-        " null: from the model's name, else encoder-only-base.",
-    )
-    pooling: Literal["cls", "mean", "last_token"] | None = Field(
-        None, description="Pooling (flagembedding); null: the model's known pooling, else cls."
-    )
-    query_instruction: str | None = Field(None, description="Prefix of every anchor.")
-    query_instruction_format: str = Field("{}{}", description="Format that joins instruction and anchor.")
-    passage_instruction: str | None = Field(None, description="Prefix of every document.")
-    passage_instruction_format: str = Field("{}{}", description="Format that joins instruction and document.")
-    query_prompt_name: str | None = Field(
-        None,
-        description="Name of the model's prompt for anchors; null: that of Sentence Transformers' encode_query, none"
-        " with flagembedding. query_instruction takes precedence; '' there means no prompt.",
-    )
-    passage_prompt_name: str | None = Field(
-        None, description="The same for documents, with encode_document and passage_instruction."
-    )
-    query_max_length: int = Field(64, ge=4, description="Maximum tokens of an anchor.")
-    passage_max_length: int = Field(512, ge=4, description="Maximum tokens of a document.")
-    batch_size: int = Field(
-        BATCH_SIZE, ge=1, description="Texts per forward pass; part of the identity, as it changes bits."
-    )
-    batch_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens per forward pass, including padding, instead of batch_size: as many texts of similar length"
-        " as fit. 4096 is fast on CPUs; `negpipe plan` times it. Part of the identity, as it changes bits.",
-    )
-    call_texts: int | None = Field(
-        None,
-        ge=1,
-        description="Texts passed to the model at a time and batched by length; part of the identity. null: 2048, or 32"
-        " batches if that is more.",
-    )
-    normalize: bool = Field(True, description="Scale every vector to length 1, so that scores are cosines.")
-    truncate_dim: int | None = Field(
-        None, ge=1, description="Keep only the first N dimensions (Matryoshka); normalize rescales them."
-    )
-    storage: Literal["float16", "float32"] = Field("float16", description="Data type of stored vectors.")
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field(
-        "float32",
-        description="Precision of the model; pooling is in float32. float16: on GPUs. bfloat16: on GPUs and CPUs that"
-        " support it, not with runtime onnx. int8: runtimes onnx and openvino.",
-    )
-    runtime: Literal["torch", "onnx", "openvino"] = Field(
-        "torch",
-        description="Runtime of the transformer. onnx, openvino: CPU only, with backend sentence-transformers, from a"
-        " file exported once; install the negpipe extras of these names.",
-    )
-    attention: Literal["flash_attention_2", "flash_attention_3"] | None = Field(
-        None,
-        description="Packed attention: the texts of a forward pass are joined without padding. On GPUs, with backend"
-        " sentence-transformers, precision float16 or bfloat16, and the package flash-attn or kernels. null: the"
-        " model's default, with padding.",
-    )
-    device: Device | None = Field(
-        None, description="cpu, cuda, cuda:1 …; null: all GPUs, else cpu. Changes no key, but may change bits."
-    )
-    devices: tuple[Device, ...] = Field(
-        (), description="Several devices, such as [cuda:0, cuda:2], instead of device: one worker each."
-    )
-    trust_remote_code: bool = Field(False, description="Run code shipped with the model. Dangerous.")
-    corpus_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector per corpus row.")
-    anchor_vectors: str | None = Field(None, description="precomputed: .npy or .parquet, one vector per anchor.")
+    backend: Literal["flagembedding", "sentence-transformers", "http", "precomputed"] = "flagembedding"
+    """Library that runs the model. http: a server runs it. precomputed: you provide the vectors."""
+    model: str | None = None
+    """Hub name, local folder, or pkg://PACKAGE/FOLDER; http: its name on the server."""
+    revision: str | None = None
+    """Hub revision of the model; null: the latest."""
+    model_class: str | None = None
+    """FlagEmbedding class (encoder-only-base, encoder-only-m3, decoder-only-base, decoder-only-icl); null: from the
+    model's name, else encoder-only-base."""
+    pooling: Literal["cls", "mean", "last_token"] | None = None
+    """Pooling (flagembedding); null: the model's known pooling, else cls."""
+    query_instruction: str | None = None
+    """Prefix of every anchor."""
+    query_instruction_format: str = "{}{}"
+    """Format that joins instruction and anchor."""
+    passage_instruction: str | None = None
+    """Prefix of every document."""
+    passage_instruction_format: str = "{}{}"
+    """Format that joins instruction and document."""
+    query_prompt_name: str | None = None
+    """Name of the model's prompt for anchors; null: that of Sentence Transformers' encode_query, none with
+    flagembedding. query_instruction takes precedence; '' there means no prompt."""
+    passage_prompt_name: str | None = None
+    """The same for documents, with encode_document and passage_instruction."""
+    query_max_length: int = Field(64, ge=4)
+    """Maximum tokens of an anchor."""
+    passage_max_length: int = Field(512, ge=4)
+    """Maximum tokens of a document."""
+    batch_size: int = Field(BATCH_SIZE, ge=1)
+    """Texts per forward pass; part of the identity, as it changes bits."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass, including padding, instead of batch_size: as many texts of similar length as fit. 4096
+    is fast on CPUs; `negpipe plan` times it. Part of the identity, as it changes bits."""
+    call_texts: int | None = Field(None, ge=1)
+    """Texts passed to the model at a time and batched by length; part of the identity. null: 2048, or 32 batches if
+    that is more."""
+    normalize: bool = True
+    """Scale every vector to length 1, so that scores are cosines."""
+    truncate_dim: int | None = Field(None, ge=1)
+    """Keep only the first N dimensions (Matryoshka); normalize rescales them."""
+    storage: Literal["float16", "float32"] = "float16"
+    """Data type of stored vectors."""
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """Precision of the model; pooling is in float32. float16: on GPUs. bfloat16: on GPUs and CPUs that support it, not
+    with runtime onnx. int8: runtimes onnx and openvino."""
+    runtime: Literal["torch", "onnx", "openvino"] = "torch"
+    """Runtime of the transformer. onnx, openvino: CPU only, with backend sentence-transformers, from a file exported
+    once; install the negpipe extras of these names."""
+    attention: Literal["flash_attention_2", "flash_attention_3"] | None = None
+    """Packed attention: the texts of a forward pass are joined without padding. On GPUs, with backend
+    sentence-transformers, precision float16 or bfloat16, and the package flash-attn or kernels. null: the model's
+    default, with padding."""
+    device: Device | None = None
+    """cpu, cuda, cuda:1 …; null: all GPUs, else cpu. Changes no key, but may change bits."""
+    devices: tuple[Device, ...] = ()
+    """Several devices, such as [cuda:0, cuda:2], instead of device: one worker each."""
+    trust_remote_code: bool = False
+    """Run code shipped with the model. Dangerous."""
+    corpus_vectors: str | None = None
+    """precomputed: .npy or .parquet, one vector per corpus row."""
+    anchor_vectors: str | None = None
+    """precomputed: .npy or .parquet, one vector per anchor."""
     http: Server | None = None
-    cache: Folder | None = Field(
-        None,
-        description="Folder that caches vectors by text, shared by all runs that use it: a text already encoded by the"
-        " same model with the same settings is not encoded again. Rows are then not reproducible bit for bit; whether"
-        " the cache is on is part of the identity.",
-    )
-    cache_size: Size = Field(
-        10 * 2**30,
-        ge=2**20,
-        description="Maximum size of the folder, such as 10GiB; the least recently used vectors are evicted.",
-    )
+    cache: Folder | None = None
+    """Folder that caches vectors by text, shared by all runs that use it: a text already encoded by the same model with
+    the same settings is not encoded again. Rows are then not reproducible bit for bit; whether the cache is on is part
+    of the identity."""
+    cache_size: Size = Field(10 * 2**30, ge=2**20)
+    """Maximum size of the folder, such as 10GiB; the least recently used vectors are evicted."""
 
     @property
     def runs_here(self) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from negpipe.config import kept, safe_yaml
 from negpipe.config.cluster import Cluster
 from negpipe.config.schema import Config
+from negpipe.config.section import Section
 from negpipe.config.training import flat
 from negpipe.errors import ConfigError, closest
 
@@ -242,4 +243,17 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 def schema() -> dict[str, Any]:
     """JSON schema of the config, for editors."""
-    return Config.model_json_schema()
+    tree = Config.model_json_schema()
+    for section in _sections(Config):
+        node = tree if section is Config else tree["$defs"][section.__name__]
+        for key, text in section.described().items():
+            node["properties"][key]["description"] = text
+    return tree
+
+
+def _sections(section: type[Section]) -> Iterator[type[Section]]:
+    """A section and all sections in it."""
+    yield section
+    for field in section.model_fields.values():
+        if (inner := _model(field.annotation)) and issubclass(inner, Section):
+            yield from _sections(inner)

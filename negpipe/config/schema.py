@@ -39,16 +39,12 @@ Exclusion = Literal["positive_id", "positive_text", "positive_normalized", "shar
 class Dialect(Section):
     """Format of CSV and TSV files."""
 
-    header: tuple[str, ...] | None = Field(
-        None,
-        description="Column names of files without a header, for example [id, text]; null: the first line.",
-    )
-    quoting: Literal["standard", "none"] = Field(
-        "standard", description="standard: fields may be in double quotes. none: quotes are ordinary characters."
-    )
-    delimiter: str | None = Field(
-        None, description="tab, comma, semicolon, pipe or one character; null: comma for .csv, else tab."
-    )
+    header: tuple[str, ...] | None = None
+    """Column names of files without a header, for example [id, text]; null: the first line."""
+    quoting: Literal["standard", "none"] = "standard"
+    """standard: fields may be in double quotes. none: quotes are ordinary characters."""
+    delimiter: str | None = None
+    """tab, comma, semicolon, pipe or one character; null: comma for .csv, else tab."""
 
     @model_validator(mode="after")
     def _sign(self) -> Dialect:
@@ -67,13 +63,15 @@ class Dialect(Section):
 class Table(Section):
     """Location of one table: files, a URL or a hub dataset."""
 
-    path: str | tuple[str, ...] = Field(
-        description="File (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz, .bz2, .xz, .zst), pattern such as"
-        " docs-*.jsonl, list of files, URL or hub dataset."
-    )
-    subset: str | None = Field(None, description="Hub dataset configuration.")
-    split: str = Field("train", description="Hub dataset split.")
-    table: Dialect | None = Field(None, description="Format of its CSV or TSV files; null: data.table.")
+    path: str | tuple[str, ...]
+    """File (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz, .bz2, .xz, .zst), pattern such as docs-*.jsonl, list
+    of files, URL or hub dataset."""
+    subset: str | None = None
+    """Hub dataset configuration."""
+    split: str = "train"
+    """Hub dataset split."""
+    table: Dialect | None = None
+    """Format of its CSV or TSV files; null: data.table."""
 
 
 def _table(value: Any) -> Any:
@@ -86,30 +84,41 @@ _Table = Annotated[Table, BeforeValidator(_table)]
 class Columns(Section):
     """Names of the columns to read. The defaults are BEIR's."""
 
-    corpus_id: str | None = Field("_id", description="Document id; null: a digest of the text.")
-    query_id: str = Field("_id", description="Query id.")
-    query_text: str = Field("text", description="Query text.")
-    qrels_query_id: str = Field("query-id", description="Query id in the qrels.")
-    qrels_corpus_id: str = Field("corpus-id", description="Document id in the qrels.")
-    grade: str = Field("score", description="Relevance grade in the qrels; a missing column counts as 1.")
-    anchor: str = Field("anchor", description="Anchor text of a pair row.")
-    positive: str = Field("positive", description="Positive text of a pair row.")
-    anchor_id: str | None = Field(None, description="Anchor id of a pair row; null: a digest of the text.")
-    positive_id: str | None = Field(None, description="Positive id of a pair row; null: a digest of the text.")
-    negative: str | None = Field(
-        "negative", description="Negative texts of a pair row, also negative_1, negative_2 …; null: not read."
-    )
-    negative_id: str | None = Field(None, description="Their ids, also negative_1_id …; null: digests of the texts.")
-    label: str | None = Field(
-        None, description="Grade of a pair row's positive, or list of grades if it has several; null: 1."
-    )
+    corpus_id: str | None = "_id"
+    """Document id; null: a digest of the text."""
+    query_id: str = "_id"
+    """Query id."""
+    query_text: str = "text"
+    """Query text."""
+    qrels_query_id: str = "query-id"
+    """Query id in the qrels."""
+    qrels_corpus_id: str = "corpus-id"
+    """Document id in the qrels."""
+    grade: str = "score"
+    """Relevance grade in the qrels; a missing column counts as 1."""
+    anchor: str = "anchor"
+    """Anchor text of a pair row."""
+    positive: str = "positive"
+    """Positive text of a pair row."""
+    anchor_id: str | None = None
+    """Anchor id of a pair row; null: a digest of the text."""
+    positive_id: str | None = None
+    """Positive id of a pair row; null: a digest of the text."""
+    negative: str | None = "negative"
+    """Negative texts of a pair row, also negative_1, negative_2 …; null: not read."""
+    negative_id: str | None = None
+    """Their ids, also negative_1_id …; null: digests of the texts."""
+    label: str | None = None
+    """Grade of a pair row's positive, or list of grades if it has several; null: 1."""
 
 
 class Extra(Section):
     """Additional columns of the source."""
 
-    corpus: tuple[str, ...] = Field((), description="Columns of the corpus, or of pair rows, for example [title, url].")
-    queries: tuple[str, ...] = Field((), description="Columns of the queries, or of pair rows, for example [lang].")
+    corpus: tuple[str, ...] = ()
+    """Columns of the corpus, or of pair rows, for example [title, url]."""
+    queries: tuple[str, ...] = ()
+    """Columns of the queries, or of pair rows, for example [lang]."""
 
     @model_validator(mode="after")
     def _names(self) -> Extra:
@@ -147,43 +156,45 @@ class Data(Section):
         "ms-swift",
         "nemo",
         "pylate",
-    ] = Field(
-        "auto",
-        description="auto: detected from data.path, as shown by `negpipe inspect`. beir: folder or hub dataset with"
-        " corpus, queries, qrels. mteb: one repository with all three. pairs: rows of anchor and positive text."
-        " columns: three tables with data.columns. Others: the format of that program.",
-    )
-    path: str | tuple[str, ...] | None = Field(
-        None, description="Local folder or file, pattern such as rows-*.jsonl, list of files, URL, or hub dataset."
-    )
-    subset: str | None = Field(None, description="Hub dataset configuration (mteb: the part before -corpus).")
-    revision: str | None = Field(None, description="Hub dataset revision; null: the latest.")
-    corpus: _Table | None = Field(
-        None, description="Corpus table (columns), or an extra corpus (pairs, flagembedding)."
-    )
-    queries: _Table | None = Field(None, description="Query table (columns).")
-    qrels: _Table | None = Field(None, description="Relevance table (columns).")
-    streaming: bool = Field(
-        False, description="Stream hub datasets without a local copy, for datasets larger than the disk."
-    )
+    ] = "auto"
+    """auto: detected from data.path, as shown by `negpipe inspect`. beir: folder or hub dataset with corpus, queries,
+    qrels. mteb: one repository with all three. pairs: rows of anchor and positive text. columns: three tables with
+    data.columns. Others: the format of that program."""
+    path: str | tuple[str, ...] | None = None
+    """Local folder or file, pattern such as rows-*.jsonl, list of files, URL, or hub dataset."""
+    subset: str | None = None
+    """Hub dataset configuration (mteb: the part before -corpus)."""
+    revision: str | None = None
+    """Hub dataset revision; null: the latest."""
+    corpus: _Table | None = None
+    """Corpus table (columns), or an extra corpus (pairs, flagembedding)."""
+    queries: _Table | None = None
+    """Query table (columns)."""
+    qrels: _Table | None = None
+    """Relevance table (columns)."""
+    streaming: bool = False
+    """Stream hub datasets without a local copy, for datasets larger than the disk."""
     columns: Columns = Columns()
     table: Dialect = Dialect()
-    split: str = Field("train", description="Split of qrels that define anchors, or split of pair rows to read.")
-    text: str = Field("{title} {text}", description="Template of a document's text from its columns.")
-    extra: Extra = Field(Extra(), description="Columns to keep; rows have them as positive_title, anchor_lang.")
-    part_rows: int = Field(16384, ge=1, description="Approximate rows per part (half to twice as many).")
-    min_grade: float = Field(1, description="Minimum grade of a positive.")
-    add_positives: bool = Field(True, description="Add positives missing from the corpus as candidates.")
-    on_empty: Literal["error", "skip"] = Field(
-        "error", description="Rows with an empty or null text. skip: reject them."
-    )
-    on_unknown_id: Literal["error", "skip"] = Field("error", description="Judgments of unknown ids. skip: reject them.")
-    max_bad_rows: int = Field(
-        0,
-        ge=0,
-        description="Maximum number of bad rows (malformed, wrong type, empty, unknown ids): they are rejected and"
-        " listed in rejected.jsonl; more are an error.",
-    )
+    split: str = "train"
+    """Split of qrels that define anchors, or split of pair rows to read."""
+    text: str = "{title} {text}"
+    """Template of a document's text from its columns."""
+    extra: Extra = Extra()
+    """Columns to keep; rows have them as positive_title, anchor_lang."""
+    part_rows: int = Field(16384, ge=1)
+    """Approximate rows per part (half to twice as many)."""
+    min_grade: float = 1
+    """Minimum grade of a positive."""
+    add_positives: bool = True
+    """Add positives missing from the corpus as candidates."""
+    on_empty: Literal["error", "skip"] = "error"
+    """Rows with an empty or null text. skip: reject them."""
+    on_unknown_id: Literal["error", "skip"] = "error"
+    """Judgments of unknown ids. skip: reject them."""
+    max_bad_rows: int = Field(0, ge=0)
+    """Maximum number of bad rows (malformed, wrong type, empty, unknown ids): they are rejected and listed in
+    rejected.jsonl; more are an error."""
 
     @model_validator(mode="after")
     def _paths(self) -> Data:
@@ -209,34 +220,22 @@ def _kind(value: str) -> str:
 class Index(Section):
     """The index of the vectors."""
 
-    kind: Annotated[str, AfterValidator(_kind)] = Field(
-        "flat",
-        min_length=1,
-        description="flat: an exact index file that faiss.read_index opens. stream: exact, directly from the embedding"
-        " parts, without a second copy. auto: chosen by the size of the job; the log shows why. Else a FAISS factory"
-        " string, such as IVF1024,Flat: approximate, with measured recall.",
-    )
-    min_recall: float = Field(
-        0.98,
-        gt=0,
-        le=1,
-        description="Minimum recall of an approximate index, over the stored depth and the window; less is an error.",
-    )
-    recall_anchors: int = Field(1000, ge=1, description="Sampled anchors to search exactly to measure recall.")
-    nprobe: int | None = Field(
-        None, ge=1, description="Lists to probe per anchor (HNSW: efSearch); null: the fewest that reach min_recall."
-    )
-    shard_size: Size = Field(
-        256 * 2**20,
-        ge=1,
-        description="Size of the vectors in one file of an approximate index, as float32; filling it takes three times"
-        " that memory. Part of the identity.",
-    )
-    trained: str | None = Field(
-        None,
-        description="Trained FAISS index of this kind to reuse, such as index/KEY.faiss of another run; null: train on"
-        " a sample of the corpus.",
-    )
+    kind: Annotated[str, AfterValidator(_kind)] = Field("flat", min_length=1)
+    """flat: an exact index file that faiss.read_index opens. stream: exact, directly from the embedding parts, without
+    a second copy. auto: chosen by the size of the job; the log shows why. Else a FAISS factory string, such as
+    IVF1024,Flat: approximate, with measured recall."""
+    min_recall: float = Field(0.98, gt=0, le=1)
+    """Minimum recall of an approximate index, over the stored depth and the window; less is an error."""
+    recall_anchors: int = Field(1000, ge=1)
+    """Sampled anchors to search exactly to measure recall."""
+    nprobe: int | None = Field(None, ge=1)
+    """Lists to probe per anchor (HNSW: efSearch); null: the fewest that reach min_recall."""
+    shard_size: Size = Field(256 * 2**20, ge=1)
+    """Size of the vectors in one file of an approximate index, as float32; filling it takes three times that memory.
+    Part of the identity."""
+    trained: str | None = None
+    """Trained FAISS index of this kind to reuse, such as index/KEY.faiss of another run; null: train on a sample of the
+    corpus."""
 
     @property
     def approximate(self) -> bool:
@@ -259,21 +258,15 @@ def _cpu_or_gpu(value: str) -> str:
 class Search(Section):
     """Depth of the stored candidates, and where to search."""
 
-    depth: int | None = Field(
-        None, ge=1, description="Candidates per anchor; null: mining.range_max + 64, rounded up to a multiple of 64."
-    )
-    device: Annotated[Device, AfterValidator(_cpu_or_gpu)] | None = Field(
-        None,
-        description="Device for large searches: cpu, or one GPU, cuda, cuda:1 …; null: the encoder's first device,"
-        " which is a GPU if available. Changes no byte.",
-    )
-    slice_documents: int | None = Field(
-        None,
-        ge=1,
-        description="Search the corpus in slices of this many documents, rounded to parts or index shards, and merge"
-        " the results: each task reads one slice, for a corpus that does not fit one machine's disk or cache. null:"
-        " each task reads the entire corpus. Changes no byte.",
-    )
+    depth: int | None = Field(None, ge=1)
+    """Candidates per anchor; null: mining.range_max + 64, rounded up to a multiple of 64."""
+    device: Annotated[Device, AfterValidator(_cpu_or_gpu)] | None = None
+    """Device for large searches: cpu, or one GPU, cuda, cuda:1 …; null: the encoder's first device, which is a GPU if
+    available. Changes no byte."""
+    slice_documents: int | None = Field(None, ge=1)
+    """Search the corpus in slices of this many documents, rounded to parts or index shards, and merge the results: each
+    task reads one slice, for a corpus that does not fit one machine's disk or cache. null: each task reads the entire
+    corpus. Changes no byte."""
 
 
 def _listed(value: Any) -> Any:
@@ -283,110 +276,82 @@ def _listed(value: Any) -> Any:
 class Mining(Section):
     """Which candidates become negatives."""
 
-    compat: Literal["sentence-transformers", "flagembedding", "nemo", "nv-retriever"] | None = Field(
-        None, description="Preset: take missing settings from another miner; null: the defaults of this table."
+    compat: Literal["sentence-transformers", "flagembedding", "nemo", "nv-retriever"] | None = None
+    """Preset: take missing settings from another miner; null: the defaults of this table."""
+    range_min: int = Field(0, ge=0)
+    """First rank of the window, 0-based."""
+    range_max: int | None = Field(192, ge=1)
+    """End of the window, exclusive; null: range_min + num_negatives + the most positives of an anchor, with 10 *
+    num_negatives if a margin or max_score is set."""
+    rank_over: Literal["raw", "survivors"] = "survivors"
+    """raw: rank among all documents. survivors: rank among those that passed every filter."""
+    num_negatives: int = Field(3, ge=0)
+    """Mined negatives per anchor; 0 for random ones only (num_random)."""
+    num_random: int = Field(0, ge=0)
+    """Additional random negatives per anchor, by seed; the same exclusions, no cutoffs."""
+    depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = None
+    """Candidates per anchor to consider; range_max+max_positives: with room for the most positives of an anchor; null:
+    all stored."""
+    max_depth: int | None = Field(1024, ge=0)
+    """Maximum depth to search anchors that lack negatives again, by doubling; null or 0: never. Requires rank_over:
+    survivors and depth: null."""
+    sampling_strategy: Literal["top", "random", "simans", "weighted"] = "top"
+    """Sampler of the window. top: the first. random: uniform. simans: likeliest at positive + simans_b. weighted: by
+    softmax(score / temperature). All except top draw without replacement, by seed."""
+    simans_a: float = Field(1.0, ge=0)
+    """simans: weight = exp(-a * (score - positive - b)^2)."""
+    simans_b: float = 0.0
+    """simans: above 0 prefers scores above the positive's."""
+    temperature: float = Field(1.0, gt=0)
+    """weighted: lower is closer to top."""
+    margin_reference: Literal["min", "max", "each"] = "min"
+    """Positive score that margins refer to: the anchor's lowest, its highest, or that of each positive, with separate
+    negatives per positive."""
+    given_negatives: Literal["ignore", "first", "keep"] = "ignore"
+    """Negatives in the source. ignore: treat them like other documents. first: take them before mined ones. keep: add
+    all of them to the mined ones."""
+    judged: Literal["allow", "prefer", "only"] = "allow"
+    """Documents judged for the anchor with a grade below data.min_grade. allow: ordinary candidates. prefer: taken
+    first. only: no others are taken."""
+    score: str = Field("dense", min_length=1)
+    """Score of the candidates that ranks, windows, margins and cutoffs use; dense: of the vectors."""
+    strict: bool = False
+    """Also drop scores equal to a cutoff."""
+    absolute_margin: float | None = None
+    """Drop scores above positive - absolute_margin."""
+    relative_margin: float | None = Field(0.05, le=1)
+    """Drop scores above positive - |positive| * relative_margin; null: no margin."""
+    max_score: float | None = None
+    """Drop higher scores."""
+    min_score: float | None = None
+    """Drop lower scores."""
+    exclude: tuple[Exclusion, ...] = (
+        "positive_id",
+        "positive_text",
+        "positive_normalized",
+        "shared_anchor",
+        "anchor_text",
     )
-    range_min: int = Field(0, ge=0, description="First rank of the window, 0-based.")
-    range_max: int | None = Field(
-        192,
-        ge=1,
-        description="End of the window, exclusive; null: range_min + num_negatives + the most positives of an anchor,"
-        " with 10 * num_negatives if a margin or max_score is set.",
-    )
-    rank_over: Literal["raw", "survivors"] = Field(
-        "survivors", description="raw: rank among all documents. survivors: rank among those that passed every filter."
-    )
-    num_negatives: int = Field(3, ge=0, description="Mined negatives per anchor; 0 for random ones only (num_random).")
-    num_random: int = Field(
-        0, ge=0, description="Additional random negatives per anchor, by seed; the same exclusions, no cutoffs."
-    )
-    depth: Annotated[int, Field(ge=1)] | Literal["range_max+max_positives"] | None = Field(
-        None,
-        description="Candidates per anchor to consider; range_max+max_positives: with room for the most positives of an"
-        " anchor; null: all stored.",
-    )
-    max_depth: int | None = Field(
-        1024,
-        ge=0,
-        description="Maximum depth to search anchors that lack negatives again, by doubling; null or 0: never. Requires"
-        " rank_over: survivors and depth: null.",
-    )
-    sampling_strategy: Literal["top", "random", "simans", "weighted"] = Field(
-        "top",
-        description="Sampler of the window. top: the first. random: uniform. simans: likeliest at positive + simans_b."
-        " weighted: by softmax(score / temperature). All except top draw without replacement, by seed.",
-    )
-    simans_a: float = Field(1.0, ge=0, description="simans: weight = exp(-a * (score - positive - b)^2).")
-    simans_b: float = Field(0.0, description="simans: above 0 prefers scores above the positive's.")
-    temperature: float = Field(1.0, gt=0, description="weighted: lower is closer to top.")
-    margin_reference: Literal["min", "max", "each"] = Field(
-        "min",
-        description="Positive score that margins refer to: the anchor's lowest, its highest, or that of each positive,"
-        " with separate negatives per positive.",
-    )
-    given_negatives: Literal["ignore", "first", "keep"] = Field(
-        "ignore",
-        description="Negatives in the source. ignore: treat them like other documents. first: take them before mined"
-        " ones. keep: add all of them to the mined ones.",
-    )
-    judged: Literal["allow", "prefer", "only"] = Field(
-        "allow",
-        description="Documents judged for the anchor with a grade below data.min_grade. allow: ordinary candidates."
-        " prefer: taken first. only: no others are taken.",
-    )
-    score: str = Field(
-        "dense",
-        min_length=1,
-        description="Score of the candidates that ranks, windows, margins and cutoffs use; dense: of the vectors.",
-    )
-    strict: bool = Field(False, description="Also drop scores equal to a cutoff.")
-    absolute_margin: float | None = Field(None, description="Drop scores above positive - absolute_margin.")
-    relative_margin: float | None = Field(
-        0.05, le=1, description="Drop scores above positive - |positive| * relative_margin; null: no margin."
-    )
-    max_score: float | None = Field(None, description="Drop higher scores.")
-    min_score: float | None = Field(None, description="Drop lower scores.")
-    exclude: tuple[Exclusion, ...] = Field(
-        ("positive_id", "positive_text", "positive_normalized", "shared_anchor", "anchor_text"),
-        description="Rules for documents that are never negatives.",
-    )
-    anchor_id: Literal["contained", "always", "never"] = Field(
-        "contained",
-        description="Whether to drop a document with the anchor's id that is not a known positive. contained: only if"
-        " its normalized text equals or contains the anchor's, or vice versa, as equal ids alone prove nothing.",
-    )
-    exclude_file: str | None = Field(
-        None,
-        description="JSONL or CSV of anchor_id, document_id: pairs that are never negatives, such as review verdicts.",
-    )
-    never_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        (),
-        description="Columns of data.extra, such as [doc]: drop candidates that share the value of any with a known"
-        " positive, or with the anchor if it has the column. anchor.NAME: with the anchor only. Null and empty texts"
-        " equal nothing.",
-    )
-    only_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        (),
-        description="Columns of data.extra, such as [lang]: drop candidates that do not share the value of each with a"
-        " known positive. anchor.NAME: with the anchor.",
-    )
-    where: str | None = Field(
-        None,
-        min_length=1,
-        description="Drop candidates that do not meet this SQL condition over anchor.NAME, positive.NAME and"
-        " candidate.NAME (id, text and the columns of data.extra, all texts), score, rank and positive_score.",
-    )
-    near_duplicate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Drop candidates whose normalized text is at least this similar to that of a known positive: 1 -"
-        " (characters to insert or delete) / (length of both).",
-    )
-    on_shortage: Literal["keep", "drop", "fail", "random"] = Field(
-        "keep",
-        description="Anchors with too few negatives: keep them, drop them, fail, or fill up with random negatives.",
-    )
+    """Rules for documents that are never negatives."""
+    anchor_id: Literal["contained", "always", "never"] = "contained"
+    """Whether to drop a document with the anchor's id that is not a known positive. contained: only if its normalized
+    text equals or contains the anchor's, or vice versa, as equal ids alone prove nothing."""
+    exclude_file: str | None = None
+    """JSONL or CSV of anchor_id, document_id: pairs that are never negatives, such as review verdicts."""
+    never_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Columns of data.extra, such as [doc]: drop candidates that share the value of any with a known positive, or with
+    the anchor if it has the column. anchor.NAME: with the anchor only. Null and empty texts equal nothing."""
+    only_same: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Columns of data.extra, such as [lang]: drop candidates that do not share the value of each with a known positive.
+    anchor.NAME: with the anchor."""
+    where: str | None = Field(None, min_length=1)
+    """Drop candidates that do not meet this SQL condition over anchor.NAME, positive.NAME and candidate.NAME (id, text
+    and the columns of data.extra, all texts), score, rank and positive_score."""
+    near_duplicate: float | None = Field(None, gt=0, le=1)
+    """Drop candidates whose normalized text is at least this similar to that of a known positive: 1 - (characters to
+    insert or delete) / (length of both)."""
+    on_shortage: Literal["keep", "drop", "fail", "random"] = "keep"
+    """Anchors with too few negatives: keep them, drop them, fail, or fill up with random negatives."""
 
     @model_validator(mode="before")
     @classmethod
@@ -437,31 +402,29 @@ class Mining(Section):
 class Output(Section):
     """The output of the triplets stage."""
 
-    format: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = Field(
-        "triplet",
-        description="triplet: a row per positive and negative. n-tuple: a row per positive, with all its negatives in"
-        " columns; no row if one is missing. labeled-pair: a row per document, with label 1 or 0. labeled-list: a row"
-        " per positive, with lists of documents and labels.",
-    )
-    ids: bool = Field(True, description="Write ids next to the texts.")
-    scores: bool = Field(True, description="Write scores of positives and negatives.")
-    ranks: bool = Field(True, description="Write raw ranks; null beyond the stored depth.")
-    grades: bool = Field(
-        False, description="Write relevance grades; null, or 0 in labeled rows, for unjudged negatives."
-    )
-    include_positives: bool = Field(
-        False,
-        description="Treat an anchor's positives as candidates: n-tuple rows then hold the original ranking, to"
-        " evaluate rerankers. mining.relative_margin is then null unless set.",
-    )
-    extra_columns: tuple[str, ...] | None = Field(None, description="Columns of data.extra to write; null: all.")
-    rows_per_file: int | None = Field(
-        None, ge=1, description="Rows per Parquet file; the last of a part may have fewer. null: one file per part."
-    )
-    min_rows: int = Field(
-        1, ge=0, description="With fewer rows, `mine` and `triplets` exit with code 1, and `triplets/` stays as it was."
-    )
-    report: bool = Field(True, description="Write RUN_DIR/report.html at the end of `mine`; changes no row.")
+    format: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = "triplet"
+    """triplet: a row per positive and negative. n-tuple: a row per positive, with all its negatives in columns; no row
+    if one is missing. labeled-pair: a row per document, with label 1 or 0. labeled-list: a row per positive, with lists
+    of documents and labels."""
+    ids: bool = True
+    """Write ids next to the texts."""
+    scores: bool = True
+    """Write scores of positives and negatives."""
+    ranks: bool = True
+    """Write raw ranks; null beyond the stored depth."""
+    grades: bool = False
+    """Write relevance grades; null, or 0 in labeled rows, for unjudged negatives."""
+    include_positives: bool = False
+    """Treat an anchor's positives as candidates: n-tuple rows then hold the original ranking, to evaluate rerankers.
+    mining.relative_margin is then null unless set."""
+    extra_columns: tuple[str, ...] | None = None
+    """Columns of data.extra to write; null: all."""
+    rows_per_file: int | None = Field(None, ge=1)
+    """Rows per Parquet file; the last of a part may have fewer. null: one file per part."""
+    min_rows: int = Field(1, ge=0)
+    """With fewer rows, `mine` and `triplets` exit with code 1, and `triplets/` stays as it was."""
+    report: bool = True
+    """Write RUN_DIR/report.html at the end of `mine`; changes no row."""
 
     @model_validator(mode="after")
     def _ranking(self) -> Output:
@@ -473,13 +436,13 @@ class Output(Section):
 class Config(Section):
     """A complete negpipe config."""
 
-    run_dir: Folder = Field(description="Folder for all output of a run, or s3://BUCKET/PREFIX.")
-    store: Folder | None = Field(
-        None,
-        description="Folder for the parts of all stages, shared by several run directories, so that variants of a job"
-        " encode and search once; null: in run_dir.",
-    )
-    seed: int = Field(42, ge=0, description="Seed of every random choice.")
+    run_dir: Folder
+    """Folder for all output of a run, or s3://BUCKET/PREFIX."""
+    store: Folder | None = None
+    """Folder for the parts of all stages, shared by several run directories, so that variants of a job encode and
+    search once; null: in run_dir."""
+    seed: int = Field(42, ge=0)
+    """Seed of every random choice."""
     data: Data
     encoder: Encoder
     index: Index = Index()

@@ -20,40 +20,30 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 class Server(Section):
     """A server that runs the model."""
 
-    url: str = Field(
-        description="Required in encoder.http. Address of the server, such as https://api.openai.com/v1 or"
-        " http://localhost:8080; /v1/embeddings or /embed is completed if missing."
-    )
-    api: Literal["openai", "tei"] = Field(
-        "openai",
-        description="openai: /v1/embeddings, supported by most servers. tei: /embed of text-embeddings-inference, which"
-        " truncates texts to the model's length.",
-    )
-    answers_as: str | None = Field(
-        None,
-        min_length=1,
-        description="Name of the model in the server's responses, if not encoder.model; part of the identity.",
-    )
-    key_env: str | None = Field(
-        None,
-        description="Environment variable with the API key, such as OPENAI_API_KEY, sent as Authorization: Bearer."
-        " null: no key is sent.",
-    )
-    concurrency: int = Field(8, ge=1, description="Concurrent requests, divided among executor.workers.")
-    batch_texts: int = Field(32, ge=1, description="Maximum texts per request.")
-    batch_tokens: int = Field(
-        16384,
-        ge=1,
-        description="Maximum tokens per request, estimated as UTF-8 bytes / 4. A longer text is sent alone.",
-    )
-    timeout: float = Field(60, gt=0, description="Seconds without a response before a request is sent again.")
-    retries: int = Field(
-        8,
-        ge=0,
-        description="Retries of a request after 408, 429, 5xx, or a broken or missing response: after 0.5 s, 1 s,"
-        " 2 s …, at most a minute, or as given by Retry-After.",
-    )
-    price: float | None = Field(None, ge=0, description="Price of a million tokens; log and plan show the cost.")
+    url: str
+    """Required in encoder.http. Address of the server, such as https://api.openai.com/v1 or http://localhost:8080;
+    /v1/embeddings or /embed is completed if missing."""
+    api: Literal["openai", "tei"] = "openai"
+    """openai: /v1/embeddings, supported by most servers. tei: /embed of text-embeddings-inference, which truncates
+    texts to the model's length."""
+    answers_as: str | None = Field(None, min_length=1)
+    """Name of the model in the server's responses, if not encoder.model; part of the identity."""
+    key_env: str | None = None
+    """Environment variable with the API key, such as OPENAI_API_KEY, sent as Authorization: Bearer. null: no key is
+    sent."""
+    concurrency: int = Field(8, ge=1)
+    """Concurrent requests, divided among executor.workers."""
+    batch_texts: int = Field(32, ge=1)
+    """Maximum texts per request."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Maximum tokens per request, estimated as UTF-8 bytes / 4. A longer text is sent alone."""
+    timeout: float = Field(60, gt=0)
+    """Seconds without a response before a request is sent again."""
+    retries: int = Field(8, ge=0)
+    """Retries of a request after 408, 429, 5xx, or a broken or missing response: after 0.5 s, 1 s, 2 s …, at most a
+    minute, or as given by Retry-After."""
+    price: float | None = Field(None, ge=0)
+    """Price of a million tokens; log and plan show the cost."""
 
     # Checked here and not per field, as a field's error shows its value, which may contain a secret.
     @model_validator(mode="after")

@@ -57,84 +57,61 @@ EVAL_SPLIT = "test"
 class Split(Section):
     """Anchors of `data.split` held out for evaluation, for datasets without a split for it."""
 
-    test: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="Required in train.split. Approximate share of the anchors of data.split to hold out, as groups are"
-        " not divided; they are neither mined nor trained on.",
-    )
-    by: str = Field(
-        "positive",
-        min_length=1,
-        description="positive: anchors that share a text, their own or a positive's, are on the same side. A column of"
-        " data.extra.corpus: also anchors whose positives have the same value in it.",
-    )
-    seed: int = Field(42, ge=0, description="Seed of the division, independent of the config's seed.")
+    test: float = Field(0.1, gt=0, lt=1)
+    """Required in train.split. Approximate share of the anchors of data.split to hold out, as groups are not divided;
+    they are neither mined nor trained on."""
+    by: str = Field("positive", min_length=1)
+    """positive: anchors that share a text, their own or a positive's, are on the same side. A column of
+    data.extra.corpus: also anchors whose positives have the same value in it."""
+    seed: int = Field(42, ge=0)
+    """Seed of the division, independent of the config's seed."""
 
 
 class Train(Section):
     """Fine-tuning a model on the rows, and judging it."""
 
-    kind: TrainKind = Field(
-        "retriever",
-        description="retriever: the encoder. reranker: a model that reads anchor and document together and orders the"
-        " documents that the encoder finds.",
-    )
-    base: str | None = Field(
-        None,
-        description="Model to fine-tune, named like encoder.model; null: the encoder's model, with a new head for a"
-        " reranker.",
-    )
-    loss: Annotated[Loss, BeforeValidator(_by_kind)] = Field(
-        None,
-        validate_default=True,
-        description="A loss of Sentence Transformers. null: MultipleNegativesRankingLoss, or LambdaLoss for a reranker."
-        " BinaryCrossEntropyLoss requires output.format labeled-pair, LambdaLoss and ListNetLoss labeled-list, all"
-        " others triplet or n-tuple; MarginMSELoss and DistillKLDivLoss learn the rows' scores.",
-    )
-    rerank_depth: int = Field(
-        50, ge=2, le=100, description="Reranker: top documents of the encoder per anchor that it orders for evaluation."
-    )
-    negatives: bool = Field(
-        True,
-        description="false: train without the rows' negatives, on in-batch negatives only, for comparison.",
-    )
-    guide: str | None = Field(
-        None, description="CachedGISTEmbedLoss: model that judges negatives; null: the base before training."
-    )
-    epochs: float = Field(1, gt=0, description="Passes over the rows.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from train.epochs.")
-    batch_size: int = Field(32, ge=2, description="Rows per batch; for a retriever, no text occurs twice in a batch.")
-    mini_batch_size: int = Field(
-        32, ge=1, description="Cached losses: rows per forward pass. List losses: documents per forward pass."
-    )
-    gradient_accumulation: int = Field(1, ge=1, description="Batches per optimizer step.")
-    learning_rate: Annotated[float, BeforeValidator(_by_kind)] = Field(
-        None,
-        validate_default=True,
-        gt=0,
-        description="Peak learning rate; decays linearly to 0. null: 2e-5, or 1e-4 for a reranker.",
-    )
-    warmup: float = Field(0.1, ge=0, description="Warmup steps; below 1, a share of all steps.")
-    seed: int | None = Field(None, ge=0, description="Seed of batches and dropout; null: seed.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Precision of the computation; weights stay in float32. bfloat16: for hardware that supports it.",
-    )
-    matryoshka: tuple[int, ...] = Field(
-        (), description="Further vector dimensions to train for, for example [256, 128, 64]."
-    )
-    checkpoint_steps: int = Field(500, ge=1, description="Steps between checkpoints.")
-    eval_split: str | None = Field(
-        None,
-        description="Split of qrels or pair rows to judge the model on; null: test, or the test side of train.split.",
-    )
+    kind: TrainKind = "retriever"
+    """retriever: the encoder. reranker: a model that reads anchor and document together and orders the documents that
+    the encoder finds."""
+    base: str | None = None
+    """Model to fine-tune, named like encoder.model; null: the encoder's model, with a new head for a reranker."""
+    loss: Annotated[Loss, BeforeValidator(_by_kind)] = Field(None, validate_default=True)
+    """A loss of Sentence Transformers. null: MultipleNegativesRankingLoss, or LambdaLoss for a reranker.
+    BinaryCrossEntropyLoss requires output.format labeled-pair, LambdaLoss and ListNetLoss labeled-list, all others
+    triplet or n-tuple; MarginMSELoss and DistillKLDivLoss learn the rows' scores."""
+    rerank_depth: int = Field(50, ge=2, le=100)
+    """Reranker: top documents of the encoder per anchor that it orders for evaluation."""
+    negatives: bool = True
+    """false: train without the rows' negatives, on in-batch negatives only, for comparison."""
+    guide: str | None = None
+    """CachedGISTEmbedLoss: model that judges negatives; null: the base before training."""
+    epochs: float = Field(1, gt=0)
+    """Passes over the rows."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; null: from train.epochs."""
+    batch_size: int = Field(32, ge=2)
+    """Rows per batch; for a retriever, no text occurs twice in a batch."""
+    mini_batch_size: int = Field(32, ge=1)
+    """Cached losses: rows per forward pass. List losses: documents per forward pass."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Batches per optimizer step."""
+    learning_rate: Annotated[float, BeforeValidator(_by_kind)] = Field(None, validate_default=True, gt=0)
+    """Peak learning rate; decays linearly to 0. null: 2e-5, or 1e-4 for a reranker."""
+    warmup: float = Field(0.1, ge=0)
+    """Warmup steps; below 1, a share of all steps."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of batches and dropout; null: seed."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation; weights stay in float32. bfloat16: for hardware that supports it."""
+    matryoshka: tuple[int, ...] = ()
+    """Further vector dimensions to train for, for example [256, 128, 64]."""
+    checkpoint_steps: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    eval_split: str | None = None
+    """Split of qrels or pair rows to judge the model on; null: test, or the test side of train.split."""
     split: Split | None = None
-    license: str | None = Field(
-        None,
-        description="License in the model card, such as apache-2.0; null: that of the base's card, if any.",
-    )
+    license: str | None = None
+    """License in the model card, such as apache-2.0; null: that of the base's card, if any."""
 
     @model_validator(mode="after")
     def _of_kind(self) -> Train:
@@ -197,19 +174,14 @@ def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 class Ablate(Section):
     """Settings to compare by the models trained with them."""
 
-    sets: tuple[ArmSet, ...] = Field(
-        ("in-batch", "random", "peers", "default"),
-        description="Built-in arms. in-batch: no mined negatives. random: random negatives. peers: each mining.compat."
-        " default: negpipe's rules. calibrated: the setting recommended by calibrate. configured: the config unchanged."
-        " windows, margins, negatives, batch_sizes, losses: the config with several values of one setting.",
-    )
-    arms: dict[str, dict[str, Any]] = Field(
-        {},
-        description="Further arms: names and the settings they change, such as {rank 10: {mining.range_min: 10}}.",
-    )
-    seeds: tuple[int, ...] = Field(
-        (1, 2, 3), min_length=1, description="Seeds to mine and train every arm with, as seed and train.seed."
-    )
+    sets: tuple[ArmSet, ...] = ("in-batch", "random", "peers", "default")
+    """Built-in arms. in-batch: no mined negatives. random: random negatives. peers: each mining.compat. default:
+    negpipe's rules. calibrated: the setting recommended by calibrate. configured: the config unchanged. windows,
+    margins, negatives, batch_sizes, losses: the config with several values of one setting."""
+    arms: dict[str, dict[str, Any]] = Field({})
+    """Further arms: names and the settings they change, such as {rank 10: {mining.range_min: 10}}."""
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    """Seeds to mine and train every arm with, as seed and train.seed."""
 
     @model_validator(mode="after")
     def _some(self) -> Ablate:
