@@ -256,61 +256,6 @@ class Workload:
         return sum(task.rows for task in self.missing or ())
 
 
-def _as_it_is(config: Config) -> Config:
-    return config
-
-
-def _nothing(_: Context) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def _no_identity(_: Context) -> dict[str, str]:
-    return {}
-
-
-def _no_parts(_: Context) -> list[Part]:
-    return []
-
-
-def _no_check(_: Context) -> None: ...
-
-
-def _unknown(_: Context, __: Workload) -> Needs:
-    return Needs()
-
-
-def _as_asked(_: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    return wanted
-
-
-def _no_libraries(_: Config) -> tuple[str, ...]:
-    return ()
-
-
-def _settled(config: Config, _: Manifest) -> tuple[Config, str]:
-    return config, ""
-
-
-def _accepted(_: Config, __: Mapping[str, Any]) -> None:
-    return
-
-
-def _no_remarks(_: Any) -> list[tuple[int, str]]:
-    return []
-
-
-def _fits(_: Store, __: Part) -> str | None:
-    return None
-
-
-def _shows_nothing(_: Sequence[Part]) -> dict[str, Shown]:
-    return {}
-
-
-def _in_a_worker(_: Config) -> Place:
-    return "worker"
-
-
 def _sum_meta(_: Context, parts: list[Part]) -> dict[str, Any]:
     return {"rows": sum(part.rows for part in parts), "bytes": sum(file.bytes for p in parts for file in p.files)}
 
@@ -372,32 +317,32 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     plan: Callable[[Context], Iterable[Task]]
     run: Callable[[Task, Any, Context, Publisher, Progress], Made]
-    sources: Callable[[Context], dict[str, str]] = _no_identity
-    open: Callable[[Context], AbstractContextManager[Any]] = _nothing
+    sources: Callable[[Context], dict[str, str]] = lambda context: {}
+    open: Callable[[Context], AbstractContextManager[Any]] = lambda context: nullcontext()
     stats: Callable[[Context, list[Part]], dict[str, Any]] = _sum_meta
-    check: Callable[[Context], None] = _no_check
+    check: Callable[[Context], None] = lambda context: None
     fetches: bool = False
-    needs: Callable[[Context, Workload], Needs] = _unknown
-    serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _as_asked
-    shared: Callable[[Context], list[Part]] = _no_parts
-    place: Callable[[Config], Place] = _in_a_worker
+    needs: Callable[[Context, Workload], Needs] = lambda context, work: Needs()
+    serving: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = lambda made, wanted: wanted
+    shared: Callable[[Context], list[Part]] = lambda context: []
+    place: Callable[[Config], Place] = lambda config: "worker"
     resources: Callable[[Context], Budget] | None = None
     devices: Callable[[Config], tuple[str, ...]] = _cores
     rounds: bool = False
-    views: Callable[[Sequence[Part]], Mapping[str, Shown]] = _shows_nothing
+    views: Callable[[Sequence[Part]], Mapping[str, Shown]] = lambda parts: {}
     folders: tuple[str, ...] = ()
-    libraries: Callable[[Config], tuple[str, ...]] = _no_libraries
-    settle: Callable[[Config, Manifest], tuple[Config, str]] = _settled
-    accept: Callable[[Config, Mapping[str, Any]], None] = _accepted
-    remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = _no_remarks
-    outlook: Callable[[Context], Iterable[tuple[int, str]]] = _no_remarks
-    misfit: Callable[[Store, Part], str | None] = _fits
+    libraries: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    settle: Callable[[Config, Manifest], tuple[Config, str]] = lambda config, manifest: (config, "")
+    accept: Callable[[Config, Mapping[str, Any]], None] = lambda config, stats: None
+    remarks: Callable[[Mapping[str, Any]], Iterable[tuple[int, str]]] = lambda stats: ()
+    outlook: Callable[[Context], Iterable[tuple[int, str]]] = lambda context: ()
+    misfit: Callable[[Store, Part], str | None] = lambda store, part: None
     provides: str = ""
     kind: str = ""
     unit: str = "rows"
     counts: Callable[[Mapping[str, Any]], Mapping[str, int]] = counted
     reads: Mapping[str, str] = field(default_factory=dict)
-    config: Callable[[Config], Config] = _as_it_is
+    config: Callable[[Config], Config] = lambda config: config
 
     def within(self, context: Context) -> Context:
         """The context for the stage's own functions: name, config and inputs as they know them, and the budget of its
