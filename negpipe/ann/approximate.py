@@ -63,27 +63,16 @@ class Approximate:
         return max(depth, self.effort.proposed or depth)
 
     def search_slice(
-        self,
-        anchors: Floats,
-        depth: int,
-        *,
-        budget: Budget,
-        progress: Callable[[int], None] = lambda rows: None,
+        self, anchors: Floats, depth: int, *, budget: Budget
     ) -> tuple[Iterator[Keys], tuple[int, int, int]]:
         """For the index of a slice of the corpus: keys for `slices.write`, and their shape."""
         if isinstance(self.index, lists.Lists):
             width = min(depth, self.vectors.rows)
-            found = self.search(anchors, width, budget=budget, progress=progress)
+            found = self.search(anchors, width, budget=budget)
             return iter([slices.layered(*found)]), (len(anchors), 1, width)
         width = min(self.proposed(depth), self.vectors.rows)
         keys = coded.search_slice(
-            anchors,
-            self.index,
-            self.vectors,
-            effort_value=self.effort.nprobe,
-            proposed=width,
-            budget=budget,
-            progress=progress,
+            anchors, self.index, self.vectors, effort_value=self.effort.nprobe, proposed=width, budget=budget
         )
         return keys, (len(anchors), 2, width)
 

@@ -103,7 +103,6 @@ def search_slice(
     effort_value: int | None,
     proposed: int,
     budget: Budget,
-    progress: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Keys]:
     """The proposals of `search_coded`: keys of the index's own products and, for the same rows, of their scores.
 
@@ -121,16 +120,11 @@ def search_slice(
     size = min(len(anchors), budget.rows(each, fixed, whole=_ANCHORS))  # complete tiles, see `propose`
     for low in range(0, len(anchors), size):
         group = anchors[low : low + size]
-        share = _share(progress, len(group), len(anchors))
-        best = _proposals(group, shards, effort_value, proposed, budget.threads, share)
+        best = _proposals(group, shards, effort_value, proposed, budget.threads)
         products = best.copy()
         block_rows = min(_BLOCK_ROWS, _LEAST_ROWS + budget.rows(2 * row, fixed + len(group) * each))
         _rescore(group, vectors, best, block_rows, budget.threads)
         yield np.stack((products, best), axis=1)
-
-
-def _share(progress: Callable[[int], None], group: int, anchors: int) -> Callable[[int], None]:
-    return lambda rows: progress(rows * group // anchors)
 
 
 def _rescore(anchors: Floats, vectors: Vectors, best: Keys, block_rows: int, threads: int) -> None:
@@ -172,7 +166,7 @@ def propose(
     size = budget.rows(each, fixed, whole=_ANCHORS)  # complete tiles, or the groups would differ
     for low in range(0, len(anchors), size):
         here = slice(low, low + size)
-        best = _proposals(anchors[here], shards, effort_value, proposed, budget.threads, lambda rows: None)
+        best = _proposals(anchors[here], shards, effort_value, proposed, budget.threads)
         best.sort(axis=1)
         yield here, rows_of(best)
 
@@ -198,7 +192,7 @@ def _proposals(
     effort_value: int | None,
     proposed: int,
     threads: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Keys:
     """(n, proposed) keys of the rows found by the index, by its own products, in any order."""
     best = np.full((len(anchors), proposed), NOTHING)

@@ -87,16 +87,7 @@ def load_config(
     else:
         path = find_config(str(source))
         name = str(path)
-        try:
-            tree = safe_yaml.load(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            if path.suffix in (".jsonl", ".csv", ".tsv"):
-                raise ConfigError(f"{path} is data: negpipe inspect {path} --write my.yaml writes a config") from None
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must be a mapping of settings, see `negpipe config schema`")
+        tree = _mapping(path, "settings, see `negpipe config schema`")
         run_dir = path.parents[1] if path.parts[-2:] == Path(kept.NAME).parts else None
         if run_dir is not None:
             before = copy.deepcopy(tree)
@@ -126,19 +117,27 @@ def load_cluster(path: Path) -> Cluster:
     Raises:
         ConfigError: one line per problem, each with its location in the file.
     """
-    try:
-        tree = safe_yaml.load(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping: cores, memory, disk_bandwidth and further properties of a node")
+    tree = _mapping(path, "properties of a node: cores, memory, disk_bandwidth and others")
     try:
         return Cluster.model_validate(tree)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         raise ConfigError("\n".join(f"{path}: {_explain(problem, Cluster)}" for problem in problems)) from None
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    """The content of a YAML file that must be a mapping."""
+    try:
+        tree = safe_yaml.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        if path.suffix in (".jsonl", ".csv", ".tsv"):
+            raise ConfigError(f"{path} is data: negpipe inspect {path} --write my.yaml writes a config") from None
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of {what}")
+    return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

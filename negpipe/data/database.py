@@ -46,3 +46,10 @@ def opened(folder: Path, budget: Budget, work: str) -> Iterator[duckdb.DuckDBPyC
         ) from None
     finally:
         database.close()
+
+
+def number_of(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    """The number that is the only result of a query."""
+    row = database.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from negpipe.config.schema import Config
+from negpipe.data.database import number_of
 from negpipe.errors import InputError, count_of
 from negpipe.ingest.rejected import too_many
 from negpipe.sources.fields import about_unknown
@@ -45,7 +46,7 @@ def check(config: Config, database: duckdb.DuckDBPyConnection) -> None:
                 remedy="Give every text its own id, or remove the older row",
             )
     documents, queries, judgments = (
-        _count(database, f"select count(*) from {table}") for table in ("documents", "queries", "judgments")
+        number_of(database, f"select count(*) from {table}") for table in ("documents", "queries", "judgments")
     )
     name = _named(config) or "the source"
     for count, what in ((documents, "documents"), (queries, "queries"), (judgments, "relevance judgments")):
@@ -78,8 +79,8 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
            or (d.id is null and j.document not in (select id from skipped_ids where not of_query))
     """
     database.execute(f"create table unknown_judgments as {unknown}")
-    total = _count(database, "select count(*) from unknown_judgments")
-    left = config.data.max_bad_rows - _count(database, "select count(*) from skipped where bad")
+    total = number_of(database, "select count(*) from unknown_judgments")
+    left = config.data.max_bad_rows - number_of(database, "select count(*) from skipped where bad")
     if total:
         _tell_unknown(config, database, total, allowed=total <= left or config.data.on_unknown_id == "skip")
     database.execute(f"""
@@ -102,7 +103,7 @@ def join(config: Config, database: duckdb.DuckDBPyConnection) -> None:
         delete from refused using contradicted c where refused.query = c.query and refused.row = c.row;
     """)
     _tell_contradictions(database)
-    if not _count(database, "select count(*) from positives semi join askers on query = id"):
+    if not number_of(database, "select count(*) from positives semi join askers on query = id"):
         splits = [row[0] for row in database.execute("select distinct split from judgments order by 1").fetchall()]
         raise InputError(
             f"no query has a positive of grade {config.data.min_grade} or more in split '{config.data.split}'",
@@ -120,7 +121,7 @@ def _tell_unknown(config: Config, database: duckdb.DuckDBPyConnection, total: in
     what, which = ("query", query) if query_unknown else ("document", document)
     hint = about_unknown(which)
     counts = {
-        side: _count(database, f"select count(*) from unknown_judgments where {side}_unknown")
+        side: number_of(database, f"select count(*) from unknown_judgments where {side}_unknown")
         for side in ("query", "document")
     }
     of_each = ", ".join(f"{count:,} of an unknown {side}" for side, count in counts.items() if count)
@@ -135,7 +136,7 @@ def _tell_unknown(config: Config, database: duckdb.DuckDBPyConnection, total: in
         raise too_many(error, config.data.max_bad_rows)
     logger.warning(
         "%d of %d relevance judgments name an unknown id (%s) and are rejected, such as %s id %r in %s, row %d%s",
-        *(total, _count(database, "select count(*) from judgments"), of_each),
+        *(total, number_of(database, "select count(*) from judgments"), of_each),
         *(what, which, file, line, hint and f". {hint}"),
     )
 
@@ -152,7 +153,7 @@ def number(database: duckdb.DuckDBPyConnection) -> None:
 
 def _tell_contradictions(database: duckdb.DuckDBPyConnection) -> None:
     """Warn about documents judged relevant in one place and not relevant in another, in one split or several."""
-    if count := _count(database, "select count(*) from contradicted"):
+    if count := number_of(database, "select count(*) from contradicted"):
         example = database.execute("""
             select j.query, j.document, j.file, j.line, j.grade from contradicted join judgments j on j.rowid = n
             order by n limit 1""").fetchone()
@@ -267,22 +268,16 @@ def counts(config: Config, database: duckdb.DuckDBPyConnection) -> dict[str, int
         "rejected_rows": "select (select count(*) from skipped) + (select count(*) from unknown_judgments)",
         "positives": "select count(*) from positives join anchors on query = id",
     }
-    return {name: _count(database, query) for name, query in queries.items()}
+    return {name: number_of(database, query) for name, query in queries.items()}
 
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = database.execute(query).fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 def _sorted(database: duckdb.DuckDBPyConnection, query: str) -> str:
     """A query of the same rows that does not sort while other queries run, as sorting takes memory until it ends."""
-    name = f"sorted_{_count(database, 'select count(*) from duckdb_tables()')}"
+    name = f"sorted_{number_of(database, 'select count(*) from duckdb_tables()')}"
     database.execute(f"create table {name} as {query}")
     return f"select * from {name}"
 

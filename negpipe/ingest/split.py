@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from negpipe.config.schema import Config
 from negpipe.config.training import Split
+from negpipe.data.database import number_of
 from negpipe.data.tables import EXTRA
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget
@@ -75,7 +76,7 @@ def divide(config: Config, side: Side, database: duckdb.DuckDBPyConnection, spoo
         select text, row_number() over (order by text) - 1 as node, coalesce(anchors, 0) as anchors, text in (
             select normalized from numbered semi join positives using (row)) as positive
         from (select text from tied union select other from tied) left join asked on text = normalized""")
-    ties, texts = (_count(database, f"select count(*) from {table}") for table in ("tied", "tied_texts"))
+    ties, texts = (number_of(database, f"select count(*) from {table}") for table in ("tied", "tied_texts"))
     budget.require(
         _BYTES * (ties + texts), f"dividing {count_of(ties, 'pair')} of anchor and positive", "remove train.split"
     )
@@ -208,9 +209,3 @@ def write(config: Config, database: duckdb.DuckDBPyConnection, folder: Path) -> 
             for batch in batches:
                 writer.write_batch(batch)
     return files
-
-
-def _count(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = database.execute(query).fetchone()
-    assert row is not None
-    return int(row[0])

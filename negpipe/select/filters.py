@@ -8,7 +8,7 @@ columns and the output of `explain` follow from that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,10 @@ class Lookup:
         return None if threshold is None else duplicates.Finder(self.corpus, threshold, self.threads)
 
 
+def _no_scores() -> Floats:
+    return np.empty((0, 0), np.float32)
+
+
 @dataclass(frozen=True)
 class Grid:
     """n lines of k documents each, to be filtered.
@@ -59,7 +63,7 @@ class Grid:
         anchors: rows of ingest's anchor table.
         anchor: (n,) the row of `anchors` that a line belongs to.
         rows: (n, k) of the corpus, -1 for no document.
-        scores: (n, k), for filters that use scores.
+        scores: (n, k), for filters that use scores; else empty.
         references: (n,) the positive score that margins refer to, NaN if there is none; likewise.
         spared: (n, k) documents that do not count as positives of a namesake, despite being known; None: none.
         positives: (n,) row of the positive that `references` come from, -1 if there is none; with scores only.
@@ -69,8 +73,8 @@ class Grid:
     anchors: pa.Table
     anchor: Ints
     rows: Ints
-    scores: Floats
-    references: Floats
+    scores: Floats = field(default_factory=_no_scores)
+    references: Floats = field(default_factory=_no_scores)
     spared: Mask | None = None
     positives: Ints | None = None
 
@@ -190,10 +194,8 @@ def _anchor_id(lookup: Lookup) -> Masking | None:
 
 def own_documents(lookup: Lookup, anchors: pa.Table, rows: Ints) -> Mask:
     """(n, k): rows that are the anchor of their line itself (`mining.anchor_id`)."""
-    nothing = np.empty((0, 0), np.float32)
     mask = _anchor_id(lookup)
-    grid = Grid(lookup, anchors, np.arange(len(rows)), rows, nothing, nothing)
-    return mask(grid) if mask else np.zeros(rows.shape, np.bool_)
+    return mask(Grid(lookup, anchors, np.arange(len(rows)), rows)) if mask else np.zeros(rows.shape, np.bool_)
 
 
 def _excluded_file(lookup: Lookup) -> Masking | None:
@@ -412,20 +414,17 @@ class Filters:
         Returns:
             (n, k) uint8, the code of the first filter that drops a document, 0 if none does.
         """
-        nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, spared)
+        grid = Grid(self.lookup, anchors, anchor, rows, spared=spared)
         return self._first("documents", grid, np.zeros(rows.shape, np.uint8))
 
     def of_drawn(self, anchors: pa.Table, anchor: Ints, rows: Ints, positives: Ints) -> Fates:
         """The same for drawn or preferred documents, regardless of their scores."""
-        nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self.lookup, anchors, anchor, rows, nothing, nothing, positives=positives)
+        grid = Grid(self.lookup, anchors, anchor, rows, positives=positives)
         return self._first("drawn", grid, self.of_documents(anchors, anchor, rows))
 
     def of_pairs(self, anchors: pa.Table, anchor: Ints, rows: Ints) -> Fates:
         """The same with the slow filters, for (p,) rows; returns (p,)."""
-        nothing = np.empty((0, 0), np.float32)
-        grid = Grid(self.lookup, anchors, anchor, rows[:, None], nothing, nothing)
+        grid = Grid(self.lookup, anchors, anchor, rows[:, None])
         return self._first("pairs", grid, np.zeros((len(rows), 1), np.uint8))[:, 0]
 
     def of_scores(

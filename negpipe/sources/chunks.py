@@ -140,6 +140,19 @@ class Check:
                 )
                 raise InputError(problem, file=self.file, row=place.row, field=name, remedy=remedy)
 
+    def read(self, text: str, place: Place, raw: str) -> Row:
+        """A row that is a JSON object. Raises RowError: it is not one."""
+        row = _object(text, place)
+        if not self.done:
+            self(list(row), place.row)
+        self.row(row, place)
+        return Row(place, [row.get(name) for name in self.names], raw)
+
+    def look(self, rows: Rows) -> None:
+        """Learn the columns from the first row, unless they are known."""
+        if not self.done:
+            next((row for row in rows if isinstance(row, Row)), None)
+
     def may_differ(self, block: bytes) -> bool:
         """Whether JSON lines may have such a column."""
         if any(json.dumps(name).encode() in block for name in self._late - {*self.names}):
@@ -170,14 +183,9 @@ class JsonChunk:
             place = Place(self.file, number)
             try:
                 text = decoded(line, place).rstrip("\r\n")
-                row = _object(text, place)
+                yield self.check.read(text, place, text)
             except RowError as error:
                 yield error.row._replace(raw=raw_of(line[:_RAW_BYTES].decode(errors="backslashreplace")))
-                continue
-            if not self.check.done:
-                self.check(list(row), number)
-            self.check.row(row, place)
-            yield Row(place, [row.get(name) for name in self.check.names], text)
 
     def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
@@ -215,8 +223,7 @@ class JsonChunk:
 
     def skip(self) -> None:
         """See `Chunk`."""
-        if not self.check.done:  # the first row has the names of the columns
-            next((row for row in self.rows() if isinstance(row, Row)), None)
+        self.check.look(self.rows())
 
     def _first(self, block: bytes) -> dict[str, Any] | None:
         """The object of the first line."""
@@ -289,14 +296,10 @@ class ElementsChunk:
         for number, (name, text) in enumerate(self.elements, self.first):
             place = Place(self.file, number)
             try:
-                row = _object(text if name is None else f'{{"key": {json.dumps(name)}, "value": {text}}}', place)
+                row = text if name is None else f'{{"key": {json.dumps(name)}, "value": {text}}}'
+                yield self.check.read(row, place, text)
             except RowError as error:
                 yield error.row._replace(raw=raw_of(text))
-                continue
-            if not self.check.done:
-                self.check(list(row), number)
-            self.check.row(row, place)
-            yield Row(place, [row.get(name) for name in self.check.names], text)
 
     def columns(self) -> ChunkColumns | None:
         """See `Chunk`."""
@@ -304,8 +307,7 @@ class ElementsChunk:
 
     def skip(self) -> None:
         """See `Chunk`."""
-        if not self.check.done:
-            next((row for row in self.rows() if isinstance(row, Row)), None)
+        self.check.look(self.rows())
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,6 @@ from negpipe.sources.elements import elements, keys
 from negpipe.sources.places import ALL, EXTENSIONS, PACKED, SourceTable, extension_of, locate
 from negpipe.sources.records import BadRow, Place, RowError
 
-__all__ = [
-    "CUT",
-    "Chunks",
-    "all_splits",
-    "chunks",
-    "column_names",
-    "decoded_lines",
-    "gathered",
-    "inside",
-    "is_whole",
-    "keys_of",
-    "no_name",
-    "not_separated",
-    "opened",
-]
-
 _ROWS = 8192  # maximum per chunk, if they are not JSON lines
 _BLOCK_BYTES = 2**22  # per chunk, approximately
 _STREAMED = 1024  # rows per chunk of a dataset of unknown size

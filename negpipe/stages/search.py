@@ -7,7 +7,7 @@ exact and stored with the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ import numpy as np
 from negpipe import ann
 from negpipe.ann import approximate
 from negpipe.ann.approximate import Approximate
-from negpipe.config.schema import Config
 from negpipe.data import candidates
 from negpipe.data.candidates import Candidates, Rows
 from negpipe.data.tables import documents, open_table, ragged, searchable
@@ -29,21 +28,6 @@ from negpipe.stages import headers, slices
 from negpipe.stages.index import open_approximate
 
 VERSION = 2
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    settings = {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
-    return settings | ({"index.kind": config.index.kind} if config.index.approximate else {})
-
-
-def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Readers use the first `depth` candidates: deeper output serves too, so a narrower window needs no search.
-
-    Not for an approximate index: its effort is tuned for a depth, so other candidates may be found.
-    """
-    if "index.kind" in wanted:
-        return wanted
-    return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
 
 
 def _check(context: Context) -> None:
@@ -79,7 +63,7 @@ def _keyed(context: Context) -> Iterator[tuple[str, Part, Part]]:
     of_all = Beginning(
         "search",
         VERSION,
-        _settings(context.config),
+        slices.settings(context.config),
         index.settings,
         [part.identity() for part in index.parts if part.kind in ("shard", "tuned")],
         [part.identity() for part in documents(encode)],
@@ -204,8 +188,8 @@ STAGE = Stage(
     inputs=("ingest", "encode", "index"),
     check=_check,
     needs=_needs,
-    settings=_settings,
-    serving=_serving,
+    settings=slices.settings,
+    serving=slices.serving,
     plan=_plan,
     shared=_shared,
     open=_open,

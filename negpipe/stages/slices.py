@@ -72,14 +72,17 @@ def _last(piece: Slice, context: Context) -> int:
     return max(0, min(last - piece.first, piece.rows))
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
-    settings["search.slice_documents"] = config.search.slice_documents
-    return settings | ({"index.kind": config.index.kind} if config.index.approximate else {})
+def settings(config: Config) -> dict[str, Any]:
+    """The settings of a search that can change its bytes, for the search in slices and that of the entire corpus."""
+    known = {"search.depth": config.depth, "data.add_positives": config.data.add_positives}
+    return known | ({"index.kind": config.index.kind} if config.index.approximate else {})
 
 
-def _serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """As in search: deeper output serves too if search is exact."""
+def serving(made: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Readers use the first `depth` candidates: deeper output serves too, so a narrower window needs no search.
+
+    Not for an approximate index: its effort is tuned for a depth, so other candidates may be found.
+    """
     if "index.kind" in wanted:
         return wanted
     return wanted | {"search.depth": max(made.get("search.depth", 0), wanted["search.depth"])}
@@ -237,8 +240,8 @@ def stage(plan: Callable[[Context], Iterable[Task]]) -> Stage:
         inputs=("ingest", "encode", "index"),
         check=_check,
         needs=_needs,
-        settings=_settings,
-        serving=_serving,
+        settings=lambda config: settings(config) | {"search.slice_documents": config.search.slice_documents},
+        serving=serving,
         plan=plan,
         open=_open,
         run=_run,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from negpipe.data.database import number_of
 from negpipe.errors import InputError
 from negpipe.review.audit import load, rules
 from negpipe.review.audit.columns import RowLayout
@@ -158,7 +159,7 @@ def run_rules(
     """
     import duckdb
 
-    known = _number(database, "select count(document) from negatives")
+    known = number_of(database, "select count(document) from negatives")
     for check, query in rules.queries(asked, layout):
         try:
             yield _finding(database, check, RULES[check], limits, "negatives", known if query else 0, query or "")
@@ -171,14 +172,14 @@ def _finding(
 ) -> Finding:
     if not of:
         return Finding(check, about, unit, 0, 0, [])
-    total = _number(database, f"select count(*) from ({found})")
+    total = number_of(database, f"select count(*) from ({found})")
     examples = _examples(database, f"{found} order by row, doc limit {limits.examples}") if total else []
     return Finding(check, about, unit, total, of, examples)
 
 
 def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, limits: Limits) -> tuple[str, int, str]:
     """What is checked, its number, and the query of (row, doc, detail) that finds problems."""
-    negatives = _number(database, "select count(*) from negatives")
+    negatives = number_of(database, "select count(*) from negatives")
     if check in _FALSE:
         if check == "near_duplicate":
             return (
@@ -195,7 +196,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, l
             0 if missing else negatives,
             (f"select row, doc, '' as detail from false_negatives where reason = '{check}'"),
         )
-    rows = _number(database, "select count(*) from entries")
+    rows = number_of(database, "select count(*) from entries")
     if check == "repeated_negative":
         return (
             "negatives",
@@ -207,7 +208,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, l
         )
     if check == "duplicate_row":
         return "rows", rows, "select row, null as doc, 'row ' || earlier as detail from repeats"
-    documents = _number(database, "select count(*) from documents")
+    documents = number_of(database, "select count(*) from documents")
     if check == "non_finite":
         return (
             "documents",
@@ -243,11 +244,11 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, l
         return _missing_id(database, layout)
     if check == "unknown_id":
         return _unknown_id(database, layout)
-    anchors = _number(database, "select count(distinct a) from entries")
+    anchors = number_of(database, "select count(distinct a) from entries")
     least = max(_HUB, limits.hub_share * anchors)
     return (
         "documents",
-        _number(database, "select count(distinct n) from negatives"),
+        number_of(database, "select count(distinct n) from negatives"),
         (
             f"select min(row) as row, min(doc) as doc, count(distinct a) || ' of {anchors} anchors' as detail"
             f" from negatives where n is not null group by n having count(distinct a) > {least}"
@@ -258,7 +259,7 @@ def _query(database: duckdb.DuckDBPyConnection, check: str, layout: RowLayout, l
 def _shortage(database: duckdb.DuckDBPyConnection, layout: RowLayout, limits: Limits) -> tuple[str, int, str]:
     wanted = limits.negatives
     if wanted is None:  # the most frequent number
-        wanted = _number(database, "select size from sizes group by size order by count(*) desc, size desc limit 1")
+        wanted = number_of(database, "select size from sizes group by size order by count(*) desc, size desc limit 1")
     # Without ids, an anchor is there if its normalised text is, as in `unknown_id`.
     has_row = (
         "a in (select a from entries)"
@@ -270,8 +271,8 @@ def _shortage(database: duckdb.DuckDBPyConnection, layout: RowLayout, limits: Li
         if _has(database, "known")
         else "(select 0 as a, '' as id where false)"
     )
-    without = _number(database, f"select count(*) from {absent}")
-    of = _number(database, "select count(*) from sizes") + without
+    without = number_of(database, f"select count(*) from {absent}")
+    of = number_of(database, "select count(*) from sizes") + without
     return (
         f"anchors with their positive, {without:,} of them without a row" if without else "anchors with their positive",
         of,
@@ -296,7 +297,7 @@ def _missing_id(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> tuple
         return "ids", 0, ""
     every = " union all ".join(parts)
     missing = f"select row, doc, detail from ({every}) where id is null or id = ''"
-    return "ids", _number(database, f"select count(*) from ({every})"), missing
+    return "ids", number_of(database, f"select count(*) from ({every})"), missing
 
 
 def _unknown_id(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> tuple[str, int, str]:
@@ -307,7 +308,7 @@ def _unknown_id(database: duckdb.DuckDBPyConnection, layout: RowLayout) -> tuple
         f"select row, doc, '{what} ' || id[:{_SHOWN}] as detail, id not in ({there}) as unknown from ({ids})"
         for what, (ids, there) in asked.items()
     )
-    of = _number(database, f"select count(*) from ({every})")
+    of = number_of(database, f"select count(*) from ({every})")
     unit = "ids" if layout.has("anchor_id") else "ids and anchor texts" if _ids(layout) else "anchor texts"
     return unit, of, f"select row, doc, detail from ({every}) where unknown"
 
@@ -330,10 +331,4 @@ def _ids(layout: RowLayout) -> bool:
 
 
 def _has(database: duckdb.DuckDBPyConnection, table: str) -> bool:
-    return bool(_number(database, f"select count(*) from duckdb_tables() where table_name = '{table}'"))
-
-
-def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = database.execute(query).fetchone()
-    assert row is not None
-    return int(row[0])
+    return bool(number_of(database, f"select count(*) from duckdb_tables() where table_name = '{table}'"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from negpipe.data.database import number_of
 from negpipe.data.texts import hashes, normalize
 from negpipe.errors import InputError
 from negpipe.review.audit.columns import RowLayout, quoted_path
@@ -179,7 +180,7 @@ def counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
         "positives": "select count(*) from documents where positive",
         "negatives": "select count(*) from negatives",
     }
-    return {name: _number(database, query) for name, query in queries.items()}
+    return {name: number_of(database, query) for name, query in queries.items()}
 
 
 def _documents(texts: str, ids: str, scores: str, ranks: str, positive: str) -> str:
@@ -212,8 +213,8 @@ def check_known(
     for what, (asked, there) in queries.items():
         unknown = f"select id, min(row) as row from ({asked}) group by id having id not in ({there})"
         first = database.execute(f"select id, row from ({unknown}) order by row, id limit 1").fetchone()
-        total = _number(database, f"select count(*) from ({unknown})")
-        asked_for = _number(database, f"select count(distinct id) from ({asked})")
+        total = number_of(database, f"select count(*) from ({unknown})")
+        asked_for = number_of(database, f"select count(distinct id) from ({asked})")
         if first is None or 2 * total <= asked_for:
             continue
         where = "documents" if what == "document id" else "anchors of data.split"
@@ -224,9 +225,3 @@ def check_known(
             remedy="If the source has changed, run `negpipe ingest CONFIG` first; otherwise name the config the rows"
             " came from, map the id columns with --columns, or audit without a config",
         )
-
-
-def _number(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = database.execute(query).fetchone()
-    assert row is not None
-    return int(row[0])
