@@ -30,7 +30,8 @@ from scipy.optimize import least_squares
 
 from negpipe.config.cluster import Cluster, Rates
 from negpipe.config.schema import Config
-from negpipe.plan.cluster import Forecast, PlannedJob, forecast
+from negpipe.engine.stage import Workload
+from negpipe.plan.cluster import Forecast, forecast
 
 BLOCK = 16384
 SMALL = 2.5e11  # multiplications, up to which a search does without torch
@@ -158,7 +159,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def predicted(rates: Rates, one: dict[str, Any]) -> dict[str, Forecast]:
     """The plan for a measured run: one node, one core, a disk that costs nothing."""
-    job = PlannedJob(one["documents"], one["anchors"], one["dimension"], one["characters"])
+    job = Workload(one["documents"], one["anchors"], one["dimension"], one["characters"], 1.0)
     config = Config.model_validate(
         {
             "run_dir": "unused",

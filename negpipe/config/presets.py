@@ -12,74 +12,61 @@ from typing import Any
 DERIVED_DEPTH = "range_max+max_positives"
 """`mining.depth` as sentence-transformers counts it; its value is known once the source has been read."""
 
+_USUAL: Mapping[str, Any] = {
+    "range_min": 0,
+    "rank_over": "survivors",
+    "depth": None,
+    "max_depth": None,
+    "sampling_strategy": "top",
+    "margin_reference": "min",
+    "strict": False,
+    "relative_margin": None,
+    "exclude": ("positive_id", "positive_text"),
+    "anchor_id": "never",
+    "on_shortage": "keep",
+}
+"""What most of them do."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # `mine_hard_negatives` of sentence-transformers 6. Anchors are distinguished by their exact text, so the input
     # corresponds to data.format `pairs` without ids. Positives are excluded by exact text.
     "sentence-transformers": {
-        "range_min": 0,
+        **_USUAL,
         "range_max": None,
-        "rank_over": "survivors",
         "num_negatives": 3,
         "depth": DERIVED_DEPTH,
-        "max_depth": None,
-        "sampling_strategy": "top",
-        "margin_reference": "min",
-        "strict": False,
-        "relative_margin": None,
-        "exclude": ("positive_id", "positive_text"),
-        "anchor_id": "never",
-        "on_shortage": "keep",
     },
     # `scripts/hn_mine.py` of FlagEmbedding 1.4. Two lines of one query are one anchor here, so that the positive of
     # one is never a negative of the other; a text that equals the query except for case or whitespace is excluded too.
     "flagembedding": {
+        **_USUAL,
         "range_min": 10,
         "range_max": 210,
         "rank_over": "raw",
         "num_negatives": 15,
-        "depth": None,
-        "max_depth": None,
         "sampling_strategy": "random",
-        "strict": False,
-        "relative_margin": None,
         "exclude": ("positive_id", "positive_text", "anchor_text"),
-        "anchor_id": "never",
         "on_shortage": "random",
     },
     # `recipes/retrieval/mine_hard_negatives.py` of NeMo Automodel with hard_neg_margin 0.95, type perc. It searches
     # the entire corpus; here, search.depth limits the search. If a positive scores below 0, NeMo's cutoff of 0.95
     # times the score is above the positive; here it is below.
     "nemo": {
-        "range_min": 0,
+        **_USUAL,
         "range_max": 960,
-        "rank_over": "survivors",
         "num_negatives": 20,
-        "depth": None,
-        "max_depth": None,
-        "sampling_strategy": "top",
-        "margin_reference": "min",
-        "strict": False,
         "relative_margin": 0.05,
         "exclude": ("positive_id",),
-        "anchor_id": "never",
-        "on_shortage": "keep",
     },
     # TopK-PercPos at 95 % of NV-Retriever (Moreira et al. 2024, https://arxiv.org/abs/2407.15831): every pair has its
     # own cutoff, and its own negatives that score below it.
     "nv-retriever": {
-        "range_min": 0,
+        **_USUAL,
         "range_max": 960,
-        "rank_over": "survivors",
         "num_negatives": 10,
-        "depth": None,
-        "max_depth": None,
-        "sampling_strategy": "top",
         "margin_reference": "each",
         "strict": True,
         "relative_margin": 0.05,
-        "exclude": ("positive_id", "positive_text"),
-        "anchor_id": "never",
-        "on_shortage": "keep",
     },
 }
 

@@ -23,7 +23,7 @@ from negpipe.engine.budget import Budget
 from negpipe.engine.devices import CPU
 from negpipe.engine.fingerprint import DigestCache, digest
 from negpipe.engine.manifest import Books, File, Manifest, Part
-from negpipe.errors import MissingStageError
+from negpipe.errors import InputError, MissingStageError, beneath
 from negpipe.store.files import BOOKS
 from negpipe.store.opening import run_of, store_of
 from negpipe.store.store import Store
@@ -114,6 +114,19 @@ class Context:
     def own(self) -> Books:
         """The records of the stage that is inspected or run."""
         return self.books(self.stage)
+
+    def digest_of(self, setting: str, path: Path | str | None) -> dict[str, str]:
+        """The digest of the file that a setting names, for `Stage.sources`; nothing if it names none.
+
+        Raises:
+            InputError: it does not exist.
+        """
+        if path is None:
+            return {}
+        if not Path(path).is_file():
+            problem = f"the file does not exist{beneath(str(path))}"
+            raise InputError(problem, file=str(path), field=setting, remedy="Fix the path")
+        return {setting: self.digest_file(Path(path))}
 
     def path(self, part: Part, role: str) -> Path:
         """The path where this machine reads a file of a part."""

@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from negpipe.ann import auto, exact
-from negpipe.config.cluster import Cluster, Rates
+from negpipe.config.cluster import Cluster, Rates, Sizes
 from negpipe.config.schema import Config
 from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Workload
@@ -29,20 +28,6 @@ _PAGE = 4096  # minimum bytes read for a row at a random place in a file
 _TABLE = 28  # bytes of a document's offsets, read by a process that opens all tables
 _NORMALIZED = 8
 _KEY = 8  # bytes per candidate of a slice
-
-
-@dataclass(frozen=True)
-class PlannedJob:
-    """The planned job: documents, anchors, dimension, mean bytes per text, positives per anchor; texts that a worker
-    encodes per second (0: unknown), and the source of that speed."""
-
-    documents: int
-    anchors: int
-    dimension: int
-    text_bytes: float
-    positives: float = 1.0
-    speed: float = 0.0
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,30 +96,27 @@ class Outlook:
 class ClusterPlan:
     """The job, the index chosen for it (empty: as configured), and a run on each number of nodes."""
 
-    job: PlannedJob
+    job: Workload
     index: str
     outlooks: tuple[Outlook, ...]
 
 
-def job_of(cluster: Cluster, known: Workload | None) -> PlannedJob:
-    """Sizes from the cluster file, else from ingest's counts.
+def job_of(cluster: Cluster, known: Workload) -> Workload:
+    """Sizes and speed from the cluster file, else those that are known.
 
     Raises:
         ConfigError: a size is in neither.
     """
-    found: dict[str, Any] = {}
-    for name in ("documents", "anchors", "dimension", "text_bytes", "positives"):
-        given = getattr(cluster.job, name)
-        found[name] = getattr(known, name, None) if given is None else given
-    found["positives"] = found["positives"] or 1.0
-    if missing := [f"job.{name}" for name, value in found.items() if not value]:
+    job = replace(known, **{name: value for name, value in cluster.job if value is not None})
+    job = replace(job, positives=job.positives or 1.0)
+    if missing := [f"job.{name}" for name in Sizes.model_fields if not getattr(job, name)]:
         raise ConfigError(
             f"{', '.join(missing)}: not counted by this run: set {'it' if len(missing) == 1 else 'them'} in the cluster"
             " file"
         )
     if cluster.texts_per_second:
-        return PlannedJob(**found, speed=cluster.texts_per_second, source="from the cluster file")
-    return PlannedJob(**found, speed=known.speed if known else 0.0, source=known.source if known else "")
+        return replace(job, speed=cluster.texts_per_second, source="from the cluster file")
+    return job
 
 
 def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_encoder: bool = True) -> ClusterPlan:
@@ -155,7 +137,7 @@ def outlooks(config: Config, cluster: Cluster, nodes: Sequence[int], *, probe_en
     return ClusterPlan(job, said, tuple(forecast(config, cluster, job, count) for count in nodes))
 
 
-def forecast(config: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> Outlook:
+def forecast(config: Config, cluster: Cluster, job: Workload, nodes: int) -> Outlook:
     """Estimate a run on `nodes` nodes.
 
     Args:
@@ -171,7 +153,7 @@ def forecast(config: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> O
 # --- the stages -----------------------------------------------------------------------------------------
 
 
-def works(config: Config, cluster: Cluster, job: PlannedJob) -> Iterator[Work]:
+def works(config: Config, cluster: Cluster, job: Workload) -> Iterator[Work]:
     """The stages of a job, in order."""
     rates, part = cluster.rates, config.data.part_rows
     rows, anchors = job.documents, job.anchors
@@ -205,7 +187,7 @@ def works(config: Config, cluster: Cluster, job: PlannedJob) -> Iterator[Work]:
     )
 
 
-def _encode(config: Config, rates: Rates, job: PlannedJob, tasks: int, vectors: int) -> Work:
+def _encode(config: Config, rates: Rates, job: Workload, tasks: int, vectors: int) -> Work:
     texts = job.documents + job.anchors
     brought = config.encoder.backend == "precomputed"
     speed = rates.brought_bytes / vectors if brought else job.speed
@@ -225,7 +207,7 @@ def _encode(config: Config, rates: Rates, job: PlannedJob, tasks: int, vectors: 
     )
 
 
-def _index(config: Config, rates: Rates, job: PlannedJob, parts: int, vectors: int) -> Work:
+def _index(config: Config, rates: Rates, job: Workload, parts: int, vectors: int) -> Work:
     ids = job.documents * rates.id_bytes
     work = Work(
         "index",
@@ -247,7 +229,7 @@ def _index(config: Config, rates: Rates, job: PlannedJob, parts: int, vectors: i
     return replace(work, known=known, note="" if known else f"{config.index.kind} is not modelled")
 
 
-def _search(config: Config, cluster: Cluster, job: PlannedJob, parts: int, vectors: int) -> Iterator[Work]:
+def _search(config: Config, cluster: Cluster, job: Workload, parts: int, vectors: int) -> Iterator[Work]:
     """One task per part of anchors (and slice, if any), then tasks that merge slices."""
     rates, depth = cluster.rates, min(config.depth, job.documents)
     slices = math.ceil(job.documents / (config.search.slice_documents or job.documents))
@@ -293,7 +275,7 @@ def kept(anchors: float, documents: float, depth: float) -> float:
 # --- the nodes ------------------------------------------------------------------------------------------
 
 
-def _on(work: Work, config: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> Forecast:
+def _on(work: Work, config: Config, cluster: Cluster, job: Workload, nodes: int) -> Forecast:
     rates, cores = cluster.rates, min(config.resources.cpus or cluster.cores, cluster.cores)
     on_gpus = work.stage == "encode" and config.encoder.runs_here and cluster.gpus
     workers = min(config.executor.workers or (cluster.gpus if on_gpus else 1), cores) if work.tasks else 1
@@ -351,7 +333,7 @@ def fullest_shard(tasks: int, nodes: int, *, shared: bool = False) -> int:
 
 
 def _refusal(
-    work: Work, config: Config, cluster: Cluster, job: PlannedJob, workers: int, threads: int, memory: int
+    work: Work, config: Config, cluster: Cluster, job: Workload, workers: int, threads: int, memory: int
 ) -> str:
     """The error that would keep a stage from running on such nodes."""
     if memory > cluster.memory:

@@ -121,12 +121,12 @@ def plan(config: Config, *, probe_encoder: bool = True) -> Plan:
     return Plan(gflops, tuple(steps), choices, ways, recommended(ways), free)
 
 
-def known(config: Config, *, probe_encoder: bool = True) -> tuple[Config, Workload | None]:
-    """The config with settings resolved by complete stages, and the sizes; None before ingest."""
+def known(config: Config, *, probe_encoder: bool = True) -> tuple[Config, Workload]:
+    """The config with settings resolved by complete stages, and the sizes, which ingest counts."""
     with digests_of(config) as digests:
         context, *_ = _walked(Context(config, config.run_dir, digests))
         work = _sizes(context)
-        return context.config, _timed(work, context, probe_encoder)[0] if work.documents else None
+        return context.config, _timed(work, context, probe_encoder)[0] if work.documents else work
 
 
 def _walked(context: Context) -> tuple[Context, list[Step], list[tuple[Stage, str]]]:

@@ -37,7 +37,7 @@ from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
-from negpipe.errors import BudgetError, InputError, NegpipeError, beneath, count_of
+from negpipe.errors import BudgetError, InputError, NegpipeError, count_of
 from negpipe.sources import remote
 from negpipe.stages import headers
 from negpipe.store.files import BOOKS
@@ -100,17 +100,10 @@ def _sources(context: Context) -> dict[str, str]:
         model = encoders.resolve_model(encoder, context.digest_file)
         own = prompts.of_the_model(encoder, model.path)
         return {"encoder.model": model.digest} | {f"encoder.{name}": value for name, value in own.items()}
-    digests: dict[str, str] = {}
     if encoder.backend == "http":  # only the model's name, a setting, is known
-        return digests
-    for name in ("corpus_vectors", "anchor_vectors"):
-        path = _brought(context, name)
-        if not path.is_file():
-            raise InputError(
-                f"vector file {path} does not exist{beneath(str(path))}", field=f"encoder.{name}", remedy="Fix the path"
-            )
-        digests[f"encoder.{name}"] = context.digest_file(path)
-    return digests
+        return {}
+    corpus, anchors = (_brought(context, name) for name in ("corpus_vectors", "anchor_vectors"))
+    return context.digest_of("encoder.corpus_vectors", corpus) | context.digest_of("encoder.anchor_vectors", anchors)
 
 
 def _brought(context: Context, setting: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,7 +24,6 @@ from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, counted
-from negpipe.errors import InputError, beneath
 from negpipe.stages import headers
 from negpipe.store.store import Store
 
@@ -44,14 +42,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _sources(context: Context) -> dict[str, str]:
-    name = context.config.index.trained
-    if name is None:
-        return {}
-    if not Path(name).is_file():
-        raise InputError(
-            f"the file does not exist{beneath(name)}", file=name, field="index.trained", remedy="Fix the path"
-        )
-    return {"index.trained": context.digest_file(Path(name))}
+    return context.digest_of("index.trained", context.config.index.trained)
 
 
 def _check(context: Context) -> None:

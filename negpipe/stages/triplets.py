@@ -33,7 +33,7 @@ from negpipe.engine import devices
 from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task, Workload
-from negpipe.errors import InputError, RowsError, beneath, count_of
+from negpipe.errors import InputError, RowsError, count_of
 from negpipe.rows import formats
 from negpipe.select import columns, conditions, deeper, rules, verdicts
 from negpipe.select.filters import CODES, HELPS
@@ -73,14 +73,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _sources(context: Context) -> dict[str, str]:
-    name = context.config.mining.exclude_file
-    if name is None:
-        return {}
-    if not Path(name).is_file():
-        raise InputError(
-            f"the file does not exist{beneath(name)}", file=name, field="mining.exclude_file", remedy="Fix the path"
-        )
-    return {"mining.exclude_file": context.digest_file(Path(name))}
+    return context.digest_of("mining.exclude_file", context.config.mining.exclude_file)
 
 
 def _check(context: Context) -> None:

@@ -18,8 +18,9 @@ from negpipe.config.cluster import Cluster, Rates
 from negpipe.config.file import load_cluster, load_config
 from negpipe.config.schema import Config
 from negpipe.engine.shards import shard_of
+from negpipe.engine.stage import Workload
 from negpipe.errors import ConfigError
-from negpipe.plan.cluster import Forecast, PlannedJob, forecast, fullest_shard
+from negpipe.plan.cluster import Forecast, forecast, fullest_shard
 
 ROOT = Path(__file__).parents[2]
 RATES = {
@@ -54,13 +55,13 @@ def config(**sections: Any) -> Config:
     return Config.model_validate(about | sections)
 
 
-def stages(settings: Config, cluster: Cluster, job: PlannedJob, nodes: int) -> dict[str, Forecast]:
+def stages(settings: Config, cluster: Cluster, job: Workload, nodes: int) -> dict[str, Forecast]:
     return {one.stage: one for one in forecast(settings, cluster, job, nodes).stages}
 
 
 def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
     node = Cluster.model_validate({**NODE, "rates": RATES})
-    job = PlannedJob(1000, 100, 10, 100.0, 1.0, 10.0)
+    job = Workload(1000, 100, 10, 100.0, 1.0, 10.0)
     found = stages(config(data={"path": "data", "part_rows": 50}), node, job, 1)
     # start + (rows / 100 + bytes / 10,000)
     assert found["ingest"].seconds == pytest.approx(1 + 11 + 10)
@@ -85,7 +86,7 @@ def test_a_tiny_job_takes_what_it_takes_by_hand() -> None:
 
 def test_more_nodes_are_never_slower_and_ingest_stays() -> None:
     node = Cluster.model_validate({**NODE, **SHARED, "cores": 32, "texts_per_second": 2000, "disk_bandwidth": "3GB/s"})
-    job = PlannedJob(**JOB, positives=1.0, speed=2000.0)
+    job = Workload(**JOB, positives=1.0, speed=2000.0)
     before = stages(config(), node, job, 2)
     for nodes in (3, 4, 8, 16, 33, 64, 100, 256):
         now = stages(config(), node, job, nodes)
@@ -103,7 +104,7 @@ def test_more_nodes_are_never_slower_and_ingest_stays() -> None:
 
 def test_slices_give_more_tasks_that_read_less() -> None:
     node = Cluster.model_validate({**NODE, **SHARED, "cores": 32, "memory": "128GiB"})
-    job = PlannedJob(**JOB, speed=2000.0)
+    job = Workload(**JOB, positives=1.0, speed=2000.0)
     in_slices = config(search={"depth": 64, "slice_documents": 10**7})
     whole, sliced = stages(config(), node, job, 64), stages(in_slices, node, job, 64)
     assert (whole["search"].tasks, sliced["slices"].tasks, sliced["search"].tasks) == (62, 620, 62)
@@ -126,7 +127,7 @@ def test_the_fullest_shard_is_what_keys_make_of_it(tasks: int, nodes: int) -> No
 
 
 def test_a_slow_disk_bounds_and_a_small_memory_refuses() -> None:
-    job = PlannedJob(**JOB, speed=1e6)
+    job = Workload(**JOB, positives=1.0, speed=1e6)
     slow = Cluster.model_validate({**NODE, "cores": 32, "disk_bandwidth": "1MB/s", "memory": "128GiB"})
     assert stages(config(), slow, job, 1)["search"].bound == "disk"
     small_node = slow.model_copy(update={"memory": 2**30})
@@ -137,7 +138,7 @@ def test_a_slow_disk_bounds_and_a_small_memory_refuses() -> None:
 
 def test_what_is_not_known_is_not_guessed() -> None:
     node = Cluster.model_validate({**NODE, "texts_per_second": None})
-    job = PlannedJob(10_000, 100, 64, 100.0)
+    job = Workload(10_000, 100, 64, 100.0, 1.0)
     found = stages(config(index={"kind": "IVF64,Flat"}), node, job, 1)
     assert found["encode"].seconds is None and "texts_per_second" in found["encode"].note
     assert found["search"].seconds is None and "not modelled" in found["search"].note
@@ -161,7 +162,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
     found = load_config(settings)
     graph.mine(found)
     node = Cluster.model_validate(NODE)
-    job = PlannedJob(2000, 500, small.DIMENSION, float(np.mean([len(text) for text in texts])))
+    job = Workload(2000, 500, small.DIMENSION, float(np.mean([len(text) for text in texts])), 1.0)
     said = stages(found.resolved(1), node, job, 1)
     for name in ("ingest", "encode", "search", "triplets"):
         made = json.loads((tmp_path / f"run/.negpipe/{name}/manifest.json").read_text())
