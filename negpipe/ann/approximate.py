@@ -20,8 +20,8 @@ from negpipe import ann
 from negpipe.ann import coded, factory, groups, lists, recall, slices
 from negpipe.ann.pairs import Keys
 from negpipe.ann.probe import SearchJob
-from negpipe.ann.vectors import Floats, Ints
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Floats, Ints
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 

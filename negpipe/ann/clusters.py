@@ -16,7 +16,7 @@ import numpy as np
 from negpipe.ann.auto import ITERATIONS
 from negpipe.ann.pairs import NOTHING, grouped, keys_of, pair_scores, rows_of
 from negpipe.ann.products import Arithmetic, Products, arithmetic, pool
-from negpipe.ann.vectors import Floats, Ints
+from negpipe.data.arrays import Floats, Ints
 
 _TILE, _STRIP = 512, 2048  # vectors and centres per product
 _SUMMED = 64  # lists at a time

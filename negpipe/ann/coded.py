@@ -17,7 +17,8 @@ from negpipe.ann.factory import inner, read
 from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss, one_thread
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, pair_scores, rows_of, scores_of
-from negpipe.ann.vectors import Floats, Ints, Vectors
+from negpipe.ann.vectors import Vectors
+from negpipe.data.arrays import Floats, Ints
 from negpipe.engine.budget import Budget
 
 _ANCHORS = 256

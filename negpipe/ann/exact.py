@@ -24,7 +24,8 @@ import numpy as np
 
 from negpipe.ann.pairs import Best, Keys, keys_of, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Operand, Products, arithmetic, floors, pool
-from negpipe.ann.vectors import READ_ROWS, Floats, Held, Ints, Vectors
+from negpipe.ann.vectors import READ_ROWS, Held, Vectors
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.npy import BROKEN
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, StorageError

@@ -20,7 +20,8 @@ from negpipe.ann.auto import ROWS_A_LIST, trained_on
 from negpipe.ann.clusters import centres, nearest
 from negpipe.ann.library import faiss
 from negpipe.ann.products import Arithmetic, arithmetic
-from negpipe.ann.vectors import Floats, Vectors
+from negpipe.ann.vectors import Vectors
+from negpipe.data.arrays import Floats
 from negpipe.errors import ConfigError, DamagedError
 
 _ROWS_ADDED = 16384

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from negpipe.ann.vectors import Floats, Ints
+from negpipe.data.arrays import Floats, Ints
 from negpipe.engine.budget import Budget
 
 Progress = Callable[[int], None]

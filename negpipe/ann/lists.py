@@ -24,7 +24,8 @@ from negpipe.ann.groups import in_groups
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import NOTHING, Best, Keys, grouped, keys_of, merge, pair_scores, rows_of, scores_of, waiting
 from negpipe.ann.products import STRIP, Arithmetic, Products, arithmetic, floors, pool
-from negpipe.ann.vectors import Floats, Held, Ints
+from negpipe.ann.vectors import Held
+from negpipe.data.arrays import Floats, Ints
 from negpipe.engine.budget import Budget
 from negpipe.errors import DamagedError
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
-from negpipe.ann.vectors import Floats, Ints, Vectors
+from negpipe.ann.vectors import Vectors
+from negpipe.data.arrays import Floats, Ints
 
 Keys = NDArray[np.uint64]
 _PAIRS = 8192  # pairs at a time

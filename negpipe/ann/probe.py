@@ -15,7 +15,7 @@ from negpipe.ann.factory import add, fit, inner, lists_of, make, quickly, rows_w
 from negpipe.ann.library import faiss
 from negpipe.ann.pairs import pair_scores
 from negpipe.ann.products import Float32
-from negpipe.ann.vectors import Floats
+from negpipe.data.arrays import Floats
 
 SAMPLE = 10_000  # with fewer, FAISS warns about too few to train 256 centroids
 _GRAPH = 2048  # of these in a graph, which is slow to build

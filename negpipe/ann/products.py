@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from negpipe.ann.library import one_thread
-from negpipe.ann.vectors import Floats, Ints
+from negpipe.data.arrays import Floats, Ints
 from negpipe.engine import devices, processor
 from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.errors import BudgetError, ConfigError

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from negpipe.ann.vectors import Ints
+from negpipe.data.arrays import Ints
 from negpipe.store import mapped
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from negpipe.ann.pairs import NOTHING, Keys, keys_of, rows_of, scores_of
-from negpipe.ann.vectors import Floats, Ints
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.npy import BROKEN
 from negpipe.engine.budget import Budget
 from negpipe.errors import DamagedError

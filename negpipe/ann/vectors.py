@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negpipe.ann.library import faiss
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.npy import BROKEN, header
 from negpipe.errors import DamagedError
 from negpipe.store import mapped
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 READ_ROWS = 1024
 

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from negpipe.compat.columns import columns_of, pair_of, pairs, texts_of
+from negpipe.data.arrays import Floats
 from negpipe.errors import InputError, count_of
 from negpipe.store import view
 from negpipe.store.files import publish
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from negpipe import graph
-from negpipe.compat.dataset import Floats, Pairs, unwrapped, write_vectors
+from negpipe.compat.dataset import Pairs, unwrapped, write_vectors
 from negpipe.config import presets
 from negpipe.config.file import load_config
+from negpipe.data.arrays import Floats
 from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.encoders import prompts
 from negpipe.encoders.given import identity

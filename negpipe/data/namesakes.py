@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from negpipe.data.arrays import Hashes, Ints
 from negpipe.data.tables import members, open_table
-
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
 
 
 class Namesakes:

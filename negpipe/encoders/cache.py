@@ -20,7 +20,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from negpipe.data.arrays import Floats
+
 T = TypeVar("T")
 
 _FILE = re.compile(r"vectors-(\d+)\.sqlite(-journal)?")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from negpipe.data.arrays import Floats
 from negpipe.data.npy import BROKEN
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget
 from negpipe.errors import InputError, count_of
 from negpipe.store import mapped
 
-Floats = npt.NDArray[np.float32]
 _COMPARED = 2**22  # values of repeated vectors compared at a time
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from negpipe.config.encoder import Encoder
+from negpipe.data.arrays import Floats
 from negpipe.errors import ConfigError, InputError
-
-Floats = npt.NDArray[np.float32]
 
 NOT_EXACT = (
     "rows are not reproducible bit for bit: made again, scores differ in their last digits, and rows where scores"

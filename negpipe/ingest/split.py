@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from negpipe.config.schema import Config
 from negpipe.config.training import Split
+from negpipe.data.arrays import Hashes
 from negpipe.data.database import number_of
 from negpipe.data.tables import EXTRA
 from negpipe.data.texts import hashes
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = ("train", "test")
-Hashes = npt.NDArray[np.uint64]
 
 NAME = "split"
 """The folder in the run directory with the judgments of both sides."""

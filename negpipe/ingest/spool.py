@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe import sources
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Ints
 from negpipe.data.tables import EXTRA, open_table, write
 from negpipe.data.texts import ids_of, text_id
 from negpipe.errors import DamagedError, VanishedError, count_of
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
 _Item = TypeVar("_Item")
 
 BATCH = 8192  # rows that fill a batch

@@ -11,8 +11,8 @@ from negpipe import ann
 from negpipe.ann import auto, coded, exact, factory, lists, probe
 from negpipe.ann.approximate import check_memory, sampled
 from negpipe.ann.probe import SearchJob
-from negpipe.ann.vectors import Floats
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Floats
 from negpipe.engine.budget import Budget
 from negpipe.engine.stage import Needs
 from negpipe.errors import ConfigError

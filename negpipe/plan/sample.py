@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from negpipe import ann
 from negpipe.ann.vectors import Held
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.candidates import DENSE, Candidates
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, open_table, ragged, searchable
@@ -23,9 +24,6 @@ from negpipe.review import quality
 from negpipe.select.filters import own_documents
 from negpipe.select.rules import Fate
 from negpipe.select.selector import Selector
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 _EACH = 5  # documents per anchor
 _POSITIVES = 4  # positives per anchor among them

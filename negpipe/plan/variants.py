@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from negpipe import encoders
 from negpipe.config.encoder import BATCH_SIZE, PRECISIONS, Encoder
+from negpipe.data.arrays import Floats
 from negpipe.encoders.timing import Timed, time_models
 from negpipe.engine import devices
 from negpipe.engine.budget import Budget
@@ -24,7 +25,6 @@ from negpipe.plan.sample import Outcome
 
 logger = logging.getLogger(__name__)
 
-Floats = NDArray[np.float32]
 
 NEIGHBOURS = 10
 REFERENCE: Mapping[str, Any] = {"runtime": "torch", "precision": "float32"}

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from negpipe.data.arrays import Ints
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, open_table
 from negpipe.errors import InputError
 from negpipe.select.filters import CODES, NAMES, filter_of
 from negpipe.select.rules import Fate
 from negpipe.select.selector import SOURCES, PartFiles, Selector, Units
-
-Ints = npt.NDArray[np.int64]
 
 _NEAR = 3
 _SAYS = {"random": "a random negative", "given": "given by the source", "judged": "judged not relevant"}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,7 +31,6 @@ from negpipe.stages.triplets import Shared, open_selection, part_files
 from negpipe.store.files import json_bytes, publish, write_all
 
 logger = logging.getLogger(__name__)
-Ints = npt.NDArray[np.int64]
 
 CALIBRATION, AUDIT = "calibration.parquet", "audit.json"
 MADE_OF = "made_of"

@@ -22,12 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from negpipe import ann
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import ragged
 from negpipe.select.selector import Units
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 _CUTOFFS = (1, 5, 10, 50, 100)
 _RANKS = (0, 1, 5, 10, 50, 100)

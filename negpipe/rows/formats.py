@@ -41,16 +41,13 @@ from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Ints, Mask
 from negpipe.data.tables import EXTRA, Rows, dictionary, within
 from negpipe.select.selector import SOURCES, Units
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 GROUP_BYTES = 32 * 2**20
 _ALL = -1

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import ANCHOR, Mining
+from negpipe.data.arrays import Hashes, Ints, Mask
 from negpipe.data.tables import EXTRA, hashed
 from negpipe.select import rules
 from negpipe.select.conditions import Condition, Database, conditions
@@ -23,9 +24,6 @@ from negpipe.select.conditions import Condition, Database, conditions
 if TYPE_CHECKING:
     from negpipe.select.filters import Grid, Lookup, Masking
 
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 NAMES = ("never_same", "only_same", "where")
 """The rules, as settings and as reasons."""

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Mask
 from negpipe.data.tables import EXTRA
 from negpipe.errors import ConfigError, InputError, closest
 
 if TYPE_CHECKING:
     import duckdb
 
-Mask = npt.NDArray[np.bool_]
 
 SIDES = {"anchor": "queries", "positive": "corpus", "candidate": "corpus"}
 """The sides whose columns can be named, and their table in `data.extra`."""

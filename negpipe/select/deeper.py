@@ -18,6 +18,7 @@ from negpipe import ann
 from negpipe.ann import groups
 from negpipe.config.schema import Config
 from negpipe.data import candidates
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.candidates import CELLS, Candidates, Deeper
 from negpipe.data.tables import open_table
 from negpipe.engine.budget import Budget
@@ -94,10 +95,10 @@ def deepen(
     size, together = _together(deepest, budget)
     began = time.monotonic()
     table, vectors = open_table(part.anchors), ann.open_parts([part.vectors])
-    waiting: list[tuple[ann.vectors.Ints, Candidates]] = []
+    waiting: list[tuple[Ints, Candidates]] = []
     none = np.empty(0, np.int64)
 
-    def search(anchors: ann.vectors.Ints, depth: int) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+    def search(anchors: Ints, depth: int) -> tuple[Ints, Floats]:
         each, fixed = ann.exact.needs(documents.rows, documents.dimension, depth, half)
         seen = 0
 
@@ -107,9 +108,7 @@ def deepen(
             lacking = count_of(len(anchors), "anchor lacks", "anchors lack")
             progress(f"{lacking} negatives, searching to depth {depth:,}: {seen / documents.rows:.0%}")
 
-        def search_some(
-            some: ann.vectors.Ints, budget: Budget, progress: Callable[[int], None]
-        ) -> tuple[ann.vectors.Ints, ann.vectors.Floats]:
+        def search_some(some: Ints, budget: Budget, progress: Callable[[int], None]) -> tuple[Ints, Floats]:
             who = hashlib.sha256(some.tobytes()).hexdigest()[:12]  # The groups depend on memory.
             checkpoint = ann.Checkpoint(checkpoints(f"{who}-{depth}"), since=began) if checkpoints else None
             found = ann.search_exact(
@@ -157,8 +156,8 @@ def _deepened(
     anchors: pa.Table,
     found: Candidates,
     deepest: int,
-    search: Callable[[ann.vectors.Ints, int], tuple[ann.vectors.Ints, ann.vectors.Floats]],
-) -> tuple[Candidates, ann.vectors.Ints]:
+    search: Callable[[Ints, int], tuple[Ints, Floats]],
+) -> tuple[Candidates, Ints]:
     """The results of some anchors, padded to one width, and the depth to which each was searched."""
     count, depth = found.rows.shape
     depths = np.full(count, depth)

@@ -15,11 +15,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from negpipe.data.arrays import Ints, Mask
 from negpipe.data.tables import Rows, members
 from negpipe.data.texts import normalize
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _PAIRS = 16384  # pairs whose texts are in memory at a time
 _ASKED = 2**20  # pairs requested at a time

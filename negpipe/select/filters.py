@@ -18,16 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import Config, Mining
+from negpipe.data.arrays import Floats, Hashes, Ints, Mask
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, ragged
 from negpipe.data.texts import normalize
 from negpipe.select import columns, duplicates, rules, verdicts
 from negpipe.select.rules import Fate, Fates
-
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

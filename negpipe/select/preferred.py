@@ -12,10 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import Mining
+from negpipe.data.arrays import Ints, Mask
 from negpipe.data.tables import ragged
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 GIVEN, JUDGED = 2, 3
 """Indexes of their sources in `selector.SOURCES`."""

@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from negpipe.data.arrays import Hashes, Ints, Mask
 from negpipe.select import rules
-
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 _SPARE = 16  # initial draws beyond twice the wanted number
 _FEW = 18  # rows of a corpus in which so many draws would mostly be repeats

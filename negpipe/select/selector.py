@@ -20,6 +20,7 @@ import pyarrow as pa
 from negpipe import ann
 from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates
+from negpipe.data.arrays import Floats, Ints, Mask
 from negpipe.data.candidates import Candidates, Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, members, open_table, ragged
@@ -27,10 +28,6 @@ from negpipe.errors import InputError
 from negpipe.select import filters, preferred, randoms, rules
 from negpipe.select.preferred import Preferred
 from negpipe.select.rules import Fate
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 
 SOURCES = ("mined", "random", "given", "judged")
 

@@ -28,6 +28,7 @@ from negpipe.ann import auto
 from negpipe.config.encoder import Encoder
 from negpipe.config.schema import Config
 from negpipe.data import candidates
+from negpipe.data.arrays import Floats
 from negpipe.data.tables import Rows, documents, open_table, texts
 from negpipe.encoders import prompts, server
 from negpipe.encoders.cuts import percent
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float32]
 Block = tuple[npt.NDArray[np.intp], Floats]
 """Offsets of some texts in their part, and their vectors (m, d)."""
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.data import candidates
+from negpipe.data.arrays import Floats, Ints
 from negpipe.data.candidates import Candidates, Scored
 from negpipe.data.tables import Rows, documents, open_table
 from negpipe.engine.fingerprint import key
@@ -26,8 +26,6 @@ from negpipe.stages import headers
 
 NAME, VERSION = "rescore", 2
 _MODEL = "rescore.model"
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 Score = Callable[[Sequence[tuple[str, str]]], Floats]
 """Scores of (anchor, document) texts, one per pair."""
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from negpipe.data.arrays import Hashes
 from negpipe.data.tables import Rows, documents, open_table, ragged
 from negpipe.engine.manifest import Manifest
 from negpipe.engine.stage import Context
-
-Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Ints, Mask
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows
 from negpipe.review.calibrate.grid import Setting
@@ -29,8 +30,6 @@ from negpipe.select.rules import Fate
 from negpipe.select.selector import Choice, Selector
 
 Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 DRAWS = 16
 _RESAMPLES = 1000

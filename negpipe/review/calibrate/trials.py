@@ -18,12 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negpipe.data.arrays import Hashes, Ints, Mask
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, members, ragged
-
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 METHODS = {
     "hidden": "hidden positives: one positive is shown, the anchor's others are hidden and must not be taken",

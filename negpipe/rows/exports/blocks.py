@@ -14,17 +14,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Floats, Ints, Mask
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows, members
 from negpipe.select.selector import Units
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
 Slices = Iterable[tuple[Candidates, Units]]
 
 _DOCUMENTS = 8192  # positives and negatives per block
