@@ -85,15 +85,8 @@ class InputError(NegpipeError):
         self.there = list(there)
         file = redact(file) if file else file
         self.problem, self.file, self.row, self.field, self.remedy = redact(problem), file, row, field, remedy
-        place = ", ".join(
-            part
-            for part in (
-                file or "",
-                f"row {row}" if row is not None else "",
-                f"field '{field}'" if field else "",
-            )
-            if part
-        )
+        named = (file, None if row is None else f"row {row}", f"field '{field}'" if field else None)
+        place = ", ".join(filter(None, named))
         text = f"{place}: {problem}" if place else problem
         super().__init__(f"{text}. {remedy}" if remedy else text)
 

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -142,24 +143,24 @@ class Batched:
         )
 
 
+@dataclass
 class _Turn:
     """One call of the library."""
 
-    def __init__(
-        self,
-        start: int,
-        texts: list[str],
-        kind: Kind,
-        on_batch: OnBatch,
-        on_cut: OnCut | None,
-        after: threading.Event | None,
-    ) -> None:
-        self.start, self.texts, self.kind, self.on_batch, self.on_cut = start, texts, kind, on_batch, on_cut
-        self.after = after
-        self.given, self.left, self.batch_size = 0, 0, 0  # texts of the call, those without a vector, texts per pass
-        self.held: Any = None  # the output of the trial run
-        self.counting = False  # tokenizing to count, not for the model
-        self.tokenised, self.begin, self.dropped = threading.Event(), threading.Event(), False
+    start: int
+    texts: list[str]
+    kind: Kind
+    on_batch: OnBatch
+    on_cut: OnCut | None
+    after: threading.Event | None
+    given: int = 0  # texts of the call
+    left: int = 0  # those without a vector
+    batch_size: int = 0  # texts per pass
+    held: Any = None  # the output of the trial run
+    counting: bool = False  # tokenizing to count, not for the model
+    tokenised: threading.Event = field(default_factory=threading.Event)
+    begin: threading.Event = field(default_factory=threading.Event)
+    dropped: bool = False
 
     def wait(self) -> None:
         """Wait until the previous calls are done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class VectorFile:
     """
 
     def __init__(self, path: Path, rows: int, setting: str, budget: Budget) -> None:
-        self.path, self._setting = path, setting
+        self.path, self._wrong = path, partial(InputError, file=str(path), field=setting)
         self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
         self._matrix = _opened(path, setting, budget)
         if isinstance(self._matrix, _Parquet) and self._matrix.label is not None:
@@ -44,10 +45,8 @@ class VectorFile:
             self._by_id = hashed[order], order
             self._check_repeats(self._matrix.label)
         if self._by_id is None and self._matrix.shape[0] != rows:
-            raise InputError(
+            raise self._wrong(
                 f"{count_of(self._matrix.shape[0], 'vector')} for {count_of(rows, 'row')} of the source",
-                file=str(path),
-                field=setting,
                 remedy="Provide one vector per source row, in its order, or a Parquet file with an id column",
             )
 
@@ -95,10 +94,8 @@ class VectorFile:
             return self._positions(ids)
         first = np.array([rows[0] for rows in source_rows], dtype=np.int64)
         if len(first) and first.min() < 0:
-            raise InputError(
+            raise self._wrong(
                 f"positive {ids[int(np.argmin(first))]!r} is not in the corpus, so it has no vector",
-                file=str(self.path),
-                field=self._setting,
                 remedy="Provide vectors with an id column that includes positives, or add the positives to the corpus",
             )
         return first
@@ -113,13 +110,8 @@ class VectorFile:
             differs = (self._matrix.take(order[some - 1]) != self._matrix.take(order[some])).any(axis=1)
             if differs.any():
                 at = some[int(np.argmax(differs))]
-                raise InputError(
-                    f"the id of row {order[at - 1]} appears again with a different vector",
-                    file=str(self.path),
-                    row=int(order[at]),
-                    field=label,
-                    remedy="Provide one vector per id",
-                )
+                problem = f"the id of row {order[at - 1]} appears again with a different vector"
+                raise self._wrong(problem, row=int(order[at]), field=label, remedy="Provide one vector per id")
 
     def _some(self, count: int) -> Iterator[slice]:
         size = max(1, _COMPARED // self.dimension)
@@ -132,12 +124,8 @@ class VectorFile:
         at = np.searchsorted(known, wanted)
         missing = np.flatnonzero((at == len(known)) | (known[np.minimum(at, len(known) - 1)] != wanted))
         if len(missing):
-            raise InputError(
-                f"no vector for id {ids[int(missing[0])]!r} (and {len(missing) - 1} more in this part)",
-                file=str(self.path),
-                field=self._setting,
-                remedy="Add the missing vectors",
-            )
+            problem = f"no vector for id {ids[int(missing[0])]!r} (and {len(missing) - 1} more in this part)"
+            raise self._wrong(problem, remedy="Add the missing vectors")
         return order[at]
 
 
@@ -161,11 +149,8 @@ class _Npy:
         except BROKEN as error:
             raise InputError(f"not a readable .npy file: {error}", file=str(path), field=setting) from None
         if data.ndim != 2 or data.dtype.kind != "f" or data.shape[1] == 0:
-            raise InputError(
-                f"expected a matrix of floats (rows, dimension), found {data.dtype} of shape {data.shape}",
-                file=str(path),
-                field=setting,
-            )
+            problem = f"expected a matrix of floats (rows, dimension), found {data.dtype} of shape {data.shape}"
+            raise InputError(problem, file=str(path), field=setting)
         self._data = data
         self.shape: tuple[int, int] = data.shape
 
@@ -181,21 +166,18 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self._wrong = partial(InputError, file=str(path), field=setting)
         try:
             self._file = pq.ParquetFile(path)
         except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-            raise InputError(f"not a readable Parquet file: {error}", file=str(path), field=setting) from None
+            raise self._wrong(f"not a readable Parquet file: {error}") from None
         schema = self._file.schema_arrow
         lists = [f.name for f in schema if _is_list(f.type) and pa.types.is_floating(f.type.value_type)]
         labels = [f.name for f in schema if pa.types.is_integer(f.type) or _is_text(f.type)]
         if len(lists) != 1 or len(labels) > 1:
-            raise InputError(
-                f"expected one column of float lists and at most one id column, found {', '.join(schema.names)}",
-                file=str(path),
-                field=setting,
-                remedy="Keep those columns only",
-            )
-        self._path, self._setting, self._column = path, setting, lists[0]
+            problem = f"expected one column of float lists and at most one id column, found {', '.join(schema.names)}"
+            raise self._wrong(problem, remedy="Keep those columns only")
+        self._column = lists[0]
         self.label: str | None = labels[0] if labels else None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         at, width = schema.names.index(self._column), schema.field(self._column).type.value_type.bit_width // 8
@@ -214,7 +196,7 @@ class _Parquet:
         self._held: tuple[int, Floats] | None = None
         self._dimension: int | None = None
         if not sum(groups):
-            raise InputError("the file contains no vectors", file=str(path), field=setting, remedy="Write it again")
+            raise self._wrong("the file contains no vectors", remedy="Write it again")
         self.shape: tuple[int, int] = (int(self._starts[-1]), self._group(int(np.argmax(groups))).shape[1])
 
     def ids(self) -> Iterator[list[str]]:
@@ -222,13 +204,8 @@ class _Parquet:
         for group, start in enumerate(self._starts[:-1]):
             column = self._file.read_row_group(group, [self.label])[self.label]
             if column.null_count:
-                raise InputError(
-                    "there is no id",
-                    file=str(self._path),
-                    row=int(start) + column.is_null().to_pylist().index(True),
-                    field=self.label,
-                    remedy="Give every vector an id",
-                )
+                row = int(start) + column.is_null().to_pylist().index(True)
+                raise self._wrong("there is no id", row=row, field=self.label, remedy="Give every vector an id")
             yield [str(value) for value in column.to_pylist()]
 
     def take(self, rows: npt.NDArray[np.int64]) -> Floats:
@@ -247,13 +224,8 @@ class _Parquet:
             width = self._dimension or max(1, int(lengths[0]))
             wrong = np.flatnonzero(lengths != width)
             if len(wrong):
-                raise InputError(
-                    f"expected a vector of {width} numbers",
-                    file=str(self._path),
-                    row=int(self._starts[number] + wrong[0]),
-                    field=self._column,
-                    remedy="All vectors must have the same dimension",
-                )
+                row, remedy = int(self._starts[number] + wrong[0]), "All vectors must have the same dimension"
+                raise self._wrong(f"expected a vector of {width} numbers", row=row, field=self._column, remedy=remedy)
             self._dimension = width
             self._held = number, values.reshape(-1, width).astype(np.float32)
         return self._held[1]
