@@ -15,6 +15,8 @@ from negpipe import errors
 
 NAMED = {name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)}
 LOGGED = {"debug", "info", "warning", "error"}
+MAKERS = {"ValueError", "BadParameter", "RowError", "_wrong", "_problem", "_refusal", "broken"}
+"""What else makes an error of a message: two exceptions of libraries, one of rows, and helpers of some modules."""
 
 
 def template(node: ast.expr) -> str:
@@ -38,7 +40,7 @@ def spoken(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
         function = node.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         logs = isinstance(function, ast.Attribute) and getattr(function.value, "id", "") == "logger" and name in LOGGED
-        if logs or name in NAMED or name in ("ValueError", "BadParameter"):
+        if logs or name in NAMED or name in MAKERS:
             said = " · ".join(filter(None, map(template, [*node.args, *(one.value for one in node.keywords)])))
             if said.strip(" {…}·:"):
                 yield ("log" if logs else name), node.lineno, said
