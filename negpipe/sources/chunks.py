@@ -85,8 +85,9 @@ class Chunk(Protocol):
     def columns(self) -> ChunkColumns | None:
         """All rows as columns; None: they must be read one by one."""
 
-    def skip(self) -> None:
-        """Skip the rows."""
+    @property
+    def check(self) -> Check:
+        """The columns of its table, known after its first row at the latest."""
 
 
 @dataclass
@@ -147,11 +148,6 @@ class Check:
             self(list(row), place.row)
         self.row(row, place)
         return Row(place, [row.get(name) for name in self.names], raw)
-
-    def look(self, rows: Rows) -> None:
-        """Learn the columns from the first row, unless they are known."""
-        if not self.done:
-            next((row for row in rows if isinstance(row, Row)), None)
 
     def may_differ(self, block: bytes) -> bool:
         """Whether JSON lines may have such a column."""
@@ -220,10 +216,6 @@ class JsonChunk:
             return None
         rows = np.arange(self.first, self.first + table.num_rows)
         return _columns(self.file, rows, {name: table[name] for name in names}, self.check.names)
-
-    def skip(self) -> None:
-        """See `Chunk`."""
-        self.check.look(self.rows())
 
     def _first(self, block: bytes) -> dict[str, Any] | None:
         """The object of the first line."""
@@ -305,10 +297,6 @@ class ElementsChunk:
         """See `Chunk`."""
         return None
 
-    def skip(self) -> None:
-        """See `Chunk`."""
-        self.check.look(self.rows())
-
 
 @dataclass(frozen=True)
 class FieldsChunk:
@@ -343,9 +331,6 @@ class FieldsChunk:
         values = [nothing if at is None else Values("text", pa.array(every[at], pa.string())) for at in self._places()]
         return ChunkColumns(self.file, np.array(starts, np.int64), values)
 
-    def skip(self) -> None:
-        """See `Chunk`."""
-
     def _places(self) -> list[int | None]:
         return [self.header.index(name) if name in self.header else None for name in self.check.names]
 
@@ -375,9 +360,6 @@ class ArrowChunk:
         rows = np.arange(self.first, self.first + self.batch.num_rows)
         there = {name: self.batch.column(name) for name in self.batch.schema.names}
         return _columns(self.file, rows, there, self.check.names)
-
-    def skip(self) -> None:
-        """See `Chunk`."""
 
 
 def _columns(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from negpipe.config import schema
-from negpipe.sources.chunks import Chunk, ChunkColumns, Column
+from negpipe.sources.chunks import Chunk, ChunkColumns, Column, Row
 from negpipe.sources.fields import Template, extra_of, extras_of, grade_of, grades_of, id_of, ids_of, text_of, texts_of
 from negpipe.sources.places import SourceTable
 from negpipe.sources.records import (
@@ -100,8 +100,9 @@ class Piece:
         return self._reader.records_of(self._chunk)
 
     def skip(self) -> None:
-        """Skip them, but not the following pieces."""
-        self._chunk.skip()
+        """Skip them, but not the following pieces: the first row may name the columns."""
+        if not self._chunk.check.done:
+            next((row for row in self._chunk.rows() if isinstance(row, Row)), None)
 
 
 def column(data: schema.Data, key: str, *, required: bool = True) -> Column:

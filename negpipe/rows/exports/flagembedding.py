@@ -7,12 +7,12 @@ so ids are included; `pos` is always a list, `neg` is never empty.
 from __future__ import annotations
 
 from negpipe.rows.exports.blocks import blocks
-from negpipe.rows.exports.files import TextFiles, as_json
+from negpipe.rows.exports.files import as_json
 from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
 def _write(job: ExportJob) -> int:
-    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with job.lines() as files:
         for block in blocks(job.slices, job.corpus):
             pos, neg = block.positives, block.negatives
             columns = {

@@ -14,6 +14,7 @@ from negpipe.config.schema import Config
 from negpipe.data.tables import Rows
 from negpipe.redaction import redacted
 from negpipe.rows.exports.blocks import Slices, has_negatives
+from negpipe.rows.exports.files import TextFiles
 from negpipe.select.selector import Units
 
 
@@ -36,6 +37,10 @@ class ExportJob:
     shard_rows: int | None = None
     compress: bool = False
     run: bool = False
+
+    def lines(self, stem: str = "train", suffix: str = ".jsonl", **form: str) -> TextFiles:
+        """Files for its rows of text; `form`: see `TextFiles`."""
+        return TextFiles(self.folder, stem, shard_rows=self.shard_rows, compress=self.compress, suffix=suffix, **form)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from negpipe.rows.exports.blocks import Documents, blocks
-from negpipe.rows.exports.files import TextFiles, as_json
+from negpipe.rows.exports.files import as_json
 from negpipe.rows.exports.job import ExportJob, ExportLayout, described
 from negpipe.rows.exports.referenced import Referenced
 
@@ -23,16 +23,7 @@ def _write(job: ExportJob) -> int:
     top = {"corpus": [{"path": "./corpus/"}], "mining": {"args": described(job.config)}}
     head = json.dumps(top, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "data": [\n'
     referenced = Referenced(job.corpus)
-    with TextFiles(
-        job.folder,
-        "train",
-        shard_rows=job.shard_rows,
-        compress=job.compress,
-        suffix=".json",
-        head=head,
-        joint=",\n",
-        tail="\n]}\n",
-    ) as files:
+    with job.lines(suffix=".json", head=head, joint=",\n", tail="\n]}\n") as files:
         for block in blocks(job.slices, job.corpus):
             referenced.add(block)
             rows = zip(block.ids, block.texts, _documents(block.positives), _documents(block.negatives), strict=True)

@@ -13,7 +13,6 @@ import numpy as np
 from negpipe.data.candidates import Candidates
 from negpipe.data.tables import Rows
 from negpipe.errors import InputError
-from negpipe.rows.exports.files import TextFiles
 from negpipe.rows.exports.job import ExportJob, ExportLayout
 from negpipe.select.selector import Units
 
@@ -51,9 +50,7 @@ def _field(name: str, barred: str) -> str:
 
 
 def _write(job: ExportJob) -> int:
-    with TextFiles(
-        job.folder, "run", suffix=LAYOUT.suffix or "", shard_rows=job.shard_rows, compress=job.compress
-    ) as files:
+    with job.lines("run", LAYOUT.suffix or "") as files:
         for found, units in job.slices:
             files.write(
                 f"{anchor} Q0 {document} {rank + 1} {score} {_TAG}"

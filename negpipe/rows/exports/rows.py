@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from negpipe.config.schema import Config
 from negpipe.rows import formats
-from negpipe.rows.exports.files import TextFiles, as_json, shard_name
+from negpipe.rows.exports.files import as_json, shard_name
 from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
@@ -29,7 +29,7 @@ def _tables(job: ExportJob, config: Config) -> Iterator[tuple[int, pa.Table]]:
 
 
 def _jsonl(job: ExportJob) -> int:
-    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with job.lines() as files:
         for _, table in _tables(job, job.config):
             names, columns = table.column_names, [_values(column) for column in _finite(table).columns]
             files.write(as_json(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from functools import partial
 
 from negpipe.rows.exports.blocks import blocks
-from negpipe.rows.exports.files import TextFiles, as_json
+from negpipe.rows.exports.files import as_json
 from negpipe.rows.exports.job import ExportJob, ExportLayout
 
 
 def _write(job: ExportJob, role: str) -> int:
-    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with job.lines() as files:
         for block in blocks(job.slices, job.corpus):
             pos, neg = block.positives, block.negatives
             files.write(

@@ -24,7 +24,7 @@ from negpipe.rows.exports.referenced import Referenced
 
 def _write(job: ExportJob) -> int:
     referenced = Referenced(job.corpus)
-    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with job.lines() as files:
         for block in blocks(_slices(job), job.corpus):
             referenced.add(block)
             pos, neg = block.positives, block.negatives
@@ -38,7 +38,7 @@ def _write(job: ExportJob) -> int:
             }
             files.write(as_json(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
     # Also as JSON: `datasets` reads all configs of a folder with one reader.
-    with TextFiles(job.folder, "corpus", shard_rows=job.shard_rows, compress=job.compress) as corpus:
+    with job.lines("corpus") as corpus:
         for table in referenced.tables("docid"):
             corpus.write(as_json(table.to_pylist()))
     write_configs(job.folder, {"train": "train*.jsonl*", "corpus": "corpus*.jsonl*"})
@@ -46,7 +46,7 @@ def _write(job: ExportJob) -> int:
 
 
 def _write_passages(job: ExportJob) -> int:
-    with TextFiles(job.folder, "train", shard_rows=job.shard_rows, compress=job.compress) as files:
+    with job.lines() as files:
         for block in blocks(_slices(job), job.corpus):
             rows = zip(block.ids, block.texts, _passages(block.positives), _passages(block.negatives), strict=True)
             files.write(
