@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negpipe import ann
 from negpipe.ann import coded, factory, groups, lists, recall, slices
 from negpipe.ann.pairs import Keys
 from negpipe.ann.probe import SearchJob
 from negpipe.config.schema import Config
-from negpipe.data.arrays import Floats, Ints
+from negpipe.data.arrays import Floats, Ints, Mask
 from negpipe.engine.budget import Budget
 from negpipe.errors import ConfigError, DamagedError, InputError, RecallError
 
@@ -353,7 +352,7 @@ def _effort(kind: str, values: Mapping[str, Any]) -> str:
 
 def _efforts(
     opened: Approximate, anchors: Floats, exact: Ints, config: Config, candidates: int, budget: Budget
-) -> Iterator[tuple[Effort, NDArray[np.bool_]]]:
+) -> Iterator[tuple[Effort, Mask]]:
     """Efforts to try in order, each with the exact rows it finds; the caller stops at the first sufficient one."""
     if isinstance(opened.index, lists.Lists):
         # A row is found exactly if its list is probed: the order of the lists gives the result for every nprobe.

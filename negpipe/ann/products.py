@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from negpipe.ann.library import one_thread
-from negpipe.data.arrays import Floats, Ints
+from negpipe.data.arrays import Floats, Ints, Mask
 from negpipe.engine import devices, processor
 from negpipe.engine.budget import DEFAULT, Budget
 from negpipe.errors import BudgetError, ConfigError
@@ -116,7 +116,7 @@ class _OnCores(ABC):
     def rows(self, anchors: int, dimension: int) -> int:
         return 2**32  # The task's budget accounts for them.
 
-    def scratch(self, anchors: int, rows: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def scratch(self, anchors: int, rows: int) -> tuple[NDArray[Any], Mask]:
         return np.empty(_grains(anchors) * _grains(rows), self.dtype), np.empty(anchors * rows, np.bool_)
 
     def multiply(self, anchors: Operand, rows: Operand, scratch: Any) -> NDArray[Any]:
@@ -129,18 +129,18 @@ class _OnCores(ABC):
         rows: Ints = products.argmax(axis=1)
         return rows
 
-    def reached(self, products: NDArray[Any], floor: NDArray[Any], scratch: Any) -> NDArray[np.bool_]:
+    def reached(self, products: NDArray[Any], floor: NDArray[Any], scratch: Any) -> Mask:
         if floor.min(initial=1) <= 0:
             self._order(products)
-        reached: NDArray[np.bool_] = scratch[1][: products.size].reshape(products.shape)
+        reached: Mask = scratch[1][: products.size].reshape(products.shape)
         np.greater_equal(products, floor[:, None], out=reached)
         return reached
 
-    def pieces(self, reached: NDArray[np.bool_]) -> Ints:
+    def pieces(self, reached: Mask) -> Ints:
         few = np.count_nonzero(reached) <= _PAIRS
         return np.zeros(1, np.int64) if few else _pieces(np.count_nonzero(reached, axis=1))
 
-    def pairs(self, reached: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    def pairs(self, reached: Mask) -> tuple[Ints, Ints]:
         at = np.flatnonzero(reached)
         anchor_of = at // reached.shape[1]
         return anchor_of, at - anchor_of * reached.shape[1]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from negpipe.data.arrays import Ints
+from negpipe.data.arrays import Ints, Mask
 from negpipe.store import mapped
 
 
@@ -21,7 +20,7 @@ class Recall:
         hits: (m, depth) bool, whether the row at each true rank of an anchor was found.
     """
 
-    hits: NDArray[np.bool_]
+    hits: Mask
 
     def write(self, file: BinaryIO) -> None:
         """Write it as .npy."""

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from negpipe.data.arrays import Mask
 from negpipe.data.tables import members, ragged
 from negpipe.errors import DamagedError, InputError
 
@@ -69,7 +70,7 @@ class Candidates:
         """The first `depth` candidates of each anchor."""
         return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth])
 
-    def without(self, dropped: npt.NDArray[np.bool_]) -> Candidates:
+    def without(self, dropped: Mask) -> Candidates:
         """The same without some candidates, (n, k); later ones move up."""
         order = np.argsort(dropped, axis=1, kind="stable")
         rows, scores = np.take_along_axis(self.rows, order, axis=1), np.take_along_axis(self.scores, order, axis=1)
@@ -310,11 +311,11 @@ def _names(ids: pa.Array | pa.ChunkedArray, anchors: Rows) -> pa.LargeStringArra
     return names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
 
 
-def _lists(values: npt.NDArray[Any], none: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:
+def _lists(values: npt.NDArray[Any], none: Mask) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(_values(values, none), values.shape[1])
 
 
-def _values(values: npt.NDArray[Any], none: npt.NDArray[np.bool_]) -> pa.Array:
+def _values(values: npt.NDArray[Any], none: Mask) -> pa.Array:
     return pa.array(values.ravel(), mask=none.ravel() if none.any() else None)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from negpipe.data.arrays import Floats
 
 Moments = dict[str, Any]
 
 
-def of(values: npt.NDArray[np.float32]) -> Moments:
+def of(values: Floats) -> Moments:
     """The moments of some numbers, as JSON."""
     if not len(values):
         return {"count": 0, "sum": 0.0, "squares": 0.0, "min": None, "max": None}

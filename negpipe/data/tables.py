@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Hashes, Ints
 from negpipe.data.texts import hashes
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.errors import DamagedError
@@ -123,7 +124,7 @@ class Rows:
                 found |= {name: int(start + row) for name in others[int(row)].as_py() if name in ids}
         return found
 
-    def numbers(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def numbers(self, column: str, rows: Ints) -> npt.NDArray[Any]:
         """A numeric column at `rows` (any shape, every row valid), in that shape."""
         flat = rows.ravel()
         columns = [table[column] for table in self._tables]
@@ -132,7 +133,7 @@ class Rows:
             out[where] = columns[part].to_numpy()[flat[where] - self.starts[part]]
         return out.reshape(rows.shape)
 
-    def hashes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    def hashes(self, column: str, rows: Ints) -> Hashes:
         """`hashed` of a text column at `rows` (any shape, every row valid), in that shape; each text is read once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         out = np.empty(len(unique), np.uint64)
@@ -140,11 +141,11 @@ class Rows:
             out[where] = hashed(self._tables[part][column].take(pa.array(unique[where] - self.starts[part])))
         return out[inverse].reshape(rows.shape)
 
-    def strings(self, column: str, rows: npt.NDArray[np.int64]) -> pa.LargeStringArray:
+    def strings(self, column: str, rows: Ints) -> pa.LargeStringArray:
         """A text column at `rows` (1-D, any order, repeats allowed; each text is read once)."""
         return self.encoded([column], rows)[0].dictionary_decode()
 
-    def encoded(self, columns: Sequence[str], rows: npt.NDArray[np.int64]) -> list[pa.DictionaryArray]:
+    def encoded(self, columns: Sequence[str], rows: Ints) -> list[pa.DictionaryArray]:
         """Text columns at `rows` (1-D, any order, repeats allowed), each text read and held once."""
         if not columns:
             return []
@@ -164,7 +165,7 @@ class Rows:
             found.append(dictionary(values, codes, distinct=column in ("id", "text")))
         return found
 
-    def sizes(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def sizes(self, column: str, rows: Ints) -> Ints:
         """Bytes of a text column at `rows` (1-D), without reading the texts."""
         out = np.empty(rows.shape, np.int64)
         for part, where in self._by_part(rows):
@@ -176,7 +177,7 @@ class Rows:
             out[where] = offsets[at + 1] - offsets[at]
         return out
 
-    def _by_part(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    def _by_part(self, rows: Ints) -> list[tuple[int, Ints]]:
         """For every part with some of `rows`: the positions of those rows."""
         if not rows.size:
             return []
@@ -189,13 +190,13 @@ class Rows:
         return [(part, order[low:high]) for part, (low, high) in enumerate(pairwise(bounds)) if high > low]
 
 
-def hashed(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+def hashed(texts: pa.ChunkedArray) -> Hashes:
     """64-bit digests of values, each distinct one hashed once; 0 for null or an empty text (CSV has no null)."""
     encoded = texts.cast(pa.large_string()).combine_chunks().dictionary_encode()
     digested = np.append(hashes(encoded.dictionary), np.uint64(0))
     digested[:-1][pc.equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)] = 0
     places: npt.NDArray[np.int32] = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()
-    found: npt.NDArray[np.uint64] = digested[places]
+    found: Hashes = digested[places]
     return found
 
 
@@ -207,14 +208,12 @@ def dictionary(values: pa.LargeStringArray, codes: pa.Int32Array, *, distinct: b
     return pa.DictionaryArray.from_arrays(encoded.indices.take(codes), encoded.dictionary)
 
 
-def within(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def within(lengths: Ints) -> Ints:
     """Positions within consecutive ragged lists: 0, 1, … lengths[0] - 1, 0, 1, … lengths[1] - 1, …"""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def members(
-    offsets: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def members(offsets: Ints, wanted: Ints) -> tuple[Ints, Ints]:
     """Some of the lists that are ragged by `offsets`, in any order, repeats allowed.
 
     Returns:
@@ -224,7 +223,7 @@ def members(
     return np.repeat(offsets[wanted], lengths) + within(lengths), np.concatenate([[0], np.cumsum(lengths)])
 
 
-def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], Ints]:
     """A list column as (values, offsets): row i is `values[offsets[i]:offsets[i + 1]]`."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)

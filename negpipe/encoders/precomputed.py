@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from negpipe.data.arrays import Floats
+from negpipe.data.arrays import Floats, Hashes, Ints
 from negpipe.data.npy import BROKEN
 from negpipe.data.texts import hashes
 from negpipe.engine.budget import Budget
@@ -37,7 +36,7 @@ class VectorFile:
 
     def __init__(self, path: Path, rows: int, setting: str, budget: Budget) -> None:
         self.path, self._wrong = path, partial(InputError, file=str(path), field=setting)
-        self._by_id: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
+        self._by_id: tuple[Hashes, Ints] | None = None
         self._matrix = _opened(path, setting, budget)
         if isinstance(self._matrix, _Parquet) and self._matrix.label is not None:
             hashed = np.concatenate([np.empty(0, np.uint64), *map(hashes, self._matrix.ids())])
@@ -88,7 +87,7 @@ class VectorFile:
         ]
         return vectors, len(np.unique(np.concatenate([at[:0], *differing])))
 
-    def rows(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    def rows(self, ids: Sequence[str], source_rows: Sequence[Sequence[int]]) -> Ints:
         """The rows of the file with the vectors of rows; see `of`."""
         if self._by_id is not None:
             return self._positions(ids)
@@ -117,7 +116,7 @@ class VectorFile:
         size = max(1, _COMPARED // self.dimension)
         return (slice(low, low + size) for low in range(0, count, size))
 
-    def _positions(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    def _positions(self, ids: Sequence[str]) -> Ints:
         assert self._by_id is not None
         known, order = self._by_id
         wanted = hashes(ids)
@@ -154,7 +153,7 @@ class _Npy:
         self._data = data
         self.shape: tuple[int, int] = data.shape
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+    def take(self, rows: Ints) -> Floats:
         with np.errstate(over="ignore"):  # Overflow is reported by name.
             return np.asarray(self._data[rows], dtype=np.float32)
 
@@ -208,7 +207,7 @@ class _Parquet:
                 raise self._wrong("there is no id", row=row, field=self.label, remedy="Give every vector an id")
             yield [str(value) for value in column.to_pylist()]
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+    def take(self, rows: Ints) -> Floats:
         out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         for group in np.unique(groups):

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negpipe.config.encoder import Encoder
+from negpipe.data.arrays import Floats, Ints
 from negpipe.encoders.models import resolve_model
 from negpipe.encoders.prompts import TASKS
 from negpipe.engine import versions
@@ -47,7 +47,7 @@ _LEAST = {"float32": 0.999, "int8": 0.9}
 _PROBES = ["word", "A sentence of some words, and 3 numbers: 1, 22, 333.", "Ein Satz in einer anderen Sprache. " * 20]
 """Texts of several lengths; the last is longer than the sliding window of models."""
 
-Run = Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.float32]]
+Run = Callable[[Mapping[str, Ints]], Floats]
 """Inputs by name, each (texts, tokens), to token vectors: (texts, tokens, dimension)."""
 _Install = Callable[[Path, str], None]
 """Makes a model run from a folder, in a precision."""
@@ -204,7 +204,7 @@ def _export(model: Any, transformers: list[Any], encoder: Encoder, path: str, fi
     )
 
 
-def _probed(model: Any) -> NDArray[np.float32]:
+def _probed(model: Any) -> Floats:
     """(m, d) vectors of length 1 through every route of the model, two texts per batch, the last one alone."""
     options = {"batch_size": 2, "normalize_embeddings": True, "show_progress_bar": False}
     return np.concatenate([model.encode(_PROBES, task=task, **options) for task in TASKS.values()])

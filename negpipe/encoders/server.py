@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import numpy as np
-import numpy.typing as npt
 
 from negpipe.config.encoder import Encoder
 from negpipe.config.server import Server
+from negpipe.data.arrays import Ints
 from negpipe.encoders.batched import OnBatch, Vectors
 from negpipe.encoders.cuts import OnCut
 from negpipe.encoders.prompts import Kind, instructed, instruction
@@ -93,7 +93,7 @@ def differs(vector: Vectors, before: Vectors) -> bool:
     return vector.shape != before.shape or not np.linalg.norm(vector - before) <= _NEAR * np.linalg.norm(before)
 
 
-def estimated_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def estimated_tokens(lengths: Ints) -> Ints:
     """(n,) The estimated tokens of texts of (n,) bytes in UTF-8."""
     return lengths // _BYTES_A_TOKEN + 1
 

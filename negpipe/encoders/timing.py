@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negpipe.config.encoder import Encoder
+from negpipe.data.arrays import Floats
 from negpipe.encoders.encode import load
 from negpipe.encoders.prompts import Kind
 from negpipe.engine import devices
@@ -42,9 +42,9 @@ class Timed:
     """A measurement: (n, d) float32 vectors of the first n texts, the seconds they took, and (m, d) vectors of the
     first m anchors, not timed."""
 
-    vectors: NDArray[np.float32]
+    vectors: Floats
     seconds: float
-    anchors: NDArray[np.float32]
+    anchors: Floats
 
 
 def time_models(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from negpipe import ann
@@ -45,7 +44,7 @@ class Sample:
     texts: list[str]
     anchors: pa.Table
     positives: Ints
-    grades: npt.NDArray[np.float32]
+    grades: Floats
     offsets: Ints
     complete: Ints
 

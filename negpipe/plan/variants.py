@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negpipe import encoders
 from negpipe.config.encoder import BATCH_SIZE, PRECISIONS, Encoder
@@ -140,7 +139,7 @@ def _share(outcomes: Mapping[_Way, Outcome], way: _Way, reference: _Way | None) 
     return len(usual & own) / len(usual) if usual and own is not None else None
 
 
-def agreement(some: NDArray[np.float32], others: NDArray[np.float32]) -> float | None:
+def agreement(some: Floats, others: Floats) -> float | None:
     """Share of each vector's 10 nearest by dot product, excluding itself, that are the same in both.
 
     Args:

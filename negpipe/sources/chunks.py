@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from negpipe.data.arrays import Ints
 from negpipe.errors import InputError, closest, count_of
 from negpipe.sources.records import BadRow, Place, RowError, raw_of
 
@@ -72,7 +73,7 @@ class ChunkColumns(NamedTuple):
     """All rows of a chunk: the file, (n,) int64 row numbers, and the wanted columns in order."""
 
     file: str
-    rows: npt.NDArray[np.int64]
+    rows: Ints
     values: list[Values]
 
 
@@ -362,9 +363,7 @@ class ArrowChunk:
         return _columns(self.file, rows, there, self.check.names)
 
 
-def _columns(
-    file: str, rows: npt.NDArray[np.int64], there: dict[str, Any], wanted: Sequence[str]
-) -> ChunkColumns | None:
+def _columns(file: str, rows: Ints, there: dict[str, Any], wanted: Sequence[str]) -> ChunkColumns | None:
     import pyarrow as pa
 
     known: dict[str, Values] = {}

@@ -10,10 +10,9 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from negpipe.data.arrays import Ints
 from negpipe.errors import InputError
 
 
@@ -69,7 +68,7 @@ class TextColumns(NamedTuple):
     texts: pa.Array
     extra: list[pa.Array]
     file: str
-    places: npt.NDArray[np.int64]
+    places: Ints
 
 
 class Judgments(NamedTuple):
@@ -80,7 +79,7 @@ class Judgments(NamedTuple):
     grades: Sequence[float | None]
     split: str
     file: str
-    places: npt.NDArray[np.int64]
+    places: Ints
     query_by_text: bool
     document_by_text: bool
 

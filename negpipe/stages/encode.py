@@ -28,7 +28,7 @@ from negpipe.ann import auto
 from negpipe.config.encoder import Encoder
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.arrays import Floats
+from negpipe.data.arrays import Floats, Mask
 from negpipe.data.tables import Rows, documents, open_table, texts
 from negpipe.encoders import prompts, server
 from negpipe.encoders.cuts import percent
@@ -472,15 +472,15 @@ def _held(encoder: Encoder) -> tuple[int | None, int]:
     return encoder.call_size, 8
 
 
-def _usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    usable: npt.NDArray[np.bool_] = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+def _usable(vectors: npt.NDArray[Any]) -> Mask:
+    usable: Mask = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
     return usable
 
 
-def _short(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def _short(vectors: npt.NDArray[Any]) -> Mask:
     """Whether products with such vectors fit float32."""
     with np.errstate(over="ignore"):
-        short: npt.NDArray[np.bool_] = np.isfinite(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float32))
+        short: Mask = np.isfinite(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float32))
     return short
 
 

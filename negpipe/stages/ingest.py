@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +40,7 @@ from negpipe import __version__, encoders, sources
 from negpipe.config.schema import Config
 from negpipe.config.training import Split
 from negpipe.data import database
+from negpipe.data.arrays import Hashes
 from negpipe.data.tables import Rows, texts, to_bytes
 from negpipe.data.texts import hashes
 from negpipe.encoders import cuts
@@ -206,7 +206,7 @@ def _anchors(rows: pa.Table, extra: list[str]) -> pa.Table:
     return table
 
 
-def cut_points(cuts: npt.NDArray[np.uint64], since: int, part_rows: int) -> Iterator[int]:
+def cut_points(cuts: Hashes, since: int, part_rows: int) -> Iterator[int]:
     """Where parts end, decided by content, so that an edit only moves its own border.
 
     A part ends after a row whose digest says so (one in part_rows / 2), once it has at least

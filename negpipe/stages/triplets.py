@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +25,7 @@ from negpipe import ann
 from negpipe.ann import approximate
 from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates, moments
+from negpipe.data.arrays import Ints, Mask
 from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, open_table, searchable
@@ -352,9 +352,7 @@ def ledger(units: Units, config: Config, shared: Shared) -> pa.Table:
     )
 
 
-def _shortage_reasons(
-    units: Units, counts: npt.NDArray[np.int64], exhausted: npt.NDArray[np.bool_], config: Config
-) -> list[str | None]:
+def _shortage_reasons(units: Units, counts: Ints, exhausted: Mask, config: Config) -> list[str | None]:
     """What a short unit ran out of: the corpus (`exhausted`), the window, or the candidates considered (depth)."""
     window = (counts[:, Fate.AFTER_WINDOW] > 0) | (config.mining.rank_over == "raw")
     reasons = np.where(exhausted, "corpus", np.where(window, "window", "depth"))

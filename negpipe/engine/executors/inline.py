@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from negpipe.engine.stage import Context, Progressed, Stage, Task, opened
 
@@ -14,13 +15,10 @@ def run(stage: Stage, tasks: Iterator[Task], context: Context, progress: Progres
         return
     context = context.on(context.devices()[0])
     with opened(stage, context) as running:
-        task: Task | None = first
-        while task is not None:
-            current = task
+        for task in chain([first], tasks):
 
-            def report(units: int, note: str, current: Task = current) -> None:
-                progress(current, units, note, False)
+            def report(units: int, note: str, task: Task = task) -> None:
+                progress(task, units, note, False)
 
-            running.run(current, report)
-            progress(current, 0, "", True)
-            task = next(tasks, None)
+            running.run(task, report)
+            progress(task, 0, "", True)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from negpipe.config.schema import Config
+from negpipe.data.arrays import Mask
 from negpipe.data.tables import Rows
 from negpipe.redaction import redacted
 from negpipe.rows.exports.blocks import Slices, has_negatives
@@ -61,7 +59,7 @@ class ExportLayout:
     suffix: str | None = None
     reads_gzip: bool = True
     runs: bool = False
-    has_rows: Callable[[Units, Config], npt.NDArray[np.bool_]] = has_negatives
+    has_rows: Callable[[Units, Config], Mask] = has_negatives
 
 
 def described(config: Config) -> dict[str, Any]:

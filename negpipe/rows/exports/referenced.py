@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from negpipe.data.arrays import Mask
 from negpipe.data.tables import Rows
 from negpipe.rows.exports.blocks import Block
 from negpipe.rows.exports.files import ParquetFiles
@@ -21,7 +21,7 @@ class Referenced:
 
     def __init__(self, corpus: Rows) -> None:
         self._corpus = corpus
-        self._seen: npt.NDArray[np.bool_] = np.zeros(len(corpus), np.bool_)
+        self._seen: Mask = np.zeros(len(corpus), np.bool_)
 
     def add(self, block: Block) -> None:
         self._seen[block.positives.rows] = True
