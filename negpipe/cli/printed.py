@@ -16,7 +16,7 @@ from negpipe.review.calibrate.recommend import percent
 from negpipe.review.diff import Change, Difference
 from negpipe.review.quality import Distribution, Quality
 from negpipe.review.wording import clean_text
-from negpipe.stages import encode
+from negpipe.stages import defects
 from negpipe.train import ablation_page
 from negpipe.train.ablation import TABLE, Ablation
 from negpipe.train.comparison import METRICS, of_document
@@ -59,7 +59,7 @@ def show_quality(found: Quality) -> None:
         )
     if found.separation is not None:
         lines.append(f"A positive scores above a random document in {found.separation:.1%} of cases.")
-    lines += [f"{one.problem}: {one.remedy}." for one in encode.defects(found.vectors)]
+    lines += [f"{one.problem}: {one.remedy}." for one in defects.of(found.vectors)]
     out.print("\n" + "\n".join(lines), markup=False)
 
 

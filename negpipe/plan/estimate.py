@@ -24,7 +24,7 @@ from negpipe.errors import NegpipeError
 from negpipe.plan.index_kinds import IndexEstimate, Machine, choices, needs_of, sample_of
 from negpipe.plan.sample import Judge, draw
 from negpipe.plan.variants import Variant, measured
-from negpipe.stages import encode
+from negpipe.stages import defects, encode
 
 _SAMPLE = 512  # maximum texts to time the encoder on
 _DIMENSION = 384  # if still unknown
@@ -203,7 +203,7 @@ def _timed(work: Workload, context: Context, probe: bool) -> tuple[Workload, tup
     """The workload with the speed of the encoder and the dimension, if they can be known; and its other timings."""
     context = encode.STAGE.within(context)
     encoder = context.config.encoder
-    made = [part for part in encode.made_of(context) if encode.encoded(part) == part.rows]
+    made = [part for part in encode.made_of(context) if defects.encoded(part) == part.rows]
     if seconds := sum(float(part.provenance.get("seconds", 0)) for part in made):
         speed, dimension = sum(part.rows for part in made) / seconds, int(made[0].meta["dimension"])
         return replace(work, speed=speed, source="measured on existing parts", dimension=dimension), ()

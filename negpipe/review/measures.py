@@ -26,7 +26,7 @@ from negpipe.review.calibrate import Calibration, Recommendation, Setting, Trial
 from negpipe.review.finished import current, searched, selected
 from negpipe.select import columns
 from negpipe.select.selector import Units, rows_of
-from negpipe.stages import STAGES, encode
+from negpipe.stages import STAGES, defects
 from negpipe.stages.triplets import Shared, open_selection, part_files
 from negpipe.store.files import json_bytes, publish, write_all
 
@@ -74,7 +74,7 @@ def quality_of(
     random = quality.random_scores(vectors, opened.vectors, opened.searchable, context.config.seed)
     slices = (opened.selector.without_itself(found, units) for found, units in slices)
     measured = quality.measure(slices, random, min(context.config.depth, opened.searchable))
-    return replace(measured, vectors=encode.counted(context.manifest("encode").stats))
+    return replace(measured, vectors=defects.counted(context.manifest("encode").stats))
 
 
 def calibrate_settings(

@@ -9,11 +9,10 @@ computed in another way, or with other versions of the libraries, are not taken 
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -28,28 +27,24 @@ from negpipe.ann import auto
 from negpipe.config.encoder import Encoder
 from negpipe.config.schema import Config
 from negpipe.data import candidates
-from negpipe.data.arrays import Floats, Mask
-from negpipe.data.tables import Rows, documents, open_table, texts
+from negpipe.data.tables import open_table, texts
 from negpipe.encoders import prompts, server
-from negpipe.encoders.cuts import percent
+from negpipe.encoders.blocks import ComputedVectors, PrecomputedVectors, kind_of
 from negpipe.encoders.precomputed import VectorFile, dimension_of
-from negpipe.encoders.vectors import NOT_EXACT, check_width, truncated
+from negpipe.encoders.vectors import check_width, refused, short, usable
 from negpipe.engine import devices, versions
 from negpipe.engine.fingerprint import digest, key
 from negpipe.engine.manifest import Manifest, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Stage, Task, Workload
 from negpipe.errors import BudgetError, InputError, NegpipeError, count_of
 from negpipe.sources import remote
-from negpipe.stages import headers
+from negpipe.stages import defects, headers
 from negpipe.store.files import BOOKS
 
 if TYPE_CHECKING:
     from negpipe.encoders.cache import VectorCache
 
 logger = logging.getLogger(__name__)
-
-Block = tuple[npt.NDArray[np.intp], Floats]
-"""Offsets of some texts in their part, and their vectors (m, d)."""
 
 VERSION = 1
 _NOT_IDENTITY = {"model", "revision", "device", "devices", "corpus_vectors", "anchor_vectors", "cache_size", "http"}
@@ -62,8 +57,6 @@ _SERVED |= {"passage_instruction", "passage_instruction_format"}
 _OF_SERVER = {"api", "answers_as"}  # not the size of requests: servers form batches as they like
 _LIBRARIES_BYTES = 350 * 2**20  # of a worker besides the model, not shared with others: torch and the model's library
 _READ = 64  # bytes per number of a server's answer: digits, Python float, queued float32
-_COUNTED, _BLOCK = 2**22, 1024  # vectors whose hashes are held, and vectors read at a time
-_MANY = 0.1  # share of lost tokens, or of documents with another's vector, that causes a warning
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -189,11 +182,6 @@ def made_of(context: Context) -> Iterator[Part]:
     return (part for task in _tasks(context) if (part := books.part(task.key)) and part.rows)
 
 
-def _kind(part: Part | Task) -> encoders.Kind:
-    """The kind as which a part's texts are encoded."""
-    return "query" if part.kind == "anchors" else "passage"
-
-
 def _tasks(context: Context) -> Iterator[Task]:
     sources = _sources(context)
     precomputed = context.config.encoder.backend == "precomputed"
@@ -206,96 +194,13 @@ def _tasks(context: Context) -> Iterator[Task]:
             vectors = "encoder.anchor_vectors" if part.kind == "anchors" else "encoder.corpus_vectors"
             input_digest = [sources[vectors], part.meta["source_rows"]]
         else:
-            own = (f"encoder.{_kind(part)}_prompt", "encoder.routes")
+            own = (f"encoder.{kind_of(part)}_prompt", "encoder.routes")
             decided = [sources[name] for name in own if name in sources]
             input_digest = [sources.get("encoder.model"), part.meta["texts"], *decided]
             if context.config.encoder.cache is not None:
                 alike = {name: value for name, value in settings.items() if name not in _OF_A_PART}
                 payload["space"] = digest(VERSION, role, alike, sources.get("encoder.model"), decided, made_with)
         yield Task(key("encode", VERSION, role, settings, input_digest), part.kind, part.rows, payload)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The loaded model of this process."""
-
-    encoder: encoders.TextEncoder
-    provenance: dict[str, str]
-    check: Callable[[int], None]
-    """Checks that vectors of a dimension fit, once there are some."""
-    cache: VectorCache | None = None
-    unchanged: Callable[[], None] = lambda: None
-    """Checks after each part that the model is still the same, if another process runs it."""
-
-    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
-        """Vectors of the part's texts, some at a time; facts about all of them go to `meta`."""
-        asked: list[str] = table["text"].to_pylist()
-        missing, keys = np.ones(len(asked), np.bool_), []
-        if self.cache:
-            keys = [self.cache.key(task.payload["space"], text) for text in asked]
-            for rows, vectors in self.cache.known(keys):
-                yield rows, vectors
-                missing[rows] = False
-                progress(len(rows), "from the cache")
-            meta["cached"] = len(asked) - int(missing.sum())
-        left, first = np.flatnonzero(missing), 0
-        started, seen, meta["tokens"] = time.monotonic(), 0, 0
-
-        def on_batch(rows: int, tokens: int) -> None:
-            nonlocal seen
-            seen, meta["tokens"] = seen + rows, meta["tokens"] + tokens
-            seconds = max(time.monotonic() - started, 1e-9)
-            progress(rows, f"{seen / seconds:,.0f} texts/s, {meta['tokens'] / seconds:,.0f} tokens/s")
-
-        def on_cut(texts: int, tokens: int) -> None:
-            meta["cut"], meta["tokens_lost"] = meta.get("cut", 0) + texts, meta.get("tokens_lost", 0) + tokens
-
-        try:
-            given = [asked[row] for row in left]
-            for vectors in self.encoder.encode(given, _kind(task), on_batch, on_cut) if given else ():
-                rows = left[first : first + len(vectors)]
-                if self.cache:
-                    self.cache.put([keys[row] for row in rows], vectors)
-                yield rows, vectors
-                first += len(rows)
-            if given:
-                self.unchanged()
-        except InputError as error:
-            if error.row is None:
-                raise
-            name = table["id"][int(left[error.row])].as_py()
-            raise InputError(f"{task.kind}, id {name!r}: {error.problem}", remedy=error.remedy) from None
-        if self.cache and self.cache.troubles:
-            meta["cache_troubles"] = [*self.cache.troubles]
-
-
-@dataclass(frozen=True)
-class _Brought:
-    """Precomputed vectors of the user."""
-
-    corpus: VectorFile
-    anchors: VectorFile
-    truncate_dim: int | None
-    provenance: dict[str, str]
-    check: Callable[[int], None]
-
-    def blocks(self, task: Task, table: Any, meta: dict[str, Any], progress: Progress) -> Iterator[Block]:
-        """All vectors of the part at once: a row group of a Parquet file may hold rows from all over it."""
-        others = [[]] * table.num_rows if task.kind == "anchors" else table["other_ids"].to_pylist()
-        vectors, differing = self._file(task).of(table["id"].to_pylist(), others, table["source_rows"].to_pylist())
-        meta["differing_duplicates"] = differing
-        progress(table.num_rows, "")
-        yield np.arange(table.num_rows), truncated(vectors, self.truncate_dim)
-
-    def place(self, task: Task, table: Any) -> dict[str, Any]:
-        file = self._file(task)
-        return {
-            "file": str(file.path),
-            "row": int(file.rows(table["id"].to_pylist(), table["source_rows"].to_pylist())[0]),
-        }
-
-    def _file(self, task: Task) -> VectorFile:
-        return self.anchors if task.kind == "anchors" else self.corpus
 
 
 def brought_dimension(context: Context) -> int:
@@ -317,7 +222,7 @@ def _open_brought(context: Context, setting: str, rows: str) -> VectorFile:
 
 
 @contextmanager
-def _open(context: Context) -> Iterator[_Model | _Brought]:
+def _open(context: Context) -> Iterator[ComputedVectors | PrecomputedVectors]:
     config = context.config.encoder
     if config.backend == "precomputed":
         corpus, anchors = (
@@ -330,20 +235,20 @@ def _open(context: Context) -> Iterator[_Model | _Brought]:
                 field="encoder.anchor_vectors",
                 remedy="Compute both with the same model",
             )
-        yield _Brought(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
+        yield PrecomputedVectors(corpus, anchors, config.truncate_dim, {}, lambda dimension: None)
     elif config.http and config.backend == "http":
         with server.opened(config, context.workers) as served:
             _check_same(context, served)
             with _cache(config) as kept:
                 fits = cache(partial(check_fits, context))
-                yield _Model(served, served.provenance, fits, kept, served.check_unchanged)
+                yield ComputedVectors(served, served.provenance, fits, kept, served.check_unchanged)
     else:
         model = encoders.resolve_model(config, context.digest_file)
         budget = context.budget
         encoder = encoders.load(config, model.path, budget.threads, budget.device)
         provenance = encoders.provenance(config, budget.device)
         with _cache(config) as kept:
-            yield _Model(encoder, provenance, cache(partial(check_fits, context)), kept)
+            yield ComputedVectors(encoder, provenance, cache(partial(check_fits, context)), kept)
 
 
 def _cache(config: Encoder) -> AbstractContextManager[VectorCache | None]:
@@ -365,7 +270,7 @@ def _check_same(context: Context, served: encoders.TextEncoder) -> None:
     for task, part in islice(known, 1):
         table = open_table(context.store.path(task.payload["part"]))
         before = ann.open_parts([context.path(part, "vectors")]).take(np.array([0]))[0]
-        (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), _kind(task), lambda rows, tokens: None)
+        (now,) = served.encode(table["text"].slice(0, 1).to_pylist(), kind_of(task), lambda rows, tokens: None)
         if server.differs(now[0], before):
             raise InputError(
                 f"the server's vector of {task.kind} {table['id'][0].as_py()!r} differs from the stored one,"
@@ -375,7 +280,9 @@ def _check_same(context: Context, served: encoders.TextEncoder) -> None:
             )
 
 
-def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publisher, progress: Progress) -> Made:
+def _run(
+    task: Task, shared: ComputedVectors | PrecomputedVectors, context: Context, publish: Publisher, progress: Progress
+) -> Made:
     config = context.config.encoder
     table = open_table(context.store.path(task.payload["part"]))
     meta: dict[str, Any] = {}
@@ -393,11 +300,12 @@ def _run(task: Task, shared: _Model | _Brought, context: Context, publish: Publi
         with np.errstate(all="ignore"):
             stored[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if config.normalize else vectors
         here = stored[rows]
-        bad = np.flatnonzero(~(_usable(here) & _short(here)))
+        bad = np.flatnonzero(~(usable(here) & short(here)))
         if len(bad):
             at, row = int(bad[0]), int(rows[bad[0]])
-            place = shared.place(task, table.slice(row, 1)) if isinstance(shared, _Brought) else {}
-            raise _refused(task, table["id"][row].as_py(), vectors[at : at + 1], config, place)
+            place = shared.place(task, table.slice(row, 1)) if isinstance(shared, PrecomputedVectors) else {}
+            whose = f"the vector of {'anchor' if task.kind == 'anchors' else 'document'} {table['id'][row].as_py()!r}"
+            raise refused(whose, vectors[at : at + 1], config, place)
     assert stored is not None
     publish("vectors", ".npy", partial(ann.write_part, stored), needed=stored.nbytes)
     return Made(len(stored), meta | {"dimension": int(stored.shape[1])}, dict(shared.provenance))
@@ -472,34 +380,6 @@ def _held(encoder: Encoder) -> tuple[int | None, int]:
     return encoder.call_size, 8
 
 
-def _usable(vectors: npt.NDArray[Any]) -> Mask:
-    usable: Mask = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
-    return usable
-
-
-def _short(vectors: npt.NDArray[Any]) -> Mask:
-    """Whether products with such vectors fit float32."""
-    with np.errstate(over="ignore"):
-        short: Mask = np.isfinite(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float32))
-    return short
-
-
-def _refused(task: Task, name: str, vector: Floats, encoder: Encoder, place: dict[str, Any]) -> InputError:
-    whose = f"the vector of {'anchor' if task.kind == 'anchors' else 'document'} {name!r}"
-    if _usable(vector).all():
-        remedy = "Scale the vectors to about length 1"
-        with np.errstate(all="ignore"):
-            length = np.linalg.norm(vector)
-        if encoder.normalize and not (np.isfinite(length) and length > 0):
-            return InputError(f"the numbers in {whose} are too small or too large to scale", remedy=remedy, **place)
-        if not encoder.normalize and not _short(vector).all():
-            return InputError(f"{whose} is too long: its products do not fit float32", remedy=remedy, **place)
-        remedy = "Set encoder.storage: float32" if encoder.storage == "float16" else remedy
-        return InputError(f"{whose} does not fit {encoder.storage}", field="encoder.storage", remedy=remedy, **place)
-    what = "not finite" if vector.any() else "zero"
-    return InputError(f"{whose} is {what}", remedy="Fix the vector, or remove the text", **place)
-
-
 def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     dimensions = {part.meta["dimension"] for part in parts}
     if len(dimensions) > 1:
@@ -510,27 +390,21 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
             stats[name] = sum(part.meta.get(name, 0) for part in parts)
     if any("cached" in part.meta for part in parts):
         troubles = dict.fromkeys(trouble for part in parts for trouble in part.meta.get("cache_troubles", ()))
-        stats["cached"] = {"texts": sum(map(_cached, parts)), "of": stats["texts"], "troubles": [*troubles]}
+        stats["cached"] = {"texts": sum(map(defects.cached, parts)), "of": stats["texts"], "troubles": [*troubles]}
     encoder = context.config.encoder
     sides = {
         "documents": ([part for part in parts if part.kind != "anchors"], encoder.passage_max_length),
         "anchors": ([part for part in parts if part.kind == "anchors"], encoder.query_max_length),
     }
-    cut = {side: _cut(own, length) for side, (own, length) in sides.items() if any("cut" in part.meta for part in own)}
+    cut = {
+        side: defects.cut(own, length)
+        for side, (own, length) in sides.items()
+        if any("cut" in part.meta for part in own)
+    }
     own = {name.removeprefix("encoder."): text for name, text in _sources(context).items() if name.endswith("_prompt")}
-    known = {"prompts": own, "cut": cut, "equal": _equal(context, sides["documents"][0])}
+    known = {"prompts": own, "cut": cut, "equal": defects.equal(context, sides["documents"][0])}
     known["sent"] = _told(encoder, parts, stats.get("tokens", 0))
     return stats | {name: value for name, value in known.items() if value}
-
-
-def _cached(part: Part) -> int:
-    """Number of its texts whose vectors came from a cache."""
-    return int(part.meta.get("cached", 0))
-
-
-def encoded(part: Part) -> int:
-    """Number of its texts that were given to the model."""
-    return part.rows - _cached(part)
 
 
 def _told(encoder: Encoder, parts: list[Part], tokens: int) -> dict[str, Any]:
@@ -547,100 +421,9 @@ def _estimated_tokens(context: Context, tasks: Iterable[Task]) -> int:
     total = 0
     for task in tasks:
         texts = open_table(context.store.path(task.payload["part"]))["text"]
-        bytes_of = pc.binary_length(texts).to_numpy() + server.overhead(context.config.encoder, _kind(task))
+        bytes_of = pc.binary_length(texts).to_numpy() + server.overhead(context.config.encoder, kind_of(task))
         total += int(server.estimated_tokens(bytes_of).sum())
     return total
-
-
-def _cut(parts: list[Part], max_length: int) -> dict[str, Any]:
-    """How many texts were cut and what they lost; excludes cached texts and old parts without these counts."""
-    known = [part for part in parts if "cut" in part.meta]
-    lost, kept = (sum(part.meta[name] for part in known) for name in ("tokens_lost", "tokens"))
-    return {
-        "texts": sum(part.meta["cut"] for part in known),
-        "of": sum(map(encoded, known)),
-        "max_length": max_length,
-        "lost": lost / max(1, lost + kept),
-    }
-
-
-def _equal(context: Context, parts: list[Part]) -> dict[str, Any]:
-    """How many documents have another's vector, and two of them; estimated from a sample of vectors if there are very
-    many."""
-    vectors = ann.open_parts([context.path(part, "vectors") for part in parts])
-    step = np.uint64(1 + vectors.rows // _COUNTED)
-    odd = np.random.default_rng(0).integers(2**64, size=vectors.dimension, dtype=np.uint64) | np.uint64(1)
-    sampled, numbers = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for first, block in vectors.blocks(_BLOCK):
-        # A sum of odd multiples modulo 2^64: equal bits give equal numbers in every process. The upper half is mixed.
-        hashes = block.view(np.uint32).astype(np.uint64) @ odd
-        taken = np.flatnonzero((hashes >> np.uint64(32)) % step == 0)
-        sampled.append(hashes[taken])
-        numbers.append(first + taken)
-    hashes, rows = np.concatenate(sampled), np.concatenate(numbers)
-    shared, counts = np.unique(hashes, return_counts=True)
-    found: dict[str, Any] = {"documents": int(counts[counts > 1].sum()) * int(step), "of": vectors.rows}
-    if found["documents"]:
-        alike = rows[hashes == shared[np.argmax(counts > 1)]][:2]
-        corpus = Rows([context.path(part, "table") for part in documents(context.manifest("ingest"))])
-        found["example"] = corpus.strings("id", alike).to_pylist()
-    return found
-
-
-def counted(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The statistics that show how reliable the vectors are."""
-    return {name: stats[name] for name in ("cut", "equal", "cached") if name in stats}
-
-
-def from_cache(stats: Mapping[str, Any]) -> str | None:
-    """A sentence about the share of vectors from the cache; None without a cache."""
-    if "cached" not in stats:
-        return None
-    cached, of = stats["cached"]["texts"], stats["cached"]["of"]
-    uncounted = " (cut texts among them are not counted)" if cached else ""
-    return f"{cached:,} of {of:,} texts from the cache{uncounted}; {NOT_EXACT}"
-
-
-@dataclass(frozen=True)
-class Defect:
-    """A reason why vectors represent less than their texts.
-
-    Attributes:
-        share: share of lost tokens, or of affected documents.
-        problem: what is wrong.
-        remedy: how to reduce it.
-    """
-
-    share: float
-    problem: str
-    remedy: str
-
-    @property
-    def many(self) -> bool:
-        """Whether it deserves a warning."""
-        return self.share >= _MANY
-
-
-def defects(stats: Mapping[str, Any]) -> Iterator[Defect]:
-    """The defects found in the statistics."""
-    for side, setting in (("documents", "encoder.passage_max_length"), ("anchors", "encoder.query_max_length")):
-        cut = stats.get("cut", {}).get(side)
-        if cut and cut["texts"]:
-            yield Defect(
-                cut["lost"],
-                f"{cut['texts']:,} of {cut['of']:,} {side} were cut at {cut['max_length']} tokens"
-                f" ({percent(cut['lost'])} of all their tokens lost)",
-                f"raise {setting} as far as the model allows, or split the {side}",
-            )
-    equal = stats.get("equal")
-    if equal and equal["documents"]:
-        such = " and ".join(map(repr, equal.get("example", ())))  # earlier versions name none
-        yield Defect(
-            equal["documents"] / equal["of"],
-            f"{equal['documents']:,} of {equal['of']:,} documents have exactly the vector of another one"
-            f"{such and f', such as {such}'}, so no search can distinguish them",
-            "check what their texts have in common, and whether the vectors are complete",
-        )
 
 
 def cost_of(tokens: int, price: float) -> str:
@@ -653,9 +436,9 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
         counted_by = "estimated, as it reports none" if sent["estimated"] else "by its own count"
         cost = f", {cost_of(sent['tokens'], sent['price'])}" if sent["price"] else ""
         yield logging.INFO, f"the server read {sent['tokens']:,} tokens for these vectors, {counted_by}{cost}"
-    for one in defects(stats):
+    for one in defects.of(stats):
         yield logging.WARNING if one.many else logging.INFO, f"{one.problem}: {one.remedy}"
-    if sentence := from_cache(stats):
+    if sentence := defects.from_cache(stats):
         yield logging.INFO, sentence
         yield from ((logging.WARNING, trouble) for trouble in stats["cached"]["troubles"])
 

@@ -39,7 +39,7 @@ from negpipe.select import columns, conditions, deeper, rules, verdicts
 from negpipe.select.filters import CODES, HELPS
 from negpipe.select.rules import Fate
 from negpipe.select.selector import PartFiles, Selector, Units
-from negpipe.stages import encode, headers
+from negpipe.stages import defects, headers
 from negpipe.stages.index import recall_window
 from negpipe.store.store import Store
 
@@ -393,7 +393,7 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
                 side: moments.summary(moments.merge([part.meta["scores"][side] for part in parts]))
                 for side in ("positive", "negative")
             },
-            "vectors": encode.counted(context.manifest("encode").stats),
+            "vectors": defects.counted(context.manifest("encode").stats),
         }
         | _spread(context.config.mining, parts, fates)
     )
@@ -472,9 +472,9 @@ def advice(stats: Mapping[str, Any]) -> str:
     )
 
 
-def _causes(stats: Mapping[str, Any]) -> list[encode.Defect]:
+def _causes(stats: Mapping[str, Any]) -> list[defects.Defect]:
     """Why every rule drops more than it should: vectors that represent less than their texts."""
-    return [one for one in encode.defects(stats.get("vectors", {})) if one.many]
+    return [one for one in defects.of(stats.get("vectors", {})) if one.many]
 
 
 def _problems(stats: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ import small_source as small
 from upkeep_of import config_of
 
 from negpipe import graph, mine
+from negpipe.encoders.blocks import ComputedVectors
 from negpipe.engine.stage import Task
 from negpipe.errors import InputError
-from negpipe.stages import encode
 
 Break = Callable[[Path], object]
 
@@ -359,7 +359,7 @@ def test_a_text_the_model_gives_no_vector_for_is_named_by_its_id(fresh: Path) ->
     table = pa.table({"id": ["a", "b", "c", "d"], "text": ["1", "2", "3", "4"]})
     with pytest.raises(InputError, match=r"^corpus, id 'd': the vector of this text is zero\. Look"):
         list(
-            encode._Model(Failing(), {}, lambda dimension: None).blocks(
+            ComputedVectors(Failing(), {}, lambda dimension: None).blocks(
                 Task("key", "corpus", 4, {}), table, {}, lambda units, note: None
             )
         )

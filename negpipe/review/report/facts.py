@@ -8,7 +8,7 @@ from typing import Any
 
 from negpipe.config.schema import Config
 from negpipe.engine.manifest import Manifest
-from negpipe.stages.encode import from_cache
+from negpipe.stages.defects import from_cache
 
 _UNITS = {"ingest": "documents", "encode": "texts", "index": "documents", "search": "anchors", "triplets": "rows"}
 
