@@ -253,6 +253,7 @@ class Run:
         from negpipe.engine.state import digests_of
         from negpipe.review import finished
         from negpipe.rows import formats
+        from negpipe.select.ledger import ledger
         from negpipe.stages import triplets
 
         changes = [f"mining.{name}={json.dumps(value, default=_plain)}" for name, value in mining.items()]
@@ -264,7 +265,7 @@ class Run:
 
             def units() -> Iterator[Any]:
                 for _, some in finished.selected(context, opened):
-                    books.append(triplets.ledger(some, context.config, opened))
+                    books.append(ledger(some, context.config, opened.corpus, opened.selector, opened.searchable))
                     yield some
 
             rows = [table for _, table in formats.tables(units(), opened.corpus, context.config)]

@@ -22,7 +22,7 @@ from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
-from negpipe.stages.triplets import advice, is_short, negatives_of
+from negpipe.stages.shortage import advice, is_short, negatives_of
 from negpipe.store.files import BOOKS
 
 _SAMPLE_TEXTS = 5

@@ -25,7 +25,6 @@ from negpipe import ann
 from negpipe.ann import approximate
 from negpipe.config.schema import Config, Mining
 from negpipe.data import candidates, moments
-from negpipe.data.arrays import Ints, Mask
 from negpipe.data.candidates import Deeper
 from negpipe.data.namesakes import Namesakes
 from negpipe.data.tables import Rows, documents, open_table, searchable
@@ -36,10 +35,10 @@ from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Show
 from negpipe.errors import InputError, RowsError, count_of
 from negpipe.rows import formats
 from negpipe.select import columns, conditions, deeper, rules, verdicts
-from negpipe.select.filters import CODES, HELPS
-from negpipe.select.rules import Fate
+from negpipe.select.filters import CODES
+from negpipe.select.ledger import ledger
 from negpipe.select.selector import PartFiles, Selector, Units
-from negpipe.stages import defects, headers
+from negpipe.stages import defects, headers, shortage
 from negpipe.stages.index import recall_window
 from negpipe.store.store import Store
 
@@ -182,8 +181,8 @@ def _accept(config: Config, stats: Mapping[str, Any]) -> None:
     rows, least = stats["rows"], config.output.min_rows
     if rows < least:
         raise RowsError(
-            f"{count_of(rows, 'row')}, but output.min_rows is {least:,}: triplets/ stays as it was. Candidates dropped:"
-            f" {_dropped(stats)}{_problems(stats)}. {advice(stats)}, or set output.min_rows={rows}"
+            f"{count_of(rows, 'row')}, but output.min_rows is {least:,}: triplets/ stays as it was;"
+            f" {shortage.reasons(stats)}, or set output.min_rows={rows}"
         )
 
 
@@ -264,7 +263,7 @@ def _run(task: Task, shared: Shared, context: Context, publish: Publisher, progr
         nonlocal fates, own_positives
         for found, units in shared.selector.slices(files):
             counts = rules.counts(units.fates, len(CODES))
-            books.append(ledger(units, context.config, shared))
+            books.append(ledger(units, context.config, shared.corpus, shared.selector, shared.searchable))
             fates = fates + counts.sum(axis=0)
             used = np.repeat(units.counts > 0, np.diff(units.positive_offsets))
             scores["positive"].append(moments.of(units.positive_scores[used]))
@@ -316,50 +315,6 @@ def _publish(publish: Publisher, config: Config, number: int, tables: Iterable[p
     return rows
 
 
-def ledger(units: Units, config: Config, shared: Shared) -> pa.Table:
-    """One row per unit: candidates seen, dropped for each reason, taken, the deepest rank used, why it is short.
-
-    If given or judged negatives are configured, also their number, and the grades of all judged ones.
-    """
-    counts = rules.counts(units.fates, len(CODES))
-    width, taken = units.fates.shape[1], units.fates == Fate.TAKEN
-    each = config.mining.margin_reference == "each"
-    positive = shared.corpus.strings("id", units.positives) if each else pa.nulls(len(units.anchor))
-    candidates_seen = width - counts[:, Fate.PADDING]
-    deepest = np.where(taken.any(axis=1), width - 1 - taken[:, ::-1].argmax(axis=1), -1)
-    reasons = {f"dropped_{name}": counts[:, code] for name, code in shared.selector.filters.reasons.items()}
-    preferred: dict[str, Any] = {}
-    if config.mining.prefers:
-        grades = units.negative_grades
-        ends = np.concatenate([[0], np.cumsum(~np.isnan(grades))])[units.negative_offsets]
-        judged = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(grades[~np.isnan(grades)]))
-        preferred = {"preferred": units.of_source("given", "judged"), "judged_grades": judged}
-    return pa.table(
-        {
-            "anchor_id": units.anchors["id"].take(pa.array(units.anchor)).cast(pa.string()),
-            "positive_id": positive.cast(pa.string()),
-            "candidates": candidates_seen,
-            "taken": counts[:, Fate.TAKEN],
-            **reasons,
-            "deepest_rank": pa.array(deepest, mask=deepest < 0),
-            **preferred,
-            "random": units.of_source("random"),
-            "short": units.counts < config.mining.wanted,
-            "shortage_reason": pa.array(
-                _shortage_reasons(units, counts, candidates_seen >= shared.searchable, config), pa.string()
-            ),
-        }
-    )
-
-
-def _shortage_reasons(units: Units, counts: Ints, exhausted: Mask, config: Config) -> list[str | None]:
-    """What a short unit ran out of: the corpus (`exhausted`), the window, or the candidates considered (depth)."""
-    window = (counts[:, Fate.AFTER_WINDOW] > 0) | (config.mining.rank_over == "raw")
-    reasons = np.where(exhausted, "corpus", np.where(window, "window", "depth"))
-    short = units.counts < config.mining.wanted
-    return [str(reason) if lacks else None for reason, lacks in zip(reasons, short, strict=True)]
-
-
 def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
     fates: dict[str, int] = {}
     for part in parts:
@@ -395,23 +350,8 @@ def _stats(context: Context, parts: list[Part]) -> dict[str, Any]:
             },
             "vectors": defects.counted(context.manifest("encode").stats),
         }
-        | _spread(context.config.mining, parts, fates)
+        | shortage.spread(context.config.mining, parts, fates)
     )
-
-
-def _spread(mining: Mining, parts: list[Part], fates: Mapping[str, int]) -> dict[str, Any]:
-    """Scores of a sample of candidates and positives, if margins dropped most: one may be wider than scores differ."""
-    if not fates or max(fates, key=lambda name: fates[name]) not in ("relative_margin", "absolute_margin"):
-        return {}
-    known = [part.meta["sampled"] for part in parts if "sampled" in part.meta]  # parts of older versions lack it
-    spread = {
-        side: moments.summary(moments.merge([one[side] for one in known])) for side in ("candidates", "positives")
-    }
-    if not all(one["count"] for one in spread.values()):
-        return {}
-    positive = spread["positives"]["mean"]
-    limits = positive - abs(positive) * (mining.relative_margin or 0), positive - (mining.absolute_margin or 0)
-    return {"spread": spread | {"limit": min(limits)}}
 
 
 def _verdicts(context: Context) -> dict[str, Any]:
@@ -435,57 +375,9 @@ def _remarks(stats: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
             f"{about['unknown']:,} of {about['pairs']:,} pairs of {about['file']} (mining.exclude_file) name an anchor"
             f" or document that does not exist, such as {about['example']}",
         )
-    made, wanted = negatives_of(stats), stats.get("wanted", 0)
-    if is_short(stats):
-        what = f"{made:,} of {wanted:,} requested negatives" if stats["rows"] else "no row could be written"
-        yield logging.WARNING, f"{what}; candidates dropped: {_dropped(stats)}{_problems(stats)}. {advice(stats)}"
+    if shortage.is_short(stats):
+        yield logging.WARNING, shortage.warning(stats)
     yield from approximate.remarks(stats)
-
-
-def _dropped(stats: Mapping[str, Any]) -> str:
-    return ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in stats["drops"].items()) or "none"
-
-
-def is_short(stats: Mapping[str, Any]) -> bool:
-    """Whether there are no rows, or less than half of the requested negatives."""
-    return not stats["rows"] or negatives_of(stats) < stats.get("wanted", 0) / 2
-
-
-def negatives_of(stats: Mapping[str, Any]) -> int:
-    """The total number: mined, random and preferred."""
-    return sum(stats.get(name, 0) for name in ("negatives", "random_negatives", "preferred_negatives"))
-
-
-def advice(stats: Mapping[str, Any]) -> str:
-    """How to get more rows: vectors that represent complete texts, and a weaker form of the rule that dropped most."""
-    most = next((reason for reason in stats["drops"] if reason != "not_sampled"), "")
-    if not stats["rows"]:  # the rule that let the smallest share pass
-        left, shares = stats["candidates"], {}
-        for reason in sorted(stats["drops"], key=CODES.__getitem__):
-            count = stats["drops"][reason]
-            shares[reason] = count / max(1, left), count
-            left -= count if CODES[reason] >= rules.FILTERED else 0
-        most = max((reason for reason in shares if reason in HELPS), key=shares.__getitem__, default=most)
-    remedies = [one.remedy.capitalize() for one in _causes(stats)]
-    return ". ".join(
-        [*remedies, HELPS.get(most, "Set a larger search.depth; beyond the number of documents it adds nothing")]
-    )
-
-
-def _causes(stats: Mapping[str, Any]) -> list[defects.Defect]:
-    """Why every rule drops more than it should: vectors that represent less than their texts."""
-    return [one for one in defects.of(stats.get("vectors", {})) if one.many]
-
-
-def _problems(stats: Mapping[str, Any]) -> str:
-    said = [one.problem for one in _causes(stats)]
-    if spread := stats.get("spread"):
-        low, high = (spread["candidates"][end] for end in ("min", "max"))
-        said.append(
-            f"candidates score from {low:.3f} to {high:.3f}, positives {spread['positives']['mean']:.3f} on average, of"
-            f" which the margin leaves candidates up to {spread['limit']:.3f}"
-        )
-    return "".join(f"; {one}" for one in said)
 
 
 def _views(parts: Sequence[Part]) -> dict[str, Shown]:

@@ -32,7 +32,7 @@ from negpipe.engine.fingerprint import key
 from negpipe.engine.manifest import File, Part
 from negpipe.engine.stage import Context, Made, Needs, Progress, Publisher, Shown, Stage, Task
 from negpipe.errors import ConfigError, InputError, count_of
-from negpipe.stages import encode, triplets
+from negpipe.stages import encode, shortage
 from negpipe.store import files, view
 from negpipe.store.files import BOOKS, write_all
 from negpipe.train import card, held_out, overlap
@@ -157,7 +157,7 @@ def _check(context: Context) -> None:
                 field="train.batch_size",
                 remedy="Mine more rows, or set a smaller batch",
             )
-        if not triplets.negatives_of(context.manifest("triplets").stats):
+        if not shortage.negatives_of(context.manifest("triplets").stats):
             raise InputError(
                 f"all {rows:,} rows have the label 1: there is nothing to learn",
                 field="train.kind",
