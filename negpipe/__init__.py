@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from negpipe.compat.sentence_transformers import mine_hard_negatives
-    from negpipe.engine.pipeline import Result
+    from negpipe.graph import Result
     from negpipe.run import Run, Selection
 
 __all__ = ["Run", "Selection", "mine", "mine_hard_negatives"]

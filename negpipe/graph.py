@@ -11,7 +11,6 @@ from negpipe.data.candidates import DENSE, TEACHER
 from negpipe.engine import pipeline, shards, upkeep
 from negpipe.engine.executors import slurm
 from negpipe.engine.manifest import Books
-from negpipe.engine.pipeline import Result
 from negpipe.engine.shards import Shard, Worked
 from negpipe.engine.stage import Context, Graph, Stage
 from negpipe.engine.state import State, digests_of, look
@@ -42,6 +41,15 @@ __all__ = [
     "train",
     "work",
 ]
+
+
+class Result(pipeline.Finished):
+    """Result of a run: its rows, each stage's counts, which stages ran, and the store of the run directory."""
+
+    @property
+    def triplets(self) -> Path:
+        """The folder of the training rows."""
+        return self.run_dir / "triplets"
 
 
 def stages(config: Config) -> Graph:
@@ -108,7 +116,7 @@ def commit(config: Config, stage: str, **options: Any) -> Result:
     Raises:
         ConfigError: also if the stage does not exist.
     """
-    return shards.commit(config, _shared(config, stage), stage, **options)
+    return Result(**vars(shards.commit(config, _shared(config, stage), stage, **options)))
 
 
 def sharded(config: Config) -> Graph:
@@ -152,7 +160,7 @@ def _run(config: Config, graph: Graph, in_caller: bool, options: dict[str, Any])
         _check_scores(config, graph)
     if config.executor.kind == "slurm" and not in_caller:
         options = {"elsewhere": dict.fromkeys(sharded(config), slurm.arrays(config, work)), **options}
-    return pipeline.mine(config, graph, **options)
+    return Result(**vars(pipeline.mine(config, graph, **options)))
 
 
 def _check_scores(config: Config, graph: Graph) -> None:

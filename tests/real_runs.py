@@ -28,6 +28,12 @@ STAGES = ("ingest", "encode", "index", "search", "triplets")
 PATIENCE = 120
 
 
+def sealed(book: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest or a record with the digest that belongs to it."""
+    value = {name: value for name, value in book.items() if name != "digest"}
+    return value | {"digest": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
 @dataclass(frozen=True)
 class Run:
     """A config and the run directory it names."""
@@ -101,10 +107,8 @@ class Run:
 
     def change_manifest(self, stage: str, manifest: Any) -> None:
         """Write it with the digest that belongs to it, as negpipe would have written it."""
-        value = {name: value for name, value in manifest.items() if name != "digest"}
-        seal = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         path = self.folder / ".negpipe" / stage / "manifest.json"
-        path.write_text(json.dumps(value | {"digest": seal}), encoding="utf-8")
+        path.write_text(json.dumps(sealed(manifest)), encoding="utf-8")
 
     def parts(self, stage: str, kind: str | None = None) -> list[Any]:
         """The parts of a stage's current output, in order."""

@@ -22,7 +22,7 @@ from negpipe.cli.app import (
 
 if TYPE_CHECKING:
     from negpipe.config.schema import Config
-    from negpipe.engine.pipeline import Result
+    from negpipe.graph import Result
 
 
 def _mine(

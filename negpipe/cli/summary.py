@@ -14,10 +14,10 @@ from rich.text import Text
 from negpipe.cli import console
 from negpipe.cli.app import program
 from negpipe.config.schema import Mining
-from negpipe.engine.pipeline import Result
 from negpipe.engine.stage import Graph
 from negpipe.engine.state import State
 from negpipe.errors import count_of
+from negpipe.graph import Result
 from negpipe.ingest.rejected import NAME as REJECTED
 from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit

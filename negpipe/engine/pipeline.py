@@ -52,11 +52,10 @@ Hold = Literal["alone", "shared", "driver"]
 
 
 @dataclass(frozen=True)
-class Result:
-    """Result of a run: the folder of the triplets, each stage's counts, and the store of the run directory."""
+class Finished:
+    """A run after its stages: each stage's counts, which stages ran, and the store of the run directory."""
 
     run_dir: Path
-    triplets: Path
     stats: dict[str, dict[str, Any]]
     ran: tuple[str, ...]
     store: Store
@@ -73,7 +72,7 @@ def mine(
     rebuild: bool = False,
     executor: TaskExecutor | None = None,
     elsewhere: Mapping[str, TaskExecutor] | None = None,
-) -> Result:
+) -> Finished:
     """Bring all stages, or one of them, up to date.
 
     Args:
@@ -134,7 +133,7 @@ def mine(
                 break
         _keep(config, bool(ran))
     stats = {name: manifest.stats for name, manifest in context.manifests.items()}
-    return Result(run_dir, run_dir / "triplets", stats, tuple(ran), run_of(config))
+    return Finished(run_dir, stats, tuple(ran), run_of(config))
 
 
 def _examine(stages: Sequence[Stage], context: Context, elsewhere: Mapping[str, TaskExecutor]) -> None:

@@ -123,7 +123,7 @@ def work(
             return job.done()
 
 
-def commit(config: Config, graph: Graph, name: str, shards: int | None = None, **options: Any) -> pipeline.Result:
+def commit(config: Config, graph: Graph, name: str, shards: int | None = None, **options: Any) -> pipeline.Finished:
     """Write the manifest of a stage whose parts all exist. Makes no parts.
 
     Args:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_source as small
+from real_runs import sealed
 
+from negpipe import engine
 from negpipe import graph as front
 from negpipe.config.file import load_config
 from negpipe.config.schema import Config
@@ -20,6 +24,7 @@ from negpipe.engine.stage import Context, Graph
 from negpipe.errors import ConfigError
 from negpipe.stages import STAGES
 from negpipe.stages.rescore import rescore
+from negpipe.stages.search import SLICES
 
 
 def two_chains() -> Graph:
@@ -93,6 +98,37 @@ def test_damage_is_found_and_made_good_by_the_stage_that_has_it(tmp_path: Path) 
     assert "encode-b" in ran and "encode" not in ran and "search" not in ran
     assert path.read_bytes() == content
     assert upkeep.superseded(config, graph) == []
+
+
+def test_the_order_of_files_in_a_part_means_nothing(tmp_path: Path) -> None:
+    """Records and manifests with their files in reverse: nothing runs again, and a reader finds each by its role."""
+    small.build(tmp_path)
+    config = load_config(small.settings(tmp_path), ["index.kind=SQ8", "mining.relative_margin=0.9"])
+    before, several = front.mine(config), 0
+    rows = [path.read_bytes() for path in sorted(before.triplets.iterdir())]
+    for path in config.run_dir.glob(".negpipe/*/*.json"):
+        book = json.loads(path.read_text(encoding="utf-8"))
+        for part in book.get("parts", [book]):
+            several += len(part["files"]) > 1
+            part["files"].reverse()
+        path.write_text(json.dumps(sealed(book)), encoding="utf-8")
+    assert several > 4
+    after = front.mine(config)
+    assert after.ran == () and after.stats == before.stats
+    assert front.mine(load_config(config.model_dump(mode="json"), ["output.grades=true"])).ran == ("triplets",)
+    assert front.mine(config).ran == ("triplets",)  # from the parts that search and index made
+    assert [path.read_bytes() for path in sorted(after.triplets.iterdir())] == rows
+
+
+def test_the_engine_knows_no_stage_by_name() -> None:
+    known = {
+        *front.stages(Config.model_validate(small.settings(Path("any")) | {"train": {"base": "model"}})),
+        SLICES.name,
+    }
+    assert len(known) > 7
+    for path in Path(engine.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Constant) and node.value in known), f"{path}:{node.lineno}"
 
 
 def test_a_worker_sees_what_its_tasks_were_granted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import negpipe
 PACKAGE = Path(negpipe.__file__).parent
 OF_THE_STORE = {"rename", "fsync", "flock", "lockf", "symlink", "symlink_to", "hardlink_to"}
 OF_THE_STORE |= {"memory_map", "memmap", "mmap"}
+KEYWORDS = {"mmap_mode", "memory_map"}
 MODULES = {"fcntl", "mmap", "filelock"}
 READERS = {
     PACKAGE / "ann/vectors.py": "fromfile",  # vectors, for all others
@@ -30,8 +31,16 @@ def uses(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
             if node.attr in ("load", "fromfile"):
                 yield f"np.{node.attr}, line {node.lineno}"
-        elif isinstance(node, ast.keyword) and node.arg == "mmap_mode":
-            yield f"mmap_mode, line {node.value.lineno}"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "shutil":
+            if node.attr == "move":
+                yield f"shutil.move, line {node.lineno}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
+            if (
+                len(node.args) == 1 and not node.keywords
+            ):  # a text's has two, those of dataclasses and columns have names
+                yield f"replace, line {node.lineno}"
+        elif isinstance(node, ast.keyword) and node.arg in KEYWORDS:
+            yield f"{node.arg}, line {node.value.lineno}"
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = {name.name for name in node.names} | {getattr(node, "module", None)}
             yield from (f"import of {name}, line {node.lineno}" for name in names & MODULES)
@@ -46,7 +55,7 @@ def test_nothing_outside_the_store_publishes_locks_or_maps() -> None:
 
 
 USES = ["os.replace(a, b)", "p.rename(b)", "os.fsync(h)", "import fcntl", "np.load(p, mmap_mode='r')", "np.memmap(p)"]
-USES += ["np.load(p)", "np.fromfile(p)"]
+USES += ["np.load(p)", "np.fromfile(p)", "p.replace(q)", "shutil.move(p, q)", "pq.read_table(p, memory_map=True)"]
 
 
 @pytest.mark.parametrize("line", USES)

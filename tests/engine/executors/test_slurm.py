@@ -71,7 +71,7 @@ def mined(run: Run, overrides: list[str], only: str | None = None) -> graph.Resu
     return graph.mine(load_config(run.config, overrides), only=only)
 
 
-def mined_by(work: Callable[..., Any], run: Run, overrides: list[str], only: str) -> graph.Result:
+def mined_by(work: Callable[..., Any], run: Run, overrides: list[str], only: str) -> pipeline.Finished:
     """The same, with another function in the place of what array tasks run."""
     config = load_config(run.config, overrides)
     return pipeline.mine(config, STAGES, only=only, elsewhere={only: slurm.arrays(config, work)})
