@@ -306,7 +306,8 @@ def test_command_refresh(two: tuple[Run, Refreshed], tmp_path: Path) -> None:
     assert document == json.loads(json.dumps(made.document()))
     assert document["best"] == 2 and document["verdict"] == made.compared[0].verdict
     as_csv = small.run("refresh", path, "--rounds", "2", "--format", "csv").out
-    assert [row["score"] for row in csv.DictReader(io.StringIO(as_csv))] == [str(one.score) for one in made.rounds]
+    rows = [(row["number"], row["after"]) for row in csv.DictReader(io.StringIO(as_csv))]
+    assert rows == [(str(one.number), str(one.score)) for one in made.rounds]
 
 
 def test_a_model_worse_than_its_base_fails_a_nightly_job(mined: Run, tmp_path: Path) -> None:
