@@ -24,7 +24,7 @@ from negpipe.select import verdicts
 pytestmark = [
     pytest.mark.torture,
     pytest.mark.guarantee(
-        "any bytes stand in configs, sources, records, verdicts",
+        "configs, sources, records or verdicts contain any bytes",
         "a result or an explained error",
         section="input",
     ),

@@ -309,7 +309,7 @@ def ranked(world: World) -> list[Ranked]:
 @pytest.mark.slow
 @pytest.mark.guarantee(
     "`mining.compat: flagembedding`",
-    "the rows of an independent program, which the test holds, written from its `hn_mine`",
+    "the rows of an independent program in the test, written from its `hn_mine`",
     section="rows",
 )
 @pytest.mark.parametrize("number", range(9))
@@ -337,7 +337,7 @@ def test_flagembedding(worlds: list[World], number: int) -> None:
 
 @pytest.mark.guarantee(
     "`mining.compat: nemo`",
-    "the rows of an independent program, which the test holds, written from its source",
+    "the rows of an independent program in the test, written from its source",
     section="rows",
 )
 @pytest.mark.parametrize("number", range(9))
@@ -356,7 +356,7 @@ def test_nemo(worlds: list[World], number: int) -> None:
 
 @pytest.mark.guarantee(
     "`mining.compat: nv-retriever`",
-    "the rows of an independent program, which the test holds",
+    "the rows of an independent program in the test",
     section="rows",
 )
 @pytest.mark.parametrize("number", range(9))

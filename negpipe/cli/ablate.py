@@ -43,7 +43,7 @@ def ablate(
     from negpipe.cli import console, printed
     from negpipe.config.file import load_config
     from negpipe.errors import NegpipeError
-    from negpipe.train import ablation, ablation_page
+    from negpipe.train import ablation
 
     console.set_up_logging(checked(log_format), debug=debug)
     made = ablation.ablate(
@@ -53,7 +53,7 @@ def ablate(
         repair=repair,
         rebuild=rebuild,
     )
-    rows = (dict(zip(ablation_page.HEAD, row, strict=True)) for row in ablation_page.rows(made))
+    rows = (row | {f"{name}_base": score for name, score in made.bases[row["arm"]].items()} for row in made.rows())
     if not printed_as("json" if as_json else form, made.document(), rows):
         printed.show_ablation(made)
     if made.failed:

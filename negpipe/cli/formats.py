@@ -6,11 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from negpipe.engine.stage import Graph
     from negpipe.engine.state import State
     from negpipe.review.explain import Unit
     from negpipe.review.quality import Quality
@@ -62,6 +65,31 @@ def states(found: Iterable[State]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def superseded(listed: Iterable[tuple[Path, int]], root: Path, stages: Graph, *, local: bool) -> list[dict[str, Any]]:
+    """One row per folder of files that `clean` deletes, with their stage; times in UTC, if the files are local."""
+    from negpipe.store.files import BOOKS
+
+    owners = {folder: name for name, stage in stages.items() for folder in (name, f"{BOOKS}/{name}", *stage.folders)}
+    folders: dict[str, list[tuple[Path, int]]] = {}
+    for path, size in listed:
+        folders.setdefault(path.parent.relative_to(root).as_posix(), []).append((path, size))
+    rows = []
+    for folder, files in folders.items():
+        written = [path.stat().st_mtime for path, _ in files if local and path.exists()]
+        first, last = (datetime.fromtimestamp(at(written), UTC).isoformat() if written else None for at in (min, max))
+        rows.append(
+            {
+                "stage": owners.get(folder, ""),
+                "folder": folder,
+                "files": len(files),
+                "bytes": sum(size for _, size in files),
+                "first_written": first,
+                "last_written": last,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["stage"], row["folder"]))
 
 
 def measures(found: Quality) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,7 +38,10 @@ def inspect(
         Path | None, typer.Option("--write", help="Write a config for the source to this file.", metavar="FILE.yaml")
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Records to read from each table.")] = _ROWS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="table: for people. json: one document.")
+    ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     log_format: LogOption = "plain",
     debug: DebugOption = False,
 ) -> None:
@@ -51,7 +54,7 @@ def inspect(
     from negpipe.cli import console
 
     console.set_up_logging(checked(log_format), debug=debug)
-    _inspect(paths, split, subset, settings, write, rows, as_json)
+    _inspect(paths, split, subset, settings, write, rows, as_json=as_json or form == "json")
 
 
 @app.command()
@@ -117,6 +120,7 @@ def _inspect(
     settings: list[str] | None,
     write: Path | None,
     rows: int,
+    *,
     as_json: bool,
 ) -> None:
     import dataclasses

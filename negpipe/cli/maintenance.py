@@ -87,6 +87,7 @@ def verify(
 @app.command()
 def clean(
     config: ConfigArgument,
+    form: FormatOption = "table",
     overrides: SetOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     forget: Annotated[
@@ -100,10 +101,12 @@ def clean(
 
     In a store that several run directories share, parts that any of them needs are kept.
 
+    --format json and csv ask nothing: they list the files, and delete them only with --yes.
+
     Example: negpipe clean quickstart.yaml
     """
     from negpipe import graph
-    from negpipe.cli import console, summary
+    from negpipe.cli import console, formats, summary
     from negpipe.config.file import load_config
     from negpipe.engine import upkeep
     from negpipe.errors import ConfigError
@@ -116,10 +119,16 @@ def clean(
     if forget is not None:
         upkeep.forget(settings, forget)
     listed = graph.superseded(settings)
+    rows = formats.superseded(listed, run_dir, graph.stages(settings), local=settings.url is None)
+    if form != "table":
+        if yes:
+            graph.clean(settings)
+        printed_as(form, rows, rows)
+        return
     if not listed:
         console.out.print(f"Nothing to clean in {place}.", markup=False)
         return
-    summary.show_superseded(listed, run_dir, graph.stages(settings), local=settings.url is None)
+    summary.show_superseded(rows)
     try:
         agreed = yes or typer.confirm(f"Delete {count_of(len(listed), 'file')} from {wording.visible(place)}?")
     except typer.Abort:

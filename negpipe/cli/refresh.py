@@ -57,8 +57,8 @@ def refresh(
     made = refresh(
         settings, rounds, reporter=console.reporter(log_format), rehash=rehash, repair=repair, rebuild=rebuild
     )
-    document = made.document()
-    if not printed_as("json" if as_json else form, document, document["rounds"]):
+    rows = (one.document() | one.compared[0].document() for one in made.rounds)
+    if not printed_as("json" if as_json else form, made.document(), rows):
         printed.show_rounds(made)
     if fail_on and made.compared[0].verdict == "LOSS":
         raise NegpipeError("the best model is worse than its base (--fail-on loss)")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from rich.table import Table
@@ -23,7 +22,6 @@ from negpipe.review import wording
 from negpipe.review.explain import Explanation, Unit
 from negpipe.review.wording import clean_text
 from negpipe.stages.shortage import advice, is_short, negatives_of
-from negpipe.store.files import BOOKS
 
 _SAMPLE_TEXTS = 5
 _OTHER_MARGIN = 0.1  # suggested as a variant
@@ -219,22 +217,15 @@ def _local(finished: Any) -> str:
         return ""
 
 
-def show_superseded(listed: list[tuple[Path, int]], root: Path, stages: Graph, *, local: bool) -> None:
-    """What `clean` deletes: by stage and folder, number, size, when it was written, and why nothing needs it."""
-    owners = {folder: name for name, stage in stages.items() for folder in (name, f"{BOOKS}/{name}", *stage.folders)}
-    folders: dict[str, list[tuple[Path, int]]] = {}
-    for path, size in listed:
-        folders.setdefault(path.parent.relative_to(root).as_posix(), []).append((path, size))
+def show_superseded(rows: list[dict[str, Any]]) -> None:
+    """What `clean` deletes (`formats.superseded`), and why nothing needs it."""
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "folder", "files", "size", "written"):
         table.add_column(column, justify="right" if column in ("files", "size") else "left")
-    for folder in sorted(folders, key=lambda name: (owners.get(name, ""), name)):
-        files = folders[folder]
-        written = sorted(path.stat().st_mtime for path, _ in files if local and path.exists())
-        first_and_last = (datetime.fromtimestamp(at, UTC).isoformat() for at in (*written[:1], *written[-1:]))
-        when = " to ".join(dict.fromkeys(map(_local, first_and_last)))
-        total = wording.size(sum(size for _, size in files))
-        table.add_row(owners.get(folder, ""), Text(folder), f"{len(files):,}", total, when)
+    for row in rows:
+        written = dict.fromkeys(_local(row[name]) for name in ("first_written", "last_written"))
+        size = wording.size(row["bytes"])
+        table.add_row(row["stage"], Text(row["folder"]), f"{row['files']:,}", size, " to ".join(written))
     console.out.print(table)
     console.out.print(
         "\nThe current output of these stages does not include them: they were made with earlier settings or input, or"

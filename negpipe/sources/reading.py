@@ -47,7 +47,7 @@ def pieces(data: schema.Data, given: bool = False) -> Iterator[Piece]:
 
 
 def splits(data: schema.Data, other: str) -> bool:
-    """Whether another split may have other rows; false for files that are read whole whatever `data.split` is.
+    """Whether another split may have other rows; false for files that are read entirely whatever `data.split` is.
 
     Raises:
         ConfigError, InputError: as in `pieces`, for tables that are missing.

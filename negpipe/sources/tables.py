@@ -373,7 +373,7 @@ def _quoted(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def not_separated(columns: Sequence[str], path: str, table: SourceTable) -> str:
-    """What to set if the only column of a file is its whole header; empty if it is not."""
+    """What to set if the only column of a file is its entire header; empty if it is not."""
     if _READERS.get(extension_of(path)) is not _separated or len(columns) != 1:
         return ""
     there = next((sign for sign in _SIGNS if sign in columns[0]), None)

@@ -103,6 +103,18 @@ class Ablation:
         """One sentence."""
         return verdict(self.effects)
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The table, unrounded: one row per arm, best first."""
+        for effect in self.effects:
+            row = effect.document()
+            means, spreads = row.pop("means"), row.pop("spreads")
+            yield (
+                row
+                | {name: means[name] for name in METRICS}
+                | {f"{name}_spread": spreads[name] for name in METRICS}
+                | self.facts[effect.arm]
+            )
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
         rows = [effect.document() | self.facts[effect.arm] for effect in self.effects]
@@ -274,22 +286,10 @@ def _leak(config: Config, reporter: Reporter | None) -> Leak:
 
 def _write(found: Ablation) -> None:
     """Write the table, one row per arm."""
-    rows = [*_rows(found)]
+    rows = [*found.rows()]
     about = {"verdict": found.verdict, "bases": json.dumps(found.bases)}
     # A column of nulls has no type.
     kinds = {name: pa.string() if name in ("arm", "leak_missing") else pa.float64() for name in rows[0]}
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()}
     made = pa.table(columns).replace_schema_metadata(about)
     publish(found.folder, TABLE, lambda file: pq.write_table(made, file, compression="zstd"))
-
-
-def _rows(found: Ablation) -> Iterator[dict[str, Any]]:
-    for effect in found.effects:
-        row = effect.document()
-        means, spreads = row.pop("means"), row.pop("spreads")
-        yield (
-            row
-            | {name: means[name] for name in METRICS}
-            | {f"{name}_spread": spreads[name] for name in METRICS}
-            | found.facts[effect.arm]
-        )

@@ -99,7 +99,7 @@ class Flushing(OnDevice):
 
 @pytest.mark.guarantee(
     "a device that multiplies for search changes no byte",
-    "what lies within the proven error of its products is scored on the cores (tested on a stand-in)",
+    "what is within the proven error of its products is scored on the cores (tested on a stand-in)",
     section="rows",
 )
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -403,6 +404,16 @@ def test_clean_lists_asks_and_frees(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "made with earlier settings or input, or left by killed runs" in asked.out
     assert small.made(folder / "run") == before
 
+    listed = json.loads(small.run("clean", config, "--format", "json").out)
+    assert [(row["stage"], row["folder"], row["files"]) for row in listed][:2] == [
+        ("search", ".negpipe/search", 2),
+        ("search", "search", 2),
+    ]
+    assert all(today in datetime.fromisoformat(row["last_written"]).astimezone().isoformat() for row in listed)
+    rows = [*csv.DictReader(io.StringIO(small.run("clean", config, "--format", "csv").out))]
+    assert rows == [{name: str(value) for name, value in row.items()} for row in listed]
+    assert small.made(folder / "run") == before
+
     freed = small.run("clean", config, "--yes")
     assert freed.code == 0
     assert "Freed " in freed.out
@@ -412,6 +423,17 @@ def test_clean_lists_asks_and_frees(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert small.run("clean", config).out.startswith("Nothing to clean")
     assert small.run("verify", config).code == 0
     assert "Nothing to do" in small.run("mine", config, "--set", "mining.range_max=80").out
+    assert json.loads(small.run("clean", config, "--format", "json").out) == []
+
+
+def test_clean_for_a_program_deletes_only_with_yes(folder: Path) -> None:
+    config = folder / "config.yaml"
+    assert small.run("mine", config, "--set", "mining.range_max=80").code == 0
+    before = small.made(folder / "run")
+    listed = json.loads(small.run("clean", config, "--yes", "--format", "json").out)
+    after = small.made(folder / "run")
+    assert len(before) - len(after) == sum(row["files"] for row in listed) > 0
+    assert small.run("clean", config).out.startswith("Nothing to clean")
 
 
 @pytest.mark.parametrize(("bad", "said"), [(1, "1 source row rejected"), (2, "2 source rows rejected")])

@@ -42,6 +42,8 @@ def test_what_is_in_a_source(tmp_path: Path) -> None:
     assert (found["judgments"], found["given"], found["odd"]) == ({"train": 7}, 7, {"type": 1})
     assert found["positives"] == {"2": 2, "3": 1} and found["whole"]
     assert "row 8" in found["examples"][0]
+    assert json.loads(small.run("inspect", tmp_path / "rows.jsonl", "--format", "json").out) == found
+    assert small.run("inspect", tmp_path / "rows.jsonl", "--format", "csv").code == 2
     few = inspected(str(tmp_path / "rows.jsonl"), "--rows", "4")
     assert not few["whole"] and few["documents"]["count"] < 14
 

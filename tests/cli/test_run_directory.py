@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,39 @@ from negpipe.config.schema import Config
 from negpipe.config.training import flat
 from negpipe.errors import ConfigError
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import command_page
+
 SECRET = "https://ann:s3cret@example.org/rows.jsonl?token=s3cret"
+
+COMMANDS: dict[str, list[str]] = {
+    "ingest": [],
+    "encode": [],
+    "index": [],
+    "search": [],
+    "triplets": [],
+    "calibrate": ["--second", "../runs/small"],
+    "quality": [],
+    "plan": [],
+    "verify": [],
+    "audit": [],
+    "explain": ["--anchor", "q0"],
+    "report": [],
+    "export": ["--to", "jsonl", "--out", "out.jsonl"],
+    "config check": [],
+    "config show": [],
+    "clean": ["--yes"],
+    "diff": ["../runs/small"],
+    "commit encode": [],
+    "work encode": [],
+}
+SECTIONS = {
+    "slices": "is not a stage of this run",
+    "train": "the config has no section train",
+    "ablate": "the config has no section train",
+    "refresh": "the config has no section train",
+}
+"""What the run lacks for a command: the error names it, so the run directory was read."""
 
 
 def relative(folder: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str = "runs/small") -> Path:
@@ -49,23 +82,20 @@ def test_every_command_takes_it_from_any_folder(tmp_path: Path, monkeypatch: pyt
     again = small.run("mine", run)
     assert (again.code, again.out.splitlines()[0]) == (0, "Nothing to do: every stage is up to date.")
     assert small.made(tmp_path / "runs/small") == before
-    for command in (
-        ["calibrate", run, "--second", run],
-        ["quality", run],
-        ["plan", run],
-        ["verify", run],
-        ["audit", run],
-        ["explain", run, "--anchor", "q0"],
-        ["report", run],
-        ["export", run, "--to", "jsonl", "--out", "out.jsonl"],
-        ["config", "check", run],
-        ["clean", run, "--yes"],
-        ["diff", run, run],
-        ["commit", "encode", run],
-        ["work", "encode", run],
-    ):
-        outcome = small.run(*command)
+    for command, options in COMMANDS.items():
+        outcome = small.run(*command.split(), run, *options)
         assert outcome.code == 0, (command, outcome.err)
+    assert yaml.safe_load(small.run("config", "show", run).out)["mining"]["num_negatives"] == 2
+    assert before.items() <= small.made(tmp_path / "runs/small").items()
+    for command, section in SECTIONS.items():
+        outcome = small.run(command, run)
+        assert outcome.code == 2 and section in outcome.err, (command, outcome.err)
+
+
+def test_every_command_with_a_config_is_tried() -> None:
+    found = command_page.commands()
+    taking = {name for name, command in found if {"config", "a"} & {param.name for param in command.params}}
+    assert taking - {"status", "mine"} == {name.removesuffix(" encode") for name in (*COMMANDS, *SECTIONS)}
 
 
 def test_next_names_it_where_it_keeps_this_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

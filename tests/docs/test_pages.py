@@ -160,6 +160,14 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_the_glossary_is_short_and_has_one_word_per_thing() -> None:
+    page = (ROOT / "docs/reference/glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| (.+?) \| .+ \|$", page, re.MULTILINE)[1:]
+    assert 20 <= len(words) <= 30
+    assert len({*words}) == len(words)
+    assert not [word for word in words if "," in word]
+
+
 def test_every_guarantee_is_listed_with_its_tests() -> None:
     written = guarantees_page.PAGE.read_text(encoding="utf-8")
     assert written == guarantees_page.page(), "run: python scripts/guarantees_page.py"

@@ -23,7 +23,7 @@ from negpipe.encoders.cache import VectorCache
 
 pytestmark = pytest.mark.guarantee(
     "the cache is damaged, full, read-only, shared by processes that write at once, or one is killed",
-    "never a wrong vector, no failure; told once",
+    "never a wrong vector, no failure; one warning",
 )
 
 Floats = npt.NDArray[np.float32]

@@ -69,7 +69,7 @@ def made(folder: Path, name: str, bucket: Bucket) -> Content:
 
 
 @pytest.mark.guarantee(
-    "tasks run inline, in workers, in shards, on Slurm or on Ray, and parts lie on a disk or in a bucket",
+    "tasks run inline, in workers, in shards, on Slurm or on Ray, and parts are on a disk or in a bucket",
     "the same candidates, rows and ledger, byte for byte",
     section="rows",
 )

@@ -110,7 +110,7 @@ def test_killed_at_a_write_boundary(
 
 @pytest.mark.guarantee(
     "a run is killed at any moment",
-    "what was committed stays, `status` is right, the same bytes after resuming; at most one task a "
+    "what was committed stays, `status` is right, the same bytes after resuming; at most one task per "
     "worker is done again",
 )
 @pytest.mark.torture
@@ -166,7 +166,7 @@ def driver(
 
 @pytest.mark.guarantee(
     "the driver of any executor is killed in `encode`, then in `search`, then in `triplets`",
-    "no finished part is made again, at most one task a worker is; the same bytes after resuming",
+    "no finished part is made again, at most one task per worker is; the same bytes after resuming",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from negpipe.store.lock import run_lock
 
 pytestmark = pytest.mark.guarantee(
     "anything fails",
-    "one paragraph; `--debug` for the trace; with `--log-format json`, which every verb but `config "
+    "one paragraph; `--debug` for the trace; with `--log-format json`, which every command but `config "
     "schema` takes, one object with a code",
     section="input",
 )

@@ -69,7 +69,7 @@ ALLOWED = ("--set", "data.max_bad_rows=1")
 
 @pytest.mark.slow
 @pytest.mark.guarantee(
-    "texts or ids hold terminal escapes or HTML",
+    "texts or ids contain terminal escapes or HTML",
     "shown written out, never raw",
     section="input",
 )
@@ -108,7 +108,7 @@ def test_no_command_lets_an_escape_through(command: tuple[str, ...], hostile: Pa
     assert outcome.out + outcome.err
 
 
-@pytest.mark.guarantee("texts or ids hold terminal escapes or HTML")
+@pytest.mark.guarantee("texts or ids contain terminal escapes or HTML")
 def test_an_export_lets_no_html_into_its_card(hostile: Path, tmp_path: Path) -> None:
     outcome = small.run("export", hostile / "config.yaml", "--to", "hub", "--out", tmp_path / "hub", *ALLOWED)
     assert outcome.code == 0, outcome.err
@@ -210,7 +210,7 @@ class Exploit:
 
 
 @pytest.mark.guarantee(
-    "a vector file holds a pickle",
+    "a vector file contains a pickle",
     "refused, not run",
     section="input",
 )
@@ -259,7 +259,7 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
 
 
 @pytest.mark.guarantee(
-    "a config holds Python tags or an alias bomb",
+    "a config contains Python tags or an alias bomb",
     "refused before it grows",
     section="input",
 )
@@ -292,7 +292,7 @@ def bomb(inner: str, opening: str, closing: str) -> str:
     return "\n".join(levels)
 
 
-@pytest.mark.guarantee("a config holds Python tags or an alias bomb")
+@pytest.mark.guarantee("a config contains Python tags or an alias bomb")
 @pytest.mark.parametrize(
     "text",
     [
@@ -405,7 +405,7 @@ def everything(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.guarantee(
-    "a URL carries a password or token",
+    "a URL contains a password or token",
     "hidden in logs, errors, manifests, cards",
     section="input",
 )
@@ -522,7 +522,7 @@ def test_a_file_that_leads_out_of_the_run_directory_is_not_written_through(name:
 
 
 @pytest.mark.guarantee(
-    "any other link in the run directory leads out",
+    "any other link in the run directory leads out of it",
     "refused; nothing outside is written or deleted",
     section="input",
 )
@@ -635,7 +635,7 @@ def test_a_link_to_a_folder_around_the_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.guarantee(
-    "files of your own lie beside the rows",
+    "files of your own are beside the rows",
     "kept by `clean` and by every new setting",
     section="input",
 )

@@ -40,7 +40,7 @@ from negpipe.store import lease
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.guarantee(
-        "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
+        "a run is in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
         " comes",
         "the bytes of a run on a disk",
     ),

@@ -22,7 +22,7 @@ from negpipe.config.file import load_config
 from negpipe.errors import StorageError
 
 pytestmark = [
-    pytest.mark.guarantee("files of your own lie beside the rows"),
+    pytest.mark.guarantee("files of your own are beside the rows"),
     pytest.mark.guarantee(
         "the old `triplets/` cannot be deleted or replaced",
         "it stays beside the new rows; or an error says where the new rows are complete",

@@ -35,7 +35,7 @@ from negpipe.errors import DamagedError, MissingStageError
 
 pytestmark = pytest.mark.guarantee(
     "settings, source, parts and deaths come in any order",
-    "a current stage holds what a fresh run would make",
+    "a current stage contains what a fresh run would make",
 )
 
 SETTINGS: dict[str, list[Any]] = {

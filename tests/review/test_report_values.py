@@ -23,7 +23,7 @@ from negpipe.review.report import sample
 
 pytestmark = pytest.mark.guarantee(
     "the report shows the stages, a figure, a review row",
-    "its numbers, bars and marks are what the run's files hold",
+    "its numbers, bars and marks are what the run's files contain",
     section="input",
 )
 

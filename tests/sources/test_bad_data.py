@@ -377,7 +377,7 @@ TABLES: dict[str, tuple[str, Change, int | None, list[str]]] = {
 
 
 @pytest.mark.guarantee(
-    "a table is wrong as a whole",
+    "an entire table is wrong",
     "named, with row and remedy",
     section="input",
 )

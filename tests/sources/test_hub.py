@@ -57,7 +57,7 @@ TABLES = {"corpus-0.parquet", "queries-0.parquet", "train-0.parquet"}
 
 
 @pytest.mark.guarantee(
-    "a data set lies on a hub",
+    "a data set is on a hub",
     "the tables of a local copy, read once per commit, streamed without a copy, from the cache without a network",
     section="input",
 )

@@ -20,7 +20,7 @@ from negpipe.store.unfinished import owner
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.guarantee(
-        "a run lies in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
+        "a run is in a bucket, and requests fail, answers are lost, a token expires, it is killed, a second driver"
         " comes",
     ),
 ]

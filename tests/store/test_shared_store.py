@@ -23,7 +23,7 @@ from negpipe.store.store import LocalStore
 
 pytestmark = pytest.mark.guarantee(
     "two run directories share a store",
-    "each part is made once; `clean` keeps what either needs, and excludes runs at work",
+    "each part is made once; `clean` keeps what either needs, and does not run beside other commands that write",
 )
 
 

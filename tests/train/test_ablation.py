@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,12 +133,21 @@ def test_in_batch_learns_from_no_mined_negative(made: tuple[Run, ablation.Ablati
     assert losses[0] == losses[1] == own.manifest("train")["stats"]["loss"]
 
 
-def test_again_makes_nothing_and_says_the_same(made: tuple[Run, ablation.Ablation]) -> None:
+def test_again_makes_nothing_and_says_the_same(made: tuple[Run, ablation.Ablation], tmp_path: Path) -> None:
     run, found = made
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")}
     with learnable.training_here():
         again = ablation.ablate(load_config(ablated(run)))
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(ablated(run)), encoding="utf-8")
+        as_json, as_csv = (small.run("ablate", path, "--format", form).out for form in ("json", "csv"))
     assert again.document() == found.document()
+    assert json.loads(as_json) == json.loads(json.dumps(found.document()))
+    rows = [*csv.DictReader(io.StringIO(as_csv))]
+    assert [row["arm"] for row in rows] == [one.arm for one in found.effects]
+    for row, one in zip(rows, found.effects, strict=True):
+        assert {name: float(row[name]) for name in METRICS} == {**one.means}
+        assert {name: float(row[f"{name}_base"]) for name in METRICS} == found.bases[one.arm]
     # One more arm leaves the others alone.
     with learnable.training_here():
         more = ablation.ablate(load_config(ablated(run, arms={**SETTINGS["arms"], "more": {"train.steps": 1}})))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import logging
 import os
@@ -303,6 +305,9 @@ def test_command_refresh(two: tuple[Run, Refreshed], tmp_path: Path) -> None:
     document = json.loads(small.run("refresh", path, "--rounds", "2", "--json").out)
     assert document == json.loads(json.dumps(made.document()))
     assert document["best"] == 2 and document["verdict"] == made.compared[0].verdict
+    as_csv = small.run("refresh", path, "--rounds", "2", "--format", "csv").out
+    rows = [(row["number"], row["after"]) for row in csv.DictReader(io.StringIO(as_csv))]
+    assert rows == [(str(one.number), str(one.score)) for one in made.rounds]
 
 
 def test_a_model_worse_than_its_base_fails_a_nightly_job(mined: Run, tmp_path: Path) -> None:

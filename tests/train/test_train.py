@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -298,6 +300,8 @@ def test_command(trained: Run, tmp_path: Path) -> None:
     assert [float(last[10]), float(last[12].strip(","))] == pytest.approx([told["low"], told["high"]], abs=5e-4)
     document = json.loads(small.run("train", path, "--json").out)
     assert document["compared"][0] == told and document["verdict"] == told["verdict"]
+    (row, *_) = csv.DictReader(io.StringIO(small.run("train", path, "--format", "csv").out))
+    assert (row["metric"], row["after"]) == (told["metric"], str(told["after"]))
     assert Path(document["model"]) == trained.folder / "model"
 
 
