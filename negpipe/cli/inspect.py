@@ -163,8 +163,9 @@ def _inspect(
     _describe(found, paths[0], rows)
     if found.nothing:
         raise InputError(f"nothing can be mined: {found.nothing}", file=paths[0], remedy="See the counts above")
+    rejecting = f"\nIt stops at the bad rows; to reject them, add --max-bad-rows {sum(found.odd.values())}"
     _say(
-        f"\nwritten to {write}: {program()} mine {write}"
+        f"\nwritten to {write}: {program()} mine {write}{rejecting if found.odd else ''}"
         if write
         else f"\nConfig that mines it (--write FILE.yaml saves it):\n\n{text}"
     )
@@ -175,6 +176,11 @@ def _describe(found: Inspection, path: str, rows: int) -> None:
     for table, columns in found.tables.items():
         _say(f"  {table}: {', '.join(columns) or 'no rows'}")
     more = "" if found.whole else f" (of the first {rows:,} records of each table)"
+    for table in found.without_ids:
+        name = found.data.columns.corpus_id
+        _say(
+            f"{table} has no column {name}: ids are made of the texts, or set data.columns.corpus_id to another column"
+        )
     for what, lengths, same in (("documents", found.documents, "text"), ("queries", found.queries, "id")):
         several = (
             "" if lengths.rows == lengths.count else f" in {lengths.rows:,} rows (of rows with the same {same}, one)"

@@ -141,7 +141,7 @@ def _show_drops(stats: dict[str, Any]) -> None:
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
     stats, command = result.stats["triplets"], program()
-    several = result.stats["ingest"]["max_positives"] > 1  # calibrate hides one of an anchor's positives
+    several = result.stats["ingest"]["positives"] > result.stats["ingest"]["anchors"]  # calibrate hides one of them
     check = ("settings for a given leak", "calibrate") if several else ("check the rows", "audit")
     lines = [(check[0], f"{command} {check[1]} {typed}")]
     if is_short(stats):

@@ -17,6 +17,7 @@ from negpipe.config import schema
 from negpipe.errors import InputError
 from negpipe.sources import BadRow, Document, Judgment, Query
 from negpipe.sources.fields import about_unknown
+from negpipe.sources.places import paths_of
 from negpipe.sources.records import Place
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Inspection:
         odd: number of bad rows, by kind; of judgments, and of ids with two texts, only if all rows were read.
         examples: the first of these.
         ids: whether the documents look like ids rather than texts.
+        without_ids: tables of an extra corpus whose documents have no id.
     """
 
     data: schema.Data
@@ -73,6 +75,7 @@ class Inspection:
     odd: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     ids: bool = False
+    without_ids: list[str] = field(default_factory=list)
 
     @property
     def nothing(self) -> str:
@@ -195,6 +198,12 @@ def _inspected(data: schema.Data, rows: int) -> Inspection:
                     "unknown_id",
                     InputError(problem, file=place.file, row=place.row, remedy=about_unknown(name) or None),
                 )
+    pool = data.corpus if data.format != "columns" else None
+    found.without_ids = [
+        name
+        for name, columns in found.tables.items()
+        if pool and name in map(str, paths_of(pool.path)) and data.columns.corpus_id not in (None, *columns)
+    ]
     found.ids = bool(lengths[Document]) and not spaced
     found.documents, found.queries = (Lengths.of(lengths[of].values(), read[of]) for of in (Document, Query))
     found.judgments, found.odd = dict(judged), dict(odd)

@@ -279,3 +279,22 @@ def test_a_path_that_leads_nowhere_says_where_it_starts(tmp_path: Path, monkeypa
     config = small.build(tmp_path)
     assert small.run("ingest", config).code == 0
     assert str(tmp_path / "run") in small.run("mine", tmp_path).err.replace("\n", " "), "a folder of runs names them"
+
+
+def test_a_written_config_says_where_it_stops_and_what_a_pool_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extra corpus whose ids are in a column of another name, and pairs of which two have an empty side."""
+    monkeypatch.chdir(tmp_path)
+    small.write_rows(Path("pool.jsonl"), [{"number": f"n{n}", "text": f"document {n}"} for n in range(9)])
+    pairs = [{"anchor": f"q{n}", "positive": f"p{n}"} for n in range(7)]
+    small.write_rows(Path("pairs.jsonl"), [*pairs, {"anchor": "", "positive": "p"}, {"anchor": "q", "positive": ""}])
+    pool = ["--set", "data.corpus=pool.jsonl"]
+    said = small.run("inspect", "pairs.jsonl", *pool, "--write", "my.yaml").out
+    assert "pool.jsonl has no column _id: ids are made of the texts, or set data.columns.corpus_id" in said
+    assert said.endswith("It stops at the bad rows; to reject them, add --max-bad-rows 2\n")
+    assert small.run("ingest", "my.yaml").code == 3
+    outcome = small.run("ingest", "my.yaml", "--max-bad-rows", "2")
+    assert outcome.code == 0, outcome.err
+    named = small.run("inspect", "pairs.jsonl", *pool, "--set", "data.columns.corpus_id=number").out
+    assert "has no column" not in named

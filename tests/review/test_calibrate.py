@@ -221,6 +221,11 @@ def test_positives_of_near_anchors(tmp_path: Path) -> None:
     assert (found.method, found.anchors) == ("near_anchors", 20)
     # The other's positive is among the first two of each anchor, and behind none of them.
     assert [estimate.leak for estimate in found.estimates] == [0.5, 0.0]
+    # Resampling says 0 to 0 of no false negative; that 20 anchors have none does not prove that at most 5 % have one.
+    assert (found.estimates[1].lo, found.estimates[1].hi) == (0.0, 3 / 20)
+    advice = calibrate.recommend(found, coverage=0, max_leak=0.05)
+    assert not advice.allowed and advice.sure[-1] == "too few anchors to show that a leak is within 5.0%: it takes 60"
+    assert calibrate.recommend(found, coverage=0, max_leak=0.15).allowed
     with pytest.raises(InputError, match=r"a cosine of 1\.1 or more"):
         measures.calibrate_settings(config, near=1.1)
 
@@ -296,7 +301,7 @@ def test_frontier_and_choice() -> None:
         replace(made, anchors=30, estimates=[estimate(0.0, 0.3, leaking=0)]), coverage=0, max_leak=1
     )
     assert "30 anchors are few" in none.sure[1]
-    assert "fewer than 10.0% of anchors" in none.sure[2]
+    assert "rule of three" in none.sure[2]
 
 
 def test_what_is_pasted_is_what_was_tried(searched: Run) -> None:

@@ -41,7 +41,8 @@ class Estimate:
     """The effect of one setting. Numbers are None if no negative was taken.
 
     Attributes:
-        leak: share of false negatives among those taken; `lo` to `hi` is its 95 % interval.
+        leak: share of false negatives among those taken; `lo` to `hi` is its 95 % interval, by the rule of three if
+            none was taken.
         leaking: anchors with a nonzero expected number of false negatives.
         negatives: expected number of negatives taken.
         score, rank: means over the negatives; ranks are raw, 0-based, without the anchor itself.
@@ -164,6 +165,12 @@ def bootstrap(suspects: npt.NDArray[np.float32], taken: npt.NDArray[np.float32],
     return intervals
 
 
+def rule_of_three(anchors: int) -> float:
+    """Upper end of the 95 % interval of the share of anchors with a false negative, if none of `anchors` has one
+    (Hanley and Lippman-Hand, 1983). So is that of negatives, if anchors get equally many."""
+    return min(1.0, 3 / max(1, anchors))
+
+
 def to_table(calibration: Calibration) -> pa.Table:
     """One row per setting, with the facts of the calibration."""
     fixed = {
@@ -283,12 +290,15 @@ def _estimate(setting: Setting, own: npt.NDArray[np.float32], sums: Doubles, int
     total = float(taken.sum())
     score, rank, distance, referred = sums.tolist()
     lo, hi = (None if np.isnan(value) else float(value) for value in interval)
+    leaking = int(np.count_nonzero(suspects))
+    if hi is not None and not leaking:  # resampling zeros gives zeros, however few they are
+        hi = rule_of_three(int(np.count_nonzero(taken)))
     return Estimate(
         setting=setting,
         leak=float(suspects.sum()) / total if total else None,
         lo=lo,
         hi=hi,
-        leaking=int(np.count_nonzero(suspects)),
+        leaking=leaking,
         negatives=total,
         score=score / total if total else None,
         rank=rank / total if total else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def recommend(calibration: Calibration, *, coverage: float, max_leak: float) -> 
     frontier = frontier_of([one for one in calibration.estimates if one.coverage >= coverage])
     kept = [one for one in frontier if one.hi is not None and one.hi <= max_leak]
     chosen = (kept[-1] if kept else frontier[0]) if frontier else None
-    sure = [] if chosen is None else _sure(calibration, chosen)
+    sure = [] if chosen is None else _sure(calibration, chosen, max_leak)
     return Recommendation(frontier, chosen, bool(kept), sure)
 
 
@@ -57,7 +58,7 @@ def frontier_of(estimates: Sequence[Estimate]) -> list[Estimate]:
     return frontier
 
 
-def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
+def _sure(calibration: Calibration, chosen: Estimate, max_leak: float) -> list[str]:
     tried = f"{calibration.anchors:,} of {calibration.all_anchors:,} anchors"
     lines = [
         f"leak {percent(chosen.leak)}, with 95 % confidence {percent(chosen.lo)} to {percent(chosen.hi)},"
@@ -66,10 +67,10 @@ def _sure(calibration: Calibration, chosen: Estimate) -> list[str]:
     if calibration.anchors < _FEW:
         lines.append(f"{count_of(calibration.anchors, 'anchor is', 'anchors are')} few: treat the interval as a guess")
     if not chosen.leaking:
-        bound = percent(min(1.0, 3 / max(1, calibration.anchors)))
-        lines.append(
-            f"no false negative was taken; with 95 % confidence, fewer than {bound} of anchors get one (rule of three)"
-        )
+        lines.append("no false negative was taken: the upper end is for the share of anchors with one (rule of three)")
+        if chosen.hi is not None and chosen.hi > max_leak:
+            enough = f": it takes {math.ceil(3 / max_leak):,}" if max_leak else ""
+            lines.append(f"too few anchors to show that a leak is within {percent(max_leak)}{enough}")
     if calibration.anchors < calibration.all_anchors / 2:
         lines.append(f"only {tried} could be tried; the figures may not hold for the others")
     if calibration.method == "hidden":
