@@ -246,7 +246,7 @@ import hashlib, sys
 from negpipe import cli
 from negpipe.cli import signals
 
-def stuck(*_):
+def stuck(*_, **__):
     print("stuck", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, without a look at signals
 
