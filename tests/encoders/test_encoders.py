@@ -503,3 +503,29 @@ def test_what_the_libraries_are_asked_for_on_a_gpu(
     else:
         assert asked["device"] == "cuda:0" and asked["model_kwargs"] == {"dtype": getattr(torch, precision)}
     assert bool(encoder._ahead) is (backend == "flagembedding")  # the other tokenises batch by batch
+
+
+_IN_THE_KEY = [
+    "batch_size",
+    "call_texts",
+    "model_class",
+    "passage_instruction",
+    "passage_instruction_format",
+    "passage_max_length",
+    "pooling",
+    "precision",
+    "query_instruction",
+    "query_instruction_format",
+    "query_max_length",
+    "trust_remote_code",
+]
+"""Of a model in the first edition, whose vectors are still used."""
+
+
+@pytest.mark.parametrize("backend", ["flagembedding", "sentence-transformers", "precomputed"])
+def test_settings_added_later_are_not_in_the_key_while_at_their_defaults(backend: str) -> None:
+    own = {"corpus_vectors": "a.npy", "anchor_vectors": "b.npy"} if backend == "precomputed" else {"model": "any"}
+    data = {"format": "beir", "path": "any"}
+    config = load_config({"run_dir": "run", "data": data, "encoder": {"backend": backend, **own}})
+    names = ["backend", "normalize", "storage", *([] if backend == "precomputed" else _IN_THE_KEY)]
+    assert encode.STAGE.settings(config).keys() == {f"encoder.{name}" for name in names}
