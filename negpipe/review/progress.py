@@ -88,22 +88,15 @@ class Lines:
     def begin(self, stage: str, total: int, done: int, unit: str) -> None:
         self._stage, self._total, self._done, self._unit = stage, total, done, unit
         self._begun = self._last = time.monotonic()
-        self._first, self._ended = None, threading.Event()
+        self._first, self._note, self._moved, self._ended = None, "", False, threading.Event()
         threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
 
     def advance(self, units: int, note: str) -> None:
-        self._done += units
-        now = time.monotonic()
+        self._done, self._note, self._moved = self._done + units, note, True
         if units:  # a note alone may come long before
-            self._first = self._first or (now, self._done)
-        if now - self._last < LOG_SECONDS:
-            return
-        left = ""
-        if self._total and self._first and self._done > self._first[1]:
-            started, before = self._first
-            seconds = (self._total - self._done) * (now - started) / (self._done - before)
-            left = f", about {duration(seconds)} left"
-        self._say(left + (f" ({note})" if note else ""))
+            self._first = self._first or (time.monotonic(), self._done)
+        if time.monotonic() - self._last >= LOG_SECONDS:
+            self._say()
 
     def end(self) -> None:
         self._ended.set()
@@ -111,9 +104,17 @@ class Lines:
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(QUIET_SECONDS):
             if time.monotonic() - self._last >= LOG_SECONDS:
-                self._say(f" after {duration(time.monotonic() - self._begun)}")
+                self._say()
 
-    def _say(self, about: str) -> None:
-        self._last = time.monotonic()
+    def _say(self) -> None:
+        """What is finished, and the time left, or if nothing came since the last line, how long it has run."""
+        self._last, moved, self._moved = time.monotonic(), self._moved, False
+        about = f" after {duration(self._last - self._begun)}"
+        if moved:
+            about = f" ({self._note})" if self._note else ""
+            if self._total and self._first and self._done > self._first[1]:
+                started, before = self._first
+                seconds = (self._total - self._done) * (self._last - started) / (self._done - before)
+                about = f", about {duration(seconds)} left{about}"
         of = f" of {self._total:,}" if self._total else ""
         self._write(f"{self._stage}: {self._done:,}{of} {self._unit}{about}")

@@ -110,6 +110,24 @@ def test_a_job_that_finishes_nothing_says_that_it_runs(
     ]
 
 
+def test_a_line_that_is_due_between_two_batches_says_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 1)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
+    lines = console.reporter("plain")
+    with caplog.at_level(logging.INFO):
+        lines.begin("encode", 1000, 0, "texts")
+        for _ in range(2):
+            lines.advance(10, "20 texts/s")
+            time.sleep(0.4)
+        time.sleep(1.9)
+        lines.end()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"encode: 20 of 1,000 texts, about \d+ (s|min) left \(20 texts/s\)", first), first
+    assert second == "encode: 20 of 1,000 texts after 2 s"
+
+
 # --- wherever tasks run -----------------------------------------------------------------------------------
 
 LINE = re.compile(r"(\w+): ([\d,]+) of ([\d,]+) (?:texts|entries|anchors)(?: about| after| \(|$)", re.MULTILINE)
