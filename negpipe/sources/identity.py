@@ -14,7 +14,7 @@ from negpipe.redaction import redact
 from negpipe.sources import hub
 from negpipe.sources.guess import recognized
 from negpipe.sources.layouts import tables_of
-from negpipe.sources.places import locate
+from negpipe.sources.places import file_system, locate
 
 _log = logging.getLogger(__name__)
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "md5", "checksum", "LastModified", "Last-Modified", "last_modified")
@@ -60,14 +60,12 @@ def version(url: str) -> str:
     Raises:
         InputError: the file does not exist, or cannot be queried.
     """
-    import fsspec
-
+    filesystem, path = file_system(url)
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
         info = filesystem.info(path)
     except FileNotFoundError:
         raise InputError("file not found", file=url, remedy="Check the address") from None
-    except Exception as error:  # every file system has different errors, and drivers may be missing
+    except Exception as error:  # every file system has different errors
         problem = f"this address cannot be read ({error})"
         raise InputError(problem, file=url, remedy="Check it and the network") from None
     known = {key: info[key] for key in (*_VERSION_KEYS, *_WEAK_KEYS) if info.get(key) is not None}

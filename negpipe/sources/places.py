@@ -6,7 +6,7 @@ import difflib
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from negpipe.config.schema import Dialect
 from negpipe.errors import InputError, beneath
@@ -75,9 +75,7 @@ def _expanded(path: str) -> Iterator[str]:
         yield path
         return
     if remote:
-        import fsspec
-
-        filesystem, pattern = fsspec.core.url_to_fs(path)
+        filesystem, pattern = file_system(path)
         found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(pattern))]
     else:
         names = glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob also finds hidden files)
@@ -87,6 +85,26 @@ def _expanded(path: str) -> Iterator[str]:
             f"no file matches the pattern{beneath(path)}", file=path, remedy=near(path) or "Check the data section"
         )
     yield from found
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """The file system of a path or an address, of fsspec, and the path in it.
+
+    Raises:
+        InputError: it is not supported, or its package is not installed.
+    """
+    import fsspec
+
+    scheme = address.partition("://")[0]
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        remedy = "Run `pip install 'negpipe[s3]'`" if scheme in ("s3", "s3a") else str(error)
+        problem = f"a package that reads {scheme}:// is not installed"
+        raise InputError(problem, file=address, remedy=remedy) from None
+    except ValueError as error:
+        raise InputError("this type of address is not supported", file=address, remedy=str(error)) from None
+    return found
 
 
 def locate(path: str) -> Literal["file", "folder", "url", "hub"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from negpipe.engine.fingerprint import key
 from negpipe.errors import InputError, NegpipeError
 from negpipe.sources.identity import version
-from negpipe.sources.places import extension_of
+from negpipe.sources.places import extension_of, file_system
 from negpipe.store.files import publish
 
 _BLOCK = 2**20
@@ -26,13 +26,11 @@ def here(address: str, folder: Path) -> Path:
     """
     if "://" not in address:
         return Path(address)
-    import fsspec
-
     name = key(address)
     copy = folder / f"{name}-{key(version(address))}{extension_of(address)}"
     if not copy.exists():
         try:
-            filesystem, path = fsspec.core.url_to_fs(address)
+            filesystem, path = file_system(address)
             with filesystem.open(path, "rb", block_size=8 * _BLOCK) as source:
                 publish(folder, copy.name, lambda file: shutil.copyfileobj(source, file, _BLOCK))
         except NegpipeError:

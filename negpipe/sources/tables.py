@@ -22,7 +22,7 @@ from negpipe.errors import InputError
 from negpipe.sources import hub
 from negpipe.sources.chunks import ArrowChunk, Check, Chunk, Column, ElementsChunk, FieldsChunk, JsonChunk, decoded
 from negpipe.sources.elements import elements, keys
-from negpipe.sources.places import ALL, EXTENSIONS, PACKED, SourceTable, extension_of, locate
+from negpipe.sources.places import ALL, EXTENSIONS, PACKED, SourceTable, extension_of, file_system, locate
 from negpipe.sources.records import BadRow, Place, RowError
 
 _ROWS = 8192  # maximum per chunk, if they are not JSON lines
@@ -163,14 +163,11 @@ def opened(path: str) -> Any:
     Raises:
         InputError: the file cannot be opened.
     """
-    import fsspec
-
+    filesystem, name = file_system(path)
     try:
-        return _as_utf8(_unpacked(io.BufferedReader(fsspec.open(path, "rb").open(), 2**20)))
+        return _as_utf8(_unpacked(io.BufferedReader(filesystem.open(name, "rb"), 2**20)))
     except FileNotFoundError:
         raise InputError("file not found", file=path, remedy="Check the address") from None
-    except (ImportError, ValueError) as error:
-        raise InputError("this type of address is not supported", file=path, remedy=str(error)) from None
     except OSError as error:
         raise InputError(f"the file cannot be opened ({error})", file=path, remedy="Check permissions") from None
 

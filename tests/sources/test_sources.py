@@ -9,6 +9,7 @@ import json
 import lzma
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,23 @@ def test_missing_things_name_what_is_near() -> None:
         sources.read(data(format="beir", path="data/scifact"))
     with pytest.raises(InputError, match=r"notes.md: a BEIR source is a folder.*data.format: columns"):
         sources.read(data(format="beir", path="data/notes.md"))
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [("s3://bucket/{}.jsonl", r"pip install 'negpipe\[s3\]'"), ("gs://bucket/{}.jsonl", "install gcsfs")],
+)
+def test_a_package_for_an_address_that_is_missing_is_named(
+    path: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, and of a pattern."""
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for scheme in ("s3", "gs"):  # loaded by a test before
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    for name in ("corpus", "*"):
+        with pytest.raises(InputError, match=rf"://bucket/.*: a package that reads .* is not installed\. .*{remedy}"):
+            list(sources.read(data(format="pairs", path=path.format(name))))
 
 
 def test_a_repository_without_judgments_beside_it() -> None:
