@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from negpipe.compat.sentence_transformers import mine_hard_negatives
     from negpipe.graph import Result
+    from negpipe.review.calibrate import Setting
     from negpipe.run import Run, Selection
 
-__all__ = ["Run", "Selection", "mine", "mine_hard_negatives"]
+__all__ = ["Run", "Selection", "Setting", "mine", "mine_hard_negatives"]
 __version__ = "0.1.0"
 
 
@@ -54,4 +55,8 @@ def __getattr__(name: str) -> Any:
         from negpipe import run
 
         return getattr(run, name)
+    if name == "Setting":
+        from negpipe.review.calibrate import Setting
+
+        return Setting
     raise AttributeError(f"module 'negpipe' has no attribute '{name}'")

@@ -6,6 +6,7 @@ import doctest
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from negpipe.errors import ConfigError, MissingStageError
 from negpipe.review import progress
 
 PAGE = Path(__file__).parents[2] / "docs/reference/api.md"
+BESIDE = PAGE.with_name("python.md")
 
 
 def test_the_examples_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,11 @@ def test_its_page_names_all_that_is_public() -> None:
     for name in vars(negpipe.Run):
         assert name.startswith("_") or f"`{name}" in text
     assert (Path(negpipe.__file__).parent / "py.typed").is_file()
+    listed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)", BESIDE.read_text(encoding="utf-8"), re.M)}
+    methods = [getattr(one, "fget", one) for name, one in vars(negpipe.Run).items() if not name.startswith("_")]
+    hints = " ".join(str(hint) for method in methods for hint in method.__annotations__.values())
+    own = {*re.findall(r"\b[A-Z]\w+", hints)} - {"Any", "Callable", "Config", "None", "Path", "Sequence", "Table"}
+    assert own >= {"Plan", "Audit", "Setting", "Calibrated"} and not own - listed
 
 
 @pytest.mark.slow
