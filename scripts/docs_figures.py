@@ -1,11 +1,15 @@
-"""Draws the figures of the concept pages from a finished run of the quickstart: `python scripts/docs_figures.py`.
+"""Draws the figures of the concept pages: `python scripts/docs_figures.py [NAME …]`.
 
-`make mine` makes the run, in runs/quickstart. The figures are docs/images/margins.svg, windows.svg and recall.svg.
+margins, windows and recall are from a finished run of the quickstart, which `make mine` makes in runs/quickstart;
+restarts and determinism from small runs on its data, whose texts are cut at 32 tokens (some minutes).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,12 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from matplotlib import pyplot as plt
 
+import negpipe
+
 ROOT = Path(__file__).parents[1]
 RUN, IMAGES = ROOT / "runs" / "quickstart", ROOT / "docs" / "images"
+SHORT = ["encoder.passage_max_length=32", "encoder.query_max_length=32", "data.part_rows=200", "executor.kind=inline"]
+STAGES = ("ingest", "encode", "index", "search", "triplets")
 MARGIN, WINDOW, LISTS = 0.05, 100, 32
 Floats = npt.NDArray[np.float32]
 
@@ -91,14 +99,100 @@ def recall(axes: Any, depth: int = 100) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
+def _short(folder: Path, *overrides: str) -> negpipe.Run:
+    """A run of the quickstart's data in a folder, its texts cut."""
+    places = [f"run_dir={folder / 'run'}", f"data.path={folder / 'data'}"]
+    return negpipe.Run(ROOT / "configs/quickstart.yaml", [*places, *SHORT, *overrides], progress=False)
+
+
+def _parts(run: negpipe.Run) -> dict[str, set[str]]:
+    """The files of the current parts of each stage."""
+    books = {stage: json.loads((run.path / f".negpipe/{stage}/manifest.json").read_text()) for stage in STAGES}
+    return {stage: {file["path"] for part in book["parts"] for file in part["files"]} for stage, book in books.items()}
+
+
+def restarts(axes: Any) -> None:
+    """Which share of each stage's files is computed again, by what has changed since the last run."""
+
+    def edit(corpus: Path) -> None:
+        lines = corpus.read_text(encoding="utf-8").splitlines()
+        lines[1000] = json.dumps(json.loads(lines[1000]) | {"text": "def edited(): pass"})
+        corpus.write_text("\n".join(lines), encoding="utf-8")
+
+    def append(corpus: Path) -> None:
+        with corpus.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps({"_id": f"n{n}", "title": "new", "text": f"def new_{n}(): pass"}) + "\n" for n in range(100)
+            )
+
+    changes: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+        "nothing": (lambda corpus: None, []),
+        "another margin": (lambda corpus: None, ["mining.relative_margin=0.1"]),
+        "1 document edited": (edit, []),
+        "100 documents added": (append, []),
+        "passage_max_length": (lambda corpus: None, ["encoder.passage_max_length=24"]),
+    }
+    shares = np.zeros((len(changes), len(STAGES)))
+    for row, (change, overrides) in enumerate(changes.values()):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shutil.copytree(ROOT / "data/quickstart", folder / "data")
+            _short(folder).mine()
+            there = {str(path.relative_to(folder / "run")) for path in (folder / "run").rglob("*") if path.is_file()}
+            change(folder / "data/corpus.jsonl")
+            run = _short(folder, *overrides)
+            run.mine()
+            shares[row] = [100 * len(files - there) / len(files) for files in _parts(run).values()]
+    axes.imshow(shares, cmap="Oranges", vmin=0, vmax=160, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.0f} %" if share else "–", ha="center", va="center")
+    axes.set_xticks(range(len(STAGES)), STAGES)
+    axes.set_yticks(range(len(changes)), changes)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("share of a stage's files that is computed again, by what has changed", loc="left", fontsize=9)
+
+
+def determinism(axes: Any) -> None:
+    """By how much scores differ between runs: not at all with the same settings, in their last digits with others."""
+    runs = {
+        "again, in one worker instead of inline": ["executor.kind=local"],
+        "batch_size 8 instead of 32": ["encoder.batch_size=8"],
+        "storage float32 instead of float16": ["encoder.storage=float32"],
+    }
+
+    def scores(*overrides: str) -> dict[tuple[str, str], float]:
+        with tempfile.TemporaryDirectory() as name:
+            shutil.copytree(ROOT / "data/quickstart", Path(name) / "data")
+            run = _short(Path(name), *overrides)
+            run.mine(only="ingest"), run.mine(only="encode"), run.mine(only="index"), run.mine(only="search")
+            found = run.candidates().to_pydict()
+        return dict(zip(zip(found["anchor_id"], found["document_id"], strict=True), found["score"], strict=True))
+
+    usual = scores()
+    bins = np.logspace(-9, -2, 57)
+    for (label, overrides), color in zip(runs.items(), ("#0b7f5b", "#0b63b8", "#c2560c"), strict=True):
+        other = scores(*overrides)
+        both = [abs(other[pair] - score) for pair, score in usual.items() if pair in other]
+        same = 100 * np.mean([difference == 0 for difference in both])
+        shares: dict[str, Any] = {"weights": np.full(len(both), 100 / len(both)), "histtype": "step", "color": color}
+        axes.hist(both, bins, label=f"{label}: {same:.0f} % of the scores are the same", **shares)
+    axes.set(xscale="log", xlabel="difference between a candidate's scores in two runs", ylabel="% of the candidates")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.5)
+    axes.legend(frameon=False, loc="upper left")
+
+
 def main() -> None:
     found = candidates()
     drawings: dict[str, Callable[[Any], None]] = {
         "margins": lambda axes: margins(axes, *found),
         "windows": lambda axes: windows(axes, *found),
         "recall": recall,
+        "restarts": restarts,
+        "determinism": determinism,
     }
-    for name, draw in drawings.items():
+    for name in sys.argv[1:] or drawings:
+        draw = drawings[name]
         figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
