@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,29 @@ def test_python_compiles(block: Block) -> None:
     session = block.text.startswith(">>>")  # tests/run/test_api.py runs those
     if 'title="' not in block.info and not session:  # a piece of a file, see below
         compile(block.text, str(block), "exec")
+
+
+RUN_ELSEWHERE = {
+    "articles.jsonl.gz": "below, beside the files that it reads",
+    "s3://my-bucket": "engine/test_in_a_bucket.py, in a bucket",
+}
+
+
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that need no more than a config, a run or an export, in a folder with those that pages name."""
+    monkeypatch.chdir(tmp_path)
+    small.build(tmp_path).rename("my.yaml")
+    assert small.run("mine", "my.yaml").code == 0
+    exported = small.run("export", "my.yaml", "--to", "distillation", "--out", "OUT")
+    assert exported.code == 0, exported.err
+    untested = [block for block in blocks("python") if block.page.parent.name != "tutorials"]  # test_tutorials.py does
+    texts = {block.text for block in untested if 'title="' not in block.info and ">>>" not in block.text}
+    elsewhere = {text for text in texts for sign in RUN_ELSEWHERE if sign in text}
+    assert len(elsewhere) == len(RUN_ELSEWHERE) and len(texts - elsewhere) > 4
+    for name in {name for text in texts for name in re.findall(r"\bruns/\w+", text)} - {"runs/first"}:
+        shutil.copytree("run", name, symlinks=True)
+    for text in sorted(texts - elsewhere):
+        exec(compile(text, text, "exec"), {})
 
 
 def test_keys_in_sentences_exist() -> None:

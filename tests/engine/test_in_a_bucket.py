@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import small_source as small
 import yaml
+from doc_pages import blocks
 from object_server import BUCKET, CEPH, CREDENTIALS, Bucket, Request, on_both, share
 from real_runs import PATIENCE, kill
 
@@ -645,13 +646,12 @@ def test_sources_lie_in_a_bucket_too(
 
 
 @pytest.mark.slow
-def test_the_rows_in_python(local: Path, tmp_path: Path, bucket: Bucket) -> None:
+def test_the_rows_in_python(local: Path, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page says."""
     mine(machine(local, tmp_path / "a"))
-    import fsspec
-    from datasets import load_dataset
-
-    # docs/how-to/object-storage.md
-    with fsspec.open(f"{URL}/triplets.json") as file:
-        files = [f"{URL}/{path}" for path in json.load(file)["files"].values()]
-    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    (block,) = (block for block in blocks("python") if block.page.name == "object-storage.md")
+    names: dict[str, Any] = {}
+    exec(block.text.replace("s3://my-bucket/runs/first", URL), names)
+    rows = names["rows"]
     assert rows.num_rows == 36 and np.all(np.array(rows["negative_score"]) < 2)
