@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
+
+from negpipe.config.machine import cache_folder
 
 _ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
 
@@ -36,7 +37,5 @@ def bucket_url(address: str) -> str:
 
 def working_folder(url: str, cache: Path | None) -> Path:
     """The folder on this machine for a run in a bucket, with a recognizable and unique name."""
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "negpipe"
     name = url.rpartition("/")[2]
-    return cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return (cache or cache_folder()) / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

@@ -51,3 +51,8 @@ def give_back() -> None:
     """Return freed memory to the system, if the C library keeps it (glibc). Changes nothing else."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def cache_folder() -> Path:
+    """The folder for exported models, and for copies of runs in buckets."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "negpipe"

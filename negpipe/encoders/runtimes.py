@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from negpipe.config.encoder import Encoder
+from negpipe.config.machine import cache_folder
 from negpipe.data.arrays import Floats, Ints
 from negpipe.encoders.models import resolve_model
 from negpipe.encoders.prompts import TASKS
@@ -135,7 +136,7 @@ def _keep_silent() -> None:
 
 def _folder(encoder: Encoder, path: str) -> Path:
     """The folder for the files of a model, shared by all runs of a user."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negpipe" / "exports"
+    cache = cache_folder() / "exports"
     digest = resolve_model(encoder.model_copy(update={"model": path}), file_digest).digest
     made_by = versions.installed(("torch", "transformers", *libraries(encoder.runtime)))
     return cache / key("export", VERSION, digest, encoder.runtime, _stored(encoder), made_by)

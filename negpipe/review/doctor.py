@@ -179,6 +179,7 @@ def _disks(folder: Path) -> Iterator[Fact]:
         ("here", folder.absolute()),
         ("temporary files", Path(tempfile.gettempdir())),
         ("hub cache", cache),
+        ("negpipe's cache", machine.cache_folder()),
     ):
         there = next((place for place in (path, *path.parents) if place.is_dir()), Path("/"))
         disk = shutil.disk_usage(there)

@@ -50,7 +50,11 @@ def test_a_page_without_secrets(tmp_path: Path) -> None:
         "torch: loads",
         "memory: ",
         "cores: ",
+        "features: ",
+        "GPUs: none visible to torch",
         "here: ",
+        "hub cache: ",
+        "negpipe's cache: ",
         "hub token: set",
     ):
         assert f"- {name}" in done.stdout
