@@ -136,7 +136,7 @@ def _show_drops(stats: dict[str, Any]) -> None:
         console.out.print(f"{pairs} of texts compared for near duplicates, in {seconds}.")
     if stats["short_anchors"]:
         short = count_of(stats["short_anchors"], "anchor has", "anchors have")
-        console.out.print(f"{short} fewer negatives than requested: negpipe explain shows why.")
+        console.out.print(f"{short} fewer negatives than requested: `negpipe.Run(…).ledger()` lists them.")
 
 
 def _show_next(result: Result, typed: str, mining: Mining) -> None:
