@@ -124,7 +124,7 @@ def calibrate(
         printed.show_calibration(made, advice, coverage=coverage, max_leak=max_leak)
         where = [settings.run_dir / measures.CALIBRATION, *([plot] if plot else [])]
         console.out.print(f"\nWritten: {', '.join(map(str, where))}", markup=False)
-        # Where no setting is proved to leak little enough, the one with the least leak is not a reason to change a config.
+        # If no setting provably leaks little enough, the least leak is not a reason to change a config.
         if advice.allowed and advice.chosen and (changes := advice.chosen.setting.changes(made.estimates[0].setting)):
             sets = "".join(f" --set {change}" for change in changes)
             console.out.print(f"Next: {program()} mine {named(settings)}{sets}", markup=False, soft_wrap=True)
